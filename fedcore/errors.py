@@ -1,0 +1,77 @@
+"""Every error that fedcore raises on purpose.
+
+Each class is also the builtin that a user would catch (``ValueError``, ``TimeoutError``, ``OSError``), so a
+script needs no import from here to handle it. The compiled core maps its error codes to these classes.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BusyError",
+    "ClosedError",
+    "ConfigError",
+    "FedcoreError",
+    "LayoutError",
+    "NonFiniteError",
+    "ProtocolError",
+    "QuorumError",
+    "RefusedError",
+    "StorageError",
+    "TransferTimeout",
+    "WeightError",
+]
+
+
+class FedcoreError(Exception):
+    """Base of all errors of this package."""
+
+
+class ConfigError(FedcoreError, ValueError):
+    """A run file, an option or an environment variable is wrong."""
+
+
+class LayoutError(FedcoreError, ValueError):
+    """Two tensor sets differ in a name, dtype or shape, or a tensor set cannot be described."""
+
+
+class ProtocolError(FedcoreError, ValueError):
+    """A message breaks the wire format."""
+
+
+class NonFiniteError(FedcoreError, ValueError):
+    """An update holds NaN or infinity."""
+
+
+class WeightError(FedcoreError, ValueError):
+    """A weight is not an integer from 1 to 2**24 - 1."""
+
+
+class StorageError(FedcoreError, OSError):
+    """A file could not be created, mapped, written or synchronised."""
+
+
+class BusyError(FedcoreError, RuntimeError):
+    """A port, a run folder or a site's name is in use by another process."""
+
+
+class ClosedError(FedcoreError, RuntimeError):
+    """The object was closed, or a call came at a time when it is not allowed."""
+
+
+class RefusedError(FedcoreError, RuntimeError):
+    """The server turned this site away; the message carries the server's reason.
+
+    ``code`` is a short machine-readable word such as ``"unknown-site"`` or ``"layout"``.
+    """
+
+    def __init__(self, message: str, code: str = "refused") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class QuorumError(FedcoreError, RuntimeError):
+    """A round could not close because too few sites delivered a valid update."""
+
+
+class TransferTimeout(FedcoreError, TimeoutError):
+    """Nothing was heard from the other side for longer than the timeout."""

@@ -1,0 +1,265 @@
+"""Tensor tables, their hash, and model files.
+
+A *layout* is the canonical order, dtypes, shapes and byte offsets of a tensor set, with its chunk grid; the
+compiled core computes it (`fedcore._core.Layout`). This module gives a layout its hash, compares two
+of them in words, and reads and writes the ``safetensors`` files whose data section is the layout's flat bytes.
+
+Format of the files: https://github.com/huggingface/safetensors (8-byte little-endian header length, a JSON
+header, then the data without holes or overlaps).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ._core import Layout, MappedFile
+from .errors import LayoutError, StorageError
+
+__all__ = [
+    "DEFAULT_CHUNK_BYTES",
+    "FLOATS",
+    "ITEMSIZE",
+    "ModelFile",
+    "TensorSpec",
+    "compare_layouts",
+    "copy_model",
+    "create_model",
+    "layout_hash",
+    "open_model",
+    "table",
+]
+
+DEFAULT_CHUNK_BYTES: Final = 1 << 20
+ITEMSIZE: Final[Mapping[str, int]] = {
+    "F64": 8, "I64": 8, "U64": 8,
+    "F32": 4, "I32": 4, "U32": 4,
+    "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes per element of each dtype, by its ``safetensors`` name."""
+FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
+"""The dtypes that are averaged; tensors of the others are taken from the global model."""
+
+_MAX_HEADER: Final = 100_000_000  # the limit that the format's own parser sets
+_PAGE: Final = 4096
+
+TensorSpec = tuple[str, str, Sequence[int]]
+"""Name, dtype (a key of `ITEMSIZE`) and shape of one tensor."""
+
+
+def layout_hash(layout: Layout) -> str:
+    """Return the SHA-256 (hex) of a layout's canonical JSON: names, dtypes and shapes in canonical order."""
+    text = json.dumps(table(layout), separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def table(layout: Layout) -> list[tuple[str, str, list[int]]]:
+    """Return ``(name, dtype, shape)`` of every tensor in canonical order."""
+    return [(name, dtype, list(shape)) for name, dtype, shape, _, _ in layout.tensors]
+
+
+def compare_layouts(
+    ours: Iterable[TensorSpec],
+    theirs: Iterable[TensorSpec],
+    our_name: str,
+    their_name: str,
+    *,
+    limit: int = 5,
+) -> str | None:
+    """Describe how two tensor sets differ, or return None where they agree.
+
+    The text names each tensor that differs with dtype and shape on both sides, ``limit`` of them at most.
+    """
+    a = {name: (dtype, list(shape)) for name, dtype, shape in ours}
+    b = {name: (dtype, list(shape)) for name, dtype, shape in theirs}
+    if a == b:
+        return None
+    lines = [
+        f"tensor {name!r}: {our_name} {_describe(a.get(name))}, {their_name} {_describe(b.get(name))}"
+        for name in sorted(a.keys() | b.keys())
+        if a.get(name) != b.get(name)
+    ]
+    more = f"; and {len(lines) - limit} more" if len(lines) > limit else ""
+    return "; ".join(lines[:limit]) + more
+
+
+def _describe(entry: tuple[str, list[int]] | None) -> str:
+    return "does not have it" if entry is None else f"has {entry[0]} {entry[1]}"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A mapped ``safetensors`` file.
+
+    Attributes:
+        path: where it lies (a scratch file may have been unlinked since).
+        file: the mapping; views of it keep it alive.
+        data_offset: first byte of the data section.
+        layout: the canonical layout of its tensors.
+        offsets: byte offset of each tensor within the data section, as the file has it.
+        metadata: the header's ``__metadata__``.
+    """
+
+    path: Path
+    file: MappedFile
+    data_offset: int
+    layout: Layout
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+
+    @property
+    def canonical(self) -> bool:
+        """Whether the data section is the layout's flat bytes, so that chunks can be served from it."""
+        return all(self.offsets[name] == offset for name, _, _, offset, _ in self.layout.tensors)
+
+    def view(self, name: str) -> memoryview:
+        """Return the raw bytes of one tensor; writable if the file is."""
+        for tensor, _, _, _, nbytes in self.layout.tensors:
+            if tensor == name:
+                return self.file.view(self.data_offset + self.offsets[name], nbytes)
+        raise LayoutError(f"{self.path.name} holds no tensor {name!r}")
+
+    def views(self) -> dict[str, memoryview]:
+        """Return the raw bytes of every tensor, in canonical order."""
+        return {
+            name: self.file.view(self.data_offset + self.offsets[name], nbytes)
+            for name, _, _, _, nbytes in self.layout.tensors
+        }
+
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of the flat bytes in canonical order, whatever the file's own order."""
+        digest = hashlib.sha256()
+        for view in self.views().values():
+            digest.update(view)
+        return digest.hexdigest()
+
+
+def create_model(
+    path: Path | str | None, layout: Layout, metadata: Mapping[str, str] | None = None
+) -> ModelFile:
+    """Create and map a model file of zeros for ``layout``; ``path=None`` keeps it in memory only.
+
+    The header is padded so that the data section starts on a page: pages of it can be released behind a
+    reader, and every tensor is aligned to its item size.
+
+    Raises:
+        StorageError: the file exists, or the disk is full (the space is reserved at once).
+    """
+    meta = {"format": "pt", **(metadata or {})}
+    entries: dict[str, object] = {"__metadata__": meta}
+    offsets: dict[str, int] = {}
+    for name, dtype, shape, offset, nbytes in layout.tensors:
+        offsets[name] = offset
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    data_offset = -(-(8 + len(header)) // _PAGE) * _PAGE
+    header = header.ljust(data_offset - 8)
+    size = data_offset + layout.total_bytes
+    file = MappedFile.anonymous(size) if path is None else MappedFile.create(str(path), size)
+    head = file.view(0, data_offset)
+    head[:8] = len(header).to_bytes(8, "little")
+    head[8:] = header
+    return ModelFile(Path(path or ""), file, data_offset, layout, offsets, meta)
+
+
+def open_model(path: Path | str, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> ModelFile:
+    """Map an existing ``safetensors`` file for reading, checking its header strictly.
+
+    Raises:
+        StorageError: the file is not there or cannot be mapped.
+        LayoutError: the header is no valid ``safetensors`` header, has holes or overlaps, or names a dtype that
+            cannot be averaged.
+    """
+    path = Path(path)
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise StorageError(f"cannot open model file {path}: {error.strerror}") from None
+    if size < 10:
+        raise LayoutError(f"{path}: {size} bytes are too few for a safetensors file")
+    file = MappedFile.open(str(path))
+    length = int.from_bytes(file.view(0, 8), "little")
+    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+        raise LayoutError(f"{path}: not a safetensors file (header length {length} in {size} bytes)")
+    try:
+        header = json.loads(bytes(file.view(8, length)))
+    except ValueError:
+        raise LayoutError(f"{path}: not a safetensors file (the header is not JSON)") from None
+    if not isinstance(header, dict):
+        raise LayoutError(f"{path}: not a safetensors file (the header is not a JSON object)")
+    meta = header.pop("__metadata__", {})
+    specs, offsets = _parse_entries(path, header, size - 8 - length)
+    metadata = {str(k): str(v) for k, v in meta.items()} if isinstance(meta, dict) else {}
+    return ModelFile(path, file, 8 + length, Layout(specs, chunk_bytes), offsets, metadata)
+
+
+def _parse_entries(
+    path: Path, header: Mapping[str, object], data_bytes: int
+) -> tuple[list[tuple[str, str, list[int]]], dict[str, int]]:
+    specs: list[tuple[str, str, list[int]]] = []
+    offsets: dict[str, int] = {}
+    spans: list[tuple[int, int, str]] = []
+    for name, entry in header.items():
+        dtype, shape, begin, end = _parse_entry(path, name, entry)
+        count = 1
+        for dim in shape:
+            count *= dim
+        if end - begin != count * ITEMSIZE[dtype]:
+            raise LayoutError(
+                f"{path}: tensor {name!r} has {end - begin} bytes where {dtype} {shape} needs "
+                f"{count * ITEMSIZE[dtype]}"
+            )
+        specs.append((name, dtype, shape))
+        offsets[name] = begin
+        spans.append((begin, end, name))
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            raise LayoutError(
+                f"{path}: tensor {name!r} starts at byte {begin} where {position} was expected "
+                "(holes and overlaps are refused)"
+            )
+        position = end
+    if position != data_bytes:
+        raise LayoutError(f"{path}: the tensors end at byte {position} of {data_bytes}")
+    return specs, offsets
+
+
+def _parse_entry(path: Path, name: str, entry: object) -> tuple[str, list[int], int, int]:
+    def is_size(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
+
+    if isinstance(entry, dict):
+        dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if isinstance(dtype, str) and dtype not in ITEMSIZE:
+            raise LayoutError(
+                f"{path}: tensor {name!r} has dtype {dtype}, which cannot be averaged; "
+                f"expected one of {', '.join(ITEMSIZE)}"
+            )
+        if (
+            isinstance(dtype, str)
+            and isinstance(shape, list)
+            and all(map(is_size, shape))
+            and isinstance(span, list)
+            and len(span) == 2
+            and all(map(is_size, span))
+            and span[0] <= span[1]
+        ):
+            return dtype, shape, span[0], span[1]
+    raise LayoutError(f"{path}: the header entry of tensor {name!r} is malformed")
+
+
+def copy_model(
+    source: ModelFile, path: Path | str | None, metadata: Mapping[str, str] | None = None
+) -> ModelFile:
+    """Copy a model into a new file in canonical order; arguments and errors as in `create_model`."""
+    target = create_model(path, source.layout, metadata if metadata is not None else source.metadata)
+    for name, view in target.views().items():
+        view[:] = source.view(name)
+    return target

@@ -1,0 +1,316 @@
+"""Messages between sites and server, and the 48-byte frame header that carries them.
+
+Tensor bytes travel in data frames, which the compiled core reads and writes. Everything else is a
+*control message*: a small, typed, versioned model of this module, sent as UTF-8 JSON behind the same
+header. Both sides validate each field before they use it. ``docs/protocol.md`` gives every byte.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import Annotated, Final, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from .errors import ProtocolError
+
+PROTOCOL_VERSION: Final = 1
+MAGIC: Final = b"FDC1"
+HEADER: Final = struct.Struct("<4sBBBB16sQIIII")
+HEADER_BYTES: Final = 48
+MAX_CONTROL_BYTES: Final = 8 << 20
+MAX_CHUNK_BYTES: Final = 4 << 20
+MAX_WEIGHT: Final = (1 << 24) - 1
+MAX_METRICS: Final = 64
+NO_SET: Final = bytes(16)
+
+_T = TypeVar("_T")
+
+SITE_NAME: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+
+
+class Kind(enum.IntEnum):
+    """What a frame is; the byte at offset 5 of its header."""
+
+    GET = 1
+    CHUNK = 2
+    REFUSE = 3
+    PING = 4
+    PONG = 5
+    CONTROL = 6
+
+
+SiteName = Annotated[str, StringConstraints(pattern=SITE_NAME)]
+MetricName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Metrics = Annotated[
+    dict[MetricName, Annotated[float, Field(allow_inf_nan=True)]], Field(max_length=MAX_METRICS)
+]
+SetId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+LayoutHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Text = Annotated[str, StringConstraints(max_length=4096)]
+Round = Annotated[int, Field(ge=0, le=1_000_000)]
+Weight = Annotated[int, Field(ge=1, le=MAX_WEIGHT)]
+TensorEntry = tuple[
+    Annotated[str, StringConstraints(min_length=1, max_length=1024)],
+    Annotated[str, StringConstraints(max_length=8)],
+    Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16)],
+]
+TensorTable = Annotated[list[TensorEntry], Field(min_length=1, max_length=200_000)]
+
+
+class Message(BaseModel):
+    """Base of all control messages: unknown fields and wrong types are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
+
+
+# --- from a site -----------------------------------------------------------------------------------
+
+
+class Join(Message):
+    """First message of a site's process, and again whenever the server asks for it with `Rejoin`.
+
+    ``instance`` is random per process: it tells a site that came back from a second process that was
+    started under the same name by mistake.
+    """
+
+    type: Literal["join"] = "join"
+    protocol: int = PROTOCOL_VERSION
+    version: Annotated[str, StringConstraints(max_length=64)]
+    site: SiteName
+    instance: SetId
+
+
+class Declare(Message):
+    """The tensors that this site would send and load, and the small text files that describe its model.
+
+    ``files`` holds the likes of ``config.json`` or ``adapter_config.json``; the server writes them beside
+    ``best/`` and ``final/`` so that the folders open with the usual loaders.
+    """
+
+    type: Literal["declare"] = "declare"
+    tensors: TensorTable
+    files: Annotated[
+        dict[
+            Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.json$")],
+            Annotated[str, StringConstraints(max_length=1 << 20)],
+        ],
+        Field(max_length=16),
+    ] = {}
+
+
+class Ready(Message):
+    """An update (round >= 1) or the initial model (round 0) is published and may be pulled."""
+
+    type: Literal["ready"] = "ready"
+    round: Round
+    set_id: SetId
+    layout_hash: LayoutHash
+    weight: Weight
+    metrics: Metrics = {}
+
+
+class Score(Message):
+    """Validation metrics of global model ``version`` on this site's data (``examples`` of them)."""
+
+    type: Literal["score"] = "score"
+    version: Round
+    metrics: Metrics
+    examples: Weight
+
+
+class Log(Message):
+    """Training metrics while a round is under way; shown, never used for selection."""
+
+    type: Literal["log"] = "log"
+    round: Round
+    step: Annotated[int, Field(ge=0, lt=1 << 53)]
+    metrics: Metrics
+
+
+class Problem(Message):
+    """A site reports an error of its own; the server shows it under the site's name."""
+
+    type: Literal["problem"] = "problem"
+    message: Text
+
+
+class Leave(Message):
+    """The site's process ends on purpose."""
+
+    type: Literal["leave"] = "leave"
+    reason: Text = ""
+
+
+class StatusRequest(Message):
+    """Asked by ``fedcore status``; needs no `Join`."""
+
+    type: Literal["status-request"] = "status-request"
+
+
+# --- from the server -------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    """Answer to `Join`. ``has_model`` is false while the server waits for a first site's model."""
+
+    type: Literal["welcome"] = "welcome"
+    run: Text
+    run_id: SetId
+    rounds: Round
+    chunk_bytes: Annotated[int, Field(ge=4096, le=MAX_CHUNK_BYTES)]
+    has_model: bool
+    version: Annotated[str, StringConstraints(max_length=64)]
+
+
+class Accepted(Message):
+    """Answer to `Declare`: the layouts agree."""
+
+    type: Literal["accepted"] = "accepted"
+    layout_hash: LayoutHash
+
+
+class Refused(Message):
+    """The server will not work with this site; ``code`` is machine-readable."""
+
+    type: Literal["refused"] = "refused"
+    code: Annotated[str, StringConstraints(max_length=64)]
+    message: Annotated[str, StringConstraints(max_length=16384)]
+
+
+class Rejoin(Message):
+    """The server does not know the sender (it was restarted, or gave the site up): join again."""
+
+    type: Literal["rejoin"] = "rejoin"
+
+
+class Task(Message):
+    """What the site should do now.
+
+    ``kind`` is ``"initial"`` (publish your model as version 0), ``"train"`` (pull version ``round - 1``, score
+    it, train, publish) or ``"evaluate"`` (pull version ``round``, score it). ``set_id`` names the published
+    model to pull and ``tensors`` is its layout; both are empty for ``"initial"``.
+    """
+
+    type: Literal["task"] = "task"
+    kind: Literal["initial", "train", "evaluate"]
+    round: Round
+    rounds: Round
+    version: Round
+    set_id: SetId | None = None
+    layout_hash: LayoutHash | None = None
+    tensors: TensorTable | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
+
+
+class Commit(Message):
+    """Model ``version`` exists; the site may drop its update. ``included`` says if it counted."""
+
+    type: Literal["commit"] = "commit"
+    version: Round
+    included: bool
+    participants: Annotated[list[SiteName], Field(max_length=100_000)] = []
+    message: Text = ""
+
+
+class Dropped(Message):
+    """This site's update for ``round`` does not count, and why; the site may take part in the next round."""
+
+    type: Literal["dropped"] = "dropped"
+    round: Round
+    message: Text
+
+
+class Finish(Message):
+    """The run is over (``ok``) or was given up; no further task will come."""
+
+    type: Literal["finish"] = "finish"
+    ok: bool
+    message: Text = ""
+    best_version: Round | None = None
+
+
+class SiteStatus(Message):
+    """One site's line in a `StatusReply`."""
+
+    site: SiteName
+    state: Literal["absent", "joined", "training", "uploading", "delivered", "lost", "dropped", "left"]
+    examples: int | None = None
+    received_bytes: int = 0
+    sent_bytes: int = 0
+    metrics: Metrics = {}
+    message: Text = ""
+
+
+class VersionStatus(Message):
+    """One global model in a `StatusReply`: its weighted validation metrics and who is in it."""
+
+    version: Round
+    metrics: Metrics = {}
+    participants: list[SiteName] = []
+    seconds: float | None = None
+    bytes: int = 0
+
+
+class StatusReply(Message):
+    """A snapshot of the run, as ``fedcore status`` and the live views show it."""
+
+    type: Literal["status-reply"] = "status-reply"
+    run: Text
+    phase: Literal["waiting", "initial", "training", "aggregating", "evaluating", "done", "failed"]
+    round: Round
+    rounds: Round
+    metric: Text | None
+    mode: Literal["min", "max"] | None
+    best_version: Round | None = None
+    model_bytes: int = 0
+    chunks_done: int = 0
+    chunks: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    elapsed: float = 0.0
+    eta: float | None = None
+    sites: list[SiteStatus] = []
+    versions: list[VersionStatus] = []
+    message: Text = ""
+
+
+FromSite = Join | Declare | Ready | Score | Log | Problem | Leave | StatusRequest
+FromServer = Welcome | Accepted | Refused | Rejoin | Task | Commit | Dropped | Finish | StatusReply
+
+_FROM_SITE: TypeAdapter[FromSite] = TypeAdapter(Annotated[FromSite, Field(discriminator="type")])
+_FROM_SERVER: TypeAdapter[FromServer] = TypeAdapter(Annotated[FromServer, Field(discriminator="type")])
+
+
+def encode(message: FromSite | FromServer) -> bytes:
+    """Return the JSON body of ``message``. NaN and infinity keep their JavaScript spelling."""
+    body = message.model_dump_json().encode()
+    if len(body) > MAX_CONTROL_BYTES:
+        raise ProtocolError(
+            f"a {message.type!r} message of {len(body)} bytes exceeds the limit of {MAX_CONTROL_BYTES}"
+        )
+    return body
+
+
+def decode_from_site(body: bytes) -> FromSite:
+    """Parse and validate a site's message.
+
+    Raises:
+        ProtocolError: names the field, what was expected and what came.
+    """
+    return _decode(_FROM_SITE, body)
+
+
+def decode_from_server(body: bytes) -> FromServer:
+    """Parse and validate a server's message; errors as in `decode_from_site`."""
+    return _decode(_FROM_SERVER, body)
+
+
+def _decode(adapter: TypeAdapter[_T], body: bytes) -> _T:
+    try:
+        return adapter.validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "message"
+        raise ProtocolError(f"bad control message: {where}: {first['msg']}") from None
