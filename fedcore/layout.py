@@ -1,8 +1,8 @@
 """Tensor tables, their hash, and model files.
 
 A *layout* is the canonical order, dtypes, shapes and byte offsets of a tensor set, with its chunk grid; the
-compiled core computes it (`fedcore._core.Layout`). This module gives a layout its hash, compares two
-of them in words, and reads and writes the ``safetensors`` files whose data section is the layout's flat bytes.
+compiled core computes it (`fedcore._core.Layout`). This module gives a layout its hash, compares two of
+them in words, and reads and writes ``safetensors`` files whose data section is the layout's flat bytes.
 
 Format of the files: https://github.com/huggingface/safetensors (8-byte little-endian header length, a JSON
 header, then the data without holes or overlaps).
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +155,11 @@ def create_model(
     offsets: dict[str, int] = {}
     for name, dtype, shape, offset, nbytes in layout.tensors:
         offsets[name] = offset
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        entries[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [offset, offset + nbytes],
+        }
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     data_offset = -(-(8 + len(header)) // _PAGE) * _PAGE
     header = header.ljust(data_offset - 8)
@@ -173,12 +176,12 @@ def open_model(path: Path | str, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Mode
 
     Raises:
         StorageError: the file is not there or cannot be mapped.
-        LayoutError: the header is no valid ``safetensors`` header, has holes or overlaps, or names a dtype that
-            cannot be averaged.
+        LayoutError: the header is no valid ``safetensors`` header, has holes or overlaps, or names a
+            dtype that cannot be averaged.
     """
     path = Path(path)
     try:
-        size = os.stat(path).st_size
+        size = path.stat().st_size
     except OSError as error:
         raise StorageError(f"cannot open model file {path}: {error.strerror}") from None
     if size < 10:
@@ -186,7 +189,9 @@ def open_model(path: Path | str, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Mode
     file = MappedFile.open(str(path))
     length = int.from_bytes(file.view(0, 8), "little")
     if not 2 <= length <= min(_MAX_HEADER, size - 8):
-        raise LayoutError(f"{path}: not a safetensors file (header length {length} in {size} bytes)")
+        raise LayoutError(
+            f"{path}: not a safetensors file (header length {length} in {size} bytes)"
+        )
     try:
         header = json.loads(bytes(file.view(8, length)))
     except ValueError:
@@ -259,7 +264,9 @@ def copy_model(
     source: ModelFile, path: Path | str | None, metadata: Mapping[str, str] | None = None
 ) -> ModelFile:
     """Copy a model into a new file in canonical order; arguments and errors as in `create_model`."""
-    target = create_model(path, source.layout, metadata if metadata is not None else source.metadata)
+    target = create_model(
+        path, source.layout, metadata if metadata is not None else source.metadata
+    )
     for name, view in target.views().items():
         view[:] = source.view(name)
     return target

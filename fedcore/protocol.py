@@ -62,7 +62,9 @@ TensorTable = Annotated[list[TensorEntry], Field(min_length=1, max_length=200_00
 class Message(BaseModel):
     """Base of all control messages: unknown fields and wrong types are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants"
+    )
 
 
 # --- from a site -----------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ class Commit(Message):
 
 
 class Dropped(Message):
-    """This site's update for ``round`` does not count, and why; the site may take part in the next round."""
+    """This site's update for ``round`` does not count, and why; it may take part in the next round."""
 
     type: Literal["dropped"] = "dropped"
     round: Round
@@ -235,7 +237,9 @@ class SiteStatus(Message):
     """One site's line in a `StatusReply`."""
 
     site: SiteName
-    state: Literal["absent", "joined", "training", "uploading", "delivered", "lost", "dropped", "left"]
+    state: Literal[
+        "absent", "joined", "training", "uploading", "delivered", "lost", "dropped", "left"
+    ]
     examples: int | None = None
     received_bytes: int = 0
     sent_bytes: int = 0
@@ -280,7 +284,9 @@ FromSite = Join | Declare | Ready | Score | Log | Problem | Leave | StatusReques
 FromServer = Welcome | Accepted | Refused | Rejoin | Task | Commit | Dropped | Finish | StatusReply
 
 _FROM_SITE: TypeAdapter[FromSite] = TypeAdapter(Annotated[FromSite, Field(discriminator="type")])
-_FROM_SERVER: TypeAdapter[FromServer] = TypeAdapter(Annotated[FromServer, Field(discriminator="type")])
+_FROM_SERVER: TypeAdapter[FromServer] = TypeAdapter(
+    Annotated[FromServer, Field(discriminator="type")]
+)
 
 
 def encode(message: FromSite | FromServer) -> bytes:

@@ -1,0 +1,310 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The frame pump: moves frames between one ZeroMQ socket and the compiled core without the GIL.
+
+The pump calls the libzmq that pyzmq itself was built with: its functions are looked up in pyzmq's own
+extension module, so there is no second libzmq in the process and nothing to install. Where they cannot be
+found, importing this module fails with ImportError and `fedcore.transport` uses its plain Python loop, which
+follows the same rules.
+
+One thread runs `run` and owns the network socket until it returns. It wakes up for a frame, for a
+command from Python, or for a timer of the core; it never spins.
+
+Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
+Inbox (PUSH socket):     [b"C", peer, body] a control message;  [b"E"] the core has events.
+"""
+
+import zmq.backend.cython._zmq as _backend
+
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.errno cimport EAGAIN, EINTR
+from libc.stdint cimport int64_t, uint8_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+
+cdef extern from "sink.h" nogil:
+    ctypedef struct FcOut:
+        const uint8_t* peer
+        size_t peer_len
+        const uint8_t* header
+        const void* body
+        size_t body_len
+        void* owner
+
+    ctypedef struct FcSink:
+        void* self
+        int (*deliver)(void*, int64_t, const void*, size_t, const void*, size_t, const void*, size_t,
+                       void*, void (*)(void*) noexcept nogil) noexcept nogil
+        int (*next_out)(void*, int64_t, FcOut*) noexcept nogil
+        void (*out_done)(void*) noexcept nogil
+        int64_t (*tick)(void*, int64_t) noexcept nogil
+        int (*has_event)(void*) noexcept nogil
+
+cdef extern from "<dlfcn.h>" nogil:
+    void* dlopen(const char*, int)
+    void* dlsym(void*, const char*)
+    int RTLD_LAZY
+    int RTLD_NOLOAD
+
+cdef extern from "<time.h>" nogil:
+    ctypedef struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int, timespec*)
+    int CLOCK_MONOTONIC
+
+# The public ABI of libzmq 4: a message is 64 opaque bytes, a poll item is (socket, fd, events, revents).
+cdef struct Msg:
+    int64_t opaque[8]
+
+cdef struct PollItem:
+    void* socket
+    int fd
+    short events
+    short revents
+
+cdef enum:
+    ZMQ_POLLIN = 1
+    ZMQ_DONTWAIT = 1
+    ZMQ_SNDMORE = 2
+    SINK_TAKEN = 1
+    SINK_FORWARD = 2
+    BATCH = 64
+
+ctypedef void (*free_fn)(void*, void*) noexcept nogil
+
+cdef struct Zmq:
+    int (*msg_init)(Msg*) noexcept nogil
+    int (*msg_init_size)(Msg*, size_t) noexcept nogil
+    int (*msg_init_data)(Msg*, void*, size_t, free_fn, void*) noexcept nogil
+    int (*msg_move)(Msg*, Msg*) noexcept nogil
+    int (*msg_recv)(Msg*, void*, int) noexcept nogil
+    int (*msg_send)(Msg*, void*, int) noexcept nogil
+    int (*msg_close)(Msg*) noexcept nogil
+    void* (*msg_data)(Msg*) noexcept nogil
+    size_t (*msg_size)(const Msg*) noexcept nogil
+    int (*msg_more)(const Msg*) noexcept nogil
+    int (*poll)(PollItem*, int, long) noexcept nogil
+    int (*zmq_errno)() noexcept nogil
+
+cdef Zmq z
+cdef void (*release_out)(void*) noexcept nogil
+
+
+cdef void* _symbol(void* library, const char* name) except NULL:
+    cdef void* found = dlsym(library, name)
+    if found == NULL:
+        raise ImportError(f"pyzmq's libzmq does not export {name.decode()}")
+    return found
+
+
+cdef _load():
+    cdef void* library = dlopen(_backend.__file__.encode(), RTLD_NOLOAD | RTLD_LAZY)
+    cdef int major = 0, minor = 0, patch = 0
+    if library == NULL:
+        raise ImportError("pyzmq's extension module is not loaded as a shared library")
+    (<void (*)(int*, int*, int*) noexcept> _symbol(library, b"zmq_version"))(&major, &minor, &patch)
+    if major != 4:
+        raise ImportError(f"the frame pump knows libzmq 4, and pyzmq has {major}.{minor}.{patch}")
+    z.msg_init = <int (*)(Msg*) noexcept nogil> _symbol(library, b"zmq_msg_init")
+    z.msg_init_size = <int (*)(Msg*, size_t) noexcept nogil> _symbol(library, b"zmq_msg_init_size")
+    z.msg_init_data = <int (*)(Msg*, void*, size_t, free_fn, void*) noexcept nogil> _symbol(
+        library, b"zmq_msg_init_data")
+    z.msg_move = <int (*)(Msg*, Msg*) noexcept nogil> _symbol(library, b"zmq_msg_move")
+    z.msg_recv = <int (*)(Msg*, void*, int) noexcept nogil> _symbol(library, b"zmq_msg_recv")
+    z.msg_send = <int (*)(Msg*, void*, int) noexcept nogil> _symbol(library, b"zmq_msg_send")
+    z.msg_close = <int (*)(Msg*) noexcept nogil> _symbol(library, b"zmq_msg_close")
+    z.msg_data = <void* (*)(Msg*) noexcept nogil> _symbol(library, b"zmq_msg_data")
+    z.msg_size = <size_t (*)(const Msg*) noexcept nogil> _symbol(library, b"zmq_msg_size")
+    z.msg_more = <int (*)(const Msg*) noexcept nogil> _symbol(library, b"zmq_msg_more")
+    z.poll = <int (*)(PollItem*, int, long) noexcept nogil> _symbol(library, b"zmq_poll")
+    z.zmq_errno = <int (*)() noexcept nogil> _symbol(library, b"zmq_errno")
+
+
+_load()
+
+
+cdef int64_t _now_ms() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t> t.tv_sec * 1000 + t.tv_nsec // 1000000
+
+
+cdef void _release_in(void* owner) noexcept nogil:
+    z.msg_close(<Msg*> owner)
+    free(owner)
+
+
+cdef void _release_body(void* data, void* hint) noexcept nogil:
+    release_out(hint)
+
+
+cdef int _send_copy(void* socket, const void* data, size_t size, int flags) noexcept nogil:
+    """Send a copy of a small frame; -1 on failure, the errno left as libzmq set it."""
+    cdef Msg msg
+    if z.msg_init_size(&msg, size) != 0:
+        return -1
+    if size:
+        memcpy(z.msg_data(&msg), data, size)
+    if z.msg_send(&msg, socket, flags | ZMQ_DONTWAIT) < 0:
+        z.msg_close(&msg)
+        return -1
+    return 0
+
+
+cdef void _send_out(void* net, bint router, FcOut* out) noexcept nogil:
+    """Send one data frame; its body goes out without a copy. A peer that is gone loses the frame: the
+    side that waits for it asks again."""
+    cdef Msg body
+    cdef int more = ZMQ_SNDMORE if out.body_len else 0
+    if router and _send_copy(net, out.peer, out.peer_len, ZMQ_SNDMORE) != 0:
+        release_out(out.owner)
+        return
+    if _send_copy(net, out.header, 48, more) != 0 or not out.body_len:
+        release_out(out.owner)
+        return
+    if z.msg_init_data(&body, <void*> out.body, out.body_len, _release_body, out.owner) != 0:
+        release_out(out.owner)
+        _send_copy(net, NULL, 0, 0)  # closes the multipart message; the receiver refuses it
+        return
+    if z.msg_send(&body, net, ZMQ_DONTWAIT) < 0:
+        z.msg_close(&body)
+
+
+cdef int _recv_frame(Msg* msg, void* socket, int flags) noexcept nogil:
+    """Receive one frame into an initialised message: 0, or -1 with the errno set."""
+    while z.msg_recv(msg, socket, flags) < 0:
+        if z.zmq_errno() != EINTR:
+            return -1
+    return 0
+
+
+cdef void _discard_rest(void* socket, Msg* last) noexcept nogil:
+    while z.msg_more(last):
+        if _recv_frame(last, socket, 0) != 0:
+            return
+
+
+cdef int _pump_in(void* net, void* inbox, bint router, FcSink* sink) noexcept nogil:
+    """Receive and deliver one message: 1 done, 0 nothing there, -1 the socket is closed."""
+    cdef Msg peer, header, body
+    cdef Msg* kept
+    cdef int verdict
+    cdef bint well_formed
+    z.msg_init(&peer)
+    z.msg_init(&header)
+    z.msg_init(&body)
+    if _recv_frame(&peer if router else &header, net, ZMQ_DONTWAIT) != 0:
+        verdict = z.zmq_errno()
+        z.msg_close(&peer)
+        z.msg_close(&header)
+        z.msg_close(&body)
+        return 0 if verdict == EAGAIN else -1
+    well_formed = True
+    if router:
+        well_formed = z.msg_more(&peer) and _recv_frame(&header, net, 0) == 0
+    if well_formed and z.msg_more(&header):
+        well_formed = _recv_frame(&body, net, 0) == 0
+        if well_formed and z.msg_more(&body):
+            _discard_rest(net, &body)
+            well_formed = False
+    if well_formed:
+        kept = <Msg*> malloc(sizeof(Msg))
+        if kept != NULL:
+            z.msg_init(kept)
+            z.msg_move(kept, &body)
+            verdict = sink.deliver(sink.self, _now_ms(), z.msg_data(&peer), z.msg_size(&peer),
+                                   z.msg_data(&header), z.msg_size(&header),
+                                   z.msg_data(kept), z.msg_size(kept), kept, _release_in)
+            if verdict == SINK_FORWARD:
+                _send_copy(inbox, b"C", 1, ZMQ_SNDMORE)
+                _send_copy(inbox, z.msg_data(&peer), z.msg_size(&peer), ZMQ_SNDMORE)
+                if z.msg_send(kept, inbox, ZMQ_DONTWAIT) < 0:
+                    z.msg_close(kept)
+                free(kept)
+            elif verdict != SINK_TAKEN:
+                _release_in(kept)
+    z.msg_close(&peer)
+    z.msg_close(&header)
+    z.msg_close(&body)
+    return 1
+
+
+cdef int _command(void* net, void* commands, bint router) noexcept nogil:
+    """Carry out one command: 1 done, 0 nothing there, -1 quit."""
+    cdef Msg verb, frame
+    cdef int more, result = 1, ok
+    z.msg_init(&verb)
+    if _recv_frame(&verb, commands, ZMQ_DONTWAIT) != 0:
+        result = 0 if z.zmq_errno() == EAGAIN else -1
+        z.msg_close(&verb)
+        return result
+    if z.msg_size(&verb) == 1 and (<char*> z.msg_data(&verb))[0] == c"Q":
+        result = -1
+    z.msg_init(&frame)
+    more = z.msg_more(&verb)
+    ok = 1
+    cdef bint is_peer = True
+    while more:
+        if _recv_frame(&frame, commands, 0) != 0:
+            result = -1
+            break
+        more = z.msg_more(&frame)
+        if is_peer and not router:
+            is_peer = False
+            continue
+        is_peer = False
+        if ok and z.msg_send(&frame, net, ZMQ_DONTWAIT | (ZMQ_SNDMORE if more else 0)) < 0:
+            ok = 0  # the peer is gone; drop the rest of its message
+    z.msg_close(&frame)
+    z.msg_close(&verb)
+    return result
+
+
+cdef void _loop(void* net, void* commands, void* inbox, bint router, FcSink* sink) noexcept nogil:
+    cdef PollItem items[2]
+    cdef FcOut out
+    cdef int64_t wait
+    cdef int got, i
+    while True:
+        wait = sink.tick(sink.self, _now_ms())
+        while sink.next_out(sink.self, _now_ms(), &out):
+            _send_out(net, router, &out)
+        if sink.has_event(sink.self):
+            _send_copy(inbox, b"E", 1, 0)
+        items[0].socket = net
+        items[1].socket = commands
+        for i in range(2):
+            items[i].fd = 0
+            items[i].events = ZMQ_POLLIN
+            items[i].revents = 0
+        if z.poll(items, 2, <long> wait) < 0 and z.zmq_errno() != EINTR:
+            return
+        if items[1].revents & ZMQ_POLLIN:
+            got = 1
+            while got == 1:
+                got = _command(net, commands, router)
+            if got < 0:
+                return
+        if items[0].revents & ZMQ_POLLIN:
+            for i in range(BATCH):
+                got = _pump_in(net, inbox, router, sink)
+                if got < 0:
+                    return
+                if got == 0:
+                    break
+
+
+def run(capsule, size_t net, size_t commands, size_t inbox, bint router):
+    """Pump frames until a quit command comes; blocks without the GIL.
+
+    Args:
+        capsule: ``Exchange.capsule()``, which must outlive the call.
+        net, commands, inbox: ``Socket.underlying`` of the three sockets.
+        router: whether ``net`` is a ROUTER, whose frames begin with the peer's routing id.
+    """
+    global release_out
+    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v1")
+    release_out = sink.out_done
+    with nogil:
+        _loop(<void*> net, <void*> commands, <void*> inbox, router, sink)

@@ -1,0 +1,340 @@
+"""One ZeroMQ socket, its pump thread, and the compiled data plane behind it.
+
+A server has a `ServerLink` (ROUTER, it listens), a site has a `SiteLink` (DEALER, it dials). Tensor chunks go
+between the socket and the core (`fedcore._core.Exchange`) inside the pump thread and never appear here; what
+appears here is control messages and the core's events.
+
+The pump is `fedcore._pump`, which runs without the GIL. `FEDCORE_PUMP=python` forces the plain Python loop of
+this module, which is also the fallback where the compiled one cannot find pyzmq's libzmq.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import zmq
+
+from . import protocol
+from ._core import Exchange, crc32c
+from .errors import BusyError, ClosedError, ConfigError
+from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
+
+__all__ = ["Control", "DataEvent", "ServerLink", "SiteLink", "now_ms", "pump_name"]
+
+DataEvent = tuple[Any, ...]
+"""What ``Exchange.next_event()`` returns: its kind, then what belongs to it."""
+
+HEARTBEAT_MS: Final = 1000
+_MAX_FRAME: Final = 16 << 20
+_LINGER_MS: Final = 1000
+_RECONNECT_MS: Final = (100, 5000)
+_FORWARD: Final = 2
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control message: the sender's routing id (empty at a site) and its JSON body."""
+
+    peer: bytes
+    body: bytes
+
+
+def now_ms() -> int:
+    """Return the monotonic clock in milliseconds, the one that the pump hands to the core."""
+    return time.monotonic_ns() // 1_000_000
+
+
+def pump_name() -> str:
+    """Return which pump new links use: ``"compiled"`` or ``"python"``."""
+    return "python" if _compiled_pump() is None else "compiled"
+
+
+def _compiled_pump() -> Any | None:
+    choice = os.environ.get("FEDCORE_PUMP", "auto")
+    if choice not in ("auto", "compiled", "python"):
+        raise ConfigError(f"FEDCORE_PUMP={choice!r}: expected auto, compiled or python")
+    if choice == "python":
+        return None
+    try:
+        from . import _pump
+    except ImportError:
+        if choice == "compiled":
+            raise
+        return None
+    return _pump
+
+
+def control_frames(message: FromSite | FromServer) -> tuple[bytes, bytes]:
+    """Return the header and body frames of a control message."""
+    body = protocol.encode(message)
+    head = HEADER.pack(
+        MAGIC,
+        PROTOCOL_VERSION,
+        Kind.CONTROL,
+        0,
+        0,
+        protocol.NO_SET,
+        0,
+        0,
+        len(body),
+        crc32c(body),
+        0,
+    )
+    return head[:44] + crc32c(head[:44]).to_bytes(4, "little"), body
+
+
+class _Link:
+    """What both ends share. `recv` belongs to one thread; `send`, `kick` and `wake` to any."""
+
+    _router: bool
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], net: zmq.Socket[bytes]) -> None:
+        self.exchange = Exchange()
+        self._context = context
+        self._net = net
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pid = os.getpid()
+        self._arrived: deque[Control | DataEvent] = deque()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        name = f"inproc://fedcore-{id(self)}"
+        self._commands, pump_commands = self._pair(zmq.PUSH, zmq.PULL, name + "-commands")
+        pump_inbox, self._inbox = self._pair(zmq.PUSH, zmq.PULL, name + "-inbox")
+        self._pump_sockets = (pump_commands, pump_inbox)
+        self._thread = threading.Thread(target=self._run, name="fedcore-pump", daemon=True)
+
+    def _pair(
+        self, sender: int, receiver: int, address: str
+    ) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        ends = self._context.socket(sender), self._context.socket(receiver)
+        for end in ends:
+            end.setsockopt(zmq.SNDHWM, 0)
+            end.setsockopt(zmq.RCVHWM, 0)
+            end.setsockopt(zmq.LINGER, 0)
+        ends[1].bind(address)
+        ends[0].connect(address)
+        return ends
+
+    def _run(self) -> None:
+        commands, inbox = self._pump_sockets
+        compiled = _compiled_pump()
+        if compiled is not None:
+            compiled.run(
+                self.exchange.capsule(),
+                self._net.underlying,
+                commands.underlying,
+                inbox.underlying,
+                self._router,
+            )
+        else:
+            _python_pump(self.exchange, self._net, commands, inbox, self._router)
+
+    def recv(self, timeout: float | None) -> Control | DataEvent | None:
+        """Wait up to ``timeout`` seconds (None: for ever) for a control message or an event of the core.
+
+        Returns None on timeout and after `wake`.
+        """
+        if self._arrived:
+            return self._arrived.popleft()
+        if self._closed:
+            raise ClosedError("the link is closed")
+        poller = zmq.Poller()
+        poller.register(self._inbox, zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
+        ready = dict(poller.poll(None if timeout is None else max(0, round(timeout * 1000))))
+        if self._wake_read in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+        if self._inbox in ready:
+            frames = self._inbox.recv_multipart()
+            if frames[0] == b"C":
+                return Control(frames[1], frames[2])
+            while (event := self.exchange.next_event()) is not None:
+                self._arrived.append(event)
+        return self._arrived.popleft() if self._arrived else None
+
+    def _command(self, frames: Sequence[bytes]) -> None:
+        with self._lock:
+            if not self._closed:
+                self._commands.send_multipart(frames)
+
+    def kick(self) -> None:
+        """Make the pump look for frames to send, after the exchange was given something to do."""
+        self._command([b"K"])
+
+    def wake(self) -> None:
+        """Make `recv` return None early; safe from any thread and from a signal handler."""
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"\0")
+
+    def close(self) -> None:
+        """Stop the pump and close the sockets; queued messages get up to a second to leave."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if os.getpid() == self._pid:
+                self._commands.send(b"Q")
+        if os.getpid() != self._pid:
+            return  # threads and sockets stayed with the parent process
+        self._thread.join()
+        for socket in (self._commands, self._inbox, *self._pump_sockets):
+            socket.close()
+        self._net.close(linger=_LINGER_MS)
+        self._context.term()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+
+class ServerLink(_Link):
+    """The server's end: a ROUTER bound to ``listen`` (``tcp://host:port``, port 0 for a free one).
+
+    Raises:
+        BusyError: another process listens there.
+        ConfigError: the address cannot be bound.
+    """
+
+    _router = True
+
+    def __init__(self, listen: str) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        net = context.socket(zmq.ROUTER)
+        _set_common(net, listen)
+        net.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        net.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        try:
+            net.bind(listen)
+        except zmq.ZMQError as error:
+            net.close(linger=0)
+            context.term()
+            if error.errno == zmq.EADDRINUSE:
+                raise BusyError(
+                    f"cannot listen on {listen}: another process uses that port; stop it or choose "
+                    "another port (server.listen in the run file)"
+                ) from None
+            raise ConfigError(
+                f"cannot listen on {listen}: {error.strerror}; expected tcp://ADDRESS:PORT with an "
+                "address of this machine, such as tcp://0.0.0.0:7733"
+            ) from None
+        self.endpoint: str = net.getsockopt_string(zmq.LAST_ENDPOINT)
+        super().__init__(context, net)
+        self._thread.start()
+
+    def send(self, peer: bytes, message: FromServer) -> None:
+        """Queue a control message for ``peer``; a peer that is gone does not get it."""
+        self._command([b"S", peer, *control_frames(message)])
+
+
+class SiteLink(_Link):
+    """A site's end: a DEALER that dials ``server`` and keeps redialling with backoff (0.1 to 5 s).
+
+    ``identity`` is 16 random bytes, the same for the life of the process. The pump pings the server each
+    second. Nothing is raised for a server that is not there: ask ``exchange.last_heard(b"")``.
+    """
+
+    _router = False
+
+    def __init__(self, server: str, identity: bytes) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        net = context.socket(zmq.DEALER)
+        _set_common(net, server)
+        net.setsockopt(zmq.ROUTING_ID, identity)
+        net.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS[0])
+        net.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS[1])
+        try:
+            net.connect(server)
+        except zmq.ZMQError as error:
+            net.close(linger=0)
+            context.term()
+            raise ConfigError(
+                f"cannot dial {server!r}: {error.strerror}; expected tcp://HOST:PORT"
+            ) from None
+        self.server = server
+        super().__init__(context, net)
+        self.exchange.heartbeat(HEARTBEAT_MS)
+        self._thread.start()
+
+    def send(self, message: FromSite) -> None:
+        """Queue a control message for the server."""
+        self._command([b"S", b"", *control_frames(message)])
+
+    def silent_ms(self) -> int | None:
+        """Return for how long nothing came from the server, or None if nothing ever did."""
+        heard = self.exchange.last_heard(b"")
+        return None if heard is None else max(0, now_ms() - heard)
+
+
+def _set_common(net: zmq.Socket[bytes], address: str) -> None:
+    net.setsockopt(zmq.SNDHWM, 0)  # what is sent was asked for: windows bound it, not the socket
+    net.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME)
+    net.setsockopt(zmq.LINGER, _LINGER_MS)
+    if "[" in address:
+        net.setsockopt(zmq.IPV6, 1)
+
+
+def _python_pump(
+    exchange: Exchange,
+    net: zmq.Socket[bytes],
+    commands: zmq.Socket[bytes],
+    inbox: zmq.Socket[bytes],
+    router: bool,
+) -> None:
+    """Do what ``fedcore._pump.run`` does, in Python: the reference and the fallback."""
+    poller = zmq.Poller()
+    poller.register(net, zmq.POLLIN)
+    poller.register(commands, zmq.POLLIN)
+    while True:
+        wait = exchange.tick(now_ms())
+        while (out := exchange.next_out(now_ms())) is not None:
+            peer, header, body = out
+            frames = [header] if body is None else [header, body]
+            with contextlib.suppress(zmq.ZMQError):
+                net.send_multipart([peer, *frames] if router else frames, zmq.DONTWAIT, copy=True)
+        if exchange.has_event():
+            inbox.send(b"E")
+        try:
+            ready = dict(poller.poll(None if wait < 0 else wait))
+        except zmq.ContextTerminated:
+            return
+        if commands in ready and not _python_commands(net, commands, router):
+            return
+        if net in ready:
+            _python_frames(exchange, net, inbox, router)
+
+
+def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router: bool) -> bool:
+    while True:
+        try:
+            verb, *frames = commands.recv_multipart(zmq.DONTWAIT)
+        except zmq.Again:
+            return True
+        if verb == b"Q":
+            return False
+        if verb == b"S":
+            with contextlib.suppress(zmq.ZMQError):
+                net.send_multipart(frames if router else frames[1:], zmq.DONTWAIT)
+
+
+def _python_frames(
+    exchange: Exchange, net: zmq.Socket[bytes], inbox: zmq.Socket[bytes], router: bool
+) -> None:
+    for _ in range(64):
+        try:
+            frames = net.recv_multipart(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            return
+        peer = frames.pop(0).bytes if router else b""
+        if not 1 <= len(frames) <= 2:
+            continue
+        body = frames[1].buffer if len(frames) == 2 else None
+        if exchange.deliver(now_ms(), peer, frames[0].bytes, body) == _FORWARD:
+            inbox.send_multipart([b"C", peer, b"" if body is None else bytes(body)])
