@@ -190,9 +190,9 @@ class Rejoin(Message):
 class Task(Message):
     """What the site should do now.
 
-    ``kind`` is ``"initial"`` (publish your model as version 0), ``"train"`` (pull version ``round - 1``, score
-    it, train, publish) or ``"evaluate"`` (pull version ``round``, score it). ``set_id`` names the published
-    model to pull and ``tensors`` is its layout; both are empty for ``"initial"``.
+    ``kind`` is ``"initial"`` (publish your model as version 0), ``"train"`` (pull version
+    ``round - 1``, score it, train, publish) or ``"evaluate"`` (pull version ``round``, score it). ``set_id``
+    names the published model to pull and ``tensors`` is its layout; both are empty for ``"initial"``.
     """
 
     type: Literal["task"] = "task"

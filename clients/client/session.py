@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from fedcore._core import Collector, Layout
-
 from fedcore import __version__, protocol
+from fedcore._core import Collector, Layout
 from fedcore.errors import (
     ClosedError,
     FedcoreError,

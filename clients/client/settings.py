@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.config import parse_duration
-
 from fedcore.errors import ConfigError
 from fedcore.protocol import SITE_NAME
 

@@ -1,0 +1,370 @@
+"""A site's session against a server that this file plays word by word over a real socket."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+import pytest
+
+from fedcore import protocol as p
+from fedcore._core import Collector, Layout
+from fedcore.client.session import Session
+from fedcore.client.settings import SiteSettings
+from fedcore.errors import (
+    ClosedError,
+    ConfigError,
+    LayoutError,
+    RefusedError,
+    TransferTimeout,
+    WeightError,
+)
+from fedcore.layout import ModelFile, create_model, layout_hash, table
+from fedcore.transport import Control, ServerLink
+
+DEADLINE = 20.0
+SPECS = [("head.weight", "F32", [40, 50]), ("head.bias", "F32", [50])]
+LAYOUT = Layout([(n, d, s) for n, d, s in SPECS], 4096)
+T = TypeVar("T")
+
+
+class Stage:
+    """The server's side, one spoken line at a time."""
+
+    def __init__(self, link: ServerLink) -> None:
+        self.link = link
+        self.run_id = uuid.uuid4().hex
+        self.peer = b""
+        self.heard: list[p.FromSite] = []
+
+    def expect(self, kind: type[T], accept: Callable[[T], bool] = lambda _: True) -> T:
+        """Return the next message of ``kind``; others are kept in ``heard``."""
+        deadline = time.monotonic() + DEADLINE
+        while time.monotonic() < deadline:
+            arrived = self.link.recv(deadline - time.monotonic())
+            if isinstance(arrived, Control):
+                self.peer = arrived.peer
+                message = p.decode_from_site(arrived.body)
+                if isinstance(message, kind) and accept(message):
+                    return message
+                self.heard.append(message)
+        raise AssertionError(f"no {kind.__name__} came; heard {self.heard}")
+
+    def say(self, message: p.FromServer) -> None:
+        self.link.send(self.peer, message)
+
+    def welcome(self, has_model: bool = True) -> None:
+        self.say(
+            p.Welcome(
+                run="r",
+                run_id=self.run_id,
+                rounds=2,
+                chunk_bytes=4096,
+                has_model=has_model,
+                version="1",
+            )
+        )
+
+    def accept(self) -> None:
+        declared = self.expect(p.Declare)
+        layout = Layout([(n, d, s) for n, d, s in declared.tensors], 4096)
+        self.say(p.Accepted(layout_hash=layout_hash(layout)))
+
+    def publish(self, value: float) -> str:
+        file = filled(value)
+        set_id = uuid.uuid4()
+        self.link.exchange.publish(
+            set_id.bytes, file.file, file.data_offset, LAYOUT.total_bytes, LAYOUT.chunk_bytes
+        )
+        return set_id.hex
+
+    def task(self, kind: str, round_: int, set_id: str) -> None:
+        self.say(
+            p.Task.model_validate(
+                {
+                    "kind": kind,
+                    "round": round_,
+                    "rounds": 2,
+                    "version": round_ - (kind == "train"),
+                    "set_id": set_id,
+                    "layout_hash": layout_hash(LAYOUT),
+                    "tensors": table(LAYOUT),
+                },
+                strict=False,
+            )
+        )
+
+    def pull(self, ready: p.Ready) -> bytes:
+        out = create_model(None, LAYOUT)
+        source = (self.peer, bytes.fromhex(ready.set_id), ready.weight)
+        collector = Collector(LAYOUT, [source], out.file, out.data_offset, None, 1 << 20)
+        self.link.exchange.start(collector)
+        self.link.kick()
+        deadline = time.monotonic() + DEADLINE
+        while time.monotonic() < deadline:
+            arrived = self.link.recv(deadline - time.monotonic())
+            if arrived == ("done", collector.id):
+                return bytes(out.view("head.weight"))
+        raise AssertionError("the update did not arrive")
+
+
+def filled(value: float) -> ModelFile:
+    file = create_model(None, LAYOUT)
+    fill(value)(file.views())
+    return file
+
+
+def fill(value: float) -> Callable[[Mapping[str, memoryview]], None]:
+    def write(views: Mapping[str, memoryview]) -> None:
+        for view in views.values():
+            view[:] = np.full(len(view) // 4, value, np.float32).tobytes()
+
+    return write
+
+
+def same(raw: memoryview | bytes, value: float) -> bool:
+    return bool((np.frombuffer(raw, np.float32) == np.float32(value)).all())
+
+
+@contextmanager
+def stage(**settings: float) -> Iterator[tuple[Stage, Session, Callable[..., Future]]]:
+    link = ServerLink("tcp://127.0.0.1:0")
+    session = Session(SiteSettings(server=link.endpoint, site="north", **settings))  # type: ignore[arg-type]
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield Stage(link), session, pool.submit
+        finally:
+            session.close()
+            link.close()
+
+
+def test_a_whole_round_and_the_last_evaluation(pump: str) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        assert server.expect(p.Join).site == "north"
+        server.welcome()
+        server.task("train", 1, server.publish(1.5))
+        assert running.result(DEADLINE) is True
+
+        begun = call(session.begin, SPECS, {"config.json": "{}"}, fill(0))
+        server.accept()
+        model = begun.result(DEADLINE)
+        assert (model.kind, model.round, model.version, model.rounds) == ("train", 1, 0, 2)
+        assert all(same(view, 1.5) for view in model.tensors.values())
+        assert model.tensors["head.bias"].readonly
+        assert session.begin(SPECS, {}, fill(0)) is model
+
+        session.score({"loss": 0.25}, 10)
+        session.score({"loss": 9.0}, 10)
+        score = server.expect(p.Score)
+        assert (score.version, score.metrics, score.examples) == (0, {"loss": 0.25}, 10)
+
+        session.submit(fill(2.5), 7, {"train_loss": 1.0})
+        ready = server.expect(p.Ready)
+        assert (ready.round, ready.weight, ready.metrics) == (1, 7, {"train_loss": 1.0})
+        assert same(server.pull(ready), 2.5)
+        server.say(p.Commit(version=1, included=True, participants=["north"]))
+
+        server.task("evaluate", 2, server.publish(3.5))
+        assert call(session.is_running).result(DEADLINE) is True
+        model = call(session.begin, SPECS, {}, fill(0)).result(DEADLINE)
+        assert (model.kind, model.version) == ("evaluate", 2)
+        session.score({"loss": 0.125}, 10)
+        assert server.expect(p.Score).version == 2
+        running = call(session.is_running)
+        server.say(p.Finish(ok=True, best_version=2))
+        assert running.result(DEADLINE) is False
+        assert not [m for m in server.heard if isinstance(m, p.Score)]
+
+
+def test_the_first_site_publishes_the_initial_model(pump: str) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome(has_model=False)
+        assert running.result(DEADLINE) is True  # the script must be able to show its model
+        begun = call(session.begin, SPECS, {}, fill(4.5))
+        server.accept()
+        server.say(p.Task(kind="initial", round=0, rounds=2, version=0))
+        ready = server.expect(p.Ready)
+        assert (ready.round, ready.weight, ready.layout_hash) == (0, 1, layout_hash(LAYOUT))
+        assert same(server.pull(ready), 4.5)
+        server.say(p.Commit(version=0, included=True, participants=["north"]))
+        server.task("train", 1, server.publish(4.5))
+        assert begun.result(DEADLINE).kind == "train"
+
+
+def test_a_restarted_server_gets_everything_again(pump: str) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 1, server.publish(1))
+        running.result(DEADLINE)
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.accept()
+        begun.result(DEADLINE)
+        session.submit(fill(2), 3, {})
+        first = server.expect(p.Ready)
+
+        server.say(p.Rejoin())
+        server.expect(p.Join)
+        server.welcome()
+        server.accept()
+        again = server.expect(p.Ready)
+        assert again == first
+        assert same(server.pull(again), 2)
+
+
+def test_a_model_that_vanished_is_pulled_under_its_new_id(pump: str) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 1, uuid.uuid4().hex)  # nobody publishes this one
+        running.result(DEADLINE)
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.accept()
+        server.task("train", 1, server.publish(6))
+        assert same(begun.result(DEADLINE).tensors["head.weight"], 6)
+
+
+def test_a_refusal_reaches_the_script_with_the_servers_words(pump: str) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.say(p.Refused(code="unknown-site", message="no site 'north' here"))
+        with pytest.raises(RefusedError, match="no site 'north' here") as caught:
+            running.result(DEADLINE)
+        assert caught.value.code == "unknown-site"
+
+
+def test_a_layout_that_differs_is_a_layout_error(pump: str) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 1, server.publish(0))
+        running.result(DEADLINE)
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.expect(p.Declare)
+        server.say(p.Refused(code="layout", message="tensor 'x': north has F32 [2]"))
+        with pytest.raises(LayoutError, match=r"north has F32 \[2\]"):
+            begun.result(DEADLINE)
+
+
+def test_a_server_that_is_not_there_is_named_after_the_connect_timeout(pump: str) -> None:
+    probe = ServerLink("tcp://127.0.0.1:0")
+    address = probe.endpoint
+    probe.close()
+    session = Session(SiteSettings(server=address, site="north", connect_timeout=0.6))
+    try:
+        with pytest.raises(TransferTimeout, match=address):
+            session.is_running()
+    finally:
+        session.close()
+
+
+def test_a_server_that_falls_silent_is_given_up_after_the_idle_timeout(pump: str) -> None:
+    link = ServerLink("tcp://127.0.0.1:0")
+    server = Stage(link)
+    session = Session(SiteSettings(server=link.endpoint, site="north", idle_timeout=1.0))
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            running = pool.submit(session.is_running)
+            server.expect(p.Join)
+            server.welcome()
+            link.close()
+            with pytest.raises(TransferTimeout, match="silent for 1 s"):
+                running.result(DEADLINE)
+        finally:
+            session.close()
+
+
+def begun_round(server: Stage, session: Session, call: Callable[..., Future]) -> None:
+    running = call(session.is_running)
+    server.expect(p.Join)
+    server.welcome()
+    server.task("train", 1, server.publish(1))
+    running.result(DEADLINE)
+    begun = call(session.begin, SPECS, {}, fill(0))
+    server.accept()
+    begun.result(DEADLINE)
+
+
+@pytest.mark.parametrize("weight", [0, -1, 1 << 24, 2.5, True, "3"])
+def test_a_weight_out_of_range_is_refused(weight: object) -> None:
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        with pytest.raises(WeightError, match="from 1 to 16777215"):
+            session.submit(fill(0), weight, {})  # type: ignore[arg-type]
+
+
+def test_a_round_without_an_update_is_an_error_and_no_endless_loop() -> None:
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        with pytest.raises(ClosedError, match="no update was sent"):
+            session.is_running()
+
+
+def test_a_loop_that_never_takes_its_task_is_told_so() -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 1, server.publish(1))
+        assert running.result(DEADLINE) is True
+        with pytest.raises(ClosedError, match="without touching the task"):
+            session.is_running()
+
+
+def test_a_model_that_changes_between_rounds_is_named() -> None:
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        with pytest.raises(LayoutError, match="head.bias"):
+            session.begin([SPECS[0], ("head.bias", "F32", [51])], {}, fill(0))
+
+
+def test_submitting_outside_a_task_is_an_error() -> None:
+    with stage() as (_, session, _), pytest.raises(ClosedError, match="no task is at hand"):
+        session.submit(fill(0), 1, {})
+
+
+def test_a_site_that_ends_says_so() -> None:
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        session.close()
+        server.expect(p.Leave)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        ({}, "FEDCORE_SERVER and FEDCORE_SITE not set"),
+        ({"FEDCORE_SERVER": "tcp://h:1"}, "FEDCORE_SITE not set"),
+        ({"FEDCORE_SERVER": "http://h:1", "FEDCORE_SITE": "a"}, "expected tcp://HOST:PORT"),
+        ({"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "a/b"}, "site name 'a/b'"),
+        (
+            {"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "a", "FEDCORE_CONNECT_TIMEOUT": "soon"},
+            "FEDCORE_CONNECT_TIMEOUT",
+        ),
+        ({"FEDCORE_KIT": "nowhere"}, "cannot read nowhere"),
+    ],
+)
+def test_settings_that_are_wrong_say_what_to_set(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        SiteSettings.from_environment(environ)
+
+
+def test_a_kit_folder_names_server_and_site(tmp_path) -> None:
+    (tmp_path / "kit.toml").write_text('server = "tcp://h:1"\nsite = "north"\n')
+    found = SiteSettings.from_environment({"FEDCORE_KIT": str(tmp_path)})
+    assert (found.server, found.site) == ("tcp://h:1", "north")
+    (tmp_path / "kit.toml").write_text('server = "tcp://h:1"\nsight = "north"\n')
+    with pytest.raises(ConfigError, match="unknown key 'sight'"):
+        SiteSettings.from_environment({"FEDCORE_KIT": str(tmp_path)})
