@@ -1,0 +1,175 @@
+// Collector: pulls K published sets of one layout, chunk by chunk, and reduces them into one output.
+//
+// Owns the received frames that wait for their chunk to be complete, and the order in which chunks are asked
+// for. Invariants:
+//   - source k may have asked for chunk i only if i < next_to_reduce + window, so at most `window` chunks of each
+//     source are held or under way: that bounds the memory, and a source that is ahead waits for the others;
+//   - a chunk counts only if its source, set, index, length and checksum are right and it was asked for; what is
+//     not right never changes state;
+//   - chunk i is reduced when all K are there, always in source order, into the output and nowhere else.
+// Sans I/O: frames in, requests and events out, the clock is an argument. Not thread-safe: Exchange holds the lock;
+// progress counters may be read from any thread.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "layout.hpp"
+#include "mapped_file.hpp"
+#include "reducer.hpp"
+#include "wire.hpp"
+
+namespace fedcore {
+
+// A received body. Whoever holds the frame owns the message; it is released exactly once.
+class Frame {
+ public:
+  using Release = void (*)(void*);
+  Frame() = default;
+  Frame(const void* data, std::size_t size, void* owner, Release release) noexcept
+      : data_(static_cast<const std::uint8_t*>(data)), size_(size), owner_(owner), release_(release) {}
+  Frame(Frame&& other) noexcept { swap(other); }
+  Frame& operator=(Frame&& other) noexcept {
+    Frame(std::move(other)).swap(*this);
+    return *this;
+  }
+  ~Frame() {
+    if (release_ != nullptr) release_(owner_);
+  }
+
+  const std::uint8_t* data() const noexcept { return data_; }
+  std::size_t size() const noexcept { return size_; }
+  explicit operator bool() const noexcept { return release_ != nullptr; }
+
+  // Gives the message back to the caller of deliver, who still owns it.
+  void disown() noexcept { release_ = nullptr; }
+
+ private:
+  void swap(Frame& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(owner_, other.owner_);
+    std::swap(release_, other.release_);
+  }
+  const std::uint8_t* data_ = nullptr;
+  std::size_t size_ = 0;
+  void* owner_ = nullptr;
+  Release release_ = nullptr;
+};
+
+struct Source {
+  std::string peer;
+  wire::SetId set;
+  std::uint32_t weight;
+};
+
+// Where bytes lie in a file.
+struct Place {
+  std::shared_ptr<MappedFile> file;
+  std::uint64_t offset = 0;
+};
+
+struct CollectorOptions {
+  std::uint64_t budget_bytes;
+  std::int64_t stall_ms = 2000;
+  bool check_finite = true;
+};
+
+struct GetRequest {
+  std::size_t source;
+  std::uint64_t first;
+  std::uint32_t count;
+};
+
+struct CollectorEvent {
+  enum class Kind { kDone, kRejected, kStalled } kind;
+  std::size_t source = 0;
+  std::string code;
+  std::string message;
+};
+
+class Collector {
+ public:
+  static constexpr std::uint32_t kMaxRange = 16;
+  static constexpr int kMaxBadChunks = 3;
+
+  // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, or an output or base that is too small.
+  Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out, Place base,
+            CollectorOptions options);
+
+  std::uint64_t id() const noexcept { return id_; }
+  const std::vector<Source>& sources() const noexcept { return sources_; }
+  std::uint64_t window() const noexcept { return window_; }
+
+  // Which source a set from a peer is, if any.
+  std::optional<std::size_t> find(const std::string& peer, const wire::SetId& set) const noexcept;
+
+  // True if the frame was kept; otherwise the caller still owns it (and has seen it disowned).
+  bool on_chunk(std::size_t source, const wire::Header& header, Frame& frame, std::int64_t now_ms);
+  void on_refuse(std::size_t source, wire::Refusal reason);
+
+  // The next range to ask for, or nothing at present.
+  std::optional<GetRequest> next_request(std::int64_t now_ms);
+  // Asks silent sources again. Returns ms until the next check, or -1.
+  std::int64_t tick(std::int64_t now_ms);
+  // Asks for everything that is outstanding at a source again, perhaps under a new peer id.
+  void retry(std::size_t source, const std::optional<std::string>& peer);
+  void stop() noexcept;
+
+  std::vector<CollectorEvent> take_events() { return std::exchange(events_, {}); }
+  bool active() const noexcept { return state_ == State::kActive; }
+
+  // Any thread.
+  bool done() const noexcept { return done_.load(std::memory_order_acquire); }
+  std::uint64_t chunks_reduced() const noexcept { return reduced_.load(std::memory_order_relaxed); }
+  std::uint64_t chunk_count() const noexcept { return layout_->chunk_count(); }
+  std::uint64_t bytes_received() const noexcept { return bytes_.load(std::memory_order_relaxed); }
+  std::vector<std::uint64_t> chunks_received() const;
+
+ private:
+  enum class State { kActive, kDone, kFailed };
+
+  struct Pull {
+    std::uint64_t next = 0;              // first chunk that was never asked for
+    std::set<std::uint64_t> again;       // chunks to ask for again
+    std::vector<Frame> slots;            // chunk i waits in slot i % window
+    std::uint64_t held = 0;              // filled slots
+    int bad_in_a_row = 0;
+    std::int64_t heard_ms = 0;           // last chunk, or when something was first asked for
+    std::atomic<std::uint64_t> received{0};
+  };
+
+  std::uint64_t outstanding(const Pull& pull) const noexcept;
+  void ask_again(Pull& pull);
+  void reduce_ready();
+  bool reduce_one(std::uint64_t index);
+  void release_behind(std::uint64_t end);
+  void fail(std::size_t source, std::string code, std::string message);
+
+  const std::uint64_t id_;
+  const std::shared_ptr<const Layout> layout_;
+  std::vector<Source> sources_;
+  Reducer reducer_;
+  const Place out_;
+  const Place base_;
+  const CollectorOptions options_;
+  std::uint64_t window_ = 1;
+  std::vector<std::unique_ptr<Pull>> pulls_;
+  std::vector<const std::uint8_t*> inputs_;
+  std::uint64_t next_ = 0;      // next chunk to reduce
+  std::uint64_t released_ = 0;  // flat bytes whose pages were given back
+  std::size_t turn_ = 0;        // whose request comes next
+  State state_ = State::kActive;
+  std::vector<CollectorEvent> events_;
+  std::atomic<bool> done_{false};
+  std::atomic<std::uint64_t> reduced_{0};
+  std::atomic<std::uint64_t> bytes_{0};
+};
+
+}  // namespace fedcore

@@ -1,0 +1,318 @@
+#include "exchange.hpp"
+
+#include <algorithm>
+
+#include "error.hpp"
+
+namespace fedcore {
+namespace {
+
+Exchange* self(void* pointer) { return static_cast<Exchange*>(pointer); }
+
+// The pump can't be thrown at. What can fail below is memory alone, and a lost frame is asked for again.
+int sink_deliver(void* pointer, std::int64_t now_ms, const void* peer, std::size_t peer_len, const void* header,
+                 std::size_t header_len, const void* body, std::size_t body_len, void* owner,
+                 void (*release)(void*)) {
+  Frame frame(body, body_len, owner, release);
+  try {
+    const int verdict = self(pointer)->deliver(now_ms, {static_cast<const char*>(peer), peer_len}, header, header_len,
+                                               frame);
+    if (verdict != FC_TAKEN) frame.disown();
+    return verdict;
+  } catch (const std::exception&) {
+    frame.disown();
+    return FC_DROP;
+  }
+}
+
+void sink_out_done(void* owner) { delete static_cast<std::shared_ptr<MappedFile>*>(owner); }
+
+std::int64_t sink_tick(void* pointer, std::int64_t now_ms) { return self(pointer)->tick(now_ms); }
+
+int sink_has_event(void* pointer) { return self(pointer)->has_event() ? 1 : 0; }
+
+}  // namespace
+
+Exchange::Exchange() {
+  sink_.self = this;
+  sink_.deliver = sink_deliver;
+  sink_.next_out = [](void* pointer, std::int64_t now_ms, FcOut* out) -> int {
+    auto* exchange = self(pointer);
+    auto frame = exchange->next_out(now_ms);
+    if (!frame) return 0;
+    exchange->sending_ = std::move(*frame);  // touched by the pump thread only
+    const OutFrame& kept = exchange->sending_;
+    out->peer = reinterpret_cast<const std::uint8_t*>(kept.peer.data());
+    out->peer_len = kept.peer.size();
+    out->header = kept.header.data();
+    out->body = kept.body;
+    out->body_len = kept.body_size;
+    out->owner = kept.keep ? new std::shared_ptr<MappedFile>(kept.keep) : nullptr;
+    return 1;
+  };
+  sink_.out_done = sink_out_done;
+  sink_.tick = sink_tick;
+  sink_.has_event = sink_has_event;
+}
+
+void Exchange::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
+                       std::uint64_t length, std::uint64_t chunk_bytes) {
+  const std::lock_guard lock(mutex_);
+  publisher_.publish(id, std::move(file), offset, length, chunk_bytes);
+}
+
+void Exchange::withdraw(const wire::SetId& id) {
+  const std::lock_guard lock(mutex_);
+  publisher_.withdraw(id);
+}
+
+std::vector<wire::SetId> Exchange::published() const {
+  const std::lock_guard lock(mutex_);
+  return publisher_.published();
+}
+
+void Exchange::start(std::shared_ptr<Collector> collector) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& running : collectors_) {
+    if (running == collector) throw Error(Errc::kProtocol, "this collector was started already");
+  }
+  collectors_.push_back(std::move(collector));
+}
+
+void Exchange::cancel(std::uint64_t collector_id) {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(collectors_, [&](const auto& collector) {
+    if (collector->id() != collector_id) return false;
+    collector->stop();
+    return true;
+  });
+}
+
+void Exchange::retry(std::uint64_t collector_id, std::size_t source, const std::optional<std::string>& peer) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& collector : collectors_) {
+    if (collector->id() == collector_id) collector->retry(source, peer);
+  }
+}
+
+int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const void* header_data,
+                      std::size_t header_size, Frame& body) {
+  const std::lock_guard lock(mutex_);
+  ++stats_.frames_in;
+  stats_.bytes_in += header_size + body.size();
+  wire::Header header;
+  if (const char* why = wire::parse(header_data, header_size, body.size(), header)) return malformed(peer_view, why);
+  const std::string peer(peer_view);
+  heard_[peer] = now_ms;
+  switch (header.kind) {
+    case wire::Kind::kGet:
+      return on_get(peer, header);
+    case wire::Kind::kChunk:
+      return on_chunk(peer, header, body, now_ms);
+    case wire::Kind::kRefuse:
+      return on_refuse(peer, header);
+    case wire::Kind::kPing: {
+      wire::Header pong;
+      pong.kind = wire::Kind::kPong;
+      push(peer, pong);
+      return FC_DONE;
+    }
+    case wire::Kind::kPong:
+      return FC_DONE;
+    case wire::Kind::kControl:
+      if (crc32c(body.data(), body.size()) != header.body_crc) {
+        return malformed(peer_view, "a control message's checksum does not match");
+      }
+      return FC_FORWARD;
+  }
+  return FC_DROP;
+}
+
+int Exchange::malformed(std::string_view peer, const char* why) {
+  ++stats_.dropped;
+  if (malformed_waiting_ < kMaxMalformedEvents) {
+    ++malformed_waiting_;
+    events_.push_back({Event::Kind::kMalformed, 0, 0, std::string(peer), why});
+    unsignalled_ = true;
+  }
+  return FC_DROP;
+}
+
+void Exchange::push(const std::string& peer, const wire::Header& header) {
+  small_.push_back({peer, wire::encode(header), nullptr, nullptr, 0});
+}
+
+int Exchange::on_get(const std::string& peer, const wire::Header& header) {
+  auto refusal = publisher_.check(header.set, header.index, header.count);
+  std::deque<Request>& waiting = requests_[peer];
+  if (!refusal && waiting.size() >= kMaxRequestsPerPeer) refusal = wire::Refusal::kBusy;
+  if (refusal) {
+    wire::Header reply;
+    reply.kind = wire::Kind::kRefuse;
+    reply.set = header.set;
+    reply.index = header.index;
+    reply.count = static_cast<std::uint32_t>(*refusal);
+    push(peer, reply);
+    if (waiting.empty()) requests_.erase(peer);
+    return FC_DONE;
+  }
+  if (waiting.empty()) turns_.push_back(peer);
+  waiting.push_back({header.set, header.index, header.index + header.count});
+  return FC_DONE;
+}
+
+int Exchange::on_chunk(const std::string& peer, const wire::Header& header, Frame& body, std::int64_t now_ms) {
+  for (const auto& collector : collectors_) {
+    if (const auto source = collector->find(peer, header.set)) {
+      const bool kept = collector->on_chunk(*source, header, body, now_ms);
+      collect_events(*collector);
+      return kept ? FC_TAKEN : FC_DONE;
+    }
+  }
+  return FC_DONE;  // of a collection that has ended
+}
+
+int Exchange::on_refuse(const std::string& peer, const wire::Header& header) {
+  for (const auto& collector : collectors_) {
+    if (const auto source = collector->find(peer, header.set)) {
+      // A busy peer is asked again by the stall timer.
+      if (static_cast<wire::Refusal>(header.count) != wire::Refusal::kBusy) {
+        collector->on_refuse(*source, static_cast<wire::Refusal>(header.count));
+        collect_events(*collector);
+      }
+      break;
+    }
+  }
+  return FC_DONE;
+}
+
+void Exchange::collect_events(Collector& collector) {
+  for (CollectorEvent& event : collector.take_events()) {
+    const auto kind = event.kind == CollectorEvent::Kind::kDone       ? Event::Kind::kDone
+                      : event.kind == CollectorEvent::Kind::kRejected ? Event::Kind::kRejected
+                                                                      : Event::Kind::kStalled;
+    events_.push_back({kind, collector.id(), event.source, std::move(event.code), std::move(event.message)});
+    unsignalled_ = true;
+  }
+}
+
+std::optional<OutFrame> Exchange::next_out(std::int64_t now_ms) {
+  const std::lock_guard lock(mutex_);
+  std::optional<OutFrame> out;
+  if (!small_.empty()) {
+    out = std::move(small_.front());
+    small_.pop_front();
+  }
+  for (auto collector = collectors_.begin(); !out && collector != collectors_.end(); ++collector) {
+    if (const auto request = (*collector)->next_request(now_ms)) {
+      const Source& source = (*collector)->sources()[request->source];
+      wire::Header header;
+      header.kind = wire::Kind::kGet;
+      header.set = source.set;
+      header.index = request->first;
+      header.count = request->count;
+      out = OutFrame{source.peer, wire::encode(header), nullptr, nullptr, 0};
+    }
+  }
+  if (!out) out = next_chunk();
+  if (out) {
+    ++stats_.frames_out;
+    stats_.bytes_out += wire::kHeaderBytes + out->body_size;
+  }
+  return out;
+}
+
+std::optional<OutFrame> Exchange::next_chunk() {
+  while (!turns_.empty()) {
+    const std::string peer = std::move(turns_.front());
+    turns_.pop_front();
+    const auto waiting = requests_.find(peer);
+    if (waiting == requests_.end()) continue;
+    Request& request = waiting->second.front();
+    const wire::SetId set = request.set;
+    const std::uint64_t index = request.next++;
+    if (request.next == request.end) waiting->second.pop_front();
+    if (waiting->second.empty()) {
+      requests_.erase(waiting);
+    } else {
+      turns_.push_back(peer);
+    }
+    if (const auto chunk = publisher_.chunk(set, index)) {
+      wire::Header header;
+      header.kind = wire::Kind::kChunk;
+      header.set = set;
+      header.index = index;
+      header.length = chunk->size;
+      header.body_crc = chunk->crc;
+      return OutFrame{peer, wire::encode(header), chunk->file, chunk->data, chunk->size};
+    }
+    wire::Header gone;
+    gone.kind = wire::Kind::kRefuse;
+    gone.set = set;
+    gone.index = index;
+    gone.count = static_cast<std::uint32_t>(wire::Refusal::kUnknownSet);
+    return OutFrame{peer, wire::encode(gone), nullptr, nullptr, 0};
+  }
+  return std::nullopt;
+}
+
+std::int64_t Exchange::tick(std::int64_t now_ms) {
+  const std::lock_guard lock(mutex_);
+  std::int64_t wait = -1;
+  const auto sooner = [&wait](std::int64_t ms) {
+    if (ms >= 0) wait = wait < 0 ? ms : std::min(wait, ms);
+  };
+  if (interval_ms_ > 0) {
+    if (now_ms >= next_ping_ms_) {
+      push("", wire::Header{});
+      next_ping_ms_ = now_ms + interval_ms_;
+    }
+    sooner(next_ping_ms_ - now_ms);
+  }
+  for (const auto& collector : collectors_) {
+    sooner(collector->tick(now_ms));
+    collect_events(*collector);
+  }
+  return wait;
+}
+
+std::optional<Event> Exchange::next_event() {
+  const std::lock_guard lock(mutex_);
+  unsignalled_ = false;
+  if (events_.empty()) return std::nullopt;
+  Event event = std::move(events_.front());
+  events_.pop_front();
+  if (event.kind == Event::Kind::kMalformed) --malformed_waiting_;
+  return event;
+}
+
+bool Exchange::has_event() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(unsignalled_, false);
+}
+
+void Exchange::heartbeat(std::int64_t interval_ms) {
+  const std::lock_guard lock(mutex_);
+  interval_ms_ = interval_ms;
+}
+
+std::optional<std::int64_t> Exchange::last_heard(const std::string& peer) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = heard_.find(peer);
+  if (found == heard_.end()) return std::nullopt;
+  return found->second;
+}
+
+void Exchange::forget(const std::string& peer) {
+  const std::lock_guard lock(mutex_);
+  heard_.erase(peer);
+  requests_.erase(peer);
+  std::erase(turns_, peer);
+}
+
+ExchangeStats Exchange::stats() const {
+  const std::lock_guard lock(mutex_);
+  return stats_;
+}
+
+}  // namespace fedcore

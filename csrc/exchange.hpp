@@ -1,0 +1,110 @@
+// Exchange: the data plane of one process. Routes frames between the publisher and the collectors.
+//
+// Owns the published sets, the running collectors, the queue of frames to send and what is known of each peer's
+// last sign of life. Sans I/O: a pump (see sink.h) or a test delivers frames, asks for frames to send, and runs
+// the timers; the clock is an argument. All methods are thread-safe (one mutex, held for at most one chunk's
+// reduction). Events wait until Python fetches them.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "collector.hpp"
+#include "publisher.hpp"
+#include "sink.h"
+#include "wire.hpp"
+
+namespace fedcore {
+
+struct Event {
+  enum class Kind { kDone, kRejected, kStalled, kMalformed } kind;
+  std::uint64_t collector = 0;
+  std::size_t source = 0;
+  std::string code;     // of a rejection; the peer of a malformed frame
+  std::string message;
+};
+
+struct OutFrame {
+  std::string peer;
+  wire::Bytes header;
+  std::shared_ptr<MappedFile> keep;
+  const std::uint8_t* body = nullptr;
+  std::size_t body_size = 0;
+};
+
+struct ExchangeStats {
+  std::uint64_t bytes_in = 0, bytes_out = 0, frames_in = 0, frames_out = 0, dropped = 0;
+};
+
+class Exchange {
+ public:
+  // Requests of one peer that wait to be served; beyond it they are refused as busy.
+  static constexpr std::size_t kMaxRequestsPerPeer = 1024;
+  // Malformed-frame events kept for Python; beyond it they are only counted.
+  static constexpr std::size_t kMaxMalformedEvents = 64;
+
+  Exchange();
+
+  void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset, std::uint64_t length,
+               std::uint64_t chunk_bytes);
+  void withdraw(const wire::SetId& id);
+  std::vector<wire::SetId> published() const;
+
+  void start(std::shared_ptr<Collector> collector);
+  void cancel(std::uint64_t collector_id);
+  void retry(std::uint64_t collector_id, std::size_t source, const std::optional<std::string>& peer);
+
+  // Returns an FC_ verdict. With FC_TAKEN the frame was moved from; otherwise the caller still owns its message.
+  int deliver(std::int64_t now_ms, std::string_view peer, const void* header, std::size_t header_size, Frame& body);
+  std::optional<OutFrame> next_out(std::int64_t now_ms);
+  std::int64_t tick(std::int64_t now_ms);
+  std::optional<Event> next_event();
+  // True once for every batch of new events.
+  bool has_event();
+
+  void heartbeat(std::int64_t interval_ms);
+  std::optional<std::int64_t> last_heard(const std::string& peer) const;
+  void forget(const std::string& peer);
+  ExchangeStats stats() const;
+
+  const FcSink* sink() const noexcept { return &sink_; }
+
+ private:
+  struct Request {
+    wire::SetId set;
+    std::uint64_t next;
+    std::uint64_t end;
+  };
+
+  int on_get(const std::string& peer, const wire::Header& header);
+  int on_chunk(const std::string& peer, const wire::Header& header, Frame& body, std::int64_t now_ms);
+  int on_refuse(const std::string& peer, const wire::Header& header);
+  int malformed(std::string_view peer, const char* why);
+  void push(const std::string& peer, const wire::Header& header);
+  void collect_events(Collector& collector);
+  std::optional<OutFrame> next_chunk();
+
+  mutable std::mutex mutex_;
+  Publisher publisher_;
+  std::vector<std::shared_ptr<Collector>> collectors_;
+  std::deque<OutFrame> small_;                                     // frames without a body
+  std::unordered_map<std::string, std::deque<Request>> requests_;  // GETs to serve, by peer
+  std::deque<std::string> turns_;                                  // peers with requests, round robin
+  std::unordered_map<std::string, std::int64_t> heard_;
+  std::deque<Event> events_;
+  bool unsignalled_ = false;
+  std::size_t malformed_waiting_ = 0;
+  std::int64_t interval_ms_ = 0;
+  std::int64_t next_ping_ms_ = 0;
+  ExchangeStats stats_;
+  OutFrame sending_;  // keeps peer and header alive for the pump until the next call
+  FcSink sink_;
+};
+
+}  // namespace fedcore

@@ -1,0 +1,181 @@
+#include "kernels.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "error.hpp"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define FEDCORE_TABLE(level) \
+  { #level, level::mean_f64, level::mean_f32, level::mean_f16, level::mean_bf16 }
+
+namespace fedcore::kernels {
+namespace {
+
+// Elements per pass: the sums of a block stay in the first-level cache while the inputs stream by.
+constexpr std::size_t kBlock = 1024;
+
+// What arrives in a frame has no alignment.
+typedef std::uint16_t UnalignedU16 __attribute__((aligned(1), may_alias));
+typedef std::uint32_t UnalignedU32 __attribute__((aligned(1), may_alias));
+typedef std::uint64_t UnalignedU64 __attribute__((aligned(1), may_alias));
+
+namespace baseline {
+#define FEDCORE_F16C 0
+#include "kernels.inl"
+#undef FEDCORE_F16C
+}  // namespace baseline
+
+#if defined(__x86_64__)
+
+#define FEDCORE_F16C 1
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace avx2 {
+#include "kernels.inl"
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#include "kernels.inl"
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#undef FEDCORE_F16C
+
+constexpr Table kTables[] = {FEDCORE_TABLE(baseline), FEDCORE_TABLE(avx2), FEDCORE_TABLE(avx512)};
+
+bool runs_here(std::string_view level) {
+  if (level == "baseline") return true;
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (level == "avx2") return has_avx2;
+  return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+
+#else
+
+constexpr Table kTables[] = {FEDCORE_TABLE(baseline)};
+
+bool runs_here(std::string_view) { return true; }
+
+#endif
+
+const Table& find(std::string_view level) {
+  std::string known;
+  for (const Table& table : kTables) {
+    if (level == table.name) {
+      if (!runs_here(level)) throw Error(Errc::kConfig, "this CPU can't run the '" + std::string(level) + "' kernels");
+      return table;
+    }
+    known += (known.empty() ? "" : ", ") + std::string(table.name);
+  }
+  throw Error(Errc::kConfig, "no kernels for '" + std::string(level) + "'; expected one of " + known);
+}
+
+std::atomic<const Table*> chosen{nullptr};
+
+const Table& choose() {
+  if (const char* forced = std::getenv("FEDCORE_SIMD"); forced != nullptr && *forced != '\0') {
+    try {
+      return find(forced);
+    } catch (const Error& error) {
+      throw Error(Errc::kConfig, std::string("FEDCORE_SIMD: ") + error.what());
+    }
+  }
+  const Table* best = &kTables[0];
+  for (const Table& table : kTables) {
+    if (runs_here(table.name)) best = &table;
+  }
+  return *best;
+}
+
+template <typename Word>
+std::int64_t find_exponent(const void* data, std::uint64_t nbytes, Word exponent) noexcept {
+  const auto* bytes = static_cast<const std::uint8_t*>(data);
+  const std::uint64_t count = nbytes / sizeof(Word);
+  for (std::uint64_t i = 0; i < count; ++i) {
+    Word word;
+    std::memcpy(&word, bytes + i * sizeof(Word), sizeof(Word));
+    if ((word & exponent) == exponent) return static_cast<std::int64_t>(i);
+  }
+  return -1;
+}
+
+}  // namespace
+
+const Table& active() {
+  const Table* table = chosen.load(std::memory_order_acquire);
+  if (table == nullptr) {
+    table = &choose();
+    chosen.store(table, std::memory_order_release);
+  }
+  return *table;
+}
+
+void select(std::string_view level) { chosen.store(&find(level), std::memory_order_release); }
+
+std::vector<std::string> available() {
+  std::vector<std::string> names;
+  for (const Table& table : kTables) {
+    if (runs_here(table.name)) names.emplace_back(table.name);
+  }
+  return names;
+}
+
+bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k, double total,
+          const void* base, void* out, std::uint64_t nbytes) {
+  const Table& table = active();
+  const std::size_t count = nbytes / item_size(dtype);
+  switch (dtype) {
+    case Dtype::kF64:
+      return table.f64(inputs, weights, k, total, out, count);
+    case Dtype::kF32:
+      return table.f32(inputs, weights, k, total, out, count);
+    case Dtype::kF16:
+      return table.f16(inputs, weights, k, total, out, count);
+    case Dtype::kBF16:
+      return table.bf16(inputs, weights, k, total, out, count);
+    default:
+      std::memcpy(out, base != nullptr ? base : inputs[0], nbytes);
+      return true;
+  }
+}
+
+std::int64_t find_non_finite(Dtype dtype, const void* data, std::uint64_t nbytes) noexcept {
+  switch (dtype) {
+    case Dtype::kF64:
+      return find_exponent<std::uint64_t>(data, nbytes, 0x7FF0000000000000u);
+    case Dtype::kF32:
+      return find_exponent<std::uint32_t>(data, nbytes, 0x7F800000u);
+    case Dtype::kF16:
+      return find_exponent<std::uint16_t>(data, nbytes, 0x7C00u);
+    case Dtype::kBF16:
+      return find_exponent<std::uint16_t>(data, nbytes, 0x7F80u);
+    default:
+      return -1;
+  }
+}
+
+}  // namespace fedcore::kernels

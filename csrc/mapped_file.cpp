@@ -1,0 +1,106 @@
+#include "mapped_file.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "error.hpp"
+
+namespace fedcore {
+namespace {
+
+[[noreturn]] void fail(const std::string& what, const std::string& path, int code) {
+  throw Error(Errc::kStorage, what + " " + path + ": " + std::strerror(code));
+}
+
+// Reserves the space on the device. Where the platform can't, the size is only set.
+int reserve(int fd, std::uint64_t size) noexcept {
+#if defined(__linux__) || defined(__FreeBSD__)
+  return posix_fallocate(fd, 0, static_cast<off_t>(size));
+#else
+  return ftruncate(fd, static_cast<off_t>(size)) == 0 ? 0 : errno;
+#endif
+}
+
+std::uint64_t page_size() noexcept {
+  static const std::uint64_t size = static_cast<std::uint64_t>(sysconf(_SC_PAGESIZE));
+  return size;
+}
+
+}  // namespace
+
+MappedFile::MappedFile(std::string path, int fd, std::uint64_t size, bool writable)
+    : path_(std::move(path)), fd_(fd), size_(size), writable_(writable) {
+  const int protection = writable ? PROT_READ | PROT_WRITE : PROT_READ;
+  const int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
+  void* memory = mmap(nullptr, size, protection, flags, fd, 0);
+  if (memory == MAP_FAILED) {
+    const int code = errno;
+    if (fd >= 0) ::close(fd);
+    fail("cannot map", path_.empty() ? std::to_string(size) + " bytes of memory" : path_, code);
+  }
+  data_ = static_cast<std::uint8_t*>(memory);
+}
+
+MappedFile::~MappedFile() {
+  munmap(data_, size_);
+  if (fd_ >= 0) ::close(fd_);
+}
+
+std::shared_ptr<MappedFile> MappedFile::create(const std::string& path, std::uint64_t size) {
+  if (size == 0) throw Error(Errc::kStorage, "cannot create " + path + ": a mapped file can't be empty");
+  const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  if (fd < 0) fail("cannot create", path, errno);
+  const int code = reserve(fd, size);
+  if (code != 0) {
+    ::close(fd);
+    ::unlink(path.c_str());
+    fail("cannot reserve " + std::to_string(size) + " bytes for", path, code);
+  }
+  return std::shared_ptr<MappedFile>(new MappedFile(path, fd, size, true));
+}
+
+std::shared_ptr<MappedFile> MappedFile::open(const std::string& path, bool writable) {
+  const int fd = ::open(path.c_str(), (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC);
+  if (fd < 0) fail("cannot open", path, errno);
+  struct stat info {};
+  if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size == 0) {
+    const int code = S_ISDIR(info.st_mode) ? EISDIR : EINVAL;
+    ::close(fd);
+    fail("cannot map (not a regular file with content)", path, code);
+  }
+  return std::shared_ptr<MappedFile>(new MappedFile(path, fd, static_cast<std::uint64_t>(info.st_size), writable));
+}
+
+std::shared_ptr<MappedFile> MappedFile::anonymous(std::uint64_t size) {
+  if (size == 0) throw Error(Errc::kStorage, "cannot map 0 bytes of memory");
+  return std::shared_ptr<MappedFile>(new MappedFile("", -1, size, true));
+}
+
+void MappedFile::check_range(std::uint64_t offset, std::uint64_t length) const {
+  if (offset > size_ || length > size_ - offset) {
+    throw Error(Errc::kStorage, "bytes " + std::to_string(offset) + " to " + std::to_string(offset + length) +
+                                    " lie outside " + (path_.empty() ? "the memory" : path_) + " of " +
+                                    std::to_string(size_) + " bytes");
+  }
+}
+
+void MappedFile::release(std::uint64_t offset, std::uint64_t length) noexcept {
+  if (fd_ < 0 || offset > size_ || length > size_ - offset) return;
+  const std::uint64_t page = page_size();
+  const std::uint64_t from = (offset + page - 1) / page * page;
+  const std::uint64_t to = (offset + length) / page * page;
+  if (from < to) madvise(data_ + from, to - from, MADV_DONTNEED);
+}
+
+void MappedFile::sync() {
+  if (fd_ < 0) return;
+  if (msync(data_, size_, MS_SYNC) != 0) fail("cannot write back", path_, errno);
+  if (fsync(fd_) != 0) fail("cannot synchronise", path_, errno);
+}
+
+}  // namespace fedcore
