@@ -386,7 +386,7 @@ void bind_exchange(py::module_& m) {
           })
       .def("capsule", [](const Exchange& e) {
             return py::capsule(static_cast<const void*>(e.sink()), FC_SINK_CAPSULE);
-          }, py::keep_alive<0, 1>(), "The sink for fedcore._pump.");
+          }, "The sink for fedcore._pump; the exchange must outlive its use.");
 }
 
 }  // namespace

@@ -220,7 +220,7 @@ def test_the_server_hears_a_site_whose_interpreter_is_busy() -> None:
     server = ServerLink("tcp://127.0.0.1:0")
     peer = uuid.uuid4().bytes
     env = {**os.environ, "FEDCORE_PUMP": "compiled"}
-    child = subprocess.Popen([sys.executable, "-c", program, server.endpoint, peer.hex()], env=env)
+    child = subprocess.Popen([sys.executable, "-P", "-c", program, server.endpoint, peer.hex()], env=env)
     try:
         wait(server, lambda m: isinstance(m, Control) and b"before" in m.body)
         begun = now_ms()
@@ -262,7 +262,7 @@ def test_a_process_with_an_open_link_exits(pump: str) -> None:
         "print('leaving', flush=True)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-P", "-c", program],
         capture_output=True,
         text=True,
         timeout=DEADLINE,

@@ -1,0 +1,297 @@
+"""The run file: one TOML file that says everything about a run.
+
+Every error names the file, the key, what was expected and what came; all of them are listed at once.
+Relative paths in a run file are relative to the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+from .protocol import SITE_NAME
+
+__all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
+
+_SECONDS: Final = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_BYTES: Final = {
+    "B": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+}
+_MIN_MEMORY: Final = 16 << 20
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds in a text such as ``"500ms"``, ``"30s"``, ``"5min"`` or ``"2h"``.
+
+    Raises:
+        ValueError: the text is no such duration, or it is not positive.
+    """
+    return _quantity(text, _SECONDS, "a duration such as '500ms', '30s', '5min' or '2h'")
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes in a text such as ``"64KiB"``, ``"256MiB"`` or ``"2GB"``.
+
+    Raises:
+        ValueError: the text is no such size, or it is not positive.
+    """
+    return int(_quantity(text, _BYTES, "a size such as '64KiB', '256MiB' or '2GiB'"))
+
+
+def _quantity(text: object, units: Mapping[str, float], expected: str) -> float:
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+        if isinstance(text, str)
+        else None
+    )
+    if match is None or match[2] not in units or float(match[1]) == 0:
+        raise ValueError(f"expected {expected}, got {text!r}")
+    return float(match[1]) * units[match[2]]
+
+
+def _duration(value: object) -> float:
+    return _quantity(value, _SECONDS, "a duration such as '500ms', '30s', '5min' or '2h'")
+
+
+def _size(value: object) -> int:
+    return int(_quantity(value, _BYTES, "a size such as '64KiB', '256MiB' or '2GiB'"))
+
+
+Duration = Annotated[float, BeforeValidator(_duration)]
+Size = Annotated[int, BeforeValidator(_size)]
+Name = Annotated[str, Field(pattern=SITE_NAME)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class RunSection(_Section):
+    """``[run]``: name, rounds, seed, and the folder that run folders lie in."""
+
+    name: Name
+    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    dir: str = "runs"
+
+
+class ModelSection(_Section):
+    """``[model]``: the initial model, a safetensors file or a folder with one; absent: the first site's."""
+
+    initial: str | None = None
+
+
+class ParticipantsSection(_Section):
+    """``[participants]``: who takes part (``sites`` by name or any ``count``) and when a round may close."""
+
+    sites: list[Name] | None = None
+    count: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    min_results: Annotated[int, Field(ge=1)] | None = None
+    round_deadline: Duration = 3600.0
+    idle_timeout: Duration = 3.0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ParticipantsSection:
+        if (self.sites is None) == (self.count is None):
+            raise ValueError("give either sites = [names] or count = NUMBER")
+        if self.sites is not None and (not self.sites or len(set(self.sites)) != len(self.sites)):
+            raise ValueError("sites: expected at least one name, each once")
+        if self.min_results is not None and self.min_results > self.expected:
+            raise ValueError(
+                f"min_results is {self.min_results}, but there are only {self.expected} sites"
+            )
+        return self
+
+    @property
+    def expected(self) -> int:
+        """How many sites take part when all are there."""
+        return len(self.sites) if self.sites is not None else (self.count or 0)
+
+    @property
+    def quorum(self) -> int:
+        """How many valid updates a round needs."""
+        return self.min_results if self.min_results is not None else self.expected
+
+
+class AggregationSection(_Section):
+    """``[aggregation]``: the rule."""
+
+    rule: Literal["mean"] = "mean"
+
+
+class SelectionSection(_Section):
+    """``[selection]``: which validation metric picks the best model, and whether less or more is better."""
+
+    metric: str | None = None
+    mode: Literal["min", "max"] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SelectionSection:
+        if (self.metric is None) != (self.mode is None):
+            raise ValueError("metric and mode ('min' or 'max') go together")
+        return self
+
+
+class ServerSection(_Section):
+    """``[server]``: where to listen, and the memory budget for chunks."""
+
+    listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:(\d{1,5}|\*)$")] = "tcp://127.0.0.1:7733"
+    memory: Size = 256 << 20
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServerSection:
+        if self.memory < _MIN_MEMORY:
+            raise ValueError("memory: expected at least 16MiB")
+        return self
+
+
+class SimulatedSite(_Section):
+    """``[simulate.site.NAME]``: arguments and environment of one site, after the common ones."""
+
+    args: list[str] = []
+    env: dict[str, str] = {}
+
+
+class SimulateSection(_Section):
+    """``[simulate]``: what ``fedcore simulate`` starts for each site."""
+
+    script: str | None = None
+    args: list[str] = []
+    env: dict[str, str] = {}
+    site: dict[Name, SimulatedSite] = {}
+
+
+class RunConfig(_Section):
+    """A whole run file."""
+
+    run: RunSection
+    model: ModelSection = ModelSection()
+    participants: ParticipantsSection
+    aggregation: AggregationSection = AggregationSection()
+    selection: SelectionSection = SelectionSection()
+    server: ServerSection = ServerSection()
+    simulate: SimulateSection = SimulateSection()
+    folder: Path = Path()
+
+    @property
+    def run_folder(self) -> Path:
+        """The folder that this run writes: ``[run] dir`` / ``[run] name``."""
+        return self.folder / self.run.dir / self.run.name
+
+    @property
+    def initial_path(self) -> Path | None:
+        """The initial model's file or folder, or None."""
+        return None if self.model.initial is None else self.folder / self.model.initial
+
+    @property
+    def site_names(self) -> list[str]:
+        """The sites' names; with ``count``, ``site-1`` and so on, as a simulation names them."""
+        if self.participants.sites is not None:
+            return list(self.participants.sites)
+        return [f"site-{i + 1}" for i in range(self.participants.expected)]
+
+
+def load_run_file(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read and check a run file.
+
+    Args:
+        path: the TOML file.
+        overrides: ``section.key=value`` texts that win over the file; the value is TOML, or a bare text.
+
+    Raises:
+        ConfigError: lists everything that is wrong.
+    """
+    path = Path(path)
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply(values, override)
+    return parse_run(values, folder=path.parent, source=str(path))
+
+
+def parse_run(
+    values: Mapping[str, Any], *, folder: Path = Path(), source: str = "run file"
+) -> RunConfig:
+    """Check the values of a run file; ``source`` names them in errors."""
+    if "folder" in values:
+        raise ConfigError(f"{source}: unknown key 'folder'")
+    try:
+        return RunConfig.model_validate({**values, "folder": folder})
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        lines = [
+            _explain(item["loc"], item["type"], item["msg"], item.get("input")) for item in found
+        ]
+        raise ConfigError(f"{source}: " + f"\n{source}: ".join(lines)) from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, found, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not found or len(parts) < 2 or not all(parts):
+        raise ConfigError(
+            f"override {override!r}: expected section.key=value, such as run.rounds=3"
+        )
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = values
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"override {override!r}: {part} is not a section")
+    table[parts[-1]] = value
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
+    key = ".".join(str(part) for part in loc)
+    if kind == "extra_forbidden":
+        known = _known_keys(loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
+        return f"unknown key {key!r}{hint}"
+    if kind == "missing":
+        return f"{key}: missing; it must be given"
+    text = message.removeprefix("Value error, ")
+    if kind == "string_pattern_mismatch" and key.endswith("listen"):
+        text = "expected an address such as 'tcp://0.0.0.0:7733'"
+    elif kind == "string_pattern_mismatch":
+        text = "expected 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+    text = text.replace("Input should be", "expected")
+    got = "" if "got " in text or isinstance(value, dict | BaseModel) else f", got {value!r}"
+    return f"{key}: {text}{got}" if key else text
+
+
+def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in loc:
+        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
+            model = model.model_fields[str(part)].annotation
+        else:
+            arguments = typing.get_args(model)
+            model = arguments[-1] if arguments else None
+        if isinstance(model, types.UnionType):
+            model = typing.get_args(model)[0]
+    if isinstance(model, type) and issubclass(model, BaseModel):
+        return [name for name in model.model_fields if name != "folder"]
+    return []

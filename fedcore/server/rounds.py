@@ -1,0 +1,385 @@
+"""The round state machine: what the server does next, decided without sockets, files or a clock.
+
+`Rounds` is told what happened (a site joined, published, vanished; chunks were reduced; time passed) and answers
+with actions for the process around it. The same calls with the same times give the same answers, so that any
+fault can be replayed exactly in a test.
+
+How a round closes: when every expected site has delivered, was taken out, or is gone, and at least ``quorum``
+have delivered; at the deadline, when at least ``quorum`` have. A site that never joined is waited for until the
+deadline. With fewer than ``quorum`` at the deadline the run is given up; what was committed stays.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .participation import Delivery, Member, Roster, SiteState
+
+__all__ = [
+    "Action",
+    "CancelCollect",
+    "Commit",
+    "EndRun",
+    "Participant",
+    "Phase",
+    "Rounds",
+    "SendDropped",
+    "SendTask",
+    "StartCollect",
+]
+
+
+class Phase(enum.StrEnum):
+    """Where the run stands."""
+
+    WAITING = "waiting"
+    INITIAL = "initial"
+    TRAINING = "training"
+    AGGREGATING = "aggregating"
+    EVALUATING = "evaluating"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A site whose update a round's aggregate holds."""
+
+    site: str
+    set_id: str
+    weight: int
+
+
+@dataclass(frozen=True)
+class SendTask:
+    """Give a site its task."""
+
+    site: str
+    kind: Literal["initial", "train", "evaluate"]
+    round: int
+
+
+@dataclass(frozen=True)
+class SendDropped:
+    """Tell a site that its update does not count."""
+
+    site: str
+    round: int
+    message: str
+
+
+@dataclass(frozen=True)
+class StartCollect:
+    """Pull and reduce the participants' updates into model ``version``; they are in canonical order."""
+
+    version: int
+    participants: tuple[Participant, ...]
+
+
+@dataclass(frozen=True)
+class CancelCollect:
+    """Stop pulling; nothing of it counts."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Make the collected model ``version`` durable, then call `Rounds.committed`."""
+
+    version: int
+    participants: tuple[Participant, ...]
+
+
+@dataclass(frozen=True)
+class EndRun:
+    """The run is over, or is given up."""
+
+    ok: bool
+    message: str
+
+
+Action = SendTask | SendDropped | StartCollect | CancelCollect | Commit | EndRun
+
+
+class Rounds:
+    """The state of one run.
+
+    Args:
+        roster: the members.
+        rounds: how many rounds there are.
+        quorum: how many valid updates a round needs.
+        deadline: seconds that a round may take, from its first task on.
+        version: the last committed model, or None if there is none yet.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        *,
+        rounds: int,
+        quorum: int,
+        deadline: float,
+        version: int | None = None,
+    ) -> None:
+        self.roster = roster
+        self.rounds = rounds
+        self.quorum = quorum
+        self.deadline_seconds = deadline
+        self.version = version
+        self.phase = Phase.WAITING if version is None else Phase.TRAINING
+        if version is not None and version >= rounds:
+            self.phase = Phase.EVALUATING
+        self.collecting: tuple[Participant, ...] = ()
+        self._started: float | None = None
+
+    # --- what is under way ---
+
+    @property
+    def round(self) -> int:
+        """The round under way: the one that makes model ``version + 1``; the last one while evaluating."""
+        if self.version is None:
+            return 0
+        return min(self.version + 1, self.rounds)
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended."""
+        return self.phase in (Phase.DONE, Phase.FAILED)
+
+    @property
+    def deadline(self) -> float | None:
+        """The time at which `tick` will act, or None while nobody was given a task."""
+        return None if self._started is None or self.over else self._started + self.deadline_seconds
+
+    # --- events ---
+
+    def joined(self, site: str, instance: str, now: float) -> list[Action]:
+        """A site's process joined, or joined again; it was admitted before."""
+        member = self.roster.admit(site, instance)
+        if not member.alive:
+            member.state = SiteState.JOINED
+            member.message = ""
+        return self._assign(member, now)
+
+    def declared(self, site: str, now: float) -> list[Action]:
+        """A site has shown a model whose layout is the run's (or becomes it)."""
+        member = self._member(site)
+        if member is None or self.over:
+            return []
+        first = not member.declared
+        member.declared = True
+        return self._assign(member, now) if first and self.phase is Phase.WAITING else []
+
+    def ready(self, site: str, round_: int, delivery: Delivery) -> list[Action]:
+        """A site has published its update for ``round_`` (0: the initial model)."""
+        member = self._member(site)
+        if member is None or self.over:
+            return []
+        if member.delivery == delivery:
+            return []
+        if self.phase is Phase.INITIAL and round_ == 0 and member.state is SiteState.TRAINING:
+            member.delivery = delivery
+            return [self._collect([member])]
+        if self.phase not in (Phase.TRAINING, Phase.AGGREGATING) or round_ != self.round:
+            return self._late(member, round_)
+        if member.dropped_round == round_:
+            return [SendDropped(site, round_, member.message)]
+        if self.phase is Phase.AGGREGATING:
+            if any(p.site == site for p in self.collecting):
+                return []
+            return self._late(member, round_)
+        member.delivery = delivery
+        member.state = SiteState.DELIVERED
+        return self._close_if_due()
+
+    def scored(self, site: str, version: int) -> list[Action]:
+        """A site has scored a global model."""
+        member = self._member(site)
+        if member is None or self.over:
+            return []
+        member.scored.add(version)
+        return self._end_if_evaluated()
+
+    def lost(self, site: str, reason: str, now: float, *, left: bool = False) -> list[Action]:
+        """A site's process is gone: it fell silent, or it left."""
+        member = self._member(site)
+        if member is None or not member.alive:
+            return []
+        member.state = SiteState.LEFT if left else SiteState.LOST
+        member.message = reason
+        member.declared = False
+        member.delivery = None
+        if self.over:
+            return []
+        if self.phase is Phase.INITIAL:
+            self.phase = Phase.WAITING
+            self.collecting = ()
+            return [CancelCollect(), *self._choose_first(now)]
+        if self.phase is Phase.AGGREGATING and any(p.site == site for p in self.collecting):
+            return self._recollect(now)
+        if self.phase is Phase.EVALUATING:
+            return self._end_if_evaluated()
+        return self._close_if_due()
+
+    def rejected(self, site: str, reason: str, now: float) -> list[Action]:
+        """A site's update is invalid: the round goes on without it."""
+        member = self._member(site)
+        if member is None or self.over:
+            return []
+        member.delivery = None
+        member.message = reason
+        if self.phase is Phase.INITIAL:
+            return [*self._fail(f"the initial model of site {site!r} is not usable: {reason}")]
+        member.state = SiteState.DROPPED
+        member.dropped_round = self.round
+        return [SendDropped(site, self.round, reason), *self._recollect(now)]
+
+    def reduced(self) -> list[Action]:
+        """All chunks of the collection are reduced."""
+        if self.phase not in (Phase.AGGREGATING, Phase.INITIAL) or not self.collecting:
+            return []
+        return [Commit(0 if self.version is None else self.version + 1, self.collecting)]
+
+    def committed(self, version: int, now: float) -> list[Action]:
+        """Model ``version`` is durable: the next round begins, or the last evaluation."""
+        self.version = version
+        self.collecting = ()
+        self._started = None
+        self.phase = Phase.TRAINING if version < self.rounds else Phase.EVALUATING
+        actions: list[Action] = []
+        for member in self.roster:
+            member.delivery = None
+            if member.alive:
+                member.state = SiteState.JOINED
+                actions += self._assign(member, now)
+        return actions + (self._end_if_evaluated() if self.phase is Phase.EVALUATING else [])
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed."""
+        deadline = self.deadline
+        if deadline is None or now < deadline:
+            return []
+        if self.phase is Phase.EVALUATING:
+            return self._end()
+        if self.phase is Phase.TRAINING:
+            delivered = self._delivered()
+            if len(delivered) >= self.quorum:
+                return [self._collect(delivered)]
+            return self._fail(self._missing_text(f"at the deadline of round {self.round}"))
+        return []
+
+    # --- decisions ---
+
+    def _member(self, site: str) -> Member | None:
+        return self.roster.get(site)
+
+    def _assign(self, member: Member, now: float) -> list[Action]:
+        """Give a site what it owes, if anything."""
+        if self.over:
+            return []
+        if self.version is None:
+            if self.phase is Phase.INITIAL and member.state is SiteState.TRAINING:
+                return [SendTask(member.name, "initial", 0)] if member.delivery is None else []
+            return self._choose_first(now) if member.declared else []
+        if self.phase is Phase.EVALUATING:
+            if self.version in member.scored:
+                return []
+            self._start_clock(now)
+            member.state = SiteState.TRAINING
+            return [SendTask(member.name, "evaluate", self.version)]
+        if member.delivery is not None or member.dropped_round == self.round:
+            return []
+        self._start_clock(now)
+        member.state = SiteState.TRAINING
+        return [SendTask(member.name, "train", self.round)]
+
+    def _start_clock(self, now: float) -> None:
+        if self._started is None:
+            self._started = now
+
+    def _choose_first(self, now: float) -> list[Action]:
+        if self.phase is not Phase.WAITING:
+            return []
+        for member in self.roster:
+            if member.alive and member.declared:
+                self.phase = Phase.INITIAL
+                member.state = SiteState.TRAINING
+                return self._assign(member, now)
+        return []
+
+    def _delivered(self) -> list[Member]:
+        return [m for m in self.roster if m.alive and m.delivery is not None]
+
+    def _collect(self, members: Sequence[Member]) -> StartCollect:
+        if self.phase is not Phase.INITIAL:
+            self.phase = Phase.AGGREGATING
+        self.collecting = tuple(
+            Participant(m.name, m.delivery.set_id, m.delivery.weight) for m in members if m.delivery
+        )
+        for member in members:
+            member.state = SiteState.UPLOADING
+        return StartCollect(0 if self.version is None else self.version + 1, self.collecting)
+
+    def _recollect(self, now: float) -> list[Action]:
+        """Reduce again without a participant, or go on waiting if the quorum no longer stands."""
+        cancel: list[Action] = [CancelCollect()] if self.collecting else []
+        self.collecting = ()
+        if self.phase is Phase.AGGREGATING:
+            self.phase = Phase.TRAINING
+        for member in self._delivered():
+            member.state = SiteState.DELIVERED
+        deadline = self.deadline
+        due = (
+            self.tick(now) if deadline is not None and now >= deadline else self._close_if_due()
+        )
+        return cancel + due
+
+    def _close_if_due(self) -> list[Action]:
+        if self.phase is not Phase.TRAINING:
+            return []
+        delivered = self._delivered()
+        waited_for = [m for m in self.roster if m.alive and m.state is not SiteState.DROPPED]
+        if self.roster.missing == 0 and len(delivered) == len(waited_for) >= self.quorum:
+            return [self._collect(delivered)]
+        hopeless = self.roster.expected - sum(m.dropped_round == self.round for m in self.roster)
+        if hopeless < self.quorum:
+            return self._fail(self._missing_text(f"in round {self.round}"))
+        return []
+
+    def _late(self, member: Member, round_: int) -> list[Action]:
+        text = f"the update for round {round_} came after that round had closed"
+        return [SendDropped(member.name, round_, text)]
+
+    def _end_if_evaluated(self) -> list[Action]:
+        if self.phase is not Phase.EVALUATING:
+            return []
+        waiting = [m for m in self.roster if m.alive and self.version not in m.scored]
+        anyone = any(self.version in m.scored for m in self.roster)
+        return self._end() if not waiting and (anyone or self._started is not None) else []
+
+    def _end(self) -> list[Action]:
+        self.phase = Phase.DONE
+        return [EndRun(True, "")]
+
+    def _fail(self, message: str) -> list[Action]:
+        cancel: list[Action] = [CancelCollect()] if self.collecting else []
+        self.collecting = ()
+        self.phase = Phase.FAILED
+        return [*cancel, EndRun(False, message)]
+
+    def _missing_text(self, when: str) -> str:
+        def names(members: list[Member]) -> str:
+            return (
+                ", ".join(m.name + (f" ({m.message})" if m.message else "") for m in members)
+                or "none"
+            )
+
+        delivered = self._delivered()
+        others = [m for m in self.roster if m not in delivered]
+        never = f"; {self.roster.missing} never joined" if self.roster.missing else ""
+        return (
+            f"{len(delivered)} of the {self.quorum} updates that a round needs (participants.min_results) "
+            f"were there {when}; delivered: {names(delivered)}; not delivered: {names(others)}{never}"
+        )

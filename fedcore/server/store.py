@@ -1,0 +1,308 @@
+"""A run's folder: model files, the SQLite journal, and the ``best/`` and ``final/`` folders.
+
+A version exists once its row is there. The order of a commit is: the file is synchronised under a scratch name,
+renamed, its folder synchronised, and then one transaction writes the row. A file without a row is what a crash
+left in between and is removed when the run folder is opened again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fedcore.errors import BusyError, ConfigError, StorageError
+
+from .selection import SiteScore
+
+__all__ = ["Store", "VersionRow"]
+
+_SCHEMA: Final = 1
+_TABLES: Final = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS versions (
+    version INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, seconds REAL NOT NULL,
+    committed_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS contributions (
+    version INTEGER NOT NULL, site TEXT NOT NULL, weight INTEGER NOT NULL, metrics TEXT NOT NULL,
+    PRIMARY KEY (version, site));
+CREATE TABLE IF NOT EXISTS scores (
+    version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, metrics TEXT NOT NULL,
+    PRIMARY KEY (version, site));
+CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
+"""
+# Keys of a run file that make it another run when they change.
+_FIXED: Final = ("model", "participants", "aggregation", "selection")
+
+
+@dataclass(frozen=True)
+class VersionRow:
+    """One committed version and the sites in it, with their weights."""
+
+    version: int
+    sha256: str
+    nbytes: int
+    seconds: float
+    participants: Mapping[str, int]
+
+
+class Store:
+    """The only writer of a run folder; a second server on it is refused.
+
+    Raises:
+        BusyError: another process has the folder.
+        ConfigError: the folder holds a run with other settings.
+        StorageError: the folder can't be written.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.models = folder / "models"
+        try:
+            self.models.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / ".lock").open("a+")
+        except OSError as error:
+            raise StorageError(f"cannot write run folder {folder}: {error.strerror}") from None
+        self._take_lock()
+        try:
+            self._db = sqlite3.connect(folder / "run.sqlite", isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_TABLES)
+            self._open(settings)
+            self._clean()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            owner = self._lock.read().strip()
+            self._lock.close()
+            raise BusyError(
+                f"run folder {self.folder} is in use by another server (process {owner or 'unknown'}); stop "
+                "it, or give this run another name"
+            ) from None
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _open(self, settings: Mapping[str, Any]) -> None:
+        text = self._meta("settings")
+        if text is None:
+            with self._transaction():
+                self._set_meta("schema", str(_SCHEMA))
+                self._set_meta("run_id", uuid.uuid4().hex)
+                self._set_meta("settings", json.dumps(settings, sort_keys=True))
+            return
+        if self._meta("schema") != str(_SCHEMA):
+            raise ConfigError(f"run folder {self.folder} was written by another version of fedcore")
+        before = json.loads(text)
+        for key in _FIXED:
+            if before.get(key) != settings.get(key):
+                raise ConfigError(
+                    f"run folder {self.folder} holds a run with other settings: [{key}] was {before.get(key)} "
+                    f"and is now {settings.get(key)}; give this run another name (run.name), or remove the "
+                    "folder"
+                )
+        with self._transaction():
+            self._set_meta("settings", json.dumps(settings, sort_keys=True))
+
+    def _clean(self) -> None:
+        known = {self.path(row.version).name for row in self.versions()}
+        for path in self.models.iterdir():
+            if path.name not in known:
+                path.unlink()
+        for path in self.folder.glob(".*-new"):
+            shutil.rmtree(path)
+        for path in self.folder.glob(".*-old"):
+            shutil.rmtree(path)
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def _meta(self, key: str) -> str | None:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    def _set_meta(self, key: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    # --- versions ---
+
+    @property
+    def run_id(self) -> str:
+        """Random id of the run, the same after a restart."""
+        value = self._meta("run_id")
+        assert value is not None
+        return value
+
+    @property
+    def last_version(self) -> int | None:
+        """The last committed version, or None."""
+        row = self._db.execute("SELECT MAX(version) FROM versions").fetchone()
+        return None if row[0] is None else int(row[0])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run ended as planned, the last version scored."""
+        return self._meta("finished") == str(self.last_version)
+
+    def path(self, version: int) -> Path:
+        """Where a version's model file lies."""
+        return self.models / f"round-{version:04d}.safetensors"
+
+    def scratch(self, version: int) -> Path:
+        """Where a version's file is written before its commit; a leftover of the same name is removed."""
+        path = self.models / f".round-{version:04d}.partial"
+        path.unlink(missing_ok=True)
+        return path
+
+    def commit(
+        self,
+        row: VersionRow,
+        scratch: Path,
+        metrics: Mapping[str, Mapping[str, float]],
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        """Make a version durable: rename its synchronised scratch file, then write its rows.
+
+        Args:
+            row: the version and its participants.
+            scratch: its file, written and synchronised.
+            metrics: training metrics by site.
+            files: JSON files that describe the model, with version 0.
+        """
+        scratch.rename(self.path(row.version))
+        _sync_folder(self.models)
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO versions VALUES (?, ?, ?, ?, ?)",
+                (row.version, row.sha256, row.nbytes, row.seconds, time.time()),
+            )
+            self._db.executemany(
+                "INSERT INTO contributions VALUES (?, ?, ?, ?)",
+                [
+                    (row.version, site, weight, json.dumps(dict(metrics.get(site, {}))))
+                    for site, weight in row.participants.items()
+                ],
+            )
+            for name, text in (files or {}).items():
+                self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (name, text))
+
+    def versions(self) -> list[VersionRow]:
+        """Return every committed version, in order."""
+        sites: dict[int, dict[str, int]] = {}
+        for version, site, weight in self._db.execute(
+            "SELECT version, site, weight FROM contributions ORDER BY site"
+        ):
+            sites.setdefault(version, {})[site] = weight
+        return [
+            VersionRow(version, sha256, nbytes, seconds, sites.get(version, {}))
+            for version, sha256, nbytes, seconds in self._db.execute(
+                "SELECT version, sha256, bytes, seconds FROM versions ORDER BY version"
+            )
+        ]
+
+    def add_score(self, version: int, score: SiteScore) -> None:
+        """Keep a site's metrics of a version; the first ones count."""
+        self._db.execute(
+            "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
+            (version, score.site, score.examples, json.dumps(dict(score.metrics))),
+        )
+
+    def scores(self) -> dict[int, list[SiteScore]]:
+        """Return all scores by version."""
+        found: dict[int, list[SiteScore]] = {}
+        for version, site, examples, metrics in self._db.execute(
+            "SELECT version, site, examples, metrics FROM scores ORDER BY version, site"
+        ):
+            found.setdefault(version, []).append(SiteScore(site, examples, json.loads(metrics)))
+        return found
+
+    def finish(self) -> None:
+        """Note that the run ended as planned."""
+        self._set_meta("finished", str(self.last_version))
+
+    # --- folders that loaders open ---
+
+    def export(self, name: str, version: int) -> Path:
+        """Write ``best/`` or ``final/``: the version's model under the name that loaders expect, and its files.
+
+        The folder is built beside the old one and takes its place by a rename.
+        """
+        files = dict(self._db.execute("SELECT name, text FROM files"))
+        weights = "adapter_model" if "adapter_config.json" in files else "model"
+        target, new, old = (
+            self.folder / name,
+            self.folder / f".{name}-new",
+            self.folder / f".{name}-old",
+        )
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        model = new / f"{weights}.safetensors"
+        try:
+            os.link(self.path(version), model)
+        except OSError:
+            shutil.copyfile(self.path(version), model)
+        for file, text in files.items():
+            (new / file).write_text(text, encoding="utf-8")
+        (new / "fedcore.json").write_text(
+            json.dumps({"run_id": self.run_id, "version": version}) + "\n", encoding="utf-8"
+        )
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+        _sync_folder(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def write_summary(self, summary: Mapping[str, Any]) -> Path:
+        """Write ``summary.json`` atomically."""
+        path = self.folder / "summary.json"
+        partial = self.folder / ".summary.json.partial"
+        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        partial.rename(path)
+        return path
+
+    def close(self) -> None:
+        """Close the journal and let go of the folder."""
+        self._db.close()
+        self._lock.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Read the JSON files that describe a model from its folder; those that are not there are left out."""
+    return {
+        name: (folder / name).read_text(encoding="utf-8")
+        for name in names
+        if (folder / name).is_file()
+    }
