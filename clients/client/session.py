@@ -189,6 +189,19 @@ class Session:
             )
             return self._model
 
+    def offered_specs(self) -> list[TensorSpec] | None:
+        """Return the tensors of the run's model as the server describes them, or None if it has none yet."""
+        self._join()
+        if self._layout is not None:
+            return list(table(self._layout))
+        with self._changed:
+            for _ in self._waiting("the model's description"):
+                if self._task is not None and self._task.tensors is not None:
+                    return list(self._task.tensors)
+                if self._finish is not None or self._expects_model():
+                    return None
+        return None
+
     @property
     def model(self) -> GlobalModel | None:
         """The global model of the task at hand, or None outside one."""
@@ -286,7 +299,7 @@ class Session:
         if self._link is None or self._closing or os.getpid() != self._pid:
             return
         self._closing = True
-        if self._finish is None and self._error is None:
+        if self._error is None:
             self._send(protocol.Leave(reason="the site's process ended"))
         self._link.wake()
         if self._thread is not None:

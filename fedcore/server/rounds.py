@@ -331,9 +331,7 @@ class Rounds:
         for member in self._delivered():
             member.state = SiteState.DELIVERED
         deadline = self.deadline
-        due = (
-            self.tick(now) if deadline is not None and now >= deadline else self._close_if_due()
-        )
+        due = self.tick(now) if deadline is not None and now >= deadline else self._close_if_due()
         return cancel + due
 
     def _close_if_due(self) -> list[Action]:

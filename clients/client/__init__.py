@@ -1,0 +1,44 @@
+"""What a training script imports to take part in a run.
+
+For PyTorch Lightning ``import fedcore.client.lightning as fl``, for ``transformers.Trainer``
+``import fedcore.client.hf as fl``, and for any other loop::
+
+    import fedcore.client as fl
+
+    fl.init(model)                       # a torch module, or a dict of arrays
+    while fl.is_running():
+        params = fl.receive()            # name -> tensor (or array) of the global model
+        model.load_state_dict(params, strict=False)
+        metrics = evaluate(model)        # scores the global model
+        examples = train(model)
+        fl.send(model.state_dict(), weight=examples, metrics=metrics)
+
+Where the server is and which site this is comes from the environment (see `fedcore.client.settings`).
+Importing this module loads neither torch nor NumPy.
+"""
+
+from __future__ import annotations
+
+from .plain import (
+    init,
+    is_evaluate,
+    is_running,
+    is_train,
+    log,
+    receive,
+    send,
+    shutdown,
+    system_info,
+)
+
+__all__ = [
+    "init",
+    "is_evaluate",
+    "is_running",
+    "is_train",
+    "log",
+    "receive",
+    "send",
+    "shutdown",
+    "system_info",
+]

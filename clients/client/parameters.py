@@ -1,0 +1,241 @@
+"""Which tensors of a torch model travel, under which names, and how their bytes get in and out.
+
+The rules:
+
+- A PEFT model sends its active adapter, under the names of PEFT's own file format, so that what comes out of a run
+  opens with ``PeftModel.from_pretrained``. The frozen base never leaves the disk.
+- A model that is trained whole sends its ``state_dict``, persistent buffers included. Tied tensors travel
+  once, under their first name.
+- A partly frozen model sends its trainable parameters, and the persistent buffers of modules that own one.
+- A wrapper (a LightningModule, DistributedDataParallel, a compiled module) is looked through where one model
+  inside it, from PEFT or transformers, holds everything that is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from fedcore.errors import LayoutError
+from fedcore.layout import TensorSpec, compare_layouts
+
+__all__ = ["ModelParameters", "dtype_name", "from_view", "to_dtype"]
+
+_DTYPES: Final[Mapping[torch.dtype, str]] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_BY_NAME: Final = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+def dtype_name(name: str, tensor: torch.Tensor) -> str:
+    """Return the safetensors name of a tensor's dtype; LayoutError names the tensor if it has none here."""
+    try:
+        return _DTYPES[tensor.dtype]
+    except KeyError:
+        raise LayoutError(
+            f"tensor {name!r} has dtype {tensor.dtype}, which can't be averaged; freeze it or train it in "
+            "another dtype"
+        ) from None
+
+
+def to_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a safetensors dtype name."""
+    return _BY_NAME[name]
+
+
+def from_view(view: memoryview, spec: TensorSpec) -> torch.Tensor:
+    """Return a tensor over raw bytes, without a copy; it is read-only if the view is."""
+    _, dtype, shape = spec
+    if len(view) == 0:
+        return torch.empty(list(shape), dtype=_BY_NAME[dtype])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(view, dtype=_BY_NAME[dtype]).reshape(list(shape))
+
+
+class ModelParameters:
+    """The travelling tensors of one model.
+
+    Attributes:
+        specs: name, dtype and shape of each.
+        files: JSON files that describe the model, by name.
+
+    Raises:
+        LayoutError: the model has nothing to train, or holds tensors on the meta device, sharded ones, or ones
+            of a dtype that can't be averaged.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        root = _find_root(_unwrap(model))
+        if not any(p.requires_grad for p in root.parameters()):
+            raise LayoutError("the model has no trainable tensor, so there is nothing to send")
+        self._root = root
+        self._prompt = False
+        self.files: dict[str, str] = {}
+        if _is_peft(root):
+            self._tensors = _peft_tensors(root)
+            shared = {p.data_ptr() for p in root.state_dict().values()}
+            self._prompt = any(t.data_ptr() not in shared for t in self._tensors.values())
+            self.files["adapter_config.json"] = _adapter_config(root)
+        else:
+            self._tensors = _own_tensors(root)
+            self.files.update(_model_cards(root))
+        for name, tensor in self._tensors.items():
+            _check(name, tensor)
+        self.specs: list[TensorSpec] = [
+            (name, dtype_name(name, tensor), list(tensor.shape))
+            for name, tensor in self._tensors.items()
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """The names under which tensors travel."""
+        return list(self._tensors)
+
+    def fill(self, views: Mapping[str, memoryview]) -> None:
+        """Write every tensor's bytes into the view of its name."""
+        tensors = _peft_tensors(self._root) if self._prompt else self._tensors
+        for spec in self.specs:
+            if len(views[spec[0]]):
+                from_view(views[spec[0]], spec).copy_(tensors[spec[0]].detach())
+
+    def load(self, specs: list[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
+        """Copy a global model into the model in place.
+
+        All names, dtypes and shapes are compared before a byte is changed.
+
+        Raises:
+            LayoutError: they differ; each tensor that does is named.
+        """
+        difference = compare_layouts(self.specs, specs, "this site", "the global model")
+        if difference is not None:
+            raise LayoutError(f"the global model does not fit this model: {difference}")
+        with torch.no_grad():
+            if self._prompt:
+                from peft import set_peft_model_state_dict
+
+                state = {s[0]: from_view(tensors[s[0]], s).clone() for s in self.specs}
+                set_peft_model_state_dict(self._root, state)
+                return
+            for spec in self.specs:
+                self._tensors[spec[0]].copy_(from_view(tensors[spec[0]], spec))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(
+            model, nn.parallel.DistributedDataParallel | nn.parallel.DataParallel
+        ):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return any(c.__name__ == "PeftModel" for c in type(module).__mro__)
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    return any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
+
+
+def _find_root(model: nn.Module) -> nn.Module:
+    """Return the PEFT or transformers model that holds all that is trained, or the model itself."""
+    if _is_peft(model) or _is_pretrained(model):
+        return model
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    for test in (_is_peft, _is_pretrained):
+        for module in model.modules():
+            if test(module) and trained <= {id(p) for p in module.parameters()}:
+                return module
+    return model
+
+
+def _peft_tensors(model: Any) -> dict[str, torch.Tensor]:
+    from peft import get_peft_model_state_dict
+
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    trained = {id(p): p for p in model.parameters() if p.requires_grad}
+    whole = len(trained) == len(list(model.parameters()))
+    keep: set[str] | None = None
+    if not whole:
+        keep = set()
+        for prefix, module in model.named_modules():
+            own = [name for name, p in module.named_parameters(recurse=False) if id(p) in trained]
+            own += [name for name, _ in module.named_buffers(recurse=False)] if own else []
+            keep.update(f"{prefix}.{name}" if prefix else name for name in own)
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or (keep is not None and name not in keep):
+            continue
+        if not tensor.is_meta and tensor.numel():
+            key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+            if key in seen:
+                continue
+            seen.add(key)
+        tensors[name] = tensor.detach()
+    return tensors
+
+
+def _check(name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise LayoutError(
+            f"tensor {name!r} is on the meta device and holds no values; load the model's weights first"
+        )
+    if type(tensor).__name__ == "DTensor":
+        raise LayoutError(
+            f"tensor {name!r} is sharded over processes, which is not supported yet; gather the model first"
+        )
+
+
+def _adapter_config(model: Any) -> str:
+    config = model.peft_config[model.active_adapter]
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        values = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    values["inference_mode"] = True
+    _hide_path(values, "base_model_name_or_path")
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _model_cards(model: Any) -> dict[str, str]:
+    if not _is_pretrained(model):
+        return {}
+    values = json.loads(model.config.to_json_string())
+    values["architectures"] = [type(model).__name__]
+    _hide_path(values, "_name_or_path")
+    cards = {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"}
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and model.can_generate():
+        cards["generation_config.json"] = generation.to_json_string()
+    return cards
+
+
+def _hide_path(values: dict[str, Any], key: str) -> None:
+    """A local path says where things lie at a site; only its last part is kept."""
+    path = values.get(key)
+    if isinstance(path, str) and (Path(path).is_absolute() or Path(path).exists()):
+        values[key] = Path(path).name

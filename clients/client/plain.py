@@ -1,0 +1,235 @@
+"""The plain loop: `init`, `is_running`, `receive`, `send`, for any framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from fedcore.errors import ClosedError, LayoutError
+from fedcore.layout import TensorSpec, compare_layouts
+
+from .session import GlobalModel, get_session, reset_session
+
+if TYPE_CHECKING:
+    from .session import Fill
+
+__all__ = [
+    "init",
+    "is_evaluate",
+    "is_running",
+    "is_train",
+    "log",
+    "receive",
+    "send",
+    "shutdown",
+    "system_info",
+]
+
+_NUMPY: Final = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
+    "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_TO_NUMPY: Final = {name: dtype for dtype, name in _NUMPY.items()}
+
+
+class _Arrays:
+    """A set of named arrays: torch tensors, or whatever NumPy can read."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        if not values:
+            raise LayoutError("there is no tensor to send")
+        self._values = {name: _plain(name, value) for name, value in values.items()}
+        self.specs: list[TensorSpec] = [
+            (name, _dtype(name, value), list(value.shape)) for name, value in self._values.items()
+        ]
+        self.files: dict[str, str] = {}
+
+    def fill(self, views: Mapping[str, memoryview]) -> None:
+        """Write every array's bytes into the view of its name."""
+        for spec in self.specs:
+            view = views[spec[0]]
+            if len(view) == 0:
+                continue
+            value = self._values[spec[0]]
+            if _is_torch(value):
+                from .parameters import from_view
+
+                from_view(view, spec).copy_(value)
+            else:
+                import numpy as np
+
+                np.frombuffer(view, value.dtype).reshape(value.shape)[...] = value
+
+
+def _is_torch(value: Any) -> bool:
+    return type(value).__module__.partition(".")[0] == "torch"
+
+
+def _plain(name: str, value: Any) -> Any:
+    if _is_torch(value):
+        return value.detach()
+    import numpy as np
+
+    array = np.asarray(value)
+    if str(array.dtype) not in _NUMPY:
+        raise LayoutError(
+            f"tensor {name!r} has dtype {array.dtype}; expected one of {', '.join(_NUMPY)} (bfloat16 goes as a "
+            "torch tensor)"
+        )
+    return array
+
+
+def _dtype(name: str, value: Any) -> str:
+    if _is_torch(value):
+        from .parameters import dtype_name
+
+        return dtype_name(name, value)
+    return _NUMPY[str(value.dtype)]
+
+
+_model: Any = None
+_arrays: _Arrays | None = None
+
+
+def init(model: Any = None) -> None:
+    """Join the run that the environment names.
+
+    Args:
+        model: a ``torch.nn.Module`` or a mapping of names to arrays. It says which tensors travel, and is the
+            initial model where the server has none. Without it the server must have one.
+    """
+    global _model, _arrays
+    get_session()
+    if model is None or isinstance(model, Mapping):
+        _model, _arrays = None, None if model is None else _Arrays(model)
+        return
+    from .parameters import ModelParameters
+
+    _model, _arrays = ModelParameters(model), None
+
+
+def is_running() -> bool:
+    """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
+    return get_session().is_running()
+
+
+def receive() -> dict[str, Any]:
+    """Return the global model: name -> torch tensor after ``init(module)``, else name -> NumPy array.
+
+    Tensors are copies that may be changed; ``module.load_state_dict(params, strict=False)`` takes them.
+    """
+    task = _begin()
+    if _model is not None or (
+        _arrays is not None and any(map(_is_torch, _arrays._values.values()))
+    ):
+        from .parameters import from_view
+
+        return {spec[0]: from_view(task.tensors[spec[0]], spec).clone() for spec in task.specs}
+    return {spec[0]: _to_numpy(task.tensors[spec[0]], spec) for spec in task.specs}
+
+
+def _to_numpy(view: memoryview, spec: TensorSpec) -> Any:
+    import numpy as np
+
+    name, dtype, shape = spec
+    if dtype not in _TO_NUMPY:
+        raise LayoutError(
+            f"tensor {name!r} is {dtype}, which NumPy can't hold; pass a torch module to fl.init"
+        )
+    return np.frombuffer(view, _TO_NUMPY[dtype]).reshape(list(shape)).copy()
+
+
+def _begin() -> GlobalModel:
+    session = get_session()
+    source = _model if _model is not None else _arrays
+    if source is not None:
+        return session.begin(source.specs, source.files, source.fill)
+    specs = session.offered_specs()
+    if specs is None:
+        raise ClosedError(
+            "the server has no initial model yet: pass yours to fl.init(model), or set [model] initial in the "
+            "run file"
+        )
+
+    def nothing_to_fill(_: Mapping[str, memoryview]) -> None:
+        raise ClosedError("the server asked for an initial model; pass yours to fl.init(model)")
+
+    return session.begin(specs, {}, nothing_to_fill)
+
+
+def send(
+    params: Mapping[str, Any] | None = None,
+    *,
+    weight: int = 1,
+    metrics: Mapping[str, float] | None = None,
+    examples: int | None = None,
+    train_metrics: Mapping[str, float] | None = None,
+) -> None:
+    """Send this round's update and the global model's score; ends the task.
+
+    Args:
+        params: name -> array of every tensor that travels; more names (a whole ``state_dict``) are ignored. After
+            ``init(module)`` it may be left out: the module's own values are sent.
+        weight: number of training examples seen this round, 1 to 2**24 - 1.
+        metrics: validation metrics of the *global* model, as received; the server selects on them.
+        examples: number of validation examples behind ``metrics``; ``weight`` if left out.
+        train_metrics: shown at the server.
+
+    In an evaluation task (`is_evaluate`) only ``metrics`` count.
+
+    Raises:
+        LayoutError: a tensor is missing, or has another dtype or shape than the global model's.
+        WeightError: the weight is no such integer.
+    """
+    session = get_session()
+    task = _begin()
+    fill = None if task.kind == "evaluate" else _filler(params, task)
+    if metrics:
+        session.score(metrics, examples if examples is not None else weight)
+    if fill is None:
+        session.end_task()
+    else:
+        session.submit(fill, weight, train_metrics)
+
+
+def _filler(params: Mapping[str, Any] | None, task: GlobalModel) -> Fill:
+    if params is None:
+        if _model is None:
+            raise LayoutError(
+                "send() needs the parameters, name -> array, unless a module was given to init"
+            )
+        fill: Fill = _model.fill
+        return fill
+    wanted = {spec[0] for spec in task.specs}
+    given = _Arrays({name: value for name, value in params.items() if name in wanted})
+    difference = compare_layouts(given.specs, task.specs, "this update", "the global model")
+    if difference is not None:
+        raise LayoutError(f"the update does not fit the global model: {difference}")
+    return given.fill
+
+
+def is_train() -> bool:
+    """Whether the current task asks for training; call it after `receive`."""
+    return _begin().kind == "train"
+
+
+def is_evaluate() -> bool:
+    """Whether the current task only asks for a score; call it after `receive`."""
+    return _begin().kind == "evaluate"
+
+
+def log(metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Show training metrics at the server while a round is under way."""
+    get_session().log(metrics, step)
+
+
+def system_info() -> dict[str, str | int]:
+    """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``."""
+    return get_session().system_info()
+
+
+def shutdown() -> None:
+    """Leave the run; the next `init` starts over."""
+    global _model, _arrays  # noqa: PLW0603
+    _model = _arrays = None
+    reset_session()

@@ -1,0 +1,66 @@
+"""The initial model: a safetensors file, or a folder as ``save_pretrained`` writes it (sharded or not)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fedcore._core import Layout
+from fedcore.errors import ConfigError, LayoutError
+from fedcore.layout import ModelFile, create_model, open_model, table
+
+__all__ = ["load_initial"]
+
+_WEIGHTS: Final = ("adapter_model.safetensors", "model.safetensors")
+_INDEX: Final = "model.safetensors.index.json"
+_CARDS: Final = ("adapter_config.json", "config.json", "generation_config.json")
+
+
+def load_initial(
+    path: Path, target: Path, metadata: Mapping[str, str]
+) -> tuple[ModelFile, dict[str, str]]:
+    """Copy the initial model into ``target`` in canonical order.
+
+    Returns the new file and the JSON files that describe the model, which lie beside it.
+
+    Raises:
+        ConfigError: the path holds no model.
+        LayoutError: a file is no valid safetensors file, or two shards hold the same tensor.
+    """
+    sources = [open_model(file) for file in _find(path)]
+    specs = [entry for source in sources for entry in table(source.layout)]
+    model = create_model(target, Layout(specs), metadata)
+    views = model.views()
+    for source in sources:
+        for name, view in source.views().items():
+            views[name][:] = view
+    folder = path if path.is_dir() else path.parent
+    cards = {
+        name: (folder / name).read_text(encoding="utf-8")
+        for name in _CARDS
+        if (folder / name).is_file()
+    }
+    return model, cards
+
+
+def _find(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ConfigError(f"model.initial: {path} does not exist")
+    for name in _WEIGHTS:
+        if (path / name).is_file():
+            return [path / name]
+    if not (path / _INDEX).is_file():
+        raise ConfigError(f"model.initial: {path} holds none of {', '.join((*_WEIGHTS, _INDEX))}")
+    try:
+        shards = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted({str(name) for name in shards})
+    except (ValueError, KeyError, AttributeError) as error:
+        raise LayoutError(f"{path / _INDEX}: not a shard index ({error})") from None
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise LayoutError(f"{path / _INDEX}: the shard {name!r} is not in its folder")
+    return [path / name for name in names]

@@ -1,0 +1,113 @@
+"""The run as `fedcore status` and the live views show it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from fedcore import protocol
+from fedcore.config import RunConfig
+
+from .aggregation import Aggregation
+from .rounds import Phase, Rounds
+from .selection import weighted_metrics
+from .store import Store
+
+__all__ = ["StatusBuilder"]
+
+
+class StatusBuilder:
+    """Gathers what a `StatusReply` shows; what lies in the store is read again only after `refresh`."""
+
+    def __init__(self, config: RunConfig, rounds: Rounds, store: Store) -> None:
+        self._config = config
+        self._rounds = rounds
+        self._store = store
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        self._versions: list[protocol.VersionStatus] | None = None
+        self._first_version = rounds.version or 0
+        self._messages: dict[str, str] = {}
+        self._metrics: dict[str, dict[str, float]] = {}
+        self.examples: dict[str, int] = {}
+        self.declared: dict[str, protocol.Declare] = {}
+        self.aggregation: Aggregation | None = None
+        self.best: int | None = None
+        self.round_shown = -1
+
+    def note(self, site: str, message: str) -> None:
+        """Show a message with a site."""
+        self._messages[site] = message
+
+    def note_metrics(self, site: str, metrics: Mapping[str, float]) -> None:
+        """Show training metrics with a site."""
+        self._metrics.setdefault(site, {}).update(metrics)
+
+    def refresh(self) -> None:
+        """Read the versions again when they are next shown."""
+        self._versions = None
+
+    def build(self, stats: Mapping[str, int], message: str) -> protocol.StatusReply:
+        """Return a snapshot; ``stats`` are the data plane's counters."""
+        rounds, chosen = self._rounds, self._config.selection
+        if rounds.over and self._ended is None:
+            self._ended = time.monotonic()
+        elapsed = (self._ended or time.monotonic()) - self._started
+        reduced, chunks = (
+            (0, 0) if self.aggregation is None else self.aggregation.collector.progress()[:2]
+        )
+        versions = self._read_versions()
+        return protocol.StatusReply(
+            run=self._config.run.name,
+            phase=rounds.phase.value,
+            round=rounds.round,
+            rounds=rounds.rounds,
+            metric=chosen.metric,
+            mode=chosen.mode,
+            best_version=self.best,
+            model_bytes=versions[-1].bytes if versions else 0,
+            chunks_done=reduced,
+            chunks=chunks,
+            bytes_in=stats["bytes_in"],
+            bytes_out=stats["bytes_out"],
+            elapsed=elapsed,
+            eta=self._eta(versions),
+            sites=[
+                protocol.SiteStatus(
+                    site=member.name,
+                    state=member.state.value,
+                    examples=self.examples.get(member.name),
+                    metrics=dict(
+                        list(self._metrics.get(member.name, {}).items())[: protocol.MAX_METRICS]
+                    ),
+                    message=(member.message or self._messages.get(member.name, ""))[:4096],
+                )
+                for member in rounds.roster
+            ],
+            versions=versions,
+            message=message[:4096],
+        )
+
+    def _read_versions(self) -> list[protocol.VersionStatus]:
+        if self._versions is None:
+            scores = self._store.scores()
+            self._versions = [
+                protocol.VersionStatus(
+                    version=row.version,
+                    metrics=weighted_metrics(scores.get(row.version, [])),
+                    participants=list(row.participants),
+                    seconds=row.seconds,
+                    bytes=row.nbytes,
+                )
+                for row in self._store.versions()
+            ]
+        return self._versions
+
+    def _eta(self, versions: list[protocol.VersionStatus]) -> float | None:
+        """Return the seconds left, from the mean of the rounds of this process; None before the first."""
+        done = [v.seconds or 0.0 for v in versions if v.version > self._first_version]
+        if self._rounds.phase in (Phase.DONE, Phase.FAILED):
+            return 0.0
+        if not done:
+            return None
+        return (self._rounds.rounds - versions[-1].version) * sum(done) / len(done)
