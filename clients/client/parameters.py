@@ -74,7 +74,6 @@ class ModelParameters:
 
     Attributes:
         specs: name, dtype and shape of each.
-        files: JSON files that describe the model, by name.
 
     Raises:
         LayoutError: the model has nothing to train, or holds tensors on the meta device, sharded ones, or ones
@@ -87,21 +86,25 @@ class ModelParameters:
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
         self._root = root
         self._prompt = False
-        self.files: dict[str, str] = {}
         if _is_peft(root):
             self._tensors = _peft_tensors(root)
             shared = {p.data_ptr() for p in root.state_dict().values()}
             self._prompt = any(t.data_ptr() not in shared for t in self._tensors.values())
-            self.files["adapter_config.json"] = _adapter_config(root)
         else:
             self._tensors = _own_tensors(root)
-            self.files.update(_model_cards(root))
         for name, tensor in self._tensors.items():
             _check(name, tensor)
         self.specs: list[TensorSpec] = [
             (name, dtype_name(name, tensor), list(tensor.shape))
             for name, tensor in self._tensors.items()
         ]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """JSON files that describe the model, by name; local paths in them are cut to their last part."""
+        if _is_peft(self._root):
+            return {"adapter_config.json": _adapter_config(self._root)}
+        return _model_cards(self._root)
 
     @property
     def names(self) -> list[str]:

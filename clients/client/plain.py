@@ -143,7 +143,7 @@ def _begin() -> GlobalModel:
     session = get_session()
     source = _model if _model is not None else _arrays
     if source is not None:
-        return session.begin(source.specs, source.files, source.fill)
+        return session.begin(source.specs, {} if session.bound else source.files, source.fill)
     specs = session.offered_specs()
     if specs is None:
         raise ClosedError(

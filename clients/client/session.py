@@ -189,6 +189,11 @@ class Session:
             )
             return self._model
 
+    @property
+    def bound(self) -> bool:
+        """Whether the server has accepted this site's layout."""
+        return self._accepted is not None
+
     def offered_specs(self) -> list[TensorSpec] | None:
         """Return the tensors of the run's model as the server describes them, or None if it has none yet."""
         self._join()

@@ -1,0 +1,160 @@
+"""Federated training with ``transformers.Trainer``::
+
+    import fedcore.client.hf as fl
+
+    fl.patch(trainer)
+    while fl.is_running():
+        print(fl.system_info())
+        trainer.evaluate()      # scores the global model: the server selects on it
+        trainer.train()         # trains from the global model, sends the update
+
+Each ``train()`` runs for the trainer's own budget (``max_steps`` or ``num_train_epochs``) and sees the data in
+another order than the round before. The optimiser and its state live on from round to round, in memory; the
+learning-rate schedule spans all rounds, or with ``lr_schedule="per_round"`` starts anew in each.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+from fedcore.errors import ClosedError, ConfigError
+
+from .session import get_session
+from .torch import TorchSite, batch_size, current_site, numbers
+
+__all__ = ["is_running", "log", "patch", "system_info"]
+
+_NOT_METRICS = ("_runtime", "_per_second", "_model_preparation_time")
+
+
+def patch(trainer: Any, *, lr_schedule: Literal["all_rounds", "per_round"] = "all_rounds") -> None:
+    """Make a ``transformers.Trainer`` (or a subclass) take part in the run; patching it again changes nothing.
+
+    Args:
+        trainer: evaluates and trains as before; what it evaluates and trains *from* is the global model.
+        lr_schedule: ``"all_rounds"``: the schedule is laid out over ``rounds`` times the trainer's steps;
+            ``"per_round"``: it begins anew in each round.
+
+    Raises:
+        ClosedError: another trainer of this process is patched already.
+        ConfigError: ``load_best_model_at_end`` is set (after training it would put another model in the
+            update's place), or the name of the schedule is unknown.
+    """
+    if lr_schedule not in ("all_rounds", "per_round"):
+        raise ConfigError(f"lr_schedule={lr_schedule!r}: expected 'all_rounds' or 'per_round'")
+    if trainer.args.load_best_model_at_end:
+        raise ConfigError(
+            "load_best_model_at_end=True would replace the update by an older checkpoint; set it to False: the "
+            "server keeps the best global model"
+        )
+    site = current_site()
+    site.claim(trainer)
+    if getattr(trainer, "_fedcore", None) is None:
+        trainer._fedcore = _Patch(trainer, site, lr_schedule)
+
+
+class _Patch:
+    """The wrappers around one trainer's methods."""
+
+    def __init__(self, trainer: Any, site: TorchSite, lr_schedule: str) -> None:
+        self._trainer = trainer
+        self._site = site
+        self._spans = lr_schedule == "all_rounds"
+        self._training = False
+        self._examples = 0
+        self._schedule: Any = None
+        self._train, self._evaluate = trainer.train, trainer.evaluate
+        self._step, self._scheduler = trainer.training_step, trainer.create_scheduler
+        trainer.train = functools.wraps(self._train)(self.train)
+        trainer.evaluate = functools.wraps(self._evaluate)(self.evaluate)
+        trainer.training_step = functools.wraps(self._step)(self.training_step)
+        trainer.create_scheduler = functools.wraps(self._scheduler)(self.create_scheduler)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Score the global model; inside `train` and after it, evaluate the local one as ever."""
+        if self._training:
+            return self._evaluate(*args, **kwargs)
+        with self._site.reporting():
+            task = self._site.receive(self._trainer.model)
+            metrics = self._evaluate(*args, **kwargs)
+            if task is not None:
+                found = {
+                    k: v
+                    for k, v in metrics.items()
+                    if k != "epoch" and not k.endswith(_NOT_METRICS)
+                }
+                data = kwargs.get("eval_dataset") or (args[0] if args else None)
+                data = self._trainer.eval_dataset if data is None else data
+                self._site.score(numbers(found), _length(data))
+        return metrics
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train from the global model and send the update; in an evaluation task, end that."""
+        from transformers.trainer_utils import TrainOutput
+
+        with self._site.reporting():
+            task = self._site.receive(self._trainer.model)
+            if task is None:
+                raise ClosedError(
+                    "train() was called twice in one round; each pass of the loop trains once"
+                )
+            if task.kind == "evaluate":
+                self._site.end()
+                return TrainOutput(self._trainer.state.global_step, 0.0, {})
+            self._reseed(task.round)
+            self._examples = 0
+            self._training = True
+            try:
+                output = self._train(*args, **kwargs)
+            finally:
+                self._training = False
+            if self._spans:
+                self._schedule = self._trainer.lr_scheduler
+            self._site.submit(self._trainer.model, self._examples, numbers(output.metrics or {}))
+        return output
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count the examples that go by."""
+        self._examples += batch_size(inputs)
+        return self._step(model, inputs, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """Lay the schedule out over all rounds, and go on with it in later ones."""
+        if not self._spans:
+            return self._scheduler(num_training_steps, *args, **kwargs)
+        if self._schedule is not None:
+            self._trainer.lr_scheduler = self._schedule
+            return self._schedule
+        rounds = int(get_session().system_info()["rounds"])
+        return self._scheduler(num_training_steps * rounds, *args, **kwargs)
+
+    def _reseed(self, round_: int) -> None:
+        """Give the shuffling sampler another seed per round: it would repeat the first round's order."""
+        args = self._trainer.args
+        base = args.seed if args.data_seed is None else args.data_seed
+        self._trainer.accelerator.dataloader_config.data_seed = base + round_ - 1
+
+
+def _length(data: Any) -> int:
+    if isinstance(data, dict):
+        return sum(_length(part) for part in data.values())
+    try:
+        return max(1, len(data))
+    except TypeError:
+        return 1
+
+
+def is_running() -> bool:
+    """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
+    return current_site().is_running()
+
+
+def log(metrics: dict[str, float], step: int | None = None) -> None:
+    """Show training metrics at the server while a round is under way."""
+    get_session().log(metrics, step)
+
+
+def system_info() -> dict[str, str | int]:
+    """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``."""
+    return get_session().system_info()

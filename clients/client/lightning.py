@@ -1,0 +1,182 @@
+"""Federated training with PyTorch Lightning (the ``lightning`` or the ``pytorch_lightning`` package)::
+
+    import fedcore.client.lightning as fl
+
+    fl.patch(trainer)
+    while fl.is_running():
+        print(fl.system_info())
+        trainer.validate(model, data)      # scores the global model: the server selects on it
+        trainer.fit(model, data)           # trains from the global model, sends the update
+
+Each ``fit`` runs for the trainer's own budget (``max_epochs``, ``max_steps``), counted from where the round
+before stopped. Lightning makes new optimisers for each ``fit``; their state and that of the learning-rate
+schedules is carried over in memory, unless ``patch(trainer, keep_optimizer=False)`` asks for fresh ones.
+Sanity checks and validation inside ``fit`` never score the global model.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+from fedcore.errors import ClosedError, ConfigError
+
+from .session import get_session
+from .torch import TorchSite, batch_size, current_site, numbers
+
+__all__ = ["is_running", "log", "patch", "system_info"]
+
+
+def patch(trainer: Any, *, keep_optimizer: bool = True) -> None:
+    """Make a Lightning ``Trainer`` take part in the run; patching it again changes nothing.
+
+    Args:
+        trainer: validates and fits as before; what it validates and fits *from* is the global model.
+        keep_optimizer: carry the state of optimisers and schedules over from round to round.
+
+    Raises:
+        ClosedError: another trainer of this process is patched already, or the trainer uses several processes.
+        ConfigError: this is no Lightning trainer.
+    """
+    package = type(trainer).__module__.partition(".")[0]
+    for cls in type(trainer).__mro__:
+        root = cls.__module__.partition(".")[0]
+        if root in ("lightning", "pytorch_lightning"):
+            package = root
+    if package not in ("lightning", "pytorch_lightning"):
+        raise ConfigError(f"{type(trainer).__name__} is not a Lightning Trainer")
+    if trainer.world_size > 1:
+        raise ClosedError(
+            f"the trainer uses {trainer.world_size} processes, which is not supported yet; set devices=1"
+        )
+    site = current_site()
+    site.claim(trainer)
+    if getattr(trainer, "_fedcore", None) is None:
+        trainer._fedcore = _Patch(trainer, site, keep_optimizer)
+        name = "lightning.pytorch" if package == "lightning" else "pytorch_lightning"
+        base = importlib.import_module(name).Callback
+        trainer.callbacks.append(_make_callback(base, trainer._fedcore))
+
+
+class _Patch:
+    """The wrappers around one trainer's methods, and what is carried from round to round."""
+
+    def __init__(self, trainer: Any, site: TorchSite, keep_optimizer: bool) -> None:
+        self._trainer = trainer
+        self._site = site
+        self._keep = keep_optimizer
+        self._epochs, self._steps = trainer.max_epochs, trainer.max_steps
+        self._states: tuple[list[Any], list[Any]] | None = None
+        self.scoring = False
+        self.examples = 0
+        self._fit, self._validate = trainer.fit, trainer.validate
+        trainer.fit = functools.wraps(self._fit)(self.fit)
+        trainer.validate = functools.wraps(self._validate)(self.validate)
+
+    def validate(self, model: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Score the global model; after `fit`, validate the local one as ever."""
+        with self._site.reporting():
+            task = self._site.receive(self._module(model))
+            self.scoring, self.examples = True, 0
+            try:
+                results = self._validate(model, *args, **kwargs)
+            finally:
+                self.scoring = False
+            if task is not None:
+                self._site.score(numbers(self._trainer.callback_metrics), self.examples)
+        return results
+
+    def fit(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Train from the global model and send the update; in an evaluation task, end that."""
+        with self._site.reporting():
+            module = self._module(model)
+            task = self._site.receive(module)
+            if task is None:
+                raise ClosedError(
+                    "fit() was called twice in one round; each pass of the loop fits once"
+                )
+            if task.kind == "evaluate":
+                self._site.end()
+                return
+            self._extend()
+            self.examples = 0
+            self._fit(module, *args, **kwargs)
+            if getattr(self._trainer, "interrupted", False):
+                raise KeyboardInterrupt
+            self._site.submit(module, self.examples, numbers(self._trainer.callback_metrics))
+
+    def _module(self, model: Any) -> Any:
+        module = model if model is not None else self._trainer.lightning_module
+        if module is None:
+            raise ConfigError(
+                "pass the model: trainer.validate(model, data), trainer.fit(model, data)"
+            )
+        return module
+
+    def _extend(self) -> None:
+        """Give the trainer its budget once more, counted from where it stands."""
+        loop = self._trainer.fit_loop
+        if self._epochs is not None and self._epochs >= 0:
+            loop.max_epochs = self._trainer.current_epoch + self._epochs
+        if self._steps >= 0:
+            loop.epoch_loop.max_steps = self._trainer.global_step + self._steps
+        self._trainer.should_stop = False
+
+    def restore(self) -> None:
+        """Put the state of the last round's optimisers and schedules into the new ones."""
+        if not self._keep or self._states is None:
+            return
+        optimizers, schedulers = self._states
+        for optimizer, state in zip(self._trainer.optimizers, optimizers, strict=True):
+            optimizer.load_state_dict(state)
+        for config, state in zip(self._trainer.lr_scheduler_configs, schedulers, strict=True):
+            config.scheduler.load_state_dict(state)
+
+    def keep(self) -> None:
+        """Keep the state of this round's optimisers and schedules."""
+        self._states = (
+            [optimizer.state_dict() for optimizer in self._trainer.optimizers],
+            [config.scheduler.state_dict() for config in self._trainer.lr_scheduler_configs],
+        )
+
+
+def _make_callback(base: Any, patch_: _Patch) -> Any:
+    """Return a callback of the trainer's own package that counts examples and carries states."""
+
+    class FedcoreCallback(base):  # type: ignore[misc]
+        """Counts the examples of a round and carries the optimisers' state."""
+
+        def on_validation_batch_end(self, *args: Any, **_: Any) -> None:
+            """Count, while the global model is scored."""
+            if patch_.scoring:
+                patch_.examples += batch_size(args[3])
+
+        def on_train_batch_end(self, *args: Any, **_: Any) -> None:
+            """Count."""
+            patch_.examples += batch_size(args[3])
+
+        def on_train_start(self, *_: Any) -> None:
+            """Restore."""
+            patch_.restore()
+
+        def on_train_end(self, *_: Any) -> None:
+            """Keep."""
+            patch_.keep()
+
+    return FedcoreCallback()
+
+
+def is_running() -> bool:
+    """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
+    return current_site().is_running()
+
+
+def log(metrics: dict[str, float], step: int | None = None) -> None:
+    """Show training metrics at the server while a round is under way."""
+    get_session().log(metrics, step)
+
+
+def system_info() -> dict[str, str | int]:
+    """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``."""
+    return get_session().system_info()
