@@ -248,7 +248,6 @@ int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer, cons
   {
     const py::gil_scoped_release release;
     verdict = exchange.deliver(now_ms, from, head.data(), head.size(), frame);
-    if (verdict != FC_TAKEN && !frame) std::free(copy);  // it was given back to its owner, which is this call
   }
   return verdict == FC_TAKEN ? FC_DONE : verdict;
 }

@@ -71,13 +71,9 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   const bool wanted = state_ == State::kActive && index >= next_ && index < pull.next &&
                       !pull.slots[static_cast<std::size_t>(index % window_)] &&
                       frame.size() == layout_->chunk_range(index).nbytes;
-  if (!wanted) {
-    frame.disown();
-    return false;
-  }
+  if (!wanted) return false;
   pull.heard_ms = now_ms;
   if (crc32c(frame.data(), frame.size()) != header.body_crc) {
-    frame.disown();
     if (++pull.bad_in_a_row >= kMaxBadChunks) {
       fail(source, "checksum", std::to_string(kMaxBadChunks) + " chunks in a row had a wrong checksum");
     } else {

@@ -47,7 +47,7 @@ class Frame {
   std::size_t size() const noexcept { return size_; }
   explicit operator bool() const noexcept { return release_ != nullptr; }
 
-  // Gives the message back to the caller of deliver, who still owns it.
+  // Leaves the message to whoever else owns it.
   void disown() noexcept { release_ = nullptr; }
 
  private:
@@ -110,7 +110,7 @@ class Collector {
   // Which source a set from a peer is, if any.
   std::optional<std::size_t> find(const std::string& peer, const wire::SetId& set) const noexcept;
 
-  // True if the frame was kept; otherwise the caller still owns it (and has seen it disowned).
+  // True if the frame was kept (moved from); otherwise it is untouched.
   bool on_chunk(std::size_t source, const wire::Header& header, Frame& frame, std::int64_t now_ms);
   void on_refuse(std::size_t source, wire::Refusal reason);
 

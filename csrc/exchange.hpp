@@ -60,7 +60,7 @@ class Exchange {
   void cancel(std::uint64_t collector_id);
   void retry(std::uint64_t collector_id, std::size_t source, const std::optional<std::string>& peer);
 
-  // Returns an FC_ verdict. With FC_TAKEN the frame was moved from; otherwise the caller still owns its message.
+  // Returns an FC_ verdict. With FC_TAKEN the frame was moved from; otherwise it is untouched.
   int deliver(std::int64_t now_ms, std::string_view peer, const void* header, std::size_t header_size, Frame& body);
   std::optional<OutFrame> next_out(std::int64_t now_ms);
   std::int64_t tick(std::int64_t now_ms);

@@ -10,6 +10,7 @@ this module, which is also the fallback where the compiled one cannot find pyzmq
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
@@ -111,6 +112,7 @@ class _Link:
         pump_inbox, self._inbox = self._pair(zmq.PUSH, zmq.PULL, name + "-inbox")
         self._pump_sockets = (pump_commands, pump_inbox)
         self._thread = threading.Thread(target=self._run, name="fedcore-pump", daemon=True)
+        atexit.register(self.close)  # a pump must not outlive the interpreter
 
     def _pair(
         self, sender: int, receiver: int, address: str
@@ -182,6 +184,7 @@ class _Link:
             if self._closed:
                 return
             self._closed = True
+            atexit.unregister(self.close)
             if os.getpid() == self._pid:
                 self._commands.send(b"Q")
         if os.getpid() != self._pid:

@@ -220,7 +220,9 @@ def test_the_server_hears_a_site_whose_interpreter_is_busy() -> None:
     server = ServerLink("tcp://127.0.0.1:0")
     peer = uuid.uuid4().bytes
     env = {**os.environ, "FEDCORE_PUMP": "compiled"}
-    child = subprocess.Popen([sys.executable, "-P", "-c", program, server.endpoint, peer.hex()], env=env)
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", program, server.endpoint, peer.hex()], env=env
+    )
     try:
         wait(server, lambda m: isinstance(m, Control) and b"before" in m.body)
         begun = now_ms()

@@ -1,0 +1,53 @@
+# make test: run the tests.  make help: the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	then echo $$p; break; fi; done)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedcore clients -type f \
+	-not -name '*.pyc' -not -name '*.so')
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CMAKE := $(BIN)/cmake
+
+.PHONY: help test test-slow lint types native clean
+
+help: ## Show this text
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+test: $(VENV)/.test ## Run all tests but the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-slow: $(VENV)/.test ## Run the tests that need downloads or minutes
+	$(BIN)/pytest -m slow
+
+lint: $(VENV)/.tools ## Check the style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test $(VENV)/.tools ## Check the types of the installed package
+	$(BIN)/mypy -p fedcore
+
+native: $(VENV)/.tools ## Run the native tests under address, undefined-behaviour and thread sanitizers
+	for sanitizer in address,undefined thread; do \
+	  $(CMAKE) -S . -B build/$$sanitizer -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFEDCORE_BUILD_MODULES=OFF \
+	    -DFEDCORE_BUILD_TESTS=ON -DFEDCORE_SANITIZE=$$sanitizer && \
+	  $(CMAKE) --build build/$$sanitizer --parallel 2 && \
+	  $(BIN)/ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; done
+
+clean: ## Remove everything that was built
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+
+$(VENV)/.made:
+	@test -n "$(PYTHON)" || { echo "fedcore needs Python 3.11 or newer; none was found on the path" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.made $(SOURCES)
+	$(PIP) ".[test]"
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.made constraints.txt
+	$(PIP) cmake mypy ruff
+	touch $@

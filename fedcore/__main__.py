@@ -1,0 +1,5 @@
+"""``python -m fedcore`` is the ``fedcore`` command."""
+
+from .cli import main
+
+main()
