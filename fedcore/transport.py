@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import zmq
 
@@ -317,7 +317,7 @@ def _python_pump(
 def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router: bool) -> bool:
     while True:
         try:
-            verb, *frames = commands.recv_multipart(zmq.DONTWAIT)
+            verb, *frames = cast(list[bytes], commands.recv_multipart(zmq.DONTWAIT))
         except zmq.Again:
             return True
         if verb == b"Q":

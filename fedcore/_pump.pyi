@@ -1,0 +1,3 @@
+from typing import Any
+
+def run(capsule: Any, net: int, commands: int, inbox: int, router: bool) -> None: ...
