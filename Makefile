@@ -27,7 +27,7 @@ lint: $(VENV)/.tools ## Check the style
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.test $(VENV)/.tools ## Check the types of the installed package
-	$(BIN)/mypy -p fedcore
+	mkdir -p build && cd build && ../$(BIN)/mypy --config-file ../pyproject.toml -p fedcore
 
 native: $(VENV)/.tools ## Run the native tests under address, undefined-behaviour and thread sanitizers
 	for sanitizer in address,undefined thread; do \

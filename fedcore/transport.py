@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import zmq
 
@@ -299,7 +299,7 @@ def _python_pump(
         wait = exchange.tick(now_ms())
         while (out := exchange.next_out(now_ms())) is not None:
             peer, header, body = out
-            frames = [header] if body is None else [header, body]
+            frames: list[Any] = [header] if body is None else [header, body]
             with contextlib.suppress(zmq.ZMQError):
                 net.send_multipart([peer, *frames] if router else frames, zmq.DONTWAIT, copy=True)
         if exchange.has_event():
@@ -317,7 +317,7 @@ def _python_pump(
 def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router: bool) -> bool:
     while True:
         try:
-            verb, *frames = cast(list[bytes], commands.recv_multipart(zmq.DONTWAIT))
+            verb, *frames = commands.recv_multipart(zmq.DONTWAIT)
         except zmq.Again:
             return True
         if verb == b"Q":
