@@ -15,7 +15,6 @@ learning-rate schedule spans all rounds, or with ``lr_schedule="per_round"`` sta
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal
 
 from fedcore.errors import ClosedError, ConfigError
@@ -66,10 +65,10 @@ class _Patch:
         self._schedule: Any = None
         self._train, self._evaluate = trainer.train, trainer.evaluate
         self._step, self._scheduler = trainer.training_step, trainer.create_scheduler
-        trainer.train = functools.wraps(self._train)(self.train)
-        trainer.evaluate = functools.wraps(self._evaluate)(self.evaluate)
-        trainer.training_step = functools.wraps(self._step)(self.training_step)
-        trainer.create_scheduler = functools.wraps(self._scheduler)(self.create_scheduler)
+        trainer.train = self.train
+        trainer.evaluate = self.evaluate
+        trainer.training_step = self.training_step
+        trainer.create_scheduler = self.create_scheduler
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Score the global model; inside `train` and after it, evaluate the local one as ever."""

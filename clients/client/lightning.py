@@ -16,7 +16,6 @@ Sanity checks and validation inside ``fit`` never score the global model.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -71,8 +70,8 @@ class _Patch:
         self.scoring = False
         self.examples = 0
         self._fit, self._validate = trainer.fit, trainer.validate
-        trainer.fit = functools.wraps(self._fit)(self.fit)
-        trainer.validate = functools.wraps(self._validate)(self.validate)
+        trainer.fit = self.fit
+        trainer.validate = self.validate
 
     def validate(self, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Score the global model; after `fit`, validate the local one as ever."""
