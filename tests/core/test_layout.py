@@ -1,0 +1,114 @@
+"""Layouts, mapped files and model files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fedcore._core import Layout, MappedFile
+from fedcore.errors import LayoutError, StorageError
+from fedcore.layout import copy_model, create_model, layout_hash, open_model
+
+SPECS = [
+    ("b", "F16", [3]),
+    ("a", "F32", [2, 2]),
+    ("z", "F64", []),
+    ("c", "F32", [0]),
+    ("i", "BOOL", [5]),
+]
+
+
+def test_the_canonical_order_is_item_size_then_name() -> None:
+    layout = Layout(SPECS, 4096)
+    assert [(t[0], t[3]) for t in layout.tensors] == [
+        ("z", 0),
+        ("a", 8),
+        ("c", 24),
+        ("b", 24),
+        ("i", 30),
+    ]
+    assert layout.total_bytes == 35
+    assert layout.locate(25) == ("b", 0)
+    assert layout_hash(layout) == layout_hash(Layout(SPECS[::-1], 8192))
+
+
+@pytest.mark.parametrize(
+    ("specs", "said"),
+    [
+        ([("a", "F32", [1]), ("a", "F32", [1])], "'a' is there twice"),
+        ([("", "F32", [1])], "empty name"),
+        ([("a", "F8_E4M3", [1])], "tensor 'a': dtype 'F8_E4M3'"),
+        ([("a", "F32", [-1])], "negative dimension"),
+        ([("a", "F32", [1 << 40, 1 << 40])], "overflows"),
+    ],
+)
+def test_a_tensor_set_that_cannot_be_described_is_refused(specs: list, said: str) -> None:
+    with pytest.raises(LayoutError, match=said):
+        Layout(specs, 4096)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 4095, 4097])
+def test_a_chunk_size_off_the_page_is_refused(chunk: int) -> None:
+    with pytest.raises(LayoutError, match="multiple of 4096"):
+        Layout(SPECS, chunk)
+
+
+def test_a_model_file_opens_with_safetensors_and_back(tmp_path: Path) -> None:
+    tensors = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "h": np.array([1, 2], np.float16),
+        "n": np.array(7),
+    }
+    save_file(tensors, tmp_path / "in.safetensors")
+    copy = copy_model(open_model(tmp_path / "in.safetensors"), tmp_path / "out.safetensors")
+    assert copy.canonical
+    assert copy.data_offset % 4096 == 0
+    copy.file.sync()
+    back = load_file(tmp_path / "out.safetensors")
+    assert {k: v.tolist() for k, v in back.items()} == {k: v.tolist() for k, v in tensors.items()}
+    assert open_model(tmp_path / "in.safetensors").sha256() == copy.sha256()
+
+
+@pytest.mark.parametrize(
+    "broken", [b"", b"x" * 9, b"\xff" * 100, (2).to_bytes(8, "little") + b"[]"]
+)
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path, broken: bytes) -> None:
+    (tmp_path / "m").write_bytes(broken)
+    with pytest.raises((LayoutError, StorageError)):
+        open_model(tmp_path / "m")
+
+
+def test_holes_in_a_file_are_refused(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}'
+    (tmp_path / "m").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(LayoutError, match="starts at byte 4"):
+        open_model(tmp_path / "m")
+
+
+def test_a_file_is_never_replaced_and_outlives_its_handle(tmp_path: Path) -> None:
+    file = MappedFile.create(str(tmp_path / "f"), 5000)
+    view = file.view(10, 4)
+    view[:] = b"abcd"
+    file.close()
+    assert bytes(view) == b"abcd"
+    assert (tmp_path / "f").read_bytes()[10:14] == b"abcd"
+    with pytest.raises(StorageError, match="cannot create"):
+        MappedFile.create(str(tmp_path / "f"), 1)
+
+
+def test_a_file_opened_for_reading_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    view = MappedFile.open(str(tmp_path / "f")).view()
+    assert view.readonly
+    with pytest.raises(StorageError, match="outside"):
+        MappedFile.open(str(tmp_path / "f")).view(2, 2)
+
+
+def test_a_model_of_zeros_is_created_in_memory() -> None:
+    model = create_model(None, Layout(SPECS, 4096))
+    assert bytes(model.view("a")) == bytes(16)
+    with pytest.raises(LayoutError, match="no tensor 'q'"):
+        model.view("q")
