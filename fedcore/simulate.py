@@ -57,7 +57,7 @@ def simulate(
     logs.mkdir(parents=True, exist_ok=True)
     endpoint_file = logs / "endpoint"
     endpoint_file.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "fedcore", "server", str(run_file)]
+    command = [sys.executable, "-P", "-m", "fedcore", "server", str(run_file)]
     command += ["--endpoint-file", str(endpoint_file), "--set", "server.listen=tcp://127.0.0.1:0"]
     for override in overrides:
         command += ["--set", override]

@@ -74,7 +74,10 @@ class Store:
             raise StorageError(f"cannot write run folder {folder}: {error.strerror}") from None
         self._take_lock()
         try:
-            self._db = sqlite3.connect(folder / "run.sqlite", isolation_level=None)
+            # One thread at a time uses it, though not always the one that opened it.
+            self._db = sqlite3.connect(
+                folder / "run.sqlite", isolation_level=None, check_same_thread=False
+            )
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_TABLES)

@@ -1,0 +1,192 @@
+"""Whole runs over loopback sockets: sites as threads that speak the protocol through `Session`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedcore.client.session import Session
+from fedcore.client.settings import SiteSettings
+from fedcore.config import parse_run
+from fedcore.errors import BusyError, ConfigError, LayoutError, RefusedError
+from fedcore.server.service import RunResult, Server
+
+SPECS = [("w", "F32", [5000]), ("n", "I64", [2])]
+
+
+def run_config(tmp_path: Path, **people: Any) -> Any:
+    return parse_run(
+        {
+            "run": {"name": "t", "rounds": people.pop("rounds", 3)},
+            "participants": {"round_deadline": "20s", **people},
+            "selection": {"metric": "loss", "mode": "min"},
+            "server": {"listen": "tcp://127.0.0.1:0"},
+        },
+        folder=tmp_path,
+    )
+
+
+def writer(value: float) -> Callable[[Mapping[str, memoryview]], None]:
+    def fill(views: Mapping[str, memoryview]) -> None:
+        views["w"][:] = np.full(5000, value, np.float32).tobytes()
+        views["n"][:] = np.array([1, 2]).tobytes()
+
+    return fill
+
+
+def site(
+    address: str, name: str, step: float, weight: int = 1, *, nan_in: int = 0, die_in: int = 0
+) -> int:
+    """Add ``step`` in each round; return the number of rounds trained."""
+    session = Session(SiteSettings(server=address, site=name, connect_timeout=15))
+    trained = 0
+    try:
+        while session.is_running():
+            model = session.begin(SPECS, {"config.json": "{}"}, writer(0))
+            value = float(np.frombuffer(model.tensors["w"], np.float32)[0])
+            session.score({"loss": abs(value - 4)}, weight)
+            if model.kind == "evaluate":
+                session.end_task()
+                continue
+            if model.round == die_in:
+                return trained
+            session.submit(writer(np.nan if model.round == nan_in else value + step), weight)
+            trained += 1
+    finally:
+        session.close()
+    return trained
+
+
+def run(server: Server, *sites: Callable[[], int]) -> tuple[RunResult, list[int]]:
+    with ThreadPoolExecutor(len(sites) + 1) as pool:
+        result = pool.submit(server.run)
+        done = [pool.submit(s) for s in sites]
+        return result.result(60), [d.result(60) for d in done]
+
+
+def test_a_run_averages_by_weight_and_selects_the_best(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"]))
+    at = server.endpoint
+    result, trained = run(server, lambda: site(at, "a", 1, 1), lambda: site(at, "b", 3, 3))
+    assert (result.ok, result.version, result.best_version, trained) == (True, 3, 2, [3, 3])
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")
+    assert final["w"].tolist() == [7.5] * 5000  # 3 rounds of (1 * 1 + 3 * 3) / 4
+    assert final["n"].tolist() == [1, 2]
+    assert load_file(tmp_path / "runs/t/best/model.safetensors")["w"][0] == 5.0
+    assert (tmp_path / "runs/t/best/config.json").read_text() == "{}"
+    assert len(list((tmp_path / "runs/t/models").iterdir())) == 4
+
+
+def test_an_update_with_nan_is_left_out_and_the_round_goes_on(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b", "c"], min_results=2))
+    at = server.endpoint
+    result, _ = run(
+        server,
+        lambda: site(at, "a", 1),
+        lambda: site(at, "b", 3),
+        lambda: site(at, "c", 5, nan_in=2),
+    )
+    assert result.ok
+    values = [load_file(p)["w"][0] for p in sorted((tmp_path / "runs/t/models").iterdir())]
+    assert values == [0, 3, 5, 8]
+
+
+def test_a_site_that_dies_does_not_stop_the_others(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b", "c"], min_results=2))
+    at = server.endpoint
+    result, trained = run(
+        server,
+        lambda: site(at, "a", 1),
+        lambda: site(at, "b", 3),
+        lambda: site(at, "c", 5, die_in=2),
+    )
+    assert result.ok
+    assert trained == [3, 3, 1]
+    values = [load_file(p)["w"][0] for p in sorted((tmp_path / "runs/t/models").iterdir())]
+    assert values == [0, 3, 5, 7]
+
+
+def test_a_run_without_a_quorum_ends_with_the_names(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], round_deadline="1500ms"))
+    at = server.endpoint
+    result, _ = run(server, lambda: site(at, "a", 1))
+    assert not result.ok
+    assert "1 of the 2 updates" in result.message
+    assert "b" in result.message
+
+
+def test_a_restarted_server_goes_on_after_the_last_round(tmp_path: Path) -> None:
+    config = run_config(tmp_path, sites=["a"], rounds=2)
+    server = Server(config)
+    run(server, lambda: site(server.endpoint, "a", 1))
+    with pytest.raises(ConfigError, match="is finished"):
+        Server(config)
+    longer = Server(run_config(tmp_path, sites=["a"], rounds=4))
+    result, trained = run(longer, lambda: site(longer.endpoint, "a", 1))
+    assert (result.ok, result.version, trained) == (True, 4, [2])
+    assert load_file(tmp_path / "runs/t/final/model.safetensors")["w"][0] == 4
+
+
+def test_other_settings_on_the_same_folder_are_refused(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a"], rounds=1))
+    with pytest.raises(BusyError, match="in use by another server"):
+        Server(run_config(tmp_path, sites=["a"]))
+    run(server, lambda: site(server.endpoint, "a", 1))
+    with pytest.raises(ConfigError, match=r"\[participants\] was"):
+        Server(run_config(tmp_path, sites=["b"]))
+
+
+def test_strangers_twins_and_other_models_are_refused(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1))
+    at = server.endpoint
+    go_on = threading.Event()
+
+    def first() -> int:
+        session = Session(SiteSettings(server=at, site="a"))
+        session.is_running()
+        model = session.begin(SPECS, {}, writer(0))
+        with pytest.raises(RefusedError, match="lists a, b"):
+            Session(SiteSettings(server=at, site="z")).is_running()
+        with pytest.raises(RefusedError, match="another process takes part as 'a'"):
+            Session(SiteSettings(server=at, site="a")).is_running()
+        other = Session(SiteSettings(server=at, site="b"))
+        other.is_running()
+        with pytest.raises(
+            LayoutError, match=r"tensor 'w': site b has F32 \[4\], the global model has F32"
+        ):
+            other.begin([("w", "F32", [4]), SPECS[1]], {}, writer(0))
+        go_on.set()
+        session.submit(writer(float(model.round)), 1)
+        while session.is_running():
+            session.begin(SPECS, {}, writer(0))
+            session.end_task()
+        session.close()
+        return 1
+
+    def second() -> int:
+        assert go_on.wait(30)
+        return site(at, "b", 3)
+
+    result, _ = run(server, first, second)
+    assert result.ok
+
+
+def test_the_operator_stops_a_run_with_its_last_round_on_disk(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a"], rounds=1_000_000))
+    with ThreadPoolExecutor(2) as pool:
+        result = pool.submit(server.run)
+        worker = pool.submit(site, server.endpoint, "a", 1)
+        models = tmp_path / "runs/t/models"
+        while not (models / "round-0003.safetensors").exists():
+            assert not result.done()
+        server.stop()
+        assert result.result(30).message == "stopped by the operator"
+        assert worker.result(30) >= 3
+    assert (tmp_path / "runs/t/final/model.safetensors").exists()
