@@ -1,4 +1,4 @@
-# make test: run the tests.  make help: the rest.
+# make demo: federate a real language model.  make test: run the tests.  make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
@@ -11,10 +11,13 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedco
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CMAKE := $(BIN)/cmake
 
-.PHONY: help test test-slow lint types native clean
+.PHONY: help demo test test-slow lint types native clean
 
 help: ## Show this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo ## Fine-tune a real language model at three sites and compare with training alone
+	$(BIN)/fedcore demo
 
 test: $(VENV)/.test ## Run all tests but the slow ones
 	$(BIN)/pytest -m "not slow"
@@ -44,9 +47,13 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
+$(VENV)/.demo: $(VENV)/.made $(SOURCES)
+	$(PIP) ".[demo]"
+	touch $@
+
 $(VENV)/.test: $(VENV)/.made $(SOURCES)
 	$(PIP) ".[test]"
-	touch $@
+	touch $@ $(VENV)/.demo
 
 $(VENV)/.tools: $(VENV)/.made constraints.txt
 	$(PIP) cmake mypy ruff

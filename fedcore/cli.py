@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 import os
 import signal
@@ -200,6 +202,32 @@ def aggregate(
         f"{out}: {len(result.layout.tensors)} tensors, {result.layout.total_bytes:,} bytes, "
         f"sha256 {result.sha256()}"
     )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything that comes out.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[
+        int, typer.Option(min=0, help="Decides the split, the start and the batches.")
+    ] = 0,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds, if not the task's own.")
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder for downloads.")] = None,
+) -> None:
+    """Fine-tune a real language model at three sites of this machine, and compare with training alone.
+
+    Needs the package's demo extra. The exit status is 0 only if the federated model beats every local one.
+    """
+    for name in ("torch", "transformers", "peft", "matplotlib"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"the demo needs {name}; install it with: pip install 'fedcore-fl[demo]'"
+            )
+    # By name: the demo stands above this package.
+    raise typer.Exit(importlib.import_module("fedcore.demo").main(seed, out, cache, rounds))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "is_evaluate",
     "is_running",
     "is_train",
+    "load",
     "log",
     "receive",
     "send",
@@ -126,6 +127,28 @@ def receive() -> dict[str, Any]:
 
         return {spec[0]: from_view(task.tensors[spec[0]], spec).clone() for spec in task.specs}
     return {spec[0]: _to_numpy(task.tensors[spec[0]], spec) for spec in task.specs}
+
+
+def load(params: Mapping[str, Any]) -> None:
+    """Put a received global model into the module that `init` was given.
+
+    For PEFT models, whose tensors travel under the names of PEFT's file format and not of ``state_dict``.
+
+    Raises:
+        ClosedError: `init` was given no module.
+        LayoutError: the tensors are not the module's.
+    """
+    if _model is None:
+        raise ClosedError("load() puts the global model into the module given to fl.init(module)")
+    given = _Arrays(params)
+    buffers = {spec[0]: memoryview(bytearray(_nbytes(given, spec[0]))) for spec in given.specs}
+    given.fill(buffers)
+    _model.load(list(given.specs), buffers)
+
+
+def _nbytes(arrays: _Arrays, name: str) -> int:
+    value = arrays._values[name]
+    return int(value.nbytes)
 
 
 def _to_numpy(view: memoryview, spec: TensorSpec) -> Any:

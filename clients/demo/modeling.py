@@ -1,0 +1,163 @@
+"""The encoder demo's model, training step and evaluation (imports torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from .tasks import EncoderTask, Example
+
+
+class MeanPoolClassifier(BertPreTrainedModel):  # type: ignore[no-untyped-call]
+    """A BERT encoder, the mean of its token vectors, and a linear classifier.
+
+    The pooled vector has a fixed length (``head_scale``) and the classifier
+    starts at zero, so that every site starts from the same even guess and the
+    classes a site never sees are not pushed about by a random start.
+    """
+
+    def __init__(self, config: BertConfig, encoder: BertModel | None = None) -> None:
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.bert = BertModel(config, add_pooling_layer=False) if encoder is None else encoder
+        self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        **_: object,
+    ) -> SequenceClassifierOutput:
+        """Return logits, and the mean cross-entropy when ``labels`` is given."""
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
+        logits = self.classifier(functional.normalize(mean, dim=-1) * self.config.head_scale)
+        loss = None if labels is None else functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def load_base(model_dir: Path, task: EncoderTask, topics: Sequence[str]) -> MeanPoolClassifier:
+    """Load the first ``task.layers`` layers of the pretrained encoder, with a new head."""
+    encoder = AutoModel.from_pretrained(
+        model_dir,
+        dtype=torch.float32,
+        attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=0.0,
+    )
+    encoder.pooler = None  # trained for another purpose
+    encoder.encoder.layer = encoder.encoder.layer[: task.layers]
+    config = encoder.config
+    config.num_hidden_layers = task.layers
+    config.label2id = {topic: number for number, topic in enumerate(topics)}
+    config.id2label = dict(enumerate(topics))
+    config.head_scale = task.head_scale
+    return MeanPoolClassifier(config, encoder)
+
+
+def add_lora(base: MeanPoolClassifier, task: EncoderTask) -> PeftModel:
+    """Wrap ``base`` so that only LoRA on its last layers and the head train."""
+    torch.manual_seed(task.seed)
+    return get_peft_model(
+        base,
+        LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=task.lora_rank,
+            lora_alpha=task.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=["query", "value"],
+            layers_to_transform=list(range(task.layers - task.lora_layers, task.layers)),
+            layers_pattern="layer",
+            modules_to_save=["classifier"],
+        ),
+    )
+
+
+class Encoded:
+    """Tokenised examples; a batch is padded to its own longest row."""
+
+    def __init__(self, tokens: list[list[int]], labels: list[int], pad_id: int) -> None:
+        self.tokens = tokens
+        self.labels = labels
+        self.pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The model's keyword arguments for these rows."""
+        width = max(len(self.tokens[row]) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for index, row in enumerate(rows):
+            length = len(self.tokens[row])
+            ids[index, :length] = torch.tensor(self.tokens[row])
+            mask[index, :length] = 1
+        labels = torch.tensor([self.labels[row] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Encoder:
+    """Turns examples into :class:`Encoded` rows."""
+
+    def __init__(self, model_dir: Path, task: EncoderTask, topics: Sequence[str]) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self._max_tokens = task.max_tokens
+        self._label = {topic: number for number, topic in enumerate(topics)}
+
+    def __call__(self, examples: Sequence[Example]) -> Encoded:
+        """Tokenise."""
+        tokens = self._tokenizer(
+            [example.text for example in examples], truncation=True, max_length=self._max_tokens
+        )["input_ids"]
+        labels = [self._label[example.label] for example in examples]
+        return Encoded(tokens, labels, self._tokenizer.pad_token_id)
+
+
+def train_steps(
+    model: nn.Module, data: Encoded, batches: Iterable[Sequence[int]], learning_rate: float
+) -> list[float]:
+    """One AdamW step per batch, at a constant rate; returns the losses."""
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0
+    )
+    model.train()
+    losses: list[float] = []
+    for rows in batches:
+        loss = model(**data.batch(rows)).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+def evaluate(model: nn.Module, data: Encoded, batch_size: int) -> tuple[float, Tensor]:
+    """Mean loss, and for every row whether the answer is right (in row order)."""
+    order = sorted(range(len(data)), key=lambda row: len(data.tokens[row]))
+    right = torch.zeros(len(data), dtype=torch.bool)
+    loss = 0.0
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = data.batch(rows)
+            output = model(**batch)
+            loss += float(output.loss) * len(rows)
+            right[rows] = output.logits.argmax(dim=-1) == batch["labels"]
+    return loss / len(data), right
+
+
+def take(batches: Iterator[list[int]], count: int) -> list[list[int]]:
+    """The next ``count`` batches."""
+    return [next(batches) for _ in range(count)]
