@@ -1,0 +1,201 @@
+"""Patched trainers in a real run with one site: rounds must add up to one unbroken training."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fedcore.client.hf as fl_hf
+import fedcore.client.lightning as fl_lightning
+from fedcore.client.torch import forget_site
+from fedcore.config import parse_run
+from fedcore.errors import ClosedError, ConfigError, LayoutError
+from fedcore.server.service import RunResult, Server
+
+ROUNDS = 3
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Future[RunResult]]:
+    """A server for one site, and this process as that site."""
+    config = parse_run(
+        {
+            "run": {"name": "t", "rounds": ROUNDS},
+            "participants": {"sites": ["a"], "round_deadline": "60s", "idle_timeout": "30s"},
+            "selection": {"metric": "val_loss", "mode": "min"},
+            "server": {"listen": "tcp://127.0.0.1:0"},
+        },
+        folder=tmp_path,
+    )
+    server = Server(config)
+    monkeypatch.setenv("FEDCORE_SERVER", server.endpoint)
+    monkeypatch.setenv("FEDCORE_SITE", "a")
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(server.run)
+        try:
+            yield result
+        finally:
+            forget_site()
+            server.stop()
+
+
+def lightning_module(package: Any) -> Any:
+    class Model(package.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+            )
+            self.rates: list[float] = []
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            self.rates.append(self.optimizers().param_groups[0]["lr"])
+            return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.log("val_loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+    return Model()
+
+
+def loader() -> Any:
+    inputs = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    return torch.utils.data.DataLoader(data, batch_size=8)
+
+
+def make_trainer(package: Any, **budget: Any) -> Any:
+    return package.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **budget,
+    )
+
+
+@pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.parametrize("budget", ["max_epochs", "max_steps"])
+def test_rounds_of_lightning_are_one_unbroken_training(
+    name: str, budget: str, run: Future[RunResult], tmp_path: Path
+) -> None:
+    package = importlib.import_module(name)
+    per_round = {"max_epochs": 2} if budget == "max_epochs" else {"max_steps": 10, "max_epochs": -1}
+    total = (
+        {"max_epochs": 2 * ROUNDS}
+        if budget == "max_epochs"
+        else {"max_steps": 10 * ROUNDS, "max_epochs": -1}
+    )
+    unbroken = lightning_module(package)
+    make_trainer(package, **total).fit(unbroken, loader())
+
+    model, trainer = lightning_module(package), make_trainer(package, **per_round)
+    fl_lightning.patch(trainer)
+    fl_lightning.patch(trainer)
+    passes = 0
+    while fl_lightning.is_running():
+        assert fl_lightning.system_info()["site"] == "a"
+        trainer.validate(model, loader(), verbose=False)
+        trainer.fit(model, loader())
+        passes += 1
+    result = run.result(30)
+    assert result.ok
+    assert passes == ROUNDS + 1
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")
+    assert model.rates == unbroken.rates
+    assert set(final) == set(unbroken.state_dict())
+    for key, value in unbroken.state_dict().items():
+        assert torch.equal(final[key], value), key
+
+
+def hf_trainer(tmp_path: Path, steps: int, **options: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = torch.nn.Linear(4, 1)
+
+        def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            found = self.net(inputs)
+            return {"loss": torch.nn.functional.mse_loss(found, labels), "logits": found}
+
+    rows = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    data = [{"inputs": row, "labels": row.sum(0, keepdim=True)} for row in rows]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "hf"), max_steps=steps, per_device_train_batch_size=16, learning_rate=0.1,
+        report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", lr_scheduler_type="linear", **options,
+    )  # fmt: skip
+    return Trainer(Model(), arguments, train_dataset=data, eval_dataset=data)
+
+
+@pytest.mark.parametrize("inside", ["no", "steps"])
+def test_rounds_of_a_trainer_are_one_unbroken_training(
+    inside: str, run: Future[RunResult], tmp_path: Path
+) -> None:
+    unbroken = hf_trainer(tmp_path, 5 * ROUNDS)
+    unbroken.train()
+
+    trainer = hf_trainer(tmp_path, 5, eval_strategy=inside, eval_steps=2)
+    fl_hf.patch(trainer)
+    passes = 0
+    while fl_hf.is_running():
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        passes += 1
+    result = run.result(30)
+    assert result.ok
+    assert passes == ROUNDS + 1
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")
+    for key, value in unbroken.model.state_dict().items():
+        torch.testing.assert_close(final[key], value, rtol=1e-5, atol=1e-6)
+    import json
+
+    summary = json.loads((tmp_path / "runs/t/summary.json").read_text())
+    scores = [v["metrics_by_site"]["a"] for v in summary["versions"]]
+    assert scores[-1]["eval_loss"] == pytest.approx(before)
+    assert [s["examples"] for s in scores] == [16] * (ROUNDS + 1)
+    assert [v["participants"].get("a") for v in summary["versions"]] == [None, 80, 80, 80]
+
+
+def test_what_would_break_the_update_is_refused(run: Future[RunResult], tmp_path: Path) -> None:
+    trainer = hf_trainer(tmp_path, 1)
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(ConfigError, match="load_best_model_at_end"):
+        fl_hf.patch(trainer)
+    trainer.args.load_best_model_at_end = False
+    fl_hf.patch(trainer)
+    with pytest.raises(ClosedError, match="another trainer"):
+        fl_hf.patch(hf_trainer(tmp_path, 1))
+
+
+def test_a_model_with_nothing_to_train_is_refused(run: Future[RunResult], tmp_path: Path) -> None:
+    trainer = hf_trainer(tmp_path, 1)
+    trainer.model.requires_grad_(False)
+    fl_hf.patch(trainer)
+    assert fl_hf.is_running()
+    with pytest.raises(LayoutError, match="no trainable tensor"):
+        trainer.train()
+
+
+def test_training_twice_in_one_round_is_refused(run: Future[RunResult], tmp_path: Path) -> None:
+    trainer = hf_trainer(tmp_path, 1)
+    fl_hf.patch(trainer)
+    assert fl_hf.is_running()
+    trainer.train()
+    with pytest.raises(ClosedError, match="twice in one round"):
+        trainer.train()

@@ -1,0 +1,62 @@
+"""The floors of the house: arrows run only downwards, and what must stay light does."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module or "")
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def test_nothing_below_imports_the_clients_or_the_demo() -> None:
+    files = list((ROOT / "fedcore").rglob("*.py"))
+    assert len(files) > 10
+    for path in files:
+        above = {n for n in imported(path) if n.startswith(("fedcore.client", "fedcore.demo"))}
+        assert not above, f"{path.name} imports {above}"
+
+
+def test_the_server_side_never_imports_torch() -> None:
+    for path in (ROOT / "fedcore").rglob("*.py"):
+        assert not {
+            n for n in imported(path) if n.partition(".")[0] in ("torch", "transformers", "peft")
+        }
+
+
+def test_the_core_includes_python_in_its_bindings_alone() -> None:
+    for path in (ROOT / "csrc").iterdir():
+        foreign = re.findall(r"#include [<\"](pybind11|Python\.h|zmq|torch|lz4)", path.read_text())
+        assert not foreign or path.name == "bindings.cpp", path.name
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("fedcore", ["torch", "numpy", "fedcore._core", "zmq", "pydantic"]),
+        ("fedcore.client", ["torch", "numpy"]),
+        ("fedcore.server.service", ["torch", "numpy"]),
+        ("fedcore.cli", ["torch", "numpy", "zmq", "fedcore._core"]),
+    ],
+)
+def test_importing_stays_light(module: str, absent: list[str]) -> None:
+    program = f"import sys, {module}; print([m for m in {absent!r} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
