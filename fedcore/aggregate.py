@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from ._core import reduce_files
 from .errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
 from .layout import FLOATS, ModelFile, compare_layouts, create_model, open_model, table
+from .protocol import MAX_WEIGHT
 
 __all__ = ["aggregate_files"]
+
+_BLOCK: Final = 1 << 20
 
 
 def aggregate_files(
@@ -25,9 +30,9 @@ def aggregate_files(
 ) -> ModelFile:
     """Write the weighted mean of ``inputs`` to ``out``.
 
-    The order of the files does not matter: they are summed in the order of (weight, SHA-256 of their tensors),
-    so that the same files with the same weights give the same bytes. Integers and booleans must be equal in
-    all files.
+    The order of the files does not matter: they are summed in the order of their weights, files of the same
+    weight in the order of their flat bytes (canonical order of tensors, first difference decides), so that
+    the same files with the same weights give the same output. Integers and booleans must be equal in all files.
 
     Args:
         inputs: safetensors files with the same tensors, in any order within the file.
@@ -44,17 +49,7 @@ def aggregate_files(
         WeightError: a weight is out of range, or their number is wrong.
         StorageError: a file can't be read or written, or ``out`` exists.
     """
-    if not inputs:
-        raise ConfigError("there is no file to average")
-    counts = [1] * len(inputs) if weights is None else list(weights)
-    if len(counts) != len(inputs):
-        raise WeightError(
-            f"there are {len(inputs)} files and {len(counts)} weights; give one weight per file"
-        )
-    if out.exists() and any(out.samefile(path) for path in inputs if path.exists()):
-        raise ConfigError(f"{out} is one of the inputs; give the result another name")
-    if out.exists() and not force:
-        raise StorageError(f"{out} exists; use --force to replace it")
+    counts = _check_arguments(inputs, weights, out, force)
     files = [open_model(path) for path in inputs]
     for file in files[1:]:
         difference = compare_layouts(
@@ -62,23 +57,71 @@ def aggregate_files(
         )
         if difference is not None:
             raise LayoutError(f"the files hold different tensors: {difference}")
-    order = sorted(range(len(files)), key=lambda i: (counts[i], files[i].sha256()))
-    files, counts = [files[i] for i in order], [counts[i] for i in order]
     _check_integers(files)
+    pairs = sorted(zip(counts, files, strict=True), key=functools.cmp_to_key(_compare))
+    counts, files = [weight for weight, _ in pairs], [file for _, file in pairs]
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         _reduce(files, counts, partial, threads, progress)
         partial.rename(out)
+        _sync_folder(out.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
     return open_model(out)
 
 
+def _check_arguments(
+    inputs: Sequence[Path], weights: Sequence[int] | None, out: Path, force: bool
+) -> list[int]:
+    if not inputs:
+        raise ConfigError("there is no file to average")
+    counts = [1] * len(inputs) if weights is None else list(weights)
+    if len(counts) != len(inputs):
+        raise WeightError(
+            f"there are {len(inputs)} files and {len(counts)} weights; give one weight per file"
+        )
+    for path, weight in zip(inputs, counts, strict=True):
+        if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT:
+            raise WeightError(
+                f"weight {weight!r} of {path}: expected an integer from 1 to {MAX_WEIGHT}, the number of "
+                "training examples"
+            )
+    if not out.parent.is_dir():
+        raise StorageError(f"{out}: there is no folder {out.parent}")
+    if out.exists() and any(out.samefile(path) for path in inputs if path.exists()):
+        raise ConfigError(f"{out} is one of the inputs; give the result another name")
+    if out.exists() and not force:
+        raise StorageError(f"{out} exists; use --force to replace it")
+    return counts
+
+
+def _compare(one: tuple[int, ModelFile], other: tuple[int, ModelFile]) -> int:
+    """Order by weight, then by flat bytes; equal files may come in either order, which changes nothing."""
+    if one[0] != other[0]:
+        return -1 if one[0] < other[0] else 1
+    for (name, a), b in zip(one[1].views().items(), other[1].views().values(), strict=True):
+        for at in range(0, len(a), _BLOCK):
+            x, y = bytes(a[at : at + _BLOCK]), bytes(b[at : at + _BLOCK])
+            if x != y:
+                return -1 if x < y else 1
+        for file in (one[1], other[1]):
+            file.file.release(file.data_offset + file.offsets[name], len(a))
+    return 0
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _check_integers(files: Sequence[ModelFile]) -> None:
     for name, dtype, *_ in files[0].layout.tensors:
         if dtype not in FLOATS and any(
-            file.view(name) != files[0].view(name) for file in files[1:]
+            bytes(file.view(name)) != bytes(files[0].view(name)) for file in files[1:]
         ):
             raise LayoutError(
                 f"tensor {name!r} is {dtype} and differs between the files; only floats can be averaged"

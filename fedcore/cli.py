@@ -1,7 +1,9 @@
-"""The commands ``fedcore`` and ``fedcore-server``."""
+"""The commands ``fedcore`` and ``fedcore-server``. Whatever is heavy is imported inside the commands."""
 
 from __future__ import annotations
 
+import enum
+import functools
 import importlib
 import importlib.util
 import logging
@@ -9,23 +11,38 @@ import os
 import signal
 import sys
 import time
-import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Final, ParamSpec
 
 import typer
 
 from . import __version__
-from .errors import ConfigError, FedcoreError, TransferTimeout
+from .errors import ConfigError, FedcoreError, TransferTimeout, WeightError
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .protocol import StatusReply
+    from .simulate import SimulationResult
 
 __all__ = ["main", "server_main"]
 
+_WRONG_USE: Final = 2
+_INTERRUPTED: Final = 130
+_WATCH_SECONDS: Final = 0.5
+
+_P = ParamSpec("_P")
+
 app = typer.Typer(
     name="fedcore",
-    help="Federated fine-tuning of language models with a compiled core.",
+    help="Federated fine-tuning of language models with a compiled core.\n\n"
+    "Exit status: 0 done, 1 failed, 2 wrong use or configuration, 130 stopped by Ctrl-C. "
+    "FEDCORE_DEBUG=1 shows tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", metavar="RUN.toml")]
@@ -34,9 +51,33 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Override a key of the run file, e.g. --set run.rounds=3.",
+        help="Override a key of the run file, e.g. --set run.rounds=3; may be given more than once.",
     ),
 ]
+
+
+class _Rule(enum.StrEnum):
+    MEAN = "mean"
+
+
+def _reported(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Turn the package's errors into one clear line and an exit status."""
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except FedcoreError as error:
+            if os.environ.get("FEDCORE_DEBUG") == "1":
+                raise
+            typer.echo(f"error: {error}", err=True)
+            wrong_use = isinstance(error, ConfigError | WeightError)
+            raise typer.Exit(_WRONG_USE if wrong_use else 1) from None
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(_INTERRUPTED) from None
+
+    return run
 
 
 def _version(value: bool) -> None:
@@ -58,6 +99,7 @@ def _options(
 
 
 @app.command()
+@_reported
 def server(
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nobody changes it
@@ -68,21 +110,32 @@ def server(
 ) -> None:
     """Serve one run: wait for the sites, run the rounds, keep the best model.
 
-    Started again on the same run folder, it goes on after the last committed round. Ctrl-C ends the run cleanly
-    with that round on disk.
+    Started again on the same run folder, it goes on after the last committed round. Ctrl-C ends the run
+    cleanly with that round on disk. The same as the command fedcore-server.
+
+    \b
+    Examples:
+      fedcore server run.toml
+      fedcore server run.toml --set server.listen=tcp://0.0.0.0:7733 --set run.rounds=20
     """
     from .config import load_run_file
     from .server.service import Server
+    from .status import ENDPOINT_FILE
 
     config = load_run_file(run_file, overrides)
     process = Server(config, endpoint_file)
+    endpoint = config.run_folder / ENDPOINT_FILE
+    endpoint.write_text(process.endpoint + "\n", encoding="utf-8")
     _log_to(config.run_folder / "server.log", logging.DEBUG if verbose else logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
     signal.signal(signal.SIGINT, lambda *_: process.stop())
-    result = process.run()
+    try:
+        result = process.run()
+    finally:
+        endpoint.unlink(missing_ok=True)
     if not result.ok:
         typer.echo(f"error: {result.message}", err=True)
-        raise typer.Exit(130 if result.message.startswith("stopped") else 1)
+        raise typer.Exit(_INTERRUPTED if result.message.startswith("stopped") else 1)
 
 
 def _log_to(path: Path, level: int) -> None:
@@ -94,90 +147,190 @@ def _log_to(path: Path, level: int) -> None:
 
 
 @app.command()
+@_reported
 def simulate(
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Print the server's log lines even on a terminal.")
+    ] = False,
 ) -> None:
     """Start the server and all sites of a run on this machine, as real processes on loopback.
 
-    The run file's [simulate] section says which script each site runs; logs lie in the run folder.
+    The run file's [simulate] section says which script each site runs. Logs of all processes lie in
+    RUN_FOLDER/logs. A terminal gets a live view, a pipe the server's log lines.
+
+    \b
+    Examples:
+      fedcore simulate run.toml
+      fedcore simulate run.toml --set run.name=second --set run.rounds=3
     """
     from .config import load_run_file
-    from .simulate import simulate as run
 
     config = load_run_file(run_file, overrides)
-    last = ""
-
-    def tick(_: str) -> None:
-        nonlocal last
-        log = config.run_folder / "server.log"
-        text = log.read_text(encoding="utf-8") if log.exists() else ""
-        typer.echo(text.removeprefix(last), nl=False)
-        last = text
-
-    result = run(run_file, config, overrides=overrides, tick=tick)
-    tick("")
+    if sys.stdout.isatty() and not plain:
+        result = _simulate_live(run_file, config, overrides)
+    else:
+        result = _simulate_plain(run_file, config, overrides)
     if result.status:
         typer.echo(f"error: {result.message}", err=True)
         raise typer.Exit(1)
+    for text in result.failed.values():
+        typer.echo(f"warning: the run is complete, but {text}", err=True)
     typer.echo(f"best model: {result.folder / 'best'}")
 
 
+def _simulate_live(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:
+    from .simulate import simulate as run
+    from .status import StatusClient, read_summary
+    from .view import LiveView
+
+    client: StatusClient | None = None
+    shown = 0.0
+
+    def tick(address: str) -> None:
+        nonlocal client, shown
+        if time.monotonic() - shown < _WATCH_SECONDS:
+            return
+        if client is None:
+            client = StatusClient(address)
+        shown = time.monotonic()
+        try:
+            view.show(client.ask(_WATCH_SECONDS))
+        except TransferTimeout:
+            return  # the server reduces or has just ended; the next tick asks again
+
+    try:
+        with LiveView() as view:
+            result = run(run_file, config, overrides=overrides, tick=tick)
+            if result.status == 0:
+                view.show(read_summary(result.folder))
+            return result
+    finally:
+        if client is not None:
+            client.close()
+
+
+def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:
+    from .simulate import simulate as run
+
+    log = config.run_folder / "logs" / "server.log"
+    position = 0
+
+    def tick(_: str) -> None:
+        nonlocal position
+        with log.open("rb") as file:
+            file.seek(position)
+            text = file.read()
+        position += len(text)
+        typer.echo(text.decode(errors="replace"), nl=False)
+
+    result = run(run_file, config, overrides=overrides, tick=tick)
+    tick("")
+    return result
+
+
 @app.command()
+@_reported
 def status(
-    address: Annotated[
-        str, typer.Argument(help="Address of a running server.", metavar="tcp://HOST:PORT")
+    target: Annotated[
+        str,
+        typer.Argument(help="A run folder or a server's address.", metavar="RUN_FOLDER|tcp://..."),
     ] = "tcp://127.0.0.1:7733",
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it until the run ends.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
 ) -> None:
-    """Show how a running server's run stands: rounds, sites, bytes, metrics."""
-    reply = ask_status(address, timeout)
+    """Show how a run stands: rounds, sites, bytes, metrics.
+
+    Given a run folder, asks the server that works on it; of a run that has ended, shows the summary. With
+    --watch, a terminal gets a live view, a pipe one line per change (with --json, one JSON text per line).
+
+    \b
+    Examples:
+      fedcore status
+      fedcore status runs/sentiment --watch
+      fedcore status tcp://10.0.0.5:7733 --json
+    """
+    from .status import find_server, read_summary
+
+    if target.startswith("tcp://"):
+        address: str | None = target
+    else:
+        address = find_server(Path(target))
+    if address is None:
+        _print_status(read_summary(Path(target)), as_json)
+    elif watch:
+        _watch(address, timeout, as_json)
+    else:
+        _print_status(ask_status(address, timeout), as_json)
+
+
+def ask_status(address: str, timeout: float) -> StatusReply:
+    """Ask a server for its status; TransferTimeout if it does not answer."""
+    from .status import ask_status as ask
+
+    return ask(address, timeout)
+
+
+def _print_status(reply: StatusReply, as_json: bool) -> None:
     if as_json:
         typer.echo(reply.model_dump_json(indent=2))
         return
-    left = "" if reply.eta is None else f", about {reply.eta:.0f} s left"
-    typer.echo(f"run {reply.run}: {reply.phase}, round {reply.round} of {reply.rounds}{left}")
-    typer.echo(f"received {reply.bytes_in:,} bytes, sent {reply.bytes_out:,}")
-    for site in reply.sites:
-        typer.echo(f"  {site.site:<20} {site.state:<10} {site.message}")
-    for version in reply.versions:
-        mark = "*" if version.version == reply.best_version else " "
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in version.metrics.items())
-        typer.echo(f" {mark}round {version.version:<4} {shown}")
+    from rich.console import Console
+
+    from .view import render
+
+    Console().print(render(reply))
 
 
-def ask_status(address: str, timeout: float) -> Any:
-    """Ask a server for its status; TransferTimeout if it does not answer."""
-    from . import protocol
-    from .transport import Control, SiteLink
+def _watch(address: str, timeout: float, as_json: bool) -> None:
+    """Show snapshots until the run is over; a server that goes away afterwards is no error."""
+    import contextlib
 
-    link = SiteLink(address, uuid.uuid4().bytes)
-    try:
-        link.send(protocol.StatusRequest())
-        until = time.monotonic() + timeout
-        while (left := until - time.monotonic()) > 0:
-            arrived = link.recv(left)
-            if isinstance(arrived, Control):
-                reply = protocol.decode_from_server(arrived.body)
-                if isinstance(reply, protocol.StatusReply):
-                    return reply
-        raise TransferTimeout(
-            f"no answer from {address} within {timeout:g} s; is fedcore-server running there?"
-        )
-    finally:
-        link.close()
+    from .status import StatusClient
+    from .view import LiveView, PlainLines
+
+    with contextlib.ExitStack() as stack:
+        client = stack.enter_context(StatusClient(address))
+        show: Callable[[StatusReply], object]
+        if as_json:
+
+            def show(reply: StatusReply) -> None:
+                typer.echo(reply.model_dump_json())
+
+        elif sys.stdout.isatty():
+            show = stack.enter_context(LiveView()).show
+        else:
+            show = PlainLines(typer.echo).show
+        while True:
+            reply = client.ask(timeout)
+            show(reply)
+            if reply.phase in ("done", "failed"):
+                break
+            time.sleep(_WATCH_SECONDS)
+    if reply.phase == "failed":
+        raise typer.Exit(1)
 
 
 @app.command()
+@_reported
 def aggregate(
     files: Annotated[
         list[Path], typer.Argument(help="safetensors files to average.", metavar="FILE...")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
     weights: Annotated[
-        str | None, typer.Option(help="One integer per file, e.g. 3,5; equal if left out.")
+        str | None,
+        typer.Option(
+            help="Numbers of training examples, one integer per file, e.g. 3,5; equal if left out."
+        ),
     ] = None,
+    rule: Annotated[  # noqa: ARG001 - there is one rule; naming it keeps a script's meaning
+        _Rule, typer.Option(help="How to combine the files.")
+    ] = _Rule.MEAN,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads.")] = 1,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output if it exists.")
@@ -185,10 +338,17 @@ def aggregate(
 ) -> None:
     """Average safetensors files with the reducer of the server.
 
-    The result does not depend on the order of the files or on the number of threads.
+    The output does not depend on the order of the files nor on the number of threads. The files hold the
+    same tensors; integers and booleans must be equal in all of them. An input is never overwritten, and the
+    output appears only when it is complete.
 
-    Example: fedcore aggregate a.safetensors b.safetensors --weights 3,5 -o mean.safetensors
+    \b
+    Examples:
+      fedcore aggregate a.safetensors b.safetensors --weights 3,5 -o mean.safetensors
+      fedcore aggregate north/adapter_model.safetensors south/adapter_model.safetensors -o mean.safetensors
     """
+    import contextlib
+
     from .aggregate import aggregate_files
 
     try:
@@ -197,14 +357,37 @@ def aggregate(
         raise ConfigError(
             f"--weights {weights}: expected integers with commas between them"
         ) from None
-    result = aggregate_files(files, counts, out, threads=threads, force=force)
+    with contextlib.ExitStack() as stack:
+        progress: Callable[[int, int], None] | None = None
+        if sys.stderr.isatty():
+            progress = _progress_bar(stack.enter_context)
+        result = aggregate_files(
+            files, counts, out, threads=threads, force=force, progress=progress
+        )
     typer.echo(
         f"{out}: {len(result.layout.tensors)} tensors, {result.layout.total_bytes:,} bytes, "
         f"sha256 {result.sha256()}"
     )
 
 
+def _progress_bar(enter: Callable[..., object]) -> Callable[[int, int], None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    enter(bar)
+    task = bar.add_task("mean", total=None)
+    return lambda done, total: bar.update(task, completed=done, total=total)
+
+
 @app.command()
+@_reported
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that comes out.")] = Path(
         "runs/demo"
@@ -220,6 +403,11 @@ def demo(
     """Fine-tune a real language model at three sites of this machine, and compare with training alone.
 
     Needs the package's demo extra. The exit status is 0 only if the federated model beats every local one.
+
+    \b
+    Examples:
+      fedcore demo
+      fedcore demo --seed 1 --out runs/demo-1
     """
     for name in ("torch", "transformers", "peft", "matplotlib"):
         if importlib.util.find_spec(name) is None:
@@ -231,17 +419,8 @@ def demo(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the ``fedcore`` command; errors of the package end it with one clear line."""
-    try:
-        app(arguments, standalone_mode=True)
-    except FedcoreError as error:
-        if os.environ.get("FEDCORE_DEBUG") == "1":
-            raise
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        sys.exit(130)
+    """Run the ``fedcore`` command."""
+    app(arguments, standalone_mode=True)
 
 
 def server_main() -> None:

@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Final
 
+from . import _watchdog
 from .config import RunConfig
 from .errors import ConfigError, FedcoreError
 
-__all__ = ["SimulationResult", "simulate"]
+__all__ = ["SimulationResult", "simulate", "site_commands", "tail"]
 
 _START_SECONDS: Final = 60.0
 _END_SECONDS: Final = 10.0
+_CHECK_SECONDS: Final = 0.1
+_SERVER: Final = "server"
 
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """How a simulation ended: the server's exit status, and why it failed if it did."""
+    """How a simulation ended.
+
+    Attributes:
+        status: 0, or the exit status of what failed.
+        message: why it failed, with the last lines of the log of what failed; empty if it did not.
+        folder: the run folder.
+        failed: sites that failed, with the end of their logs; the run may be complete without them.
+    """
 
     status: int
     message: str
     folder: Path
+    failed: Mapping[str, str] = field(default_factory=dict)
 
 
 def simulate(
@@ -40,12 +53,15 @@ def simulate(
 ) -> SimulationResult:
     """Run a whole run on loopback: the server and one process per site, nothing faked.
 
+    A site that fails does not end the run while enough others are left for ``participants.min_results``.
+    Whatever ends this process, Ctrl-C, an error or ``kill -9``, ends all the others too.
+
     Args:
         run_file: the run file, which the server reads itself.
         config: what it says.
         overrides: ``section.key=value`` texts for the server.
         commands: what to start for each site; the run file's ``[simulate] script`` if None.
-        tick: called about five times a second with the server's address.
+        tick: called about ten times a second with the server's address.
 
     Raises:
         ConfigError: the run file names no script, or one that is not there.
@@ -58,23 +74,34 @@ def simulate(
     endpoint_file = logs / "endpoint"
     endpoint_file.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "fedcore", "server", str(run_file)]
-    command += ["--endpoint-file", str(endpoint_file), "--set", "server.listen=tcp://127.0.0.1:0"]
-    for override in overrides:
+    command += ["--endpoint-file", str(endpoint_file)]
+    for override in (*overrides, "server.listen=tcp://127.0.0.1:0"):
         command += ["--set", override]
-    children: dict[str, subprocess.Popen[bytes]] = {}
-    try:
-        children["server"] = _start(command, {}, logs / "server.log")
-        address = _await_endpoint(children["server"], endpoint_file, logs / "server.log")
+    before = _summary_time(folder)
+    with _Children(logs) as children:
+        children.start(_SERVER, command, {})
+        address = _await_endpoint(children, endpoint_file)
         for site, start in starts.items():
             env = {"FEDCORE_SERVER": address, "FEDCORE_SITE": site, **_site_env(config, site)}
-            children[site] = _start(start, env, logs / f"{site}.log")
-        return _watch(children, address, logs, folder, tick)
-    finally:
-        _end(children)
+            children.start(site, start, env)
+        quorum = config.participants.quorum
+        return _watch(
+            children, address, folder, quorum, tick, lambda: _summary_time(folder) != before
+        )
+
+
+def _summary_time(folder: Path) -> int:
+    """The server writes the summary when the run is over, then says goodbye to the sites for a moment."""
+    summary = folder / "summary.json"
+    return summary.stat().st_mtime_ns if summary.exists() else 0
 
 
 def site_commands(config: RunConfig) -> dict[str, list[str]]:
-    """Return the command of each site as the run file has it."""
+    """Return the command of each site as the run file has it.
+
+    Raises:
+        ConfigError: the run file names no script, or one that is not there.
+    """
     if config.simulate.script is None:
         raise ConfigError(
             "simulate.script: missing; it names the training script that each site runs"
@@ -91,73 +118,149 @@ def site_commands(config: RunConfig) -> dict[str, list[str]]:
 
 
 def _site_env(config: RunConfig, site: str) -> dict[str, str]:
+    """The sites share the cores, unless the environment or the run file says how many threads to use."""
     threads = max(1, (os.cpu_count() or 1) // max(1, len(config.site_names)))
     own = config.simulate.site.get(site)
-    return {"OMP_NUM_THREADS": str(threads), **config.simulate.env, **(own.env if own else {})}
+    return {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        **config.simulate.env,
+        **(own.env if own else {}),
+    }
 
 
-def _start(command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-    with log.open("wb") as out:
-        return subprocess.Popen(
-            list(command),
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the children in order
+class _Children:
+    """The processes of a simulation. None of them outlives the ``with`` block, nor this process."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-P", str(Path(_watchdog.__file__))],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
 
+    def __enter__(self) -> _Children:
+        return self
 
-def _await_endpoint(server: subprocess.Popen[bytes], path: Path, log: Path) -> str:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._end()
+        finally:
+            assert self._watchdog.stdin is not None
+            self._watchdog.stdin.close()
+            self._watchdog.wait()
+
+    @property
+    def server(self) -> subprocess.Popen[bytes]:
+        return self._children[_SERVER]
+
+    @property
+    def sites(self) -> dict[str, subprocess.Popen[bytes]]:
+        return {name: child for name, child in self._children.items() if name != _SERVER}
+
+    def log(self, name: str) -> Path:
+        """Where a process's output goes."""
+        return self._logs / f"{name}.log"
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
+        """Start a process in a group of its own, with its output in its log."""
+        with self.log(name).open("wb") as out:
+            child = subprocess.Popen(
+                list(command),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+                start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
+            )
+        self._children[name] = child
+        self._tell("+", child.pid)
+
+    def _tell(self, sign: str, pid: int) -> None:
+        assert self._watchdog.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._watchdog.stdin.write(f"{sign}{pid}\n".encode())
+            self._watchdog.stdin.flush()
+
+    def _end(self) -> None:
+        """Give the server and the sites a moment to leave by themselves, then end what is still there."""
+        if _SERVER in self._children and self.server.poll() is None:
+            self.server.send_signal(signal.SIGINT)
+        until = time.monotonic() + _END_SECONDS
+        try:
+            for child in self._children.values():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(max(0.1, until - time.monotonic()))
+        finally:  # a second Ctrl-C ends the wait
+            for child in self._children.values():
+                _watchdog.end_group(child.pid, signal.SIGKILL)  # and what a site has started itself
+                child.wait()
+                self._tell("-", child.pid)
+
+
+def _await_endpoint(children: _Children, path: Path) -> str:
     until = time.monotonic() + _START_SECONDS
+    log = children.log(_SERVER)
     while time.monotonic() < until:
         if path.exists():
             return path.read_text(encoding="utf-8")
-        if server.poll() is not None:
+        if children.server.poll() is not None:
             raise FedcoreError(f"the server did not start:\n{tail(log)}")
         time.sleep(0.02)
     raise FedcoreError(f"the server did not start within {_START_SECONDS:g} s:\n{tail(log)}")
 
 
 def _watch(
-    children: Mapping[str, subprocess.Popen[bytes]],
+    children: _Children,
     address: str,
-    logs: Path,
     folder: Path,
+    quorum: int,
     tick: Callable[[str], None] | None,
+    over: Callable[[], bool],
 ) -> SimulationResult:
-    server = children["server"]
+    """Wait for the server to end, or for too few sites to be left for a round."""
+    sites, server = children.sites, children.server
+    failed: dict[str, str] = {}
+    idle_since: float | None = None
     while server.poll() is None:
         if tick is not None:
             tick(address)
-        sites = {name: child for name, child in children.items() if name != "server"}
-        if all(child.poll() is not None for child in sites.values()):
-            failed = [name for name, child in sites.items() if child.returncode != 0]
-            if failed:
-                name = failed[0]
-                status = sites[name].returncode
-                text = f"site {name} ended with status {status}:\n{tail(logs / f'{name}.log')}"
-                return SimulationResult(1, text, folder)
-        time.sleep(0.2)
-    message = "" if server.returncode == 0 else f"the server failed:\n{tail(logs / 'server.log')}"
-    return SimulationResult(server.returncode, message, folder)
+        ended = {name: site.returncode for name, site in sites.items() if site.poll() is not None}
+        for name, status in ended.items():
+            if status != 0 and name not in failed:
+                failed[name] = f"site {name} {_how(status)}:\n{tail(children.log(name))}"
+        if failed and len(sites) - len(failed) < quorum and not over():
+            return SimulationResult(1, next(iter(failed.values())), folder, failed)
+        if len(ended) < len(sites) or over():
+            idle_since = None
+        elif idle_since is None:
+            idle_since = time.monotonic()
+        elif time.monotonic() - idle_since > _END_SECONDS:
+            text = (
+                "all sites have ended but the run is not over; does the training script loop with "
+                "`while fl.is_running()` until it ends?"
+            )
+            return SimulationResult(1, text, folder, failed)
+        time.sleep(_CHECK_SECONDS)
+    if server.returncode == 0:
+        return SimulationResult(0, "", folder, failed)
+    text = f"the server {_how(server.returncode)}:\n{tail(children.log(_SERVER))}"
+    return SimulationResult(1, "\n".join([*failed.values(), text]), folder, failed)
 
 
-def _end(children: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """Give the sites a moment to leave by themselves, then end what is still there."""
-    until = time.monotonic() + _END_SECONDS
-    for name, child in children.items():
-        if name == "server" and child.poll() is None:
-            child.send_signal(signal.SIGINT)
-    for child in children.values():
-        try:
-            child.wait(max(0.1, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+def _how(status: int) -> str:
+    if status < 0:
+        return f"was ended by signal {signal.Signals(-status).name}"
+    return f"ended with status {status}"
 
 
 def tail(log: Path, lines: int = 15) -> str:
-    """Return the last lines of a log."""
+    """Return the last lines of a log, indented."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     return "\n".join(f"    {line}" for line in text.splitlines()[-lines:]) or "    (no output)"

@@ -1,14 +1,32 @@
-"""A run's status drawn for a terminal."""
+"""A run's status drawn for a terminal, or written as plain lines."""
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Final
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .protocol import StatusReply
+from .protocol import SiteStatus, StatusReply, VersionStatus
 
-__all__ = ["human_bytes", "render"]
+__all__ = ["LiveView", "PlainLines", "human_bytes", "human_seconds", "render"]
+
+_STYLES: Final = {
+    "training": "cyan",
+    "uploading": "blue",
+    "delivered": "green",
+    "lost": "red",
+    "dropped": "red",
+    "left": "dim",
+    "absent": "dim",
+}
+_SHOWN_VERSIONS: Final = 8
+_BAR_WIDTH: Final = 40
 
 
 def human_bytes(count: float) -> str:
@@ -20,23 +38,170 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def human_seconds(seconds: float) -> str:
+    """Return a duration such as ``9.4 s``, ``3 min 20 s`` or ``2 h 05 min``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
 def render(reply: StatusReply) -> RenderableType:
-    """Draw a snapshot: the run's line, the sites, and the metrics of each model."""
-    left = "" if reply.eta is None else f", about {reply.eta:.0f} s left"
-    head = Text(
-        f"run {reply.run}: {reply.phase}, round {reply.round} of {reply.rounds}, {reply.elapsed:.0f} s{left}; "
-        f"received {human_bytes(reply.bytes_in)}, sent {human_bytes(reply.bytes_out)}"
+    """Draw a snapshot: the run's line, the round's bar, the sites, and the metrics of each model."""
+    parts: list[RenderableType] = [Text(_headline(reply), style="bold"), Text(_traffic(reply))]
+    done, total, what = _progress(reply)
+    if total:
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(ProgressBar(total, done, width=_BAR_WIDTH), Text(what))
+        parts.append(bar)
+    parts += [_site_table(reply), _model_table(reply)]
+    if reply.message:
+        style = "red" if reply.phase == "failed" else ""
+        parts.append(Text(reply.message, style=style))
+    return Group(*parts)
+
+
+def _headline(reply: StatusReply) -> str:
+    left = ""
+    if reply.eta is not None and reply.phase not in ("done", "failed"):
+        left = f", about {human_seconds(reply.eta)} left"
+    return (
+        f"run {reply.run}: {reply.phase}, round {reply.round} of {reply.rounds}, "
+        f"{human_seconds(reply.elapsed)}{left}"
     )
-    sites = Table("site", "state", "examples", "training")
+
+
+def _traffic(reply: StatusReply) -> str:
+    model = f"model {human_bytes(reply.model_bytes)}, " if reply.model_bytes else ""
+    return f"{model}received {human_bytes(reply.bytes_in)}, sent {human_bytes(reply.bytes_out)}"
+
+
+def _progress(reply: StatusReply) -> tuple[int, int, str]:
+    """Return how far the round is: chunks while they come in, else sites that have delivered."""
+    if reply.phase in ("done", "failed", "waiting"):
+        return 0, 0, ""
+    if reply.chunks:
+        return reply.chunks_done, reply.chunks, f"{reply.chunks_done} of {reply.chunks} chunks"
+    delivered = sum(site.state in ("delivered", "uploading") for site in reply.sites)
+    return delivered, len(reply.sites), f"{delivered} of {len(reply.sites)} sites delivered"
+
+
+def _site_table(reply: StatusReply) -> Table:
+    table = Table("site", "state", "examples", "training", "note")
     for site in reply.sites:
-        values = "  ".join(f"{name} {value:.3f}" for name, value in list(site.metrics.items())[:2])
-        sites.add_row(
-            site.site, site.state, "" if site.examples is None else str(site.examples), values
+        table.add_row(
+            site.site,
+            Text(site.state, style=_STYLES.get(site.state, "")),
+            "" if site.examples is None else f"{site.examples:,}",
+            _numbers(site),
+            Text(site.message, overflow="ellipsis"),
         )
-    models = Table("model", *([reply.metric] if reply.metric else []), "sites")
-    for version in reply.versions:
-        mark = " *" if version.version == reply.best_version else ""
-        value = version.metrics.get(reply.metric or "")
-        cells = ["" if value is None else f"{value:.4f}"] if reply.metric else []
-        models.add_row(f"{version.version}{mark}", *cells, ", ".join(version.participants))
-    return Group(head, sites, models)
+    return table
+
+
+def _numbers(site: SiteStatus) -> str:
+    """Show the training losses of a site, or its first metrics if none is a loss."""
+    values = [(name, value) for name, value in site.metrics.items() if "loss" in name.lower()]
+    values = values or list(site.metrics.items())
+    return "  ".join(f"{name} {value:.3f}" for name, value in values[:2])
+
+
+def _model_table(reply: StatusReply) -> Table:
+    names = _metric_names(reply)
+    table = Table("model", *names, "time", "sites")
+    hidden = len(reply.versions) - _SHOWN_VERSIONS
+    for position, version in enumerate(reply.versions):
+        best = version.version == reply.best_version
+        if position < hidden and not best:
+            continue
+        label = "initial" if version.version == 0 else f"round {version.version}"
+        cells = [_cell(version, name) for name in names]
+        seconds = "" if not version.seconds else human_seconds(version.seconds)
+        table.add_row(
+            f"{label} (best)" if best else label,
+            *cells,
+            seconds,
+            ", ".join(version.participants),
+            style="bold green" if best else "",
+        )
+    return table
+
+
+def _metric_names(reply: StatusReply) -> list[str]:
+    """The metric that selects comes first, then up to two others."""
+    found = {name for version in reply.versions for name in version.metrics}
+    first = [reply.metric] if reply.metric else []
+    return first + sorted(found - set(first))[: 3 - len(first)]
+
+
+def _cell(version: VersionStatus, name: str) -> str:
+    value = version.metrics.get(name)
+    return "" if value is None else f"{value:.4f}"
+
+
+class LiveView:
+    """Redraws snapshots in place on a terminal; use it in a ``with`` block, which restores the cursor."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
+
+    def __enter__(self) -> LiveView:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def show(self, reply: StatusReply) -> None:
+        """Draw a snapshot in the place of the last one."""
+        self._live.update(render(reply), refresh=True)
+
+
+class PlainLines:
+    """Writes a line for whatever changed since the last snapshot: for logs and pipes."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self._phase = ""
+        self._states: dict[str, str] = {}
+        self._versions: dict[int, str] = {}
+
+    def show(self, reply: StatusReply) -> None:
+        """Write what is new in a snapshot."""
+        for line in self._news(reply):
+            self._write(line)
+
+    def _news(self, reply: StatusReply) -> Iterator[str]:
+        for version in reply.versions:
+            line = _version_line(version, reply)
+            if self._versions.get(version.version) != line:
+                self._versions[version.version] = line
+                yield line
+        for site in reply.sites:
+            if self._states.get(site.site) != site.state:
+                self._states[site.site] = site.state
+                if site.state in ("joined", "lost", "dropped", "left"):
+                    yield f"{site.site}: {site.state}" + (
+                        f" ({site.message})" if site.message else ""
+                    )
+        phase = f"{reply.phase}, round {reply.round} of {reply.rounds}"
+        if phase != self._phase:
+            self._phase = phase
+            yield f"run {reply.run}: {phase}" + (f": {reply.message}" if reply.message else "")
+
+
+def _version_line(version: VersionStatus, reply: StatusReply) -> str:
+    label = "initial model" if version.version == 0 else f"model of round {version.version}"
+    metrics = "".join(f", {name} {value:.4f}" for name, value in version.metrics.items())
+    sites = f" of {', '.join(version.participants)}" if version.participants else ""
+    best = " (best)" if version.version == reply.best_version else ""
+    return f"{label}{sites}{metrics}{best}"

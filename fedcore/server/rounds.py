@@ -157,11 +157,15 @@ class Rounds:
 
     def joined(self, site: str, instance: str, now: float) -> list[Action]:
         """A site's process joined, or joined again; it was admitted before."""
+        known = self.roster.get(site)
+        before: list[Action] = []
+        if known is not None and known.alive and known.instance != instance:
+            before = self.lost(site, "another process took its place", now)
         member = self.roster.admit(site, instance)
         if not member.alive:
             member.state = SiteState.JOINED
             member.message = ""
-        return self._assign(member, now)
+        return before + self._assign(member, now)
 
     def declared(self, site: str, now: float) -> list[Action]:
         """A site has shown a model whose layout is the run's (or becomes it)."""

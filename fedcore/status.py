@@ -1,0 +1,136 @@
+"""Ask how a run stands: a running server by its address, or any run by its folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Final
+
+from . import protocol
+from .errors import ConfigError, TransferTimeout
+from .transport import Control, SiteLink
+
+__all__ = ["ENDPOINT_FILE", "StatusClient", "ask_status", "find_server", "read_summary"]
+
+ENDPOINT_FILE: Final = "endpoint"
+"""File in a run folder that holds the address on which its server listens."""
+
+
+class StatusClient:
+    """A connection to a server that only asks for snapshots; use it in a ``with`` block."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._link = SiteLink(address, uuid.uuid4().bytes)
+
+    def __enter__(self) -> StatusClient:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, timeout: float) -> protocol.StatusReply:
+        """Return a snapshot.
+
+        Raises:
+            TransferTimeout: no answer within ``timeout`` seconds.
+        """
+        self._link.send(protocol.StatusRequest())
+        until = time.monotonic() + timeout
+        while (left := until - time.monotonic()) > 0:
+            arrived = self._link.recv(left)
+            if isinstance(arrived, Control):
+                reply = protocol.decode_from_server(arrived.body)
+                if isinstance(reply, protocol.StatusReply):
+                    return reply
+        raise TransferTimeout(
+            f"no answer from {self.address} within {timeout:g} s; is fedcore-server running there?"
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._link.close()
+
+
+def ask_status(address: str, timeout: float) -> protocol.StatusReply:
+    """Ask a server once; arguments and errors as in `StatusClient.ask`."""
+    with StatusClient(address) as client:
+        return client.ask(timeout)
+
+
+def find_server(folder: Path) -> str | None:
+    """Return the address of the server that works on a run folder, or None if none does.
+
+    Raises:
+        ConfigError: the folder is no run folder.
+    """
+    if not (folder / "run.sqlite").is_file():
+        raise ConfigError(
+            f"{folder} is neither a run folder nor an address such as tcp://HOST:PORT"
+        )
+    endpoint = folder / ENDPOINT_FILE
+    if not endpoint.is_file() or not _locked(folder / ".lock"):
+        return None
+    return endpoint.read_text(encoding="utf-8").strip()
+
+
+def _locked(path: Path) -> bool:
+    """Whether a server holds the folder; a leftover of a killed one is not locked."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def read_summary(folder: Path) -> protocol.StatusReply:
+    """Return the last snapshot of a run that has ended, from its ``summary.json``.
+
+    Raises:
+        ConfigError: the run has no summary: it was cut off, or nothing has ended yet.
+    """
+    path = folder / "summary.json"
+    try:
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no server works on {folder}, and its run has not ended; start fedcore-server with its run file "
+            "to go on after the last committed round"
+        ) from None
+    versions = [
+        protocol.VersionStatus(
+            version=row["version"],
+            metrics=row["metrics"],
+            participants=list(row["participants"]),
+            seconds=row["seconds"],
+            bytes=row["bytes"],
+        )
+        for row in summary["versions"]
+    ]
+    last = summary["version"] or 0
+    return protocol.StatusReply(
+        run=summary["run"],
+        phase="done" if summary["ok"] else "failed",
+        round=last,
+        rounds=last,
+        metric=summary["metric"],
+        mode=summary["mode"],
+        best_version=summary["best_version"],
+        model_bytes=versions[-1].bytes if versions else 0,
+        bytes_in=summary["bytes_in"],
+        bytes_out=summary["bytes_out"],
+        elapsed=summary["seconds"],
+        eta=0.0,
+        sites=[
+            protocol.SiteStatus(site=name, state=site["state"], message=site["message"])
+            for name, site in summary["sites"].items()
+        ],
+        versions=versions,
+        message=summary["message"],
+    )

@@ -1,0 +1,255 @@
+"""The round state machine: every rule replayed without sockets or a clock, and random histories."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from fedcore.server.participation import Delivery, Roster, SiteState
+from fedcore.server.rounds import (
+    Action,
+    CancelCollect,
+    Commit,
+    EndRun,
+    Participant,
+    Phase,
+    Rounds,
+    SendDropped,
+    SendTask,
+    StartCollect,
+)
+from fedcore.server.selection import SiteScore, best_version, weighted_metrics
+
+
+def machine(
+    sites: list[str], *, quorum: int | None = None, version: int | None = 0, rounds: int = 2
+) -> Rounds:
+    return Rounds(
+        Roster(sites, None),
+        rounds=rounds,
+        quorum=quorum or len(sites),
+        deadline=100,
+        version=version,
+    )
+
+
+def update(site: str) -> Delivery:
+    return Delivery(f"{ord(site[0]):032x}", 5)
+
+
+def part(site: str) -> Participant:
+    return Participant(site, update(site).set_id, 5)
+
+
+def join_all(rounds: Rounds, *sites: str) -> None:
+    for site in sites:
+        assert rounds.joined(site, site, 0) == [SendTask(site, "train", 1)]
+
+
+def test_a_round_closes_when_all_have_delivered_in_the_order_of_names() -> None:
+    rounds = machine(["b", "a"])
+    join_all(rounds, "b", "a")
+    assert rounds.ready("b", 1, update("b")) == []
+    assert rounds.ready("a", 1, update("a")) == [StartCollect(1, (part("a"), part("b")))]
+    assert rounds.reduced() == [Commit(1, (part("a"), part("b")))]
+    assert rounds.committed(1, 5) == [SendTask("a", "train", 2), SendTask("b", "train", 2)]
+
+
+def test_the_same_announcement_twice_is_heard_once() -> None:
+    rounds = machine(["a", "b"])
+    join_all(rounds, "a", "b")
+    assert rounds.ready("a", 1, update("a")) == rounds.ready("a", 1, update("a")) == []
+
+
+def test_a_site_that_never_came_is_waited_for_until_the_deadline() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2)
+    join_all(rounds, "a", "b")
+    rounds.ready("a", 1, update("a"))
+    assert rounds.ready("b", 1, update("b")) == []
+    assert rounds.tick(99.9) == []
+    assert rounds.tick(100) == [StartCollect(1, (part("a"), part("b")))]
+
+
+def test_a_lost_site_closes_the_round_at_once_when_the_quorum_stands() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2)
+    join_all(rounds, "a", "b", "c")
+    rounds.ready("a", 1, update("a"))
+    rounds.ready("b", 1, update("b"))
+    assert rounds.lost("c", "silent", 1) == [StartCollect(1, (part("a"), part("b")))]
+
+
+def test_a_participant_lost_in_mid_upload_is_left_out_entirely() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2)
+    join_all(rounds, "a", "b", "c")
+    for site in "abc":
+        rounds.ready(site, 1, update(site))
+    assert rounds.lost("b", "silent", 1) == [
+        CancelCollect(),
+        StartCollect(1, (part("a"), part("c"))),
+    ]
+    assert rounds.joined("b", "again", 2) == [SendTask("b", "train", 1)]
+    assert rounds.ready("b", 1, update("b")) == [
+        SendDropped("b", 1, "the update for round 1 came after that round had closed")
+    ]
+
+
+def test_below_the_quorum_the_round_waits_for_the_lost_site_to_come_back() -> None:
+    rounds = machine(["a", "b"])
+    join_all(rounds, "a", "b")
+    rounds.ready("a", 1, update("a"))
+    rounds.ready("b", 1, update("b"))
+    assert rounds.lost("b", "silent", 1) == [CancelCollect()]
+    assert rounds.phase is Phase.TRAINING
+    rounds.joined("b", "b", 2)
+    assert rounds.ready("b", 1, update("b")) == [StartCollect(1, (part("a"), part("b")))]
+
+
+def test_an_invalid_update_is_dropped_and_the_rest_counts() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2)
+    join_all(rounds, "a", "b", "c")
+    for site in "abc":
+        rounds.ready(site, 1, update(site))
+    assert rounds.rejected("b", "NaN", 1) == [
+        SendDropped("b", 1, "NaN"),
+        CancelCollect(),
+        StartCollect(1, (part("a"), part("c"))),
+    ]
+    assert rounds.ready("b", 1, Delivery("f" * 32, 5)) == [SendDropped("b", 1, "NaN")]
+
+
+def test_too_few_valid_updates_end_the_run_with_the_names() -> None:
+    rounds = machine(["a", "b"])
+    join_all(rounds, "a", "b")
+    rounds.ready("a", 1, update("a"))
+    rounds.ready("b", 1, update("b"))
+    end = rounds.rejected("b", "NaN", 1)[-1]
+    assert isinstance(end, EndRun)
+    assert not end.ok
+    assert "delivered: a; not delivered: b (NaN)" in end.message
+
+
+def test_a_stale_update_is_answered_and_does_not_count() -> None:
+    rounds = machine(["a"], version=1)
+    assert rounds.joined("a", "a", 0) == [SendTask("a", "train", 2)]
+    assert isinstance(rounds.ready("a", 1, update("a"))[0], SendDropped)
+
+
+def test_a_second_process_of_a_participant_ends_the_first_ones_part() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2)
+    join_all(rounds, "a", "b", "c")
+    for site in "abc":
+        rounds.ready(site, 1, update(site))
+    assert rounds.joined("b", "another process", 1) == [
+        CancelCollect(),
+        StartCollect(1, (part("a"), part("c"))),
+        SendTask("b", "train", 1),
+    ]
+
+
+def test_the_first_site_gives_the_model_and_another_if_it_is_lost() -> None:
+    rounds = machine(["a", "b"], version=None)
+    assert rounds.joined("a", "a", 0) == []
+    assert rounds.declared("a", 0) == [SendTask("a", "initial", 0)]
+    rounds.joined("b", "b", 0)
+    assert rounds.declared("b", 0) == []
+    assert rounds.lost("a", "silent", 1) == [CancelCollect(), SendTask("b", "initial", 0)]
+    assert rounds.ready("b", 0, update("b")) == [StartCollect(0, (part("b"),))]
+    assert rounds.reduced() == [Commit(0, (part("b"),))]
+    assert rounds.committed(0, 2) == [SendTask("b", "train", 1)]
+
+
+def test_the_last_model_is_scored_before_the_end() -> None:
+    rounds = machine(["a", "b"], version=2)
+    assert rounds.joined("a", "a", 0) == [SendTask("a", "evaluate", 2)]
+    assert rounds.joined("b", "b", 0) == [SendTask("b", "evaluate", 2)]
+    assert rounds.scored("a", 2) == []
+    assert rounds.scored("b", 2) == [EndRun(True, "")]
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_no_history_breaks_the_rules(seed: int) -> None:
+    """Random events in random order; what must hold always is checked after each."""
+    dice = random.Random(seed)
+    sites = ["a", "b", "c"]
+    rounds = machine(sites, quorum=2, rounds=4)
+    now, collecting, versions = 0.0, None, [0]
+
+    def follow(actions: list[Action]) -> None:
+        nonlocal collecting
+        for action in actions:
+            if isinstance(action, StartCollect):
+                assert collecting is None, "two collections at once"
+                assert len(action.participants) >= 2
+                assert list(action.participants) == sorted(
+                    action.participants, key=lambda p: p.site
+                )
+                collecting = action
+            elif isinstance(action, CancelCollect):
+                collecting = None
+            elif isinstance(action, Commit):
+                assert collecting is not None
+                assert action.participants == collecting.participants
+                assert action.version == versions[-1] + 1
+                versions.append(action.version)
+                collecting = None
+                follow(rounds.committed(action.version, now))
+            elif isinstance(action, EndRun):
+                assert action.ok == (versions[-1] == 4)
+
+    for _ in range(300):
+        now += dice.random() * 5
+        site = dice.choice(sites)
+        member = rounds.roster.get(site)
+        assert member is not None
+        event = dice.randrange(7)
+        if event == 0:
+            follow(rounds.joined(site, dice.choice(["x", "y"]), now))
+        elif event in (1, 2) and member.alive:
+            fresh = Delivery(f"{dice.randrange(1 << 60):032x}", dice.randrange(1, 9))
+            follow(rounds.ready(site, dice.choice([rounds.round, rounds.round, 1]), fresh))
+        elif event == 3:
+            follow(rounds.lost(site, "silent", now))
+        elif event == 4 and collecting is not None:
+            follow(rounds.reduced())
+        elif event == 5 and collecting is not None and dice.random() < 0.2:
+            follow(rounds.rejected(dice.choice(collecting.participants).site, "NaN", now))
+        elif event == 6:
+            follow(rounds.scored(site, versions[-1]))
+            follow(rounds.tick(now))
+        if rounds.over:
+            break
+        assert (collecting is not None) == (rounds.phase is Phase.AGGREGATING)
+        for p in rounds.collecting:
+            assert rounds.roster.get(p.site).state is SiteState.UPLOADING  # type: ignore[union-attr]
+
+
+def scores(*values: tuple[str, int, float]) -> list[SiteScore]:
+    return [SiteScore(site, examples, {"loss": value}) for site, examples, value in values]
+
+
+def test_metrics_are_weighted_by_examples_and_leave_out_what_is_not_finite() -> None:
+    nan = float("nan")
+    assert weighted_metrics(scores(("a", 1, 1.0), ("b", 3, 2.0), ("c", 9, nan))) == {"loss": 1.75}
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 0)])
+def test_the_best_version_follows_the_mode_and_a_tie_keeps_the_earlier(
+    mode: str, best: int
+) -> None:
+    table = {
+        0: scores(("a", 1, 2.0)),
+        1: scores(("a", 1, 1.0)),
+        2: scores(("a", 1, 1.0)),
+        3: scores(("b", 1, 2.0)),
+    }
+    assert best_version(table, "loss", mode, 1) == best  # type: ignore[arg-type]
+
+
+def test_a_version_that_too_few_scored_is_not_eligible() -> None:
+    table = {
+        0: scores(("a", 1, 2.0), ("b", 1, 2.0)),
+        1: scores(("a", 1, 1.0), ("b", 1, float("nan"))),
+    }
+    assert best_version(table, "loss", "min", 2) == 0
+    assert best_version(table, "accuracy", "max", 1) is None
