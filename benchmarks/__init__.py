@@ -1,0 +1,1 @@
+"""Benchmarks: each one proves its result before it reports a time."""
