@@ -420,7 +420,7 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the ``fedcore`` command."""
-    app(arguments, standalone_mode=True)
+    app(arguments, prog_name="fedcore")
 
 
 def server_main() -> None:

@@ -84,9 +84,12 @@ def simulate(
         for site, start in starts.items():
             env = {"FEDCORE_SERVER": address, "FEDCORE_SITE": site, **_site_env(config, site)}
             children.start(site, start, env)
-        quorum = config.participants.quorum
         return _watch(
-            children, address, folder, quorum, tick, lambda: _summary_time(folder) != before
+            children,
+            folder,
+            quorum=config.participants.quorum,
+            tick=(lambda: None) if tick is None else (lambda: tick(address)),
+            over=lambda: _summary_time(folder) != before,
         )
 
 
@@ -218,10 +221,10 @@ def _await_endpoint(children: _Children, path: Path) -> str:
 
 def _watch(
     children: _Children,
-    address: str,
     folder: Path,
+    *,
     quorum: int,
-    tick: Callable[[str], None] | None,
+    tick: Callable[[], None],
     over: Callable[[], bool],
 ) -> SimulationResult:
     """Wait for the server to end, or for too few sites to be left for a round."""
@@ -229,8 +232,7 @@ def _watch(
     failed: dict[str, str] = {}
     idle_since: float | None = None
     while server.poll() is None:
-        if tick is not None:
-            tick(address)
+        tick()
         ended = {name: site.returncode for name, site in sites.items() if site.poll() is not None}
         for name, status in ended.items():
             if status != 0 and name not in failed:
