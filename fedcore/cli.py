@@ -317,7 +317,7 @@ def _watch(address: str, timeout: float, as_json: bool) -> None:
 
 @app.command()
 @_reported
-def aggregate(
+def aggregate(  # noqa: PLR0917 - typer calls it by name
     files: Annotated[
         list[Path], typer.Argument(help="safetensors files to average.", metavar="FILE...")
     ],

@@ -39,7 +39,9 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Return a duration such as ``9.4 s``, ``3 min 20 s`` or ``2 h 05 min``."""
+    """Return a duration such as ``40 ms``, ``9.4 s``, ``3 min 20 s`` or ``2 h 05 min``."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)
@@ -58,7 +60,9 @@ def render(reply: StatusReply) -> RenderableType:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(total, done, width=_BAR_WIDTH), Text(what))
         parts.append(bar)
-    parts += [_site_table(reply), _model_table(reply)]
+    if reply.phase != "done" or any(site.message for site in reply.sites):
+        parts.append(_site_table(reply))
+    parts.append(_model_table(reply))
     if reply.message:
         style = "red" if reply.phase == "failed" else ""
         parts.append(Text(reply.message, style=style))
@@ -107,7 +111,7 @@ def _numbers(site: SiteStatus) -> str:
     """Show the training losses of a site, or its first metrics if none is a loss."""
     values = [(name, value) for name, value in site.metrics.items() if "loss" in name.lower()]
     values = values or list(site.metrics.items())
-    return "  ".join(f"{name} {value:.3f}" for name, value in values[:2])
+    return "  ".join(f"{name} {value:.4g}" for name, value in values[:2])
 
 
 def _model_table(reply: StatusReply) -> Table:
@@ -140,7 +144,7 @@ def _metric_names(reply: StatusReply) -> list[str]:
 
 def _cell(version: VersionStatus, name: str) -> str:
     value = version.metrics.get(name)
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else f"{value:.4g}"
 
 
 class LiveView:
@@ -201,7 +205,7 @@ class PlainLines:
 
 def _version_line(version: VersionStatus, reply: StatusReply) -> str:
     label = "initial model" if version.version == 0 else f"model of round {version.version}"
-    metrics = "".join(f", {name} {value:.4f}" for name, value in version.metrics.items())
+    metrics = "".join(f", {name} {value:.4g}" for name, value in version.metrics.items())
     sites = f" of {', '.join(version.participants)}" if version.participants else ""
     best = " (best)" if version.version == reply.best_version else ""
     return f"{label}{sites}{metrics}{best}"

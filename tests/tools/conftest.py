@@ -1,0 +1,74 @@
+"""What the tests of the commands share: run files, status snapshots, and real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedcore.protocol import SiteStatus, StatusReply, VersionStatus
+
+ADD_ONE = """
+    import numpy as np
+    import fedcore.client as fl
+
+    fl.init({"w": np.zeros(1000, np.float32)})
+    while fl.is_running():
+        values = fl.receive()
+        fl.send({"w": values["w"] + 1}, weight=1, metrics={"loss": float(values["w"][0])})
+"""
+
+
+@pytest.fixture
+def reply() -> StatusReply:
+    return StatusReply(
+        run="r", phase="training", round=2, rounds=5, metric="loss", mode="min", best_version=1,
+        model_bytes=4000, bytes_in=12_300_000, bytes_out=999, elapsed=75.2, eta=200.0,
+        sites=[
+            SiteStatus(site="north", state="delivered", examples=1234, metrics={"train_loss": 0.5, "lr": 0.1}),
+            SiteStatus(site="south", state="lost", message="nothing heard for 3.4 s"),
+        ],
+        versions=[
+            VersionStatus(version=0, metrics={"loss": 2.0}, bytes=4000),
+            VersionStatus(version=1, metrics={"loss": 1.0}, participants=["north", "south"], seconds=9.4),
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a run file and its script; ``people`` is the participants section."""
+
+    def write(script: str = ADD_ONE, people: str = 'sites = ["a", "b"]', rounds: int = 3) -> Path:
+        (tmp_path / "train.py").write_text(textwrap.dedent(script), encoding="utf-8")
+        path = tmp_path / "run.toml"
+        path.write_text(
+            f'[run]\nname = "t"\nrounds = {rounds}\n[participants]\n{people}\n'
+            '[selection]\nmetric = "loss"\nmode = "max"\n[simulate]\nscript = "train.py"\n',
+            encoding="utf-8",
+        )
+        return path
+
+    return write
+
+
+@pytest.fixture
+def fedcore() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the ``fedcore`` command in a process of its own, without a terminal."""
+
+    def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-m", "fedcore", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **env},
+            timeout=120,
+            check=False,
+        )
+
+    return run
