@@ -21,7 +21,9 @@ from .errors import ConfigError, FedcoreError
 __all__ = ["SimulationResult", "simulate", "site_commands", "tail"]
 
 _START_SECONDS: Final = 60.0
-_END_SECONDS: Final = 10.0
+_END_SECONDS: Final = 3.0
+_UNFINISHED_SECONDS: Final = 10.0
+_AFTER_SECONDS: Final = 600.0
 _CHECK_SECONDS: Final = 0.1
 _SERVER: Final = "server"
 
@@ -53,7 +55,8 @@ def simulate(
 ) -> SimulationResult:
     """Run a whole run on loopback: the server and one process per site, nothing faked.
 
-    A site that fails does not end the run while enough others are left for ``participants.min_results``.
+    A site that fails does not end the run while enough others are left for ``participants.min_results``. When
+    the run is complete, the scripts get ten minutes for what they do after it.
     Whatever ends this process, Ctrl-C, an error or ``kill -9``, ends all the others too.
 
     Args:
@@ -236,14 +239,14 @@ def _watch(
         ended = {name: site.returncode for name, site in sites.items() if site.poll() is not None}
         for name, status in ended.items():
             if status != 0 and name not in failed:
-                failed[name] = f"site {name} {_how(status)}:\n{tail(children.log(name))}"
+                failed[name] = _failure(children, name, status)
         if failed and len(sites) - len(failed) < quorum and not over():
             return SimulationResult(1, next(iter(failed.values())), folder, failed)
         if len(ended) < len(sites) or over():
             idle_since = None
         elif idle_since is None:
             idle_since = time.monotonic()
-        elif time.monotonic() - idle_since > _END_SECONDS:
+        elif time.monotonic() - idle_since > _UNFINISHED_SECONDS:
             text = (
                 "all sites have ended but the run is not over; does the training script loop with "
                 "`while fl.is_running()` until it ends?"
@@ -251,9 +254,26 @@ def _watch(
             return SimulationResult(1, text, folder, failed)
         time.sleep(_CHECK_SECONDS)
     if server.returncode == 0:
+        failed |= _await_sites(children)
         return SimulationResult(0, "", folder, failed)
     text = f"the server {_how(server.returncode)}:\n{tail(children.log(_SERVER))}"
     return SimulationResult(1, "\n".join([*failed.values(), text]), folder, failed)
+
+
+def _await_sites(children: _Children) -> dict[str, str]:
+    """Let the scripts end by themselves after the run; return the failures among them."""
+    until = time.monotonic() + _AFTER_SECONDS
+    failed = {}
+    for name, site in children.sites.items():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = site.wait(max(0.1, until - time.monotonic()))
+            if status != 0:
+                failed[name] = _failure(children, name, status)
+    return failed
+
+
+def _failure(children: _Children, name: str, status: int) -> str:
+    return f"site {name} {_how(status)}:\n{tail(children.log(name))}"
 
 
 def _how(status: int) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from fedcore.aggregate import aggregate_files
 from fedcore.cli import main
@@ -41,8 +43,6 @@ def test_the_command_writes_the_mean(tmp_path: Path, capsys: pytest.CaptureFixtu
         main(["aggregate", str(a), str(b), "--weights", "1,3", "-o", str(out)])
     assert ended.value.code == 0
     assert "5 tensors" in capsys.readouterr().out or out.exists()
-    from safetensors.numpy import load_file
-
     found, x, y = load_file(out), load_file(a), load_file(b)
     for name in x:
         expected = (x[name].astype(np.float64) + 3 * y[name].astype(np.float64)) / 4
@@ -79,3 +79,93 @@ def test_integers_that_differ_are_refused(tmp_path: Path) -> None:
     a, b = (write(tmp_path, f"{i}.safetensors", i, n=np.array(i)) for i in (1, 2))
     with pytest.raises(LayoutError, match="'n' is I64 and differs"):
         aggregate_files([a, b], None, tmp_path / "out.safetensors")
+
+
+def exact_mean(values: list[float], weights: list[int], dtype: type[np.floating]) -> np.floating:
+    """The nearest number of ``dtype`` to the exact rational mean, ties to even."""
+    exact = sum(Fraction(v) * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+    near = dtype(float(exact))
+    candidates = [np.nextafter(near, dtype(-np.inf)), near, np.nextafter(near, dtype(np.inf))]
+    finite = [c for c in candidates if np.isfinite(c)]
+    bits = f"u{np.dtype(dtype).itemsize}"
+    return min(finite, key=lambda c: (abs(Fraction(float(c)) - exact), int(c.view(bits)) & 1))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+def test_every_element_is_the_correctly_rounded_mean(
+    dtype: type[np.floating], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(11)
+    weights = [1, 999_983, 16_777_215]
+    inputs = [(random.standard_normal((20, 50)) * 100).astype(dtype) for _ in weights]
+    paths = []
+    for number, values in enumerate(inputs):
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file({"w": values}, paths[-1])
+    out = tmp_path / "out.safetensors"
+    aggregate_files(paths, weights, out)
+    found = load_file(out)["w"]
+    assert found.dtype == dtype
+    for at in np.ndindex(20, 50):
+        assert found[at] == exact_mean([float(x[at]) for x in inputs], weights, dtype)
+
+
+def test_the_order_of_tensors_within_a_file_does_not_matter(tmp_path: Path) -> None:
+    values = {"b": np.arange(5, dtype=np.float32), "a": np.ones((2, 3), np.float16)}
+    raw = {name: value.tobytes() for name, value in values.items()}
+    for path, order in (("one", "ab"), ("two", "ba")):
+        entries, data = {}, b""
+        for name in order:
+            begin, data = len(data), data + raw[name]
+            kind = "F32" if name == "b" else "F16"
+            shape = list(values[name].shape)
+            entries[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, len(data)]}
+        header = json.dumps(entries).encode()
+        (tmp_path / path).write_bytes(len(header).to_bytes(8, "little") + header + data)
+    outs = []
+    for number, order in enumerate((["one", "two"], ["two", "one"], ["one", "one"])):
+        out = tmp_path / f"out{number}"
+        aggregate_files([tmp_path / name for name in order], None, out)
+        outs.append(out.read_bytes())
+    assert outs[0] == outs[1] == outs[2]
+    np.testing.assert_array_equal(load_file(tmp_path / "out0")["b"], values["b"])
+
+
+def test_an_interruption_leaves_no_file(tmp_path: Path) -> None:
+    paths = [write(tmp_path, f"{i}.safetensors", i) for i in (1, 2)]
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        aggregate_files(paths, None, tmp_path / "out.safetensors", progress=interrupt)
+    assert sorted(tmp_path.iterdir()) == paths
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    paths = [write(tmp_path, f"{i}.safetensors", i) for i in (1, 2)]
+    seen: list[tuple[int, int]] = []
+    result = aggregate_files(
+        paths, None, tmp_path / "out", progress=lambda done, total: seen.append((done, total))
+    )
+    total = result.layout.total_bytes
+    assert seen[-1] == (total, total)
+
+
+def test_a_link_to_an_input_is_not_overwritten(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.safetensors", 1)
+    before = path.read_bytes()
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with pytest.raises(ConfigError, match="one of the inputs"):
+        aggregate_files([path], None, link, force=True)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("weight", [0, -1, 1 << 24, 2.0, True])
+def test_a_weight_that_is_none_is_refused_with_its_file(weight: object, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.safetensors", 1)
+    with pytest.raises(
+        WeightError, match=r"a\.safetensors: expected an integer from 1 to 16777215"
+    ):
+        aggregate_files([path], [weight], tmp_path / "out")  # type: ignore[list-item]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_the_run_goes_on_while_enough_sites_are_left(run_file: RunFile) -> None:
         ["a", "b"],
         ["a", "b"],
     ]
+
+
+def test_what_a_script_does_after_the_run_is_waited_for(run_file: RunFile, tmp_path: Path) -> None:
+    after = """
+    import pathlib, threading
+    threading.Event().wait(4)
+    pathlib.Path(f"{fl.system_info()['site']}.txt").write_text("saved")
+    """
+    result = run(
+        run_file(
+            f"import os\nos.chdir({str(tmp_path)!r})\n" + textwrap.dedent(ADD_ONE + after), rounds=1
+        )
+    )
+    assert result.status == 0
+    assert {p.name for p in tmp_path.glob("*.txt")} == {"a.txt", "b.txt"}
 
 
 def test_a_server_that_fails_is_reported(run_file: RunFile) -> None:
@@ -184,7 +200,7 @@ def test_kill_9_leaves_no_process_behind(
 def test_a_finished_script_in_an_unfinished_run_is_explained(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.simulate._END_SECONDS", 1.0)
+    monkeypatch.setattr("fedcore.simulate._UNFINISHED_SECONDS", 1.0)
     result = run(run_file("print('nothing to do')"))
     assert result.status == 1
     assert "while fl.is_running()" in result.message

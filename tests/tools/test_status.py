@@ -1,0 +1,106 @@
+"""``fedcore status``: of a running server, of its folder, and of a run that has ended."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedcore.cli import main
+from fedcore.config import parse_run
+from fedcore.errors import ConfigError
+from fedcore.server.service import Server
+from fedcore.status import ENDPOINT_FILE, find_server, read_summary
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server that waits for its sites."""
+    config = parse_run(
+        {
+            "run": {"name": "t", "rounds": 2},
+            "participants": {"sites": ["a", "b"]},
+            "server": {"listen": "tcp://127.0.0.1:0"},
+        },
+        folder=tmp_path,
+    )
+    server = Server(config)
+    (config.run_folder / ENDPOINT_FILE).write_text(server.endpoint + "\n")
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    yield server
+    server.stop()
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def test_a_running_server_is_found_by_address_and_by_folder(
+    server: Server, fedcore: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    for target in (server.endpoint, server.config.run_folder):
+        done = fedcore("status", target, "--json")
+        assert done.returncode == 0, done.stderr
+        reply = json.loads(done.stdout)
+        assert (reply["run"], reply["phase"], reply["rounds"]) == ("t", "waiting", 2)
+        assert {s["site"]: s["state"] for s in reply["sites"]} == {"a": "absent", "b": "absent"}
+    text = fedcore("status", server.endpoint).stdout
+    assert "run t: waiting, round 0 of 2" in text or "run t: waiting, round 1 of 2" in text
+    assert "absent" in text
+
+
+def test_watching_ends_with_the_run(server: Server) -> None:
+    command = [sys.executable, "-P", "-m", "fedcore", "status", server.endpoint, "--watch"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as watch:
+        assert watch.stdout is not None
+        assert "run t: waiting" in watch.stdout.readline()
+        server.stop()
+        _, err = watch.communicate(timeout=60)
+    assert watch.returncode == 1
+    assert "Traceback" not in err
+
+
+def test_an_ended_run_is_read_from_its_summary(server: Server) -> None:
+    folder = server.config.run_folder
+    assert find_server(folder) == server.endpoint
+    with pytest.raises(ConfigError, match="has not ended"):
+        read_summary(folder)
+    server.stop()
+    while find_server(folder) is not None:
+        pass
+    reply = read_summary(folder)
+    assert (reply.phase, reply.message) == ("failed", "stopped by the operator")
+
+
+def test_a_folder_of_a_killed_server_counts_as_not_running(server: Server) -> None:
+    folder = server.config.run_folder
+    server.stop()
+    while find_server(folder) is not None:
+        pass
+    assert (folder / ENDPOINT_FILE).exists()  # nobody removed it, as after kill -9
+    assert find_server(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "status", "said"),
+    [
+        ("tcp://127.0.0.1:1", 1, "no answer from tcp://127.0.0.1:1 within 0.2 s"),
+        ("tcp://nonsense", 2, "expected tcp://HOST:PORT"),
+        ("no/such/folder", 2, "neither a run folder nor an address"),
+    ],
+)
+def test_what_cannot_be_asked_is_explained(
+    target: str, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["status", target, "--timeout", "0.2"])
+    assert ended.value.code == status
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
