@@ -204,6 +204,8 @@ class Rounds:
         if member is None or self.over:
             return []
         member.scored.add(version)
+        if self.phase is Phase.EVALUATING and version == self.version:
+            member.state = SiteState.DELIVERED
         return self._end_if_evaluated()
 
     def lost(self, site: str, reason: str, now: float, *, left: bool = False) -> list[Action]:

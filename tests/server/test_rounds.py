@@ -165,6 +165,7 @@ def test_the_last_model_is_scored_before_the_end() -> None:
     assert rounds.joined("b", "b", 0) == [SendTask("b", "evaluate", 2)]
     assert rounds.scored("a", 2) == []
     assert rounds.scored("b", 2) == [EndRun(True, "")]
+    assert [member.state for member in rounds.roster] == [SiteState.DELIVERED] * 2
 
 
 @pytest.mark.parametrize("seed", range(200))
