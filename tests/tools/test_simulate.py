@@ -151,6 +151,8 @@ def endless(
         env={**os.environ, "PIDS": str(pids)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        # Jobs that a shell starts in the background inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     wait_until(lambda: len([p for p in pids.iterdir() if p.read_text()]) == 2)
     started = [int(word) for path in pids.iterdir() for word in path.read_text().split()]
