@@ -1,5 +1,6 @@
-// All pybind11: the module fedcore._core. Converts arguments, releases the GIL around work, and maps the core's
-// one exception type to the classes of fedcore.errors. The only file here with a Python header.
+// All pybind11: the module fedcore._core. Converts arguments, releases the GIL around work, and
+// maps the core's one exception type to the classes of fedcore.errors. The only file here with a
+// Python header.
 
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
@@ -27,7 +28,9 @@ constexpr std::size_t kReleaseGil = 64 << 10;
 
 void translate(std::exception_ptr pointer) {
   try {
-    if (pointer) std::rethrow_exception(pointer);
+    if (pointer) {
+      std::rethrow_exception(pointer);
+    }
   } catch (const Error& error) {
     const char* name = nullptr;
     switch (error.code()) {
@@ -78,13 +81,17 @@ class Bytes {
 
 wire::SetId to_set_id(const py::bytes& id) {
   const std::string_view text = id;
-  if (text.size() != 16) throw Error(Errc::kProtocol, "a set id has 16 bytes, got " + std::to_string(text.size()));
+  if (text.size() != 16) {
+    throw Error(Errc::kProtocol, "a set id has 16 bytes, got " + std::to_string(text.size()));
+  }
   wire::SetId out;
   std::memcpy(out.data(), text.data(), 16);
   return out;
 }
 
-py::bytes from_set_id(const wire::SetId& id) { return {reinterpret_cast<const char*>(id.data()), id.size()}; }
+py::bytes from_set_id(const wire::SetId& id) {
+  return {reinterpret_cast<const char*>(id.data()), id.size()};
+}
 
 std::vector<std::uint32_t> to_weights(const std::vector<py::int_>& weights) {
   std::vector<std::uint32_t> out;
@@ -92,7 +99,8 @@ std::vector<std::uint32_t> to_weights(const std::vector<py::int_>& weights) {
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(weight.ptr(), &overflow);
     if (overflow != 0 || value < 1 || value > kernels::kMaxWeight) {
-      throw Error(Errc::kWeight, "weight " + std::string(py::str(weight)) + ": expected an integer from 1 to " +
+      throw Error(Errc::kWeight, "weight " + std::string(py::str(weight)) +
+                                     ": expected an integer from 1 to " +
                                      std::to_string(kernels::kMaxWeight));
     }
     out.push_back(static_cast<std::uint32_t>(value));
@@ -100,11 +108,14 @@ std::vector<std::uint32_t> to_weights(const std::vector<py::int_>& weights) {
   return out;
 }
 
-// The handle that Python holds. close() drops it; views and the core keep the mapping for themselves.
+// The handle that Python holds. close() drops it; views and the core keep the mapping for
+// themselves.
 struct FileHandle {
   std::shared_ptr<MappedFile> file;
   MappedFile& get() const {
-    if (!file) throw Error(Errc::kClosed, "the mapped file is closed");
+    if (!file) {
+      throw Error(Errc::kClosed, "the mapped file is closed");
+    }
     return *file;
   }
   std::shared_ptr<MappedFile> share() const {
@@ -120,7 +131,8 @@ struct FileView {
   std::uint64_t length;
 };
 
-py::memoryview view_of(std::shared_ptr<MappedFile> file, std::uint64_t offset, std::optional<std::uint64_t> length) {
+py::memoryview view_of(std::shared_ptr<MappedFile> file, std::uint64_t offset,
+                       std::optional<std::uint64_t> length) {
   if (!length) {
     file->check_range(offset, 0);
     length = file->size() - offset;
@@ -147,32 +159,40 @@ PyLayout make_layout(const std::vector<PySpec>& tensors, std::uint64_t chunk_byt
 py::list layout_tensors(const Layout& layout) {
   py::list out;
   for (const Tensor& t : layout.tensors()) {
-    out.append(py::make_tuple(t.name, std::string(dtype_name(t.dtype)), py::tuple(py::cast(t.shape)), t.offset,
-                              t.nbytes));
+    out.append(py::make_tuple(t.name, std::string(dtype_name(t.dtype)),
+                              py::tuple(py::cast(t.shape)), t.offset, t.nbytes));
   }
   return out;
 }
 
 void mean_block(const std::string& dtype_text, const std::vector<py::buffer>& inputs,
-                const std::vector<py::int_>& weights, const py::buffer& out, const std::optional<py::buffer>& base) {
+                const std::vector<py::int_>& weights, const py::buffer& out,
+                const std::optional<py::buffer>& base) {
   const Dtype dtype = parse_dtype(dtype_text);
   const std::vector<std::uint32_t> checked = to_weights(weights);
-  if (checked.size() != inputs.size()) throw Error(Errc::kWeight, "there must be one weight per input");
+  if (checked.size() != inputs.size()) {
+    throw Error(Errc::kWeight, "there must be one weight per input");
+  }
   const Reducer reducer(checked);  // its constructor checks that there is an input
   const Bytes result(out, true);
   std::vector<std::unique_ptr<Bytes>> held;
   std::vector<const void*> pointers;
   std::vector<double> factors(checked.begin(), checked.end());
   double total = 0;
-  for (const double factor : factors) total += factor;
+  for (const double factor : factors) {
+    total += factor;
+  }
   for (const py::buffer& input : inputs) {
     held.push_back(std::make_unique<Bytes>(input));
     pointers.push_back(held.back()->data());
   }
-  if (base) held.push_back(std::make_unique<Bytes>(*base));
+  if (base) {
+    held.push_back(std::make_unique<Bytes>(*base));
+  }
   for (const auto& bytes : held) {
     if (bytes->size() != result.size() || result.size() % item_size(dtype) != 0) {
-      throw Error(Errc::kLayout, "inputs, base and output must have the same whole number of elements");
+      throw Error(Errc::kLayout,
+                  "inputs, base and output must have the same whole number of elements");
     }
   }
   bool finite = true;
@@ -190,13 +210,18 @@ void mean_block(const std::string& dtype_text, const std::vector<py::buffer>& in
   }
 }
 
-using PyFileTensor = std::tuple<std::string, std::uint64_t, std::vector<std::uint64_t>, std::uint64_t>;
+using PyFileTensor =
+    std::tuple<std::string, std::uint64_t, std::vector<std::uint64_t>, std::uint64_t>;
 
-py::object py_reduce_files(const std::vector<FileHandle*>& inputs, const std::vector<py::int_>& weights,
-                           const std::vector<PyFileTensor>& tensors, const FileHandle& out, unsigned threads,
+py::object py_reduce_files(const std::vector<FileHandle*>& inputs,
+                           const std::vector<py::int_>& weights,
+                           const std::vector<PyFileTensor>& tensors, const FileHandle& out,
+                           unsigned threads,
                            const std::optional<std::function<void(std::uint64_t)>>& progress) {
   std::vector<std::shared_ptr<MappedFile>> files;
-  for (const FileHandle* input : inputs) files.push_back(input->share());
+  for (const FileHandle* input : inputs) {
+    files.push_back(input->share());
+  }
   std::vector<FileTensor> jobs;
   for (const auto& [dtype, nbytes, offsets, out_offset] : tensors) {
     jobs.push_back({parse_dtype(dtype), nbytes, offsets, out_offset});
@@ -204,42 +229,52 @@ py::object py_reduce_files(const std::vector<FileHandle*>& inputs, const std::ve
   const std::vector<std::uint32_t> checked = to_weights(weights);
   const auto report = [&](std::uint64_t bytes) {
     const py::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-    if (progress) (*progress)(bytes);
+    if (PyErr_CheckSignals() != 0) {
+      throw py::error_already_set();
+    }
+    if (progress) {
+      (*progress)(bytes);
+    }
   };
   std::optional<FileBadValue> bad;
   {
     const py::gil_scoped_release release;
     bad = reduce_files(files, checked, jobs, out.share(), threads, report);
   }
-  if (!bad) return py::none();
+  if (!bad) {
+    return py::none();
+  }
   return py::make_tuple(bad->source, bad->tensor, bad->element);
 }
 
 using PySource = std::tuple<py::bytes, py::bytes, py::int_>;
 
-std::shared_ptr<Collector> make_collector(const PyLayout& layout, const std::vector<PySource>& sources,
-                                          const FileHandle& out, std::uint64_t out_offset,
-                                          const std::optional<std::tuple<FileHandle*, std::uint64_t>>& base,
-                                          std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite) {
+std::shared_ptr<Collector> make_collector(
+    const PyLayout& layout, const std::vector<PySource>& sources, const FileHandle& out,
+    std::uint64_t out_offset, const std::optional<std::tuple<FileHandle*, std::uint64_t>>& base,
+    std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back({std::string(peer), to_set_id(set), to_weights({weight})[0]});
   }
   Place from;
-  if (base) from = {std::get<0>(*base)->share(), std::get<1>(*base)};
-  return std::make_shared<Collector>(layout, std::move(checked), Place{out.share(), out_offset}, from,
-                                     CollectorOptions{budget_bytes, stall_ms, check_finite});
+  if (base) {
+    from = {std::get<0>(*base)->share(), std::get<1>(*base)};
+  }
+  return std::make_shared<Collector>(layout, std::move(checked), Place{out.share(), out_offset},
+                                     from, CollectorOptions{budget_bytes, stall_ms, check_finite});
 }
 
-int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer, const py::buffer& header,
-            const std::optional<py::buffer>& body) {
+int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
+            const py::buffer& header, const std::optional<py::buffer>& body) {
   const Bytes head(header);
   const Bytes payload(body ? *body : py::buffer(py::bytes("")));
   void* copy = nullptr;
   if (payload.size() > 0) {
     copy = std::malloc(payload.size());
-    if (copy == nullptr) throw std::bad_alloc();
+    if (copy == nullptr) {
+      throw std::bad_alloc();
+    }
     std::memcpy(copy, payload.data(), payload.size());
   }
   Frame frame(copy, payload.size(), copy, std::free);
@@ -254,7 +289,9 @@ int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer, cons
 
 py::object next_out(Exchange& exchange, std::int64_t now_ms) {
   auto out = exchange.next_out(now_ms);
-  if (!out) return py::none();
+  if (!out) {
+    return py::none();
+  }
   const py::bytes header(reinterpret_cast<const char*>(out->header.data()), out->header.size());
   py::object body = py::none();
   if (out->body_size > 0) {
@@ -267,12 +304,15 @@ py::object next_out(Exchange& exchange, std::int64_t now_ms) {
 
 py::object next_event(Exchange& exchange) {
   const auto event = exchange.next_event();
-  if (!event) return py::none();
+  if (!event) {
+    return py::none();
+  }
   switch (event->kind) {
     case Event::Kind::kDone:
       return py::make_tuple("done", event->collector);
     case Event::Kind::kRejected:
-      return py::make_tuple("rejected", event->collector, event->source, event->code, event->message);
+      return py::make_tuple("rejected", event->collector, event->source, event->code,
+                            event->message);
     case Event::Kind::kStalled:
       return py::make_tuple("stalled", event->collector, event->source);
     case Event::Kind::kMalformed:
@@ -284,108 +324,169 @@ py::object next_event(Exchange& exchange) {
 void bind_files(py::module_& m) {
   py::class_<FileView>(m, "_FileView", py::buffer_protocol(), py::module_local())
       .def_buffer([](FileView& v) {
-        return py::buffer_info(v.file->data() + v.offset, 1, "B", 1, {static_cast<py::ssize_t>(v.length)}, {1},
-                               !v.file->writable());
+        return py::buffer_info(v.file->data() + v.offset, 1, "B", 1,
+                               {static_cast<py::ssize_t>(v.length)}, {1}, !v.file->writable());
       });
-  py::class_<FileHandle>(m, "MappedFile", "A memory-mapped file, or anonymous memory with the same interface.")
-      .def_static("create", [](const std::string& path, std::uint64_t size) {
+  py::class_<FileHandle>(m, "MappedFile",
+                         "A memory-mapped file, or anonymous memory with the same interface.")
+      .def_static(
+          "create",
+          [](const std::string& path, std::uint64_t size) {
             return FileHandle{MappedFile::create(path, size)};
-          }, py::arg("path"), py::arg("size"),
-          "Create a file of `size` zero bytes, reserving the space; StorageError if it exists or the disk is full.")
-      .def_static("open", [](const std::string& path, bool writable) {
+          },
+          py::arg("path"), py::arg("size"),
+          "Create a file of `size` zero bytes, reserving the space; StorageError if it exists or "
+          "the disk is full.")
+      .def_static(
+          "open",
+          [](const std::string& path, bool writable) {
             return FileHandle{MappedFile::open(path, writable)};
-          }, py::arg("path"), py::arg("writable") = false, "Map an existing file.")
-      .def_static("anonymous", [](std::uint64_t size) { return FileHandle{MappedFile::anonymous(size)}; },
-                  py::arg("size"), "Map `size` zero bytes of memory.")
+          },
+          py::arg("path"), py::arg("writable") = false, "Map an existing file.")
+      .def_static(
+          "anonymous", [](std::uint64_t size) { return FileHandle{MappedFile::anonymous(size)}; },
+          py::arg("size"), "Map `size` zero bytes of memory.")
       .def_property_readonly("size", [](const FileHandle& h) { return h.get().size(); })
       .def_property_readonly("path", [](const FileHandle& h) { return h.get().path(); })
-      .def("view", [](const FileHandle& h, std::uint64_t offset, std::optional<std::uint64_t> length) {
+      .def(
+          "view",
+          [](const FileHandle& h, std::uint64_t offset, std::optional<std::uint64_t> length) {
             return view_of(h.share(), offset, length);
-          }, py::arg("offset") = 0, py::arg("length") = std::nullopt,
-          "Return bytes as a memoryview that keeps the mapping alive; read-only unless the file is writable.")
-      .def("release", [](const FileHandle& h, std::uint64_t o, std::uint64_t n) { h.get().release(o, n); },
-           py::arg("offset"), py::arg("length"), "Drop whole pages of a range from memory; the file keeps them.")
-      .def("sync", [](const FileHandle& h) { h.get().sync(); }, py::call_guard<py::gil_scoped_release>(),
-           "Write everything back to the device (msync and fsync).")
-      .def("close", [](FileHandle& h) { h.file.reset(); },
-           "Drop this handle; the memory goes with the last view or user.");
+          },
+          py::arg("offset") = 0, py::arg("length") = std::nullopt,
+          "Return bytes as a memoryview that keeps the mapping alive; read-only unless the file is "
+          "writable.")
+      .def(
+          "release",
+          [](const FileHandle& h, std::uint64_t o, std::uint64_t n) { h.get().release(o, n); },
+          py::arg("offset"), py::arg("length"),
+          "Drop whole pages of a range from memory; the file keeps them.")
+      .def(
+          "sync", [](const FileHandle& h) { h.get().sync(); },
+          py::call_guard<py::gil_scoped_release>(),
+          "Write everything back to the device (msync and fsync).")
+      .def(
+          "close", [](FileHandle& h) { h.file.reset(); },
+          "Drop this handle; the memory goes with the last view or user.");
 }
 
 void bind_layout(py::module_& m) {
-  py::class_<Layout, PyLayout>(m, "Layout",
-                               "A tensor table in canonical order (item size descending, then name), its flat bytes "
-                               "and its chunk grid.")
+  py::class_<Layout, PyLayout>(
+      m, "Layout",
+      "A tensor table in canonical order (item size descending, then name), its flat bytes "
+      "and its chunk grid.")
       .def(py::init(&make_layout), py::arg("tensors"), py::arg("chunk_bytes") = 1 << 20)
       .def_property_readonly("total_bytes", &Layout::total_bytes)
       .def_property_readonly("chunk_bytes", &Layout::chunk_bytes)
       .def_property_readonly("chunk_count", &Layout::chunk_count)
-      .def_property_readonly("tensors", &layout_tensors, "(name, dtype, shape, offset, nbytes) in canonical order.")
-      .def("chunk_range", [](const Layout& layout, std::uint64_t index) {
+      .def_property_readonly("tensors", &layout_tensors,
+                             "(name, dtype, shape, offset, nbytes) in canonical order.")
+      .def(
+          "chunk_range",
+          [](const Layout& layout, std::uint64_t index) {
             const Range range = layout.chunk_range(index);
             return py::make_tuple(range.offset, range.nbytes);
-          }, py::arg("index"), "Flat offset and length in bytes of a chunk.")
-      .def("locate", [](const Layout& layout, std::uint64_t offset) {
+          },
+          py::arg("index"), "Flat offset and length in bytes of a chunk.")
+      .def(
+          "locate",
+          [](const Layout& layout, std::uint64_t offset) {
             const Location where = layout.locate(offset);
             return py::make_tuple(std::string(where.tensor), where.element);
-          }, py::arg("byte_offset"), "Tensor name and element index that hold a flat byte.");
+          },
+          py::arg("byte_offset"), "Tensor name and element index that hold a flat byte.");
 }
 
 void bind_exchange(py::module_& m) {
   py::class_<Collector, std::shared_ptr<Collector>>(
-      m, "Collector", "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
-      .def(py::init(&make_collector), py::arg("layout"), py::arg("sources"), py::arg("out"), py::arg("out_offset"),
-           py::arg("base"), py::arg("budget_bytes"), py::arg("stall_ms") = 2000, py::arg("check_finite") = true)
+      m, "Collector",
+      "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
+      .def(py::init(&make_collector), py::arg("layout"), py::arg("sources"), py::arg("out"),
+           py::arg("out_offset"), py::arg("base"), py::arg("budget_bytes"),
+           py::arg("stall_ms") = 2000, py::arg("check_finite") = true)
       .def_property_readonly("id", &Collector::id)
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)
       .def_property_readonly("bytes_received", &Collector::bytes_received)
-      .def("progress", [](const Collector& c) {
+      .def(
+          "progress",
+          [](const Collector& c) {
             return py::make_tuple(c.chunks_reduced(), c.chunk_count(), c.chunks_received());
-          }, "(chunks reduced, chunks in all, chunks received per source).");
-  py::class_<Exchange>(m, "Exchange", "The data plane of one process: thread-safe, and without I/O of its own.")
+          },
+          "(chunks reduced, chunks in all, chunks received per source).");
+  py::class_<Exchange>(m, "Exchange",
+                       "The data plane of one process: thread-safe, and without I/O of its own.")
       .def(py::init<>())
-      .def("publish", [](Exchange& e, const py::bytes& id, const FileHandle& file, std::uint64_t offset,
-                         std::uint64_t length, std::uint64_t chunk_bytes) {
+      .def(
+          "publish",
+          [](Exchange& e, const py::bytes& id, const FileHandle& file, std::uint64_t offset,
+             std::uint64_t length, std::uint64_t chunk_bytes) {
             e.publish(to_set_id(id), file.share(), offset, length, chunk_bytes);
-          }, py::arg("set_id"), py::arg("file"), py::arg("offset"), py::arg("length"), py::arg("chunk_bytes"),
-          "Offer a range of a file as a tensor set; its bytes must not change until it is withdrawn.")
-      .def("withdraw", [](Exchange& e, const py::bytes& id) { e.withdraw(to_set_id(id)); }, py::arg("set_id"))
-      .def("published", [](const Exchange& e) {
-            py::list ids;
-            for (const auto& id : e.published()) ids.append(from_set_id(id));
-            return ids;
-          })
+          },
+          py::arg("set_id"), py::arg("file"), py::arg("offset"), py::arg("length"),
+          py::arg("chunk_bytes"),
+          "Offer a range of a file as a tensor set; its bytes must not change until it is "
+          "withdrawn.")
+      .def(
+          "withdraw", [](Exchange& e, const py::bytes& id) { e.withdraw(to_set_id(id)); },
+          py::arg("set_id"))
+      .def("published",
+           [](const Exchange& e) {
+             py::list ids;
+             for (const auto& id : e.published()) {
+               ids.append(from_set_id(id));
+             }
+             return ids;
+           })
       .def("start", &Exchange::start, py::arg("collector"))
-      .def("cancel", [](Exchange& e, const Collector& c) { e.cancel(c.id()); }, py::arg("collector"),
-           "Forget a collector; running or done.")
-      .def("retry", [](Exchange& e, const Collector& c, std::size_t source, const std::optional<py::bytes>& peer) {
-            e.retry(c.id(), source, peer ? std::optional<std::string>(std::string(*peer)) : std::nullopt);
-          }, py::arg("collector"), py::arg("source"), py::arg("peer") = std::nullopt,
+      .def(
+          "cancel", [](Exchange& e, const Collector& c) { e.cancel(c.id()); }, py::arg("collector"),
+          "Forget a collector; running or done.")
+      .def(
+          "retry",
+          [](Exchange& e, const Collector& c, std::size_t source,
+             const std::optional<py::bytes>& peer) {
+            e.retry(c.id(), source,
+                    peer ? std::optional<std::string>(std::string(*peer)) : std::nullopt);
+          },
+          py::arg("collector"), py::arg("source"), py::arg("peer") = std::nullopt,
           "Ask again for what is outstanding at a source, perhaps under a new peer id.")
-      .def("deliver", &deliver, py::arg("now_ms"), py::arg("peer"), py::arg("header"), py::arg("body"),
-           "Hand over a received frame: 0 handled, 2 a control message for the caller, 3 malformed.")
-      .def("next_out", &next_out, py::arg("now_ms"), "The next frame to send: (peer, header, body or None), or None.")
+      .def(
+          "deliver", &deliver, py::arg("now_ms"), py::arg("peer"), py::arg("header"),
+          py::arg("body"),
+          "Hand over a received frame: 0 handled, 2 a control message for the caller, 3 malformed.")
+      .def("next_out", &next_out, py::arg("now_ms"),
+           "The next frame to send: (peer, header, body or None), or None.")
       .def("tick", &Exchange::tick, py::arg("now_ms"), py::call_guard<py::gil_scoped_release>(),
            "Run timers; milliseconds until the next one, or -1.")
       .def("next_event", &next_event, "The next event as a tuple, or None.")
       .def("has_event", &Exchange::has_event, "True once for every batch of new events.")
-      .def("heartbeat", &Exchange::heartbeat, py::arg("interval_ms"), "Ping peer b'' at this interval; 0: never.")
-      .def("last_heard", [](const Exchange& e, const py::bytes& peer) { return e.last_heard(std::string(peer)); },
-           py::arg("peer"), "Clock of the last frame of a peer, or None.")
-      .def("forget", [](Exchange& e, const py::bytes& peer) { e.forget(std::string(peer)); }, py::arg("peer"))
-      .def("stats", [](const Exchange& e) {
-            const ExchangeStats s = e.stats();
-            py::dict out;
-            out["bytes_in"] = s.bytes_in;
-            out["bytes_out"] = s.bytes_out;
-            out["frames_in"] = s.frames_in;
-            out["frames_out"] = s.frames_out;
-            out["dropped"] = s.dropped;
-            return out;
-          })
-      .def("capsule", [](const Exchange& e) {
+      .def("heartbeat", &Exchange::heartbeat, py::arg("interval_ms"),
+           "Ping peer b'' at this interval; 0: never.")
+      .def(
+          "last_heard",
+          [](const Exchange& e, const py::bytes& peer) { return e.last_heard(std::string(peer)); },
+          py::arg("peer"), "Clock of the last frame of a peer, or None.")
+      .def(
+          "forget", [](Exchange& e, const py::bytes& peer) { e.forget(std::string(peer)); },
+          py::arg("peer"))
+      .def("stats",
+           [](const Exchange& e) {
+             const ExchangeStats s = e.stats();
+             py::dict out;
+             out["bytes_in"] = s.bytes_in;
+             out["bytes_out"] = s.bytes_out;
+             out["frames_in"] = s.frames_in;
+             out["frames_out"] = s.frames_out;
+             out["dropped"] = s.dropped;
+             return out;
+           })
+      .def(
+          "capsule",
+          [](const Exchange& e) {
             return py::capsule(static_cast<const void*>(e.sink()), FC_SINK_CAPSULE);
-          }, "The sink for fedcore._pump; the exchange must outlive its use.");
+          },
+          "The sink for fedcore._pump; the exchange must outlive its use.");
 }
 
 }  // namespace
@@ -393,29 +494,43 @@ void bind_exchange(py::module_& m) {
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.doc() = "The compiled core of fedcore: layouts, mapped files, the reducer and the data plane.";
   py::register_exception_translator(&translate);
-  m.def("simd_level", [] { return std::string(kernels::active().name); }, "Instruction set of the kernels in use.");
+  m.def(
+      "simd_level", [] { return std::string(kernels::active().name); },
+      "Instruction set of the kernels in use.");
   m.def("simd_levels", &kernels::available, "Instruction sets that this CPU can run.");
-  m.def("set_simd_level", [](const std::string& level) { kernels::select(level); }, py::arg("level"),
-        "Switch the kernels of this process; for tests.");
-  m.def("crc32c", [](const py::buffer& data, std::uint32_t seed) {
-    const Bytes bytes(data);
-    if (bytes.size() < kReleaseGil) return crc32c(bytes.data(), bytes.size(), seed);
-    const py::gil_scoped_release release;
-    return crc32c(bytes.data(), bytes.size(), seed);
-  }, py::arg("data"), py::arg("seed") = 0, "CRC-32C (RFC 3720) of a buffer, continuing from `seed`.");
-  m.def("crc32c_portable", [](const py::buffer& data, std::uint32_t seed) {
-    const Bytes bytes(data);
-    return crc32c_portable(bytes.data(), bytes.size(), seed);
-  }, py::arg("data"), py::arg("seed") = 0, "The table-driven path of crc32c; for tests.");
-  m.def("mean", &mean_block, py::arg("dtype"), py::arg("inputs"), py::arg("weights"), py::arg("out"),
-        py::arg("base") = std::nullopt,
-        "Weighted mean of flat blocks of one dtype into `out`; integers and booleans are copied from `base`, or from "
+  m.def(
+      "set_simd_level", [](const std::string& level) { kernels::select(level); }, py::arg("level"),
+      "Switch the kernels of this process; for tests.");
+  m.def(
+      "crc32c",
+      [](const py::buffer& data, std::uint32_t seed) {
+        const Bytes bytes(data);
+        if (bytes.size() < kReleaseGil) {
+          return crc32c(bytes.data(), bytes.size(), seed);
+        }
+        const py::gil_scoped_release release;
+        return crc32c(bytes.data(), bytes.size(), seed);
+      },
+      py::arg("data"), py::arg("seed") = 0,
+      "CRC-32C (RFC 3720) of a buffer, continuing from `seed`.");
+  m.def(
+      "crc32c_portable",
+      [](const py::buffer& data, std::uint32_t seed) {
+        const Bytes bytes(data);
+        return crc32c_portable(bytes.data(), bytes.size(), seed);
+      },
+      py::arg("data"), py::arg("seed") = 0, "The table-driven path of crc32c; for tests.");
+  m.def("mean", &mean_block, py::arg("dtype"), py::arg("inputs"), py::arg("weights"),
+        py::arg("out"), py::arg("base") = std::nullopt,
+        "Weighted mean of flat blocks of one dtype into `out`; integers and booleans are copied "
+        "from `base`, or from "
         "the first input. NonFiniteError names the input and element.");
   bind_layout(m);
   bind_files(m);
-  m.def("reduce_files", &py_reduce_files, py::arg("inputs"), py::arg("weights"), py::arg("tensors"), py::arg("out"),
-        py::arg("threads") = 1, py::arg("progress") = std::nullopt,
-        "Average tensors of mapped files: tensors = [(dtype, nbytes, input offsets, output offset)]. Returns None, or "
+  m.def("reduce_files", &py_reduce_files, py::arg("inputs"), py::arg("weights"), py::arg("tensors"),
+        py::arg("out"), py::arg("threads") = 1, py::arg("progress") = std::nullopt,
+        "Average tensors of mapped files: tensors = [(dtype, nbytes, input offsets, output "
+        "offset)]. Returns None, or "
         "(input, tensor, element) of the first non-finite value.");
   bind_exchange(m);
 }

@@ -1,14 +1,19 @@
-// Collector: pulls K published sets of one layout, chunk by chunk, and reduces them into one output.
+// Collector: pulls K published sets of one layout, chunk by chunk, and reduces them into one
+// output.
 //
-// Owns the received frames that wait for their chunk to be complete, and the order in which chunks are asked
-// for. Invariants:
-//   - source k may have asked for chunk i only if i < next_to_reduce + window, so at most `window` chunks of each
-//     source are held or under way: that bounds the memory, and a source that is ahead waits for the others;
-//   - a chunk counts only if its source, set, index, length and checksum are right and it was asked for; what is
+// Owns the received frames that wait for their chunk to be complete, and the order in which chunks
+// are asked for. Invariants:
+//   - source k may have asked for chunk i only if i < next_to_reduce + window, so at most `window`
+//   chunks of each
+//     source are held or under way: that bounds the memory, and a source that is ahead waits for
+//     the others;
+//   - a chunk counts only if its source, set, index, length and checksum are right and it was asked
+//   for; what is
 //     not right never changes state;
-//   - chunk i is reduced when all K are there, always in source order, into the output and nowhere else.
-// Sans I/O: frames in, requests and events out, the clock is an argument. Not thread-safe: Exchange holds the lock;
-// progress counters may be read from any thread.
+//   - chunk i is reduced when all K are there, always in source order, into the output and nowhere
+//   else.
+// Sans I/O: frames in, requests and events out, the clock is an argument. Not thread-safe: Exchange
+// holds the lock; progress counters may be read from any thread.
 #pragma once
 
 #include <atomic>
@@ -33,14 +38,19 @@ class Frame {
   using Release = void (*)(void*);
   Frame() = default;
   Frame(const void* data, std::size_t size, void* owner, Release release) noexcept
-      : data_(static_cast<const std::uint8_t*>(data)), size_(size), owner_(owner), release_(release) {}
+      : data_(static_cast<const std::uint8_t*>(data)),
+        size_(size),
+        owner_(owner),
+        release_(release) {}
   Frame(Frame&& other) noexcept { swap(other); }
   Frame& operator=(Frame&& other) noexcept {
     Frame(std::move(other)).swap(*this);
     return *this;
   }
   ~Frame() {
-    if (release_ != nullptr) release_(owner_);
+    if (release_ != nullptr) {
+      release_(owner_);
+    }
   }
 
   const std::uint8_t* data() const noexcept { return data_; }
@@ -99,9 +109,10 @@ class Collector {
   static constexpr std::uint32_t kMaxRange = 16;
   static constexpr int kMaxBadChunks = 3;
 
-  // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, or an output or base that is too small.
-  Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out, Place base,
-            CollectorOptions options);
+  // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, or an output or base that
+  // is too small.
+  Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
+            Place base, CollectorOptions options);
 
   std::uint64_t id() const noexcept { return id_; }
   const std::vector<Source>& sources() const noexcept { return sources_; }
@@ -136,12 +147,12 @@ class Collector {
   enum class State { kActive, kDone, kFailed };
 
   struct Pull {
-    std::uint64_t next = 0;              // first chunk that was never asked for
-    std::set<std::uint64_t> again;       // chunks to ask for again
-    std::vector<Frame> slots;            // chunk i waits in slot i % window
-    std::uint64_t held = 0;              // filled slots
+    std::uint64_t next = 0;         // first chunk that was never asked for
+    std::set<std::uint64_t> again;  // chunks to ask for again
+    std::vector<Frame> slots;       // chunk i waits in slot i % window
+    std::uint64_t held = 0;         // filled slots
     int bad_in_a_row = 0;
-    std::int64_t heard_ms = 0;           // last chunk, or when something was first asked for
+    std::int64_t heard_ms = 0;  // last chunk, or when something was first asked for
     std::atomic<std::uint64_t> received{0};
   };
 

@@ -1,7 +1,7 @@
 // CRC-32C (Castagnoli, RFC 3720 appendix B.4), the checksum of every frame.
 //
-// Stateless and thread-safe. Uses the SSE4.2 or ARMv8 instruction where there is one, on three interleaved
-// streams, else a slicing-by-8 table. Every path gives the same value.
+// Stateless and thread-safe. Uses the SSE4.2 or ARMv8 instruction where there is one, on three
+// interleaved streams, else a slicing-by-8 table. Every path gives the same value.
 #pragma once
 
 #include <cstddef>

@@ -1,8 +1,8 @@
 // The core's error codes and its one exception type.
 //
-// Configuration, input and I/O errors are thrown as Error; the bindings hold the only translator and map
-// each code to a class of fedcore.errors. Frames from the network never throw: a bad frame is a verdict
-// (see exchange.hpp), because remote input must not be able to end a process.
+// Configuration, input and I/O errors are thrown as Error; the bindings hold the only translator
+// and map each code to a class of fedcore.errors. Frames from the network never throw: a bad frame
+// is a verdict (see exchange.hpp), because remote input must not be able to end a process.
 #pragma once
 
 #include <stdexcept>

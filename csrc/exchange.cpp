@@ -9,15 +9,18 @@ namespace {
 
 Exchange* self(void* pointer) { return static_cast<Exchange*>(pointer); }
 
-// The pump can't be thrown at. What can fail below is memory alone, and a lost frame is asked for again.
-int sink_deliver(void* pointer, std::int64_t now_ms, const void* peer, std::size_t peer_len, const void* header,
-                 std::size_t header_len, const void* body, std::size_t body_len, void* owner,
-                 void (*release)(void*)) {
+// The pump can't be thrown at. What can fail below is memory alone, and a lost frame is asked for
+// again.
+int sink_deliver(void* pointer, std::int64_t now_ms, const void* peer, std::size_t peer_len,
+                 const void* header, std::size_t header_len, const void* body, std::size_t body_len,
+                 void* owner, void (*release)(void*)) {
   Frame frame(body, body_len, owner, release);
   try {
-    const int verdict = self(pointer)->deliver(now_ms, {static_cast<const char*>(peer), peer_len}, header, header_len,
-                                               frame);
-    if (verdict != FC_TAKEN) frame.disown();
+    const int verdict = self(pointer)->deliver(now_ms, {static_cast<const char*>(peer), peer_len},
+                                               header, header_len, frame);
+    if (verdict != FC_TAKEN) {
+      frame.disown();
+    }
     return verdict;
   } catch (const std::exception&) {
     frame.disown();
@@ -39,7 +42,9 @@ Exchange::Exchange() {
   sink_.next_out = [](void* pointer, std::int64_t now_ms, FcOut* out) -> int {
     auto* exchange = self(pointer);
     auto frame = exchange->next_out(now_ms);
-    if (!frame) return 0;
+    if (!frame) {
+      return 0;
+    }
     exchange->sending_ = std::move(*frame);  // touched by the pump thread only
     const OutFrame& kept = exchange->sending_;
     out->peer = reinterpret_cast<const std::uint8_t*>(kept.peer.data());
@@ -55,8 +60,8 @@ Exchange::Exchange() {
   sink_.has_event = sink_has_event;
 }
 
-void Exchange::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
-                       std::uint64_t length, std::uint64_t chunk_bytes) {
+void Exchange::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
+                       std::uint64_t offset, std::uint64_t length, std::uint64_t chunk_bytes) {
   const std::lock_guard lock(mutex_);
   publisher_.publish(id, std::move(file), offset, length, chunk_bytes);
 }
@@ -74,7 +79,9 @@ std::vector<wire::SetId> Exchange::published() const {
 void Exchange::start(std::shared_ptr<Collector> collector) {
   const std::lock_guard lock(mutex_);
   for (const auto& running : collectors_) {
-    if (running == collector) throw Error(Errc::kProtocol, "this collector was started already");
+    if (running == collector) {
+      throw Error(Errc::kProtocol, "this collector was started already");
+    }
   }
   collectors_.push_back(std::move(collector));
 }
@@ -82,16 +89,21 @@ void Exchange::start(std::shared_ptr<Collector> collector) {
 void Exchange::cancel(std::uint64_t collector_id) {
   const std::lock_guard lock(mutex_);
   std::erase_if(collectors_, [&](const auto& collector) {
-    if (collector->id() != collector_id) return false;
+    if (collector->id() != collector_id) {
+      return false;
+    }
     collector->stop();
     return true;
   });
 }
 
-void Exchange::retry(std::uint64_t collector_id, std::size_t source, const std::optional<std::string>& peer) {
+void Exchange::retry(std::uint64_t collector_id, std::size_t source,
+                     const std::optional<std::string>& peer) {
   const std::lock_guard lock(mutex_);
   for (const auto& collector : collectors_) {
-    if (collector->id() == collector_id) collector->retry(source, peer);
+    if (collector->id() == collector_id) {
+      collector->retry(source, peer);
+    }
   }
 }
 
@@ -101,7 +113,9 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
   ++stats_.frames_in;
   stats_.bytes_in += header_size + body.size();
   wire::Header header;
-  if (const char* why = wire::parse(header_data, header_size, body.size(), header)) return malformed(peer_view, why);
+  if (const char* why = wire::parse(header_data, header_size, body.size(), header)) {
+    return malformed(peer_view, why);
+  }
   const std::string peer(peer_view);
   heard_[peer] = now_ms;
   switch (header.kind) {
@@ -145,7 +159,9 @@ void Exchange::push(const std::string& peer, const wire::Header& header) {
 int Exchange::on_get(const std::string& peer, const wire::Header& header) {
   auto refusal = publisher_.check(header.set, header.index, header.count);
   std::deque<Request>& waiting = requests_[peer];
-  if (!refusal && waiting.size() >= kMaxRequestsPerPeer) refusal = wire::Refusal::kBusy;
+  if (!refusal && waiting.size() >= kMaxRequestsPerPeer) {
+    refusal = wire::Refusal::kBusy;
+  }
   if (refusal) {
     wire::Header reply;
     reply.kind = wire::Kind::kRefuse;
@@ -153,15 +169,20 @@ int Exchange::on_get(const std::string& peer, const wire::Header& header) {
     reply.index = header.index;
     reply.count = static_cast<std::uint32_t>(*refusal);
     push(peer, reply);
-    if (waiting.empty()) requests_.erase(peer);
+    if (waiting.empty()) {
+      requests_.erase(peer);
+    }
     return FC_DONE;
   }
-  if (waiting.empty()) turns_.push_back(peer);
+  if (waiting.empty()) {
+    turns_.push_back(peer);
+  }
   waiting.push_back({header.set, header.index, header.index + header.count});
   return FC_DONE;
 }
 
-int Exchange::on_chunk(const std::string& peer, const wire::Header& header, Frame& body, std::int64_t now_ms) {
+int Exchange::on_chunk(const std::string& peer, const wire::Header& header, Frame& body,
+                       std::int64_t now_ms) {
   for (const auto& collector : collectors_) {
     if (const auto source = collector->find(peer, header.set)) {
       const bool kept = collector->on_chunk(*source, header, body, now_ms);
@@ -191,7 +212,8 @@ void Exchange::collect_events(Collector& collector) {
     const auto kind = event.kind == CollectorEvent::Kind::kDone       ? Event::Kind::kDone
                       : event.kind == CollectorEvent::Kind::kRejected ? Event::Kind::kRejected
                                                                       : Event::Kind::kStalled;
-    events_.push_back({kind, collector.id(), event.source, std::move(event.code), std::move(event.message)});
+    events_.push_back(
+        {kind, collector.id(), event.source, std::move(event.code), std::move(event.message)});
     unsignalled_ = true;
   }
 }
@@ -214,7 +236,9 @@ std::optional<OutFrame> Exchange::next_out(std::int64_t now_ms) {
       out = OutFrame{source.peer, wire::encode(header), nullptr, nullptr, 0};
     }
   }
-  if (!out) out = next_chunk();
+  if (!out) {
+    out = next_chunk();
+  }
   if (out) {
     ++stats_.frames_out;
     stats_.bytes_out += wire::kHeaderBytes + out->body_size;
@@ -227,11 +251,15 @@ std::optional<OutFrame> Exchange::next_chunk() {
     const std::string peer = std::move(turns_.front());
     turns_.pop_front();
     const auto waiting = requests_.find(peer);
-    if (waiting == requests_.end()) continue;
+    if (waiting == requests_.end()) {
+      continue;
+    }
     Request& request = waiting->second.front();
     const wire::SetId set = request.set;
     const std::uint64_t index = request.next++;
-    if (request.next == request.end) waiting->second.pop_front();
+    if (request.next == request.end) {
+      waiting->second.pop_front();
+    }
     if (waiting->second.empty()) {
       requests_.erase(waiting);
     } else {
@@ -260,7 +288,9 @@ std::int64_t Exchange::tick(std::int64_t now_ms) {
   const std::lock_guard lock(mutex_);
   std::int64_t wait = -1;
   const auto sooner = [&wait](std::int64_t ms) {
-    if (ms >= 0) wait = wait < 0 ? ms : std::min(wait, ms);
+    if (ms >= 0) {
+      wait = wait < 0 ? ms : std::min(wait, ms);
+    }
   };
   if (interval_ms_ > 0) {
     if (now_ms >= next_ping_ms_) {
@@ -279,10 +309,14 @@ std::int64_t Exchange::tick(std::int64_t now_ms) {
 std::optional<Event> Exchange::next_event() {
   const std::lock_guard lock(mutex_);
   unsignalled_ = false;
-  if (events_.empty()) return std::nullopt;
+  if (events_.empty()) {
+    return std::nullopt;
+  }
   Event event = std::move(events_.front());
   events_.pop_front();
-  if (event.kind == Event::Kind::kMalformed) --malformed_waiting_;
+  if (event.kind == Event::Kind::kMalformed) {
+    --malformed_waiting_;
+  }
   return event;
 }
 
@@ -299,7 +333,9 @@ void Exchange::heartbeat(std::int64_t interval_ms) {
 std::optional<std::int64_t> Exchange::last_heard(const std::string& peer) const {
   const std::lock_guard lock(mutex_);
   const auto found = heard_.find(peer);
-  if (found == heard_.end()) return std::nullopt;
+  if (found == heard_.end()) {
+    return std::nullopt;
+  }
   return found->second;
 }
 

@@ -1,9 +1,9 @@
 // Exchange: the data plane of one process. Routes frames between the publisher and the collectors.
 //
-// Owns the published sets, the running collectors, the queue of frames to send and what is known of each peer's
-// last sign of life. Sans I/O: a pump (see sink.h) or a test delivers frames, asks for frames to send, and runs
-// the timers; the clock is an argument. All methods are thread-safe (one mutex, held for at most one chunk's
-// reduction). Events wait until Python fetches them.
+// Owns the published sets, the running collectors, the queue of frames to send and what is known of
+// each peer's last sign of life. Sans I/O: a pump (see sink.h) or a test delivers frames, asks for
+// frames to send, and runs the timers; the clock is an argument. All methods are thread-safe (one
+// mutex, held for at most one chunk's reduction). Events wait until Python fetches them.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct Event {
   enum class Kind { kDone, kRejected, kStalled, kMalformed } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
-  std::string code;     // of a rejection; the peer of a malformed frame
+  std::string code;  // of a rejection; the peer of a malformed frame
   std::string message;
 };
 
@@ -51,17 +51,19 @@ class Exchange {
 
   Exchange();
 
-  void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset, std::uint64_t length,
-               std::uint64_t chunk_bytes);
+  void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
+               std::uint64_t length, std::uint64_t chunk_bytes);
   void withdraw(const wire::SetId& id);
   std::vector<wire::SetId> published() const;
 
   void start(std::shared_ptr<Collector> collector);
   void cancel(std::uint64_t collector_id);
-  void retry(std::uint64_t collector_id, std::size_t source, const std::optional<std::string>& peer);
+  void retry(std::uint64_t collector_id, std::size_t source,
+             const std::optional<std::string>& peer);
 
   // Returns an FC_ verdict. With FC_TAKEN the frame was moved from; otherwise it is untouched.
-  int deliver(std::int64_t now_ms, std::string_view peer, const void* header, std::size_t header_size, Frame& body);
+  int deliver(std::int64_t now_ms, std::string_view peer, const void* header,
+              std::size_t header_size, Frame& body);
   std::optional<OutFrame> next_out(std::int64_t now_ms);
   std::int64_t tick(std::int64_t now_ms);
   std::optional<Event> next_event();
@@ -83,7 +85,8 @@ class Exchange {
   };
 
   int on_get(const std::string& peer, const wire::Header& header);
-  int on_chunk(const std::string& peer, const wire::Header& header, Frame& body, std::int64_t now_ms);
+  int on_chunk(const std::string& peer, const wire::Header& header, Frame& body,
+               std::int64_t now_ms);
   int on_refuse(const std::string& peer, const wire::Header& header);
   int malformed(std::string_view peer, const char* why);
   void push(const std::string& peer, const wire::Header& header);
@@ -95,7 +98,7 @@ class Exchange {
   std::vector<std::shared_ptr<Collector>> collectors_;
   std::deque<OutFrame> small_;                                     // frames without a body
   std::unordered_map<std::string, std::deque<Request>> requests_;  // GETs to serve, by peer
-  std::deque<std::string> turns_;                                  // peers with requests, round robin
+  std::deque<std::string> turns_;  // peers with requests, round robin
   std::unordered_map<std::string, std::int64_t> heard_;
   std::deque<Event> events_;
   bool unsignalled_ = false;

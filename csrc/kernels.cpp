@@ -11,7 +11,7 @@
 #endif
 
 #define FEDCORE_TABLE(level) \
-  { #level, level::mean_f64, level::mean_f32, level::mean_f16, level::mean_bf16 }
+  {#level, level::mean_f64, level::mean_f32, level::mean_f16, level::mean_bf16}
 
 namespace fedcore::kernels {
 namespace {
@@ -45,8 +45,8 @@ namespace avx2 {
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -66,10 +66,14 @@ namespace avx512 {
 constexpr Table kTables[] = {FEDCORE_TABLE(baseline), FEDCORE_TABLE(avx2), FEDCORE_TABLE(avx512)};
 
 bool runs_here(std::string_view level) {
-  if (level == "baseline") return true;
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (level == "avx2") return has_avx2;
+  if (level == "baseline") {
+    return true;
+  }
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  if (level == "avx2") {
+    return has_avx2;
+  }
   return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
@@ -86,12 +90,15 @@ const Table& find(std::string_view level) {
   std::string known;
   for (const Table& table : kTables) {
     if (level == table.name) {
-      if (!runs_here(level)) throw Error(Errc::kConfig, "this CPU can't run the '" + std::string(level) + "' kernels");
+      if (!runs_here(level)) {
+        throw Error(Errc::kConfig, "this CPU can't run the '" + std::string(level) + "' kernels");
+      }
       return table;
     }
     known += (known.empty() ? "" : ", ") + std::string(table.name);
   }
-  throw Error(Errc::kConfig, "no kernels for '" + std::string(level) + "'; expected one of " + known);
+  throw Error(Errc::kConfig,
+              "no kernels for '" + std::string(level) + "'; expected one of " + known);
 }
 
 std::atomic<const Table*> chosen{nullptr};
@@ -106,7 +113,9 @@ const Table& choose() {
   }
   const Table* best = &kTables[0];
   for (const Table& table : kTables) {
-    if (runs_here(table.name)) best = &table;
+    if (runs_here(table.name)) {
+      best = &table;
+    }
   }
   return *best;
 }
@@ -118,7 +127,9 @@ std::int64_t find_exponent(const void* data, std::uint64_t nbytes, Word exponent
   for (std::uint64_t i = 0; i < count; ++i) {
     Word word;
     std::memcpy(&word, bytes + i * sizeof(Word), sizeof(Word));
-    if ((word & exponent) == exponent) return static_cast<std::int64_t>(i);
+    if ((word & exponent) == exponent) {
+      return static_cast<std::int64_t>(i);
+    }
   }
   return -1;
 }
@@ -139,13 +150,15 @@ void select(std::string_view level) { chosen.store(&find(level), std::memory_ord
 std::vector<std::string> available() {
   std::vector<std::string> names;
   for (const Table& table : kTables) {
-    if (runs_here(table.name)) names.emplace_back(table.name);
+    if (runs_here(table.name)) {
+      names.emplace_back(table.name);
+    }
   }
   return names;
 }
 
-bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k, double total,
-          const void* base, void* out, std::uint64_t nbytes) {
+bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
+          double total, const void* base, void* out, std::uint64_t nbytes) {
   const Table& table = active();
   const std::size_t count = nbytes / item_size(dtype);
   switch (dtype) {

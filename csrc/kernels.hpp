@@ -1,10 +1,13 @@
 // Decode-and-reduce loops, one body compiled per instruction set and chosen once per process.
 //
 // mean(): out[j] = round(sum_k w[k] * x[k][j] / total), element by element, in the order of k.
-//   F32, F16, BF16: products are exact in binary64 (24-bit weight, at most 24-bit significand), the sum is
+//   F32, F16, BF16: products are exact in binary64 (24-bit weight, at most 24-bit significand), the
+//   sum is
 //     binary64, one division, and one rounding to the output format, ties to even.
-//   F64: each product is split into two exact ones and the sum is carried in double-double (Dekker 1971,
-//     Knuth's TwoSum), then divided and rounded; a sum that would overflow is formed from scaled values.
+//   F64: each product is split into two exact ones and the sum is carried in double-double (Dekker
+//   1971,
+//     Knuth's TwoSum), then divided and rounded; a sum that would overflow is formed from scaled
+//     values.
 // Every level gives the same bits. Pointers need no alignment. No state; callable from any thread.
 // Cost: bound by memory; scratch is a few KiB of stack.
 #pragma once
@@ -21,10 +24,10 @@ namespace fedcore::kernels {
 
 inline constexpr std::uint32_t kMaxWeight = (1u << 24) - 1;
 
-// One block of `count` elements from `k` inputs. Returns false if a result is NaN or infinite, which
-// for F32, F16 and BF16 means that an input is.
-using MeanFn = bool (*)(const void* const* inputs, const double* weights, std::size_t k, double total, void* out,
-                        std::size_t count);
+// One block of `count` elements from `k` inputs. Returns false if a result is NaN or infinite,
+// which for F32, F16 and BF16 means that an input is.
+using MeanFn = bool (*)(const void* const* inputs, const double* weights, std::size_t k,
+                        double total, void* out, std::size_t count);
 
 struct Table {
   const char* name;
@@ -40,10 +43,10 @@ const Table& active();
 void select(std::string_view level);
 std::vector<std::string> available();
 
-// Averages one block of one dtype. Integers and booleans are copied from `base`, or from inputs[0] where base is
-// nullptr. Returns false if the block holds a non-finite value.
-bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k, double total,
-          const void* base, void* out, std::uint64_t nbytes);
+// Averages one block of one dtype. Integers and booleans are copied from `base`, or from inputs[0]
+// where base is nullptr. Returns false if the block holds a non-finite value.
+bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
+          double total, const void* base, void* out, std::uint64_t nbytes);
 
 // Index of the first NaN or infinity among the elements of a float block, or -1.
 std::int64_t find_non_finite(Dtype dtype, const void* data, std::uint64_t nbytes) noexcept;

@@ -35,14 +35,18 @@ std::uint64_t checked_bytes(const TensorSpec& spec) {
   bool empty = false;
   for (const std::int64_t dim : spec.shape) {
     if (dim < 0) {
-      throw Error(Errc::kLayout, "tensor '" + spec.name + "': negative dimension " + std::to_string(dim));
+      throw Error(Errc::kLayout,
+                  "tensor '" + spec.name + "': negative dimension " + std::to_string(dim));
     }
     empty = empty || dim == 0;
   }
-  if (empty) return 0;
+  if (empty) {
+    return 0;
+  }
   for (const std::int64_t dim : spec.shape) {
     if (bytes > kMaxBytes / static_cast<std::uint64_t>(dim)) {
-      throw Error(Errc::kLayout, "tensor '" + spec.name + "': its shape overflows 62 bits of bytes");
+      throw Error(Errc::kLayout,
+                  "tensor '" + spec.name + "': its shape overflows 62 bits of bytes");
     }
     bytes *= static_cast<std::uint64_t>(dim);
   }
@@ -52,10 +56,12 @@ std::uint64_t checked_bytes(const TensorSpec& spec) {
 void check_names(const std::vector<TensorSpec>& specs) {
   std::unordered_set<std::string_view> seen;
   for (const TensorSpec& spec : specs) {
-    if (spec.name.empty()) throw Error(Errc::kLayout, "a tensor has an empty name");
+    if (spec.name.empty()) {
+      throw Error(Errc::kLayout, "a tensor has an empty name");
+    }
     if (spec.name.size() > kMaxName) {
-      throw Error(Errc::kLayout, "the tensor name '" + spec.name.substr(0, 60) + "...' is longer than " +
-                                     std::to_string(kMaxName) + " bytes");
+      throw Error(Errc::kLayout, "the tensor name '" + spec.name.substr(0, 60) +
+                                     "...' is longer than " + std::to_string(kMaxName) + " bytes");
     }
     if (!seen.insert(spec.name).second) {
       throw Error(Errc::kLayout, "tensor '" + spec.name + "' is there twice");
@@ -65,25 +71,35 @@ void check_names(const std::vector<TensorSpec>& specs) {
 
 }  // namespace
 
-std::string_view dtype_name(Dtype dtype) noexcept { return kDtypes[static_cast<std::size_t>(dtype)].name; }
+std::string_view dtype_name(Dtype dtype) noexcept {
+  return kDtypes[static_cast<std::size_t>(dtype)].name;
+}
 
-std::size_t item_size(Dtype dtype) noexcept { return kDtypes[static_cast<std::size_t>(dtype)].size; }
+std::size_t item_size(Dtype dtype) noexcept {
+  return kDtypes[static_cast<std::size_t>(dtype)].size;
+}
 
 bool is_float(Dtype dtype) noexcept { return dtype <= Dtype::kBF16; }
 
 Dtype parse_dtype(std::string_view name) {
   for (std::size_t i = 0; i < kDtypes.size(); ++i) {
-    if (kDtypes[i].name == name) return static_cast<Dtype>(i);
+    if (kDtypes[i].name == name) {
+      return static_cast<Dtype>(i);
+    }
   }
   std::string known;
-  for (const DtypeInfo& info : kDtypes) known += (known.empty() ? "" : ", ") + std::string(info.name);
-  throw Error(Errc::kLayout, "dtype '" + std::string(name) + "' can't be averaged; expected one of " + known);
+  for (const DtypeInfo& info : kDtypes) {
+    known += (known.empty() ? "" : ", ") + std::string(info.name);
+  }
+  throw Error(Errc::kLayout,
+              "dtype '" + std::string(name) + "' can't be averaged; expected one of " + known);
 }
 
-Layout::Layout(std::vector<TensorSpec> specs, std::uint64_t chunk_bytes) : chunk_bytes_(chunk_bytes) {
+Layout::Layout(std::vector<TensorSpec> specs, std::uint64_t chunk_bytes)
+    : chunk_bytes_(chunk_bytes) {
   if (chunk_bytes == 0 || chunk_bytes % kPage != 0) {
-    throw Error(Errc::kLayout, "chunk size " + std::to_string(chunk_bytes) + ": expected a positive multiple of " +
-                                   std::to_string(kPage));
+    throw Error(Errc::kLayout, "chunk size " + std::to_string(chunk_bytes) +
+                                   ": expected a positive multiple of " + std::to_string(kPage));
   }
   check_names(specs);
   std::sort(specs.begin(), specs.end(), [](const TensorSpec& a, const TensorSpec& b) {
@@ -93,7 +109,9 @@ Layout::Layout(std::vector<TensorSpec> specs, std::uint64_t chunk_bytes) : chunk
   tensors_.reserve(specs.size());
   for (TensorSpec& spec : specs) {
     const std::uint64_t nbytes = checked_bytes(spec);
-    if (nbytes > kMaxBytes - total_bytes_) throw Error(Errc::kLayout, "the tensors overflow 62 bits of bytes");
+    if (nbytes > kMaxBytes - total_bytes_) {
+      throw Error(Errc::kLayout, "the tensors overflow 62 bits of bytes");
+    }
     if (nbytes > 0) {
       if (!runs_.empty() && runs_.back().dtype == spec.dtype) {
         runs_.back().nbytes += nbytes;
@@ -101,7 +119,8 @@ Layout::Layout(std::vector<TensorSpec> specs, std::uint64_t chunk_bytes) : chunk
         runs_.push_back({spec.dtype, total_bytes_, nbytes});
       }
     }
-    tensors_.push_back({std::move(spec.name), spec.dtype, std::move(spec.shape), total_bytes_, nbytes});
+    tensors_.push_back(
+        {std::move(spec.name), spec.dtype, std::move(spec.shape), total_bytes_, nbytes});
     total_bytes_ += nbytes;
   }
   chunk_count_ = (total_bytes_ + chunk_bytes_ - 1) / chunk_bytes_;
@@ -109,7 +128,8 @@ Layout::Layout(std::vector<TensorSpec> specs, std::uint64_t chunk_bytes) : chunk
 
 Range Layout::chunk_range(std::uint64_t index) const {
   if (index >= chunk_count_) {
-    throw Error(Errc::kLayout, "chunk " + std::to_string(index) + " of " + std::to_string(chunk_count_));
+    throw Error(Errc::kLayout,
+                "chunk " + std::to_string(index) + " of " + std::to_string(chunk_count_));
   }
   const std::uint64_t offset = index * chunk_bytes_;
   return {offset, std::min(chunk_bytes_, total_bytes_ - offset)};
@@ -118,8 +138,9 @@ Range Layout::chunk_range(std::uint64_t index) const {
 std::vector<Run> Layout::runs(Range range) const {
   std::vector<Run> found;
   const std::uint64_t end = range.offset + range.nbytes;
-  auto run = std::upper_bound(runs_.begin(), runs_.end(), range.offset,
-                              [](std::uint64_t offset, const Run& r) { return offset < r.offset + r.nbytes; });
+  auto run = std::upper_bound(
+      runs_.begin(), runs_.end(), range.offset,
+      [](std::uint64_t offset, const Run& r) { return offset < r.offset + r.nbytes; });
   for (; run != runs_.end() && run->offset < end; ++run) {
     const std::uint64_t from = std::max(range.offset, run->offset);
     const std::uint64_t to = std::min(end, run->offset + run->nbytes);
@@ -130,10 +151,12 @@ std::vector<Run> Layout::runs(Range range) const {
 
 Location Layout::locate(std::uint64_t byte_offset) const {
   if (byte_offset >= total_bytes_) {
-    throw Error(Errc::kLayout, "byte " + std::to_string(byte_offset) + " of " + std::to_string(total_bytes_));
+    throw Error(Errc::kLayout,
+                "byte " + std::to_string(byte_offset) + " of " + std::to_string(total_bytes_));
   }
-  auto next = std::upper_bound(tensors_.begin(), tensors_.end(), byte_offset,
-                               [](std::uint64_t offset, const Tensor& t) { return offset < t.offset + t.nbytes; });
+  auto next = std::upper_bound(
+      tensors_.begin(), tensors_.end(), byte_offset,
+      [](std::uint64_t offset, const Tensor& t) { return offset < t.offset + t.nbytes; });
   return {next->name, (byte_offset - next->offset) / item_size(next->dtype)};
 }
 

@@ -1,9 +1,9 @@
 // Layout: a tensor table in canonical order, its flat bytes, and its chunk grid.
 //
-// Owns names, dtypes, shapes and offsets of one tensor set. Invariants: tensors are sorted by item size
-// (descending), then by name (bytewise), and lie back to back from offset 0, so each one is aligned
-// to its item size; a chunk holds chunk_bytes() of the flat bytes (the last one the rest) and no element
-// straddles two chunks. Immutable after construction, hence usable from any thread.
+// Owns names, dtypes, shapes and offsets of one tensor set. Invariants: tensors are sorted by item
+// size (descending), then by name (bytewise), and lie back to back from offset 0, so each one is
+// aligned to its item size; a chunk holds chunk_bytes() of the flat bytes (the last one the rest)
+// and no element straddles two chunks. Immutable after construction, hence usable from any thread.
 // Cost: O(tensors) memory; chunk lookups are O(log tensors).
 #pragma once
 
@@ -15,7 +15,21 @@
 
 namespace fedcore {
 
-enum class Dtype : std::uint8_t { kF64, kF32, kF16, kBF16, kI64, kI32, kI16, kI8, kU64, kU32, kU16, kU8, kBool };
+enum class Dtype : std::uint8_t {
+  kF64,
+  kF32,
+  kF16,
+  kBF16,
+  kI64,
+  kI32,
+  kI16,
+  kI8,
+  kU64,
+  kU32,
+  kU16,
+  kU8,
+  kBool
+};
 
 // The safetensors name of a dtype, and back; parse_dtype throws Error{kLayout} for any other name.
 std::string_view dtype_name(Dtype dtype) noexcept;
@@ -58,8 +72,8 @@ class Layout {
  public:
   static constexpr std::uint64_t kPage = 4096;
 
-  // Throws Error{kLayout} for an empty, duplicate or over-long name, a negative or overflowing shape, and for
-  // a chunk size that is not a positive multiple of kPage.
+  // Throws Error{kLayout} for an empty, duplicate or over-long name, a negative or overflowing
+  // shape, and for a chunk size that is not a positive multiple of kPage.
   Layout(std::vector<TensorSpec> specs, std::uint64_t chunk_bytes);
 
   const std::vector<Tensor>& tensors() const noexcept { return tensors_; }

@@ -40,7 +40,9 @@ MappedFile::MappedFile(std::string path, int fd, std::uint64_t size, bool writab
   void* memory = mmap(nullptr, size, protection, flags, fd, 0);
   if (memory == MAP_FAILED) {
     const int code = errno;
-    if (fd >= 0) ::close(fd);
+    if (fd >= 0) {
+      ::close(fd);
+    }
     fail("cannot map", path_.empty() ? std::to_string(size) + " bytes of memory" : path_, code);
   }
   data_ = static_cast<std::uint8_t*>(memory);
@@ -48,13 +50,19 @@ MappedFile::MappedFile(std::string path, int fd, std::uint64_t size, bool writab
 
 MappedFile::~MappedFile() {
   munmap(data_, size_);
-  if (fd_ >= 0) ::close(fd_);
+  if (fd_ >= 0) {
+    ::close(fd_);
+  }
 }
 
 std::shared_ptr<MappedFile> MappedFile::create(const std::string& path, std::uint64_t size) {
-  if (size == 0) throw Error(Errc::kStorage, "cannot create " + path + ": a mapped file can't be empty");
+  if (size == 0) {
+    throw Error(Errc::kStorage, "cannot create " + path + ": a mapped file can't be empty");
+  }
   const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-  if (fd < 0) fail("cannot create", path, errno);
+  if (fd < 0) {
+    fail("cannot create", path, errno);
+  }
   const int code = reserve(fd, size);
   if (code != 0) {
     ::close(fd);
@@ -66,41 +74,57 @@ std::shared_ptr<MappedFile> MappedFile::create(const std::string& path, std::uin
 
 std::shared_ptr<MappedFile> MappedFile::open(const std::string& path, bool writable) {
   const int fd = ::open(path.c_str(), (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC);
-  if (fd < 0) fail("cannot open", path, errno);
-  struct stat info {};
+  if (fd < 0) {
+    fail("cannot open", path, errno);
+  }
+  struct stat info{};
   if (fstat(fd, &info) != 0 || !S_ISREG(info.st_mode) || info.st_size == 0) {
     const int code = S_ISDIR(info.st_mode) ? EISDIR : EINVAL;
     ::close(fd);
     fail("cannot map (not a regular file with content)", path, code);
   }
-  return std::shared_ptr<MappedFile>(new MappedFile(path, fd, static_cast<std::uint64_t>(info.st_size), writable));
+  return std::shared_ptr<MappedFile>(
+      new MappedFile(path, fd, static_cast<std::uint64_t>(info.st_size), writable));
 }
 
 std::shared_ptr<MappedFile> MappedFile::anonymous(std::uint64_t size) {
-  if (size == 0) throw Error(Errc::kStorage, "cannot map 0 bytes of memory");
+  if (size == 0) {
+    throw Error(Errc::kStorage, "cannot map 0 bytes of memory");
+  }
   return std::shared_ptr<MappedFile>(new MappedFile("", -1, size, true));
 }
 
 void MappedFile::check_range(std::uint64_t offset, std::uint64_t length) const {
   if (offset > size_ || length > size_ - offset) {
-    throw Error(Errc::kStorage, "bytes " + std::to_string(offset) + " to " + std::to_string(offset + length) +
-                                    " lie outside " + (path_.empty() ? "the memory" : path_) + " of " +
+    throw Error(Errc::kStorage, "bytes " + std::to_string(offset) + " to " +
+                                    std::to_string(offset + length) + " lie outside " +
+                                    (path_.empty() ? "the memory" : path_) + " of " +
                                     std::to_string(size_) + " bytes");
   }
 }
 
 void MappedFile::release(std::uint64_t offset, std::uint64_t length) noexcept {
-  if (fd_ < 0 || offset > size_ || length > size_ - offset) return;
+  if (fd_ < 0 || offset > size_ || length > size_ - offset) {
+    return;
+  }
   const std::uint64_t page = page_size();
   const std::uint64_t from = (offset + page - 1) / page * page;
   const std::uint64_t to = (offset + length) / page * page;
-  if (from < to) madvise(data_ + from, to - from, MADV_DONTNEED);
+  if (from < to) {
+    madvise(data_ + from, to - from, MADV_DONTNEED);
+  }
 }
 
 void MappedFile::sync() {
-  if (fd_ < 0) return;
-  if (msync(data_, size_, MS_SYNC) != 0) fail("cannot write back", path_, errno);
-  if (fsync(fd_) != 0) fail("cannot synchronise", path_, errno);
+  if (fd_ < 0) {
+    return;
+  }
+  if (msync(data_, size_, MS_SYNC) != 0) {
+    fail("cannot write back", path_, errno);
+  }
+  if (fsync(fd_) != 0) {
+    fail("cannot synchronise", path_, errno);
+  }
 }
 
 }  // namespace fedcore

@@ -1,8 +1,9 @@
 // MappedFile: one memory-mapped file, or anonymous memory of the same interface.
 //
-// Owns the descriptor and the mapping; both go with the object, which is shared by shared_ptr among whoever
-// still reads or writes it. Space is reserved when the file is created, so a full disk is an error then and
-// never a SIGBUS later. Methods are usable from any thread; the bytes are the users' to synchronise.
+// Owns the descriptor and the mapping; both go with the object, which is shared by shared_ptr among
+// whoever still reads or writes it. Space is reserved when the file is created, so a full disk is
+// an error then and never a SIGBUS later. Methods are usable from any thread; the bytes are the
+// users' to synchronise.
 #pragma once
 
 #include <cstddef>
@@ -32,8 +33,8 @@ class MappedFile {
   // Throws Error{kStorage} unless [offset, offset + length) lies inside.
   void check_range(std::uint64_t offset, std::uint64_t length) const;
 
-  // Drops the whole pages inside the range from this process's memory; the bytes stay in the file (a no-op
-  // for anonymous memory, whose bytes would be lost).
+  // Drops the whole pages inside the range from this process's memory; the bytes stay in the file
+  // (a no-op for anonymous memory, whose bytes would be lost).
   void release(std::uint64_t offset, std::uint64_t length) noexcept;
 
   // Writes everything back to the device: msync, then fsync.

@@ -1,7 +1,7 @@
 // Publisher: the immutable tensor sets that this process offers, served chunk by chunk.
 //
-// Owns a reference to each set's file and the checksums of the chunks that were served. A published set's bytes
-// must not change until it is withdrawn. Not thread-safe: Exchange holds the lock.
+// Owns a reference to each set's file and the checksums of the chunks that were served. A published
+// set's bytes must not change until it is withdrawn. Not thread-safe: Exchange holds the lock.
 // Cost: no copy of a chunk is made; its checksum is computed the first time it is served.
 #pragma once
 
@@ -25,15 +25,16 @@ struct PublishedChunk {
 
 class Publisher {
  public:
-  // Throws Error{kStorage} if the range lies outside the file, Error{kLayout} for a bad chunk size, and
-  // Error{kProtocol} if the id is published already.
-  void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset, std::uint64_t length,
-               std::uint64_t chunk_bytes);
+  // Throws Error{kStorage} if the range lies outside the file, Error{kLayout} for a bad chunk size,
+  // and Error{kProtocol} if the id is published already.
+  void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
+               std::uint64_t length, std::uint64_t chunk_bytes);
   void withdraw(const wire::SetId& id) noexcept { sets_.erase(id); }
   std::vector<wire::SetId> published() const;
 
   // Why chunks [first, first + count) can't be served, or nothing.
-  std::optional<wire::Refusal> check(const wire::SetId& id, std::uint64_t first, std::uint32_t count) const noexcept;
+  std::optional<wire::Refusal> check(const wire::SetId& id, std::uint64_t first,
+                                     std::uint32_t count) const noexcept;
 
   // A chunk, or nothing if the set was withdrawn in the meantime.
   std::optional<PublishedChunk> chunk(const wire::SetId& id, std::uint64_t index);

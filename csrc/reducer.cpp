@@ -19,7 +19,9 @@ constexpr std::uint64_t kFileBlock = 1u << 20;
 }  // namespace
 
 Reducer::Reducer(const std::vector<std::uint32_t>& weights) : pointers_(weights.size()) {
-  if (weights.empty()) throw Error(Errc::kWeight, "a mean needs at least one input");
+  if (weights.empty()) {
+    throw Error(Errc::kWeight, "a mean needs at least one input");
+  }
   for (const std::uint32_t weight : weights) {
     if (weight < 1 || weight > kernels::kMaxWeight) {
       throw Error(Errc::kWeight, "weight " + std::to_string(weight) + ": expected 1 to " +
@@ -30,18 +32,23 @@ Reducer::Reducer(const std::vector<std::uint32_t>& weights) : pointers_(weights.
   }
 }
 
-std::optional<BadValue> Reducer::reduce(const Layout& layout, Range range, const std::uint8_t* const* inputs,
-                                        const std::uint8_t* base, std::uint8_t* out) {
+std::optional<BadValue> Reducer::reduce(const Layout& layout, Range range,
+                                        const std::uint8_t* const* inputs, const std::uint8_t* base,
+                                        std::uint8_t* out) {
   for (const Run& run : layout.runs(range)) {
     const std::uint64_t at = run.offset - range.offset;
-    for (std::size_t k = 0; k < weights_.size(); ++k) pointers_[k] = inputs[k] + at;
+    for (std::size_t k = 0; k < weights_.size(); ++k) {
+      pointers_[k] = inputs[k] + at;
+    }
     if (kernels::mean(run.dtype, pointers_.data(), weights_.data(), weights_.size(), total_,
                       base != nullptr ? base + at : nullptr, out + at, run.nbytes)) {
       continue;
     }
     for (std::size_t k = 0; k < weights_.size(); ++k) {
       const std::int64_t found = kernels::find_non_finite(run.dtype, pointers_[k], run.nbytes);
-      if (found >= 0) return BadValue{k, run.offset + static_cast<std::uint64_t>(found) * item_size(run.dtype)};
+      if (found >= 0) {
+        return BadValue{k, run.offset + static_cast<std::uint64_t>(found) * item_size(run.dtype)};
+      }
     }
   }
   return std::nullopt;
@@ -58,8 +65,9 @@ struct Block {
 // What the workers of one reduce_files call share.
 class FileJob {
  public:
-  FileJob(const std::vector<std::shared_ptr<MappedFile>>& inputs, const std::vector<std::uint32_t>& weights,
-          const std::vector<FileTensor>& tensors, MappedFile& out)
+  FileJob(const std::vector<std::shared_ptr<MappedFile>>& inputs,
+          const std::vector<std::uint32_t>& weights, const std::vector<FileTensor>& tensors,
+          MappedFile& out)
       : inputs_(inputs), tensors_(tensors), out_(out) {
     Reducer checked(weights);
     for (const std::uint32_t weight : weights) {
@@ -78,7 +86,9 @@ class FileJob {
     std::vector<const void*> pointers(inputs_.size());
     for (;;) {
       const std::size_t next = next_.fetch_add(1);
-      if (next >= blocks_.size() || stop_.load()) break;
+      if (next >= blocks_.size() || stop_.load()) {
+        break;
+      }
       reduce(blocks_[next], pointers);
       done_.fetch_add(blocks_[next].nbytes);
     }
@@ -104,7 +114,9 @@ class FileJob {
     if (tensor.input_offsets.size() != inputs_.size()) {
       throw Error(Errc::kLayout, "a tensor has another number of inputs than there are files");
     }
-    for (std::size_t k = 0; k < inputs_.size(); ++k) inputs_[k]->check_range(tensor.input_offsets[k], tensor.nbytes);
+    for (std::size_t k = 0; k < inputs_.size(); ++k) {
+      inputs_[k]->check_range(tensor.input_offsets[k], tensor.nbytes);
+    }
     out_.check_range(tensor.out_offset, tensor.nbytes);
   }
 
@@ -113,8 +125,8 @@ class FileJob {
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
       pointers[k] = inputs_[k]->data() + tensor.input_offsets[k] + block.offset;
     }
-    if (!kernels::mean(tensor.dtype, pointers.data(), weights_.data(), weights_.size(), total_, nullptr,
-                       out_.data() + tensor.out_offset + block.offset, block.nbytes)) {
+    if (!kernels::mean(tensor.dtype, pointers.data(), weights_.data(), weights_.size(), total_,
+                       nullptr, out_.data() + tensor.out_offset + block.offset, block.nbytes)) {
       record(block, tensor, pointers);
     }
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
@@ -123,15 +135,23 @@ class FileJob {
     out_.release(tensor.out_offset + block.offset, block.nbytes);
   }
 
-  void record(const Block& block, const FileTensor& tensor, const std::vector<const void*>& pointers) {
+  void record(const Block& block, const FileTensor& tensor,
+              const std::vector<const void*>& pointers) {
     const std::size_t size = item_size(tensor.dtype);
     for (std::size_t k = 0; k < pointers.size(); ++k) {
       const std::int64_t found = kernels::find_non_finite(tensor.dtype, pointers[k], block.nbytes);
-      if (found < 0) continue;
-      const FileBadValue value{k, block.tensor, block.offset / size + static_cast<std::uint64_t>(found)};
-      const auto key = [](const FileBadValue& v) { return std::make_tuple(v.tensor, v.element, v.source); };
+      if (found < 0) {
+        continue;
+      }
+      const FileBadValue value{k, block.tensor,
+                               block.offset / size + static_cast<std::uint64_t>(found)};
+      const auto key = [](const FileBadValue& v) {
+        return std::make_tuple(v.tensor, v.element, v.source);
+      };
       const std::lock_guard lock(mutex_);
-      if (!bad_ || key(value) < key(*bad_)) bad_ = value;
+      if (!bad_ || key(value) < key(*bad_)) {
+        bad_ = value;
+      }
     }
   }
 
@@ -154,11 +174,15 @@ class FileJob {
 class Workers {
  public:
   Workers(FileJob& job, unsigned count) : job_(job) {
-    for (unsigned i = 0; i < count; ++i) threads_.emplace_back([&job] { job.work(); });
+    for (unsigned i = 0; i < count; ++i) {
+      threads_.emplace_back([&job] { job.work(); });
+    }
   }
   ~Workers() {
     job_.stop();
-    for (std::thread& thread : threads_) thread.join();
+    for (std::thread& thread : threads_) {
+      thread.join();
+    }
   }
 
  private:
@@ -170,20 +194,29 @@ class Workers {
 
 std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
                                          const std::vector<std::uint32_t>& weights,
-                                         const std::vector<FileTensor>& tensors, const std::shared_ptr<MappedFile>& out,
-                                         unsigned threads, const std::function<void(std::uint64_t)>& progress) {
-  if (weights.size() != inputs.size()) throw Error(Errc::kWeight, "there must be one weight per input");
-  if (!out->writable()) throw Error(Errc::kStorage, "the output " + out->path() + " is not writable");
+                                         const std::vector<FileTensor>& tensors,
+                                         const std::shared_ptr<MappedFile>& out, unsigned threads,
+                                         const std::function<void(std::uint64_t)>& progress) {
+  if (weights.size() != inputs.size()) {
+    throw Error(Errc::kWeight, "there must be one weight per input");
+  }
+  if (!out->writable()) {
+    throw Error(Errc::kStorage, "the output " + out->path() + " is not writable");
+  }
   kernels::active();  // a bad FEDCORE_SIMD is to be thrown here and not in a worker
   FileJob job(inputs, weights, tensors, *out);
   const unsigned count = std::max(1u, threads);
   {
     const Workers workers(job, count);
     while (!job.wait(count)) {
-      if (progress) progress(job.done());
+      if (progress) {
+        progress(job.done());
+      }
     }
   }
-  if (progress) progress(job.done());
+  if (progress) {
+    progress(job.done());
+  }
   return job.bad();
 }
 

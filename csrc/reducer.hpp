@@ -1,7 +1,8 @@
 // Reducer: K chunks of one layout -> one chunk, in one pass; and whole files by the same kernels.
 //
-// Owns the weights and their sum. Inputs are always summed in the order given at construction, so the result
-// does not depend on arrival. reduce() is not reentrant (it uses scratch of its own): one thread at a time.
+// Owns the weights and their sum. Inputs are always summed in the order given at construction, so
+// the result does not depend on arrival. reduce() is not reentrant (it uses scratch of its own):
+// one thread at a time.
 #pragma once
 
 #include <cstdint>
@@ -28,10 +29,11 @@ class Reducer {
 
   std::size_t sources() const noexcept { return weights_.size(); }
 
-  // Averages the flat bytes of `range`. inputs[k], base (or nullptr) and out point at the range's first byte.
-  // Returns the first non-finite input value, in which case `out` is not to be used.
-  std::optional<BadValue> reduce(const Layout& layout, Range range, const std::uint8_t* const* inputs,
-                                 const std::uint8_t* base, std::uint8_t* out);
+  // Averages the flat bytes of `range`. inputs[k], base (or nullptr) and out point at the range's
+  // first byte. Returns the first non-finite input value, in which case `out` is not to be used.
+  std::optional<BadValue> reduce(const Layout& layout, Range range,
+                                 const std::uint8_t* const* inputs, const std::uint8_t* base,
+                                 std::uint8_t* out);
 
  private:
   std::vector<double> weights_;
@@ -53,13 +55,14 @@ struct FileBadValue {
   std::uint64_t element;
 };
 
-// Averages tensors of `inputs` into `out` with `threads` workers, block by block. `progress` runs on the calling
-// thread with the bytes done so far, about 20 times a second and once at the end; what it throws stops the
-// work. Returns the first non-finite value (lowest tensor, element, source), or nothing. Integers and
-// booleans are copied from the first input.
+// Averages tensors of `inputs` into `out` with `threads` workers, block by block. `progress` runs
+// on the calling thread with the bytes done so far, about 20 times a second and once at the end;
+// what it throws stops the work. Returns the first non-finite value (lowest tensor, element,
+// source), or nothing. Integers and booleans are copied from the first input.
 std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
                                          const std::vector<std::uint32_t>& weights,
-                                         const std::vector<FileTensor>& tensors, const std::shared_ptr<MappedFile>& out,
-                                         unsigned threads, const std::function<void(std::uint64_t)>& progress);
+                                         const std::vector<FileTensor>& tensors,
+                                         const std::shared_ptr<MappedFile>& out, unsigned threads,
+                                         const std::function<void(std::uint64_t)>& progress);
 
 }  // namespace fedcore

@@ -1,9 +1,9 @@
 /* The C interface between the frame pump (fedcore/_pump.pyx) and the core (exchange.hpp).
  *
- * A pump moves frames and knows nothing about them; a sink knows what they mean and does no I/O. All
- * functions may be called without the GIL, none blocks for longer than the reduction of one chunk, and none
- * throws. `deliver`, `next_out`, `tick` and `has_event` of one sink are called by one pump thread; `out_done` and
- * the `release` that deliver is given may be called by any thread.
+ * A pump moves frames and knows nothing about them; a sink knows what they mean and does no I/O.
+ * All functions may be called without the GIL, none blocks for longer than the reduction of one
+ * chunk, and none throws. `deliver`, `next_out`, `tick` and `has_event` of one sink are called by
+ * one pump thread; `out_done` and the `release` that deliver is given may be called by any thread.
  */
 #ifndef FEDCORE_SINK_H
 #define FEDCORE_SINK_H
@@ -24,8 +24,8 @@ enum {
   FC_DROP = 3     /* malformed; the caller frees the owner */
 };
 
-/* A frame to send. `peer` (empty at a site) and `header` (48 bytes) are valid until the next call of next_out;
- * `body` until out_done(owner). A frame without a body has body_len 0. */
+/* A frame to send. `peer` (empty at a site) and `header` (48 bytes) are valid until the next call
+ * of next_out; `body` until out_done(owner). A frame without a body has body_len 0. */
 typedef struct FcOut {
   const uint8_t* peer;
   size_t peer_len;
@@ -37,12 +37,13 @@ typedef struct FcOut {
 
 typedef struct FcSink {
   void* self;
-  int (*deliver)(void* self, int64_t now_ms, const void* peer, size_t peer_len, const void* header, size_t header_len,
-                 const void* body, size_t body_len, void* owner, void (*release)(void* owner));
+  int (*deliver)(void* self, int64_t now_ms, const void* peer, size_t peer_len, const void* header,
+                 size_t header_len, const void* body, size_t body_len, void* owner,
+                 void (*release)(void* owner));
   int (*next_out)(void* self, int64_t now_ms, FcOut* out); /* 1: filled, 0: nothing to send */
-  void (*out_done)(void* owner);                           /* the body was sent or dropped; owner may be NULL */
-  int64_t (*tick)(void* self, int64_t now_ms);             /* runs timers; ms until the next one, -1: none */
-  int (*has_event)(void* self);                            /* 1: Python should be told to fetch events */
+  void (*out_done)(void* owner);               /* the body was sent or dropped; owner may be NULL */
+  int64_t (*tick)(void* self, int64_t now_ms); /* runs timers; ms until the next one, -1: none */
+  int (*has_event)(void* self);                /* 1: Python should be told to fetch events */
 } FcSink;
 
 #ifdef __cplusplus

@@ -1,4 +1,5 @@
-// CHECK(condition): prints what failed and where, and makes the process fail; works under any sanitizer.
+// CHECK(condition): prints what failed and where, and makes the process fail; works under any
+// sanitizer.
 #pragma once
 
 #include <cstdio>

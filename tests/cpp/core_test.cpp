@@ -1,5 +1,5 @@
-// What only C++ can see: reads and writes past the end of a buffer, threads that hit the exchange at the same time,
-// and a mutated frame in front of the parser, all under the sanitizers.
+// What only C++ can see: reads and writes past the end of a buffer, threads that hit the exchange
+// at the same time, and a mutated frame in front of the parser, all under the sanitizers.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -50,9 +50,13 @@ void every_level_gives_the_baselines_bits_within_bounds() {
       const std::size_t bytes = count * item_size(dtype);
       GuardedBuffer a(bytes), b(bytes), expected(bytes), out(bytes);
       for (GuardedBuffer* input : {&a, &b}) {
-        for (std::size_t i = 0; i < bytes; ++i) input->data()[i] = static_cast<std::uint8_t>(random());
+        for (std::size_t i = 0; i < bytes; ++i) {
+          input->data()[i] = static_cast<std::uint8_t>(random());
+        }
         // Clear the top exponent bit of each element: every value is finite, subnormals included.
-        for (std::size_t i = item_size(dtype) - 1; i < bytes; i += item_size(dtype)) input->data()[i] &= 0xBF;
+        for (std::size_t i = item_size(dtype) - 1; i < bytes; i += item_size(dtype)) {
+          input->data()[i] &= 0xBF;
+        }
       }
       const void* inputs[] = {a.data(), b.data()};
       const double weights[] = {3, 16777215};
@@ -75,7 +79,9 @@ wire::SetId set_id(std::uint8_t value) {
 
 Frame copy_of(const OutFrame& out) {
   void* copy = std::malloc(out.body_size == 0 ? 1 : out.body_size);
-  if (out.body_size > 0) std::memcpy(copy, out.body, out.body_size);
+  if (out.body_size > 0) {
+    std::memcpy(copy, out.body, out.body_size);
+  }
   return Frame(copy, out.body_size, copy, std::free);
 }
 
@@ -91,24 +97,29 @@ struct World {
     for (Exchange* site : {&north, &south}) {
       auto file = MappedFile::anonymous(layout->total_bytes());
       auto* values = reinterpret_cast<float*>(file->data() + 24);
-      for (int i = 0; i < 40'001; ++i) values[i] = static_cast<float>(i) * which;
+      for (int i = 0; i < 40'001; ++i) {
+        values[i] = static_cast<float>(i) * which;
+      }
       site->publish(set_id(which), file, 0, layout->total_bytes(), 4096);
       ++which;
     }
     collector = std::make_shared<Collector>(
-        layout, std::vector<Source>{{"north", set_id(1), 1}, {"south", set_id(2), 3}}, Place{out, 0}, Place{},
-        CollectorOptions{64 << 10, 2000, true});
+        layout, std::vector<Source>{{"north", set_id(1), 1}, {"south", set_id(2), 3}},
+        Place{out, 0}, Place{}, CollectorOptions{64 << 10, 2000, true});
     server.start(collector);
   }
 
   void check_result() const {
     CHECK(collector->done());
     const auto* values = reinterpret_cast<const float*>(out->data() + 24);
-    for (int i = 0; i < 40'001; ++i) CHECK(values[i] == static_cast<float>(i * 7.0 / 4.0));
+    for (int i = 0; i < 40'001; ++i) {
+      CHECK(values[i] == static_cast<float>(i * 7.0 / 4.0));
+    }
   }
 };
 
-// Every frame is delivered whole in the end, but before it comes a mutated copy, and now and then it is lost.
+// Every frame is delivered whole in the end, but before it comes a mutated copy, and now and then
+// it is lost.
 void mutated_lost_and_repeated_frames_leave_the_result_alone() {
   for (unsigned seed = 0; seed < 20; ++seed) {
     World world;
@@ -120,7 +131,9 @@ void mutated_lost_and_repeated_frames_leave_the_result_alone() {
         broken[random() % broken.size()] ^= static_cast<std::uint8_t>(1 + random() % 255);
         Frame mutated = copy_of(*frame);
         CHECK(to.deliver(now, name, broken.data(), broken.size(), mutated) == FC_DROP);
-        if (random() % 10 == 0) continue;
+        if (random() % 10 == 0) {
+          continue;
+        }
         for (int times = random() % 4 == 0 ? 2 : 1; times > 0; --times) {
           Frame whole = copy_of(*frame);
           to.deliver(now, name, frame->header.data(), frame->header.size(), whole);
@@ -132,7 +145,9 @@ void mutated_lost_and_repeated_frames_leave_the_result_alone() {
       while (auto frame = world.server.next_out(now)) {
         Exchange& site = frame->peer == "north" ? world.north : world.south;
         Frame none;
-        if (random() % 10 != 0) site.deliver(now, "server", frame->header.data(), frame->header.size(), none);
+        if (random() % 10 != 0) {
+          site.deliver(now, "server", frame->header.data(), frame->header.size(), none);
+        }
       }
       carry(world.north, "north", world.server);
       carry(world.south, "south", world.server);
@@ -161,7 +176,8 @@ void threads_may_use_one_exchange_at_the_same_time() {
       std::this_thread::yield();
     }
   };
-  std::thread north(site, std::ref(world.north), "north"), south(site, std::ref(world.south), "south");
+  std::thread north(site, std::ref(world.north), "north"),
+      south(site, std::ref(world.south), "south");
   while (!world.collector->done()) {
     while (auto frame = world.server.next_out(0)) {
       Frame none;
