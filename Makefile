@@ -10,8 +10,9 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedco
 	-not -name '*.pyc' -not -name '*.so')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CMAKE := $(BIN)/cmake
+NATIVE := $(wildcard csrc/*.h csrc/*.hpp csrc/*.cpp csrc/*.inl tests/cpp/*.hpp tests/cpp/*.cpp)
 
-.PHONY: help demo test test-slow lint types native clean
+.PHONY: help demo test test-slow lint format types native bench clean
 
 help: ## Show this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -28,6 +29,12 @@ test-slow: $(VENV)/.test ## Run the tests that need downloads or minutes
 lint: $(VENV)/.tools ## Check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(VENV)/.tools ## Put the style right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
 
 types: $(VENV)/.test $(VENV)/.tools ## Check the types of the installed package
 	mkdir -p build && cd build && ../$(BIN)/mypy --config-file ../pyproject.toml -p fedcore
@@ -39,11 +46,17 @@ native: $(VENV)/.tools ## Run the native tests under address, undefined-behaviou
 	  $(CMAKE) --build build/$$sanitizer --parallel 2 && \
 	  $(BIN)/ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; done
 
+bench: $(VENV)/.test ## Time the reduction and whole rounds against this machine's own limits
+	$(BIN)/python -m benchmarks reduce
+	$(BIN)/python -m benchmarks round-trip
+
 clean: ## Remove everything that was built
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "fedcore needs Python 3.11 or newer; none was found on the path" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+	  { echo "fedcore needs a C++ compiler (g++ 11 or newer, or clang++); none was found on the path" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
@@ -56,5 +69,5 @@ $(VENV)/.test: $(VENV)/.made $(SOURCES)
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.tools: $(VENV)/.made constraints.txt
-	$(PIP) cmake mypy ruff
+	$(PIP) clang-format cmake mypy ruff
 	touch $@
