@@ -1,0 +1,89 @@
+"""What the documentation says of settings, bytes and commands is what the code does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from fedcore import protocol
+from fedcore.config import RunConfig, load_run_file
+from fedcore.transport import control_frames
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("clients/*/*.md")])
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def keys() -> Iterator[tuple[str, Any]]:
+    for section, field in RunConfig.model_fields.items():
+        model = field.annotation
+        if isinstance(model, type) and issubclass(model, BaseModel):
+            for key, inner in model.model_fields.items():
+                yield f"{section}.{key}", inner.default
+
+
+@pytest.mark.parametrize("key", [key for key, _ in keys() if key != "simulate.site"])
+def test_every_key_of_a_run_file_is_in_the_table_of_settings(key: str) -> None:
+    assert f"| `{key}` |" in text("docs/settings.md")
+
+
+def test_every_variable_is_in_the_table_of_settings() -> None:
+    sources = [
+        *ROOT.glob("fedcore/**/*.py"),
+        *ROOT.glob("clients/**/*.py"),
+        *ROOT.glob("csrc/*.cpp"),
+    ]
+    used = {
+        name
+        for path in sources
+        for name in re.findall(r'["`(](FEDCORE_[A-Z_]+)["`=)]', path.read_text(encoding="utf-8"))
+    }
+    used -= {"FEDCORE_F16C", "FEDCORE_TABLE", "FEDCORE_CRC_TARGET"}  # macros
+    assert len(used) >= 9
+    assert used == set(re.findall(r"\| `(FEDCORE_[A-Z_]+)` \|", text("docs/settings.md")))
+
+
+def test_the_frame_in_the_protocol_page_is_the_one_that_is_sent() -> None:
+    header, body = control_frames(protocol.StatusRequest())
+    page = text("docs/protocol.md")
+    assert body.decode() in page
+    block = re.search(r"```\n([0-9a-f \n]+)```", page)
+    assert block is not None
+    assert bytes.fromhex(block[1]) == header
+
+
+def test_every_message_and_field_is_in_the_protocol_page() -> None:
+    page = text("docs/protocol.md")
+    for model in (*protocol.FromSite.__args__, *protocol.FromServer.__args__):
+        kind = model.model_fields["type"].default
+        row = re.search(rf"^\| `{kind}` \|.*$", page, re.MULTILINE)
+        assert row is not None, kind
+        if kind == "status-reply":
+            continue
+        for field in set(model.model_fields) - {"type"}:
+            assert f"`{field}`" in row[0], f"{kind}.{field}"
+
+
+def test_the_run_files_in_the_pages_are_valid(tmp_path: Path) -> None:
+    found = 0
+    for page in PAGES:
+        for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            (tmp_path / "run.toml").write_text(block, encoding="utf-8")
+            load_run_file(tmp_path / "run.toml")
+            found += 1
+    assert found >= 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), target
