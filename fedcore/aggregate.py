@@ -11,7 +11,7 @@ from typing import Final
 
 from ._core import reduce_files
 from .errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
-from .layout import FLOATS, ModelFile, compare_layouts, create_model, open_model, table
+from .layout import FLOATS, ModelFile, compare_layouts, create_model, open_model, sync_folder, table
 from .protocol import MAX_WEIGHT
 
 __all__ = ["aggregate_files"]
@@ -64,7 +64,7 @@ def aggregate_files(
     try:
         _reduce(files, counts, partial, threads, progress)
         partial.rename(out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
@@ -108,14 +108,6 @@ def _compare(one: tuple[int, ModelFile], other: tuple[int, ModelFile]) -> int:
         for file in (one[1], other[1]):
             file.file.release(file.data_offset + file.offsets[name], len(a))
     return 0
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_integers(files: Sequence[ModelFile]) -> None:

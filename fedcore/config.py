@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
-from .protocol import SITE_NAME
+from .protocol import DEFAULT_CHUNK_BYTES, SITE_NAME
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -187,6 +187,17 @@ class RunConfig(_Section):
     server: ServerSection = ServerSection()
     simulate: SimulateSection = SimulateSection()
     folder: Path = Path()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        # A chunk of every site is held when it is reduced: less than that would not be a bound.
+        least = self.participants.expected * DEFAULT_CHUNK_BYTES
+        if self.server.memory < least:
+            raise ValueError(
+                f"server.memory: expected at least {least >> 20}MiB, a chunk of 1MiB for each of the "
+                f"{self.participants.expected} sites"
+            )
+        return self
 
     @property
     def run_folder(self) -> Path:

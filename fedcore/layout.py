@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Final
 
 from ._core import Layout, MappedFile
 from .errors import LayoutError, StorageError
+from .protocol import DEFAULT_CHUNK_BYTES
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES",
@@ -31,10 +33,10 @@ __all__ = [
     "create_model",
     "layout_hash",
     "open_model",
+    "sync_folder",
     "table",
 ]
 
-DEFAULT_CHUNK_BYTES: Final = 1 << 20
 ITEMSIZE: Final[Mapping[str, int]] = {
     "F64": 8, "I64": 8, "U64": 8,
     "F32": 4, "I32": 4, "U32": 4,
@@ -47,6 +49,7 @@ FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 
 _MAX_HEADER: Final = 100_000_000  # the limit that the format's own parser sets
 _PAGE: Final = 4096
+_HASH_BLOCK: Final = 8 << 20
 
 TensorSpec = tuple[str, str, Sequence[int]]
 """Name, dtype (a key of `ITEMSIZE`) and shape of one tensor."""
@@ -134,8 +137,14 @@ class ModelFile:
     def sha256(self) -> str:
         """Return the SHA-256 (hex) of the flat bytes in canonical order, whatever the file's own order."""
         digest = hashlib.sha256()
-        for view in self.views().values():
-            digest.update(view)
+        for name, _, _, _, nbytes in self.layout.tensors:
+            start = self.data_offset + self.offsets[name]
+            for at in range(start, start + nbytes, _HASH_BLOCK):
+                length = min(_HASH_BLOCK, start + nbytes - at)
+                digest.update(self.file.view(at, length))
+                self.file.release(
+                    at, length
+                )  # the model's size must not show in this process's memory
         return digest.hexdigest()
 
 
@@ -270,3 +279,12 @@ def copy_model(
     for name, view in target.views().items():
         view[:] = source.view(name)
     return target
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, after a file in it was created or renamed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

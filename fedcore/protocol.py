@@ -21,6 +21,7 @@ HEADER: Final = struct.Struct("<4sBBBB16sQIIII")
 HEADER_BYTES: Final = 48
 MAX_CONTROL_BYTES: Final = 8 << 20
 MAX_CHUNK_BYTES: Final = 4 << 20
+DEFAULT_CHUNK_BYTES: Final = 1 << 20
 MAX_WEIGHT: Final = (1 << 24) - 1
 MAX_METRICS: Final = 64
 NO_SET: Final = bytes(16)
@@ -241,8 +242,6 @@ class SiteStatus(Message):
         "absent", "joined", "training", "uploading", "delivered", "lost", "dropped", "left"
     ]
     examples: int | None = None
-    received_bytes: int = 0
-    sent_bytes: int = 0
     metrics: Metrics = {}
     message: Text = ""
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from fedcore.errors import ClosedError, ConfigError
 
 from .session import get_session
-from .torch import TorchSite, batch_size, current_site, numbers
+from .torch import TorchSite, batch_size, current_site, is_running, log, numbers, system_info
 
 __all__ = ["is_running", "log", "patch", "system_info"]
 
@@ -142,18 +142,3 @@ def _length(data: Any) -> int:
         return max(1, len(data))
     except TypeError:
         return 1
-
-
-def is_running() -> bool:
-    """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
-    return current_site().is_running()
-
-
-def log(metrics: dict[str, float], step: int | None = None) -> None:
-    """Show training metrics at the server while a round is under way."""
-    get_session().log(metrics, step)
-
-
-def system_info() -> dict[str, str | int]:
-    """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``."""
-    return get_session().system_info()

@@ -574,11 +574,10 @@ class Session:
                 if self._update is not None:
                     self._send(self._update.ready)
             elif isinstance(message, protocol.Refused):
-                kind = LayoutError if message.code == "layout" else RefusedError
                 self._error = (
-                    RefusedError(message.message, message.code)
-                    if kind is RefusedError
-                    else LayoutError(message.message)
+                    LayoutError(message.message)
+                    if message.code == "layout"
+                    else RefusedError(message.message, message.code)
                 )
             elif isinstance(message, protocol.Task):
                 self._task = message

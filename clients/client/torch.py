@@ -16,7 +16,16 @@ from fedcore.errors import ClosedError
 from .parameters import ModelParameters
 from .session import GlobalModel, Session, get_session, reset_session
 
-__all__ = ["TorchSite", "batch_size", "current_site", "forget_site", "numbers"]
+__all__ = [
+    "TorchSite",
+    "batch_size",
+    "current_site",
+    "forget_site",
+    "is_running",
+    "log",
+    "numbers",
+    "system_info",
+]
 
 
 class TorchSite:
@@ -148,3 +157,18 @@ def batch_size(batch: Any) -> int:
                 return batch_size(part)
         return len(batch) or 1
     return 1
+
+
+def is_running() -> bool:
+    """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
+    return current_site().is_running()
+
+
+def log(metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Show training metrics at the server while a round is under way."""
+    get_session().log(metrics, step)
+
+
+def system_info() -> dict[str, str | int]:
+    """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``."""
+    return get_session().system_info()

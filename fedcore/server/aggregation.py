@@ -54,12 +54,6 @@ class Aggregation:
         )
         exchange.start(self.collector)
 
-    @property
-    def received(self) -> dict[str, int]:
-        """Chunks received so far, by site."""
-        counts = self.collector.progress()[2]
-        return {p.site: count for p, count in zip(self.participants, counts, strict=True)}
-
     def finish(self) -> ModelFile:
         """Let go of the collector, which is done, and write the file back to the device."""
         self._exchange.cancel(self.collector)

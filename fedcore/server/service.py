@@ -17,7 +17,7 @@ from typing import Any, Final
 from fedcore import __version__, protocol
 from fedcore._core import Layout
 from fedcore.config import RunConfig
-from fedcore.errors import ConfigError, ProtocolError
+from fedcore.errors import ConfigError, ProtocolError, StorageError
 from fedcore.layout import (
     DEFAULT_CHUNK_BYTES,
     ModelFile,
@@ -77,7 +77,6 @@ class _Peer:
     """A site's process as the link sees it."""
 
     site: str
-    instance: str
     metrics: dict[str, float]
 
 
@@ -161,6 +160,10 @@ class Server:
         version = self._store.last_version
         if version is not None:
             self._model = open_model(self._store.path(version))
+            if not self._model.canonical:
+                raise StorageError(
+                    f"{self._model.path} was not written by this run: its tensors are in another order"
+                )
             logger.info("run %s goes on after round %d", self.config.run.name, version)
         elif self.config.initial_path is not None:
             scratch = self._store.scratch(0)
@@ -250,7 +253,7 @@ class Server:
             return
         if peer not in self._peers:
             logger.info("%s joined", join.site)
-            self._peers[peer] = _Peer(join.site, join.instance, {})
+            self._peers[peer] = _Peer(join.site, {})
         self._link.send(
             peer,
             protocol.Welcome(
@@ -403,7 +406,14 @@ class Server:
             seed=self.config.run.seed * 1_000_003 + action.round,
         )
         if self._model is not None:
-            task = replace_task(task, self._set_id.hex(), self._model.layout)
+            layout = self._model.layout
+            task = task.model_copy(
+                update={
+                    "set_id": self._set_id.hex(),
+                    "layout_hash": layout_hash(layout),
+                    "tensors": table(layout),
+                }
+            )
         self._send_to(action.site, task)
 
     def _start_collect(self, action: StartCollect) -> None:
@@ -603,10 +613,3 @@ class Server:
                 for m in self._rounds.roster
             },
         }
-
-
-def replace_task(task: protocol.Task, set_id: str, layout: Layout) -> protocol.Task:
-    """Return ``task`` with the published model that it is about."""
-    return task.model_copy(
-        update={"set_id": set_id, "layout_hash": layout_hash(layout), "tensors": table(layout)}
-    )

@@ -15,12 +15,13 @@ import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from fedcore.errors import BusyError, ConfigError, StorageError
+from fedcore.layout import sync_folder
 
 from .selection import SiteScore
 
@@ -197,7 +198,7 @@ class Store:
             files: JSON files that describe the model, with version 0.
         """
         scratch.rename(self.path(row.version))
-        _sync_folder(self.models)
+        sync_folder(self.models)
         with self._transaction():
             self._db.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, ?, ?)",
@@ -264,10 +265,15 @@ class Store:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         model = new / f"{weights}.safetensors"
+        source = self.path(version)
+        if not source.is_file():
+            raise StorageError(
+                f"cannot write {target}: {source} is missing; put it back, or give this run another name"
+            )
         try:
-            os.link(self.path(version), model)
+            os.link(source, model)
         except OSError:
-            shutil.copyfile(self.path(version), model)
+            shutil.copyfile(source, model)
         for file, text in files.items():
             (new / file).write_text(text, encoding="utf-8")
         (new / "fedcore.json").write_text(
@@ -276,7 +282,7 @@ class Store:
         if target.exists():
             target.rename(old)
         new.rename(target)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         shutil.rmtree(old, ignore_errors=True)
         return target
 
@@ -292,20 +298,3 @@ class Store:
         """Close the journal and let go of the folder."""
         self._db.close()
         self._lock.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Read the JSON files that describe a model from its folder; those that are not there are left out."""
-    return {
-        name: (folder / name).read_text(encoding="utf-8")
-        for name in names
-        if (folder / name).is_file()
-    }

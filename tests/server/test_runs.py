@@ -15,8 +15,16 @@ from safetensors.numpy import load_file
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.config import parse_run
-from fedcore.errors import BusyError, ClosedError, ConfigError, LayoutError, RefusedError
+from fedcore.errors import (
+    BusyError,
+    ClosedError,
+    ConfigError,
+    LayoutError,
+    RefusedError,
+    StorageError,
+)
 from fedcore.server.service import RunResult, Server
+from fedcore.server.store import Store
 
 SPECS = [("w", "F32", [5000]), ("n", "I64", [2])]
 
@@ -135,6 +143,47 @@ def test_a_restarted_server_goes_on_after_the_last_round(tmp_path: Path) -> None
     result, trained = run(longer, lambda: site(longer.endpoint, "a", 1))
     assert (result.ok, result.version, trained) == (True, 4, [2])
     assert load_file(tmp_path / "runs/t/final/model.safetensors")["w"][0] == 4
+
+
+def test_a_run_whose_model_was_lost_or_replaced_is_refused(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a"], rounds=1))
+    run(server, lambda: site(server.endpoint, "a", 1))
+    last = tmp_path / "runs/t/models/round-0001.safetensors"
+    longer = run_config(tmp_path, sites=["a"], rounds=2)
+    last.unlink()
+    with pytest.raises(StorageError, match=r"round-0001\.safetensors"):
+        Server(longer).run()
+    header = (
+        b'{"w":{"dtype":"F32","shape":[5000],"data_offsets":[0,20000]},'
+        b'"n":{"dtype":"I64","shape":[2],"data_offsets":[20000,20016]}}'
+    )
+    last.write_bytes(len(header).to_bytes(8, "little") + header + bytes(20016))
+    with pytest.raises(StorageError, match="not written by this run"):
+        Server(longer).run()
+
+
+def test_a_best_model_that_is_missing_is_named(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a"], rounds=1))
+    run(server, lambda: site(server.endpoint, "a", 1))
+    (tmp_path / "runs/t/models/round-0000.safetensors").unlink()
+    store = Store(
+        tmp_path / "runs/t", server.config.model_dump(mode="json", exclude={"folder", "simulate"})
+    )
+    try:
+        with pytest.raises(StorageError, match=r"round-0000\.safetensors is missing"):
+            store.export("best", 0)
+    finally:
+        store.close()
+
+
+def test_a_budget_below_a_chunk_of_each_site_is_refused() -> None:
+    values = {
+        "run": {"name": "t", "rounds": 1},
+        "participants": {"count": 257},
+    }
+    with pytest.raises(ConfigError, match="server.memory: expected at least 257MiB"):
+        parse_run(values)
+    assert parse_run({**values, "server": {"memory": "257MiB"}}).server.memory == 257 << 20
 
 
 def test_other_settings_on_the_same_folder_are_refused(tmp_path: Path) -> None:

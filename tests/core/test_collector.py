@@ -1,0 +1,52 @@
+"""The collector between two exchanges, without sockets: the budget changes the window and nothing else."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from fedcore._core import Collector, Exchange, Layout
+from fedcore.layout import create_model
+
+LAYOUT = Layout([("w", "F32", [60_001]), ("h", "BF16", [777])], 4096)
+
+
+def collect(budget: int, seed: int) -> tuple[bytes, int]:
+    """Reduce three sites whose answers arrive in a random order; return the bytes and the window."""
+    server, sites = Exchange(), {}
+    for number in (1, 2, 3):
+        site, file = Exchange(), create_model(None, LAYOUT)
+        values = np.random.default_rng(number).standard_normal(60_001).astype(np.float32)
+        file.view("w")[:] = values.tobytes()
+        site.publish(bytes([number]) * 16, file.file, file.data_offset, LAYOUT.total_bytes, 4096)
+        sites[bytes([number])] = site
+    out = create_model(None, LAYOUT)
+    sources = [
+        (peer, peer * 16, weight) for peer, weight in zip(sites, (3, 5, 16777215), strict=True)
+    ]
+    collector = Collector(LAYOUT, sources, out.file, out.data_offset, None, budget)
+    server.start(collector)
+    dice = random.Random(seed)
+    waiting: list[tuple[bytes, bytes, bytes]] = []
+    for _ in range(100_000):
+        if collector.done:
+            break
+        while (request := server.next_out(0)) is not None:
+            sites[request[0]].deliver(0, b"server", request[1], None)
+        for peer, site in sites.items():
+            while (reply := site.next_out(0)) is not None:
+                assert reply[2] is not None
+                waiting.append((peer, reply[1], bytes(reply[2])))
+        assert len(waiting) <= 3 * collector.window, "more was asked for than the budget holds"
+        server.deliver(0, *waiting.pop(dice.randrange(len(waiting))))
+    assert collector.done
+    return bytes(out.file.view(out.data_offset)), collector.window
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_neither_the_budget_nor_the_order_of_arrival_changes_a_bit(seed: int) -> None:
+    results = [collect(budget, seed) for budget in (1, 3 * 4096, 9 * 4096, 1 << 30)]
+    assert [window for _, window in results] == [1, 1, 3, LAYOUT.chunk_count]
+    assert len({data for data, _ in results} | {collect(1 << 20, 99)[0]}) == 1
