@@ -24,6 +24,11 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 DEFAULT_CHUNK_BYTES: Final = 1 << 20
 MAX_WEIGHT: Final = (1 << 24) - 1
 MAX_METRICS: Final = 64
+REPEAT_SECONDS: Final = 5.0
+"""A site says something at least this often, so that a server that does not know it can ask it to join again."""
+RETURN_SECONDS: Final = 12.0
+"""Within this time a site that is there joins a server that was started again: it redials at most five seconds
+apart, and then speaks within ``REPEAT_SECONDS``."""
 NO_SET: Final = bytes(16)
 
 _T = TypeVar("_T")
@@ -130,6 +135,12 @@ class Log(Message):
     round: Round
     step: Annotated[int, Field(ge=0, lt=1 << 53)]
     metrics: Metrics
+
+
+class Alive(Message):
+    """A site that is busy with its task is there; the server answers `Rejoin` if it does not know it."""
+
+    type: Literal["alive"] = "alive"
 
 
 class Problem(Message):
@@ -279,7 +290,7 @@ class StatusReply(Message):
     message: Text = ""
 
 
-FromSite = Join | Declare | Ready | Score | Log | Problem | Leave | StatusRequest
+FromSite = Join | Declare | Ready | Score | Log | Alive | Problem | Leave | StatusRequest
 FromServer = Welcome | Accepted | Refused | Rejoin | Task | Commit | Dropped | Finish | StatusReply
 
 _FROM_SITE: TypeAdapter[FromSite] = TypeAdapter(Annotated[FromSite, Field(discriminator="type")])

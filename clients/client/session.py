@@ -42,7 +42,6 @@ __all__ = ["Fill", "GlobalModel", "Session", "get_session", "reset_session"]
 Fill = Callable[[Mapping[str, memoryview]], None]
 """Writes the raw bytes of every tensor into writable views, by name."""
 
-_RESEND_SECONDS: Final = 5.0
 _NOTICE_SECONDS: Final = 10.0
 _WINDOW_BYTES: Final = 32 << 20
 
@@ -548,8 +547,12 @@ class Session:
             self._resend()
 
     def _resend(self) -> None:
-        """Say again what has had no answer for a while: a message can be lost when a link is cut."""
-        if time.monotonic() - self._sent_at < _RESEND_SECONDS or self._finish is not None:
+        """Say again what has had no answer for a while: a message can be lost when a link is cut.
+
+        While the script works on its task nothing is due, and yet a server that was started again in between
+        must learn that this site is there.
+        """
+        if time.monotonic() - self._sent_at < protocol.REPEAT_SECONDS or self._finish is not None:
             return
         with self._changed:
             busy = self._model is not None or self._download is not None
@@ -559,7 +562,9 @@ class Session:
             self._say_join()
         elif update is not None:
             self._send(update.ready)
-        elif not busy and self._open_task() is None:
+        elif busy or self._open_task() is not None:
+            self._send(protocol.Alive())
+        else:
             self._say_join()
 
     def _handle(self, message: protocol.FromServer) -> None:

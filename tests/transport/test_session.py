@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fedcore import protocol as p
+from fedcore import transport
 from fedcore._core import Collector, Layout
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
@@ -219,6 +220,22 @@ def test_a_restarted_server_gets_everything_again(pump: str) -> None:
         again = server.expect(p.Ready)
         assert again == first
         assert same(server.pull(again), 2)
+
+
+def test_a_site_at_work_lets_a_restarted_server_know_it(
+    pump: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(p, "REPEAT_SECONDS", 0.2)
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        server.expect(p.Alive)
+        server.say(p.Rejoin())
+        assert server.expect(p.Join).site == "north"
+
+
+def test_a_site_is_back_within_the_time_that_a_restarted_server_gives_it() -> None:
+    redial = transport._RECONNECT_MS[1] / 1000
+    assert redial + p.REPEAT_SECONDS + 1 < p.RETURN_SECONDS
 
 
 def test_a_model_that_vanished_is_pulled_under_its_new_id(pump: str) -> None:

@@ -1,0 +1,299 @@
+"""Real processes killed at the worst moments: what was committed stays, and the run ends with the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedcore.protocol import SiteStatus
+from fedcore.status import StatusClient
+
+pytestmark = pytest.mark.timeout(60)
+
+WEIGHTS = {"a": 3, "b": 5, "c": 7}
+IDLE_SECONDS = 3.0
+
+# Tells the test when a round's training begins, and trains once the test says so.
+SITE = f"""
+import os, sys
+import numpy as np
+import fedcore.client as fl
+from fedcore.client.session import get_session
+
+name = os.environ["FEDCORE_SITE"]
+fl.init({{"w": np.zeros(300_000, np.float32)}})
+while fl.is_running():
+    w = fl.receive()["w"]
+    score = {{"loss": float(np.abs(w).mean())}}
+    if fl.is_evaluate():
+        fl.send(metrics=score)
+        continue
+    task = get_session().model
+    print(task.round, flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the test has ended")
+    noise = np.random.default_rng([task.seed, *name.encode()]).normal(size=w.size)
+    update = np.tanh(w + noise).astype(np.float32)
+    np.save(f"{{name}}-{{task.round}}.npy", update)
+    fl.send({{"w": update}}, weight={WEIGHTS}[name], metrics=score)
+"""
+
+
+class Site:
+    """A site's process that trains when it is told to."""
+
+    def __init__(self, folder: Path, name: str, address: str) -> None:
+        self.log = folder / f"{name}.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", str(folder / "site.py")],
+                cwd=folder,
+                env={**os.environ, "FEDCORE_SERVER": address, "FEDCORE_SITE": name},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                preexec_fn=take_sigint,  # noqa: PLW1509
+            )
+
+    def reached(self, round_: int) -> None:
+        """Wait for the training of a round to begin."""
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == f"{round_}\n", self.log.read_text()
+
+    def go(self, rounds: int = 1) -> None:
+        """Let it train in the round at hand, and in more that follow."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n" * rounds)
+        self.process.stdin.flush()
+
+
+class Federation:
+    """A run's processes on a fixed port, so that a server that is started again is found again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.run = folder / "runs" / "t"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        self.started: list[subprocess.Popen[str]] = []
+        (folder / "site.py").write_text(SITE)
+
+    def write(self, rounds: int = 3, **people: object) -> None:
+        values = {"round_deadline": "50s", "idle_timeout": f"{IDLE_SECONDS:g}s", **people}
+        section = "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
+        (self.folder / "run.toml").write_text(
+            f'[run]\nname = "t"\nseed = 7\nrounds = {rounds}\n[participants]\n{section}\n'
+            f'[selection]\nmetric = "loss"\nmode = "max"\n[server]\nlisten = "{self.address}"\n'
+        )
+
+    def server(self) -> subprocess.Popen[str]:
+        with (self.folder / "server.log").open("ab") as log:
+            command = "from fedcore.cli import server_main; server_main()"
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", command, str(self.folder / "run.toml")],
+                stdout=log,
+                stderr=log,
+                text=True,
+                preexec_fn=take_sigint,  # noqa: PLW1509
+            )
+        self.started.append(process)
+        return process
+
+    def site(self, name: str) -> Site:
+        site = Site(self.folder, name, self.address)
+        self.started.append(site.process)
+        return site
+
+    def until(self, condition: Callable[[Mapping[str, SiteStatus]], bool]) -> float:
+        """Ask the server until ``condition`` holds of its sites; returns the seconds that it took."""
+        began = time.monotonic()
+        with StatusClient(self.address) as client:
+            while not condition({site.site: site for site in client.ask(20).sites}):
+                time.sleep(0.02)
+        return time.monotonic() - began
+
+    def models(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((self.run / "models").iterdir())}
+
+    def participants(self) -> list[list[str]]:
+        versions = json.loads((self.run / "summary.json").read_text())["versions"]
+        return [list(version["participants"]) for version in versions]
+
+    def mean(self, round_: int, *names: str) -> np.ndarray:
+        """Return the exact mean of what the named sites sent."""
+        total = sum(
+            WEIGHTS[name] * np.load(self.folder / f"{name}-{round_}.npy").astype(np.float64)
+            for name in names
+        )
+        return (total / sum(WEIGHTS[name] for name in names)).astype(np.float32)
+
+    def model(self, version: int) -> np.ndarray:
+        return load_file(self.run / "models" / f"round-{version:04d}.safetensors")["w"]
+
+    def end(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.wait()
+
+
+def take_sigint() -> None:
+    """Undo the ignored SIGINT that jobs inherit from a shell that starts them in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def federation(tmp_path: Path) -> Iterator[Federation]:
+    made = Federation(tmp_path)
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The models of a run of sites a and b in which nothing happens."""
+    made = Federation(tmp_path_factory.mktemp("undisturbed"))
+    try:
+        made.write(sites=["a", "b"])
+        server = made.server()
+        for name in ("a", "b"):
+            made.site(name).go(3)
+        assert server.wait() == 0, (made.folder / "server.log").read_text()
+        return made.models()
+    finally:
+        made.end()
+
+
+@pytest.mark.parametrize("delivered", [False, True], ids=["all train", "one has delivered"])
+def test_a_killed_server_goes_on_and_ends_with_the_same_bytes(
+    federation: Federation, undisturbed: dict[str, bytes], delivered: bool
+) -> None:
+    federation.write(sites=["a", "b"])
+    server, sites = federation.server(), [federation.site("a"), federation.site("b")]
+    for site in sites:
+        site.reached(1)
+        site.go()
+    for site in sites:
+        site.reached(2)
+    if delivered:
+        sites[0].go()
+        federation.until(lambda states: states["a"].state == "delivered")
+    server.kill()
+    server.wait()
+    # What a crash between the rename and the journal's transaction would leave.
+    (federation.run / "models" / "round-0002.safetensors").write_bytes(b"half a commit")
+
+    again = federation.server()
+    # A site that trains says nothing of its own accord for minutes: it must be known again all the same.
+    federation.until(lambda states: states["b"].state == "training")
+    assert list(federation.models()) == ["round-0000.safetensors", "round-0001.safetensors"]
+    if not delivered:
+        sites[0].go()
+    sites[1].go()
+    for site in sites:
+        site.reached(3)
+        site.go()
+    assert again.wait() == 0, (federation.folder / "server.log").read_text()
+    assert [site.process.wait() for site in sites] == [0, 0]
+    assert "goes on after round 1" in (federation.folder / "server.log").read_text()
+    assert federation.models() == undisturbed
+    assert (federation.run / "final" / "model.safetensors").read_bytes() == undisturbed[
+        "round-0003.safetensors"
+    ]
+
+
+def test_a_killed_site_is_noticed_and_the_mean_is_that_of_the_others(
+    federation: Federation,
+) -> None:
+    federation.write(2, sites=["a", "b", "c"], min_results=2)
+    server = federation.server()
+    sites = {name: federation.site(name) for name in "abc"}
+    for site in sites.values():
+        site.reached(1)
+        site.go()
+    for site in sites.values():
+        site.reached(2)
+    sites["a"].go()
+    sites["b"].go()
+    federation.until(
+        lambda states: (
+            [states[name].state for name in "abc"] == ["delivered", "delivered", "training"]
+        )
+    )
+    sites["c"].process.kill()
+    killed = time.monotonic()
+    assert server.wait() == 0
+    # A heartbeat is up to a second old when its process dies, and half a second may pass between two looks.
+    assert time.monotonic() - killed < IDLE_SECONDS + 2
+    assert federation.participants() == [[], ["a", "b", "c"], ["a", "b"]]
+    assert np.array_equal(federation.model(1), federation.mean(1, "a", "b", "c"))
+    assert np.array_equal(federation.model(2), federation.mean(2, "a", "b"))
+
+
+def test_a_killed_site_that_is_started_again_takes_part_in_a_later_round(
+    federation: Federation,
+) -> None:
+    federation.write(3, sites=["a", "b", "c"], min_results=2, idle_timeout="2s")
+    server = federation.server()
+    sites = {name: federation.site(name) for name in "abc"}
+    for site in sites.values():
+        site.reached(1)
+    sites["c"].process.kill()
+    sites["a"].go()
+    sites["b"].go()
+    sites["a"].reached(2)
+    sites["b"].reached(2)
+    back = federation.site("c")
+    back.reached(2)
+    for site in (sites["a"], sites["b"], back):
+        site.go(2)
+    assert server.wait() == 0
+    assert federation.participants() == [[], ["a", "b"], ["a", "b", "c"], ["a", "b", "c"]]
+    assert np.array_equal(federation.model(3), federation.mean(3, "a", "b", "c"))
+
+
+def test_ctrl_c_at_the_server_keeps_the_last_round_and_the_sites_end_in_peace(
+    federation: Federation,
+) -> None:
+    federation.write(sites=["a", "b"])
+    server, sites = federation.server(), [federation.site("a"), federation.site("b")]
+    for site in sites:
+        site.reached(1)
+        site.go()
+    for site in sites:
+        site.reached(2)
+    server.send_signal(signal.SIGINT)
+    for site in sites:
+        site.go()
+    assert server.wait() == 130
+    assert [site.process.wait() for site in sites] == [0, 0]
+    assert list(federation.models()) == ["round-0000.safetensors", "round-0001.safetensors"]
+    final = load_file(federation.run / "final" / "model.safetensors")
+    assert np.array_equal(final["w"], federation.mean(1, "a", "b"))
+
+
+def test_ctrl_c_at_a_site_is_known_at_once(federation: Federation) -> None:
+    federation.write(1, sites=["a", "b"], min_results=1, idle_timeout="40s")
+    server, a, b = federation.server(), federation.site("a"), federation.site("b")
+    a.reached(1)
+    b.reached(1)
+    a.go()
+    federation.until(lambda states: states["a"].state == "delivered")
+    b.process.send_signal(signal.SIGINT)
+    assert b.process.wait() == -signal.SIGINT
+    interrupted = time.monotonic()
+    assert server.wait() == 0
+    assert time.monotonic() - interrupted < 10
+    assert federation.participants() == [[], ["a"]]
