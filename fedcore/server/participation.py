@@ -6,7 +6,7 @@ Pure bookkeeping without I/O or a clock; `fedcore.server.rounds` decides what fo
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 __all__ = ["Delivery", "Member", "Roster", "SiteState"]
@@ -41,6 +41,7 @@ class Member:
         delivery: its update for the round under way, once announced.
         dropped_round: the last round that this site was taken out of, or -1.
         declared: whether it has shown a model with the run's layout.
+        returning: whether it was there before the server was started again and is still waited for.
         message: the last notice about it.
     """
 
@@ -48,6 +49,7 @@ class Member:
     state: SiteState = SiteState.ABSENT
     instance: str = ""
     declared: bool = False
+    returning: bool = False
     delivery: Delivery | None = None
     dropped_round: int = -1
     message: str = ""
@@ -91,6 +93,14 @@ class Roster:
             member.delivery = None
         member.instance = instance
         return member
+
+    def expect_back(self, names: Iterable[str]) -> None:
+        """Note who had joined before the server was started again; a place that a name had is still its own."""
+        for name in names:
+            if self.refusal(name) is None:
+                member = self._members.setdefault(name, Member(name))
+                member.returning = True
+                member.message = "it was there before the server was started again"
 
     @property
     def missing(self) -> int:

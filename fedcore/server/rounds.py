@@ -6,7 +6,8 @@ fault can be replayed exactly in a test.
 
 How a round closes: when every expected site has delivered, was taken out, or is gone, and at least ``quorum``
 have delivered; at the deadline, when at least ``quorum`` have. A site that never joined is waited for until the
-deadline. With fewer than ``quorum`` at the deadline the run is given up; what was committed stays.
+deadline; one that had joined before the server was started again, for as long as `Rounds.restarted` was told.
+With fewer than ``quorum`` at the deadline the run is given up; what was committed stays.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "CancelCollect",
     "Commit",
     "EndRun",
+    "GiveUp",
     "Participant",
     "Phase",
     "Rounds",
@@ -72,6 +74,14 @@ class SendDropped:
 
 
 @dataclass(frozen=True)
+class GiveUp:
+    """Say that a site is no longer waited for."""
+
+    site: str
+    message: str
+
+
+@dataclass(frozen=True)
 class StartCollect:
     """Pull and reduce the participants' updates into model ``version``; they are in canonical order."""
 
@@ -100,7 +110,7 @@ class EndRun:
     message: str
 
 
-Action = SendTask | SendDropped | StartCollect | CancelCollect | Commit | EndRun
+Action = SendTask | SendDropped | GiveUp | StartCollect | CancelCollect | Commit | EndRun
 
 
 class Rounds:
@@ -133,6 +143,7 @@ class Rounds:
             self.phase = Phase.EVALUATING
         self.collecting: tuple[Participant, ...] = ()
         self._started: float | None = None
+        self._return_by: float | None = None
 
     # --- what is under way ---
 
@@ -155,6 +166,21 @@ class Rounds:
 
     # --- events ---
 
+    def restarted(self, sites: Sequence[str], scored: Sequence[str], until: float) -> None:
+        """The server was started again in the middle of the run; call it before any other event.
+
+        Args:
+            sites: who had joined; whoever of them is not back at ``until`` counts as lost.
+            scored: who has scored the last committed model.
+            until: the time up to which they are waited for.
+        """
+        self.roster.expect_back(sites)
+        self._return_by = until
+        for site in scored:
+            member = self._member(site)
+            if member is not None and self.version is not None:
+                member.scored.add(self.version)
+
     def joined(self, site: str, instance: str, now: float) -> list[Action]:
         """A site's process joined, or joined again; it was admitted before."""
         known = self.roster.get(site)
@@ -162,6 +188,7 @@ class Rounds:
         if known is not None and known.alive and known.instance != instance:
             before = self.lost(site, "another process took its place", now)
         member = self.roster.admit(site, instance)
+        member.returning = False
         if not member.alive:
             member.state = SiteState.JOINED
             member.message = ""
@@ -264,6 +291,8 @@ class Rounds:
 
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
+        if self._return_by is not None and now >= self._return_by:
+            return self._stop_waiting()
         deadline = self.deadline
         if deadline is None or now < deadline:
             return []
@@ -291,7 +320,8 @@ class Rounds:
             return self._choose_first(now) if member.declared else []
         if self.phase is Phase.EVALUATING:
             if self.version in member.scored:
-                return []
+                member.state = SiteState.DELIVERED
+                return self._end_if_evaluated()
             self._start_clock(now)
             member.state = SiteState.TRAINING
             return [SendTask(member.name, "evaluate", self.version)]
@@ -300,6 +330,20 @@ class Rounds:
         self._start_clock(now)
         member.state = SiteState.TRAINING
         return [SendTask(member.name, "train", self.round)]
+
+    def _stop_waiting(self) -> list[Action]:
+        """Count those as lost who have not come back since the server was started again."""
+        self._return_by = None
+        given_up: list[Action] = []
+        for member in self.roster:
+            if member.returning:
+                member.returning = False
+                member.state = SiteState.LOST
+                member.message = "it did not come back after the server was started again"
+                given_up.append(GiveUp(member.name, member.message))
+        if self.over:
+            return []
+        return given_up + (self._end_if_evaluated() or self._close_if_due())
 
     def _start_clock(self, now: float) -> None:
         if self._started is None:
@@ -359,7 +403,9 @@ class Rounds:
     def _end_if_evaluated(self) -> list[Action]:
         if self.phase is not Phase.EVALUATING:
             return []
-        waiting = [m for m in self.roster if m.alive and self.version not in m.scored]
+        waiting = [
+            m for m in self.roster if m.returning or (m.alive and self.version not in m.scored)
+        ]
         anyone = any(self.version in m.scored for m in self.roster)
         return self._end() if not waiting and (anyone or self._started is not None) else []
 

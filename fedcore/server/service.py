@@ -36,6 +36,7 @@ from .rounds import (
     CancelCollect,
     Commit,
     EndRun,
+    GiveUp,
     Phase,
     Rounds,
     SendDropped,
@@ -179,6 +180,18 @@ class Server:
             self.config.run.name, self.config.run.rounds, self.endpoint,
             self.config.participants.expected, self.config.participants.quorum,
         )  # fmt: skip
+        self._expect_back()
+
+    def _expect_back(self) -> None:
+        """After a crash, give the sites that had joined the time to notice that this server is here."""
+        sites = self._store.members()
+        if not sites:
+            return
+        version = self._store.last_version
+        scored = [] if version is None else [s.site for s in self._store.scores().get(version, [])]
+        wait = self.config.participants.idle_timeout + protocol.RETURN_SECONDS
+        self._rounds.restarted(sites, scored, time.monotonic() + wait)
+        logger.info("expecting %s back within %.0f s", ", ".join(sites), wait)
 
     def _step(self) -> None:
         deadline = self._rounds.deadline
@@ -253,6 +266,7 @@ class Server:
             return
         if peer not in self._peers:
             logger.info("%s joined", join.site)
+            self._store.add_member(join.site)
             self._peers[peer] = _Peer(join.site, {})
         self._link.send(
             peer,
@@ -377,6 +391,8 @@ class Server:
                 action.site, protocol.Dropped(round=action.round, message=action.message[:4096])
             )
             logger.debug("%s: %s", action.site, action.message)
+        elif isinstance(action, GiveUp):
+            logger.warning("%s is lost: %s", action.site, action.message)
         elif isinstance(action, StartCollect):
             self._start_collect(action)
         elif isinstance(action, CancelCollect):
@@ -526,6 +542,7 @@ class Server:
 
     def _end(self, ok: bool, message: str) -> None:
         self._do_one(CancelCollect())
+        self._store.dismiss()
         version = self._store.last_version
         best = final = None
         chosen = None

@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS contributions (
 CREATE TABLE IF NOT EXISTS scores (
     version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, metrics TEXT NOT NULL,
     PRIMARY KEY (version, site));
+CREATE TABLE IF NOT EXISTS members (site TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
 """
 # Keys of a run file that make it another run when they change.
@@ -243,6 +244,18 @@ class Store:
         ):
             found.setdefault(version, []).append(SiteScore(site, examples, json.loads(metrics)))
         return found
+
+    def add_member(self, site: str) -> None:
+        """Note that a site has joined, for a server that is started again after a crash."""
+        self._db.execute("INSERT OR IGNORE INTO members VALUES (?)", (site,))
+
+    def members(self) -> list[str]:
+        """Return the sites that had joined when the last server vanished; none if it ended the run in order."""
+        return [row[0] for row in self._db.execute("SELECT site FROM members ORDER BY site")]
+
+    def dismiss(self) -> None:
+        """Forget who has joined: the run ends in order, and all sites are told to go."""
+        self._db.execute("DELETE FROM members")
 
     def finish(self) -> None:
         """Note that the run ended as planned."""

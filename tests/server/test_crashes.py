@@ -16,7 +16,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedcore import protocol
+from fedcore.config import load_run_file
 from fedcore.protocol import SiteStatus
+from fedcore.server.service import Server
 from fedcore.status import StatusClient
 
 pytestmark = pytest.mark.timeout(60)
@@ -212,6 +215,32 @@ def test_a_killed_server_goes_on_and_ends_with_the_same_bytes(
     assert (federation.run / "final" / "model.safetensors").read_bytes() == undisturbed[
         "round-0003.safetensors"
     ]
+
+
+def test_a_site_that_dies_with_the_server_is_not_waited_for_until_the_deadline(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    federation.write(2, sites=["a", "b", "c"], min_results=2, idle_timeout="1s")
+    first, sites = federation.server(), [federation.site(name) for name in "abc"]
+    for site in sites:
+        site.reached(1)
+        site.go()
+    for site in sites:
+        site.reached(2)
+    for process in (first, sites[2].process):
+        process.kill()
+        process.wait()
+    sites[0].go()
+    sites[1].go()
+    monkeypatch.setattr(protocol, "RETURN_SECONDS", 1.0)
+    caplog.set_level("INFO")
+    began = time.monotonic()
+    assert Server(load_run_file(federation.folder / "run.toml")).run().ok
+    assert time.monotonic() - began < 30
+    assert "expecting a, b, c back within 2 s" in caplog.text
+    assert "c is lost: it did not come back" in caplog.text
+    assert federation.participants() == [[], ["a", "b", "c"], ["a", "b"]]
+    assert np.array_equal(federation.model(2), federation.mean(2, "a", "b"))
 
 
 def test_a_killed_site_is_noticed_and_the_mean_is_that_of_the_others(

@@ -12,6 +12,7 @@ from fedcore.server.rounds import (
     CancelCollect,
     Commit,
     EndRun,
+    GiveUp,
     Participant,
     Phase,
     Rounds,
@@ -20,6 +21,8 @@ from fedcore.server.rounds import (
     StartCollect,
 )
 from fedcore.server.selection import SiteScore, best_version, weighted_metrics
+
+NOT_BACK = "it did not come back after the server was started again"
 
 
 def machine(
@@ -159,6 +162,79 @@ def test_the_first_site_gives_the_model_and_another_if_it_is_lost() -> None:
     assert rounds.committed(0, 2) == [SendTask("b", "train", 1)]
 
 
+def test_after_a_restart_a_site_that_had_joined_is_waited_for_as_long_as_a_lost_one() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2, version=1)
+    rounds.restarted(["a", "b", "c"], [], 15)
+    for site in "ab":
+        assert rounds.joined(site, site, 1) == [SendTask(site, "train", 2)]
+        assert rounds.ready(site, 2, update(site)) == []
+    assert rounds.tick(14.9) == []
+    assert rounds.tick(15) == [GiveUp("c", NOT_BACK), StartCollect(2, (part("a"), part("b")))]
+    assert rounds.tick(15.1) == []
+    member = rounds.roster.get("c")
+    assert member is not None
+    assert (member.state, member.message) == (SiteState.LOST, NOT_BACK)
+    rounds.reduced()
+    rounds.committed(2, 16)
+    assert rounds.phase is Phase.EVALUATING
+    assert rounds.joined("c", "c", 17) == [SendTask("c", "evaluate", 2)]
+
+
+def test_after_a_restart_the_round_closes_at_once_when_all_are_back() -> None:
+    rounds = machine(["a", "b"], version=1)
+    rounds.restarted(["a", "b"], [], 15)
+    for site in "ab":
+        rounds.joined(site, site, 1)
+    assert rounds.ready("a", 2, update("a")) == []
+    assert rounds.ready("b", 2, update("b")) == [StartCollect(2, (part("a"), part("b")))]
+    assert rounds.tick(15) == []
+
+
+def test_after_a_restart_a_site_that_had_never_joined_is_waited_for_until_the_deadline() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2, version=1)
+    rounds.restarted(["a", "b"], [], 15)
+    for site in "ab":
+        rounds.joined(site, site, 1)
+        assert rounds.ready(site, 2, update(site)) == []
+    assert rounds.tick(15) == []
+    assert rounds.tick(101) == [StartCollect(2, (part("a"), part("b")))]
+
+
+def test_after_a_restart_a_round_below_the_quorum_goes_on_waiting() -> None:
+    rounds = machine(["a", "b"], version=1)
+    rounds.restarted(["a", "b"], [], 15)
+    rounds.joined("a", "a", 1)
+    assert rounds.ready("a", 2, update("a")) == []
+    assert rounds.tick(15) == [GiveUp("b", NOT_BACK)]
+    assert rounds.joined("b", "b", 60) == [SendTask("b", "train", 2)]
+    assert rounds.ready("b", 2, update("b")) == [StartCollect(2, (part("a"), part("b")))]
+
+
+def test_after_a_restart_the_last_scores_of_the_sites_that_come_back_count() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2, version=2)
+    rounds.restarted(["a", "b", "c"], ["a"], 15)
+    assert rounds.joined("a", "a", 1) == []
+    assert rounds.joined("b", "b", 1) == [SendTask("b", "evaluate", 2)]
+    assert rounds.scored("b", 2) == []
+    assert rounds.tick(14.9) == []
+    assert rounds.tick(15) == [GiveUp("c", NOT_BACK), EndRun(True, "")]
+
+
+def test_after_a_restart_a_run_whose_last_model_is_scored_ends_when_all_have_heard_of_it() -> None:
+    rounds = machine(["a", "b"], version=2)
+    rounds.restarted(["a", "b"], ["a", "b"], 15)
+    assert rounds.joined("a", "a", 1) == []
+    assert rounds.joined("b", "b", 2) == [EndRun(True, "")]
+
+
+def test_after_a_restart_the_first_sites_that_joined_keep_their_places() -> None:
+    roster = Roster(None, 2)
+    roster.expect_back(["a", "b"])
+    assert roster.missing == 2
+    assert roster.refusal("a") is None
+    assert roster.refusal("c") == "this run has its 2 sites already: a, b"
+
+
 def test_the_last_model_is_scored_before_the_end() -> None:
     rounds = machine(["a", "b"], version=2)
     assert rounds.joined("a", "a", 0) == [SendTask("a", "evaluate", 2)]
@@ -174,6 +250,8 @@ def test_no_history_breaks_the_rules(seed: int) -> None:
     dice = random.Random(seed)
     sites = ["a", "b", "c"]
     rounds = machine(sites, quorum=2, rounds=4)
+    if seed % 2:
+        rounds.restarted(dice.sample(sites, dice.randrange(1, 4)), ["a"], 10 * dice.random())
     now, collecting, versions = 0.0, None, [0]
 
     def follow(actions: list[Action]) -> None:

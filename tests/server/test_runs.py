@@ -145,6 +145,21 @@ def test_a_restarted_server_goes_on_after_the_last_round(tmp_path: Path) -> None
     assert load_file(tmp_path / "runs/t/final/model.safetensors")["w"][0] == 4
 
 
+def test_sites_that_were_told_to_go_are_not_expected_back(tmp_path: Path) -> None:
+    config = run_config(tmp_path, sites=["a", "b"], rounds=2, min_results=1)
+    server = Server(config)
+    settings = config.model_dump(mode="json", exclude={"folder", "simulate"})
+    run(server, lambda: site(server.endpoint, "a", 1), lambda: site(server.endpoint, "b", 1))
+    store = Store(tmp_path / "runs/t", settings)
+    try:
+        assert store.members() == []
+        store.add_member("a")
+        store.add_member("a")
+        assert store.members() == ["a"]
+    finally:
+        store.close()
+
+
 def test_a_run_whose_model_was_lost_or_replaced_is_refused(tmp_path: Path) -> None:
     server = Server(run_config(tmp_path, sites=["a"], rounds=1))
     run(server, lambda: site(server.endpoint, "a", 1))
