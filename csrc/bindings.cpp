@@ -252,7 +252,7 @@ using PySource = std::tuple<py::bytes, py::bytes, py::int_>;
 std::shared_ptr<Collector> make_collector(
     const PyLayout& layout, const std::vector<PySource>& sources, const FileHandle& out,
     std::uint64_t out_offset, const std::optional<std::tuple<FileHandle*, std::uint64_t>>& base,
-    std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite) {
+    std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite, bool write_behind) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back({std::string(peer), to_set_id(set), to_weights({weight})[0]});
@@ -262,7 +262,7 @@ std::shared_ptr<Collector> make_collector(
     from = {std::get<0>(*base)->share(), std::get<1>(*base)};
   }
   return std::make_shared<Collector>(layout, std::move(checked), Place{out.share(), out_offset},
-                                     from, CollectorOptions{budget_bytes, stall_ms, check_finite});
+                                     from, CollectorOptions{budget_bytes, stall_ms, check_finite, write_behind});
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
@@ -315,6 +315,8 @@ py::object next_event(Exchange& exchange) {
                             event->message);
     case Event::Kind::kStalled:
       return py::make_tuple("stalled", event->collector, event->source);
+    case Event::Kind::kBroken:
+      return py::make_tuple("broken", event->collector, event->message);
     case Event::Kind::kMalformed:
       break;
   }
@@ -362,6 +364,19 @@ void bind_files(py::module_& m) {
           py::arg("offset"), py::arg("length"),
           "Drop whole pages of a range from memory; the file keeps them.")
       .def(
+          "write",
+          [](const FileHandle& h, std::uint64_t offset, const py::buffer& data) {
+            const auto file = h.share();
+            const Bytes bytes(data);
+            const py::gil_scoped_release release;
+            file->write(offset, bytes.data(), bytes.size());
+          },
+          py::arg("offset"), py::arg("data"),
+          "Copy bytes into the file without touching the mapping; StorageError if it fails.")
+      .def(
+          "evict", [](const FileHandle& h) { h.get().evict(); },
+          "Let the system forget its cached copy, once nobody is going to read it soon.")
+      .def(
           "sync", [](const FileHandle& h) { h.get().sync(); },
           py::call_guard<py::gil_scoped_release>(),
           "Write everything back to the device (msync and fsync).")
@@ -403,11 +418,14 @@ void bind_exchange(py::module_& m) {
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
       .def(py::init(&make_collector), py::arg("layout"), py::arg("sources"), py::arg("out"),
            py::arg("out_offset"), py::arg("base"), py::arg("budget_bytes"),
-           py::arg("stall_ms") = 2000, py::arg("check_finite") = true)
+           py::arg("stall_ms") = 2000, py::arg("check_finite") = true,
+           py::arg("write_behind") = false)
       .def_property_readonly("id", &Collector::id)
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)
       .def_property_readonly("bytes_received", &Collector::bytes_received)
+      .def_property_readonly("checksums", &Collector::checksums,
+                             "CRC-32C of every chunk of the output, once done.")
       .def(
           "progress",
           [](const Collector& c) {
@@ -420,11 +438,12 @@ void bind_exchange(py::module_& m) {
       .def(
           "publish",
           [](Exchange& e, const py::bytes& id, const FileHandle& file, std::uint64_t offset,
-             std::uint64_t length, std::uint64_t chunk_bytes) {
-            e.publish(to_set_id(id), file.share(), offset, length, chunk_bytes);
+             std::uint64_t length, std::uint64_t chunk_bytes,
+             const std::vector<std::uint32_t>& checksums) {
+            e.publish(to_set_id(id), file.share(), offset, length, chunk_bytes, checksums);
           },
           py::arg("set_id"), py::arg("file"), py::arg("offset"), py::arg("length"),
-          py::arg("chunk_bytes"),
+          py::arg("chunk_bytes"), py::arg("checksums") = std::vector<std::uint32_t>(),
           "Offer a range of a file as a tensor set; its bytes must not change until it is "
           "withdrawn.")
       .def(
@@ -520,6 +539,24 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         return crc32c_portable(bytes.data(), bytes.size(), seed);
       },
       py::arg("data"), py::arg("seed") = 0, "The table-driven path of crc32c; for tests.");
+  m.def(
+      "chunk_checksums",
+      [](const FileHandle& handle, std::uint64_t offset, std::uint64_t length,
+         std::uint64_t chunk_bytes) {
+        const auto file = handle.share();
+        file->check_range(offset, length);
+        std::vector<std::uint32_t> crcs;
+        const py::gil_scoped_release release;
+        for (std::uint64_t at = 0; at < length; at += chunk_bytes) {
+          const std::uint64_t size = std::min(chunk_bytes, length - at);
+          file->populate(offset + at, size);
+          crcs.push_back(crc32c(file->data() + offset + at, size));
+          file->release(offset + at, size);
+        }
+        return crcs;
+      },
+      py::arg("file"), py::arg("offset"), py::arg("length"), py::arg("chunk_bytes"),
+      "CRC-32C of every chunk of a range of a file, as publish() takes them.");
   m.def("mean", &mean_block, py::arg("dtype"), py::arg("inputs"), py::arg("weights"),
         py::arg("out"), py::arg("base") = std::nullopt,
         "Weighted mean of flat blocks of one dtype into `out`; integers and booleans are copied "

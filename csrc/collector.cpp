@@ -52,6 +52,8 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   const std::uint64_t per_step = layout_->chunk_bytes() * sources_.size();
   window_ = std::clamp<std::uint64_t>(options_.budget_bytes / per_step, 1,
                                       std::min(kMaxWindow, layout_->chunk_count()));
+  reduced_chunk_.resize(static_cast<std::size_t>(
+      std::min(layout_->chunk_bytes(), layout_->total_bytes())));
   for (std::size_t k = 0; k < sources_.size(); ++k) {
     pulls_.push_back(std::make_unique<Pull>());
     pulls_.back()->slots.resize(static_cast<std::size_t>(window_));
@@ -140,31 +142,40 @@ void Collector::reduce_ready() {
 
 bool Collector::reduce_one(std::uint64_t index) {
   const Range range = layout_->chunk_range(index);
-  std::uint8_t* out = out_.file->data() + out_.offset + range.offset;
-  if (!options_.check_finite && sources_.size() == 1) {
-    std::memcpy(out, inputs_[0], range.nbytes);
-    return true;
+  const std::uint8_t* result = inputs_[0];
+  if (options_.check_finite || sources_.size() > 1) {
+    const std::uint8_t* base =
+        base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+    const auto bad = reducer_.reduce(*layout_, range, inputs_.data(), base, reduced_chunk_.data());
+    if (bad) {
+      const Location where = layout_->locate(bad->byte_offset);
+      fail(bad->source, "nonfinite",
+           "NaN or infinity in tensor '" + std::string(where.tensor) + "', element " +
+               std::to_string(where.element));
+      return false;
+    }
+    result = reduced_chunk_.data();
+    checksums_.push_back(crc32c(result, range.nbytes));
   }
-  const std::uint8_t* base =
-      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
-  const auto bad = reducer_.reduce(*layout_, range, inputs_.data(), base, out);
-  if (!bad) {
-    return true;
+  try {
+    out_.file->write(out_.offset + range.offset, result, range.nbytes);
+  } catch (const Error& error) {
+    events_.push_back({CollectorEvent::Kind::kBroken, 0, "storage", error.what()});
+    stop();
+    return false;
   }
-  const Location where = layout_->locate(bad->byte_offset);
-  fail(bad->source, "nonfinite",
-       "NaN or infinity in tensor '" + std::string(where.tensor) + "', element " +
-           std::to_string(where.element));
-  return false;
+  return true;
 }
 
-// The output's pages (and the base's) are given back behind the reduction, so that the model's size
-// does not show in this process's memory.
+// Works behind the reduction in steps: the base's pages are given back, so that the model's size
+// does not show in this process's memory, and the output starts on its way to the device.
 void Collector::release_behind(std::uint64_t end) {
   if (end - released_ < kReleaseStep && end != layout_->total_bytes()) {
     return;
   }
-  out_.file->release(out_.offset + released_, end - released_);
+  if (options_.write_behind) {
+    out_.file->write_behind(out_.offset + released_, end - released_);
+  }
   if (base_.file) {
     base_.file->release(base_.offset + released_, end - released_);
   }

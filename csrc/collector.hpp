@@ -89,6 +89,8 @@ struct CollectorOptions {
   std::uint64_t budget_bytes;
   std::int64_t stall_ms = 2000;
   bool check_finite = true;
+  // Whether to start writing the output to the device while it is filled, for a sync that follows.
+  bool write_behind = false;
 };
 
 struct GetRequest {
@@ -98,7 +100,8 @@ struct GetRequest {
 };
 
 struct CollectorEvent {
-  enum class Kind { kDone, kRejected, kStalled } kind;
+  // kBroken: the output can't be written; no source is at fault.
+  enum class Kind { kDone, kRejected, kStalled, kBroken } kind;
   std::size_t source = 0;
   std::string code;
   std::string message;
@@ -143,6 +146,9 @@ class Collector {
   std::uint64_t bytes_received() const noexcept { return bytes_.load(std::memory_order_relaxed); }
   std::vector<std::uint64_t> chunks_received() const;
 
+  // CRC-32C of every chunk of the output, once done; empty where chunks were passed on unchanged.
+  const std::vector<std::uint32_t>& checksums() const noexcept { return checksums_; }
+
  private:
   enum class State { kActive, kDone, kFailed };
 
@@ -173,6 +179,8 @@ class Collector {
   std::uint64_t window_ = 1;
   std::vector<std::unique_ptr<Pull>> pulls_;
   std::vector<const std::uint8_t*> inputs_;
+  std::vector<std::uint32_t> checksums_;
+  std::vector<std::uint8_t> reduced_chunk_;  // hot in the cache when it is written out
   std::uint64_t next_ = 0;      // next chunk to reduce
   std::uint64_t released_ = 0;  // flat bytes whose pages were given back
   std::size_t turn_ = 0;        // whose request comes next

@@ -28,7 +28,20 @@ int sink_deliver(void* pointer, std::int64_t now_ms, const void* peer, std::size
   }
 }
 
-void sink_out_done(void* owner) { delete static_cast<std::shared_ptr<MappedFile>*>(owner); }
+// What the pump holds while a body is on its way: the file stays mapped, and the pages go when they
+// were sent, so that a published model's size does not show in this process's memory.
+struct Borrowed {
+  std::shared_ptr<MappedFile> file;
+  std::uint64_t offset;
+  std::uint64_t size;
+};
+
+void sink_out_done(void* owner) {
+  const std::unique_ptr<Borrowed> borrowed(static_cast<Borrowed*>(owner));
+  if (borrowed) {
+    borrowed->file->release(borrowed->offset, borrowed->size);
+  }
+}
 
 std::int64_t sink_tick(void* pointer, std::int64_t now_ms) { return self(pointer)->tick(now_ms); }
 
@@ -52,7 +65,10 @@ Exchange::Exchange() {
     out->header = kept.header.data();
     out->body = kept.body;
     out->body_len = kept.body_size;
-    out->owner = kept.keep ? new std::shared_ptr<MappedFile>(kept.keep) : nullptr;
+    out->owner = kept.keep ? new Borrowed{kept.keep,
+                                          static_cast<std::uint64_t>(kept.body - kept.keep->data()),
+                                          kept.body_size}
+                           : nullptr;
     return 1;
   };
   sink_.out_done = sink_out_done;
@@ -61,9 +77,10 @@ Exchange::Exchange() {
 }
 
 void Exchange::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
-                       std::uint64_t offset, std::uint64_t length, std::uint64_t chunk_bytes) {
+                       std::uint64_t offset, std::uint64_t length, std::uint64_t chunk_bytes,
+                       const std::vector<std::uint32_t>& checksums) {
   const std::lock_guard lock(mutex_);
-  publisher_.publish(id, std::move(file), offset, length, chunk_bytes);
+  publisher_.publish(id, std::move(file), offset, length, chunk_bytes, checksums);
 }
 
 void Exchange::withdraw(const wire::SetId& id) {
@@ -211,6 +228,7 @@ void Exchange::collect_events(Collector& collector) {
   for (CollectorEvent& event : collector.take_events()) {
     const auto kind = event.kind == CollectorEvent::Kind::kDone       ? Event::Kind::kDone
                       : event.kind == CollectorEvent::Kind::kRejected ? Event::Kind::kRejected
+                      : event.kind == CollectorEvent::Kind::kBroken   ? Event::Kind::kBroken
                                                                       : Event::Kind::kStalled;
     events_.push_back(
         {kind, collector.id(), event.source, std::move(event.code), std::move(event.message)});

@@ -23,7 +23,7 @@
 namespace fedcore {
 
 struct Event {
-  enum class Kind { kDone, kRejected, kStalled, kMalformed } kind;
+  enum class Kind { kDone, kRejected, kStalled, kBroken, kMalformed } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
   std::string code;  // of a rejection; the peer of a malformed frame
@@ -52,7 +52,8 @@ class Exchange {
   Exchange();
 
   void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
-               std::uint64_t length, std::uint64_t chunk_bytes);
+               std::uint64_t length, std::uint64_t chunk_bytes,
+               const std::vector<std::uint32_t>& checksums = {});
   void withdraw(const wire::SetId& id);
   std::vector<wire::SetId> published() const;
 

@@ -115,6 +115,63 @@ void MappedFile::release(std::uint64_t offset, std::uint64_t length) noexcept {
   }
 }
 
+void MappedFile::write(std::uint64_t offset, const void* data, std::uint64_t length) {
+  check_range(offset, length);
+  if (fd_ < 0) {
+    std::memcpy(data_ + offset, data, length);
+    return;
+  }
+  const auto* from = static_cast<const std::uint8_t*>(data);
+  while (length > 0) {
+    const ssize_t done = pwrite(fd_, from, length, static_cast<off_t>(offset));
+    if (done < 0 && errno == EINTR) {
+      continue;
+    }
+    if (done <= 0) {
+      fail("cannot write", path_, done == 0 ? ENOSPC : errno);
+    }
+    from += done;
+    offset += static_cast<std::uint64_t>(done);
+    length -= static_cast<std::uint64_t>(done);
+  }
+}
+
+void MappedFile::populate(std::uint64_t offset, std::uint64_t length) noexcept {
+#if defined(__linux__)
+  // Linux 5.14; where the kernel does not know it, pages come one fault at a time.
+  constexpr int kPopulateRead = 22;
+  if (fd_ < 0 || length == 0 || offset > size_ || length > size_ - offset) {
+    return;
+  }
+  const std::uint64_t from = offset / page_size() * page_size();
+  madvise(data_ + from, offset + length - from, kPopulateRead);
+#else
+  static_cast<void>(offset);
+  static_cast<void>(length);
+#endif
+}
+
+void MappedFile::write_behind(std::uint64_t offset, std::uint64_t length) noexcept {
+#if defined(__linux__)
+  if (fd_ >= 0) {
+    sync_file_range(fd_, static_cast<off64_t>(offset), static_cast<off64_t>(length),
+                    SYNC_FILE_RANGE_WRITE);
+  }
+#else
+  static_cast<void>(offset);
+  static_cast<void>(length);
+#endif
+}
+
+void MappedFile::evict() noexcept {
+#if defined(POSIX_FADV_DONTNEED)
+  if (fd_ >= 0) {
+    release(0, size_);
+    posix_fadvise(fd_, 0, 0, POSIX_FADV_DONTNEED);
+  }
+#endif
+}
+
 void MappedFile::sync() {
   if (fd_ < 0) {
     return;

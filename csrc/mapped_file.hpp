@@ -1,5 +1,9 @@
 // MappedFile: one memory-mapped file, or anonymous memory of the same interface.
 //
+// Bulk output goes through write(), not through the mapping: a store to a page of a new file makes
+// the kernel read and clear that page first, which costs several times the copy itself. The mapping
+// is for reading, and for small stores. Both see the same bytes.
+//
 // Owns the descriptor and the mapping; both go with the object, which is shared by shared_ptr among
 // whoever still reads or writes it. Space is reserved when the file is created, so a full disk is
 // an error then and never a SIGBUS later. Methods are usable from any thread; the bytes are the
@@ -36,6 +40,18 @@ class MappedFile {
   // Drops the whole pages inside the range from this process's memory; the bytes stay in the file
   // (a no-op for anonymous memory, whose bytes would be lost).
   void release(std::uint64_t offset, std::uint64_t length) noexcept;
+
+  // Copies bytes into the file. No page becomes resident in this process. Throws Error{kStorage}.
+  void write(std::uint64_t offset, const void* data, std::uint64_t length);
+
+  // Makes a range resident in one step, where reading it would fault page by page.
+  void populate(std::uint64_t offset, std::uint64_t length) noexcept;
+
+  // Starts writing a range back to the device, without waiting for it.
+  void write_behind(std::uint64_t offset, std::uint64_t length) noexcept;
+
+  // Lets the system forget its cached copy of the file, once nobody is going to read it soon.
+  void evict() noexcept;
 
   // Writes everything back to the device: msync, then fsync.
   void sync();

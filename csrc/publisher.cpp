@@ -7,7 +7,8 @@
 namespace fedcore {
 
 void Publisher::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
-                        std::uint64_t offset, std::uint64_t length, std::uint64_t chunk_bytes) {
+                        std::uint64_t offset, std::uint64_t length, std::uint64_t chunk_bytes,
+                        const std::vector<std::uint32_t>& checksums) {
   file->check_range(offset, length);
   if (chunk_bytes == 0 || chunk_bytes > wire::kMaxChunkBytes || length == 0) {
     throw Error(Errc::kLayout, "can't publish " + std::to_string(length) + " bytes in chunks of " +
@@ -17,9 +18,13 @@ void Publisher::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
     throw Error(Errc::kProtocol, "this set id is published already");
   }
   const std::uint64_t chunks = (length + chunk_bytes - 1) / chunk_bytes;
-  sets_.emplace(id,
-                Set{std::move(file), offset, length, chunk_bytes,
-                    std::vector<std::optional<std::uint32_t>>(static_cast<std::size_t>(chunks))});
+  if (!checksums.empty() && checksums.size() != chunks) {
+    throw Error(Errc::kLayout, std::to_string(checksums.size()) + " checksums for " +
+                                   std::to_string(chunks) + " chunks");
+  }
+  std::vector<std::optional<std::uint32_t>> crcs(checksums.begin(), checksums.end());
+  crcs.resize(static_cast<std::size_t>(chunks));
+  sets_.emplace(id, Set{std::move(file), offset, length, chunk_bytes, std::move(crcs)});
 }
 
 std::vector<wire::SetId> Publisher::published() const {
@@ -52,6 +57,7 @@ std::optional<PublishedChunk> Publisher::chunk(const wire::SetId& id, std::uint6
   const std::uint64_t at = index * set.chunk_bytes;
   const std::uint8_t* data = set.file->data() + set.offset + at;
   const auto size = static_cast<std::uint32_t>(std::min(set.chunk_bytes, set.length - at));
+  set.file->populate(set.offset + at, size);
   std::optional<std::uint32_t>& crc = set.crcs[static_cast<std::size_t>(index)];
   if (!crc) {
     crc = crc32c(data, size);

@@ -26,9 +26,11 @@ struct PublishedChunk {
 class Publisher {
  public:
   // Throws Error{kStorage} if the range lies outside the file, Error{kLayout} for a bad chunk size,
-  // and Error{kProtocol} if the id is published already.
+  // and Error{kProtocol} if the id is published already. `checksums` (CRC-32C of each chunk) may be
+  // empty; each is computed then when its chunk is served first.
   void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
-               std::uint64_t length, std::uint64_t chunk_bytes);
+               std::uint64_t length, std::uint64_t chunk_bytes,
+               const std::vector<std::uint32_t>& checksums);
   void withdraw(const wire::SetId& id) noexcept { sets_.erase(id); }
   std::vector<wire::SetId> published() const;
 

@@ -13,12 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ._core import Layout, MappedFile
+from typing_extensions import Buffer
+
+from ._core import Layout, MappedFile, chunk_checksums
 from .errors import LayoutError, StorageError
 from .protocol import DEFAULT_CHUNK_BYTES
 
@@ -27,6 +29,7 @@ __all__ = [
     "FLOATS",
     "ITEMSIZE",
     "ModelFile",
+    "Reader",
     "TensorSpec",
     "compare_layouts",
     "copy_model",
@@ -53,6 +56,8 @@ _HASH_BLOCK: Final = 8 << 20
 
 TensorSpec = tuple[str, str, Sequence[int]]
 """Name, dtype (a key of `ITEMSIZE`) and shape of one tensor."""
+Reader = Callable[[str], Buffer]
+"""Returns the raw bytes (row-major, little-endian) of the tensor of that name."""
 
 
 def layout_hash(layout: Layout) -> str:
@@ -133,6 +138,33 @@ class ModelFile:
             name: self.file.view(self.data_offset + self.offsets[name], nbytes)
             for name, _, _, _, nbytes in self.layout.tensors
         }
+
+    def fill(self, read: Reader) -> None:
+        """Write every tensor, one after the other, past the mapping: no page of it becomes resident.
+
+        Raises:
+            LayoutError: ``read`` gave fewer or more bytes than a tensor has.
+            StorageError: the file can't be written.
+        """
+        for name, _, _, _, nbytes in self.layout.tensors:
+            data = read(name)
+            with memoryview(data) as given:
+                if given.nbytes != nbytes:
+                    raise LayoutError(
+                        f"tensor {name!r} has {nbytes} bytes, but {given.nbytes} were given"
+                    )
+            if nbytes:
+                self.file.write(self.data_offset + self.offsets[name], data)
+
+    def checksums(self) -> list[int]:
+        """Return the CRC-32C of every chunk of the layout's flat bytes; the file must be canonical."""
+        return chunk_checksums(
+            self.file, self.data_offset, self.layout.total_bytes, self.layout.chunk_bytes
+        )
+
+    def release(self) -> None:
+        """Drop the mapped pages from this process's memory; the file keeps the bytes."""
+        self.file.release(0, self.file.size)
 
     def sha256(self) -> str:
         """Return the SHA-256 (hex) of the flat bytes in canonical order, whatever the file's own order."""
@@ -276,8 +308,9 @@ def copy_model(
     target = create_model(
         path, source.layout, metadata if metadata is not None else source.metadata
     )
-    for name, view in target.views().items():
-        view[:] = source.view(name)
+    views = source.views()
+    target.fill(lambda name: views[name])
+    source.release()
     return target
 
 

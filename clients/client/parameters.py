@@ -26,7 +26,7 @@ from torch import nn
 from fedcore.errors import LayoutError
 from fedcore.layout import TensorSpec, compare_layouts
 
-__all__ = ["ModelParameters", "dtype_name", "from_view", "to_dtype"]
+__all__ = ["ModelParameters", "dtype_name", "from_view", "raw_bytes", "to_dtype"]
 
 _DTYPES: Final[Mapping[torch.dtype, str]] = {
     torch.float64: "F64",
@@ -57,6 +57,12 @@ def dtype_name(name: str, tensor: torch.Tensor) -> str:
 def to_dtype(name: str) -> torch.dtype:
     """Return the torch dtype of a safetensors dtype name."""
     return _BY_NAME[name]
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes in row-major order; a copy only if it is not contiguous or not in main memory."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def from_view(view: memoryview, spec: TensorSpec) -> torch.Tensor:
@@ -111,12 +117,10 @@ class ModelParameters:
         """The names under which tensors travel."""
         return list(self._tensors)
 
-    def fill(self, views: Mapping[str, memoryview]) -> None:
-        """Write every tensor's bytes into the view of its name."""
+    def read(self, name: str) -> memoryview:
+        """Return the raw bytes of a tensor; a copy only if it is not contiguous or not in main memory."""
         tensors = _peft_tensors(self._root) if self._prompt else self._tensors
-        for spec in self.specs:
-            if len(views[spec[0]]):
-                from_view(views[spec[0]], spec).copy_(tensors[spec[0]].detach())
+        return raw_bytes(tensors[name])
 
     def load(self, specs: list[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
         """Copy a global model into the model in place.

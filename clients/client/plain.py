@@ -11,7 +11,7 @@ from fedcore.layout import TensorSpec, compare_layouts
 from .session import GlobalModel, get_session, reset_session
 
 if TYPE_CHECKING:
-    from .session import Fill
+    from fedcore.layout import Reader
 
 __all__ = [
     "init",
@@ -45,21 +45,16 @@ class _Arrays:
         ]
         self.files: dict[str, str] = {}
 
-    def fill(self, views: Mapping[str, memoryview]) -> None:
-        """Write every array's bytes into the view of its name."""
-        for spec in self.specs:
-            view = views[spec[0]]
-            if len(view) == 0:
-                continue
-            value = self._values[spec[0]]
-            if _is_torch(value):
-                from .parameters import from_view
+    def read(self, name: str) -> memoryview:
+        """Return the raw bytes of an array; a copy only if it is not contiguous."""
+        value = self._values[name]
+        if _is_torch(value):
+            from .parameters import raw_bytes
 
-                from_view(view, spec).copy_(value)
-            else:
-                import numpy as np
+            return raw_bytes(value)
+        import numpy as np
 
-                np.frombuffer(view, value.dtype).reshape(value.shape)[...] = value
+        return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
 
 
 def _is_torch(value: Any) -> bool:
@@ -141,14 +136,7 @@ def load(params: Mapping[str, Any]) -> None:
     if _model is None:
         raise ClosedError("load() puts the global model into the module given to fl.init(module)")
     given = _Arrays(params)
-    buffers = {spec[0]: memoryview(bytearray(_nbytes(given, spec[0]))) for spec in given.specs}
-    given.fill(buffers)
-    _model.load(list(given.specs), buffers)
-
-
-def _nbytes(arrays: _Arrays, name: str) -> int:
-    value = arrays._values[name]
-    return int(value.nbytes)
+    _model.load(list(given.specs), {spec[0]: given.read(spec[0]) for spec in given.specs})
 
 
 def _to_numpy(view: memoryview, spec: TensorSpec) -> Any:
@@ -166,7 +154,7 @@ def _begin() -> GlobalModel:
     session = get_session()
     source = _model if _model is not None else _arrays
     if source is not None:
-        return session.begin(source.specs, {} if session.bound else source.files, source.fill)
+        return session.begin(source.specs, {} if session.bound else source.files, source.read)
     specs = session.offered_specs()
     if specs is None:
         raise ClosedError(
@@ -174,10 +162,10 @@ def _begin() -> GlobalModel:
             "run file"
         )
 
-    def nothing_to_fill(_: Mapping[str, memoryview]) -> None:
+    def nothing_to_read(_: str) -> memoryview:
         raise ClosedError("the server asked for an initial model; pass yours to fl.init(model)")
 
-    return session.begin(specs, {}, nothing_to_fill)
+    return session.begin(specs, {}, nothing_to_read)
 
 
 def send(
@@ -206,29 +194,29 @@ def send(
     """
     session = get_session()
     task = _begin()
-    fill = None if task.kind == "evaluate" else _filler(params, task)
+    read = None if task.kind == "evaluate" else _reader(params, task)
     if metrics:
         session.score(metrics, examples if examples is not None else weight)
-    if fill is None:
+    if read is None:
         session.end_task()
     else:
-        session.submit(fill, weight, train_metrics)
+        session.submit(read, weight, train_metrics)
 
 
-def _filler(params: Mapping[str, Any] | None, task: GlobalModel) -> Fill:
+def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
     if params is None:
         if _model is None:
             raise LayoutError(
                 "send() needs the parameters, name -> array, unless a module was given to init"
             )
-        fill: Fill = _model.fill
-        return fill
+        read: Reader = _model.read
+        return read
     wanted = {spec[0] for spec in task.specs}
     given = _Arrays({name: value for name, value in params.items() if name in wanted})
     difference = compare_layouts(given.specs, task.specs, "this update", "the global model")
     if difference is not None:
         raise LayoutError(f"the update does not fit the global model: {difference}")
-    return given.fill
+    return given.read
 
 
 def is_train() -> bool:

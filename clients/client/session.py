@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -32,15 +32,20 @@ from fedcore.errors import (
     TransferTimeout,
     WeightError,
 )
-from fedcore.layout import ModelFile, TensorSpec, compare_layouts, create_model, layout_hash, table
+from fedcore.layout import (
+    ModelFile,
+    Reader,
+    TensorSpec,
+    compare_layouts,
+    create_model,
+    layout_hash,
+    table,
+)
 from fedcore.transport import Control, DataEvent, SiteLink
 
 from .settings import SiteSettings
 
-__all__ = ["Fill", "GlobalModel", "Session", "get_session", "reset_session"]
-
-Fill = Callable[[Mapping[str, memoryview]], None]
-"""Writes the raw bytes of every tensor into writable views, by name."""
+__all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
 
 _NOTICE_SECONDS: Final = 10.0
 _WINDOW_BYTES: Final = 32 << 20
@@ -57,7 +62,7 @@ class GlobalModel:
         round, rounds: this round and how many there are; ``version`` is the model's own number.
         seed: differs per round, the same at all sites.
         specs: names, dtypes and shapes in canonical order.
-        tensors: read-only raw bytes by name.
+        tensors: read-only raw bytes by name, valid until the task ends.
     """
 
     kind: Literal["train", "evaluate"]
@@ -91,6 +96,7 @@ class Session:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._scratch: Path | None = None
+        self._files: dict[str, ModelFile] = {}
         # Guarded by _changed; the first group is the server's word, the second this site's state.
         self._welcome: protocol.Welcome | None = None
         self._accepted: str | None = None
@@ -151,14 +157,14 @@ class Session:
         return False
 
     def begin(
-        self, specs: Sequence[TensorSpec], files: Mapping[str, str], fill: Fill
+        self, specs: Sequence[TensorSpec], files: Mapping[str, str], read: Reader
     ) -> GlobalModel:
         """Return the current task's global model, downloading it on the first call.
 
         Args:
             specs: names, dtypes and shapes of the tensors that travel; the same on every call.
             files: small JSON files that describe the model, by name, such as ``adapter_config.json``.
-            fill: writes the local values; called if the server asks this site for the initial model.
+            read: gives the local values; called if the server asks this site for the initial model.
 
         Raises:
             LayoutError: the tensors differ from the server's or from an earlier call's; each is named.
@@ -171,7 +177,7 @@ class Session:
         while True:
             task = self._next_task()
             if task.kind == "initial":
-                self._publish(layout, fill, 0, 1, {})
+                self._publish(layout, read, 0, 1, {})
                 self._mark_ended(task)
                 continue
             file = self._pull(layout, task)
@@ -228,11 +234,11 @@ class Session:
             )
         )
 
-    def submit(self, fill: Fill, weight: int, metrics: Mapping[str, float] | None = None) -> None:
+    def submit(self, read: Reader, weight: int, metrics: Mapping[str, float] | None = None) -> None:
         """Publish this round's update and end the task; the server pulls it in the background.
 
         Args:
-            fill: writes every tensor's bytes.
+            read: gives every tensor's bytes; called for one after the other, before this returns.
             weight: number of training examples seen this round, 1 to 2**24 - 1.
             metrics: training metrics to show at the server.
 
@@ -254,7 +260,7 @@ class Session:
             )
         assert self._layout is not None
         task = self._task
-        self._publish(self._layout, fill, model.round, weight, metrics or {})
+        self._publish(self._layout, read, model.round, weight, metrics or {})
         self._model = None
         if task is not None:
             self._mark_ended(task)
@@ -453,20 +459,25 @@ class Session:
                 self._scratch.mkdir(parents=True, exist_ok=True)
         return self._scratch / f"{self.site}-{os.getpid()}-{name}.safetensors"
 
-    def _new_file(self, layout: Layout, name: str) -> ModelFile:
-        """Create a mapped scratch file and unlink it: it goes with the last user of its bytes."""
-        path = self._scratch_path(name)
-        with contextlib.suppress(FileNotFoundError):
+    def _file(self, layout: Layout, name: str) -> ModelFile:
+        """Return a scratch file, the same in every round: overwriting one is far cheaper than a new one.
+
+        It is unlinked at once, and so goes with the process.
+        """
+        if name not in self._files:
+            path = self._scratch_path(name)
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+            self._files[name] = create_model(path, layout)
             path.unlink()
-        file = create_model(path, layout)
-        path.unlink()
-        return file
+        return self._files[name]
 
     def _publish(
-        self, layout: Layout, fill: Fill, round_: int, weight: int, metrics: Mapping[str, float]
+        self, layout: Layout, read: Reader, round_: int, weight: int, metrics: Mapping[str, float]
     ) -> None:
-        file = self._new_file(layout, f"update-{round_}")
-        fill(file.views())
+        self._withdraw()
+        file = self._file(layout, "update")
+        file.fill(read)
         set_id = uuid.uuid4()
         ready = protocol.Ready(
             round=round_,
@@ -476,7 +487,6 @@ class Session:
             metrics={str(k): float(v) for k, v in metrics.items()},
         )
         assert self._link is not None
-        self._withdraw()
         self._link.exchange.publish(
             set_id.bytes, file.file, file.data_offset, layout.total_bytes, layout.chunk_bytes
         )
@@ -494,7 +504,7 @@ class Session:
         """Download a published global model; None when the server no longer publishes it."""
         assert task.set_id is not None
         assert self._link is not None
-        file = self._new_file(layout, f"global-{task.version}")
+        file = self._file(layout, "global")
         source = (b"", bytes.fromhex(task.set_id), 1)
         collector = Collector(
             layout, [source], file.file, file.data_offset, None, _WINDOW_BYTES, check_finite=False

@@ -51,7 +51,7 @@ class TorchSite:
             return None
         parameters = ModelParameters(model)
         files = {} if self._session.bound else parameters.files
-        task = self._session.begin(parameters.specs, files, parameters.fill)
+        task = self._session.begin(parameters.specs, files, parameters.read)
         if task is not self._loaded:
             parameters.load(list(task.specs), task.tensors)
             self._loaded = task
@@ -75,7 +75,7 @@ class TorchSite:
         self._ended = True
         self._loaded = None
         weight = min(examples, protocol.MAX_WEIGHT)
-        self._session.submit(ModelParameters(model).fill, weight, metrics)
+        self._session.submit(ModelParameters(model).read, weight, metrics)
 
     def end(self) -> None:
         """End an evaluation task."""

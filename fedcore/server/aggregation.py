@@ -51,14 +51,18 @@ class Aggregation:
             self.file.data_offset,
             None if base is None else (base.file, base.data_offset),
             memory,
+            write_behind=True,
         )
         exchange.start(self.collector)
 
-    def finish(self) -> ModelFile:
-        """Let go of the collector, which is done, and write the file back to the device."""
+    def finish(self) -> tuple[ModelFile, list[int]]:
+        """Let go of the collector, which is done, and write the file back to the device.
+
+        Returns the model and the checksums of its chunks.
+        """
         self._exchange.cancel(self.collector)
         self.file.file.sync()
-        return self.file
+        return self.file, self.collector.checksums
 
     def cancel(self) -> None:
         """Stop pulling and remove the scratch file."""

@@ -32,10 +32,14 @@ def load_initial(
     sources = [open_model(file) for file in _find(path)]
     specs = [entry for source in sources for entry in table(source.layout)]
     model = create_model(target, Layout(specs), metadata)
-    views = model.views()
-    for source in sources:
-        for name, view in source.views().items():
-            views[name][:] = view
+    views = {name: (source, view) for source in sources for name, view in source.views().items()}
+
+    def read(name: str) -> memoryview:
+        source, view = views[name]
+        source.release()  # what was read before; the model's size must not show in memory
+        return view
+
+    model.fill(read)
     folder = path if path.is_dir() else path.parent
     cards = {
         name: (folder / name).read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedcore import __version__, protocol
-from fedcore._core import Layout
+from fedcore._core import Layout, crc32c
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, ProtocolError, StorageError
 from fedcore.layout import (
@@ -29,6 +29,7 @@ from fedcore.layout import (
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 
 from .aggregation import Aggregation
+from .hashing import Hasher
 from .initial import load_initial
 from .participation import Delivery, Roster, SiteState
 from .rounds import (
@@ -81,6 +82,11 @@ class _Peer:
     metrics: dict[str, float]
 
 
+def _checksum_of(checksums: list[int]) -> str:
+    """Return one checksum over those of the chunks, in hex."""
+    return f"{crc32c(b''.join(value.to_bytes(4, 'little') for value in checksums)):08x}"
+
+
 class Server:
     """One run on one port.
 
@@ -111,6 +117,8 @@ class Server:
             raise
         self.endpoint = self._link.endpoint
         self._model: ModelFile | None = None
+        self._checksums: list[int] = []
+        self._hasher = Hasher()
         self._cards: dict[str, str] = {}
         self._set_id = b""
         self._aggregation: Aggregation | None = None
@@ -149,6 +157,7 @@ class Server:
             assert self._result is not None
             return self._result
         finally:
+            self._hasher.stop()
             self._link.close()
             self._store.close()
 
@@ -161,16 +170,13 @@ class Server:
         version = self._store.last_version
         if version is not None:
             self._model = open_model(self._store.path(version))
-            if not self._model.canonical:
-                raise StorageError(
-                    f"{self._model.path} was not written by this run: its tensors are in another order"
-                )
+            self._checksums = self._check_committed(version)
             logger.info("run %s goes on after round %d", self.config.run.name, version)
         elif self.config.initial_path is not None:
             scratch = self._store.scratch(0)
             model, self._cards = load_initial(self.config.initial_path, scratch, self._metadata(0))
             model.file.sync()
-            self._save(0, model, scratch, {}, 0.0)
+            self._save(0, (model, model.checksums(), scratch), {}, 0.0)
             self._rounds.committed(0, time.monotonic())
             logger.info("initial model: %s", self._describe())
         if self._model is not None:
@@ -193,6 +199,22 @@ class Server:
         self._rounds.restarted(sites, scored, time.monotonic() + wait)
         logger.info("expecting %s back within %.0f s", ", ".join(sites), wait)
 
+    def _check_committed(self, version: int) -> list[int]:
+        """Compare the last committed file with its checksum; return its chunks' checksums."""
+        assert self._model is not None
+        rows = {row.version: row for row in self._store.versions()}
+        checksums = self._model.checksums() if self._model.canonical else []
+        if _checksum_of(checksums) != rows[version].checksum:
+            raise StorageError(
+                f"{self._model.path} is not the file that this run committed (its checksum differs); put the "
+                "right one back, or give this run another name"
+            )
+        for row in rows.values():
+            path = self._store.path(row.version)
+            if not row.sha256 and path.is_file():
+                self._hasher.add(row.version, path, open_model(path).data_offset)
+        return checksums
+
     def _step(self) -> None:
         deadline = self._rounds.deadline
         wait = (
@@ -212,7 +234,12 @@ class Server:
         elif arrived is not None:
             self._handle_event(arrived)
         self._check_alive()
+        self._keep_digests()
         self._do(self._rounds.tick(time.monotonic()))
+
+    def _keep_digests(self) -> None:
+        for version, digest in self._hasher.results():
+            self._store.add_sha256(version, digest)
 
     def _check_alive(self) -> None:
         limit = self.config.participants.idle_timeout * 1000
@@ -372,6 +399,8 @@ class Server:
                 "the update of %s is left out of round %d: %s", site, self._rounds.round, event[4]
             )
             self._do(self._rounds.rejected(site, event[4], time.monotonic()))
+        elif event[0] == "broken":
+            self._end(False, f"the new model can't be written: {event[2]}")
         elif event[0] == "stalled":
             logger.debug(
                 "%s: no chunk for a while; asked again", running.participants[event[2]].site
@@ -457,29 +486,34 @@ class Server:
     def _save(
         self,
         version: int,
-        model: ModelFile,
-        scratch: Path,
+        written: tuple[ModelFile, list[int], Path],
         participants: dict[str, int],
         seconds: float,
     ) -> None:
-        row = VersionRow(version, model.sha256(), model.layout.total_bytes, seconds, participants)
+        """Commit a model, the checksums of its chunks and its scratch path as ``version``."""
+        model, checksums, scratch = written
+        row = VersionRow(
+            version, _checksum_of(checksums), "", model.layout.total_bytes, seconds, participants
+        )
         metrics = {known.site: known.metrics for known in self._peers.values()}
         self._store.commit(row, scratch, metrics, self._cards if version == 0 else None)
-        self._model = model
+        self._model, self._checksums = model, checksums
+        self._hasher.add(version, self._store.path(version), model.data_offset)
         self._status.refresh()
 
     def _commit(self, action: Commit) -> None:
         running, self._aggregation = self._aggregation, None
         self._status.aggregation = None
         assert running is not None
-        model = running.finish()
+        written = (*running.finish(), running.scratch)
         weights = {p.site: p.weight for p in action.participants} if action.version else {}
         seconds = time.monotonic() - self._round_started
-        previous = self._set_id
-        self._save(action.version, model, running.scratch, weights, seconds)
+        previous, before = self._set_id, self._model
+        self._save(action.version, written, weights, seconds)
         self._publish()
-        if previous:
+        if previous and before is not None:
             self._link.exchange.withdraw(previous)
+            before.file.evict()
         names = [p.site for p in action.participants]
         if action.version:
             logger.info(
@@ -509,6 +543,7 @@ class Server:
             model.data_offset,
             model.layout.total_bytes,
             model.layout.chunk_bytes,
+            self._checksums,
         )
 
     def _describe(self) -> str:
@@ -565,6 +600,11 @@ class Server:
         finish = protocol.Finish(ok=ok, message=message[:4096], best_version=chosen)
         for peer in self._peers:
             self._link.send(peer, finish)
+        if ok:
+            self._hasher.finish()
+        else:
+            self._hasher.stop()
+        self._keep_digests()
         self._result = RunResult(ok, version, chosen, best, final, message)
         self._status.best = chosen
         self._store.write_summary(self._summary(self._result))

@@ -27,12 +27,12 @@ from .selection import SiteScore
 
 __all__ = ["Store", "VersionRow"]
 
-_SCHEMA: Final = 1
+_SCHEMA: Final = 2
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS versions (
-    version INTEGER PRIMARY KEY, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, seconds REAL NOT NULL,
-    committed_at REAL NOT NULL);
+    version INTEGER PRIMARY KEY, checksum TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
+    seconds REAL NOT NULL, committed_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS contributions (
     version INTEGER NOT NULL, site TEXT NOT NULL, weight INTEGER NOT NULL, metrics TEXT NOT NULL,
     PRIMARY KEY (version, site));
@@ -48,9 +48,15 @@ _FIXED: Final = ("model", "participants", "aggregation", "selection")
 
 @dataclass(frozen=True)
 class VersionRow:
-    """One committed version and the sites in it, with their weights."""
+    """One committed version and the sites in it, with their weights.
+
+    Attributes:
+        checksum: CRC-32C over its chunks' checksums, in hex; a file that differs is not used.
+        sha256: of its flat bytes, in hex; empty until it has been computed.
+    """
 
     version: int
+    checksum: str
     sha256: str
     nbytes: int
     seconds: float
@@ -202,8 +208,8 @@ class Store:
         sync_folder(self.models)
         with self._transaction():
             self._db.execute(
-                "INSERT INTO versions VALUES (?, ?, ?, ?, ?)",
-                (row.version, row.sha256, row.nbytes, row.seconds, time.time()),
+                "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
+                (row.version, row.checksum, row.sha256, row.nbytes, row.seconds, time.time()),
             )
             self._db.executemany(
                 "INSERT INTO contributions VALUES (?, ?, ?, ?)",
@@ -223,11 +229,15 @@ class Store:
         ):
             sites.setdefault(version, {})[site] = weight
         return [
-            VersionRow(version, sha256, nbytes, seconds, sites.get(version, {}))
-            for version, sha256, nbytes, seconds in self._db.execute(
-                "SELECT version, sha256, bytes, seconds FROM versions ORDER BY version"
+            VersionRow(version, checksum, sha256, nbytes, seconds, sites.get(version, {}))
+            for version, checksum, sha256, nbytes, seconds in self._db.execute(
+                "SELECT version, checksum, sha256, bytes, seconds FROM versions ORDER BY version"
             )
         ]
+
+    def add_sha256(self, version: int, digest: str) -> None:
+        """Keep a version's digest, which is computed after its commit."""
+        self._db.execute("UPDATE versions SET sha256 = ? WHERE version = ?", (digest, version))
 
     def add_score(self, version: int, score: SiteScore) -> None:
         """Keep a site's metrics of a version; the first ones count."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import resource
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedcore._core import Collector, Exchange, Layout
-from fedcore.layout import create_model
+from fedcore._core import Collector, Exchange, Layout, crc32c
+from fedcore.layout import create_model, open_model
 
 LAYOUT = Layout([("w", "F32", [60_001]), ("h", "BF16", [777])], 4096)
 
@@ -50,3 +53,53 @@ def test_neither_the_budget_nor_the_order_of_arrival_changes_a_bit(seed: int) ->
     results = [collect(budget, seed) for budget in (1, 3 * 4096, 9 * 4096, 1 << 30)]
     assert [window for _, window in results] == [1, 1, 3, LAYOUT.chunk_count]
     assert len({data for data, _ in results} | {collect(1 << 20, 99)[0]}) == 1
+
+
+def one_site(
+    path: Path, before: Callable[[], None] = lambda: None
+) -> tuple[Exchange, Collector, bytes]:
+    """Collect one site's ramp up to its end, or until the collector gives up; return its bytes too.
+
+    ``before`` runs once the output's space is reserved.
+    """
+    server, site, file = Exchange(), Exchange(), create_model(None, LAYOUT)
+    file.view("w")[:] = np.arange(60_001, dtype=np.float32).tobytes()
+    site.publish(b"u" * 16, file.file, file.data_offset, LAYOUT.total_bytes, 4096)
+    out = create_model(path, LAYOUT)
+    source = (b"a", b"u" * 16, 1)
+    collector = Collector(LAYOUT, [source], out.file, out.data_offset, None, 1 << 20)
+    server.start(collector)
+    before()
+    while (request := server.next_out(0)) is not None:
+        site.deliver(0, b"server", request[1], None)
+        while (reply := site.next_out(0)) is not None:
+            assert reply[2] is not None
+            server.deliver(0, b"a", reply[1], bytes(reply[2]))
+    return server, collector, bytes(file.file.view(file.data_offset))
+
+
+def test_the_checksums_of_the_output_are_those_of_its_file(tmp_path: Path) -> None:
+    server, collector, sent = one_site(tmp_path / "m.safetensors")
+    assert server.next_event() == ("done", collector.id)
+    written = open_model(tmp_path / "m.safetensors", 4096)
+    assert bytes(written.file.view(written.data_offset)) == sent
+    chunks = [sent[at : at + 4096] for at in range(0, len(sent), 4096)]
+    assert collector.checksums == written.checksums() == [crc32c(chunk) for chunk in chunks]
+
+
+def test_an_output_that_cannot_be_written_ends_the_collection_and_blames_no_site(
+    tmp_path: Path,
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_the_disk() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    try:
+        server, collector, _ = one_site(tmp_path / "m.safetensors", fill_the_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kind, number, message = server.next_event() or ("", 0, "")
+    assert (kind, number) == ("broken", collector.id)
+    assert "cannot write" in message
+    assert not collector.done

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,9 @@ def run_config(tmp_path: Path, **people: Any) -> Any:
     )
 
 
-def writer(value: float) -> Callable[[Mapping[str, memoryview]], None]:
-    def fill(views: Mapping[str, memoryview]) -> None:
-        views["w"][:] = np.full(5000, value, np.float32).tobytes()
-        views["n"][:] = np.array([1, 2]).tobytes()
-
-    return fill
+def writer(value: float) -> Callable[[str], bytes]:
+    tensors = {"w": np.full(5000, value, np.float32), "n": np.array([1, 2])}
+    return lambda name: tensors[name].tobytes()
 
 
 def site(
@@ -165,6 +162,10 @@ def test_a_run_whose_model_was_lost_or_replaced_is_refused(tmp_path: Path) -> No
     run(server, lambda: site(server.endpoint, "a", 1))
     last = tmp_path / "runs/t/models/round-0001.safetensors"
     longer = run_config(tmp_path, sites=["a"], rounds=2)
+    whole = bytearray(last.read_bytes())
+    last.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(StorageError, match="not the file that this run committed"):
+        Server(longer).run()
     last.unlink()
     with pytest.raises(StorageError, match=r"round-0001\.safetensors"):
         Server(longer).run()
@@ -173,7 +174,7 @@ def test_a_run_whose_model_was_lost_or_replaced_is_refused(tmp_path: Path) -> No
         b'"n":{"dtype":"I64","shape":[2],"data_offsets":[20000,20016]}}'
     )
     last.write_bytes(len(header).to_bytes(8, "little") + header + bytes(20016))
-    with pytest.raises(StorageError, match="not written by this run"):
+    with pytest.raises(StorageError, match="not the file that this run committed"):
         Server(longer).run()
 
 

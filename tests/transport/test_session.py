@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -116,16 +116,13 @@ class Stage:
 
 def filled(value: float) -> ModelFile:
     file = create_model(None, LAYOUT)
-    fill(value)(file.views())
+    file.fill(fill(value))
     return file
 
 
-def fill(value: float) -> Callable[[Mapping[str, memoryview]], None]:
-    def write(views: Mapping[str, memoryview]) -> None:
-        for view in views.values():
-            view[:] = np.full(len(view) // 4, value, np.float32).tobytes()
-
-    return write
+def fill(value: float) -> Callable[[str], bytes]:
+    sizes = {name: nbytes for name, _, _, _, nbytes in LAYOUT.tensors}
+    return lambda name: np.full(sizes[name] // 4, value, np.float32).tobytes()
 
 
 def same(raw: memoryview | bytes, value: float) -> bool:
