@@ -48,6 +48,7 @@ from .settings import SiteSettings
 __all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
 
 _NOTICE_SECONDS: Final = 10.0
+_HELD_SECONDS: Final = 1.0
 _WINDOW_BYTES: Final = 32 << 20
 
 logger = logging.getLogger("fedcore.client")
@@ -82,6 +83,15 @@ class _Update:
     file: ModelFile
 
 
+@dataclass
+class _Held:
+    """Another process has this site's name: one of this site's that has just died, or one that lives."""
+
+    error: RefusedError
+    since: float
+    retry_seconds: float = _HELD_SECONDS
+
+
 class Session:
     """One site's process in one run. Public methods belong to the thread that trains."""
 
@@ -112,6 +122,7 @@ class Session:
         self._offered: tuple[str, int] | None = None
         self._scored: int | None = None
         self._sent_at = 0.0
+        self._held: _Held | None = None
 
     # --- what a script calls -----------------------------------------------------------------------
 
@@ -134,7 +145,8 @@ class Session:
         Raises:
             TransferTimeout: the server did not answer within the connect timeout, or fell silent for
                 longer than the idle timeout.
-            RefusedError: the server turned this site away.
+            RefusedError: the server turned this site away; where another process has its name, after the
+                connect timeout.
             ClosedError: the last task was not finished, so the next one can't begin.
         """
         self._join()
@@ -337,6 +349,8 @@ class Session:
                 if self._welcome is not None or self._finish is not None:
                     return
                 if time.monotonic() > deadline:
+                    if self._held is not None:
+                        raise self._held.error
                     raise TransferTimeout(
                         f"no answer from the server at {self.server} within "
                         f"{self._settings.connect_timeout:g} s; is fedcore-server running there, and is the "
@@ -359,6 +373,9 @@ class Session:
             self._changed.wait(0.5)
             now = time.monotonic()
             assert self._link is not None
+            held = self._held
+            if held is not None and now - held.since > self._settings.connect_timeout:
+                raise held.error
             silent = self._link.silent_ms()
             if now - noticed > _NOTICE_SECONDS and (silent is None or silent > 5000):
                 noticed = now
@@ -562,13 +579,19 @@ class Session:
         While the script works on its task nothing is due, and yet a server that was started again in between
         must learn that this site is there.
         """
-        if time.monotonic() - self._sent_at < protocol.REPEAT_SECONDS or self._finish is not None:
+        held = self._held
+        interval = protocol.REPEAT_SECONDS if held is None else held.retry_seconds
+        if time.monotonic() - self._sent_at < interval or self._finish is not None:
             return
         with self._changed:
             busy = self._model is not None or self._download is not None
             update = self._update
         self._sent_at = time.monotonic()
-        if self._welcome is None or (self._layout is not None and self._accepted is None):
+        if (
+            held is not None
+            or self._welcome is None
+            or (self._layout is not None and self._accepted is None)
+        ):
             self._say_join()
         elif update is not None:
             self._send(update.ready)
@@ -588,6 +611,8 @@ class Session:
                 self._accepted = message.layout_hash
                 if self._update is not None:
                     self._send(self._update.ready)
+            elif isinstance(message, protocol.Refused) and message.code == "name-in-use":
+                self._on_name_in_use(message)
             elif isinstance(message, protocol.Refused):
                 self._error = (
                     LayoutError(message.message)
@@ -602,6 +627,19 @@ class Session:
         if isinstance(message, protocol.Commit | protocol.Dropped):
             self._on_outcome(message)
 
+    def _on_name_in_use(self, refused: protocol.Refused) -> None:
+        """Go on asking: the server may not have noticed yet that this site's last process has died."""
+        error = RefusedError(refused.message, refused.code)
+        if self._held is not None:
+            self._held.error = error
+            self._held.retry_seconds = min(1.5 * self._held.retry_seconds, protocol.REPEAT_SECONDS)
+            return
+        self._held = _Held(error, time.monotonic())
+        logger.warning(
+            "site %s is still held by an earlier connection; waiting for up to %g s",
+            self.site, self._settings.connect_timeout,
+        )  # fmt: skip
+
     def _on_welcome(self, welcome: protocol.Welcome) -> None:
         if self._welcome is not None and self._welcome.run_id != welcome.run_id:
             self._error = RefusedError(
@@ -611,6 +649,7 @@ class Session:
             )
             return
         self._welcome = welcome
+        self._held = None
         if self._declare is not None:
             self._send(self._declare)
 

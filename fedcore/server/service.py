@@ -123,6 +123,7 @@ class Server:
         self._set_id = b""
         self._aggregation: Aggregation | None = None
         self._peers: dict[bytes, _Peer] = {}
+        self._turned_away = (b"", "")
         self._result: RunResult | None = None
         self._stopping = False
         self._round_started = time.monotonic()
@@ -288,7 +289,13 @@ class Server:
     def _on_join(self, peer: bytes, join: protocol.Join) -> None:
         refusal = self._refusal(peer, join)
         if refusal is not None:
-            logger.warning("refused %s: %s", join.site, refusal.message)
+            # A site that is started again at once asks until its dead process is noticed: once is enough to read.
+            again = (peer, refusal.code) == self._turned_away
+            self._turned_away = (peer, refusal.code)
+            logger.log(
+                logging.DEBUG if again else logging.WARNING,
+                "refused %s: %s", join.site, refusal.message,
+            )  # fmt: skip
             self._link.send(peer, refusal)
             return
         if peer not in self._peers:

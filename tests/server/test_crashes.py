@@ -293,6 +293,26 @@ def test_a_killed_site_that_is_started_again_takes_part_in_a_later_round(
     assert np.array_equal(federation.model(3), federation.mean(3, "a", "b", "c"))
 
 
+def test_a_killed_site_that_is_started_again_at_once_gets_its_place_back(
+    federation: Federation,
+) -> None:
+    federation.write(1, sites=["a", "b"], idle_timeout="2s")
+    server, a, b = federation.server(), federation.site("a"), federation.site("b")
+    a.reached(1)
+    b.reached(1)
+    b.process.kill()
+    b.process.wait()
+    again = federation.site("b")
+    again.reached(1)
+    assert again.log.read_text().count("site b is still held by an earlier connection") == 1
+    a.go()
+    again.go()
+    assert server.wait() == 0
+    assert federation.participants() == [[], ["a", "b"]]
+    log = (federation.folder / "server.log").read_text()
+    assert log.count("refused b: another process takes part") == 1
+
+
 def test_ctrl_c_at_the_server_keeps_the_last_round_and_the_sites_end_in_peace(
     federation: Federation,
 ) -> None:

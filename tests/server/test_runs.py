@@ -223,7 +223,7 @@ def test_strangers_twins_and_other_models_are_refused(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match="lists a, b"):
             Session(SiteSettings(server=at, site="z")).is_running()
         with pytest.raises(RefusedError, match="another process takes part as 'a'"):
-            Session(SiteSettings(server=at, site="a")).is_running()
+            Session(SiteSettings(server=at, site="a", connect_timeout=0.5)).is_running()
         other = Session(SiteSettings(server=at, site="b"))
         other.is_running()
         with pytest.raises(

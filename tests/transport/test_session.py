@@ -258,6 +258,47 @@ def test_a_refusal_reaches_the_script_with_the_servers_words(pump: str) -> None:
         assert caught.value.code == "unknown-site"
 
 
+def test_a_name_that_is_held_is_asked_for_until_it_is_free(
+    pump: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        for _ in range(2):
+            server.expect(p.Join)
+            server.say(p.Refused(code="name-in-use", message="another process is 'north'"))
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 1, server.publish(0))
+        assert running.result(DEADLINE) is True
+    assert [r.getMessage() for r in caplog.records] == [
+        "site north is still held by an earlier connection; waiting for up to 60 s"
+    ]
+
+
+def test_a_name_that_stays_held_is_an_error_after_the_connect_timeout(pump: str) -> None:
+    with stage(connect_timeout=1.2) as (server, session, call):
+        running = call(session.is_running)
+        for _ in range(2):
+            server.expect(p.Join)
+            server.say(p.Refused(code="name-in-use", message="another process is 'north'"))
+        with pytest.raises(RefusedError, match="another process is 'north'") as caught:
+            running.result(DEADLINE)
+        assert caught.value.code == "name-in-use"
+
+
+def test_a_name_that_was_taken_over_in_mid_run_is_an_error_too(pump: str) -> None:
+    with stage(connect_timeout=0.5) as (server, session, call):
+        begun_round(server, session, call)
+        session.submit(fill(0), 1)
+        server.expect(p.Ready)
+        running = call(session.is_running)
+        server.say(p.Rejoin())
+        server.expect(p.Join)
+        server.say(p.Refused(code="name-in-use", message="another process is 'north'"))
+        with pytest.raises(RefusedError, match="another process is 'north'"):
+            running.result(DEADLINE)
+
+
 def test_a_layout_that_differs_is_a_layout_error(pump: str) -> None:
     with stage() as (server, session, call):
         running = call(session.is_running)
