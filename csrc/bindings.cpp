@@ -261,8 +261,9 @@ std::shared_ptr<Collector> make_collector(
   if (base) {
     from = {std::get<0>(*base)->share(), std::get<1>(*base)};
   }
-  return std::make_shared<Collector>(layout, std::move(checked), Place{out.share(), out_offset},
-                                     from, CollectorOptions{budget_bytes, stall_ms, check_finite, write_behind});
+  return std::make_shared<Collector>(
+      layout, std::move(checked), Place{out.share(), out_offset}, from,
+      CollectorOptions{budget_bytes, stall_ms, check_finite, write_behind});
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,

@@ -52,8 +52,8 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   const std::uint64_t per_step = layout_->chunk_bytes() * sources_.size();
   window_ = std::clamp<std::uint64_t>(options_.budget_bytes / per_step, 1,
                                       std::min(kMaxWindow, layout_->chunk_count()));
-  reduced_chunk_.resize(static_cast<std::size_t>(
-      std::min(layout_->chunk_bytes(), layout_->total_bytes())));
+  reduced_chunk_.resize(
+      static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));
   for (std::size_t k = 0; k < sources_.size(); ++k) {
     pulls_.push_back(std::make_unique<Pull>());
     pulls_.back()->slots.resize(static_cast<std::size_t>(window_));

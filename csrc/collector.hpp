@@ -181,9 +181,9 @@ class Collector {
   std::vector<const std::uint8_t*> inputs_;
   std::vector<std::uint32_t> checksums_;
   std::vector<std::uint8_t> reduced_chunk_;  // hot in the cache when it is written out
-  std::uint64_t next_ = 0;      // next chunk to reduce
-  std::uint64_t released_ = 0;  // flat bytes whose pages were given back
-  std::size_t turn_ = 0;        // whose request comes next
+  std::uint64_t next_ = 0;                   // next chunk to reduce
+  std::uint64_t released_ = 0;               // flat bytes whose pages were given back
+  std::size_t turn_ = 0;                     // whose request comes next
   State state_ = State::kActive;
   std::vector<CollectorEvent> events_;
   std::atomic<bool> done_{false};

@@ -24,8 +24,13 @@ typedef std::uint16_t UnalignedU16 __attribute__((aligned(1), may_alias));
 typedef std::uint32_t UnalignedU32 __attribute__((aligned(1), may_alias));
 typedef std::uint64_t UnalignedU64 __attribute__((aligned(1), may_alias));
 
+// Vectors only pass between functions that are always inlined: how a call would pass them is moot.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#define FEDCORE_INLINE inline __attribute__((always_inline))
+
 namespace baseline {
 #define FEDCORE_F16C 0
+#define FEDCORE_LANES 4
 #include "kernels.inl"
 #undef FEDCORE_F16C
 }  // namespace baseline
@@ -52,6 +57,8 @@ namespace avx2 {
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
 #endif
+#undef FEDCORE_LANES
+#define FEDCORE_LANES 8
 namespace avx512 {
 #include "kernels.inl"
 }  // namespace avx512
@@ -62,6 +69,7 @@ namespace avx512 {
 #endif
 
 #undef FEDCORE_F16C
+#undef FEDCORE_LANES
 
 constexpr Table kTables[] = {FEDCORE_TABLE(baseline), FEDCORE_TABLE(avx2), FEDCORE_TABLE(avx512)};
 
