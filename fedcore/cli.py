@@ -60,6 +60,11 @@ class _Rule(enum.StrEnum):
     MEAN = "mean"
 
 
+class _DemoTask(enum.StrEnum):
+    ENCODER = "encoder"
+    CAUSAL = "causal"
+
+
 def _reported(command: Callable[_P, None]) -> Callable[_P, None]:
     """Turn the package's errors into one clear line and an exit status."""
 
@@ -389,6 +394,10 @@ def _progress_bar(enter: Callable[..., object]) -> Callable[[int, int], None]:
 @app.command()
 @_reported
 def demo(
+    task: Annotated[
+        _DemoTask,
+        typer.Option(help="Sort messages into topics, or answer questions with a causal model."),
+    ] = _DemoTask.ENCODER,
     out: Annotated[Path, typer.Option(help="Folder for everything that comes out.")] = Path(
         "runs/demo"
     ),
@@ -407,7 +416,7 @@ def demo(
     \b
     Examples:
       fedcore demo
-      fedcore demo --seed 1 --out runs/demo-1
+      fedcore demo --task causal --seed 1 --out runs/demo-1
     """
     for name in ("torch", "transformers", "peft", "matplotlib"):
         if importlib.util.find_spec(name) is None:
@@ -415,7 +424,9 @@ def demo(
                 f"the demo needs {name}; install it with: pip install 'fedcore-fl[demo]'"
             )
     # By name: the demo stands above this package.
-    raise typer.Exit(importlib.import_module("fedcore.demo").main(seed, out, cache, rounds))
+    raise typer.Exit(
+        importlib.import_module("fedcore.demo").main(task.value, seed, out, cache, rounds)
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

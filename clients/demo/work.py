@@ -1,8 +1,8 @@
 """The demo's worker processes: one training arm each, or one site of the federated run.
 
 Started as ``python -m fedcore.demo.work ARM --data FOLDER --model FOLDER [--out FILE]``, where ARM is a site's
-name, ``centralised`` or ``evaluate`` (with ``--adapter``); without an arm it is a site of the run that the
-environment names.
+name, ``centralised``, ``evaluate`` (with ``--adapter``) or ``prepare``; without an arm it is a site of the run
+that the environment names.
 """
 
 from __future__ import annotations
@@ -15,49 +15,48 @@ from typing import Any
 
 import torch
 
-from .modeling import Encoded, Encoder, add_lora, evaluate, load_base, take, train_steps
-from .tasks import SITE_TOPICS, EncoderTask, batch_order, read_rows, topic_names
+from .learning import Learner, Notice, Score, load_learner, take
+from .progress import tell
+from .tasks import Task, batch_order, read_task
 
 
 class Workplace:
-    """The data and the model of one process."""
+    """The task and the learner of one process."""
 
     def __init__(self, data: Path, model: Path) -> None:
-        self.data = data
-        self.task = EncoderTask(**json.loads((data / "task.json").read_text(encoding="utf-8")))
-        self.topics = topic_names()
-        self._encoder = Encoder(model, self.task, self.topics)
-        self.base = load_base(model, self.task, self.topics)
+        self.task: Task = read_task(data)
+        self.learner: Learner[Any] = load_learner(self.task, data, model)
 
-    def rows(self, sites: list[str], split: str) -> Encoded:
-        """Tokenise one split of some sites."""
-        return self._encoder(
-            [row for site in sites for row in read_rows(self.data / site / f"{split}.jsonl")]
-        )
+    def test(self, model: Any) -> dict[str, Any]:
+        """Score a model on the held-out rows of all sites: over all, site by site, row by row."""
+        score = self.learner.score(model, self.learner.rows(self.task.sites, "test"))
+        parts = torch.split(score.each.double(), self.task.test_rows)
+        return {
+            "value": score.value,
+            "by_site": {s: float(p.mean()) for s, p in zip(self.task.sites, parts, strict=True)},
+            "each": score.each.tolist(),
+        }
 
-    def accuracy(self, model: Any, rows: Encoded) -> tuple[float, float, list[bool]]:
-        """Return mean loss, accuracy, and which rows are right."""
-        loss, right = evaluate(model, rows, self.task.eval_batch_size)
-        return loss, float(right.float().mean()), right.tolist()
+    def metrics(self, score: Score) -> dict[str, float]:
+        """What a site tells of the global model."""
+        return {"val_loss": score.loss, f"val_{self.task.metric}": score.value}
 
 
-def baseline(place: Workplace, sites: list[str], name: str) -> dict[str, Any]:
+def baseline(place: Workplace, sites: tuple[str, ...], name: str, notice: Notice) -> dict[str, Any]:
     """Train on some sites' data without a break, for as many steps as a site takes in the run."""
-    model = add_lora(place.base, place.task)
-    rows = place.rows(sites, "train")
-    order = batch_order(len(rows), place.task.batch_size, f"{place.task.seed}/{name}")
-    train_steps(model, rows, take(order, place.task.total_steps), place.task.learning_rate)
-    _, accuracy, right = place.accuracy(model, place.rows(list(SITE_TOPICS), "test"))
-    return {"accuracy": accuracy, "right": right}
+    task, learner = place.task, place.learner
+    model = learner.adapter()
+    rows = learner.rows(sites, "train")
+    order = batch_order(len(rows), task.batch_size, f"{task.seed}/{name}")
+    learner.train(model, rows, take(order, task.total_steps), task.learning_rate, notice)
+    return place.test(model)
 
 
 def judge(place: Workplace, adapter: Path) -> dict[str, Any]:
     """Open a run's model as any user would, and score it on the test set."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(place.base, str(adapter))
-    _, accuracy, right = place.accuracy(model, place.rows(list(SITE_TOPICS), "test"))
-    return {"accuracy": accuracy, "right": right}
+    return place.test(PeftModel.from_pretrained(place.learner.base, str(adapter)))
 
 
 def federate(place: Workplace) -> None:
@@ -65,19 +64,23 @@ def federate(place: Workplace) -> None:
     import fedcore.client as fl
 
     site = os.environ["FEDCORE_SITE"]
-    model = add_lora(place.base, place.task)
-    train, val = place.rows([site], "train"), place.rows([site], "val")
-    order = batch_order(len(train), place.task.batch_size, f"{place.task.seed}/{site}")
+    task, learner = place.task, place.learner
+    model = learner.adapter()
+    train, val = learner.rows([site], "train"), learner.rows([site], "val")
+    order = batch_order(len(train), task.batch_size, f"{task.seed}/{site}")
     fl.init(model)
     while fl.is_running():
         fl.load(fl.receive())
-        loss, accuracy, _ = place.accuracy(model, val)
-        scores = {"val_loss": loss, "val_accuracy": accuracy}
+        scores = place.metrics(learner.score(model, val))
         if fl.is_evaluate():
             fl.send(metrics=scores, examples=len(val))
             continue
-        losses = train_steps(
-            model, train, take(order, place.task.steps_per_round), place.task.learning_rate
+        losses = learner.train(
+            model,
+            train,
+            take(order, task.steps_per_round),
+            task.learning_rate,
+            lambda step, loss: fl.log({"train_loss": loss}, step=step),
         )
         fl.send(
             weight=len(train),
@@ -94,18 +97,27 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     place = Workplace(options.data, options.model)
     if options.arm is None:
         federate(place)
         return
-    if options.arm == "evaluate":
+    result: dict[str, Any] = {}
+    if options.arm == "prepare":
+        place.learner.prepare(lambda part, parts: tell(options.out, part, parts, None))
+    elif options.arm == "evaluate":
         result = judge(place, options.adapter)
     else:
-        sites = list(SITE_TOPICS) if options.arm == "centralised" else [options.arm]
-        result = baseline(place, sites, options.arm)
+        sites = place.task.sites if options.arm == "centralised" else (options.arm,)
+        total = place.task.total_steps
+
+        def notice(step: int, loss: float) -> None:
+            tell(options.out, step, total, loss)
+
+        result = baseline(place, sites, options.arm, notice)
     options.out.write_text(json.dumps(result), encoding="utf-8")
 
 

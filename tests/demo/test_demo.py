@@ -9,7 +9,8 @@ import pytest
 
 from fedcore.cli import main
 from fedcore.demo.assets import Asset, AssetError, Member, ensure
-from fedcore.demo.tasks import SITE_TOPICS, EncoderTask, batch_order, build_sites, topic_names
+from fedcore.demo.encoder import SITE_TOPICS, EncoderTask, build_sites, topic_names
+from fedcore.demo.tasks import batch_order
 
 
 def corpus(path: Path, tag: str) -> Path:
@@ -69,4 +70,17 @@ def test_the_federated_model_beats_every_local_one(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert report["federated"] > max(report["local"].values()) + 0.08
     assert report["seconds"] < 300
+    assert report["mode"] == "max"
+    assert (tmp_path / "demo" / "report.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_federated_causal_model_beats_every_local_one(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--task", "causal", "--out", str(tmp_path / "demo"), "--seed", "1"])
+    assert ended.value.code == 0
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert report["mode"] == "min"
+    assert report["federated"] < min(report["local"].values()) - 0.8
+    assert report["lead_over_best_local"] > 5 * report["lead_standard_error"]
     assert (tmp_path / "demo" / "report.png").stat().st_size > 10_000

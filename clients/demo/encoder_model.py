@@ -1,8 +1,8 @@
-"""The encoder demo's model, training step and evaluation (imports torch)."""
+"""The encoder demo's model (imports torch)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,9 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .tasks import EncoderTask, Example
+from .encoder import EncoderTask, Example, topic_names
+from .learning import Learner, Score
+from .tasks import read_rows
 
 
 class MeanPoolClassifier(BertPreTrainedModel):  # type: ignore[no-untyped-call]
@@ -107,57 +109,48 @@ class Encoded:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-class Encoder:
-    """Turns examples into :class:`Encoded` rows."""
+class EncoderLearner(Learner[Encoded]):
+    """MiniLM with a new head, and LoRA on its last layers."""
 
-    def __init__(self, model_dir: Path, task: EncoderTask, topics: Sequence[str]) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        self._max_tokens = task.max_tokens
-        self._label = {topic: number for number, topic in enumerate(topics)}
+    def __init__(self, task: EncoderTask, data: Path, model: Path) -> None:
+        self._task = task
+        self._data = data
+        self._label = {topic: number for number, topic in enumerate(topic_names())}
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self.base = load_base(model, task, topic_names())
 
-    def __call__(self, examples: Sequence[Example]) -> Encoded:
-        """Tokenise."""
+    def rows(self, sites: Sequence[str], split: str) -> Encoded:
+        """Tokenise one split of some sites."""
+        files = [self._data / site / f"{split}.jsonl" for site in sites]
+        examples = [example for file in files for example in read_rows(file, Example)]
         tokens = self._tokenizer(
-            [example.text for example in examples], truncation=True, max_length=self._max_tokens
+            [example.text for example in examples],
+            truncation=True,
+            max_length=self._task.max_tokens,
         )["input_ids"]
         labels = [self._label[example.label] for example in examples]
         return Encoded(tokens, labels, self._tokenizer.pad_token_id)
 
+    def adapter(self) -> PeftModel:
+        """Wrap the base with a new adapter."""
+        return add_lora(self.base, self._task)
 
-def train_steps(
-    model: nn.Module, data: Encoded, batches: Iterable[Sequence[int]], learning_rate: float
-) -> list[float]:
-    """One AdamW step per batch, at a constant rate; returns the losses."""
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=learning_rate, weight_decay=0.0
-    )
-    model.train()
-    losses: list[float] = []
-    for rows in batches:
-        loss = model(**data.batch(rows)).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    return losses
+    def loss(self, model: nn.Module, rows: Encoded, batch: Sequence[int]) -> Tensor:
+        """The mean cross-entropy of a batch."""
+        loss: Tensor = model(**rows.batch(batch)).loss
+        return loss
 
-
-def evaluate(model: nn.Module, data: Encoded, batch_size: int) -> tuple[float, Tensor]:
-    """Mean loss, and for every row whether the answer is right (in row order)."""
-    order = sorted(range(len(data)), key=lambda row: len(data.tokens[row]))
-    right = torch.zeros(len(data), dtype=torch.bool)
-    loss = 0.0
-    model.eval()
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = data.batch(rows)
-            output = model(**batch)
-            loss += float(output.loss) * len(rows)
-            right[rows] = output.logits.argmax(dim=-1) == batch["labels"]
-    return loss / len(data), right
-
-
-def take(batches: Iterator[list[int]], count: int) -> list[list[int]]:
-    """The next ``count`` batches."""
-    return [next(batches) for _ in range(count)]
+    def score(self, model: nn.Module, rows: Encoded) -> Score:
+        """Mean cross-entropy, and for every row whether the answer is right."""
+        order = sorted(range(len(rows)), key=lambda row: len(rows.tokens[row]))
+        right = torch.zeros(len(rows))
+        loss = 0.0
+        model.eval()
+        with torch.inference_mode():
+            for start in range(0, len(order), self._task.eval_batch_size):
+                numbers = order[start : start + self._task.eval_batch_size]
+                batch = rows.batch(numbers)
+                output = model(**batch)
+                loss += float(output.loss) * len(numbers)
+                right[numbers] = (output.logits.argmax(dim=-1) == batch["labels"]).float()
+        return Score(loss / len(rows), right)
