@@ -287,12 +287,14 @@ def test_a_name_that_stays_held_is_an_error_after_the_connect_timeout(pump: str)
 
 
 def test_a_name_that_was_taken_over_in_mid_run_is_an_error_too(pump: str) -> None:
-    with stage(connect_timeout=0.5) as (server, session, call):
+    with stage(connect_timeout=1.5) as (server, session, call):
         begun_round(server, session, call)
         session.submit(fill(0), 1)
         server.expect(p.Ready)
         running = call(session.is_running)
         server.say(p.Rejoin())
+        server.expect(p.Join)
+        server.say(p.Refused(code="name-in-use", message="another process is 'north'"))
         server.expect(p.Join)
         server.say(p.Refused(code="name-in-use", message="another process is 'north'"))
         with pytest.raises(RefusedError, match="another process is 'north'"):

@@ -1,0 +1,356 @@
+"""A site's conversation with the server: what the server has said, and what this site has to say again.
+
+One background thread listens while the script trains, so that a server that was started again, or a round that
+was committed, is noticed at once. `fedcore.client.session` decides what is done with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from fedcore import __version__, protocol
+from fedcore._core import Collector, Layout
+from fedcore.errors import (
+    ClosedError,
+    FedcoreError,
+    LayoutError,
+    ProtocolError,
+    RefusedError,
+    TransferTimeout,
+)
+from fedcore.layout import ModelFile
+from fedcore.transport import Control, DataEvent, SiteLink
+
+from .settings import SiteSettings
+
+__all__ = ["Connection"]
+
+_NOTICE_SECONDS: Final = 10.0
+_HELD_SECONDS: Final = 1.0
+
+logger = logging.getLogger("fedcore.client")
+
+
+@dataclass
+class _Held:
+    """Another process has this site's name: one of this site's that has just died, or one that lives."""
+
+    error: RefusedError
+    since: float
+    retry_seconds: float = _HELD_SECONDS
+
+
+class Connection:
+    """One process's place at the server.
+
+    Public methods belong to the thread that trains. It holds ``changed`` while it reads the attributes or goes
+    through `waiting`; the background thread notifies it of each change.
+
+    Attributes:
+        welcome, accepted, task, finish: the server's last word of each kind; ``accepted`` is a layout's hash.
+    """
+
+    def __init__(self, settings: SiteSettings) -> None:
+        self._settings = settings
+        self._site, self._server = settings.site, settings.server
+        self._instance = uuid.uuid4()
+        self._link: SiteLink | None = None
+        self._pid = os.getpid()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._sent_at = 0.0
+        self.changed = threading.Condition()
+        self.welcome: protocol.Welcome | None = None
+        self.accepted: str | None = None
+        self.task: protocol.Task | None = None
+        self.finish: protocol.Finish | None = None
+        self._error: FedcoreError | None = None
+        self._held: _Held | None = None
+        self._ended: tuple[str, int] | None = None
+        self._declare: protocol.Declare | None = None
+        self._ready: protocol.Ready | None = None
+        self._download: tuple[Collector, str] | None = None
+
+    # --- coming, waiting, going ---
+
+    @property
+    def opened(self) -> bool:
+        """Whether this site has dialled the server."""
+        return self._link is not None
+
+    def open(self) -> bool:
+        """Dial the server; False if this site has done so before.
+
+        Raises:
+            ClosedError: the connection is a parent process's.
+        """
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                "a forked process can't use its parent's session; start a new process"
+            )
+        if self._link is not None:
+            return False
+        self._link = SiteLink(self._server, self._instance.bytes)
+        self._thread = threading.Thread(target=self._serve, name="fedcore-site", daemon=True)
+        self._thread.start()
+        self._say_join()
+        return True
+
+    def join(self) -> None:
+        """Wait until the server has answered.
+
+        Raises:
+            TransferTimeout: it did not within the connect timeout.
+            RefusedError: it turned this site away.
+        """
+        with self.changed:
+            deadline = time.monotonic() + self._settings.connect_timeout
+            for _ in self.waiting(f"an answer from {self._server}", connecting=True):
+                if self.welcome is not None or self.finish is not None:
+                    return
+                if time.monotonic() > deadline and self._held is None:
+                    raise TransferTimeout(
+                        f"no answer from the server at {self._server} within "
+                        f"{self._settings.connect_timeout:g} s; is fedcore-server running there, and is the "
+                        "port open? (FEDCORE_CONNECT_TIMEOUT changes how long to wait)"
+                    )
+
+    def waiting(self, what: str, *, connecting: bool = False) -> Iterator[None]:
+        """Yield until the caller has what it waits for, sleeping on ``changed`` in between.
+
+        Raises what the server refused with, and TransferTimeout when it is silent for longer than the idle
+        timeout.
+        """
+        started = noticed = time.monotonic()
+        while True:
+            if self._error is not None:
+                raise self._error
+            if self._closing:
+                raise ClosedError("the session is closed")
+            yield
+            self.changed.wait(0.5)
+            now = time.monotonic()
+            assert self._link is not None
+            held = self._held
+            if held is not None and now - held.since > self._settings.connect_timeout:
+                raise held.error
+            silent = self._link.silent_ms()
+            if now - noticed > _NOTICE_SECONDS and (silent is None or silent > 5000):
+                noticed = now
+                logger.warning(
+                    "%s: waiting for %s: nothing heard from %s for %.0f s, still trying",
+                    self._site, what, self._server, (now - started) if silent is None else silent / 1000,
+                )  # fmt: skip
+            if not connecting and (silent or 0) / 1000 > self._settings.idle_timeout:
+                raise TransferTimeout(
+                    f"{self._server} has been silent for {self._settings.idle_timeout:g} s while waiting "
+                    f"for {what} (FEDCORE_IDLE_TIMEOUT changes how long to wait)"
+                )
+
+    def close(self) -> bool:
+        """Leave the run and free the sockets; False if there is nothing to close any more."""
+        if self._link is None or self._closing or os.getpid() != self._pid:
+            return False
+        self._closing = True
+        if self._error is None:
+            self.send(protocol.Leave(reason="the site's process ended"))
+        self._link.wake()
+        if self._thread is not None:
+            self._thread.join()
+        self._link.close()
+        return True
+
+    # --- what this site says ---
+
+    def send(self, message: protocol.FromSite) -> None:
+        """Say something once."""
+        assert self._link is not None
+        self._link.send(message)
+
+    def declare(self, declare: protocol.Declare) -> None:
+        """Show this site's tensors, now and to every server that is started again."""
+        self.send(declare)
+        with self.changed:
+            self._declare = declare
+
+    def publish(self, ready: protocol.Ready, file: ModelFile, layout: Layout) -> None:
+        """Publish an update and announce it until it is withdrawn."""
+        assert self._link is not None
+        self._link.exchange.publish(
+            bytes.fromhex(ready.set_id),
+            file.file,
+            file.data_offset,
+            layout.total_bytes,
+            layout.chunk_bytes,
+        )
+        with self.changed:
+            self._ready = ready
+        self.send(ready)
+
+    def withdraw(self) -> None:
+        """Publish the last update no longer, if there is one."""
+        with self.changed:
+            ready, self._ready = self._ready, None
+        if ready is not None and self._link is not None:
+            self._link.exchange.withdraw(bytes.fromhex(ready.set_id))
+
+    # --- tasks and downloads ---
+
+    def open_task(self) -> protocol.Task | None:
+        """Return the task at hand, or None after its end."""
+        task = self.task
+        return None if task is None or (task.kind, task.round) == self._ended else task
+
+    def end_task(self, kind: str, round_: int) -> None:
+        """Note that a task is done."""
+        with self.changed:
+            self._ended = (kind, round_)
+            self.changed.notify_all()
+
+    def start(self, collector: Collector) -> None:
+        """Begin a download."""
+        assert self._link is not None
+        with self.changed:
+            self._download = (collector, "")
+        self._link.exchange.start(collector)
+        self._link.kick()
+
+    def outcome(self) -> str:
+        """Return how the download under way ended: ``"done"``, why it was stopped, or nothing yet."""
+        return self._download[1] if self._download is not None else ""
+
+    def stop(self) -> None:
+        """End the download under way, complete or not."""
+        with self.changed:
+            download, self._download = self._download, None
+        if download is not None and self._link is not None:
+            self._link.exchange.cancel(download[0])
+
+    # --- the background thread ---
+
+    def _say_join(self) -> None:
+        self._sent_at = time.monotonic()
+        self.send(protocol.Join(version=__version__, site=self._site, instance=self._instance.hex))
+
+    def _serve(self) -> None:
+        assert self._link is not None
+        while not self._closing:
+            arrived = self._link.recv(1.0)
+            if isinstance(arrived, Control):
+                try:
+                    self._handle(protocol.decode_from_server(arrived.body))
+                except ProtocolError as error:
+                    logger.error("%s: the server at %s sent a %s", self._site, self._server, error)
+            elif arrived is not None:
+                self._handle_event(arrived)
+            self._repeat()
+
+    def _repeat(self) -> None:
+        """Say again what has had no answer for a while: a message can be lost when a link is cut.
+
+        While the script works on its task nothing is due, and yet a server that was started again in between
+        must learn that this site is there.
+        """
+        held = self._held
+        interval = protocol.REPEAT_SECONDS if held is None else held.retry_seconds
+        if time.monotonic() - self._sent_at < interval or self.finish is not None:
+            return
+        with self.changed:
+            joined = held is None and self.welcome is not None
+            joined = joined and (self._declare is None or self.accepted is not None)
+            ready, task = self._ready, self.open_task()
+        self._sent_at = time.monotonic()
+        if joined and ready is not None:
+            self.send(ready)
+        elif joined and task is not None:
+            self.send(protocol.Alive())
+        else:
+            self._say_join()
+
+    def _handle(self, message: protocol.FromServer) -> None:
+        if isinstance(message, protocol.Rejoin):
+            self._say_join()
+            return
+        with self.changed:
+            if isinstance(message, protocol.Welcome):
+                self._on_welcome(message)
+            elif isinstance(message, protocol.Accepted):
+                self.accepted = message.layout_hash
+                if self._ready is not None:
+                    self.send(self._ready)
+            elif isinstance(message, protocol.Refused) and message.code == "name-in-use":
+                self._on_name_in_use(message)
+            elif isinstance(message, protocol.Refused):
+                self._error = (
+                    LayoutError(message.message)
+                    if message.code == "layout"
+                    else RefusedError(message.message, message.code)
+                )
+            elif isinstance(message, protocol.Task):
+                self.task = message
+            elif isinstance(message, protocol.Finish):
+                self.finish = message
+            self.changed.notify_all()
+        if isinstance(message, protocol.Commit | protocol.Dropped):
+            self._on_outcome(message)
+
+    def _on_name_in_use(self, refused: protocol.Refused) -> None:
+        """Go on asking: the server may not have noticed yet that this site's last process has died."""
+        error = RefusedError(refused.message, refused.code)
+        if self._held is not None:
+            self._held.error = error
+            self._held.retry_seconds = min(1.5 * self._held.retry_seconds, protocol.REPEAT_SECONDS)
+            return
+        self._held = _Held(error, time.monotonic())
+        logger.warning(
+            "site %s is still held by an earlier connection; waiting for up to %g s",
+            self._site, self._settings.connect_timeout,
+        )  # fmt: skip
+
+    def _on_welcome(self, welcome: protocol.Welcome) -> None:
+        if self.welcome is not None and self.welcome.run_id != welcome.run_id:
+            self._error = RefusedError(
+                f"the server at {self._server} now serves another run ({welcome.run!r}); start this site "
+                "again to take part in it",
+                "other-run",
+            )
+            return
+        self.welcome = welcome
+        self._held = None
+        if self._declare is not None:
+            self.send(self._declare)
+
+    def _on_outcome(self, message: protocol.Commit | protocol.Dropped) -> None:
+        ready = self._ready
+        if isinstance(message, protocol.Dropped):
+            logger.warning("%s: round %d: %s", self._site, message.round, message.message)
+            if ready is not None and ready.round == message.round:
+                self.withdraw()
+            return
+        if ready is not None and ready.round <= message.version:
+            self.withdraw()
+        if message.version:
+            logger.info(
+                "%s: round %d is committed (%d sites%s)%s",
+                self._site, message.version, len(message.participants),
+                "" if message.included else ", without this one",
+                f": {message.message}" if message.message else "",
+            )  # fmt: skip
+
+    def _handle_event(self, event: DataEvent) -> None:
+        with self.changed:
+            if self._download is None or len(event) < 2 or event[1] != self._download[0].id:
+                return
+            if event[0] == "done":
+                self._download = (self._download[0], "done")
+            elif event[0] == "rejected":
+                self._download = (self._download[0], str(event[3]))
+                logger.warning("%s: download stopped: %s", self._site, event[4])
+            self.changed.notify_all()
