@@ -30,6 +30,7 @@ from .tasks import Task, task_class
 
 __all__ = ["main"]
 
+_RUN: Final = "federated"
 _SHOW_SECONDS: Final = 0.5
 
 
@@ -47,7 +48,7 @@ def main(kind: str, seed: int, out: Path, cache: Path | None, rounds: int | None
     started = time.monotonic()
     cache = cache or Path(os.environ.get("FEDCORE_CACHE", Path.home() / ".cache" / "fedcore"))
     out = out.resolve()
-    if (out / "run" / "run.sqlite").exists():
+    if (out / _RUN / "run.sqlite").exists():
         raise FedcoreError(
             f"{out} holds an earlier demo; remove it or choose another folder with --out"
         )
@@ -62,9 +63,9 @@ def main(kind: str, seed: int, out: Path, cache: Path | None, rounds: int | None
         f"{len(task.sites) * task.test_rows} held-out {task.held_out}"
     )
     results = _all_arms(console, worker(out / "data", model), out, task)
-    summary = json.loads((out / "run" / "summary.json").read_text(encoding="utf-8"))
+    summary = json.loads((out / _RUN / "summary.json").read_text(encoding="utf-8"))
     report = make_report(results, summary, task, time.monotonic() - started)
-    report["best_model"] = str(out / "run" / "best")
+    report["best_model"] = str(out / _RUN / "best")
     write_report(report, out / "report.json")
     plot(report, task, out / "report.png")
     show(console, report, task, out)
@@ -85,15 +86,16 @@ def _all_arms(console: Console, command: list[str], out: Path, task: Task) -> di
         console.print(f"  {label}: {value}, {human_seconds(seconds)}")
 
     if task.prepares:
-        console.print("once for all: what the layers that stay as they are make of every text")
-        threads = ["--threads", str(os.cpu_count() or 1)]
-        run_arms(console, command, {"prepare": ["prepare", *threads]}, out)
+        console.print("once for all: what the layers that do not train make of every text")
+        prepare = {site: ["prepare", "--site", site] for site in task.sites}
+        run_arms(console, command, prepare, out / "prepare")
     console.print("baselines: each site alone, and all texts in one place")
     baselines = {name: [name] for name in (*task.sites, "centralised")}
     results = run_arms(console, command, baselines, out, done)
     console.print("federated: a server and three sites")
     _federate(console, command, out, task)
-    best = ["evaluate", "--adapter", str(out / "run" / "best")]
+    console.print("scoring the best model")
+    best = ["evaluate", "--adapter", str(out / _RUN / "best")]
     return results | run_arms(console, command, {"federated": best}, out)
 
 
@@ -102,7 +104,7 @@ def _federate(console: Console, command: list[str], out: Path, task: Task) -> No
     env = ", ".join(f'{name} = "{value}"' for name, value in SITE_ENV.items())
     run_file = out / "run.toml"
     run_file.write_text(
-        f'[run]\nname = "run"\nrounds = {task.rounds}\nseed = {task.seed}\ndir = "."\n'
+        f'[run]\nname = "{_RUN}"\nrounds = {task.rounds}\nseed = {task.seed}\ndir = "."\n'
         f'[participants]\nsites = [{names}]\nround_deadline = "5min"\nidle_timeout = "10s"\n'
         '[selection]\nmetric = "val_loss"\nmode = "min"\n'
         f"[simulate]\nenv = {{ {env} }}\n",

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final, Literal
 
 from .assets import QUESTIONS, SMOLLM, ensure
-from .gguf import convert
+from .conversion import convert
 from .tasks import SPLITS, SiteData, Task, write_sites
 
 

@@ -107,31 +107,34 @@ class CausalLearner(Learner[list[Row]]):
         rows = read_rows(self._data / site / f"{split}.jsonl", Exchange)
         return [tokenise(self._tokenizer, row, self._task) for row in rows]
 
-    def prepare(self, notice: Callable[[int, int], None]) -> None:
-        """Write what the layers below the adapter make of every row."""
-        parts = [(site, split) for site in self._task.sites for split in SPLITS]
-        for number, (site, split) in enumerate(parts, start=1):
-            tokens = [row for row, _ in self._tokens(site, split)]
-            save_file({"states": torch.cat(self._states(tokens))}, self._states_file(site, split))
-            notice(number, len(parts))
+    def prepare(self, site: str, notice: Callable[[int, int], None]) -> None:
+        """Write what the layers below the adapter make of every row of a site."""
+        tokens = {split: [row for row, _ in self._tokens(site, split)] for split in SPLITS}
+        size = self._task.eval_batch_size
+        total = sum(-(-len(rows) // size) for rows in tokens.values())
+        done = 0
+        for split, rows in tokens.items():
+            states = [torch.empty(0)] * len(rows)
+            order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+            for start in range(0, len(order), size):
+                numbers = order[start : start + size]
+                for row, state in zip(
+                    numbers, self._lower([rows[n] for n in numbers]), strict=True
+                ):
+                    states[row] = state
+                done += 1
+                notice(done, total)
+            save_file({"states": torch.cat(states)}, self._states_file(site, split))
 
-    def _states(self, tokens: list[list[int]]) -> list[Tensor]:
-        """What goes into the first layer that trains, for every row."""
-        states: list[Tensor] = [torch.empty(0)] * len(tokens)
-        order = sorted(range(len(tokens)), key=lambda row: len(tokens[row]))
+    def _lower(self, rows: Sequence[list[int]]) -> list[Tensor]:
+        """What goes into the first layer that trains, for every row of a batch."""
+        ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
         decoder = self.base.model
-        lower = _only(decoder, slice(self._first), nn.Identity())
-        with torch.no_grad(), lower:
-            for start in range(0, len(order), self._task.eval_batch_size):
-                numbers = order[start : start + self._task.eval_batch_size]
-                width = max(len(tokens[row]) for row in numbers)
-                ids = torch.zeros(len(numbers), width, dtype=torch.long)
-                for index, row in enumerate(numbers):
-                    ids[index, : len(tokens[row])] = torch.tensor(tokens[row])
-                hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
-                for index, row in enumerate(numbers):
-                    states[row] = hidden[index, : len(tokens[row])].clone()
-        return states
+        with torch.no_grad(), _only(decoder, slice(self._first), nn.Identity()):
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return [hidden[index, : len(row)].clone() for index, row in enumerate(rows)]
 
     def rows(self, sites: Sequence[str], split: str) -> list[Row]:
         """Read one split of some sites, with the states that :meth:`prepare` wrote."""

@@ -56,11 +56,12 @@ class Learner(ABC, Generic[R]):
 
     base: Any
 
-    def prepare(self, notice: Callable[[int, int], None]) -> None:
-        """Do the work that every arm needs, once for all of them; none by default.
+    def prepare(self, site: str, notice: Callable[[int, int], None]) -> None:
+        """Do the work on a site's rows that every arm needs, once for all of them; none by default.
 
         Args:
-            notice: called with the number of parts done so far and of all parts.
+            site: whose rows.
+            notice: called with the number of batches done so far and of all batches.
         """
 
     @abstractmethod

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
 
 from fedcore.view import human_seconds
 
@@ -26,10 +29,34 @@ def _told(out: Path) -> Path:
     return out.with_suffix(".progress")
 
 
-def _left(seconds: float, step: int, total: int) -> str:
-    if step == total:
-        return "scoring"
-    return f"{human_seconds(seconds / step * (total - step))} left"
+class _Elapsed(ProgressColumn):
+    """How long an arm has been running."""
+
+    def render(self, task: Task) -> Text:
+        """Nothing before it starts."""
+        return Text("" if task.elapsed is None else human_seconds(int(task.elapsed)))
+
+
+@dataclass
+class _Line:
+    """An arm's line: its number at rich, the first step that was seen with its time, and the last one."""
+
+    number: TaskID
+    first: int = 0
+    since: float = 0.0
+    last: int = 0
+
+    def left(self, step: int, total: int) -> str:
+        """The time left, by the pace since the first step that was seen: loading is no part of it."""
+        now = time.monotonic()
+        self.last = step
+        if not self.first:
+            self.first, self.since = step, now
+        if step == total:
+            return "ending"
+        if step == self.first:
+            return ""
+        return f"{human_seconds((now - self.since) / (step - self.first) * (total - step))} left"
 
 
 class ArmsView:
@@ -43,14 +70,14 @@ class ArmsView:
             TextColumn("  {task.description}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(),
+            _Elapsed(),
             TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
             refresh_per_second=4,
             disable=not console.is_terminal,
         )
-        self._lines: dict[str, TaskID] = {}
+        self._lines: dict[str, _Line] = {}
 
     def __enter__(self) -> ArmsView:
         self._progress.start()
@@ -66,14 +93,14 @@ class ArmsView:
 
     def expect(self, name: str) -> None:
         """Give an arm that has not started its line."""
-        self._lines[name] = self._progress.add_task(
-            name, start=False, total=None, state="waiting", left=""
-        )
+        number = self._progress.add_task(name, start=False, total=None, state="waiting", left="")
+        self._lines[name] = _Line(number)
 
     def start(self, name: str) -> None:
         """The arm's process has started: its clock runs."""
-        self._progress.start_task(self._lines[name])
-        self._progress.update(self._lines[name], state="loading")
+        number = self._lines[name].number
+        self._progress.start_task(number)
+        self._progress.update(number, state="loading")
 
     def look(self, name: str, out: Path) -> None:
         """Show what the arm that will write ``out`` has told."""
@@ -83,11 +110,16 @@ class ArmsView:
             return
         step, total, loss = told["step"], told["total"], told["loss"]
         line = self._lines[name]
-        seconds = self._progress.tasks[self._progress.task_ids.index(line)].elapsed or 0.0
+        if step == line.last:
+            return
         state = f"step {step} of {total}" + ("" if loss is None else f", loss {loss:.3f}")
-        left = _left(seconds, step, total)
-        self._progress.update(line, total=total, completed=step, state=state, left=left)
+        left = line.left(step, total)
+        self._progress.update(line.number, total=total, completed=step, state=state, left=left)
+
+    def refresh(self) -> None:
+        """Draw now; otherwise it is drawn four times a second."""
+        self._progress.refresh()
 
     def end(self, name: str) -> None:
         """The arm is done: its line goes."""
-        self._progress.remove_task(self._lines.pop(name))
+        self._progress.remove_task(self._lines.pop(name).number)

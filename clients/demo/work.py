@@ -1,8 +1,8 @@
 """The demo's worker processes: one training arm each, or one site of the federated run.
 
 Started as ``python -m fedcore.demo.work ARM --data FOLDER --model FOLDER [--out FILE]``, where ARM is a site's
-name, ``centralised``, ``evaluate`` (with ``--adapter``) or ``prepare``; without an arm it is a site of the run
-that the environment names.
+name, ``centralised``, ``evaluate`` (with ``--adapter``) or ``prepare`` (with ``--site``); without an arm it is a
+site of the run that the environment names.
 """
 
 from __future__ import annotations
@@ -97,17 +97,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--adapter", type=Path)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--site")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     place = Workplace(options.data, options.model)
     if options.arm is None:
         federate(place)
         return
     result: dict[str, Any] = {}
     if options.arm == "prepare":
-        place.learner.prepare(lambda part, parts: tell(options.out, part, parts, None))
+        place.learner.prepare(options.site, lambda done, of: tell(options.out, done, of, None))
     elif options.arm == "evaluate":
         result = judge(place, options.adapter)
     else:

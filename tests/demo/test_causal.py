@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fedcore.demo.causal import SOURCES, CausalTask, Exchange, build_sites
 from fedcore.demo.causal_model import CausalLearner, tokenise
-from fedcore.demo.gguf import convert
+from fedcore.demo.conversion import convert
 from fedcore.demo.learning import take
 from fedcore.demo.tasks import batch_order, read_task, write_sites
 
@@ -99,7 +99,10 @@ def learner(tmp_path: Path, model: Path) -> CausalLearner:
     write_sites(build_sites(sources(tmp_path), TASK), data, TASK)
     assert read_task(data) == TASK
     learner = CausalLearner(TASK, data, model)
-    learner.prepare(lambda part, parts: None)
+    for site in TASK.sites:
+        told: list[tuple[int, int]] = []
+        learner.prepare(site, lambda *n, told=told: told.append(n))
+        assert told == [(n, 7) for n in range(1, 8)]
     return learner
 
 

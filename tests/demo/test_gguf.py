@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcore.demo import gguf
+from fedcore.demo import conversion
 from fedcore.demo.assets import AssetError
-from fedcore.demo.gguf import GgufFile, convert
+from fedcore.demo.conversion import convert
+from fedcore.demo.gguf import GgufFile
 
 from .tiny_gguf import F16, F32, Q4_1, Q8_0, SPECIAL, llama_weights, write_gguf, write_llama
 
@@ -97,7 +98,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_the_next_one_starts_afresh(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(gguf, "_save_tokenizer", full)
+        patch.setattr(conversion, "_save_tokenizer", full)
         with pytest.raises(AssetError, match="no space left"):
             convert(source, target)
     assert not target.exists()
