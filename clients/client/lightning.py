@@ -10,7 +10,9 @@
 
 Each ``fit`` runs for the trainer's own budget (``max_epochs``, ``max_steps``), counted from where the round
 before stopped. Lightning makes new optimisers for each ``fit``; their state and that of the learning-rate
-schedules is carried over in memory, unless ``patch(trainer, keep_optimizer=False)`` asks for fresh ones.
+schedules is carried over in memory, unless ``patch(trainer, keep_optimizer=False)`` asks for fresh ones. While
+they are made, ``trainer.max_epochs``, ``trainer.max_steps`` and ``trainer.estimated_stepping_batches`` are those
+of the whole run, so that a schedule laid out with them spans all rounds; for fresh ones, those of one round.
 Sanity checks and validation inside ``fit`` never score the global model.
 """
 
@@ -31,7 +33,8 @@ def patch(trainer: Any, *, keep_optimizer: bool = True) -> None:
 
     Args:
         trainer: validates and fits as before; what it validates and fits *from* is the global model.
-        keep_optimizer: carry the state of optimisers and schedules over from round to round.
+        keep_optimizer: carry the state of optimisers and schedules over from round to round, and lay schedules
+            out over all rounds.
 
     Raises:
         ClosedError: another trainer of this process is patched already, or the trainer uses several processes.
@@ -97,7 +100,8 @@ class _Patch:
             if task.kind == "evaluate":
                 self._site.end()
                 return
-            self._extend()
+            self._set_budget(task.rounds if self._keep else 1)
+            self._trainer.should_stop = False
             self.examples = 0
             self._fit(module, *args, **kwargs)
             if getattr(self._trainer, "interrupted", False):
@@ -112,14 +116,17 @@ class _Patch:
             )
         return module
 
-    def _extend(self) -> None:
-        """Give the trainer its budget once more, counted from where it stands."""
+    def _set_budget(self, rounds: int, epochs: int = 0, steps: int = 0) -> None:
+        """Let the loops run for so many times the trainer's own budget, from ``epochs`` and ``steps`` on."""
         loop = self._trainer.fit_loop
         if self._epochs is not None and self._epochs >= 0:
-            loop.max_epochs = self._trainer.current_epoch + self._epochs
+            loop.max_epochs = epochs + rounds * self._epochs
         if self._steps >= 0:
-            loop.epoch_loop.max_steps = self._trainer.global_step + self._steps
-        self._trainer.should_stop = False
+            loop.epoch_loop.max_steps = steps + rounds * self._steps
+
+    def limit(self) -> None:
+        """End the training with this round, now that the optimisers and schedules are made."""
+        self._set_budget(1, self._trainer.current_epoch, self._trainer.global_step)
 
     def restore(self) -> None:
         """Put the state of the last round's optimisers and schedules into the new ones."""
@@ -143,7 +150,7 @@ def _make_callback(base: Any, patch_: _Patch) -> Any:
     """Return a callback of the trainer's own package that counts examples and carries states."""
 
     class FedcoreCallback(base):  # type: ignore[misc]
-        """Counts the examples of a round and carries the optimisers' state."""
+        """Counts the examples of a round, ends it, and carries the optimisers' state."""
 
         def on_validation_batch_end(self, *args: Any, **_: Any) -> None:
             """Count, while the global model is scored."""
@@ -153,6 +160,10 @@ def _make_callback(base: Any, patch_: _Patch) -> Any:
         def on_train_batch_end(self, *args: Any, **_: Any) -> None:
             """Count."""
             patch_.examples += batch_size(args[3])
+
+        def on_fit_start(self, *_: Any) -> None:
+            """Limit: after the optimisers are made, and before the loop looks whether it is done."""
+            patch_.limit()
 
         def on_train_start(self, *_: Any) -> None:
             """Restore."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +13,10 @@ from safetensors.torch import load_file
 
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
-from fedcore.client.torch import forget_site
-from fedcore.config import parse_run
 from fedcore.errors import ClosedError, ConfigError, LayoutError
-from fedcore.server.service import RunResult, Server
+from fedcore.server.service import RunResult
 
 ROUNDS = 3
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Future[RunResult]]:
-    """A server for one site, and this process as that site."""
-    config = parse_run(
-        {
-            "run": {"name": "t", "rounds": ROUNDS},
-            "participants": {"sites": ["a"], "round_deadline": "60s", "idle_timeout": "30s"},
-            "selection": {"metric": "val_loss", "mode": "min"},
-            "server": {"listen": "tcp://127.0.0.1:0"},
-        },
-        folder=tmp_path,
-    )
-    server = Server(config)
-    monkeypatch.setenv("FEDCORE_SERVER", server.endpoint)
-    monkeypatch.setenv("FEDCORE_SITE", "a")
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(server.run)
-        try:
-            yield result
-        finally:
-            forget_site()
-            server.stop()
 
 
 def lightning_module(package: Any) -> Any:
