@@ -80,6 +80,8 @@ class Session:
         self._layout: Layout | None = None
         self._model: GlobalModel | None = None
         self._offered: tuple[str, int] | None = None
+        self._at_hand = (0, 0)
+        self._over = False
         self._scored: int | None = None
 
     # --- what a script calls -----------------------------------------------------------------------
@@ -94,6 +96,11 @@ class Session:
         """Random id of the run, once joined."""
         return self._connection.welcome.run_id if self._connection.welcome else ""
 
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended and `is_running` has said so."""
+        return self._over
+
     def is_running(self) -> bool:
         """Wait for the next task; False when the run is over.
 
@@ -107,6 +114,8 @@ class Session:
                 connect timeout.
             ClosedError: the last task was not finished, so the next one can't begin.
         """
+        if self._over:
+            return False
         self._join()
         if self._model is not None:
             if self._model.kind == "train":
@@ -119,9 +128,13 @@ class Session:
             for _ in self._connection.waiting("the next task"):
                 if self._connection.finish is not None:
                     break
-                if self._connection.open_task() is not None or self._expects_model():
+                task = self._connection.open_task()
+                if task is not None or self._expects_model():
                     self._check_progress()
+                    # A run without a model yet stands before its first round.
+                    self._at_hand = (task.round or 1, task.version) if task else (1, 0)
                     return True
+        self._over = True
         self._report_end()
         self.close()
         return False
@@ -162,6 +175,7 @@ class Session:
                 specs=table(layout),
                 tensors={name: view.toreadonly() for name, view in file.views().items()},
             )
+            self._at_hand = (task.round, task.version)
             return self._model
 
     @property
@@ -261,15 +275,18 @@ class Session:
             self._connection.send(protocol.Problem(message=text[:4096]))
 
     def system_info(self) -> dict[str, str | int]:
-        """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``."""
-        task = self._connection.task
+        """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``.
+
+        ``round`` and ``version`` are those of the task at hand, or of the last one; 0 before the first.
+        """
+        round_, version = self._at_hand
         return {
             "run": self.run,
             "site": self.site,
             "server": self.server,
-            "round": task.round if task else 0,
+            "round": round_,
             "rounds": self._connection.welcome.rounds if self._connection.welcome else 0,
-            "version": task.version if task else 0,
+            "version": version,
         }
 
     def close(self) -> None:
