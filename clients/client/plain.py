@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from fedcore.errors import ClosedError, LayoutError
+from fedcore.errors import ClosedError, LayoutError, WeightError
 from fedcore.layout import TensorSpec, compare_layouts
 
 from .session import GlobalModel, get_session, reset_session
@@ -85,6 +87,7 @@ def _dtype(name: str, value: Any) -> str:
 
 _model: Any = None
 _arrays: _Arrays | None = None
+_sent = False
 
 
 def init(model: Any = None) -> None:
@@ -106,7 +109,10 @@ def init(model: Any = None) -> None:
 
 def is_running() -> bool:
     """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
-    return get_session().is_running()
+    global _sent  # noqa: PLW0603 - one session per process is the contract
+    running = get_session().is_running()
+    _sent = False
+    return running
 
 
 def receive() -> dict[str, Any]:
@@ -152,6 +158,13 @@ def _to_numpy(view: memoryview, spec: TensorSpec) -> Any:
 
 def _begin() -> GlobalModel:
     session = get_session()
+    if session.over:
+        raise ClosedError("the run is over: fl.is_running() returned False, and there is no task")
+    if _sent:
+        raise ClosedError(
+            "this pass's update was sent already: each pass of `while fl.is_running()` sends once, and "
+            "fl.is_running() waits for the next task"
+        )
     source = _model if _model is not None else _arrays
     if source is not None:
         return session.begin(source.specs, {} if session.bound else source.files, source.read)
@@ -181,7 +194,8 @@ def send(
     Args:
         params: name -> array of every tensor that travels; more names (a whole ``state_dict``) are ignored. After
             ``init(module)`` it may be left out: the module's own values are sent.
-        weight: number of training examples seen this round, 1 to 2**24 - 1.
+        weight: number of training examples seen this round, an integer (of NumPy or torch as well) from 1 to
+            2**24 - 1.
         metrics: validation metrics of the *global* model, as received; the server selects on them.
         examples: number of validation examples behind ``metrics``; ``weight`` if left out.
         train_metrics: shown at the server.
@@ -191,16 +205,32 @@ def send(
     Raises:
         LayoutError: a tensor is missing, or has another dtype or shape than the global model's.
         WeightError: the weight is no such integer.
+        ClosedError: this pass of the loop has sent already, or the run is over.
     """
+    global _sent  # noqa: PLW0603
     session = get_session()
     task = _begin()
     read = None if task.kind == "evaluate" else _reader(params, task)
+    if read is not None:
+        weight = _integer(weight)
     if metrics:
         session.score(metrics, examples if examples is not None else weight)
     if read is None:
         session.end_task()
     else:
         session.submit(read, weight, train_metrics)
+    _sent = True
+
+
+def _integer(weight: Any) -> int:
+    """Return an integer of any kind (Python's, NumPy's, torch's) as Python's."""
+    if str(getattr(weight, "dtype", type(weight).__name__)).rpartition(".")[2] != "bool":
+        with contextlib.suppress(TypeError):
+            return operator.index(weight)
+    raise WeightError(
+        f"weight {weight!r}: expected the number of training examples as an integer; int(...) makes one of a "
+        "float"
+    )
 
 
 def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
@@ -241,6 +271,7 @@ def system_info() -> dict[str, str | int]:
 
 def shutdown() -> None:
     """Leave the run; the next `init` starts over."""
-    global _model, _arrays  # noqa: PLW0603
+    global _model, _arrays, _sent  # noqa: PLW0603
     _model = _arrays = None
+    _sent = False
     reset_session()

@@ -1,0 +1,108 @@
+"""The plain loop in a real run with one site: what each call does at its time, and at the wrong one."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedcore.client as fl
+from fedcore.errors import ClosedError, WeightError
+from fedcore.server.service import RunResult
+
+ROUNDS = 3
+
+
+def values() -> dict[str, np.ndarray]:
+    return {"w": np.arange(4, dtype=np.float32)}
+
+
+def go_through() -> None:
+    while fl.is_running():
+        fl.send(fl.receive(), weight=1)
+
+
+def test_the_round_at_hand_is_shown_in_each_pass(run: Future[RunResult]) -> None:
+    fl.init(values())
+    assert fl.system_info()["round"] == 0
+    seen = []
+    while fl.is_running():
+        before = fl.system_info()
+        params = fl.receive()
+        after = fl.system_info()
+        fl.send(params, weight=1)
+        assert before == after == fl.system_info()
+        seen.append((after["round"], after["version"]))
+    assert seen == [(1, 0), (2, 1), (3, 2), (3, 3)]
+    assert fl.system_info()["round"] == ROUNDS
+
+
+def test_a_run_that_is_over_stays_over(run: Future[RunResult]) -> None:
+    fl.init(values())
+    go_through()
+    assert run.result(30).ok
+    assert not fl.is_running()
+    with pytest.raises(ClosedError, match="the run is over"):
+        fl.receive()
+    with pytest.raises(ClosedError, match="the run is over"):
+        fl.send(values(), weight=1)
+    assert not fl.is_running()
+
+
+def test_a_pass_sends_once(run: Future[RunResult]) -> None:
+    fl.init(values())
+    assert fl.is_running()
+    fl.send(fl.receive(), weight=1)
+    for call in (fl.receive, fl.is_train, fl.is_evaluate, lambda: fl.send(values(), weight=1)):
+        with pytest.raises(ClosedError, match=r"sent already.*fl\.is_running\(\)"):
+            call()
+    rounds = 1
+    while fl.is_running():
+        evaluating = fl.is_evaluate()
+        fl.send(fl.receive(), weight=1)
+        with pytest.raises(ClosedError, match="sent already"):
+            fl.send(values(), weight=1)
+        rounds += not evaluating
+    assert rounds == ROUNDS
+    assert run.result(30).ok
+
+
+def test_a_send_that_was_refused_may_be_repeated(run: Future[RunResult]) -> None:
+    fl.init(values())
+    assert fl.is_running()
+    with pytest.raises(WeightError):
+        fl.send(fl.receive(), weight=0)
+    fl.send(fl.receive(), weight=1)
+    go_through()
+    assert run.result(30).ok
+
+
+@pytest.mark.parametrize("weight", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=repr)
+def test_any_integer_is_a_weight(weight: Any, run: Future[RunResult]) -> None:
+    fl.init(values())
+    while fl.is_running():
+        fl.send(fl.receive(), weight=weight)
+    assert run.result(30).ok
+
+
+@pytest.mark.parametrize(
+    "weight", [3.0, 2.5, np.float32(3), torch.tensor(3.0), "3", None], ids=repr
+)
+def test_a_weight_that_is_no_integer_is_refused_with_advice(
+    weight: Any, run: Future[RunResult]
+) -> None:
+    fl.init(values())
+    assert fl.is_running()
+    with pytest.raises(WeightError, match=r"int\(\.\.\.\)"):
+        fl.send(fl.receive(), weight=weight)
+
+
+@pytest.mark.parametrize("weight", [True, np.True_, torch.tensor(True)], ids=repr)
+def test_a_truth_value_is_no_weight(weight: Any, run: Future[RunResult]) -> None:
+    fl.init(values())
+    assert fl.is_running()
+    with pytest.raises(WeightError, match="number of training examples"):
+        fl.send(fl.receive(), weight=weight)
