@@ -10,7 +10,8 @@
 
 Each ``train()`` runs for the trainer's own budget (``max_steps`` or ``num_train_epochs``) and sees the data in
 another order than the round before. The optimiser and its state live on from round to round, in memory; the
-learning-rate schedule spans all rounds, or with ``lr_schedule="per_round"`` starts anew in each.
+learning-rate schedule spans all rounds, or with ``lr_schedule="per_round"`` starts anew in each. Once the run is
+over, the trainer works as if it had not been patched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from typing import Any, Literal
 from fedcore.errors import ClosedError, ConfigError
 
 from .session import get_session
-from .torch import TorchSite, batch_size, current_site, is_running, log, numbers, system_info
+from .torch import (
+    TorchSite,
+    batch_size,
+    check_trainer,
+    current_site,
+    is_running,
+    log,
+    numbers,
+    system_info,
+)
 
 __all__ = ["is_running", "log", "patch", "system_info"]
 
@@ -37,9 +47,10 @@ def patch(trainer: Any, *, lr_schedule: Literal["all_rounds", "per_round"] = "al
 
     Raises:
         ClosedError: another trainer of this process is patched already.
-        ConfigError: ``load_best_model_at_end`` is set (after training it would put another model in the
-            update's place), or the name of the schedule is unknown.
+        ConfigError: this is no ``transformers.Trainer``, ``load_best_model_at_end`` is set (after training it
+            would put another model in the update's place), or the name of the schedule is unknown.
     """
+    check_trainer(trainer, __name__)
     if lr_schedule not in ("all_rounds", "per_round"):
         raise ConfigError(f"lr_schedule={lr_schedule!r}: expected 'all_rounds' or 'per_round'")
     if trainer.args.load_best_model_at_end:
@@ -63,6 +74,7 @@ class _Patch:
         self._training = False
         self._examples = 0
         self._schedule: Any = None
+        self._created = False
         self._train, self._evaluate = trainer.train, trainer.evaluate
         self._step, self._scheduler = trainer.training_step, trainer.create_scheduler
         trainer.train = self.train
@@ -72,7 +84,7 @@ class _Patch:
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Score the global model; inside `train` and after it, evaluate the local one as ever."""
-        if self._training:
+        if self._training or self._site.over:
             return self._evaluate(*args, **kwargs)
         with self._site.reporting():
             task = self._site.receive(self._trainer.model)
@@ -92,6 +104,9 @@ class _Patch:
         """Train from the global model and send the update; in an evaluation task, end that."""
         from transformers.trainer_utils import TrainOutput
 
+        if self._site.over:
+            self._trainer.accelerator.dataloader_config.data_seed = self._trainer.args.data_seed
+            return self._train(*args, **kwargs)
         with self._site.reporting():
             task = self._site.receive(self._trainer.model)
             if task is None:
@@ -120,13 +135,17 @@ class _Patch:
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """Lay the schedule out over all rounds, and go on with it in later ones."""
-        if not self._spans:
+        if not self._spans or self._site.over:
             return self._scheduler(num_training_steps, *args, **kwargs)
         if self._schedule is not None:
             self._trainer.lr_scheduler = self._schedule
+            # The trainer drops a schedule of its own making when it trains again; after the run it must.
+            self._trainer._created_lr_scheduler = self._created
             return self._schedule
         rounds = int(get_session().system_info()["rounds"])
-        return self._scheduler(num_training_steps * rounds, *args, **kwargs)
+        schedule = self._scheduler(num_training_steps * rounds, *args, **kwargs)
+        self._created = self._trainer._created_lr_scheduler
+        return schedule
 
     def _reseed(self, round_: int) -> None:
         """Give the shuffling sampler another seed per round: it would repeat the first round's order."""

@@ -13,7 +13,8 @@ before stopped. Lightning makes new optimisers for each ``fit``; their state and
 schedules is carried over in memory, unless ``patch(trainer, keep_optimizer=False)`` asks for fresh ones. While
 they are made, ``trainer.max_epochs``, ``trainer.max_steps`` and ``trainer.estimated_stepping_batches`` are those
 of the whole run, so that a schedule laid out with them spans all rounds; for fresh ones, those of one round.
-Sanity checks and validation inside ``fit`` never score the global model.
+Sanity checks and validation inside ``fit`` never score the global model. Once the run is over, the trainer
+works as if it had not been patched.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from typing import Any
 
 from fedcore.errors import ClosedError, ConfigError
 
-from .torch import TorchSite, batch_size, current_site, is_running, log, numbers, system_info
+from .torch import (
+    TorchSite,
+    batch_size,
+    check_trainer,
+    current_site,
+    is_running,
+    log,
+    numbers,
+    system_info,
+)
 
 __all__ = ["is_running", "log", "patch", "system_info"]
 
@@ -40,13 +50,7 @@ def patch(trainer: Any, *, keep_optimizer: bool = True) -> None:
         ClosedError: another trainer of this process is patched already, or the trainer uses several processes.
         ConfigError: this is no Lightning trainer.
     """
-    package = type(trainer).__module__.partition(".")[0]
-    for cls in type(trainer).__mro__:
-        root = cls.__module__.partition(".")[0]
-        if root in ("lightning", "pytorch_lightning"):
-            package = root
-    if package not in ("lightning", "pytorch_lightning"):
-        raise ConfigError(f"{type(trainer).__name__} is not a Lightning Trainer")
+    package = check_trainer(trainer, __name__)
     if trainer.world_size > 1:
         raise ClosedError(
             f"the trainer uses {trainer.world_size} processes, which is not supported yet; set devices=1"
@@ -77,6 +81,8 @@ class _Patch:
 
     def validate(self, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Score the global model; after `fit`, validate the local one as ever."""
+        if self._site.over:
+            return self._validate(model, *args, **kwargs)
         with self._site.reporting():
             task = self._site.receive(self._module(model))
             self.scoring, self.examples = True, 0
@@ -90,6 +96,9 @@ class _Patch:
 
     def fit(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         """Train from the global model and send the update; in an evaluation task, end that."""
+        if self._site.over:
+            self._fit(model, *args, **kwargs)
+            return
         with self._site.reporting():
             module = self._module(model)
             task = self._site.receive(module)
@@ -126,11 +135,13 @@ class _Patch:
 
     def limit(self) -> None:
         """End the training with this round, now that the optimisers and schedules are made."""
+        if self._site.over:
+            return
         self._set_budget(1, self._trainer.current_epoch, self._trainer.global_step)
 
     def restore(self) -> None:
         """Put the state of the last round's optimisers and schedules into the new ones."""
-        if not self._keep or self._states is None:
+        if not self._keep or self._states is None or self._site.over:
             return
         optimizers, schedulers = self._states
         for optimizer, state in zip(self._trainer.optimizers, optimizers, strict=True):

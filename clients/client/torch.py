@@ -6,12 +6,12 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
 from fedcore import protocol
-from fedcore.errors import ClosedError
+from fedcore.errors import ClosedError, ConfigError
 
 from .parameters import ModelParameters
 from .session import GlobalModel, Session, get_session, reset_session
@@ -19,6 +19,7 @@ from .session import GlobalModel, Session, get_session, reset_session
 __all__ = [
     "TorchSite",
     "batch_size",
+    "check_trainer",
     "current_site",
     "forget_site",
     "is_running",
@@ -39,6 +40,11 @@ class TorchSite:
         self._loaded: GlobalModel | None = None
         self._ended = False
         self.owner: object = None
+
+    @property
+    def over(self) -> bool:
+        """Whether the run is over, so that a trainer works on its own again."""
+        return self._session.over
 
     def is_running(self) -> bool:
         """Wait for the next task; False when the run is over."""
@@ -134,6 +140,43 @@ def forget_site() -> None:
     global _site  # noqa: PLW0603
     _site = None
     reset_session()
+
+
+_ADAPTERS: Final = {
+    "lightning": "fedcore.client.lightning",
+    "pytorch_lightning": "fedcore.client.lightning",
+    "transformers": "fedcore.client.hf",
+}
+
+
+def check_trainer(given: object, adapter: str) -> str:
+    """Return the package, such as ``pytorch_lightning``, whose ``Trainer`` this is.
+
+    Args:
+        given: what a script passed to ``patch``.
+        adapter: the module whose ``patch`` that was.
+
+    Raises:
+        ConfigError: it is no trainer of this adapter; the text says what it is and which module to import.
+    """
+    packages = [
+        root
+        for cls in type(given).__mro__
+        if cls.__name__ == "Trainer" and (root := cls.__module__.partition(".")[0]) in _ADAPTERS
+    ]
+    if packages and _ADAPTERS[packages[-1]] == adapter:
+        return packages[-1]
+    found = type(given)
+    what = f"{found.__module__}.{found.__qualname__}"
+    if isinstance(given, type):
+        what, advice = f"{given.__module__}.{given.__qualname__}, a class", "pass an instance"
+    elif packages:
+        advice = f"for such a trainer, import {_ADAPTERS[packages[-1]]} as fl"
+    elif isinstance(given, nn.Module):
+        advice = "pass the Trainer, not the model that it trains"
+    else:
+        advice = "pass a Trainer, or import fedcore.client as fl for a loop of your own"
+    raise ConfigError(f"{adapter}.patch() was given {what}: {advice}")
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -172,3 +172,65 @@ def test_training_twice_in_one_round_is_refused(run: Future[RunResult], tmp_path
     trainer.train()
     with pytest.raises(ClosedError, match="twice in one round"):
         trainer.train()
+
+
+def test_after_the_run_a_lightning_trainer_is_as_unpatched(run: Future[RunResult]) -> None:
+    package = importlib.import_module("lightning.pytorch")
+    model, trainer = lightning_module(package), make_trainer(package, max_epochs=2)
+    fl_lightning.patch(trainer)
+    while fl_lightning.is_running():
+        trainer.validate(model, loader(), verbose=False)
+        trainer.fit(model, loader())
+    assert run.result(30).ok
+    assert not fl_lightning.is_running()
+    final = {key: value.clone() for key, value in model.state_dict().items()}
+    before = trainer.validate(model, loader(), verbose=False)[0]["val_loss"]
+    steps = len(model.rates)
+    trainer.fit(model, loader())
+    assert len(model.rates) == steps, "its budget is spent"
+    for key, value in model.state_dict().items():
+        assert torch.equal(final[key], value), key
+    trainer.fit_loop.max_epochs += 2
+    trainer.fit(model, loader())
+    assert model.rates[steps:] == [1e-2] * 5 + [5e-3] * 5, "with new optimisers, as ever"
+    assert trainer.validate(model, loader(), verbose=False)[0]["val_loss"] < before
+    assert not fl_lightning.is_running()
+
+
+def test_after_the_run_a_trainer_is_as_unpatched(run: Future[RunResult], tmp_path: Path) -> None:
+    trainer = hf_trainer(tmp_path, 5, logging_steps=1)
+    fl_hf.patch(trainer)
+    while fl_hf.is_running():
+        trainer.evaluate()
+        trainer.train()
+    assert run.result(30).ok
+    assert not fl_hf.is_running()
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert rates == pytest.approx([0.1, 0.08, 0.06, 0.04, 0.02]), "a schedule of its own, as ever"
+    assert trainer.evaluate()["eval_loss"] < before
+    assert not fl_hf.is_running()
+
+
+def test_what_is_no_trainer_is_refused_with_the_module_to_import(
+    run: Future[RunResult], tmp_path: Path
+) -> None:
+    package = importlib.import_module("pytorch_lightning")
+    lightning_trainer = make_trainer(package, max_epochs=1)
+    with pytest.raises(ConfigError, match=r"pytorch_lightning.*import fedcore\.client\.lightning"):
+        fl_hf.patch(lightning_trainer)
+    with pytest.raises(ConfigError, match=r"import fedcore\.client\.hf as fl"):
+        fl_lightning.patch(hf_trainer(tmp_path, 1))
+    module = lightning_module(package)
+    for patch in (fl_lightning.patch, fl_hf.patch):
+        with pytest.raises(ConfigError, match=r"Model.*pass the Trainer"):
+            patch(module)
+        with pytest.raises(ConfigError, match=r"Trainer, a class.*pass an instance"):
+            patch(package.Trainer)
+        with pytest.raises(ConfigError, match=r"dict.*import fedcore\.client as fl"):
+            patch({})
+        with pytest.raises(ConfigError, match="NoneType"):
+            patch(None)
+    fl_lightning.patch(lightning_trainer)
