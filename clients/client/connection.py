@@ -26,12 +26,14 @@ from fedcore.errors import (
     TransferTimeout,
 )
 from fedcore.layout import ModelFile
-from fedcore.transport import Control, DataEvent, SiteLink
+from fedcore.transport import HEARTBEAT_MS, Control, DataEvent, SiteLink
 
+from .progress import Bar
 from .settings import SiteSettings
 
 __all__ = ["Connection"]
 
+_CHECK_SECONDS: Final = 0.5
 _NOTICE_SECONDS: Final = 10.0
 _HELD_SECONDS: Final = 1.0
 
@@ -76,6 +78,7 @@ class Connection:
         self._ended: tuple[str, int] | None = None
         self._declare: protocol.Declare | None = None
         self._ready: protocol.Ready | None = None
+        self._upload = (0, 0, 0.0)
         self._download: tuple[Collector, str] | None = None
 
     # --- coming, waiting, going ---
@@ -122,7 +125,14 @@ class Connection:
                         "port open? (FEDCORE_CONNECT_TIMEOUT changes how long to wait)"
                     )
 
-    def waiting(self, what: str, *, connecting: bool = False) -> Iterator[None]:
+    @property
+    def rounds(self) -> int:
+        """How many rounds the run has, once joined."""
+        return self.welcome.rounds if self.welcome else 0
+
+    def waiting(
+        self, what: str, *, connecting: bool = False, bar: Bar | None = None
+    ) -> Iterator[None]:
         """Yield until the caller has what it waits for, sleeping on ``changed`` in between.
 
         Raises what the server refused with, and TransferTimeout when it is silent for longer than the idle
@@ -135,7 +145,9 @@ class Connection:
             if self._closing:
                 raise ClosedError("the session is closed")
             yield
-            self.changed.wait(0.5)
+            self.changed.wait(_CHECK_SECONDS if bar is None else bar.interval)
+            if bar is not None:
+                bar.tick()
             now = time.monotonic()
             assert self._link is not None
             held = self._held
@@ -192,6 +204,7 @@ class Connection:
         )
         with self.changed:
             self._ready = ready
+            self._upload = (self._bytes_out(), layout.total_bytes, time.monotonic())
         self.send(ready)
 
     def withdraw(self) -> None:
@@ -200,6 +213,19 @@ class Connection:
             ready, self._ready = self._ready, None
         if ready is not None and self._link is not None:
             self._link.exchange.withdraw(bytes.fromhex(ready.set_id))
+
+    def upload(self) -> tuple[int, int] | None:
+        """Return about how many bytes of the published update were sent, and how many it has."""
+        if self._ready is None:
+            return None
+        before, total, since = self._upload
+        beats = int((time.monotonic() - since) * 1000 / HEARTBEAT_MS) + 2
+        sent = self._bytes_out() - before - beats * protocol.HEADER_BYTES
+        return max(0, min(sent, total)), total
+
+    def _bytes_out(self) -> int:
+        assert self._link is not None
+        return int(self._link.exchange.stats()["bytes_out"])
 
     # --- tasks and downloads ---
 
@@ -338,8 +364,8 @@ class Connection:
             self.withdraw()
         if message.version:
             logger.info(
-                "%s: round %d is committed (%d sites%s)%s",
-                self._site, message.version, len(message.participants),
+                "%s: round %d of %d is committed (%d sites%s)%s",
+                self._site, message.version, self.rounds, len(message.participants),
                 "" if message.included else ", without this one",
                 f": {message.message}" if message.message else "",
             )  # fmt: skip

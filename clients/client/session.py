@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -37,6 +37,7 @@ from fedcore.layout import (
 )
 
 from .connection import Connection
+from .progress import Bar, State, TerminalHandler
 from .settings import SiteSettings
 
 __all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
@@ -124,8 +125,8 @@ class Session:
                     "it (trainer.fit(...), trainer.train() or fl.send(...)) inside the loop"
                 )
             self.end_task()
-        with self._connection.changed:
-            for _ in self._connection.waiting("the next task"):
+        with self._watched("the next task", self._standing) as turns:
+            for _ in turns:
                 if self._connection.finish is not None:
                     break
                 task = self._connection.open_task()
@@ -285,7 +286,7 @@ class Session:
             "site": self.site,
             "server": self.server,
             "round": round_,
-            "rounds": self._connection.welcome.rounds if self._connection.welcome else 0,
+            "rounds": self._connection.rounds,
             "version": version,
         }
 
@@ -323,8 +324,8 @@ class Session:
         self._offered = offer
 
     def _next_task(self) -> protocol.Task:
-        with self._connection.changed:
-            for _ in self._connection.waiting("the next task"):
+        with self._watched("the next task", self._standing) as turns:
+            for _ in turns:
                 if self._connection.finish is not None:
                     raise ClosedError(
                         f"the run is over: {self._connection.finish.message or 'finished'}"
@@ -427,10 +428,15 @@ class Session:
             layout, [source], file.file, file.data_offset, None, _WINDOW_BYTES, check_finite=False
         )
         connection = self._connection
+
+        def pulled() -> State:
+            done = min(collector.bytes_received, layout.total_bytes)
+            return State(f"global model {task.version}", done, layout.total_bytes, in_bytes=True)
+
         connection.start(collector)
         try:
-            with connection.changed:
-                for _ in connection.waiting(f"model {task.version}"):
+            with self._watched(f"model {task.version}", pulled) as turns:
+                for _ in turns:
                     outcome = connection.outcome()
                     if outcome == "done":
                         return file
@@ -444,6 +450,29 @@ class Session:
         finally:
             connection.stop()
         return None
+
+    @contextlib.contextmanager
+    def _watched(self, what: str, state: Callable[[], State | None]) -> Iterator[Iterator[None]]:
+        """Hold the connection's lock, give the turns of a wait, and show on a terminal how far it is."""
+        with Bar(self.site, state) as bar, self._connection.changed:
+            yield self._connection.waiting(what, bar=bar)
+
+    def _standing(self) -> State | None:
+        """Return what this site waits for between two tasks: the others, or its upload while it is pulled."""
+        if self._connection.open_task() is not None:
+            return None
+        task, rounds = self._connection.task, self._connection.rounds
+        upload = self._connection.upload()
+        if upload is not None and 0 < upload[0] < upload[1]:
+            what = f"update of round {task.round}" if task and task.round else "initial model"
+            return State(what, *upload, in_bytes=True)
+        if task is None or not task.round:
+            return State("waiting for the first round", 0, rounds, in_bytes=False)
+        if task.kind == "evaluate":
+            what, done = "last model scored", rounds
+        else:
+            what, done = f"round {task.round} of {rounds}", task.round - 1
+        return State(f"{what}, waiting for the other sites", done, rounds, in_bytes=False)
 
     def _superseded(self, task: protocol.Task) -> bool:
         return self._connection.task is not None and self._connection.task.set_id != task.set_id
@@ -486,7 +515,7 @@ def reset_session() -> None:
 def _show_log() -> None:
     """Give the client's messages a handler on stderr unless the application configured logging."""
     if not logger.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
+        handler = TerminalHandler()
         handler.setFormatter(logging.Formatter("fedcore %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
