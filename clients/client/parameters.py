@@ -3,7 +3,8 @@
 The rules:
 
 - A PEFT model sends its active adapter, under the names of PEFT's own file format, so that what comes out of a run
-  opens with ``PeftModel.from_pretrained``. The frozen base never leaves the disk.
+  opens with ``PeftModel.from_pretrained``. The frozen base never leaves the disk. Parameters outside the adapter
+  that are trained all the same are refused, since each site would keep its own.
 - A model that is trained whole sends its ``state_dict``, persistent buffers included. Tied tensors travel
   once, under their first name.
 - A partly frozen model sends its trainable parameters, and the persistent buffers of modules that own one.
@@ -82,8 +83,8 @@ class ModelParameters:
         specs: name, dtype and shape of each.
 
     Raises:
-        LayoutError: the model has nothing to train, or holds tensors on the meta device, sharded ones, or ones
-            of a dtype that can't be averaged.
+        LayoutError: the model has nothing to train, trains parameters beside its PEFT adapter, or holds tensors on
+            the meta device, sharded ones, or ones of a dtype that can't be averaged.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -100,6 +101,8 @@ class ModelParameters:
             self._tensors = _own_tensors(root)
         for name, tensor in self._tensors.items():
             _check(name, tensor)
+        if _is_peft(root):
+            _refuse_extras(root, self._tensors)
         self.specs: list[TensorSpec] = [
             (name, dtype_name(name, tensor), list(tensor.shape))
             for name, tensor in self._tensors.items()
@@ -138,7 +141,7 @@ class ModelParameters:
                 from peft import set_peft_model_state_dict
 
                 state = {s[0]: from_view(tensors[s[0]], s).clone() for s in self.specs}
-                set_peft_model_state_dict(self._root, state)
+                set_peft_model_state_dict(self._root, state, _adapter(self._root))
                 return
             for spec in self.specs:
                 self._tensors[spec[0]].copy_(from_view(tensors[spec[0]], spec))
@@ -179,8 +182,41 @@ def _find_root(model: nn.Module) -> nn.Module:
 def _peft_tensors(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    found: dict[str, torch.Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, adapter_name=_adapter(model), save_embedding_layers=False
+    )
     return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _adapter(model: Any) -> str:
+    """Return the name of the active adapter."""
+    active = model.active_adapter
+    return str(active if isinstance(active, str) else active[0])
+
+
+def _refuse_extras(model: Any, sent: Mapping[str, torch.Tensor]) -> None:
+    """Raise if a parameter is trained that neither travels nor makes up what does.
+
+    A prompt encoder's parameters carry the adapter's name, but what travels is computed from them.
+    """
+    adapter = _adapter(model)
+    starts = {tensor.data_ptr() for tensor in sent.values()}
+    extras = [
+        name.removeprefix("base_model.model.")
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.numel() and p.data_ptr() not in starts
+        if adapter not in name.split(".")
+    ]
+    if not extras:
+        return
+    paths = [name.split(".") for name in extras]
+    modules = sorted({path[-2] for path in paths if len(path) > 1 and "base_layer" not in path})
+    shown = ", ".join(extras[:8]) + (f" and {len(extras) - 8} more" if len(extras) > 8 else "")
+    raise LayoutError(
+        f"trained beside the adapter {adapter!r}, and so kept by each site for itself: {shown}; let their modules "
+        f"travel with modules_to_save={modules[:8] or ['...']} in the adapter's config, or freeze them with "
+        "requires_grad_(False)"
+    )
 
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -219,7 +255,7 @@ def _check(name: str, tensor: torch.Tensor) -> None:
 
 
 def _adapter_config(model: Any) -> str:
-    config = model.peft_config[model.active_adapter]
+    config = model.peft_config[_adapter(model)]
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         values = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,109 @@
+"""What travels of a model with an adapter: all that is trained, or a refusal that names the rest."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from fedcore.client.parameters import ModelParameters
+from fedcore.errors import LayoutError
+
+ATTENTION: dict[str, Any] = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+
+
+def adapted(config: Any, name: str = "default") -> Any:
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return get_peft_model(base, config, adapter_name=name)
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(r=2, task_type="CAUSAL_LM", **ATTENTION, **options)
+
+
+def test_extra_trainable_parameters_of_a_peft_model_are_refused_by_name() -> None:
+    model = adapted(lora())
+    model.base_model.model.transformer.ln_f.requires_grad_(True)
+    with pytest.raises(LayoutError) as refused:
+        ModelParameters(model)
+    said = str(refused.value)
+    assert "transformer.ln_f.weight, transformer.ln_f.bias" in said
+    assert "modules_to_save=['ln_f']" in said
+    assert "requires_grad_(False)" in said
+    model.base_model.model.transformer.ln_f.requires_grad_(False)
+    assert all("lora" in name for name in ModelParameters(model).names)
+
+
+def test_an_unfrozen_base_below_an_adapter_is_refused_in_few_words() -> None:
+    model = adapted(lora())
+    model.requires_grad_(True)
+    with pytest.raises(LayoutError, match=r"and \d+ more") as refused:
+        ModelParameters(model)
+    assert len(str(refused.value)) < 1000
+    assert "base_layer" not in str(refused.value).partition("modules_to_save")[2]
+
+
+def test_inside_a_wrapper_extra_parameters_are_refused_too() -> None:
+    wrapper = torch.nn.Module()
+    wrapper.net = adapted(lora())
+    wrapper.net.base_model.model.transformer.ln_f.requires_grad_(True)
+    with pytest.raises(LayoutError, match="ln_f"):
+        ModelParameters(wrapper)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(modules_to_save=["ln_f"]),
+        lora(bias="all"),
+        lora(bias="lora_only"),
+        lora(use_dora=True),
+        lora(trainable_token_indices=[1, 2]),
+        AdaLoraConfig(init_r=4, target_r=2, total_step=10, task_type="CAUSAL_LM", **ATTENTION),
+        IA3Config(feedforward_modules=[], task_type="CAUSAL_LM", **ATTENTION),
+        VeraConfig(r=4, task_type="CAUSAL_LM", **ATTENTION),
+        LNTuningConfig(target_modules=["ln_f"], task_type="CAUSAL_LM"),
+        TrainableTokensConfig(token_indices=[1, 2], target_modules=["wte"]),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+        PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: f"{config.peft_type.value}",
+)
+def test_what_the_adapters_config_declares_travels(config: Any) -> None:
+    parameters = ModelParameters(adapted(config))
+    assert parameters.specs
+    values = {name: bytes(parameters.read(name)) for name in parameters.names}
+    parameters.load(parameters.specs, {name: memoryview(raw) for name, raw in values.items()})
+
+
+def test_an_adapter_of_any_name_travels_under_the_same_names() -> None:
+    named = ModelParameters(adapted(lora(modules_to_save=["ln_f"]), "clinic"))
+    assert named.names == ModelParameters(adapted(lora(modules_to_save=["ln_f"]))).names
+    assert "adapter_config.json" in named.files
+    prompt = ModelParameters(
+        adapted(PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "clinic")
+    )
+    values = {name: memoryview(bytes(len(bytes(prompt.read(name))))) for name in prompt.names}
+    prompt.load(prompt.specs, values)
+    assert all(not any(bytes(prompt.read(name))) for name in prompt.names)
