@@ -315,7 +315,7 @@ py::object next_event(Exchange& exchange) {
       return py::make_tuple("rejected", event->collector, event->source, event->code,
                             event->message);
     case Event::Kind::kStalled:
-      return py::make_tuple("stalled", event->collector, event->source);
+      return py::make_tuple("stalled", event->collector, event->source, event->silent_ms);
     case Event::Kind::kBroken:
       return py::make_tuple("broken", event->collector, event->message);
     case Event::Kind::kMalformed:

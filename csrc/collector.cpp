@@ -93,6 +93,7 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
     return false;
   }
   pull.heard_ms = now_ms;
+  pull.silent_ms = 0;
   if (crc32c(frame.data(), frame.size()) != header.body_crc) {
     if (++pull.bad_in_a_row >= kMaxBadChunks) {
       fail(source, "checksum",
@@ -272,7 +273,8 @@ std::int64_t Collector::tick(std::int64_t now_ms) {
       ask_again(pull);
       pull.heard_ms = now_ms;
       left = options_.stall_ms;
-      events_.push_back({CollectorEvent::Kind::kStalled, k, "", ""});
+      pull.silent_ms += options_.stall_ms;
+      events_.push_back({CollectorEvent::Kind::kStalled, k, "", "", pull.silent_ms});
     }
     wait = wait < 0 ? left : std::min(wait, left);
   }

@@ -105,6 +105,7 @@ struct CollectorEvent {
   std::size_t source = 0;
   std::string code;
   std::string message;
+  std::int64_t silent_ms = 0;  // kStalled: since the last chunk
 };
 
 class Collector {
@@ -158,7 +159,8 @@ class Collector {
     std::vector<Frame> slots;       // chunk i waits in slot i % window
     std::uint64_t held = 0;         // filled slots
     int bad_in_a_row = 0;
-    std::int64_t heard_ms = 0;  // last chunk, or when something was first asked for
+    std::int64_t heard_ms = 0;   // last chunk, or when something was first or last asked for
+    std::int64_t silent_ms = 0;  // how often that timed out in a row, as time
     std::atomic<std::uint64_t> received{0};
   };
 

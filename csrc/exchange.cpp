@@ -230,8 +230,8 @@ void Exchange::collect_events(Collector& collector) {
                       : event.kind == CollectorEvent::Kind::kRejected ? Event::Kind::kRejected
                       : event.kind == CollectorEvent::Kind::kBroken   ? Event::Kind::kBroken
                                                                       : Event::Kind::kStalled;
-    events_.push_back(
-        {kind, collector.id(), event.source, std::move(event.code), std::move(event.message)});
+    events_.push_back({kind, collector.id(), event.source, std::move(event.code),
+                       std::move(event.message), event.silent_ms});
     unsignalled_ = true;
   }
 }

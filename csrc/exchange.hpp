@@ -28,6 +28,7 @@ struct Event {
   std::size_t source = 0;
   std::string code;  // of a rejection; the peer of a malformed frame
   std::string message;
+  std::int64_t silent_ms = 0;  // of a stall: since the last chunk
 };
 
 struct OutFrame {

@@ -78,6 +78,11 @@ def _reported(command: Callable[_P, None]) -> Callable[_P, None]:
             typer.echo(f"error: {error}", err=True)
             wrong_use = isinstance(error, ConfigError | WeightError)
             raise typer.Exit(_WRONG_USE if wrong_use else 1) from None
+        except OSError as error:
+            if os.environ.get("FEDCORE_DEBUG") == "1" or error.filename is None:
+                raise
+            typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)
             raise typer.Exit(_INTERRUPTED) from None
@@ -220,7 +225,7 @@ def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> 
     from .simulate import simulate as run
 
     log = config.run_folder / "logs" / "server.log"
-    position = 0
+    position = log.stat().st_size if log.exists() else 0
 
     def tick(_: str) -> None:
         nonlocal position

@@ -155,6 +155,9 @@ class ServerSection(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ServerSection:
+        port = self.listen.rpartition(":")[2]
+        if port != "*" and int(port) > 65535:
+            raise ValueError(f"listen: expected a port up to 65535, got {port}")
         if self.memory < _MIN_MEMORY:
             raise ValueError("memory: expected at least 16MiB")
         return self
@@ -197,6 +200,11 @@ class RunConfig(_Section):
                 f"server.memory: expected at least {least >> 20}MiB, a chunk of 1MiB for each of the "
                 f"{self.participants.expected} sites"
             )
+        for name in self.simulate.site:
+            if name not in self.site_names:
+                near = difflib.get_close_matches(name, self.site_names, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"simulate.site.{name}: no site has that name{hint}")
         return self
 
     @property

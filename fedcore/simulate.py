@@ -15,7 +15,8 @@ from typing import Final
 
 from . import _watchdog
 from .config import RunConfig
-from .errors import ConfigError, FedcoreError
+from .errors import BusyError, ConfigError, FedcoreError, StorageError
+from .status import is_served
 
 __all__ = ["SimulationResult", "simulate", "site_commands", "tail"]
 
@@ -71,8 +72,15 @@ def simulate(
     """
     starts = commands if commands is not None else site_commands(config)
     folder = config.run_folder
+    if is_served(folder):
+        raise BusyError(
+            f"a server works on {folder} already; stop it, or give this run another name"
+        )
     logs = folder / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write run folder {folder}: {error.strerror}") from None
     endpoint_file = logs / "endpoint"
     endpoint_file.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "fedcore", "server", str(run_file)]
@@ -169,8 +177,8 @@ class _Children:
         return self._logs / f"{name}.log"
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
-        """Start a process in a group of its own, with its output in its log."""
-        with self.log(name).open("wb") as out:
+        """Start a process in a group of its own, with its output at the end of its log."""
+        with self.log(name).open("ab") as out:
             child = subprocess.Popen(
                 list(command),
                 stdout=out,

@@ -13,7 +13,14 @@ from . import protocol
 from .errors import ConfigError, TransferTimeout
 from .transport import Control, SiteLink
 
-__all__ = ["ENDPOINT_FILE", "StatusClient", "ask_status", "find_server", "read_summary"]
+__all__ = [
+    "ENDPOINT_FILE",
+    "StatusClient",
+    "ask_status",
+    "find_server",
+    "is_served",
+    "read_summary",
+]
 
 ENDPOINT_FILE: Final = "endpoint"
 """File in a run folder that holds the address on which its server listens."""
@@ -72,15 +79,15 @@ def find_server(folder: Path) -> str | None:
             f"{folder} is neither a run folder nor an address such as tcp://HOST:PORT"
         )
     endpoint = folder / ENDPOINT_FILE
-    if not endpoint.is_file() or not _locked(folder / ".lock"):
+    if not endpoint.is_file() or not is_served(folder):
         return None
     return endpoint.read_text(encoding="utf-8").strip()
 
 
-def _locked(path: Path) -> bool:
-    """Whether a server holds the folder; a leftover of a killed one is not locked."""
+def is_served(folder: Path) -> bool:
+    """Whether a server works on a run folder; the lock file of a killed one does not count."""
     try:
-        with path.open() as file:
+        with (folder / ".lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -97,12 +104,17 @@ def read_summary(folder: Path) -> protocol.StatusReply:
     """
     path = folder / "summary.json"
     try:
-        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return _from_summary(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(
             f"no server works on {folder}, and its run has not ended; start fedcore-server with its run file "
             "to go on after the last committed round"
         ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); fedcore-server writes it") from None
+
+
+def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
     versions = [
         protocol.VersionStatus(
             version=row["version"],
@@ -118,7 +130,7 @@ def read_summary(folder: Path) -> protocol.StatusReply:
         run=summary["run"],
         phase="done" if summary["ok"] else "failed",
         round=last,
-        rounds=last,
+        rounds=summary["rounds"],
         metric=summary["metric"],
         mode=summary["mode"],
         best_version=summary["best_version"],

@@ -303,6 +303,8 @@ class Rounds:
             if len(delivered) >= self.quorum:
                 return [self._collect(delivered)]
             return self._fail(self._missing_text(f"at the deadline of round {self.round}"))
+        if self.phase is Phase.INITIAL and not self.collecting:
+            return self._ask_another(now)
         return []
 
     # --- decisions ---
@@ -355,9 +357,20 @@ class Rounds:
         for member in self.roster:
             if member.alive and member.declared:
                 self.phase = Phase.INITIAL
+                self._started = now
                 member.state = SiteState.TRAINING
                 return self._assign(member, now)
+        self._started = None
         return []
+
+    def _ask_another(self, now: float) -> list[Action]:
+        """The site that was asked for the initial model has not given it in time."""
+        reason = "it gave no initial model before the deadline"
+        asked = [member.name for member in self.roster if member.state is SiteState.TRAINING]
+        actions: list[Action] = []
+        for name in asked:
+            actions += [GiveUp(name, reason), *self.lost(name, reason, now)]
+        return actions
 
     def _delivered(self) -> list[Member]:
         return [m for m in self.roster if m.alive and m.delivery is not None]

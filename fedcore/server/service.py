@@ -17,7 +17,7 @@ from typing import Any, Final
 from fedcore import __version__, protocol
 from fedcore._core import Layout, crc32c
 from fedcore.config import RunConfig
-from fedcore.errors import ConfigError, ProtocolError, StorageError
+from fedcore.errors import ConfigError, FedcoreError, LayoutError, ProtocolError, StorageError
 from fedcore.layout import (
     DEFAULT_CHUNK_BYTES,
     ModelFile,
@@ -52,6 +52,8 @@ __all__ = ["RunResult", "Server"]
 
 _CHECK_SECONDS: Final = 0.5
 _GOODBYE_SECONDS: Final = 3.0
+# Of a site that still answers; on a slow link a chunk may take seconds.
+_DATA_SILENCE_MS: Final = 10_000
 
 logger = logging.getLogger("fedcore.server")
 
@@ -80,6 +82,14 @@ class _Peer:
 
     site: str
     metrics: dict[str, float]
+
+
+def _layout_of(declare: protocol.Declare) -> Layout:
+    """Return the layout of a site's tensors; LayoutError if they make none."""
+    layout = Layout([(n, d, s) for n, d, s in declare.tensors], DEFAULT_CHUNK_BYTES)
+    if layout.total_bytes == 0:
+        raise LayoutError("the declared tensors hold no bytes")
+    return layout
 
 
 def _checksum_of(checksums: list[int]) -> str:
@@ -226,10 +236,7 @@ class Server:
             try:
                 message = protocol.decode_from_site(arrived.body)
             except ProtocolError as error:
-                name = (
-                    self._peers[arrived.peer].site if arrived.peer in self._peers else "a stranger"
-                )
-                logger.warning("%s sent a %s", name, error)
+                self._on_invalid(arrived.peer, str(error))
             else:
                 self._handle(arrived.peer, message)
         elif arrived is not None:
@@ -258,9 +265,18 @@ class Server:
 
     # --- messages ---
 
+    def _on_invalid(self, peer: bytes, error: str) -> None:
+        """A message that breaks the protocol ends its sender's part; a stranger has none."""
+        known = self._peers.get(peer)
+        logger.warning("%s sent a %s", known.site if known else "a stranger", error)
+        if known is not None:
+            text = f"the server did not understand this site: {error}"
+            self._link.send(peer, protocol.Refused(code="message", message=text[:4096]))
+            self._lose(peer, f"it sent a {error}", left=True)
+
     def _handle(self, peer: bytes, message: protocol.FromSite) -> None:
         if isinstance(message, protocol.StatusRequest):
-            self._link.send(peer, self._snapshot())
+            self._reply_status(peer)
             return
         if isinstance(message, protocol.Join):
             self._on_join(peer, message)
@@ -351,9 +367,15 @@ class Server:
                 return
             hash_ = layout_hash(self._model.layout)
         else:
-            hash_ = layout_hash(
-                Layout([(n, d, s) for n, d, s in declare.tensors], DEFAULT_CHUNK_BYTES)
-            )
+            try:
+                layout = _layout_of(declare)
+                self._store.check_space(layout.total_bytes)
+            except FedcoreError as error:
+                logger.error("refused %s: %s", site, error)
+                self._link.send(peer, protocol.Refused(code="layout", message=str(error)[:4096]))
+                self._lose(peer, str(error), left=True)
+                return
+            hash_ = layout_hash(layout)
             self._status.declared[site] = declare
         self._link.send(peer, protocol.Accepted(layout_hash=hash_))
         self._do(self._rounds.declared(site, time.monotonic()))
@@ -376,9 +398,13 @@ class Server:
         declare = self._status.declared.get(site)
         if declare is None:
             return None
-        return layout_hash(Layout([(n, d, s) for n, d, s in declare.tensors], DEFAULT_CHUNK_BYTES))
+        return layout_hash(_layout_of(declare))
 
     def _on_score(self, site: str, score: protocol.Score) -> None:
+        last = self._store.last_version
+        if last is None or score.version > last:
+            logger.warning("%s scored model %d, which does not exist", site, score.version)
+            return
         bad = [name for name, value in score.metrics.items() if not math.isfinite(value)]
         if bad:
             logger.warning(
@@ -409,9 +435,18 @@ class Server:
         elif event[0] == "broken":
             self._end(False, f"the new model can't be written: {event[2]}")
         elif event[0] == "stalled":
-            logger.debug(
-                "%s: no chunk for a while; asked again", running.participants[event[2]].site
-            )
+            self._on_stalled(running.participants[event[2]].site, event[3])
+
+    def _on_stalled(self, site: str, silent_ms: int) -> None:
+        """Nothing came of what was asked for: a site that is there but sends nothing must not hold the round."""
+        logger.debug("%s: no chunk for %.0f s; asked again", site, silent_ms / 1000)
+        if silent_ms < _DATA_SILENCE_MS:
+            return
+        for peer, known in list(self._peers.items()):
+            if known.site == site:
+                reason = f"it answers, but sent no data for {silent_ms / 1000:.0f} s"
+                logger.warning("%s is lost: %s", site, reason)
+                self._lose(peer, reason)
 
     # --- actions ---
 
@@ -472,7 +507,7 @@ class Server:
         layout = self._model.layout if self._model is not None else None
         if layout is None:
             declare = self._status.declared[action.participants[0].site]
-            layout = Layout([(n, d, s) for n, d, s in declare.tensors], DEFAULT_CHUNK_BYTES)
+            layout = _layout_of(declare)
             self._cards = dict(declare.files)
         self._aggregation = Aggregation(
             self._link.exchange,
@@ -578,7 +613,9 @@ class Server:
         return best
 
     def _metric_text(self, version: int) -> str:
-        metric = self.config.selection.metric or ""
+        metric = self.config.selection.metric
+        if metric is None:
+            return "the last one, as no metric selects"
         value = weighted_metrics(self._store.scores().get(version, [])).get(metric)
         return f"{metric} unknown" if value is None else f"{metric} {value:.4f}"
 
@@ -636,9 +673,17 @@ class Server:
             except ProtocolError:
                 continue
             if isinstance(message, protocol.StatusRequest):
-                self._link.send(arrived.peer, self._snapshot())
+                self._reply_status(arrived.peer)
             elif isinstance(message, protocol.Leave):
                 self._peers.pop(arrived.peer, None)
+
+    def _reply_status(self, peer: bytes) -> None:
+        reply = self._snapshot()
+        try:
+            self._link.send(peer, reply)
+        except ProtocolError:  # more sites and rounds than one message holds
+            short = {"versions": reply.versions[-1:], "sites": reply.sites[:1000]}
+            self._link.send(peer, reply.model_copy(update=short))
 
     def _snapshot(self) -> protocol.StatusReply:
         stats = self._link.exchange.stats()
@@ -650,6 +695,7 @@ class Server:
             "run": self.config.run.name,
             "ok": result.ok,
             "message": result.message,
+            "rounds": self.config.run.rounds,
             "best_version": result.best_version,
             "version": result.version,
             "metric": self.config.selection.metric,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Final
 
 from fedcore import protocol
 from fedcore.config import RunConfig
@@ -14,6 +15,10 @@ from .selection import weighted_metrics
 from .store import Store
 
 __all__ = ["StatusBuilder"]
+
+
+# Of a long run only the latest versions are shown; the run folder has all of them.
+_MAX_VERSIONS: Final = 200
 
 
 class StatusBuilder:
@@ -99,7 +104,7 @@ class StatusBuilder:
                     seconds=row.seconds,
                     bytes=row.nbytes,
                 )
-                for row in self._store.versions()
+                for row in self._store.versions()[-_MAX_VERSIONS:]
             ]
         return self._versions
 

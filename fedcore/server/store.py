@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -42,8 +43,12 @@ CREATE TABLE IF NOT EXISTS scores (
 CREATE TABLE IF NOT EXISTS members (site TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
 """
-# Keys of a run file that make it another run when they change.
-_FIXED: Final = ("model", "participants", "aggregation", "selection")
+# Keys of a run file that make it another run when they change, once a model is committed.
+_FIXED: Final = (
+    "model.initial", "participants.sites", "participants.count", "aggregation.rule", "selection.metric",
+    "selection.mode",
+)  # fmt: skip
+_MODEL_NAME: Final = re.compile(r"round-\d{4,}\.safetensors|\.round-\d{4,}\.partial")
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,10 @@ class VersionRow:
     nbytes: int
     seconds: float
     participants: Mapping[str, int]
+
+
+def _shown(value: object) -> str:
+    return "not given" if value is None else repr(value)
 
 
 class Store:
@@ -91,9 +100,23 @@ class Store:
             self._db.executescript(_TABLES)
             self._open(settings)
             self._clean()
+        except sqlite3.DatabaseError as error:
+            self._lock.close()
+            raise StorageError(
+                f"cannot use {folder / 'run.sqlite'}: {error}; give this run another name (run.name), or remove "
+                "the folder"
+            ) from None
         except BaseException:
             self._lock.close()
             raise
+
+    def check_space(self, nbytes: int) -> None:
+        """Raise StorageError if the disk can't hold a model of ``nbytes`` bytes."""
+        free = shutil.disk_usage(self.folder).free
+        if nbytes > free:
+            raise StorageError(
+                f"a model of {nbytes:,} bytes does not fit on the server's disk, which has {free:,} left"
+            )
 
     def _take_lock(self) -> None:
         try:
@@ -122,12 +145,13 @@ class Store:
         if self._meta("schema") != str(_SCHEMA):
             raise ConfigError(f"run folder {self.folder} was written by another version of fedcore")
         before = json.loads(text)
-        for key in _FIXED:
-            if before.get(key) != settings.get(key):
+        for key in _FIXED if self.last_version is not None else ():
+            section, _, name = key.partition(".")
+            old, new = before.get(section, {}).get(name), settings.get(section, {}).get(name)
+            if old != new:
                 raise ConfigError(
-                    f"run folder {self.folder} holds a run with other settings: [{key}] was {before.get(key)} "
-                    f"and is now {settings.get(key)}; give this run another name (run.name), or remove the "
-                    "folder"
+                    f"run folder {self.folder} holds a run with another {key}: it was {_shown(old)} and is now "
+                    f"{_shown(new)}; give this run another name (run.name), or remove the folder"
                 )
         with self._transaction():
             self._set_meta("settings", json.dumps(settings, sort_keys=True))
@@ -135,7 +159,7 @@ class Store:
     def _clean(self) -> None:
         known = {self.path(row.version).name for row in self.versions()}
         for path in self.models.iterdir():
-            if path.name not in known:
+            if path.name not in known and _MODEL_NAME.fullmatch(path.name) and path.is_file():
                 path.unlink()
         for path in self.folder.glob(".*-new"):
             shutil.rmtree(path)

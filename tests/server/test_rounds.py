@@ -50,6 +50,20 @@ def join_all(rounds: Rounds, *sites: str) -> None:
         assert rounds.joined(site, site, 0) == [SendTask(site, "train", 1)]
 
 
+def test_a_site_that_owes_the_initial_model_past_the_deadline_is_passed_over() -> None:
+    rounds = machine(["a", "b"], version=None)
+    late = "it gave no initial model before the deadline"
+    assert rounds.joined("a", "a", 0) == rounds.joined("b", "b", 0) == []
+    assert rounds.declared("a", 5) == [SendTask("a", "initial", 0)]
+    assert rounds.declared("b", 6) == []
+    assert rounds.deadline == 105
+    assert rounds.tick(104) == []
+    assert rounds.tick(105) == [GiveUp("a", late), CancelCollect(), SendTask("b", "initial", 0)]
+    assert rounds.deadline == 205
+    assert rounds.ready("b", 0, update("b")) == [StartCollect(0, (part("b"),))]
+    assert rounds.tick(300) == []
+
+
 def test_a_round_closes_when_all_have_delivered_in_the_order_of_names() -> None:
     rounds = machine(["b", "a"])
     join_all(rounds, "b", "a")

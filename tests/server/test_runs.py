@@ -207,7 +207,7 @@ def test_other_settings_on_the_same_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BusyError, match="in use by another server"):
         Server(run_config(tmp_path, sites=["a"]))
     run(server, lambda: site(server.endpoint, "a", 1))
-    with pytest.raises(ConfigError, match=r"\[participants\] was"):
+    with pytest.raises(ConfigError, match=r"another participants\.sites: it was"):
         Server(run_config(tmp_path, sites=["b"]))
 
 
@@ -258,3 +258,40 @@ def test_the_operator_stops_a_run_with_its_last_round_on_disk(tmp_path: Path) ->
         assert result.result(30).message == "stopped by the operator"
         assert worker.result(30) >= 3
     assert (tmp_path / "runs/t/final/model.safetensors").exists()
+
+
+def test_a_first_start_that_failed_binds_nothing_and_foreign_files_are_left_alone(
+    tmp_path: Path,
+) -> None:
+    config = run_config(tmp_path, sites=["a"], rounds=1)
+    Store(config.run_folder, config.model_dump(mode="json")).close()
+    notes = config.run_folder / "models" / "notes.txt"
+    notes.write_text("keep me")
+    (config.run_folder / "models" / "folder").mkdir()
+    leftover = config.run_folder / "models" / "round-0007.safetensors"
+    leftover.write_bytes(b"torn")
+    server = Server(run_config(tmp_path, sites=["a", "b"], min_results=1, rounds=1))
+    assert notes.read_text() == "keep me"
+    assert not leftover.exists()
+    assert run(server, lambda: site(server.endpoint, "a", 1))[0].ok
+
+
+def test_a_run_may_go_on_with_other_limits_but_not_with_other_sites(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], min_results=1, rounds=1))
+    assert run(server, lambda: site(server.endpoint, "a", 1))[0].ok
+    with pytest.raises(
+        ConfigError, match=r"another participants\.sites: it was \['a', 'b'\] and is now \['a'\]"
+    ):
+        Server(run_config(tmp_path, sites=["a"], rounds=2))
+    limits = {"min_results": 2, "round_deadline": "7s", "idle_timeout": "2s"}
+    longer = Server(run_config(tmp_path, sites=["a", "b"], rounds=2, **limits))
+    at = longer.endpoint
+    assert run(longer, lambda: site(at, "a", 1), lambda: site(at, "b", 1))[0].ok
+
+
+def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+    config = run_config(tmp_path, sites=["a"])
+    config.run_folder.mkdir(parents=True)
+    (config.run_folder / "run.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(StorageError, match=r"run\.sqlite"):
+        Server(config)

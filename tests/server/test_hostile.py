@@ -1,0 +1,172 @@
+"""A site that breaks the rules harms its own part in the run and nothing else."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import zmq
+from safetensors.numpy import load_file, save_file
+
+from fedcore import protocol
+from fedcore.config import ModelSection
+from fedcore.server import service
+from fedcore.server.service import Server
+from fedcore.status import ask_status
+from fedcore.transport import Control, SiteLink, control_frames
+
+from .test_runs import run, run_config, site
+
+DEADLINE = 20.0
+
+
+class RawSite:
+    """Speaks the control messages one by one."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self.link = SiteLink(address, uuid4().bytes)
+        self.link.send(protocol.Join(version="test", site=name, instance=uuid4().hex))
+        self.await_message(protocol.Welcome)
+
+    def await_message(self, kind: type[Any]) -> Any:
+        until = time.monotonic() + DEADLINE
+        while time.monotonic() < until:
+            arrived = self.link.recv(until - time.monotonic())
+            if isinstance(arrived, Control):
+                message = protocol.decode_from_server(arrived.body)
+                if isinstance(message, kind):
+                    return message
+        raise AssertionError(f"no {kind.__name__} arrived")
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        [("w", "F31", [4])],
+        [("w", "F32", [4]), ("w", "F32", [4])],
+        [("w", "F32", [0])],
+        [("w", "F32", [1 << 46])],
+        [("w", "F32", [1 << 47, 1 << 47])],
+        [("w", "F32", [4]), ("w" * 5000, "F32", [4])],
+    ],
+    ids=[
+        "unknown dtype",
+        "one name twice",
+        "no bytes",
+        "larger than the disk",
+        "beyond 64 bits",
+        "name too long",
+    ],
+)
+def test_tensors_that_cannot_be_are_refused_and_the_run_goes_on(
+    tmp_path: Path, tensors: list[tuple[str, str, list[int]]]
+) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1, min_results=1))
+
+    def hostile() -> int:
+        raw = RawSite(server.endpoint, "b")
+        raw.link.send(protocol.Declare.model_construct(type="declare", tensors=tensors, files={}))
+        refused = raw.await_message(protocol.Refused)
+        raw.link.close()
+        assert refused.code in ("layout", "message")
+        return site(server.endpoint, "a", 1)
+
+    result, _ = run(server, hostile)
+    assert result.ok
+
+
+def test_a_score_of_a_model_that_does_not_exist_counts_for_nothing(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=2, min_results=1))
+
+    def hostile() -> int:
+        raw = RawSite(server.endpoint, "b")
+        raw.link.send(protocol.Score(version=999, metrics={"loss": -1.0}, examples=1))
+        raw.link.send(protocol.Leave(reason="done"))
+        raw.link.close()
+        return site(server.endpoint, "a", 2)
+
+    result, _ = run(server, hostile)
+    assert (result.ok, result.best_version) == (True, 2)
+
+
+def test_a_status_too_long_for_a_message_is_cut_and_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(run_config(tmp_path, sites=["a"], rounds=12))
+    monkeypatch.setattr(protocol, "MAX_CONTROL_BYTES", 1300)
+    asked: list[protocol.StatusReply] = []
+
+    def watch() -> int:
+        while not asked or asked[-1].phase not in ("done", "failed"):
+            asked.append(ask_status(server.endpoint, DEADLINE))
+        return len(asked)
+
+    result, _ = run(server, watch, lambda: site(server.endpoint, "a", 1))
+    assert result.ok
+    assert len(asked[-1].versions) == 1
+
+
+def silent_site(address: str, name: str, over: threading.Event) -> None:
+    """Join, declare, and offer an update of which no chunk ever comes; answer pings all the while."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.ROUTING_ID, uuid4().bytes)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.connect(address)
+
+    def say(message: Any) -> None:
+        socket.send_multipart(control_frames(message))
+
+    say(protocol.Join(version="test", site=name, instance=uuid4().hex))
+    offered = False
+    while not over.is_set():
+        if not socket.poll(200):
+            say(protocol.Alive())
+            continue
+        header, *body = socket.recv_multipart()
+        if header[5] != protocol.Kind.CONTROL or not body:
+            continue
+        message = protocol.decode_from_server(body[0])
+        if isinstance(message, protocol.Welcome):
+            say(protocol.Declare(tensors=[("w", "F32", [5000]), ("n", "I64", [2])]))
+        elif isinstance(message, protocol.Task) and message.kind == "train" and not offered:
+            offered = True
+            assert message.layout_hash is not None
+            say(
+                protocol.Ready(
+                    round=message.round,
+                    set_id=uuid4().hex,
+                    layout_hash=message.layout_hash,
+                    weight=1,
+                    metrics={},
+                )
+            )
+    socket.close()
+    context.term()
+
+
+def test_a_site_that_answers_but_sends_no_data_is_lost_and_the_round_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_DATA_SILENCE_MS", 2000)
+    start = {"w": np.zeros(5000, np.float32), "n": np.array([1, 2])}
+    save_file(start, tmp_path / "start.safetensors")
+    config = run_config(tmp_path, sites=["a", "b"], rounds=1, min_results=1)
+    config = config.model_copy(update={"model": ModelSection(initial="start.safetensors")})
+    server = Server(config)
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        silent = pool.submit(silent_site, server.endpoint, "b", over)
+        try:
+            result, _ = run(server, lambda: site(server.endpoint, "a", 3))
+        finally:
+            over.set()
+        silent.result(DEADLINE)
+    assert result.ok
+    assert load_file(tmp_path / "runs/t/final/model.safetensors")["w"][0] == 3
