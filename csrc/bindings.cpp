@@ -558,6 +558,16 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       py::arg("file"), py::arg("offset"), py::arg("length"), py::arg("chunk_bytes"),
       "CRC-32C of every chunk of a range of a file, as publish() takes them.");
+  m.def(
+      "find_non_finite",
+      [](const std::string& dtype, const py::buffer& data) {
+        const Dtype kind = parse_dtype(dtype);
+        const Bytes bytes(data);
+        const py::gil_scoped_release release;
+        return kernels::find_non_finite(kind, bytes.data(), bytes.size());
+      },
+      py::arg("dtype"), py::arg("data"),
+      "Index of the first NaN or infinity among the elements of a block, or -1.");
   m.def("mean", &mean_block, py::arg("dtype"), py::arg("inputs"), py::arg("weights"),
         py::arg("out"), py::arg("base") = std::nullopt,
         "Weighted mean of flat blocks of one dtype into `out`; integers and booleans are copied "

@@ -135,6 +135,10 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
   }
   const std::string peer(peer_view);
   heard_[peer] = now_ms;
+  if (heard_.size() > kMaxRemembered && now_ms >= next_forgetting_ms_) {
+    next_forgetting_ms_ = now_ms + kForgetMs / 60;
+    std::erase_if(heard_, [&](const auto& entry) { return now_ms - entry.second > kForgetMs; });
+  }
   switch (header.kind) {
     case wire::Kind::kGet:
       return on_get(peer, header);

@@ -47,6 +47,10 @@ class Exchange {
  public:
   // Requests of one peer that wait to be served; beyond it they are refused as busy.
   static constexpr std::size_t kMaxRequestsPerPeer = 1024;
+  // Peers whose last sign of life is kept anyhow; beyond it, those silent for an hour are
+  // forgotten.
+  static constexpr std::size_t kMaxRemembered = 4096;
+  static constexpr std::int64_t kForgetMs = 3'600'000;
   // Malformed-frame events kept for Python; beyond it they are only counted.
   static constexpr std::size_t kMaxMalformedEvents = 64;
 
@@ -107,6 +111,7 @@ class Exchange {
   std::size_t malformed_waiting_ = 0;
   std::int64_t interval_ms_ = 0;
   std::int64_t next_ping_ms_ = 0;
+  std::int64_t next_forgetting_ms_ = 0;
   ExchangeStats stats_;
   OutFrame sending_;  // keeps peer and header alive for the pump until the next call
   FcSink sink_;

@@ -208,7 +208,10 @@ cdef int _pump_in(void* net, void* inbox, bint router, FcSink* sink) noexcept no
         if well_formed and z.msg_more(&body):
             _discard_rest(net, &body)
             well_formed = False
-    if well_formed:
+    if not well_formed:  # told to the sink as a frame without a header, which it counts and logs
+        sink.deliver(sink.self, _now_ms(), z.msg_data(&peer), z.msg_size(&peer), NULL, 0, NULL, 0,
+                     NULL, NULL)
+    else:
         kept = <Msg*> malloc(sizeof(Msg))
         if kept != NULL:
             z.msg_init(kept)

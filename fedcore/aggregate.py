@@ -111,13 +111,16 @@ def _compare(one: tuple[int, ModelFile], other: tuple[int, ModelFile]) -> int:
 
 
 def _check_integers(files: Sequence[ModelFile]) -> None:
-    for name, dtype, *_ in files[0].layout.tensors:
-        if dtype not in FLOATS and any(
-            bytes(file.view(name)) != bytes(files[0].view(name)) for file in files[1:]
-        ):
-            raise LayoutError(
-                f"tensor {name!r} is {dtype} and differs between the files; only floats can be averaged"
-            )
+    first = files[0].views()
+    fixed = [(name, dtype) for name, dtype, *_ in files[0].layout.tensors if dtype not in FLOATS]
+    for file in files[1:]:
+        views = file.views()
+        for name, dtype in fixed:
+            if views[name] != first[name]:
+                raise LayoutError(
+                    f"tensor {name!r} is {dtype} and differs between {files[0].path.name} and "
+                    f"{file.path.name}; only floats can be averaged"
+                )
 
 
 def _reduce(

@@ -264,7 +264,7 @@ def status(
       fedcore status runs/sentiment --watch
       fedcore status tcp://10.0.0.5:7733 --json
     """
-    from .status import find_server, read_summary
+    from .status import ask_status, find_server, read_summary
 
     if target.startswith("tcp://"):
         address: str | None = target
@@ -276,13 +276,6 @@ def status(
         _watch(address, timeout, as_json)
     else:
         _print_status(ask_status(address, timeout), as_json)
-
-
-def ask_status(address: str, timeout: float) -> StatusReply:
-    """Ask a server for its status; TransferTimeout if it does not answer."""
-    from .status import ask_status as ask
-
-    return ask(address, timeout)
 
 
 def _print_status(reply: StatusReply, as_json: bool) -> None:

@@ -14,7 +14,6 @@ __all__ = [
     "LayoutError",
     "NonFiniteError",
     "ProtocolError",
-    "QuorumError",
     "RefusedError",
     "StorageError",
     "TransferTimeout",
@@ -67,10 +66,6 @@ class RefusedError(FedcoreError, RuntimeError):
     def __init__(self, message: str, code: str = "refused") -> None:
         super().__init__(message)
         self.code = code
-
-
-class QuorumError(FedcoreError, RuntimeError):
-    """A round could not close because too few sites delivered a valid update."""
 
 
 class TransferTimeout(FedcoreError, TimeoutError):

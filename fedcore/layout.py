@@ -32,7 +32,6 @@ __all__ = [
     "Reader",
     "TensorSpec",
     "compare_layouts",
-    "copy_model",
     "create_model",
     "layout_hash",
     "open_model",
@@ -299,19 +298,6 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[str, list[int], 
         ):
             return dtype, shape, span[0], span[1]
     raise LayoutError(f"{path}: the header entry of tensor {name!r} is malformed")
-
-
-def copy_model(
-    source: ModelFile, path: Path | str | None, metadata: Mapping[str, str] | None = None
-) -> ModelFile:
-    """Copy a model into a new file in canonical order; arguments and errors as in `create_model`."""
-    target = create_model(
-        path, source.layout, metadata if metadata is not None else source.metadata
-    )
-    views = source.views()
-    target.fill(lambda name: views[name])
-    source.release()
-    return target
 
 
 def sync_folder(folder: Path) -> None:

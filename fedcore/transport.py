@@ -337,6 +337,7 @@ def _python_frames(
             return
         peer = frames.pop(0).bytes if router else b""
         if not 1 <= len(frames) <= 2:
+            exchange.deliver(now_ms(), peer, b"", None)  # counted and logged as malformed
             continue
         body = frames[1].buffer if len(frames) == 2 else None
         if exchange.deliver(now_ms(), peer, frames[0].bytes, body) == _FORWARD:

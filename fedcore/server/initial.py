@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from fedcore._core import Layout
-from fedcore.errors import ConfigError, LayoutError
-from fedcore.layout import ModelFile, create_model, open_model, table
+from fedcore._core import Layout, find_non_finite
+from fedcore.errors import ConfigError, LayoutError, NonFiniteError
+from fedcore.layout import FLOATS, ModelFile, create_model, open_model, table
 
 __all__ = ["load_initial"]
 
@@ -27,16 +27,23 @@ def load_initial(
 
     Raises:
         ConfigError: the path holds no model.
+        NonFiniteError: a tensor holds NaN or infinity.
         LayoutError: a file is no valid safetensors file, or two shards hold the same tensor.
     """
     sources = [open_model(file) for file in _find(path)]
     specs = [entry for source in sources for entry in table(source.layout)]
     model = create_model(target, Layout(specs), metadata)
     views = {name: (source, view) for source in sources for name, view in source.views().items()}
+    dtypes = {name: dtype for name, dtype, _ in specs}
 
     def read(name: str) -> memoryview:
         source, view = views[name]
         source.release()  # what was read before; the model's size must not show in memory
+        element = find_non_finite(dtypes[name], view) if dtypes[name] in FLOATS else -1
+        if element >= 0:
+            raise NonFiniteError(
+                f"the initial model {source.path} has NaN or infinity in tensor {name!r}, element {element}"
+            )
         return view
 
     model.fill(read)

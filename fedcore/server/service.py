@@ -159,7 +159,7 @@ class Server:
             self._begin()
             while self._result is None:
                 if self._stopping:
-                    self._end(False, "stopped by the operator")
+                    self._end(False, "stopped on request")
                     break
                 try:
                     self._step()

@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from fedcore._core import Layout, MappedFile
-from fedcore.errors import LayoutError, StorageError
-from fedcore.layout import copy_model, create_model, layout_hash, open_model
+from fedcore.errors import LayoutError, NonFiniteError, StorageError
+from fedcore.layout import create_model, layout_hash, open_model
+from fedcore.server.initial import load_initial
 
 SPECS = [
     ("b", "F16", [3]),
@@ -63,7 +64,8 @@ def test_a_model_file_opens_with_safetensors_and_back(tmp_path: Path) -> None:
         "n": np.array(7),
     }
     save_file(tensors, tmp_path / "in.safetensors")
-    copy = copy_model(open_model(tmp_path / "in.safetensors"), tmp_path / "out.safetensors")
+    copy, cards = load_initial(tmp_path / "in.safetensors", tmp_path / "out.safetensors", {})
+    assert cards == {}
     assert copy.canonical
     assert copy.data_offset % 4096 == 0
     copy.file.sync()
@@ -112,3 +114,14 @@ def test_a_model_of_zeros_is_created_in_memory() -> None:
     assert bytes(model.view("a")) == bytes(16)
     with pytest.raises(LayoutError, match="no tensor 'q'"):
         model.view("q")
+
+
+@pytest.mark.parametrize(("dtype", "bad"), [(np.float32, np.nan), (np.float16, -np.inf)])
+def test_an_initial_model_with_nan_or_infinity_is_named(
+    tmp_path: Path, dtype: type, bad: float
+) -> None:
+    values = np.zeros(100, dtype)
+    values[42] = bad
+    save_file({"ok": np.ones(3, np.float64), "w": values}, tmp_path / "in.safetensors")
+    with pytest.raises(NonFiniteError, match=r"in\.safetensors has NaN .* tensor 'w', element 42"):
+        load_initial(tmp_path / "in.safetensors", tmp_path / "out.safetensors", {})

@@ -187,7 +187,7 @@ def test_ctrl_c_ends_everything_with_the_last_round_on_disk(
     assert parent.wait(30) == 130
     wait_until(lambda: not any(map(alive, started)))
     summary = json.loads((tmp_path / "runs" / "t" / "summary.json").read_text())
-    assert (summary["ok"], summary["message"]) == (False, "stopped by the operator")
+    assert (summary["ok"], summary["message"]) == (False, "stopped on request")
 
 
 def test_kill_9_leaves_no_process_behind(

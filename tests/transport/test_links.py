@@ -199,6 +199,9 @@ def test_frames_of_a_stranger_do_no_harm(pump: str, frames: list[bytes]) -> None
         stranger.connect(server.endpoint)
         for _ in range(20):
             stranger.send_multipart(frames)
+        for _ in range(20):
+            wait(server, lambda m: not isinstance(m, Control) and m[0] == "malformed")
+        assert server.exchange.stats()["dropped"] == 20
         hello(server, site, peer)
         stranger.close(linger=0)
         context.term()
