@@ -75,6 +75,7 @@ def test_the_federated_model_beats_every_local_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_federated_causal_model_beats_every_local_one(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["demo", "--task", "causal", "--out", str(tmp_path / "demo"), "--seed", "1"])
