@@ -244,11 +244,9 @@ class Session:
                 f"{protocol.MAX_WEIGHT}"
             )
         assert self._layout is not None
-        task = self._connection.task
         self._publish(self._layout, read, model.round, weight, metrics or {})
         self._model = None
-        if task is not None:
-            self._end(task.kind, task.round)
+        self._end(model.kind, model.round)
 
     def end_task(self) -> None:
         """End an evaluation task."""
@@ -262,9 +260,10 @@ class Session:
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show training metrics at the server while a round is under way."""
         if self._connection.opened:
+            at_hand = self._model or self._connection.task
             self._connection.send(
                 protocol.Log(
-                    round=self._connection.task.round if self._connection.task else 0,
+                    round=at_hand.round if at_hand else 0,
                     step=step or 0,
                     metrics={str(k): float(v) for k, v in metrics.items()},
                 )

@@ -354,6 +354,24 @@ def begun_round(server: Stage, session: Session, call: Callable[..., Future]) ->
     begun.result(DEADLINE)
 
 
+def test_a_site_that_is_late_goes_on_with_the_round_that_came_meanwhile() -> None:
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        connection = session._connection
+        server.task("train", 2, server.publish(2))
+        with connection.changed:
+            arrived = connection.changed.wait_for(
+                lambda: connection.task is not None and connection.task.round == 2, DEADLINE
+            )
+        assert arrived
+        session.log({"train_loss": 1.0})
+        assert server.expect(p.Log).round == 1
+        session.submit(fill(0), 1, {})
+        assert server.expect(p.Ready).round == 1
+        assert call(session.is_running).result(DEADLINE)
+        assert call(session.begin, SPECS, {}, fill(0)).result(DEADLINE).round == 2
+
+
 @pytest.mark.parametrize("weight", [0, -1, 1 << 24, 2.5, True, "3"])
 def test_a_weight_out_of_range_is_refused(weight: object) -> None:
     with stage() as (server, session, call):
