@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "arith.hpp"
 #include "error.hpp"
 
 #if defined(__x86_64__)

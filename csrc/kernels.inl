@@ -1,75 +1,8 @@
 // The loop bodies. Included once per instruction set by kernels.cpp, inside a namespace of its own
 // and a target region; FEDCORE_F16C says whether the F16C and FMA instructions may be used,
-// FEDCORE_LANES how many binary64 values a register holds. Only plain functions of this file and
-// builtins appear here, so that no function of the library is compiled for the wrong target.
-
-inline double load_f32(const UnalignedU32* p) {
-  float value;
-  const std::uint32_t bits = *p;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline float bf16_to_float(std::uint32_t bits) {
-  bits <<= 16;
-  float value;
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Exponent and fraction move into place and a multiplication by 2^112 corrects the bias; it is
-// exact and makes subnormals right. Infinity and NaN get their exponent back.
-inline float half_to_float(std::uint32_t half) {
-  const std::uint32_t magnitude = (half & 0x7FFF) << 13;
-  float value;
-  __builtin_memcpy(&value, &magnitude, 4);
-  value *= 0x1p112f;
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &value, 4);
-  bits |= (magnitude >= 0x0F800000 ? 0x7F800000u : 0u) | ((half & 0x8000) << 16);
-  __builtin_memcpy(&value, &bits, 4);
-  return value;
-}
-
-// Rounds to binary32 "to odd": an inexact result has its last bit set. Rounding that once more to a
-// format at least two bits narrower gives what rounding directly would (Boldo and Melquiond 2008).
-inline std::uint32_t to_odd_float_bits(double value) {
-  const float nearest = static_cast<float>(value);
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &nearest, 4);
-  const double back = nearest;
-  bits -= __builtin_fabs(back) > __builtin_fabs(value) ? 1u : 0u;
-  bits |= back != value ? 1u : 0u;
-  return bits;
-}
-
-inline std::uint16_t to_bf16(double value) {
-  const std::uint32_t bits = to_odd_float_bits(value);
-  return static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-inline std::uint16_t to_half(double value) {
-  const std::uint32_t bits = to_odd_float_bits(value);
-  const std::uint32_t magnitude = bits & 0x7FFFFFFF;
-  const std::uint32_t normal = (magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
-  // Below 2^-14 the result is subnormal: adding 1/2 lines the bits up with half's last place and
-  // rounds.
-  float small;
-  __builtin_memcpy(&small, &magnitude, 4);
-  small += 0.5f;
-  std::uint32_t subnormal;
-  __builtin_memcpy(&subnormal, &small, 4);
-  subnormal -= 0x3F000000;
-  const std::uint32_t half = magnitude < 0x38800000 ? subnormal : normal;
-  return static_cast<std::uint16_t>(half | ((bits >> 16) & 0x8000));
-}
-
-// NaN or infinity in one accumulator, as a mask that loops can collect without branching.
-inline std::uint64_t non_finite(double value) {
-  std::uint64_t bits;
-  __builtin_memcpy(&bits, &value, 8);
-  return (bits & 0x7FF0000000000000u) == 0x7FF0000000000000u ? 1 : 0;
-}
+// FEDCORE_LANES how many binary64 values a register holds. Only plain functions of this file, the
+// always inlined ones of arith.hpp and builtins appear here, so that no function of the library is
+// compiled for the wrong target.
 
 // --- Vectors ---
 //
@@ -138,7 +71,7 @@ FEDCORE_INLINE Vd divide(Vd sum, Vd total, Vd reciprocal) {
 #endif
 }
 
-// The integer lanes of means rounded to binary32 "to odd", as by to_odd_float_bits above. The bits
+// The integer lanes of means rounded to binary32 "to odd", as by arith::to_odd_float_bits. The bits
 // of a larger magnitude are the larger integer where signs are equal.
 #if FEDCORE_LANES == 8
 FEDCORE_INLINE __m256i odd_bits(const double* from) {
@@ -173,7 +106,7 @@ FEDCORE_INLINE __m128i odd_bits(const double* from) {
 
 // How elements of a dtype become floats, which hold each of them exactly, and how `n` means (a
 // multiple of kLanes) go back.
-struct F32 {
+struct F32 : arith::F32 {
   typedef UnalignedU32 Word;
   static FEDCORE_INLINE Vf read(const Word* from) { return load<Vf>(from); }
   static FEDCORE_INLINE void write(Word* to, const double* from, std::size_t n) {
@@ -181,13 +114,9 @@ struct F32 {
       store(to + j, __builtin_convertvector(load<Vd>(from + j), Vf));
     }
   }
-  static FEDCORE_INLINE double read_one(const Word* from) { return load_f32(from); }
-  static FEDCORE_INLINE void write_one(Word* to, double value) {
-    *to = bits_as<std::uint32_t>(static_cast<float>(value));
-  }
 };
 
-struct Bf16 {
+struct Bf16 : arith::Bf16 {
   typedef UnalignedU16 Word;
   static FEDCORE_INLINE Vf read(const Word* from) {
 #if FEDCORE_LANES == 8
@@ -217,14 +146,12 @@ struct Bf16 {
     }
 #endif
     for (; j < n; ++j) {
-      to[j] = to_bf16(from[j]);
+      to[j] = encode(from[j]);
     }
   }
-  static FEDCORE_INLINE double read_one(const Word* from) { return bf16_to_float(*from); }
-  static FEDCORE_INLINE void write_one(Word* to, double value) { *to = to_bf16(value); }
 };
 
-struct F16 {
+struct F16 : arith::F16 {
   typedef UnalignedU16 Word;
   static FEDCORE_INLINE Vf read(const Word* from) {
 #if FEDCORE_LANES == 8
@@ -251,11 +178,9 @@ struct F16 {
     }
 #endif
     for (; j < n; ++j) {
-      to[j] = to_half(from[j]);
+      to[j] = encode(from[j]);
     }
   }
-  static FEDCORE_INLINE double read_one(const Word* from) { return half_to_float(*from); }
-  static FEDCORE_INLINE void write_one(Word* to, double value) { *to = to_half(value); }
 };
 
 // sum[j] = or += the weighted inputs of one group, in order; the sums stay in registers meanwhile.
@@ -298,8 +223,8 @@ FEDCORE_INLINE bool mean_of(const void* const* inputs, const double* weights, st
   auto* result = static_cast<typename T::Word*>(out);
   const Vd divisor = Vd{} + total;
   const Vd reciprocal = 1.0 / divisor;
-  Vd zero = Vd{};  // stays 0 unless a sum is not finite
-  double tail_zero = 0;
+  Vd zero = Vd{};         // stays 0 unless a sum is not finite
+  std::uint64_t bad = 0;  // the same for the elements that fill no vector
   for (std::size_t begin = 0; begin < count; begin += kBlock) {
     const std::size_t n = count - begin < kBlock ? count - begin : kBlock;
     const std::size_t whole = n / kStep * kStep;
@@ -314,18 +239,14 @@ FEDCORE_INLINE bool mean_of(const void* const* inputs, const double* weights, st
     }
     T::write(result + begin, sum, whole);
     for (std::size_t j = begin + whole; j < begin + n; ++j) {
-      double s = weights[0] * T::read_one(static_cast<const typename T::Word*>(inputs[0]) + j);
-      for (std::size_t i = 1; i < k; ++i) {
-        s += weights[i] * T::read_one(static_cast<const typename T::Word*>(inputs[i]) + j);
-      }
-      tail_zero += s - s;
-      T::write_one(result + j, s / total);
+      result[j] = T::encode(arith::mean_element<T>(inputs, weights, k, total, j, bad));
     }
   }
+  double lanes = 0;
   for (std::size_t lane = 0; lane < kLanes; ++lane) {
-    tail_zero += zero[lane];
+    lanes += zero[lane];
   }
-  return tail_zero == 0;
+  return lanes == 0 && bad == 0;
 }
 
 bool mean_f32(const void* const* inputs, const double* weights, std::size_t k, double total,
@@ -345,48 +266,9 @@ bool mean_f16(const void* const* inputs, const double* weights, std::size_t k, d
 
 // --- F64 ---
 
-inline double load_f64(const UnalignedU64* p, double scale) {
-  double value;
-  const std::uint64_t bits = *p;
-  __builtin_memcpy(&value, &bits, 8);
-  return value * scale;
-}
-
-// Adds w * x to the pair (sum, rest). x splits into 26 leading bits and the rest, so both products
-// with a 24-bit weight are exact. The sign of a zero is kept, here and below: models of -0.0
-// average to -0.0.
-inline void add_exact(double& sum, double& rest, double w, double x) {
-  std::uint64_t bits;
-  __builtin_memcpy(&bits, &x, 8);
-  bits &= ~((std::uint64_t{1} << 27) - 1);
-  double head;
-  __builtin_memcpy(&head, &bits, 8);
-  const double parts[2] = {w * head, w * __builtin_copysign(x - head, x)};
-  for (const double part : parts) {
-    const double next = sum + part;
-    const double virtual_part = next - sum;
-    rest += (sum - (next - virtual_part)) + (part - virtual_part);
-    sum = next;
-  }
-}
-
-inline double divide_pair(double sum, double rest, double total) {
-  const double high = rest == 0 ? sum : sum + rest;
-  const double low = rest - (high - sum);
-  const double quotient = high / total;
-  const double remainder = __builtin_fma(-quotient, total, high) + low;
-  return remainder == 0 ? quotient : quotient + remainder / total;
-}
-
-inline double mean_one_f64(const void* const* inputs, const double* weights, std::size_t k,
-                           double total, std::size_t j, double scale) {
-  double sum = 0, rest = 0;
-  for (std::size_t i = 0; i < k; ++i) {
-    add_exact(sum, rest, weights[i],
-              load_f64(static_cast<const UnalignedU64*>(inputs[i]) + j, scale));
-  }
-  return divide_pair(sum, rest, total);
-}
+struct F64 : arith::F64 {
+  typedef UnalignedU64 Word;
+};
 
 bool mean_f64(const void* const* inputs, const double* weights, std::size_t k, double total,
               void* out, std::size_t count) {
@@ -402,19 +284,15 @@ bool mean_f64(const void* const* inputs, const double* weights, std::size_t k, d
     for (std::size_t i = 0; i < k; ++i) {
       const auto* x = static_cast<const UnalignedU64*>(inputs[i]) + begin;
       for (std::size_t j = 0; j < n; ++j) {
-        add_exact(sum[j], rest[j], weights[i], load_f64(x + j, 1.0));
+        arith::add_exact(sum[j], rest[j], weights[i], F64::decode(x[j]));
       }
     }
     for (std::size_t j = 0; j < n; ++j) {
-      double value = divide_pair(sum[j], rest[j], total);
-      if (non_finite(
-              value)) {  // an input is, or the sum left the range: 2^-100 leaves room for any
-        value = mean_one_f64(inputs, weights, k, total, begin + j, 0x1p-100) * 0x1p100;
-        bad |= non_finite(value);
+      double value = arith::divide_pair(sum[j], rest[j], total);
+      if (arith::non_finite(value)) {
+        value = arith::mean_element<F64>(inputs, weights, k, total, begin + j, bad);
       }
-      std::uint64_t bits;
-      __builtin_memcpy(&bits, &value, 8);
-      result[begin + j] = bits;
+      result[begin + j] = F64::encode(value);
     }
   }
   return bad == 0;
