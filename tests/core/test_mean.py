@@ -68,6 +68,27 @@ def test_the_mean_is_the_correctly_rounded_one(dtype: str, level: str, scale: fl
         assert Fraction(value) == rounded(exact / sum(weights), dtype), (dtype, j)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("level", _core.simd_levels())
+@pytest.mark.parametrize("side", [-1, 0, 1])
+@pytest.mark.parametrize("half", [1 << 23, 49])
+def test_a_hair_beside_a_tie_decides_it(dtype: str, level: str, side: int, half: int) -> None:
+    """Half the weight lies on a number and half on its neighbour; one part of it is a step off."""
+    _core.set_simd_level(level)
+    word = {"F32": torch.int32, "F16": torch.int16, "BF16": torch.int16}[dtype]
+    start = {"F32": 0x3F800000, "F16": 0x0001, "BF16": 0x3F80}[dtype]
+    low = torch.arange(start, start + 4 * 1029, 4, dtype=word) + torch.arange(1029, dtype=word) % 4
+    inputs = [bits.view(TORCH[dtype]) for bits in (low, low + 1, low + 1 + side)]
+    inputs = [x * torch.where(torch.arange(1029) % 2 == 0, 1, -1).to(x.dtype) for x in inputs]
+    weights = [half, half - 1, 1]
+    found = average(dtype, inputs, weights).double().tolist()
+    for j, value in enumerate(found):
+        exact = sum(
+            w * Fraction(x[j].double().item()) for w, x in zip(weights, inputs, strict=True)
+        )
+        assert Fraction(value) == rounded(exact / sum(weights), dtype), (dtype, j)
+
+
 @pytest.mark.parametrize("dtype", TORCH)
 def test_identical_models_average_to_themselves(dtype: str) -> None:
     bits = np.random.default_rng(1).integers(0, 256, 8 * 999, np.uint8).tobytes()
