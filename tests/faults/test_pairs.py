@@ -1,0 +1,58 @@
+"""Every pair of faults, at random sites, layouts and orders of arrival: the exact bytes or the exact rejection.
+
+A case is made by its pair and seed alone: ``FEDCORE_FAULT_SEED=N pytest tests/faults/test_pairs.py -k PAIR``
+repeats one that failed. ``FEDCORE_FAULT_CASES=N`` plays that many of each pair.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+
+import pytest
+
+from .faults import LEFT_OUT, Fault, inject
+from .reference import CHUNK, flat, mean, random_layout, random_update
+from .world import Site, World
+
+CASES = int(os.environ.get("FEDCORE_FAULT_CASES", "2"))
+SEED = os.environ.get("FEDCORE_FAULT_SEED")
+PAIRS = list(itertools.combinations_with_replacement(Fault, 2))
+
+
+def play(faults: tuple[Fault, Fault], seed: int) -> None:
+    dice = random.Random(f"{faults[0].value}+{faults[1].value}/{seed}")
+    layout = random_layout(dice)
+    sites = [
+        Site(name, dice.randrange(1, 1 << 24), random_update(layout, dice.randrange(1 << 30)))
+        for name in "cabd"[: dice.randrange(2, 5)]
+    ]
+    codes: dict[str, set[str]] = {}
+    for place, fault in enumerate(faults):
+        site = dice.choice(sites)
+        inject(fault, layout, site, dice, place=place)
+        if fault in LEFT_OUT:
+            codes.setdefault(site.name, set()).add(LEFT_OUT[fault])
+    budget = dice.choice([1, 2 * CHUNK * len(sites), 5 * CHUNK * len(sites), 1 << 30])
+    base = bytes(random_update(layout, 7)) if dice.random() < 0.5 else None
+    world = World(layout, sites, dice, budget, base)
+    world.run()
+    assert world.rejections.keys() == codes.keys()
+    for name, (code, message) in world.rejections.items():
+        assert code in codes[name], message
+    survivors = [(s.weight, s.update) for s in world.sites if s.name not in codes]
+    if not survivors:
+        assert world.result is None
+        return
+    assert world.result == flat(layout, mean(layout, survivors, base))
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=[f"{a.value}+{b.value}" for a, b in PAIRS])
+def test_two_faults_end_in_the_survivors_exact_mean(pair: tuple[Fault, Fault]) -> None:
+    for seed in range(CASES) if SEED is None else [int(SEED)]:
+        try:
+            play(pair, seed)
+        except BaseException as error:
+            error.add_note(f"repeat: FEDCORE_FAULT_SEED={seed}, {pair[0].value}+{pair[1].value}")
+            raise

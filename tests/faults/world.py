@@ -1,0 +1,304 @@
+"""A server and its sites without sockets: frames wait in a list and arrive in seeded order; the clock is a number.
+
+The server side does what `fedcore.server.service` does with the core's events: a site that was rejected, or sent
+nothing of what was asked for in `LOST_MS`, is left out, and the rest is collected again from the start.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from fedcore._core import Collector, Exchange, Layout, crc32c
+from fedcore.errors import WeightError
+from fedcore.layout import create_model
+from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
+
+from .reference import CHUNK
+
+LOST_MS = 20_000
+MAX_STEPS = 20_000
+
+
+def header(
+    kind: int,
+    set_id: bytes = bytes(16),
+    index: int = 0,
+    count: int = 0,
+    body: bytes = b"",
+    *,
+    version: int = PROTOCOL_VERSION,
+    length: int | None = None,
+) -> bytes:
+    """A header with right checksums, whatever else is wrong with it."""
+    size = len(body) if length is None else length
+    crc = crc32c(body) if body else 0
+    head = HEADER.pack(MAGIC, version, kind, 0, 0, set_id, index, count, size, crc, 0)
+    return head[:44] + crc32c(head[:44]).to_bytes(4, "little")
+
+
+def chunk_frame(peer: bytes, set_id: bytes, index: int, body: bytes) -> Frame:
+    """A well-formed CHUNK that no publisher sent."""
+    return Frame(peer, header(Kind.CHUNK, set_id, index, 0, body), body, genuine=False)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A frame on its way to the server.
+
+    Attributes:
+        due: when it may arrive at the earliest, in ms.
+        genuine: whether a site's publisher made it; only these are interfered with.
+        only_after: whether it is sent only once the server has accepted the true chunk of its index.
+    """
+
+    peer: bytes
+    head: bytes
+    body: bytes = b""
+    due: int = 0
+    genuine: bool = True
+    only_after: bool = False
+
+    @property
+    def kind(self) -> int:
+        return self.head[5]
+
+    @property
+    def set_id(self) -> bytes:
+        return self.head[8:24]
+
+    @property
+    def index(self) -> int:
+        return int.from_bytes(self.head[24:32], "little")
+
+
+Interference = Callable[["World", "Site", Frame], "list[Frame]"]
+
+
+@dataclass
+class Site:
+    """A site's data plane, and what interferes with the frames that it sends."""
+
+    name: str
+    weight: int
+    update: bytearray
+    process: int = 0
+    offer: int = 0
+    chunks_missing: int = 0
+    gone: bool = False
+    withdrawn: bool = False
+    deaf_until: int = 0
+    requests_lost: set[int] = field(default_factory=set)
+    interferences: list[Interference] = field(default_factory=list)
+    exchange: Exchange = field(default_factory=Exchange)
+
+    @property
+    def peer(self) -> bytes:
+        return f"{self.name}-process-{self.process}".encode().ljust(16, b".")
+
+    @property
+    def set_id(self) -> bytes:
+        return f"{self.name}-update-{self.offer}".encode().ljust(16, b".")
+
+    def publish(self) -> None:
+        """Offer the update, or all of it but the last chunks, to a fresh data plane."""
+        self.exchange = Exchange()
+        length = len(self.update)
+        chunks = -(-length // CHUNK) - self.chunks_missing
+        held = create_model(None, Layout([("u", "U8", [length])], CHUNK))
+        held.view("u")[:] = self.update
+        if not self.withdrawn:
+            offered = min(length, chunks * CHUNK)
+            self.exchange.publish(self.set_id, held.file, held.data_offset, offered, CHUNK)
+
+
+class World:
+    """One collection from its first request to its end.
+
+    Attributes:
+        rejections: why each site that was left out was left out.
+        malformed: how many malformed frames reached the server.
+        stalls: how often the server asked silent sites again.
+        asked: chunk indices that were asked for, by set id.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        sites: list[Site],
+        dice: random.Random,
+        budget: int,
+        base: bytes | None,
+    ) -> None:
+        self.layout = layout
+        self.dice = dice
+        self.budget = budget
+        self.server = Exchange()
+        self.sites = sorted(sites, key=lambda site: site.name)
+        self.now = 0
+        self.rejections: dict[str, tuple[str, str]] = {}
+        self.malformed = 0
+        self.stalls = 0
+        self.asked: dict[bytes, set[int]] = {}
+        self.result: bytes | None = None
+        self.collector: Collector | None = None
+        self.collecting: list[Site] = []
+        self._accepted: set[tuple[bytes, int]] = set()
+        self._to_server: list[Frame] = []
+        self._to_sites: list[tuple[bytes, bytes]] = []
+        self._base = None
+        if base is not None:
+            self._base = create_model(None, layout)
+            self._base.file.view(self._base.data_offset)[:] = base
+        for site in self.sites:
+            site.publish()
+
+    # --- what the server's process does ---
+
+    def collect(self) -> None:
+        """Begin a collection of all sites that were not left out, from the first chunk on."""
+        if self.collector is not None:
+            self.server.cancel(self.collector)
+            self.collector = None
+        self._accepted.clear()
+        self.collecting = [s for s in self.sites if s.name not in self.rejections]
+        if not self.collecting:
+            return
+        self.out = create_model(None, self.layout)
+        base = None if self._base is None else (self._base.file, self._base.data_offset)
+        try:
+            self.collector = Collector(
+                self.layout,
+                [(s.peer, s.set_id, s.weight) for s in self.collecting],
+                self.out.file,
+                self.out.data_offset,
+                base,
+                self.budget,
+            )
+        except WeightError as error:
+            refused = next(s for s in self.collecting if f"weight {s.weight}:" in str(error))
+            self.leave_out(refused, "weight", str(error))
+            return
+        self.server.start(self.collector)
+
+    def leave_out(self, site: Site, code: str, message: str) -> None:
+        """Take a site out and collect the others again."""
+        assert site.name not in self.rejections, "a site was rejected twice"
+        self.rejections[site.name] = (code, message)
+        self.collect()
+
+    def _events(self) -> None:
+        while (event := self.server.next_event()) is not None:
+            if event[0] == "malformed":
+                continue
+            if self.collector is None or event[1] != self.collector.id:
+                continue
+            if event[0] == "done":
+                assert self.collector.done
+                self.result = bytes(self.out.file.view(self.out.data_offset))
+            elif event[0] == "rejected":
+                self.leave_out(self.collecting[event[2]], event[3], event[4])
+            elif event[0] == "stalled":
+                self.stalls += 1
+                if event[3] >= LOST_MS:
+                    self.leave_out(self.collecting[event[2]], "lost", "")
+            else:
+                raise AssertionError(event)
+
+    # --- the wires ---
+
+    def run(self) -> None:
+        """Run until the collection is done or no site is left."""
+        self.collect()
+        for _ in range(MAX_STEPS):
+            if self.result is not None or not self.collecting:
+                break
+            while self._send():
+                pass
+            due = [i for i, frame in enumerate(self._to_server) if frame.due <= self.now]
+            choice = self.dice.randrange(len(due) + len(self._to_sites) or 1)
+            if choice < len(due):
+                self.arrive(self._to_server.pop(due[choice]))
+            elif self._to_sites:
+                self._ask(*self._to_sites.pop(choice - len(due)))
+            elif self.collecting:
+                self._wait()
+            self._events()
+        assert self.result is not None or not self.collecting, "the collection never ended"
+        assert self.server.stats()["dropped"] == self.malformed
+
+    def _send(self) -> bool:
+        """Put what both sides have to send on its way; whether there was anything."""
+        sent = False
+        while (request := self.server.next_out(self.now)) is not None:
+            peer, head, body = request
+            assert body is None
+            sent = True
+            first, count = (
+                int.from_bytes(head[24:32], "little"),
+                int.from_bytes(head[32:36], "little"),
+            )
+            self.asked.setdefault(head[8:24], set()).update(range(first, first + count))
+            self._to_sites.append((peer, head))
+        for site in self.sites:
+            while (reply := site.exchange.next_out(self.now)) is not None:
+                frames = [Frame(site.peer, reply[1], bytes(reply[2] or b""), self.now)]
+                for interfere in site.interferences:
+                    frames = [
+                        passed
+                        for frame in frames
+                        for passed in (interfere(self, site, frame) if frame.genuine else [frame])
+                    ]
+                if not site.gone and site.deaf_until <= self.now:
+                    self._to_server += frames
+                sent = True
+        return sent
+
+    def arrive(self, frame: Frame) -> None:
+        """The server receives a frame."""
+        key = (frame.set_id, frame.index)
+        if frame.only_after and key not in self._accepted:
+            return
+        before = self.collector.progress()[2] if self.collector is not None else []
+        verdict = self.server.deliver(self.now, frame.peer, frame.head, frame.body or None)
+        self.malformed += verdict == 3
+        if self.collector is not None and self.collector.progress()[2] != before:
+            self._accepted.add(key)
+
+    def _ask(self, peer: bytes, head: bytes) -> None:
+        first, count = int.from_bytes(head[24:32], "little"), int.from_bytes(head[32:36], "little")
+        for site in self.sites:
+            if site.peer != peer or site.gone or site.deaf_until > self.now:
+                continue
+            lost = site.requests_lost & set(range(first, first + count))
+            site.requests_lost -= lost
+            if not lost:
+                site.exchange.deliver(self.now, b"server", head, None)
+
+    def _wait(self) -> None:
+        """Nothing can arrive now: go to the next frame's time or the next timer."""
+        left = self.server.tick(self.now)
+        times = [frame.due for frame in self._to_server]
+        if left >= 0:
+            times.append(self.now + max(1, left))
+        assert times, "nothing is under way and no timer runs"
+        self.now = max(self.now, min(times))
+        self.server.tick(self.now)
+
+    # --- what a site's process does ---
+
+    def restart(self, site: Site) -> None:
+        """The site's process is another one: it offers all again under new ids, and all is collected again."""
+        site.process += 1
+        site.offer += 1
+        site.publish()
+        if site.name not in self.rejections:
+            self.collect()
+
+    def reconnect(self, site: Site) -> None:
+        """The same update under another routing id; what was under way to the server is lost."""
+        self._to_server = [frame for frame in self._to_server if frame.peer != site.peer]
+        site.process += 1
+        if self.collector is not None and site in self.collecting:
+            self.server.retry(self.collector, self.collecting.index(site), site.peer)
