@@ -534,12 +534,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       py::arg("data"), py::arg("seed") = 0,
       "CRC-32C (RFC 3720) of a buffer, continuing from `seed`.");
   m.def(
-      "crc32c_portable",
+      "crc32c_by_each_path",
       [](const py::buffer& data, std::uint32_t seed) {
         const Bytes bytes(data);
-        return crc32c_portable(bytes.data(), bytes.size(), seed);
+        return crc32c_by_each_path(bytes.data(), bytes.size(), seed);
       },
-      py::arg("data"), py::arg("seed") = 0, "The table-driven path of crc32c; for tests.");
+      py::arg("data"), py::arg("seed") = 0,
+      "The checksum by each path that this CPU has, the table first; for tests.");
   m.def(
       "chunk_checksums",
       [](const FileHandle& handle, std::uint64_t offset, std::uint64_t length,

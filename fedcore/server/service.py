@@ -128,6 +128,7 @@ class Server:
         self.endpoint = self._link.endpoint
         self._model: ModelFile | None = None
         self._checksums: list[int] = []
+        self._superseded: ModelFile | None = None
         self._hasher = Hasher()
         self._cards: dict[str, str] = {}
         self._set_id = b""
@@ -509,6 +510,10 @@ class Server:
             declare = self._status.declared[action.participants[0].site]
             layout = _layout_of(declare)
             self._cards = dict(declare.files)
+        if self._superseded is not None:
+            # Nobody reads it any more, and its memory is what the system gives to the new model's pages.
+            self._superseded.file.evict()
+            self._superseded = None
         self._aggregation = Aggregation(
             self._link.exchange,
             layout,
@@ -555,7 +560,7 @@ class Server:
         self._publish()
         if previous and before is not None:
             self._link.exchange.withdraw(previous)
-            before.file.evict()
+            self._superseded = before
         names = [p.site for p in action.participants]
         if action.version:
             logger.info(

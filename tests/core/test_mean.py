@@ -157,9 +157,12 @@ def test_crc32c_gives_the_published_values() -> None:
     assert _core.crc32c(b"123456789") == 0xE3069283
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 12287, 12288, 12289, 100_003])
+@pytest.mark.parametrize(
+    "size", [0, 1, 7, 8, 511, 512, 513, 767, 768, 1031, 12287, 12288, 12289, 100_003]
+)
 def test_every_path_of_crc32c_agrees_and_continues(size: int) -> None:
     data = np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
-    whole = _core.crc32c_portable(data)
-    assert _core.crc32c(data) == whole
+    whole = _core.crc32c(data)
+    assert set(_core.crc32c_by_each_path(data)) == {whole}
+    assert len(set(_core.crc32c_by_each_path(data, 0x12345678))) == 1
     assert _core.crc32c(data[size // 3 :], _core.crc32c(data[: size // 3])) == whole
