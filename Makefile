@@ -46,9 +46,11 @@ native: $(VENV)/.tools ## Run the native tests under address, undefined-behaviou
 	  $(CMAKE) --build build/$$sanitizer --parallel 2 && \
 	  $(BIN)/ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; done
 
-bench: $(VENV)/.test ## Time the reduction and whole rounds against this machine's own limits
-	$(BIN)/python -m benchmarks reduce
+bench: $(VENV)/.test ## Time the reduction, rounds and memory against this machine's own limits
+	$(BIN)/python -m benchmarks kernels
 	$(BIN)/python -m benchmarks round-trip
+	$(BIN)/python -m benchmarks floor
+	$(BIN)/python -m benchmarks memory --max-sites 8 --max-size 256MiB
 
 clean: ## Remove everything that was built
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,50 +1,234 @@
-"""``python -m benchmarks``: reduce, round-trip."""
+"""``python -m benchmarks``: what fedcore costs, beside what the same machine can do at best.
+
+Each benchmark proves its result before it reports a time, prints a table, and writes JSON with ``--json``.
+"""
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fedcore.config import parse_size
+from fedcore.errors import FedcoreError
+
+from .report import MIB, show, size_text, write
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
+Size = Annotated[str, typer.Option(help="Bytes of the model (fp32).")]
+Sites = Annotated[int, typer.Option(min=1, help="Site processes.")]
+Rounds = Annotated[int, typer.Option(min=1)]
+Inputs = Annotated[int, typer.Option(min=1, help="Updates that are averaged.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Of which the median is taken.")]
+Budget = Annotated[str, typer.Option(help="The server's memory budget.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this file.")]
 
-def _finish(result: dict[str, Any], path: Path | None) -> None:
-    for name, value in result.items():
-        typer.echo(f"{name:<28} {value:.4g}" if isinstance(value, float) else f"{name:<28} {value}")
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+_KERNEL_COLUMNS = ("dtype", "SIMD", "updates", "read GB/s", "memcpy GB/s", "moved / memcpy moved")
+
+
+def _kernel_row(row: dict[str, Any]) -> list[object]:
+    return [
+        row["dtype"],
+        row["simd"],
+        row["inputs"],
+        row["mean_read_gb_s"],
+        row["memcpy_read_gb_s"],
+        row["mean_moved_over_memcpy_moved"],
+    ]
 
 
 @app.command()
 def reduce(
+    *,
     size: Annotated[str, typer.Option(help="Bytes of each input.")] = "64MiB",
-    inputs: Annotated[int, typer.Option(min=1)] = 4,
+    inputs: Inputs = 4,
     dtype: Annotated[str, typer.Option(help="F64, F32, F16 or BF16.")] = "F32",
-    repeats: Annotated[int, typer.Option(min=1)] = 7,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    repeats: Repeats = 7,
+    json_file: Json = None,
 ) -> None:
-    """Time the mean kernel on one core against a copy of the same bytes in the same run."""
+    """Time the mean of one dtype on one core against a copy of the same bytes in the same run."""
     from .kernels import measure
 
-    _finish(measure(parse_size(size), inputs, dtype, repeats), json_file)
+    result = measure(parse_size(size), inputs, dtype, repeats)
+    show(
+        f"Mean of {inputs} updates of {size_text(result['bytes_each'])}, one core",
+        _KERNEL_COLUMNS,
+        [_kernel_row(result)],
+    )
+    write(json_file, result)
+
+
+@app.command()
+def kernels(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of each input.")] = "64MiB",
+    inputs: Inputs = 4,
+    repeats: Repeats = 7,
+    json_file: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Time the mean of every dtype on every instruction set of this processor against memcpy."""
+    from .kernels import sweep
+
+    rows = sweep(parse_size(size), inputs, repeats)
+    show(
+        f"Mean of {inputs} updates of {size_text(rows[0]['bytes_each'])}, one core",
+        _KERNEL_COLUMNS,
+        [_kernel_row(row) for row in rows],
+    )
+    write(json_file, {"rows": rows})
+    if plot is not None:
+        from .plots import plot_kernels
+
+        plot_kernels(rows, plot)
 
 
 @app.command()
 def round_trip(
-    size: Annotated[str, typer.Option(help="Bytes of the model (fp32).")] = "512MiB",
-    sites: Annotated[int, typer.Option(min=1)] = 3,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+    *,
+    size: Size = "512MiB",
+    sites: Sites = 3,
+    rounds: Rounds = 3,
+    memory: Budget = "256MiB",
+    client: Annotated[
+        str, typer.Option(help="reader: tensor by tensor, as the trainers do; plain: dicts.")
+    ] = "reader",
+    peers: Annotated[
+        str, typer.Option(help="Other frameworks to measure in this run: nvflare,flower.")
+    ] = "",
+    json_file: Json = None,
+    plot: Plot = None,
 ) -> None:
-    """Time rounds without training (each site adds a constant) against the same bytes over raw loopback TCP."""
-    from .round_trip import measure
+    """Time rounds without training (each site adds a constant and sends the full model back).
 
-    _finish(measure(parse_size(size), sites, rounds), json_file)
+    Beside it: the same bytes over raw loopback TCP and over bare ZeroMQ, measured before and after, and other
+    frameworks, each installed on first use into a virtual environment of its own in FEDCORE_CACHE.
+    """
+    from .peers import parse_peers
+    from .round_trip import CLIENTS, Work, measure
+
+    if client not in CLIENTS:
+        raise typer.BadParameter(f"expected one of {', '.join(CLIENTS)}", param_hint="--client")
+    names = parse_peers(peers)
+    result = measure(Work(parse_size(size), sites, rounds), parse_size(memory), client, names)
+    _show_rounds(result)
+    write(json_file, result)
+    if plot is not None:
+        from .plots import plot_rounds
+
+        plot_rounds(result, plot)
 
 
-app(prog_name="python -m benchmarks")
+def _show_rounds(result: dict[str, Any]) -> None:
+    limit, ours = result["limit_s"], result["round_s"]
+    rows: list[list[object]] = [
+        ["raw TCP, the same bytes", limit, 1.0, None, None],
+        ["bare ZeroMQ, the same bytes", result["zeromq_s"], result["zeromq_s"] / limit, None, None],
+        [
+            f"fedcore, client {result['client']}",
+            ours,
+            ours / limit,
+            1.0,
+            size_text(result["server_peak_rss_bytes"]),
+        ],
+    ]
+    for name, peer in result["peers"].items():
+        if "error" in peer:
+            rows.append([f"{name} {peer['version']}: not measured", None, None, None, None])
+        else:
+            rows.append(
+                [
+                    f"{name} {peer['version']}",
+                    peer["round_s"],
+                    peer["round_s"] / limit,
+                    peer["ratio"],
+                    f"{size_text(peer['peak_rss_bytes'])}: {peer['peak_rss_process']}",
+                ]
+            )
+    show(
+        f"{size_text(result['bytes'])} fp32 in {result['tensors']} tensors, {result['sites']} sites, "
+        f"median of {result['rounds']} rounds",
+        ("", "s per round", "/ limit", "/ fedcore", "server peak RSS"),
+        rows,
+    )
+
+
+@app.command()
+def floor(
+    *,
+    rounds: Rounds = 20,
+    sites: Sites = 2,
+    size: Size = "1MiB",
+    json_file: Json = None,
+) -> None:
+    """Time rounds of a small model: what a round costs when there is nothing to move."""
+    from .round_trip import Work, fedcore_rounds
+
+    work = Work(parse_size(size), sites, rounds)
+    result = {"bytes": work.model_bytes, "sites": sites, "rounds": rounds, **fedcore_rounds(work)}
+    samples = result["round_samples_s"]
+    show(
+        f"{size_text(work.model_bytes)}, {sites} sites, {rounds} rounds",
+        ("", "median ms", "least ms", "most ms"),
+        [["round", *(1000 * x for x in (result["round_s"], min(samples), max(samples)))]],
+    )
+    write(json_file, result)
+
+
+@app.command()
+def memory(
+    *,
+    budget: Budget = "64MiB",
+    size: Annotated[str, typer.Option(help="Model size of the sweep over sites.")] = "64MiB",
+    sites: Annotated[int, typer.Option(help="Number of sites of the sweep over sizes.")] = 2,
+    max_sites: Annotated[int, typer.Option(min=2)] = 32,
+    max_size: Annotated[str, typer.Option(help="Largest model.")] = "1GiB",
+    json_file: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Measure the server's peak RSS against the number of sites and the size of the model."""
+    from .memory import SITES, SIZES, sweep
+
+    result = sweep(
+        parse_size(budget),
+        parse_size(size),
+        sites,
+        tuple(n for n in SITES if n <= max_sites),
+        tuple(n for n in SIZES if n <= parse_size(max_size)),
+    )
+    show(
+        f"Server memory, budget {size_text(result['memory_bytes'])}, "
+        f"{size_text(result['idle_rss_bytes'])} with a model of 1 MiB",
+        ("model", "sites", "s per round", "peak RSS", "over idle"),
+        [
+            [
+                size_text(row["bytes"]),
+                row["sites"],
+                row["round_s"],
+                size_text(row["server_peak_rss_bytes"]),
+                f"{row['over_idle_bytes'] / MIB:.0f} MiB",
+            ]
+            for row in result["rows"]
+        ],
+    )
+    write(json_file, result)
+    if plot is not None:
+        from .plots import plot_memory
+
+        plot_memory(result, plot)
+
+
+def main() -> None:
+    """Run the command line; an error of fedcore's is one line."""
+    try:
+        app(prog_name="python -m benchmarks")
+    except FedcoreError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

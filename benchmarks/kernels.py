@@ -1,4 +1,4 @@
-"""The mean kernel against memcpy."""
+"""The mean kernels against memcpy."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import numpy as np
 from fedcore import _core
 from fedcore.layout import ITEMSIZE
 
+DTYPES = ("F32", "BF16", "F16", "F64")
+_HEAD = 1_000_000
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16}
+
 
 def _median(action: Callable[[], object], repeats: int) -> float:
     times = []
@@ -22,29 +26,77 @@ def _median(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def measure(size: int, count: int, dtype: str, repeats: int) -> dict[str, Any]:
-    """Return GB/s of input bytes; the first million values are compared with NumPy first."""
-    size -= size % ITEMSIZE[dtype]
-    weights = [3 + i for i in range(count)]
+def _inputs(dtype: str, size: int, count: int) -> list[np.ndarray[Any, Any]]:
     values = [np.random.default_rng(i).standard_normal(size // 8 + 1) for i in range(count)]
-    kind = {"F64": np.float64, "F32": np.float32, "F16": np.float16}.get(dtype)
-    if kind is None:  # bfloat16: the upper halves of fp32
-        inputs = [
-            np.resize(v.astype(np.float32).view(np.uint16)[1::2], size // 2).copy() for v in values
-        ]
-    else:
-        inputs = [np.resize(v.astype(kind), size // ITEMSIZE[dtype]) for v in values]
+    if dtype == "BF16":  # the upper halves of fp32
+        return [np.resize(_bf16_bits(v), size // 2) for v in values]
+    return [np.resize(v.astype(_NUMPY[dtype]), size // ITEMSIZE[dtype]) for v in values]
+
+
+def _bf16_bits(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return the bits of the nearest bfloat16 values, ties to even."""
+    bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)).astype(
+        np.uint16
+    )
+
+
+def _expected(
+    dtype: str, inputs: list[np.ndarray[Any, Any]], weights: list[int]
+) -> np.ndarray[Any, Any] | None:
+    """Return the mean of the first values by NumPy in fp64, rounded once; None for fp64 itself."""
+    if dtype == "F64":
+        return None
+    heads = [x[:_HEAD] for x in inputs]
+    if dtype == "BF16":
+        heads = [(x.astype(np.uint32) << 16).view(np.float32) for x in heads]
+    total = sum(w * x.astype(np.float64) for w, x in zip(weights, heads, strict=True))
+    exact = np.asarray(total) / sum(weights)
+    if dtype != "BF16":
+        return exact.astype(_NUMPY[dtype])
+    # Through fp32 would round twice: round the fp64 value to odd at fp32 first, then to bfloat16.
+    near = exact.astype(np.float32)
+    bits = near.view(np.uint32).copy()
+    above = np.abs(near.astype(np.float64)) > np.abs(exact)
+    inexact = near.astype(np.float64) != exact
+    bits[above] -= 1
+    bits[inexact] |= 1
+    return _bf16_bits(bits.view(np.float32))
+
+
+def validate(dtype: str, inputs: list[np.ndarray[Any, Any]], weights: list[int]) -> None:
+    """Compare the kernel in use with NumPy, and the mean of equal inputs with the input.
+
+    Raises:
+        ArithmeticError: they differ.
+    """
     out = np.empty_like(inputs[0])
     _core.mean(dtype, inputs, weights, out)
-    head = 1_000_000
-    if kind is not None and dtype != "F64":
-        exact = sum(w * x[:head].astype(np.float64) for w, x in zip(weights, inputs, strict=True))
-        assert np.array_equal(out[:head], (exact / sum(weights)).astype(kind)), "the mean is wrong"
-    same = np.empty_like(out)
-    _core.mean(dtype, [inputs[0]] * count, weights, same)
-    assert np.array_equal(same, inputs[0]), "equal inputs do not average to themselves"
+    expected = _expected(dtype, inputs, weights)
+    if expected is not None and not np.array_equal(
+        out[:_HEAD].view(np.uint8), expected.view(np.uint8)
+    ):
+        raise ArithmeticError(f"the mean of {dtype} values is wrong")
+    if expected is None and not np.allclose(
+        out[:_HEAD], np.average([x[:_HEAD] for x in inputs], axis=0, weights=weights), 1e-12, 1e-14
+    ):
+        raise ArithmeticError(f"the mean of {dtype} values is wrong")
+    _core.mean(dtype, [inputs[0]] * len(inputs), weights, out)
+    if not np.array_equal(out.view(np.uint8), inputs[0].view(np.uint8)):
+        raise ArithmeticError(f"equal {dtype} inputs do not average to themselves")
+
+
+def measure(size: int, count: int, dtype: str, repeats: int) -> dict[str, Any]:
+    """Return GB/s of input bytes on one core, and of a copy of the same bytes by memcpy before and after."""
+    size -= size % 8
+    weights = [3 + i for i in range(count)]
+    inputs = _inputs(dtype, size, count)
+    validate(dtype, inputs, weights)
+    out = np.empty_like(inputs[0])
+    copies = [_median(lambda: np.copyto(out, inputs[0]), repeats)]
     mean = _median(lambda: _core.mean(dtype, inputs, weights, out), repeats)
-    copy = _median(lambda: np.copyto(out, inputs[0]), repeats)
+    copies.append(_median(lambda: np.copyto(out, inputs[0]), repeats))
+    copy = statistics.median(copies)
     return {
         "simd": _core.simd_level(),
         "dtype": dtype,
@@ -54,3 +106,16 @@ def measure(size: int, count: int, dtype: str, repeats: int) -> dict[str, Any]:
         "memcpy_read_gb_s": size / copy / 1e9,
         "mean_moved_over_memcpy_moved": (count + 1) * size / mean / (2 * size / copy),
     }
+
+
+def sweep(size: int, count: int, repeats: int) -> list[dict[str, Any]]:
+    """Measure every dtype on every instruction set that this processor has."""
+    before = _core.simd_level()
+    rows = []
+    try:
+        for level in _core.simd_levels():
+            _core.set_simd_level(level)
+            rows += [measure(size, count, dtype, repeats) for dtype in DTYPES]
+    finally:
+        _core.set_simd_level(before)
+    return rows

@@ -1,15 +1,20 @@
-"""Whole rounds without training: a server process and site processes on loopback."""
+"""Whole rounds without training: each site adds one to every value and sends the full model back.
+
+A round lasts from the moment the first site gets its task to the moment the first site gets the next one: pull,
+add, publish, aggregate, commit to disk. The result is checked before any figure is returned.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
-import threading
 import time
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,119 +23,189 @@ import numpy as np
 from fedcore._core import Layout
 from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
-from fedcore.layout import Reader, create_model, open_model
+from fedcore.layout import create_model, open_model
 from fedcore.simulate import simulate
 
-_TENSORS = 148
+from .limits import Limits
+from .processes import Family
+from .report import MIB
+
+TENSORS = 148
+CLIENTS = ("reader", "plain")
+_TIMES = "FEDCORE_BENCHMARK_TIMES"
 
 
-def measure(size: int, sites: int, rounds: int) -> dict[str, Any]:
-    """Return the median seconds of a round, the raw TCP seconds for its bytes, and the server's peak RSS."""
+@dataclass(frozen=True)
+class Work:
+    """What every framework is given to do."""
+
+    size: int
+    sites: int
+    rounds: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of each of the fp32 tensors."""
+        return max(1, self.size // TENSORS // 4)
+
+    @property
+    def model_bytes(self) -> int:
+        return self.elements * TENSORS * 4
+
+    @property
+    def round_bytes(self) -> int:
+        """Every site gets the model and sends one."""
+        return 2 * self.sites * self.model_bytes
+
+
+def fedcore_rounds(work: Work, memory: int = 256 * MIB, client: str = "reader") -> dict[str, Any]:
+    """Run the work with fedcore: a server process and one process per site on loopback.
+
+    Args:
+        memory: the server's budget in bytes.
+        client: "reader" hands tensors over one at a time, as the trainer adapters do; "plain" is
+            ``fl.receive()`` and ``fl.send(dict)``, with the whole model twice in the site's memory.
+    """
     with tempfile.TemporaryDirectory(dir=os.environ.get("FEDCORE_WORK")) as name:
         folder = Path(name)
-        each = size // _TENSORS // 4
-        layout = Layout([(f"layer{i:03d}", "F32", [each]) for i in range(_TENSORS)])
+        layout = Layout([(f"layer{i:03d}", "F32", [work.elements]) for i in range(TENSORS)])
         create_model(folder / "start.safetensors", layout).file.sync()
         (folder / "run.toml").write_text(
-            f'[run]\nname = "bench"\nrounds = {rounds}\n[model]\ninitial = "start.safetensors"\n'
-            f'[participants]\ncount = {sites}\nidle_timeout = "30s"\n',
+            f'[run]\nname = "bench"\nrounds = {work.rounds}\n[model]\ninitial = "start.safetensors"\n'
+            f'[participants]\ncount = {work.sites}\nidle_timeout = "30s"\n'
+            f'[server]\nmemory = "{memory // MIB}MiB"\n',
             encoding="utf-8",
         )
         config = load_run_file(folder / "run.toml")
-        command = [sys.executable, "-m", "benchmarks.round_trip"]
-        peak = 0
-
-        def sample(_: str) -> None:
-            nonlocal peak
-            peak = max(peak, _server_peak(folder))
-
-        limit = _raw_tcp(2 * sites * layout.total_bytes)
-        result = simulate(
-            folder / "run.toml",
-            config,
-            commands=dict.fromkeys(config.site_names, command),
-            tick=sample,
-        )
+        command = [sys.executable, "-m", "benchmarks.round_trip", client]
+        with Family() as family:
+            os.environ |= {**family.environment, _TIMES: name}
+            try:
+                result = simulate(
+                    folder / "run.toml",
+                    config,
+                    commands=dict.fromkeys(config.site_names, command),
+                )
+            finally:
+                for variable in (*family.environment, _TIMES):
+                    del os.environ[variable]
         if result.status != 0:
             raise FedcoreError(result.message)
-        final = open_model(result.folder / "final" / "model.safetensors")
-        for view in final.views().values():
-            assert (np.frombuffer(view, np.float32) == rounds).all(), "the aggregate is wrong"
-        summary = json.loads((result.folder / "summary.json").read_text())
-        seconds = [v["seconds"] for v in summary["versions"] if v["version"]]
-        round_s = statistics.median(seconds)
+        check_result(result.folder / "final" / "model.safetensors", work)
+        seconds = _round_seconds(folder, work.rounds)
         return {
-            "bytes": layout.total_bytes,
-            "sites": sites,
-            "rounds": rounds,
-            "round_s": round_s,
-            "limit_s": limit,
-            "round_over_limit": round_s / limit,
-            "server_peak_rss_bytes": peak,
+            "round_s": statistics.median(seconds),
+            "round_samples_s": seconds,
+            "server_peak_rss_bytes": family.peak("fedcore", "server"),
+            "site_peak_rss_bytes": family.peak("benchmarks.round_trip"),
         }
 
 
-def _server_peak(folder: Path) -> int:
-    lock = folder / "runs" / "bench" / ".lock"
-    try:
-        status = Path(f"/proc/{lock.read_text().strip()}/status").read_text()
-    except (OSError, ValueError):
-        return 0  # not started yet, or ended already
-    line = next((x for x in status.splitlines() if x.startswith("VmHWM")), "VmHWM: 0 kB")
-    return int(line.split()[1]) * 1024
+def check_result(path: Path, work: Work) -> None:
+    """Check that every value of the last model is the number of rounds.
+
+    Raises:
+        FedcoreError: one is not, or a tensor is missing.
+    """
+    views = open_model(path).views()
+    right = len(views) == TENSORS and all(
+        len(view) == 4 * work.elements and (np.frombuffer(view, np.float32) == work.rounds).all()
+        for view in views.values()
+    )
+    if not right:
+        raise FedcoreError("the aggregate is wrong: no time is reported")
 
 
-def _raw_tcp(total: int) -> float:
-    listener = socket.create_server(("127.0.0.1", 0))
-    received = 0
-
-    def drain() -> None:
-        nonlocal received
-        buffer = bytearray(1 << 20)
-        connection, _ = listener.accept()
-        with connection:
-            while got := connection.recv_into(buffer):
-                received += got
-
-    thread = threading.Thread(target=drain)
-    thread.start()
-    block = bytes(1 << 20)
-    begin = time.perf_counter()
-    with socket.create_connection(listener.getsockname()) as sender:
-        for _ in range(total // len(block)):
-            sender.sendall(block)
-    thread.join()
-    seconds = time.perf_counter() - begin
-    listener.close()
-    assert received == total // len(block) * len(block)
-    return seconds
+def _round_seconds(folder: Path, rounds: int) -> list[float]:
+    """Return the seconds between the tasks of successive rounds, by the site that got each one first."""
+    starts: dict[int, float] = defaultdict(lambda: float("inf"))
+    for path in folder.glob("*.times"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            task, at = json.loads(line)
+            starts[task] = min(starts[task], at)
+    if len(starts) != rounds + 1:
+        raise FedcoreError(f"{len(starts) - 1} rounds were seen, {rounds} were asked for")
+    return [starts[task + 1] - starts[task] for task in range(1, rounds + 1)]
 
 
-def _site() -> None:
-    from fedcore.client.session import GlobalModel, get_session
+def measure(work: Work, memory: int, client: str, peers: list[str]) -> dict[str, Any]:
+    """Measure fedcore, the limits before and after it, and the peers in the same run."""
+    from .peers import measure_peer
+
+    limits = Limits(work.round_bytes)
+    limits.sample()
+    ours = fedcore_rounds(work, memory, client)
+    limits.sample()
+    compared = {name: measure_peer(name, work) for name in peers}
+    if peers:
+        limits.sample(1)
+    limit = limits.result()
+    for figures in compared.values():
+        if "round_s" in figures:
+            figures["ratio"] = figures["round_s"] / ours["round_s"]
+    limit_s = limit["limit_s"]
+    assert isinstance(limit_s, float)
+    return {
+        "bytes": work.model_bytes,
+        "tensors": TENSORS,
+        "sites": work.sites,
+        "rounds": work.rounds,
+        "memory_bytes": memory,
+        "client": client,
+        **ours,
+        **limit,
+        "round_over_limit": ours["round_s"] / limit_s,
+        "peers": compared,
+    }
+
+
+def _site(client: str) -> None:
+    """Take part as a site, and note when each task came. A model to be scored is the round after the last."""
+    import fedcore.client as fl
+
+    times = Path(os.environ[_TIMES]) / f"{os.environ['FEDCORE_SITE']}.times"
+    tasks = 0
+    with times.open("a", encoding="utf-8") as out:
+        while fl.is_running():
+            tasks += 1
+            out.write(json.dumps([tasks, time.time()]) + "\n")
+            out.flush()
+            (_add_one_plain if client == "plain" else _add_one_by_reader)()
+
+
+def _add_one_by_reader() -> None:
+    from fedcore.client.session import get_session
 
     session = get_session()
-    changed = np.empty(0, np.float32)
+    specs = session.offered_specs()
+    assert specs is not None
+    model = session.begin(specs, {}, lambda _: b"")
+    if model.kind == "evaluate":
+        session.end_task()
+        return
+    session.submit(_Changed(model.tensors).read, 1)
 
-    def add_one(model: GlobalModel) -> Reader:
-        def read(name: str) -> memoryview:
-            nonlocal changed
-            values = np.frombuffer(model.tensors[name], np.float32)
-            if len(changed) < len(values):
-                changed = np.empty(len(values), np.float32)
-            return np.add(values, np.float32(1), out=changed[: len(values)]).data
 
-        return read
+class _Changed:
+    """Tensors with one added, each made in the same memory when it is asked for."""
 
-    while session.is_running():
-        specs = session.offered_specs()
-        assert specs is not None
-        model = session.begin(specs, {}, lambda _: b"")
-        if model.kind == "evaluate":
-            session.end_task()
-        else:
-            session.submit(add_one(model), 1)
+    def __init__(self, tensors: Mapping[str, memoryview]) -> None:
+        self._tensors = tensors
+        self._changed = np.empty(max(map(len, tensors.values())) // 4, np.float32)
+
+    def read(self, name: str) -> memoryview:
+        values = np.frombuffer(self._tensors[name], np.float32)
+        return np.add(values, np.float32(1), out=self._changed[: len(values)]).data
+
+
+def _add_one_plain() -> None:
+    import fedcore.client as fl
+
+    params = fl.receive()
+    for value in params.values():
+        np.add(value, 1, out=value)
+    fl.send(params, weight=1)
 
 
 if __name__ == "__main__":
-    _site()
+    _site(sys.argv[1])

@@ -1,0 +1,39 @@
+"""FedAvg that notes when each round begins, and checks its result."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+app = ServerApp()
+marks: list[float] = []
+
+
+class TimedFedAvg(FedAvg):
+    def configure_train(self, *args: Any, **kwargs: Any) -> Any:
+        marks.append(time.time())
+        return super().configure_train(*args, **kwargs)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    config = context.run_config
+    sites, rounds = int(config["sites"]), int(config["rounds"])
+    names = [f"layer{i:03d}" for i in range(int(config["tensors"]))]
+    shape = int(config["elements"])
+    start = ArrayRecord({name: Array(np.zeros(shape, np.float32)) for name in names})
+    strategy = TimedFedAvg(
+        fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=sites, min_available_nodes=sites
+    )
+    result = strategy.start(grid=grid, initial_arrays=start, num_rounds=rounds)
+    marks.append(time.time())
+    right = set(result.arrays) == set(names) and all(
+        array.numpy().size == shape and bool((array.numpy() == rounds).all())
+        for array in result.arrays.values()
+    )
+    Path(str(config["result"])).write_text(json.dumps({"marks": marks, "right": right}))

@@ -1,0 +1,166 @@
+"""Benchmarks prove their results, measure what they say, and leave no process behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import kernels, memory
+from benchmarks.limits import Limits
+from benchmarks.processes import Family
+from benchmarks.round_trip import TENSORS, Work, check_result, fedcore_rounds
+from fedcore import _core
+from fedcore.errors import FedcoreError
+from fedcore.layout import create_model
+
+from .conftest import ROOT
+
+MIB = 1 << 20
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120"},
+    )
+
+
+def test_the_help_names_every_benchmark() -> None:
+    result = command("--help")
+    assert result.returncode == 0
+    for name in ("kernels", "reduce", "round-trip", "memory", "floor"):
+        assert name in result.stdout
+
+
+def test_a_round_trip_prints_a_table_and_writes_its_figures(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    result = command(
+        "round-trip", "--size", "2MiB", "--sites", "2", "--rounds", "2", "--json", str(path)
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "raw TCP" in result.stdout
+    found = json.loads(path.read_text())
+    assert (found["sites"], found["rounds"], found["peers"]) == (2, 2, {})
+    assert len(found["round_samples_s"]) == 2
+    assert len(found["limit_samples_s"]) == len(found["zeromq_samples_s"]) == 4
+    assert found["round_over_limit"] == found["round_s"] / found["limit_s"]
+    assert 10 * MIB < found["server_peak_rss_bytes"] < 512 * MIB
+    assert found["machine"]["cores"] >= 1
+
+
+def test_an_unknown_peer_is_refused_by_name() -> None:
+    result = command("round-trip", "--peers", "nobody")
+    assert result.returncode != 0
+    assert "nobody" in result.stderr
+    assert "nvflare, flower" in result.stderr
+
+
+def test_a_site_with_plain_dicts_gives_the_right_model_too() -> None:
+    assert fedcore_rounds(Work(MIB, 2, 2), client="plain")["round_s"] > 0
+
+
+@pytest.mark.parametrize(("rounds", "right"), [(3, True), (2, False)])
+def test_a_wrong_aggregate_gives_no_time(tmp_path: Path, rounds: int, right: bool) -> None:
+    work = Work(TENSORS * 40, 2, 3)
+    layout = _core.Layout([(f"t{i:03d}", "F32", [work.elements]) for i in range(TENSORS)])
+    model = create_model(tmp_path / "m.safetensors", layout)
+    for view in model.views().values():
+        np.frombuffer(view, np.float32)[:] = rounds
+    model.file.sync()
+    if right:
+        check_result(tmp_path / "m.safetensors", work)
+    else:
+        with pytest.raises(FedcoreError, match="the aggregate is wrong"):
+            check_result(tmp_path / "m.safetensors", work)
+
+
+def test_every_kernel_is_checked_and_timed_on_every_instruction_set() -> None:
+    level = _core.simd_level()
+    rows = kernels.sweep(64 << 10, 3, 1)
+    assert {(row["simd"], row["dtype"]) for row in rows} == {
+        (simd, dtype) for simd in _core.simd_levels() for dtype in kernels.DTYPES
+    }
+    assert _core.simd_level() == level
+
+
+@pytest.mark.parametrize("dtype", kernels.DTYPES)
+def test_a_kernel_that_is_off_by_its_last_bit_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    def mean(dtype: str, inputs: Any, weights: Any, out: Any) -> None:
+        _core.mean(dtype, inputs, weights, out)
+        out.view(np.uint8)[0 if dtype != "F64" else 5] ^= 1
+
+    monkeypatch.setattr(kernels, "_core", types.SimpleNamespace(mean=mean))
+    inputs = kernels._inputs(dtype, 4096, 2)
+    with pytest.raises(ArithmeticError, match=dtype):
+        kernels.validate(dtype, inputs, [3, 4])
+
+
+def test_the_limits_are_medians_of_all_samples() -> None:
+    limits = Limits(3 * MIB + 5)
+    limits.sample(3)
+    found = limits.result()
+    assert found["limit_s"] == sorted(limits.tcp)[1] > 0
+    assert found["zeromq_s"] == sorted(limits.zeromq)[1] > 0
+
+
+def test_the_memory_sweep_has_a_row_for_each_number_of_sites_and_each_size() -> None:
+    found = memory.sweep(16 * MIB, 2 * MIB, 3, (3,), (2 * MIB, 4 * MIB))
+    assert [row["sites"] for row in found["rows"]] == [3, 3]
+    for row in found["rows"]:
+        assert row["over_idle_bytes"] == row["server_peak_rss_bytes"] - found["idle_rss_bytes"]
+
+
+_FORKS = """
+import os, subprocess, sys
+subprocess.Popen([sys.executable, "-c", sys.argv[1], *sys.argv[2:]], start_new_session=True)
+"""
+_HOLDS_MEMORY = """
+import os, signal, sys
+held = b"x" * (64 << 20)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").write(str(os.getpid()))
+while True:
+    signal.pause()
+"""
+
+
+def test_what_a_process_started_in_a_session_of_its_own_is_measured_and_ended(
+    tmp_path: Path,
+) -> None:
+    fifo = tmp_path / "pid"
+    os.mkfifo(fifo)
+    with Family() as family:
+        start = [sys.executable, "-c", _FORKS, _HOLDS_MEMORY, str(fifo)]
+        family.start(start, tmp_path / "log", {}, tmp_path)
+        pid = int(fifo.read_text())
+        family.sample()
+        assert 64 * MIB < family.peaks[pid] < 512 * MIB
+        assert family.peak("signal.pause") >= family.peaks[pid]
+    status = Path(f"/proc/{pid}/status")
+    assert not status.exists() or "State:\tZ" in status.read_text()  # dead, if not yet reaped
+
+
+def test_strangers_are_neither_measured_nor_ended(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stranger:
+        with Family() as family:
+            for _ in range(3):
+                family.sample()
+            assert stranger.pid not in family.peaks
+            assert os.getpid() not in family.peaks
+        assert stranger.poll() is None
+        stranger.communicate(b"\n")
+    assert stranger.returncode == 0
