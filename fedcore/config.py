@@ -97,10 +97,12 @@ class ModelSection(_Section):
 
 
 class ParticipantsSection(_Section):
-    """``[participants]``: who takes part (``sites`` by name or any ``count``) and when a round may close."""
+    """``[participants]``: who takes part (``sites`` by name or any ``count``), how many of them train in a round
+    (``sample``), and when a round may close."""
 
     sites: list[Name] | None = None
     count: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    sample: Annotated[int, Field(ge=1)] | None = None
     min_results: Annotated[int, Field(ge=1)] | None = None
     round_deadline: Duration = 3600.0
     idle_timeout: Duration = 3.0
@@ -111,9 +113,13 @@ class ParticipantsSection(_Section):
             raise ValueError("give either sites = [names] or count = NUMBER")
         if self.sites is not None and (not self.sites or len(set(self.sites)) != len(self.sites)):
             raise ValueError("sites: expected at least one name, each once")
-        if self.min_results is not None and self.min_results > self.expected:
+        if self.sample is not None and self.sample > self.expected:
+            raise ValueError(f"sample is {self.sample}, but there are only {self.expected} sites")
+        if self.min_results is not None and self.min_results > (self.sample or self.expected):
+            train = f"train in a round (sample = {self.sample})" if self.sample else "in the run"
             raise ValueError(
-                f"min_results is {self.min_results}, but there are only {self.expected} sites"
+                f"min_results is {self.min_results}, but there are only "
+                f"{self.sample or self.expected} sites {train}"
             )
         return self
 
@@ -125,7 +131,7 @@ class ParticipantsSection(_Section):
     @property
     def quorum(self) -> int:
         """How many valid updates a round needs."""
-        return self.min_results if self.min_results is not None else self.expected
+        return self.min_results or self.sample or self.expected
 
 
 class AggregationSection(_Section):

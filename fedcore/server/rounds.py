@@ -7,15 +7,17 @@ fault can be replayed exactly in a test.
 How a round closes: when every expected site has delivered, was taken out, or is gone, and at least ``quorum``
 have delivered; at the deadline, when at least ``quorum`` have. A site that never joined is waited for until the
 deadline; one that had joined before the server was started again, for as long as `Rounds.restarted` was told.
+With a ``sample``, only that many sites train in a round and are waited for.
 With fewer than ``quorum`` at the deadline the run is given up; what was committed stays.
 """
 
 from __future__ import annotations
 
 import enum
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from .participation import Delivery, Member, Roster, SiteState
 
@@ -32,6 +34,9 @@ __all__ = [
     "SendTask",
     "StartCollect",
 ]
+
+
+_SETTLE_SECONDS: Final = 30.0  # after the first site has joined, for the others to join too
 
 
 class Phase(enum.StrEnum):
@@ -122,6 +127,8 @@ class Rounds:
         quorum: how many valid updates a round needs.
         deadline: seconds that a round may take, from its first task on.
         version: the last committed model, or None if there is none yet.
+        sample: how many sites train in a round, chosen by ``seed``; all of them if None.
+        seed: of the choice.
     """
 
     def __init__(
@@ -132,8 +139,14 @@ class Rounds:
         quorum: int,
         deadline: float,
         version: int | None = None,
+        sample: int | None = None,
+        seed: int = 0,
     ) -> None:
         self.roster = roster
+        self.sample = sample
+        self.seed = seed
+        self._chosen: set[str] = set()
+        self._first_joined: float | None = None
         self.rounds = rounds
         self.quorum = quorum
         self.deadline_seconds = deadline
@@ -189,6 +202,8 @@ class Rounds:
             before = self.lost(site, "another process took its place", now)
         member = self.roster.admit(site, instance)
         member.returning = False
+        if self._first_joined is None:
+            self._first_joined = now
         if not member.alive:
             member.state = SiteState.JOINED
             member.message = ""
@@ -217,6 +232,8 @@ class Rounds:
             return self._late(member, round_)
         if member.dropped_round == round_:
             return [SendDropped(site, round_, member.message)]
+        if self.sample is not None and site not in self._chosen:
+            return [SendDropped(site, round_, f"it was not chosen for round {round_}")]
         if self.phase is Phase.AGGREGATING:
             if any(p.site == site for p in self.collecting):
                 return []
@@ -254,7 +271,7 @@ class Rounds:
             return self._recollect(now)
         if self.phase is Phase.EVALUATING:
             return self._end_if_evaluated()
-        return self._close_if_due()
+        return self._choose(now) + self._close_if_due()
 
     def rejected(self, site: str, reason: str, now: float) -> list[Action]:
         """A site's update is invalid: the round goes on without it."""
@@ -281,11 +298,17 @@ class Rounds:
         self.collecting = ()
         self._started = None
         self.phase = Phase.TRAINING if version < self.rounds else Phase.EVALUATING
-        actions: list[Action] = []
+        self._chosen = set()
+        present = [member for member in self.roster if member.alive]
         for member in self.roster:
             member.delivery = None
-            if member.alive:
-                member.state = SiteState.JOINED
+        for member in present:
+            member.state = SiteState.JOINED
+        actions: list[Action] = []
+        if self.sample is not None and self.phase is Phase.TRAINING:
+            actions = self._choose(now)
+        else:
+            for member in present:
                 actions += self._assign(member, now)
         return actions + (self._end_if_evaluated() if self.phase is Phase.EVALUATING else [])
 
@@ -295,7 +318,7 @@ class Rounds:
             return self._stop_waiting()
         deadline = self.deadline
         if deadline is None or now < deadline:
-            return []
+            return [] if self._chosen else self._choose(now)
         if self.phase is Phase.EVALUATING:
             return self._end()
         if self.phase is Phase.TRAINING:
@@ -329,9 +352,40 @@ class Rounds:
             return [SendTask(member.name, "evaluate", self.version)]
         if member.delivery is not None or member.dropped_round == self.round:
             return []
+        if self.sample is not None and member.name not in self._chosen:
+            return self._choose(now)
+        return self._give_training(member, now)
+
+    def _give_training(self, member: Member, now: float) -> list[Action]:
         self._start_clock(now)
         member.state = SiteState.TRAINING
         return [SendTask(member.name, "train", self.round)]
+
+    def _choose(self, now: float) -> list[Action]:
+        """Choose who trains in this round, or who takes the place of a chosen site that was lost.
+
+        The order of choice is a hash of seed, round and name: it does not depend on who came first. The first
+        choice waits for all sites, or for ``_SETTLE_SECONDS`` and enough of them.
+        """
+        if self.sample is None or self.phase is not Phase.TRAINING:
+            return []
+        free = [m for m in self.roster if m.alive and m.name not in self._chosen]
+        if not self._chosen:
+            complete = self.roster.missing == 0 and not any(m.returning for m in self.roster)
+            began = now if self._first_joined is None else self._first_joined
+            if not complete and now < began + _SETTLE_SECONDS:
+                return []
+            if len(free) < self.sample and not complete:
+                return []
+        standing = sum(m.alive for m in self.roster if m.name in self._chosen)
+        free.sort(
+            key=lambda m: hashlib.sha256(f"{self.seed}/{self.round}/{m.name}".encode()).digest()
+        )
+        actions: list[Action] = []
+        for member in free[: max(0, self.sample - standing)]:
+            self._chosen.add(member.name)
+            actions += self._give_training(member, now)
+        return actions
 
     def _stop_waiting(self) -> list[Action]:
         """Count those as lost who have not come back since the server was started again."""
@@ -402,7 +456,10 @@ class Rounds:
             return []
         delivered = self._delivered()
         waited_for = [m for m in self.roster if m.alive and m.state is not SiteState.DROPPED]
-        if self.roster.missing == 0 and len(delivered) == len(waited_for) >= self.quorum:
+        if self.sample is not None:
+            waited_for = [m for m in waited_for if m.name in self._chosen]
+        complete = self.sample is not None or self.roster.missing == 0
+        if complete and len(delivered) == len(waited_for) >= self.quorum:
             return [self._collect(delivered)]
         hopeless = self.roster.expected - sum(m.dropped_round == self.round for m in self.roster)
         if hopeless < self.quorum:

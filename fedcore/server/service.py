@@ -145,6 +145,8 @@ class Server:
             quorum=people.quorum,
             deadline=people.round_deadline,
             version=self._store.last_version,
+            sample=people.sample,
+            seed=config.run.seed,
         )
         self._status = StatusBuilder(config, self._rounds, self._store)
         if endpoint_file is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -295,3 +296,14 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
     (config.run_folder / "run.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(StorageError, match=r"run\.sqlite"):
         Server(config)
+
+
+def test_only_a_sample_of_the_sites_trains_in_a_round(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b", "c"], sample=2, rounds=4))
+    at = server.endpoint
+    result, trained = run(server, *(lambda n=n: site(at, n, 1) for n in "abc"))
+    assert result.ok
+    assert sum(trained) == 8
+    versions = json.loads((tmp_path / "runs/t/summary.json").read_text())["versions"]
+    assert [len(row["participants"]) for row in versions] == [0, 2, 2, 2, 2]
+    assert len(versions[-1]["metrics_by_site"]) == 3  # all of them score the last model
