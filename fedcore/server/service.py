@@ -628,13 +628,10 @@ class Server:
 
     def _end(self, ok: bool, message: str) -> None:
         self._do_one(CancelCollect())
-        self._store.dismiss()
         version = self._store.last_version
         best = final = None
         chosen = None
         if version is not None:
-            if ok:
-                self._store.finish()
             final = self._store.export("final", version)
             chosen = self._export_best()
             if chosen is None:
@@ -648,6 +645,10 @@ class Server:
             best = self._store.folder / "best"
         if not ok:
             self._rounds.phase = Phase.FAILED
+        self._result = RunResult(ok, version, chosen, best, final, message)
+        self._status.best = chosen
+        self._store.write_summary(self._summary(self._result))
+        self._store.end(finished=ok)
         finish = protocol.Finish(ok=ok, message=message[:4096], best_version=chosen)
         for peer in self._peers:
             self._link.send(peer, finish)
@@ -656,9 +657,7 @@ class Server:
         else:
             self._hasher.stop()
         self._keep_digests()
-        self._result = RunResult(ok, version, chosen, best, final, message)
-        self._status.best = chosen
-        self._store.write_summary(self._summary(self._result))
+        self._store.write_summary(self._summary(self._result))  # now with the digests
         (logger.info if ok else logger.error)(
             "the run %s%s", "is complete" if ok else "ended: " + message,
             "" if chosen is None else f"; best model: round {chosen}, {self._metric_text(chosen)}, in {best}",

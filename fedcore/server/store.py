@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fedcore.errors import BusyError, ConfigError, StorageError
+from fedcore.errors import BusyError, ConfigError, FedcoreError, StorageError
 from fedcore.layout import sync_folder
 
 from .selection import SiteScore
@@ -72,6 +72,26 @@ def _shown(value: object) -> str:
     return "not given" if value is None else repr(value)
 
 
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """Turn what the disk or the journal says into StorageError, with the path."""
+    try:
+        yield
+    except FedcoreError:
+        raise
+    except sqlite3.Error as error:
+        raise StorageError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
 class Store:
     """The only writer of a run folder; a second server on it is refused.
 
@@ -99,7 +119,11 @@ class Store:
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_TABLES)
             self._open(settings)
-            self._clean()
+            with _storing(folder):
+                self._clean()
+        except sqlite3.OperationalError as error:
+            self._lock.close()
+            raise StorageError(f"cannot use {folder / 'run.sqlite'}: {error}") from None
         except sqlite3.DatabaseError as error:
             self._lock.close()
             raise StorageError(
@@ -129,10 +153,11 @@ class Store:
                 f"run folder {self.folder} is in use by another server (process {owner or 'unknown'}); stop "
                 "it, or give this run another name"
             ) from None
-        self._lock.seek(0)
-        self._lock.truncate()
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
+        with _storing(self.folder / ".lock"):
+            self._lock.seek(0)
+            self._lock.truncate()
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
 
     def _open(self, settings: Mapping[str, Any]) -> None:
         text = self._meta("settings")
@@ -164,17 +189,24 @@ class Store:
         for path in self.folder.glob(".*-new"):
             shutil.rmtree(path)
         for path in self.folder.glob(".*-old"):
-            shutil.rmtree(path)
+            target = self.folder / path.name[1 : -len("-old")]
+            if target.exists():
+                shutil.rmtree(path)
+            else:  # a crash came between the two renames of an export
+                path.rename(target)
+        (self.folder / ".summary.json.partial").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        with _storing(self.folder / "run.sqlite"):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:  # SQLite itself rolls back where the disk is full
+                    self._db.execute("ROLLBACK")
+                raise
 
     def _meta(self, key: str) -> str | None:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -210,7 +242,8 @@ class Store:
     def scratch(self, version: int) -> Path:
         """Where a version's file is written before its commit; a leftover of the same name is removed."""
         path = self.models / f".round-{version:04d}.partial"
-        path.unlink(missing_ok=True)
+        with _storing(path):
+            path.unlink(missing_ok=True)
         return path
 
     def commit(
@@ -228,8 +261,9 @@ class Store:
             metrics: training metrics by site.
             files: JSON files that describe the model, with version 0.
         """
-        scratch.rename(self.path(row.version))
-        sync_folder(self.models)
+        with _storing(self.path(row.version)):
+            scratch.rename(self.path(row.version))
+            sync_folder(self.models)
         with self._transaction():
             self._db.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
@@ -261,14 +295,16 @@ class Store:
 
     def add_sha256(self, version: int, digest: str) -> None:
         """Keep a version's digest, which is computed after its commit."""
-        self._db.execute("UPDATE versions SET sha256 = ? WHERE version = ?", (digest, version))
+        with self._transaction():
+            self._db.execute("UPDATE versions SET sha256 = ? WHERE version = ?", (digest, version))
 
     def add_score(self, version: int, score: SiteScore) -> None:
         """Keep a site's metrics of a version; the first ones count."""
-        self._db.execute(
-            "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
-            (version, score.site, score.examples, json.dumps(dict(score.metrics))),
-        )
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
+                (version, score.site, score.examples, json.dumps(dict(score.metrics))),
+            )
 
     def scores(self) -> dict[int, list[SiteScore]]:
         """Return all scores by version."""
@@ -281,19 +317,22 @@ class Store:
 
     def add_member(self, site: str) -> None:
         """Note that a site has joined, for a server that is started again after a crash."""
-        self._db.execute("INSERT OR IGNORE INTO members VALUES (?)", (site,))
+        with self._transaction():
+            self._db.execute("INSERT OR IGNORE INTO members VALUES (?)", (site,))
 
     def members(self) -> list[str]:
         """Return the sites that had joined when the last server vanished; none if it ended the run in order."""
         return [row[0] for row in self._db.execute("SELECT site FROM members ORDER BY site")]
 
-    def dismiss(self) -> None:
-        """Forget who has joined: the run ends in order, and all sites are told to go."""
-        self._db.execute("DELETE FROM members")
+    def end(self, *, finished: bool) -> None:
+        """Note that the run ends in order, and whether as planned; nobody is expected back.
 
-    def finish(self) -> None:
-        """Note that the run ended as planned."""
-        self._set_meta("finished", str(self.last_version))
+        Call it once all else that the run leaves behind is written: a finished run is not opened again.
+        """
+        with self._transaction():
+            self._db.execute("DELETE FROM members")
+            if finished:
+                self._set_meta("finished", str(self.last_version))
 
     # --- folders that loaders open ---
 
@@ -309,36 +348,43 @@ class Store:
             self.folder / f".{name}-new",
             self.folder / f".{name}-old",
         )
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        model = new / f"{weights}.safetensors"
         source = self.path(version)
         if not source.is_file():
             raise StorageError(
                 f"cannot write {target}: {source} is missing; put it back, or give this run another name"
             )
-        try:
-            os.link(source, model)
-        except OSError:
-            shutil.copyfile(source, model)
-        for file, text in files.items():
-            (new / file).write_text(text, encoding="utf-8")
-        (new / "fedcore.json").write_text(
-            json.dumps({"run_id": self.run_id, "version": version}) + "\n", encoding="utf-8"
-        )
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-        sync_folder(self.folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with _storing(target):
+            for path in (new, old):
+                shutil.rmtree(path, ignore_errors=True)
+            new.mkdir()
+            model = new / f"{weights}.safetensors"
+            try:
+                os.link(source, model)
+            except OSError:
+                shutil.copyfile(source, model)
+            about = {"run_id": self.run_id, "version": version}
+            for file, text in {**files, "fedcore.json": json.dumps(about) + "\n"}.items():
+                _write_durably(new / file, text)
+            sync_folder(new)
+            if target.exists():
+                target.rename(old)
+            try:
+                new.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+            sync_folder(self.folder)
+            shutil.rmtree(old, ignore_errors=True)
         return target
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Write ``summary.json`` atomically."""
         path = self.folder / "summary.json"
         partial = self.folder / ".summary.json.partial"
-        partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        partial.rename(path)
+        with _storing(path):
+            _write_durably(partial, json.dumps(summary, indent=2) + "\n")
+            partial.rename(path)
         return path
 
     def close(self) -> None:

@@ -1,0 +1,185 @@
+"""Commits a round again and again, each time with another call that changes a file dying or failing.
+
+Run with ``failing_calls`` preloaded. Prints one line of JSON per call: its number and name, how the attempt ended,
+and what a server that is started on the folder afterwards finds. A folder that is not as it must be ends the
+program with a traceback that names the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import sys
+import traceback
+from array import array
+from pathlib import Path
+from typing import Any
+
+from fedcore._core import Exchange, Layout
+from fedcore.errors import StorageError
+from fedcore.layout import create_model, open_model
+from fedcore.server.aggregation import Aggregation
+from fedcore.server.rounds import Participant
+from fedcore.server.selection import SiteScore
+from fedcore.server.service import _checksum_of
+from fedcore.server.store import Store, VersionRow
+
+LAYOUT = Layout([("w", "F32", [6000])], 4096)
+SITES = {"a": 1, "b": 3}
+SETTINGS = {"run": {"rounds": 1}}
+DIED, REFUSED, RAISED = 99, 98, 97
+
+
+def values(seed: int) -> bytes:
+    return array("f", [seed * 0.5 + i for i in range(6000)]).tobytes()
+
+
+def first_version(folder: Path) -> None:
+    """A run folder with version 0, scored and exported."""
+    store = Store(folder, SETTINGS)
+    scratch = store.scratch(0)
+    model = create_model(scratch, LAYOUT)
+    model.view("w")[:] = values(0)
+    model.file.sync()
+    row = VersionRow(0, _checksum_of(model.checksums()), "", LAYOUT.total_bytes, 1.0, {})
+    store.commit(row, scratch, {}, {"config.json": "{}"})
+    store.add_score(0, SiteScore("a", 1, {"loss": 2.0}))
+    for name in ("best", "final"):
+        store.export(name, 0)
+    store.write_summary({"version": 0})
+    for site in SITES:
+        store.add_member(site)
+    store.close()
+
+
+def round_one(folder: Path) -> None:
+    """Open the folder as a server does, collect and commit version 1 unless it is there, and end the run."""
+    store = Store(folder, SETTINGS)
+    if store.last_version == 0:
+        commit_one(store)
+    store.add_score(1, SiteScore("a", 1, {"loss": 1.0}))
+    store.add_sha256(1, "f" * 64)
+    for name in ("final", "best"):
+        store.export(name, 1)
+    store.write_summary({"version": 1})
+    store.end(finished=True)
+    store.close()
+
+
+def commit_one(store: Store) -> None:
+    server, base = Exchange(), open_model(store.path(0))
+    participants = tuple(
+        Participant(site, site.encode().hex() * 16, w) for site, w in SITES.items()
+    )
+    running = Aggregation(
+        server,
+        LAYOUT,
+        participants,
+        {site: site.encode() for site in SITES},
+        store.scratch(1),
+        base=base,
+        memory=1 << 20,
+        metadata={"fedcore.version": "1"},
+    )
+    sites = {}
+    for site, weight in SITES.items():
+        update = create_model(None, LAYOUT)
+        update.view("w")[:] = values(weight)
+        exchange = sites[site.encode()] = Exchange()
+        exchange.publish(
+            site.encode() * 16, update.file, update.data_offset, LAYOUT.total_bytes, 4096
+        )
+    while (request := server.next_out(0)) is not None:
+        sites[request[0]].deliver(0, b"", request[1], None)
+        while (reply := sites[request[0]].next_out(0)) is not None:
+            assert reply[2] is not None
+            server.deliver(0, request[0], reply[1], bytes(reply[2]))
+    event = server.next_event()
+    if event is None or event[0] != "done":
+        raise StorageError(f"{event}")  # as the server, which ends the run with the core's words
+    model, checksums = running.finish()
+    row = VersionRow(1, _checksum_of(checksums), "", model.layout.total_bytes, 1.0, SITES)
+    store.commit(row, running.scratch, {"a": {"loss": 1.0}})
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """What a server finds on the folder: all of it must be whole, whichever version it is of."""
+    store = Store(folder, SETTINGS)
+    rows = {row.version: row for row in store.versions()}
+    assert list(rows) in ([0], [0, 1]), rows
+    for row in rows.values():
+        model = open_model(store.path(row.version), LAYOUT.chunk_bytes)
+        assert _checksum_of(model.checksums()) == row.checksum
+        assert dict(row.participants) == (SITES if row.version else {})
+    assert bytes(open_model(store.path(0)).view("w")) == values(0)
+    names = sorted(path.name for path in store.models.iterdir())
+    assert names == [store.path(version).name for version in rows], names
+    hidden = [path.name for path in folder.glob(".*")]
+    assert hidden == [".lock"], hidden
+    exports = {}
+    for name in ("best", "final"):
+        of = json.loads((folder / name / "fedcore.json").read_text())["version"]
+        model = folder / name / "model.safetensors"
+        assert model.read_bytes() == store.path(of).read_bytes()
+        assert (folder / name / "config.json").read_text() == "{}"
+        exports[name] = of
+    if store.finished:
+        assert exports == {"best": 1, "final": 1}, "a finished run is not opened again"
+    summary = json.loads((folder / "summary.json").read_text())["version"]
+    store.close()
+    return {"version": max(rows), "exports": exports, "summary": summary}
+
+
+def attempt(folder: Path, n: int, mode: str, trace: int) -> int:
+    """Commit in a forked process whose n-th call goes wrong; returns its exit code."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    code = 0
+    try:
+        ctypes.CDLL(None).fail_at(ctypes.c_long(n), ctypes.c_char(mode.encode()), trace)
+        round_one(folder)
+    except StorageError as error:
+        code = REFUSED
+        os.write(trace, f"|{error}".encode())
+    except BaseException:
+        code = RAISED
+        os.write(trace, f"|{traceback.format_exc()}".encode())
+    finally:
+        os._exit(code)
+
+
+def main(work: Path, mode: str) -> None:
+    template = work / "template"
+    first_version(template)
+    n = 0
+    while True:
+        n += 1
+        folder = work / "run"
+        shutil.copytree(template, folder)
+        read, write = os.pipe()
+        code = attempt(folder, n, mode, write)
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            call, _, said = pipe.read().partition("|")
+        if not call:
+            assert code == 0, said
+            return
+        try:
+            found = check(folder)
+            round_one(folder)
+            assert check(folder)["version"] == 1
+            model = open_model(folder / "final" / "model.safetensors")
+            expected = array("f", [(1 * (0.5 + i) + 3 * (1.5 + i)) / 4 for i in range(6000)])
+            assert bytes(model.view("w")) == expected.tobytes()
+        except BaseException as error:
+            error.add_note(f"call {n} ({call}) in mode {mode!r}, which ended with {code}: {said}")
+            raise
+        print(json.dumps({"n": n, "call": call, "code": code, "said": said, **found}), flush=True)
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
