@@ -1,4 +1,7 @@
-"""Whole rounds without training: each site adds one to every value and sends the full model back.
+"""Whole rounds without training: each site adds a constant to every value and sends the full model back.
+
+The values differ from tensor to tensor, and the constants from site to site: a framework that stores equal bytes
+once must not be measured on fewer bytes. Site 1 adds 1, site 2 adds 2, so with K sites a round adds (K + 1) / 2.
 
 A round lasts from the moment the first site gets its task to the moment the first site gets the next one: pull,
 add, publish, aggregate, commit to disk. The result is checked before any figure is returned.
@@ -49,6 +52,11 @@ class Work:
         return max(1, self.size // TENSORS // 4)
 
     @property
+    def added(self) -> float:
+        """What all rounds together add to a value, exact in fp32."""
+        return self.rounds * (self.sites + 1) / 2
+
+    @property
     def model_bytes(self) -> int:
         return self.elements * TENSORS * 4
 
@@ -69,7 +77,10 @@ def fedcore_rounds(work: Work, memory: int = 256 * MIB, client: str = "reader") 
     with tempfile.TemporaryDirectory(dir=os.environ.get("FEDCORE_WORK")) as name:
         folder = Path(name)
         layout = Layout([(f"layer{i:03d}", "F32", [work.elements]) for i in range(TENSORS)])
-        create_model(folder / "start.safetensors", layout).file.sync()
+        start = create_model(folder / "start.safetensors", layout)
+        for index, view in enumerate(start.views().values()):
+            np.frombuffer(view, np.float32)[:] = values(index, work.elements)
+        start.file.sync()
         (folder / "run.toml").write_text(
             f'[run]\nname = "bench"\nrounds = {work.rounds}\n[model]\ninitial = "start.safetensors"\n'
             f'[participants]\ncount = {work.sites}\nidle_timeout = "30s"\n'
@@ -101,16 +112,22 @@ def fedcore_rounds(work: Work, memory: int = 256 * MIB, client: str = "reader") 
         }
 
 
+def values(tensor: int, elements: int) -> np.ndarray[Any, Any]:
+    """Return a tensor's first values: integers below 2^16, so that all sums here are exact in fp32."""
+    drawn = np.random.default_rng(tensor).integers(0, 1 << 16, elements, np.uint16)
+    return drawn.astype(np.float32)
+
+
 def check_result(path: Path, work: Work) -> None:
-    """Check that every value of the last model is the number of rounds.
+    """Check every value of the last model, bit for bit.
 
     Raises:
         FedcoreError: one is not, or a tensor is missing.
     """
     views = open_model(path).views()
     right = len(views) == TENSORS and all(
-        len(view) == 4 * work.elements and (np.frombuffer(view, np.float32) == work.rounds).all()
-        for view in views.values()
+        np.array_equal(np.frombuffer(view, np.float32), values(i, work.elements) + work.added)
+        for i, view in enumerate(views.values())
     )
     if not right:
         raise FedcoreError("the aggregate is wrong: no time is reported")
@@ -164,16 +181,17 @@ def _site(client: str) -> None:
     import fedcore.client as fl
 
     times = Path(os.environ[_TIMES]) / f"{os.environ['FEDCORE_SITE']}.times"
+    constant = np.float32(os.environ["FEDCORE_SITE"].rpartition("-")[2])
     tasks = 0
     with times.open("a", encoding="utf-8") as out:
         while fl.is_running():
             tasks += 1
             out.write(json.dumps([tasks, time.time()]) + "\n")
             out.flush()
-            (_add_one_plain if client == "plain" else _add_one_by_reader)()
+            (_change_plain if client == "plain" else _change_by_reader)(constant)
 
 
-def _add_one_by_reader() -> None:
+def _change_by_reader(constant: np.float32) -> None:
     from fedcore.client.session import get_session
 
     session = get_session()
@@ -183,27 +201,28 @@ def _add_one_by_reader() -> None:
     if model.kind == "evaluate":
         session.end_task()
         return
-    session.submit(_Changed(model.tensors).read, 1)
+    session.submit(_Changed(model.tensors, constant).read, 1)
 
 
 class _Changed:
-    """Tensors with one added, each made in the same memory when it is asked for."""
+    """Tensors with a constant added, each made in the same memory when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, memoryview]) -> None:
+    def __init__(self, tensors: Mapping[str, memoryview], constant: np.float32) -> None:
         self._tensors = tensors
+        self._constant = constant
         self._changed = np.empty(max(map(len, tensors.values())) // 4, np.float32)
 
     def read(self, name: str) -> memoryview:
-        values = np.frombuffer(self._tensors[name], np.float32)
-        return np.add(values, np.float32(1), out=self._changed[: len(values)]).data
+        given = np.frombuffer(self._tensors[name], np.float32)
+        return np.add(given, self._constant, out=self._changed[: len(given)]).data
 
 
-def _add_one_plain() -> None:
+def _change_plain(constant: np.float32) -> None:
     import fedcore.client as fl
 
     params = fl.receive()
     for value in params.values():
-        np.add(value, 1, out=value)
+        np.add(value, constant, out=value)
     fl.send(params, weight=1)
 
 

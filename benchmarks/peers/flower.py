@@ -47,9 +47,10 @@ def run(python: Path, folder: Path, work: Work, family: Family) -> Outcome:
     start = [str(programs / "flower-superlink"), "--insecure", "--port", str(ports[0])]
     family.start([*start, "--disable-runtime-dependency-installation"], server_log, env, folder)
     await_true("the SuperLink listens", lambda: _listens(ports[0]), server_log)
-    for port in ports[1:]:
+    for number, port in enumerate(ports[1:], 1):
         node = [str(programs / "flower-supernode"), "--insecure", "--superlink", link]
-        family.start([*node, "--port", str(port)], folder / f"node-{port}.log", env, folder)
+        node += ["--node-config", f"number={number}", "--port", str(port)]
+        family.start(node, folder / f"node-{port}.log", env, folder)
     result = folder / "result.json"
     values = {
         "rounds": work.rounds,

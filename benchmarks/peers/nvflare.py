@@ -37,7 +37,9 @@ def run(python: Path, folder: Path, work: Work, family: Family) -> Outcome:
     if "RESULT RIGHT" not in log.read_text(encoding="utf-8", errors="replace"):
         raise PeerError(f"the result is wrong:\n{tail(log)}")
     server_log = folder / "workspace" / "bench" / "server" / "log.txt"
-    return Outcome(round_seconds(server_log, work.rounds), "server (simulator)", ("job.py",))
+    return Outcome(
+        round_seconds(server_log, work.rounds), "server (simulator)", ("simulator.simulator ",)
+    )
 
 
 def round_seconds(log: Path, rounds: int) -> list[float]:

@@ -1,5 +1,6 @@
-"""A site: adds one to every value and sends the full model back."""
+"""A site: adds its number to every value and sends the full model back."""
 
+import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -7,8 +8,9 @@ app = ClientApp()
 
 
 @app.train()
-def train(message: Message, context: Context) -> Message:  # noqa: ARG001 - the signature is Flower's
-    values = {name: array.numpy() + 1 for name, array in message.content["arrays"].items()}
+def train(message: Message, context: Context) -> Message:
+    constant = np.float32(context.node_config["number"])
+    values = {name: array.numpy() + constant for name, array in message.content["arrays"].items()}
     arrays = ArrayRecord({name: Array(value) for name, value in values.items()})
     metrics = MetricRecord({"num-examples": 1})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
