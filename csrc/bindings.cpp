@@ -1,6 +1,5 @@
-// All pybind11: the module fedcore._core. Converts arguments, releases the GIL around work, and
-// maps the core's one exception type to the classes of fedcore.errors. The only file here with a
-// Python header.
+// The module fedcore._core, but for the codec (bindings_codec.cpp). Converts arguments, releases
+// the GIL around work, and maps the core's one exception type to the classes of fedcore.errors.
 
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
@@ -10,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "bindings.hpp"
 #include "crc32c.hpp"
 #include "error.hpp"
 #include "exchange.hpp"
@@ -19,7 +19,6 @@
 #include "reducer.hpp"
 #include "sink.h"
 
-namespace py = pybind11;
 using namespace fedcore;
 
 namespace {
@@ -60,24 +59,6 @@ void translate(std::exception_ptr pointer) {
     PyErr_SetString(type.ptr(), error.what());
   }
 }
-
-// A contiguous buffer for the length of a call.
-class Bytes {
- public:
-  explicit Bytes(const py::buffer& buffer, bool writable = false) {
-    if (PyObject_GetBuffer(buffer.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) {
-      throw py::error_already_set();
-    }
-  }
-  ~Bytes() { PyBuffer_Release(&view_); }
-  Bytes(const Bytes&) = delete;
-  Bytes& operator=(const Bytes&) = delete;
-  std::uint8_t* data() const { return static_cast<std::uint8_t*>(view_.buf); }
-  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
-
- private:
-  Py_buffer view_{};
-};
 
 wire::SetId to_set_id(const py::bytes& id) {
   const std::string_view text = id;
@@ -575,6 +556,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "from `base`, or from "
         "the first input. NonFiniteError names the input and element.");
   bind_layout(m);
+  bind_codec(m);
   bind_files(m);
   m.def("reduce_files", &py_reduce_files, py::arg("inputs"), py::arg("weights"), py::arg("tensors"),
         py::arg("out"), py::arg("threads") = 1, py::arg("progress") = std::nullopt,

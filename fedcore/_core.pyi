@@ -41,6 +41,24 @@ class Layout:
     def chunk_range(self, index: int) -> tuple[int, int]: ...
     def locate(self, byte_offset: int) -> tuple[str, int]: ...
 
+class Codec:
+    def __init__(
+        self, layout: Layout, scheme: str, lossless: bool = False, top_k: float = 0.01
+    ) -> None: ...
+    def encode(
+        self,
+        index: int,
+        values: Buffer,
+        base: Buffer | None = None,
+        residual: Buffer | None = None,
+    ) -> tuple[int, bytes]: ...
+    def decode(
+        self, index: int, encoding: int, body: Buffer, out: Buffer, base: Buffer | None = None
+    ) -> None: ...
+    def carry(
+        self, index: int, values: Buffer, residual: Buffer | None, decoded: Buffer, out: Buffer
+    ) -> None: ...
+
 class MappedFile:
     @staticmethod
     def create(path: str, size: int) -> MappedFile: ...

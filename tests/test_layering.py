@@ -42,7 +42,7 @@ def test_the_server_side_never_imports_torch() -> None:
 def test_the_core_includes_python_in_its_bindings_alone() -> None:
     for path in (ROOT / "csrc").iterdir():
         foreign = re.findall(r"#include [<\"](pybind11|Python\.h|zmq|torch|lz4)", path.read_text())
-        assert not foreign or path.name == "bindings.cpp", path.name
+        assert not foreign or path.name.startswith("bindings"), path.name
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 // What only C++ can see: reads and writes past the end of a buffer, threads that hit the exchange
 // at the same time, and a mutated frame in front of the parser, all under the sanitizers.
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <random>
@@ -13,35 +10,12 @@
 #include "check.hpp"
 #include "error.hpp"
 #include "exchange.hpp"
+#include "guarded.hpp"
 #include "kernels.hpp"
 
 using namespace fedcore;
 
 namespace {
-
-// Bytes that end at an inaccessible page.
-class GuardedBuffer {
- public:
-  explicit GuardedBuffer(std::size_t size) : size_(size) {
-    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    mapped_ = (size / page + 2) * page;
-    base_ = static_cast<std::uint8_t*>(
-        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    CHECK(base_ != MAP_FAILED);
-    CHECK(mprotect(base_ + mapped_ - page, page, PROT_NONE) == 0);
-    data_ = base_ + mapped_ - page - size;
-  }
-  ~GuardedBuffer() { munmap(base_, mapped_); }
-  GuardedBuffer(const GuardedBuffer&) = delete;
-  GuardedBuffer& operator=(const GuardedBuffer&) = delete;
-  std::uint8_t* data() { return data_; }
-  std::size_t size() const { return size_; }
-
- private:
-  std::size_t size_, mapped_ = 0;
-  std::uint8_t* base_ = nullptr;
-  std::uint8_t* data_ = nullptr;
-};
 
 void every_level_gives_the_baselines_bits_within_bounds() {
   std::mt19937_64 random(7);

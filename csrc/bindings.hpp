@@ -1,0 +1,35 @@
+// What the files of the module fedcore._core share; only bindings*.cpp may include it. It and they
+// alone have a Python header.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fedcore {
+
+namespace py = pybind11;
+
+// A contiguous buffer for the length of a call.
+class Bytes {
+ public:
+  explicit Bytes(const py::buffer& buffer, bool writable = false) {
+    if (PyObject_GetBuffer(buffer.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0) {
+      throw py::error_already_set();
+    }
+  }
+  ~Bytes() { PyBuffer_Release(&view_); }
+  Bytes(const Bytes&) = delete;
+  Bytes& operator=(const Bytes&) = delete;
+  std::uint8_t* data() const { return static_cast<std::uint8_t*>(view_.buf); }
+  std::size_t size() const { return static_cast<std::size_t>(view_.len); }
+
+ private:
+  Py_buffer view_{};
+};
+
+// Adds the class Codec; Layout must be there.
+void bind_codec(py::module_& m);
+
+}  // namespace fedcore

@@ -1,0 +1,364 @@
+#include "codec.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "arith.hpp"
+#include "error.hpp"
+#include "kernels.hpp"
+#include "wire.hpp"
+
+namespace fedcore {
+namespace {
+
+constexpr std::size_t kSample = 64 << 10;
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+constexpr std::array<std::string_view, 6> kSchemes{"raw", "bf16", "fp16", "int8", "nf4", "top-k"};
+
+bool encodes(Scheme scheme, Dtype dtype) noexcept {
+  switch (scheme) {
+    case Scheme::kRaw:
+      return false;
+    case Scheme::kBf16:
+    case Scheme::kF16:
+      return dtype == Dtype::kF32 || dtype == Dtype::kF64;
+    default:
+      return is_float(dtype);
+  }
+}
+
+// A dtype's elements as binary64 numbers, and back, limited to its finite numbers.
+template <typename Format>
+struct Element : Format {
+  typedef typename Format::Word Word;
+  static double read(const std::uint8_t* from, std::size_t i) {
+    Word word;
+    std::memcpy(&word, from + i * sizeof(Word), sizeof word);
+    return Format::decode(word);
+  }
+  static void write(std::uint8_t* to, std::size_t i, double value, double limit) {
+    value = value > limit ? limit : value;
+    value = value < -limit ? -limit : value;
+    const Word word = Format::encode(value);
+    std::memcpy(to + i * sizeof(Word), &word, sizeof word);
+  }
+};
+
+// Calls `work` with the element type of a float dtype and its largest finite number.
+template <typename Work>
+void with_float(Dtype dtype, Work&& work) {
+  switch (dtype) {
+    case Dtype::kF64:
+      return work(Element<arith::F64>{}, std::numeric_limits<double>::max());
+    case Dtype::kF32:
+      return work(Element<arith::F32>{}, static_cast<double>(kLargest));
+    case Dtype::kF16:
+      return work(Element<arith::F16>{}, 65504.0);
+    default:
+      return work(Element<arith::Bf16>{}, 0x1.FEp127);
+  }
+}
+
+// Bytes of width w: all first bytes, then all second ones, and so on; a rest that fills no element
+// stays at the end.
+void shuffle(const std::uint8_t* from, std::size_t size, std::size_t width, std::uint8_t* to) {
+  const std::size_t count = size / width;
+  for (std::size_t b = 0; b < width; ++b) {
+    for (std::size_t i = 0; i < count; ++i) {
+      to[b * count + i] = from[i * width + b];
+    }
+  }
+  std::memcpy(to + width * count, from + width * count, size - width * count);
+}
+
+void unshuffle(const std::uint8_t* from, std::size_t size, std::size_t width, std::uint8_t* to) {
+  const std::size_t count = size / width;
+  for (std::size_t b = 0; b < width; ++b) {
+    for (std::size_t i = 0; i < count; ++i) {
+      to[i * width + b] = from[b * count + i];
+    }
+  }
+  std::memcpy(to + width * count, from + width * count, size - width * count);
+}
+
+std::size_t shuffle_width(Scheme scheme, bool encoded, Dtype dtype) noexcept {
+  if (!encoded) {
+    return item_size(dtype);
+  }
+  return scheme == Scheme::kBf16 || scheme == Scheme::kF16 ? 2 : 1;
+}
+
+}  // namespace
+
+Scheme parse_scheme(std::string_view name) {
+  std::string known;
+  for (std::size_t i = 0; i < kSchemes.size(); ++i) {
+    if (kSchemes[i] == name) {
+      return static_cast<Scheme>(i);
+    }
+    known += (known.empty() ? "" : ", ") + std::string(kSchemes[i]);
+  }
+  throw Error(Errc::kConfig,
+              "there is no encoding '" + std::string(name) + "'; expected one of " + known);
+}
+
+Codec::Codec(std::shared_ptr<const Layout> layout, CodecOptions options, Lz4 lz4)
+    : layout_(std::move(layout)), options_(options), lz4_(lz4) {
+  if (layout_->chunk_bytes() > wire::kMaxChunkBytes) {
+    throw Error(Errc::kLayout, "chunks of " + std::to_string(layout_->chunk_bytes()) +
+                                   " bytes can't be encoded; at most " +
+                                   std::to_string(wire::kMaxChunkBytes));
+  }
+  if (!(options.top_k > 0 && options.top_k <= 1)) {
+    throw Error(Errc::kConfig,
+                "top_k is " + std::to_string(options.top_k) + ": expected above 0, at most 1");
+  }
+  if (options.lossless && (lz4.compress == nullptr || lz4.decompress == nullptr)) {
+    throw Error(Errc::kConfig, "lossless packing needs LZ4");
+  }
+}
+
+// Fills floats_ with what the run stands for, rounded to binary32 and limited to its finite
+// numbers.
+void Codec::load(const Run& run, const std::uint8_t* values, const std::uint8_t* base,
+                 const std::uint8_t* residual) {
+  const std::size_t count = run.nbytes / item_size(run.dtype);
+  floats_.resize(count);
+  with_float(run.dtype, [&]<typename T>(T, double) {
+    for (std::size_t i = 0; i < count; ++i) {
+      double value = T::read(values, i);
+      value = base != nullptr ? value - T::read(base, i) : value;
+      value = residual != nullptr ? value + T::read(residual, i) : value;
+      floats_[i] = static_cast<float>(value);
+    }
+  });
+  if (kernels::find_non_finite(Dtype::kF32, floats_.data(), count * 4) < 0) {
+    return;
+  }
+  const std::int64_t bad = kernels::find_non_finite(run.dtype, values, run.nbytes);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (static_cast<std::int64_t>(i) == bad || std::isnan(floats_[i])) {
+      const Location where = layout_->locate(run.offset + i * item_size(run.dtype));
+      throw Error(Errc::kNonFinite, "NaN or infinity in tensor '" + std::string(where.tensor) +
+                                        "', element " + std::to_string(where.element));
+    }
+    floats_[i] = std::min(std::max(floats_[i], -kLargest), kLargest);
+  }
+}
+
+void Codec::encode_runs(const Range& range, Scheme scheme, const std::uint8_t* values,
+                        const std::uint8_t* base, const std::uint8_t* residual,
+                        std::vector<std::uint8_t>& body) {
+  body.clear();
+  segments_.clear();
+  for (const Run& run : layout_->runs(range)) {
+    const std::size_t at = run.offset - range.offset, start = body.size();
+    const std::size_t count = run.nbytes / item_size(run.dtype);
+    const bool encoded = encodes(scheme, run.dtype);
+    const std::uint8_t* run_residual = residual != nullptr ? residual + at : nullptr;
+    if (encoded) {
+      load(run, values + at, base != nullptr ? base + at : nullptr, run_residual);
+      const double share = std::ceil(options_.top_k * static_cast<double>(count));
+      const std::size_t keep = std::min(count, static_cast<std::size_t>(share));
+      quantise::encode(scheme, floats_.data(), count, keep, body);
+    } else {
+      body.insert(body.end(), values + at, values + at + run.nbytes);
+      if (run_residual != nullptr && is_float(run.dtype)) {
+        with_float(run.dtype, [&]<typename T>(T, double limit) {
+          for (std::size_t i = 0; i < count; ++i) {
+            const double value = T::read(values + at, i);
+            if (!arith::non_finite(value)) {
+              T::write(body.data() + start, i, value + T::read(run_residual, i), limit);
+            }
+          }
+        });
+      }
+    }
+    segments_.push_back({run, encoded, start, body.size() - start});
+  }
+}
+
+// Shuffles and compresses `plain`, whose segments are at hand, if that saves 5 % of a sample from
+// its middle and of the whole.
+bool Codec::pack(Scheme scheme, const std::vector<std::uint8_t>& plain,
+                 std::vector<std::uint8_t>& body) {
+  shuffled_.resize(plain.size());
+  const auto try_it = [&](std::size_t size) {
+    const auto capacity = static_cast<int>(size - size / 20);
+    body.resize(static_cast<std::size_t>(capacity));
+    const int packed =
+        lz4_.compress(reinterpret_cast<const char*>(shuffled_.data()),
+                      reinterpret_cast<char*>(body.data()), static_cast<int>(size), capacity);
+    body.resize(static_cast<std::size_t>(std::max(packed, 0)));
+    return packed > 0 && packed <= capacity;
+  };
+  if (plain.size() > kSample) {
+    const Segment* middle = &segments_.front();
+    for (const Segment& segment : segments_) {
+      middle = segment.offset <= plain.size() / 2 ? &segment : middle;
+    }
+    const std::size_t width = shuffle_width(scheme, middle->encoded, middle->run.dtype);
+    const std::size_t size = std::min(kSample, middle->size);
+    const std::size_t skipped = (middle->size - size) / 2 / width * width;
+    shuffle(plain.data() + middle->offset + skipped, size, width, shuffled_.data());
+    if (!try_it(size)) {
+      return false;
+    }
+  }
+  for (const Segment& s : segments_) {
+    shuffle(plain.data() + s.offset, s.size, shuffle_width(scheme, s.encoded, s.run.dtype),
+            shuffled_.data() + s.offset);
+  }
+  return try_it(plain.size());
+}
+
+std::uint8_t Codec::encode(std::uint64_t index, const std::uint8_t* values,
+                           const std::uint8_t* base, const std::uint8_t* residual,
+                           std::vector<std::uint8_t>& body) {
+  const Range range = layout_->chunk_range(index);
+  Scheme scheme = options_.scheme;
+  encode_runs(range, scheme, values, base, residual, plain_);
+  const auto has_encoded = [&] {
+    return std::any_of(segments_.begin(), segments_.end(),
+                       [](const Segment& segment) { return segment.encoded; });
+  };
+  if (scheme != Scheme::kRaw && (!has_encoded() || plain_.size() >= range.nbytes)) {
+    scheme = Scheme::kRaw;
+    encode_runs(range, scheme, values, base, residual, plain_);
+  }
+  if (options_.lossless && scheme != Scheme::kTopK && pack(scheme, plain_, body)) {
+    return static_cast<std::uint8_t>(static_cast<std::uint8_t>(scheme) | kPacked);
+  }
+  body.assign(plain_.begin(), plain_.end());
+  return static_cast<std::uint8_t>(scheme);
+}
+
+// Finds the segments of an unpacked body. With `plain` it checks what they hold; without, their
+// lengths alone, which are fixed then, for top-k is never packed.
+const char* Codec::plan(Scheme scheme, const Range& range, const std::uint8_t* plain,
+                        std::size_t size) {
+  segments_.clear();
+  std::size_t at = 0;
+  for (const Run& run : layout_->runs(range)) {
+    const bool encoded = encodes(scheme, run.dtype);
+    const std::size_t count = run.nbytes / item_size(run.dtype);
+    std::size_t used = encoded ? quantise::encoded_bytes(scheme, count) : run.nbytes;
+    if (size - at < used) {
+      return "it is too short";
+    }
+    if (encoded && plain != nullptr) {
+      if (const char* why = quantise::check(scheme, plain + at, size - at, count, used)) {
+        return why;
+      }
+    }
+    segments_.push_back({run, encoded, at, used});
+    at += used;
+  }
+  return at == size ? nullptr : "it is too long";
+}
+
+// Fills plain_ from a packed body.
+const char* Codec::unpack(Scheme scheme, const Range& range, const std::uint8_t* body,
+                          std::size_t size) {
+  std::size_t expected = 0;
+  for (const Run& run : layout_->runs(range)) {
+    const std::size_t count = run.nbytes / item_size(run.dtype);
+    expected += encodes(scheme, run.dtype) ? quantise::encoded_bytes(scheme, count) : run.nbytes;
+  }
+  if (expected > range.nbytes) {
+    return "it would have been sent raw";
+  }
+  plan(scheme, range, nullptr, expected);
+  shuffled_.resize(expected);
+  plain_.resize(expected);
+  const int got = lz4_.decompress(reinterpret_cast<const char*>(body),
+                                  reinterpret_cast<char*>(shuffled_.data()), static_cast<int>(size),
+                                  static_cast<int>(expected));
+  if (got < 0 || static_cast<std::size_t>(got) != expected) {
+    return "it can't be unpacked to its chunk's length";
+  }
+  for (const Segment& s : segments_) {
+    unshuffle(shuffled_.data() + s.offset, s.size, shuffle_width(scheme, s.encoded, s.run.dtype),
+              plain_.data() + s.offset);
+  }
+  return nullptr;
+}
+
+const char* Codec::decode(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+                          std::size_t size, const std::uint8_t* base, std::uint8_t* out) {
+  const Range range = layout_->chunk_range(index);
+  const bool packed = (encoding & kPacked) != 0;
+  const auto scheme = static_cast<Scheme>(encoding & ~kPacked);
+  if ((scheme != Scheme::kRaw && scheme != options_.scheme) || (packed && !options_.lossless) ||
+      (packed && scheme == Scheme::kTopK)) {
+    return "its encoding was not agreed on";
+  }
+  if (size > range.nbytes) {
+    return "it is too long";
+  }
+  const std::uint8_t* plain = body;
+  if (packed) {
+    if (const char* why = unpack(scheme, range, body, size)) {
+      return why;
+    }
+    plain = plain_.data();
+    size = plain_.size();
+  }
+  if (const char* why = plan(scheme, range, plain, size)) {
+    return why;
+  }
+  std::array<float, quantise::kTile> tile;
+  for (const Segment& segment : segments_) {
+    const std::size_t at = segment.run.offset - range.offset;
+    if (!segment.encoded) {
+      std::memcpy(out + at, plain + segment.offset, segment.size);
+      continue;
+    }
+    const std::size_t count = segment.run.nbytes / item_size(segment.run.dtype);
+    quantise::Reader reader(scheme, plain + segment.offset, count);
+    with_float(segment.run.dtype, [&]<typename T>(T, double limit) {
+      for (std::size_t first = 0; first < count; first += tile.size()) {
+        const std::size_t n = std::min(tile.size(), count - first);
+        reader.next(tile.data(), n);
+        const std::size_t from = at + first * sizeof(typename T::Word);
+        if (base != nullptr) {
+          for (std::size_t i = 0; i < n; ++i) {
+            T::write(out + from, i, T::read(base + from, i) + static_cast<double>(tile[i]), limit);
+          }
+        } else {
+          for (std::size_t i = 0; i < n; ++i) {
+            T::write(out + from, i, tile[i], limit);
+          }
+        }
+      }
+    });
+  }
+  return nullptr;
+}
+
+void Codec::carry(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* residual,
+                  const std::uint8_t* decoded, std::uint8_t* out) const {
+  const Range range = layout_->chunk_range(index);
+  for (const Run& run : layout_->runs(range)) {
+    const std::size_t at = run.offset - range.offset;
+    if (!is_float(run.dtype)) {
+      std::memset(out + at, 0, run.nbytes);
+      continue;
+    }
+    with_float(run.dtype, [&]<typename T>(T, double limit) {
+      for (std::size_t i = 0; i < run.nbytes / sizeof(typename T::Word); ++i) {
+        const double rest = residual != nullptr ? T::read(residual + at, i) : 0.0;
+        const double lost = (T::read(values + at, i) - T::read(decoded + at, i)) + rest;
+        T::write(out + at, i, lost, limit);
+      }
+    });
+  }
+}
+
+}  // namespace fedcore

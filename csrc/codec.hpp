@@ -1,0 +1,93 @@
+// Codec: one chunk of a layout as the bytes that travel, and back.
+//
+// Owns scratch of a few chunks and nothing of its callers'; remembers nothing from one chunk to the
+// next. The bytes are those of docs/protocol.md. An encoded chunk is never longer than the chunk:
+// what would be is sent raw. Integers and booleans travel as they are. decode() looks at all of a
+// body before it writes its first byte, takes every length from the layout and none from the body,
+// and never throws for what a body holds. Neither call is reentrant: one thread at a time. Cost:
+// one pass to check, one to decode; packed bodies are unpacked into scratch first.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "layout.hpp"
+#include "quantise.hpp"
+
+namespace fedcore {
+
+// The names of the schemes: raw, bf16, fp16, int8, nf4, top-k. Throws Error{kConfig} for any other.
+Scheme parse_scheme(std::string_view name);
+
+// LZ4's block functions, LZ4_compress_default and LZ4_decompress_safe; handed in, so that the core
+// needs no library.
+struct Lz4 {
+  int (*compress)(const char* from, char* to, int size, int capacity) = nullptr;
+  int (*decompress)(const char* from, char* to, int size, int capacity) = nullptr;
+};
+
+struct CodecOptions {
+  Scheme scheme = Scheme::kRaw;
+  bool lossless = false;  // byte shuffle and LZ4 on top where that saves 5 %
+  double top_k = 0.01;    // the share of each run that top-k keeps, above 0, at most 1
+};
+
+class Codec {
+ public:
+  static constexpr std::uint8_t kPacked = 0x80;  // set in an encoding: shuffled and compressed
+
+  // Throws Error{kConfig} for a share out of range, and for lossless without its functions, and
+  // Error{kLayout} for chunks that no frame can hold.
+  Codec(std::shared_ptr<const Layout> layout, CodecOptions options, Lz4 lz4 = {});
+
+  // Encodes chunk `index` into `body` and returns its encoding. `values`, and `base` and `residual`
+  // where not nullptr, point at the chunk's flat bytes: what an encoded run stands for is values -
+  // base + residual, what a raw run holds is values + residual. Throws Error{kNonFinite}, naming
+  // tensor and element, where an encoded run holds NaN or infinity, and Error{kLayout} for an index
+  // past the end.
+  std::uint8_t encode(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* base,
+                      const std::uint8_t* residual, std::vector<std::uint8_t>& body);
+
+  // Writes the chunk's flat bytes to `out`: base + the decoded difference, or the difference alone
+  // where base is nullptr, each rounded once and limited to the dtype's finite numbers; raw runs as
+  // they are. Returns nullptr, or why the body is refused, in which case nothing was written.
+  // Throws Error{kLayout} for an index past the end. `out` may be `base` but not the body.
+  const char* decode(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+                     std::size_t size, const std::uint8_t* base, std::uint8_t* out);
+
+  // residual = values + residual - decoded over the floats of a chunk, 0 elsewhere: what the
+  // encoding lost, in the dtypes of the layout. All point at the chunk's flat bytes.
+  void carry(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* residual,
+             const std::uint8_t* decoded, std::uint8_t* out) const;
+
+ private:
+  // A stretch of an unpacked body: one run, encoded or raw.
+  struct Segment {
+    Run run;
+    bool encoded;
+    std::size_t offset;
+    std::size_t size;
+  };
+
+  void load(const Run& run, const std::uint8_t* values, const std::uint8_t* base,
+            const std::uint8_t* residual);
+  void encode_runs(const Range& range, Scheme scheme, const std::uint8_t* values,
+                   const std::uint8_t* base, const std::uint8_t* residual,
+                   std::vector<std::uint8_t>& body);
+  bool pack(Scheme scheme, const std::vector<std::uint8_t>& plain, std::vector<std::uint8_t>& body);
+  const char* unpack(Scheme scheme, const Range& range, const std::uint8_t* body, std::size_t size);
+  const char* plan(Scheme scheme, const Range& range, const std::uint8_t* plain, std::size_t size);
+
+  std::shared_ptr<const Layout> layout_;
+  CodecOptions options_;
+  Lz4 lz4_;
+  std::vector<Segment> segments_;  // of the chunk at hand
+  std::vector<float> floats_;      // of the run at hand
+  std::vector<std::uint8_t> plain_, shuffled_;
+};
+
+}  // namespace fedcore

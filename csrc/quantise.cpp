@@ -1,0 +1,459 @@
+#include "quantise.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "arith.hpp"
+
+namespace fedcore::quantise {
+namespace {
+
+static_assert(std::endian::native == std::endian::little, "words are copied as they lie in memory");
+
+constexpr std::uint32_t kMagnitude = 0x7FFFFFFF;
+constexpr std::uint32_t kInfinity = 0x7F800000;
+constexpr float kMaxBf16 = 0x1.FEp127f;
+constexpr float kMaxF16 = 65504;
+// Adding it to a small number rounds to an integer, which the low bits of the sum then hold.
+constexpr float kRounder = 0x1.8p23f;
+// The largest scales that stand for finite values alone; larger ones are refused.
+constexpr float kMaxInt8Scale = 0x1p121f;
+constexpr float kMaxNf4Scale = 0x1p127f;
+// The largest number that the 8 bits of a scale of nf4 stand for.
+constexpr float kMaxMini = 1.9375f;
+
+// Quantiles of a normal distribution (Dettmers et al. 2023, appendix E).
+constexpr std::array<float, 16> kBook{
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
+};
+constexpr std::uint8_t kZeroCode = 7;
+
+constexpr std::array<float, 15> kMiddles = [] {
+  std::array<float, 15> middles{};
+  for (std::size_t i = 0; i < middles.size(); ++i) {
+    const double low = kBook[i], high = kBook[i + 1];
+    middles[i] = static_cast<float>((low + high) / 2);
+  }
+  return middles;
+}();
+
+// What the 8 bits of a scale stand for: no sign, 4 bits of exponent with bias 15, 4 of fraction,
+// subnormal numbers, neither infinity nor NaN.
+constexpr std::array<float, 256> kMinis = [] {
+  std::array<float, 256> minis{};
+  for (std::uint32_t code = 0; code < 256; ++code) {
+    minis[code] = code < 16 ? static_cast<float>(code) * 0x1p-18f
+                            : std::bit_cast<float>((code + (112u << 4)) << 19);
+  }
+  return minis;
+}();
+
+struct Pair {
+  float low, high;
+};
+constexpr std::array<Pair, 256> kPairs = [] {
+  std::array<Pair, 256> pairs{};
+  for (std::size_t code = 0; code < 256; ++code) {
+    pairs[code] = {kBook[code & 15], kBook[code >> 4]};
+  }
+  return pairs;
+}();
+
+template <typename T>
+T get(const std::uint8_t* from) noexcept {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+template <typename T>
+void put(std::uint8_t* to, T value) noexcept {
+  std::memcpy(to, &value, sizeof value);
+}
+
+std::size_t over(std::size_t count, std::size_t block) noexcept {
+  return (count + block - 1) / block;
+}
+
+float clamp(float value, float limit) noexcept {
+  value = value > limit ? limit : value;
+  return value < -limit ? -limit : value;
+}
+
+float largest_magnitude(const float* values, std::size_t count) noexcept {
+  std::uint32_t largest = 0;  // the bits of a larger magnitude are the larger integer
+  for (std::size_t i = 0; i < count; ++i) {
+    largest = std::max(largest, std::bit_cast<std::uint32_t>(values[i]) & kMagnitude);
+  }
+  return std::bit_cast<float>(largest);
+}
+
+void encode_casts(Scheme scheme, const float* values, std::size_t count, std::uint8_t* out) {
+  if (scheme == Scheme::kBf16) {
+    for (std::size_t i = 0; i < count; ++i) {
+      const auto bits = std::bit_cast<std::uint32_t>(clamp(values[i], kMaxBf16));
+      put(out + 2 * i, static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16));
+    }
+    return;
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    put(out + 2 * i, arith::to_half(clamp(values[i], kMaxF16)));
+  }
+}
+
+void encode_int8(const float* values, std::size_t count, std::uint8_t* out) {
+  std::uint8_t* codes = out + 4 * over(count, kInt8Block);
+  for (std::size_t begin = 0; begin < count; begin += kInt8Block) {
+    const std::size_t n = std::min(kInt8Block, count - begin);
+    const float scale = std::min(largest_magnitude(values + begin, n) / 127.0f, kMaxInt8Scale);
+    put(out + begin / kInt8Block * 4, scale);
+    if (scale == 0) {
+      std::memset(codes + begin, 0, n);
+      continue;
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      const float rounded = clamp(values[begin + i] / scale, 127.0f) + kRounder;
+      codes[begin + i] = static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(rounded));
+    }
+  }
+}
+
+// The nearest of kMinis to a number from 0 up; the even code where two are as near.
+std::uint8_t to_mini(float value) noexcept {
+  value = std::min(value, kMaxMini);
+  if (value < 0x1p-14f) {
+    return static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(value * 0x1p18f + kRounder));
+  }
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  return static_cast<std::uint8_t>(((bits + 0x3FFFF + ((bits >> 19) & 1)) >> 19) - (112u << 4));
+}
+
+void encode_nf4_block(const float* values, std::size_t n, float scale, std::uint8_t* out) {
+  std::array<std::uint32_t, kNf4Block> codes;
+  codes.fill(scale == 0 ? kZeroCode : 0u);
+  if (scale != 0) {
+    for (std::size_t i = 0; i < n; ++i) {
+      const float ratio = values[i] / scale;
+      std::uint32_t code = 0;
+      for (const float middle : kMiddles) {
+        code += ratio > middle ? 1u : 0u;
+      }
+      codes[i] = code;
+    }
+  }
+  for (std::size_t i = 0; i < n; i += 2) {
+    const std::uint32_t high = i + 1 < n ? codes[i + 1] << 4 : 0;
+    out[i / 2] = static_cast<std::uint8_t>(codes[i] | high);
+  }
+}
+
+void encode_nf4(const float* values, std::size_t count, std::uint8_t* out) {
+  const std::size_t blocks = over(count, kNf4Block);
+  std::uint8_t* minis = out + 4 * over(blocks, kNf4Group);
+  std::uint8_t* codes = minis + blocks;
+  std::array<float, kNf4Group> largest;
+  for (std::size_t first = 0; first < blocks; first += kNf4Group) {
+    const std::size_t last = std::min(blocks, first + kNf4Group);
+    float top = 0;
+    for (std::size_t b = first; b < last; ++b) {
+      const std::size_t n = std::min(kNf4Block, count - b * kNf4Block);
+      largest[b - first] = largest_magnitude(values + b * kNf4Block, n);
+      top = std::max(top, largest[b - first]);
+    }
+    const float outer = std::min(top / kMaxMini, kMaxNf4Scale);
+    put(out + first / kNf4Group * 4, outer);
+    for (std::size_t b = first; b < last; ++b) {
+      minis[b] = outer == 0 ? std::uint8_t{0} : to_mini(largest[b - first] / outer);
+      const std::size_t n = std::min(kNf4Block, count - b * kNf4Block);
+      encode_nf4_block(values + b * kNf4Block, n, outer * kMinis[minis[b]],
+                       codes + b * kNf4Block / 2);
+    }
+  }
+}
+
+// The bits of the keep-th largest magnitude, 1 <= keep <= count: first their upper half, then the
+// lower one, by counting. `above`: how many magnitudes are larger.
+std::uint32_t kth_magnitude(const float* values, std::size_t count, std::size_t keep,
+                            std::size_t& above) {
+  std::vector<std::uint32_t> counts(1u << 16);
+  above = 0;
+  std::uint32_t upper = 0;
+  for (const unsigned shift : {16u, 0u}) {
+    std::fill(counts.begin(), counts.end(), 0u);
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::uint32_t bits = std::bit_cast<std::uint32_t>(values[i]) & kMagnitude;
+      if (shift == 16 || bits >> 16 == upper) {
+        ++counts[(bits >> shift) & 0xFFFF];
+      }
+    }
+    std::uint32_t digit = 0xFFFF;
+    while (above + counts[digit] < keep) {
+      above += counts[digit--];
+    }
+    upper = shift == 16 ? digit : upper << 16 | digit;
+  }
+  return upper;
+}
+
+void encode_top_k(const float* values, std::size_t count, std::size_t keep,
+                  std::vector<std::uint8_t>& out) {
+  std::size_t above = 0;
+  const std::uint32_t least = kth_magnitude(values, count, keep, above);
+  std::size_t ties = keep - above;  // of those as large as the last one, the first come first
+  std::vector<float> kept;
+  std::vector<std::uint8_t> gaps;
+  std::size_t expected = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(values[i]) & kMagnitude;
+    if (bits < least || bits == 0 || (bits == least && ties == 0)) {
+      continue;
+    }
+    ties -= bits == least ? 1u : 0u;
+    kept.push_back(values[i]);
+    std::size_t gap = i - expected;
+    for (; gap >= 0x80; gap >>= 7) {
+      gaps.push_back(static_cast<std::uint8_t>(gap | 0x80));
+    }
+    gaps.push_back(static_cast<std::uint8_t>(gap));
+    expected = i + 1;
+  }
+  const std::size_t at = out.size();
+  out.resize(at + 8 + kept.size() * 4);
+  put(out.data() + at, static_cast<std::uint32_t>(kept.size()));
+  put(out.data() + at + 4, static_cast<std::uint32_t>(gaps.size()));
+  if (!kept.empty()) {
+    std::memcpy(out.data() + at + 8, kept.data(), kept.size() * 4);
+  }
+  out.insert(out.end(), gaps.begin(), gaps.end());
+}
+
+// Reads one number of 7 bits a byte, lowest first, in its shortest form. Returns false if `end`
+// comes first, if it is longer than needed, or if it has more than 32 bits.
+bool read_gap(const std::uint8_t*& at, const std::uint8_t* end, std::uint64_t& gap) noexcept {
+  gap = 0;
+  for (unsigned shift = 0; at != end && shift <= 28; shift += 7) {
+    const std::uint8_t byte = *at++;
+    gap |= std::uint64_t{byte & 0x7Fu} << shift;
+    if ((byte & 0x80) == 0) {
+      return (byte != 0 || shift == 0) && gap <= std::numeric_limits<std::uint32_t>::max();
+    }
+  }
+  return false;
+}
+
+const char* check_top_k(const std::uint8_t* data, std::size_t size, std::size_t count,
+                        std::size_t& used) noexcept {
+  const std::uint64_t kept = get<std::uint32_t>(data);
+  const std::uint64_t gap_bytes = get<std::uint32_t>(data + 4);
+  if (kept > count) {
+    return "it keeps more values than there are";
+  }
+  if (gap_bytes < kept || gap_bytes > 5 * kept) {
+    return "the length of its indices is impossible";
+  }
+  if (size < 8 + 4 * kept + gap_bytes) {
+    return "it is too short";
+  }
+  const std::uint8_t* gaps = data + 8 + 4 * kept;
+  const std::uint8_t* const end = gaps + gap_bytes;
+  std::uint64_t place = 0;
+  for (std::uint64_t i = 0; i < kept; ++i) {
+    if ((get<std::uint32_t>(data + 8 + 4 * i) & kInfinity) == kInfinity) {
+      return "a value is NaN or infinite";
+    }
+    std::uint64_t gap;
+    if (!read_gap(gaps, end, gap)) {
+      return "an index is malformed";
+    }
+    place += gap;
+    if (place >= count) {
+      return "an index is out of range";
+    }
+    ++place;
+  }
+  if (gaps != end) {
+    return "there are more indices than values";
+  }
+  used = static_cast<std::size_t>(8 + 4 * kept + gap_bytes);
+  return nullptr;
+}
+
+const char* check_scales(const std::uint8_t* data, std::size_t count, float largest) noexcept {
+  const auto limit = std::bit_cast<std::uint32_t>(largest);
+  bool sound = true;
+  for (std::size_t i = 0; i < count; ++i) {
+    sound &= get<std::uint32_t>(data + 4 * i) <= limit;  // the bits of a negative one are larger
+  }
+  return sound ? nullptr : "a scale is negative, NaN or too large";
+}
+
+}  // namespace
+
+std::size_t encoded_bytes(Scheme scheme, std::size_t count) noexcept {
+  switch (scheme) {
+    case Scheme::kBf16:
+    case Scheme::kF16:
+      return 2 * count;
+    case Scheme::kInt8:
+      return 4 * over(count, kInt8Block) + count;
+    case Scheme::kNf4: {
+      const std::size_t blocks = over(count, kNf4Block);
+      return 4 * over(blocks, kNf4Group) + blocks + over(count, 2);
+    }
+    default:
+      return 8;
+  }
+}
+
+void encode(Scheme scheme, const float* values, std::size_t count, std::size_t keep,
+            std::vector<std::uint8_t>& out) {
+  if (scheme == Scheme::kTopK) {
+    encode_top_k(values, count, keep, out);
+    return;
+  }
+  const std::size_t at = out.size();
+  out.resize(at + encoded_bytes(scheme, count));
+  if (scheme == Scheme::kInt8) {
+    encode_int8(values, count, out.data() + at);
+  } else if (scheme == Scheme::kNf4) {
+    encode_nf4(values, count, out.data() + at);
+  } else {
+    encode_casts(scheme, values, count, out.data() + at);
+  }
+}
+
+const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std::size_t count,
+                  std::size_t& used) noexcept {
+  used = encoded_bytes(scheme, count);
+  if (size < used) {
+    return "it is too short";
+  }
+  if (scheme == Scheme::kTopK) {
+    return check_top_k(data, size, count, used);
+  }
+  bool sound = true;
+  if (scheme == Scheme::kInt8) {
+    const std::size_t scales = over(count, kInt8Block);
+    for (std::size_t i = 0; i < count; ++i) {
+      sound &= data[4 * scales + i] != 0x80;
+    }
+    if (!sound) {
+      return "a code is -128";
+    }
+    return check_scales(data, scales, kMaxInt8Scale);
+  }
+  if (scheme == Scheme::kNf4) {
+    if (count % 2 == 1 && data[used - 1] >= 0x10) {
+      return "the half byte behind the last value is not 0";
+    }
+    return check_scales(data, over(over(count, kNf4Block), kNf4Group), kMaxNf4Scale);
+  }
+  const auto exponent = static_cast<std::uint16_t>(scheme == Scheme::kBf16 ? 0x7F80 : 0x7C00);
+  for (std::size_t i = 0; i < count; ++i) {
+    sound &= (get<std::uint16_t>(data + 2 * i) & exponent) != exponent;
+  }
+  return sound ? nullptr : "a value is NaN or infinite";
+}
+
+Reader::Reader(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept
+    : scheme_(scheme), data_(data), count_(count) {
+  if (scheme == Scheme::kTopK) {
+    kept_ = get<std::uint32_t>(data);
+    gaps_ = data + 8 + 4 * kept_;
+    find_next_kept();
+  }
+}
+
+void Reader::find_next_kept() noexcept {
+  if (given_ < kept_) {
+    std::uint64_t gap;
+    read_gap(gaps_, gaps_ + 5, gap);  // which ends where check() saw it end
+    place_ += static_cast<std::size_t>(gap);
+  } else {
+    place_ = count_;
+  }
+}
+
+void Reader::next_int8(float* out, std::size_t n) const noexcept {
+  const std::uint8_t* codes = data_ + 4 * over(count_, kInt8Block) + at_;
+  for (std::size_t begin = 0; begin < n; begin += kInt8Block) {
+    const auto scale = get<float>(data_ + (at_ + begin) / kInt8Block * 4);
+    const std::size_t end = std::min(n, begin + kInt8Block);
+    for (std::size_t i = begin; i < end; ++i) {
+      out[i] = static_cast<float>(static_cast<std::int8_t>(codes[i])) * scale;
+    }
+  }
+}
+
+void Reader::next_nf4(float* out, std::size_t n) const noexcept {
+  const std::size_t blocks = over(count_, kNf4Block);
+  const std::uint8_t* minis = data_ + 4 * over(blocks, kNf4Group);
+  const std::uint8_t* codes = minis + blocks + at_ / 2;
+  for (std::size_t begin = 0; begin < n; begin += kNf4Block) {
+    const std::size_t block = (at_ + begin) / kNf4Block;
+    const float scale = get<float>(data_ + block / kNf4Group * 4) * kMinis[minis[block]];
+    const std::size_t end = std::min(n, begin + kNf4Block);
+    for (std::size_t i = begin; i < end; i += 2) {
+      const Pair pair = kPairs[codes[i / 2]];
+      out[i] = pair.low * scale;
+      if (i + 1 < end) {
+        out[i + 1] = pair.high * scale;
+      }
+    }
+  }
+}
+
+void Reader::next_top_k(float* out, std::size_t n) noexcept {
+  std::fill(out, out + n, 0.0f);
+  while (place_ < at_ + n) {
+    out[place_ - at_] = get<float>(data_ + 8 + 4 * given_);
+    ++given_;
+    ++place_;
+    find_next_kept();
+  }
+}
+
+void Reader::next(float* out, std::size_t n) noexcept {
+  switch (scheme_) {
+    case Scheme::kBf16:
+      for (std::size_t i = 0; i < n; ++i) {
+        out[i] = arith::bf16_to_float(get<std::uint16_t>(data_ + 2 * (at_ + i)));
+      }
+      break;
+    case Scheme::kF16:
+      for (std::size_t i = 0; i < n; ++i) {
+        out[i] = arith::half_to_float(get<std::uint16_t>(data_ + 2 * (at_ + i)));
+      }
+      break;
+    case Scheme::kInt8:
+      next_int8(out, n);
+      break;
+    case Scheme::kNf4:
+      next_nf4(out, n);
+      break;
+    default:
+      next_top_k(out, n);
+  }
+  at_ += n;
+}
+
+}  // namespace fedcore::quantise

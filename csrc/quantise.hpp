@@ -1,0 +1,66 @@
+// The encodings of a run of binary32 values, one run at a time: how many bytes, and which.
+//
+// Owns nothing but a cursor; the bytes are those of docs/protocol.md, the same on every machine:
+// every step is one IEEE 754 operation in binary32, rounded to nearest, ties to even. Bytes are
+// little-endian and need no alignment. check() looks at every byte of an encoded run before
+// anything is read from it and never throws; a Reader may be made only of what check() let pass.
+// Pure functions, callable from any thread. Cost: one or two passes over the run, bound by
+// arithmetic; top-k keeps 512 KiB of counters while it encodes.
+//
+// int8: block-wise absolute maximum (Dettmers et al. 2022, eq. 1-2). nf4: 4-bit NormalFloat with
+// double quantisation (Dettmers et al. 2023, section 3). top-k: the largest magnitudes (Aji and
+// Heafield 2017).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace fedcore {
+
+enum class Scheme : std::uint8_t { kRaw = 0, kBf16 = 1, kF16 = 2, kInt8 = 3, kNf4 = 4, kTopK = 5 };
+
+namespace quantise {
+
+inline constexpr std::size_t kInt8Block = 128;  // values per scale
+inline constexpr std::size_t kNf4Block = 64;    // values per scale
+inline constexpr std::size_t kNf4Group = 256;   // scales per scale of scales
+inline constexpr std::size_t kTile = 4096;      // values that a Reader gives at most in one call
+
+// Bytes of `count` encoded values, count > 0; of top-k the fewest there can be. Not for kRaw.
+std::size_t encoded_bytes(Scheme scheme, std::size_t count) noexcept;
+
+// Appends `count` > 0 finite values to `out`. `keep` is for top-k alone: how many to keep at most.
+void encode(Scheme scheme, const float* values, std::size_t count, std::size_t keep,
+            std::vector<std::uint8_t>& out);
+
+// Returns nullptr and the length of the encoded run if `size` bytes begin with one of `count`
+// values, else why they do not.
+const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std::size_t count,
+                  std::size_t& used) noexcept;
+
+// Gives the values of a checked run from the first to the last.
+class Reader {
+ public:
+  Reader(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept;
+
+  // The next `n` values, at most kTile, and a multiple of kInt8Block but at the run's end.
+  void next(float* out, std::size_t n) noexcept;
+
+ private:
+  void next_int8(float* out, std::size_t n) const noexcept;
+  void next_nf4(float* out, std::size_t n) const noexcept;
+  void next_top_k(float* out, std::size_t n) noexcept;
+  void find_next_kept() noexcept;
+
+  Scheme scheme_;
+  const std::uint8_t* data_;
+  std::size_t count_;
+  std::size_t at_ = 0;
+  // Of top-k: the gaps not read yet, how many of the values were given, and the next one's place.
+  const std::uint8_t* gaps_ = nullptr;
+  std::size_t kept_ = 0, given_ = 0, place_ = 0;
+};
+
+}  // namespace quantise
+}  // namespace fedcore
