@@ -25,8 +25,9 @@ from fedcore.status import StatusClient, read_summary
 from fedcore.view import LiveView, human_seconds
 
 from .arms import SITE_ENV, run_arms, worker
+from .catalogue import task_class
 from .report import make_report, plot, show, write_report
-from .tasks import Task, task_class
+from .tasks import Task
 
 __all__ = ["main"]
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-
-from .tasks import Task
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -102,21 +99,6 @@ class Learner(ABC, Generic[R]):
             if notice is not None:
                 notice(len(losses), losses[-1])
         return losses
-
-
-def load_learner(task: Task, data: Path, model: Path) -> Learner[Any]:
-    """Return the learner of a task."""
-    if task.kind == "causal":
-        from .causal import CausalTask
-        from .causal_model import CausalLearner
-
-        assert isinstance(task, CausalTask)
-        return CausalLearner(task, data, model)
-    from .encoder import EncoderTask
-    from .encoder_model import EncoderLearner
-
-    assert isinstance(task, EncoderTask)
-    return EncoderLearner(task, data, model)
 
 
 def take(batches: Iterator[list[int]], count: int) -> list[list[int]]:

@@ -67,19 +67,6 @@ class Task(ABC):
         """Fetch what the task needs, write the sites' data below ``data``, and return the model's folder."""
 
 
-def task_class(kind: str) -> type[Task]:
-    """Return the settings class of a task by its name."""
-    if kind == "encoder":
-        from .encoder import EncoderTask
-
-        return EncoderTask
-    if kind == "causal":
-        from .causal import CausalTask
-
-        return CausalTask
-    raise ValueError(f"{kind!r} is no task; there are {', '.join(KINDS)}")
-
-
 def write_sites(sites: Mapping[str, SiteData[Any]], folder: Path, task: Task) -> None:
     """Write ``folder/SITE/{train,val,test}.jsonl`` and ``folder/task.json``."""
     for name, site in sites.items():
@@ -91,12 +78,6 @@ def write_sites(sites: Mapping[str, SiteData[Any]], folder: Path, task: Task) ->
             (folder / name / f"{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     settings = {"task": task.kind, "settings": asdict(task)}
     (folder / "task.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def read_task(folder: Path) -> Task:
-    """Read the settings that :func:`write_sites` wrote."""
-    text = json.loads((folder / "task.json").read_text(encoding="utf-8"))
-    return task_class(text["task"])(**text["settings"])
 
 
 def read_rows(path: Path, kind: type[Row]) -> list[Row]:

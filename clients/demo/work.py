@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from .learning import Learner, Notice, Score, load_learner, take
+from .catalogue import load_learner, read_task
+from .learning import Learner, Notice, Score, take
 from .progress import tell
-from .tasks import Task, batch_order, read_task
+from .tasks import Task, batch_order
 
 
 class Workplace:

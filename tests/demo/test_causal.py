@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedcore.demo.catalogue import read_task
 from fedcore.demo.causal import SOURCES, CausalTask, Exchange, build_sites
 from fedcore.demo.causal_model import CausalLearner, tokenise
 from fedcore.demo.conversion import convert
 from fedcore.demo.learning import take
-from fedcore.demo.tasks import batch_order, read_task, write_sites
+from fedcore.demo.tasks import batch_order, write_sites
 
 from .tiny_gguf import LAYERS, write_llama
 
