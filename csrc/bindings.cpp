@@ -18,6 +18,7 @@
 #include "mapped_file.hpp"
 #include "reducer.hpp"
 #include "sink.h"
+#include "spill.hpp"
 
 using namespace fedcore;
 
@@ -233,7 +234,8 @@ using PySource = std::tuple<py::bytes, py::bytes, py::int_>;
 std::shared_ptr<Collector> make_collector(
     const PyLayout& layout, const std::vector<PySource>& sources, const FileHandle& out,
     std::uint64_t out_offset, const std::optional<std::tuple<FileHandle*, std::uint64_t>>& base,
-    std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite, bool write_behind) {
+    std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite, bool write_behind,
+    std::shared_ptr<Spill> spill, std::int64_t spill_after_ms) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back({std::string(peer), to_set_id(set), to_weights({weight})[0]});
@@ -244,7 +246,8 @@ std::shared_ptr<Collector> make_collector(
   }
   return std::make_shared<Collector>(
       layout, std::move(checked), Place{out.share(), out_offset}, from,
-      CollectorOptions{budget_bytes, stall_ms, check_finite, write_behind});
+      CollectorOptions{budget_bytes, stall_ms, check_finite, write_behind, std::move(spill),
+                       spill_after_ms});
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
@@ -299,6 +302,8 @@ py::object next_event(Exchange& exchange) {
       return py::make_tuple("stalled", event->collector, event->source, event->silent_ms);
     case Event::Kind::kBroken:
       return py::make_tuple("broken", event->collector, event->message);
+    case Event::Kind::kNoRoom:
+      return py::make_tuple("no-room", event->collector, event->message);
     case Event::Kind::kMalformed:
       break;
   }
@@ -395,13 +400,23 @@ void bind_layout(py::module_& m) {
 }
 
 void bind_exchange(py::module_& m) {
+  py::class_<Spill, std::shared_ptr<Spill>>(
+      m, "Spill",
+      "A file for chunks that came before they can be reduced: made when it is needed, reused, and "
+      "removed with the object.")
+      .def(py::init<std::string, std::uint64_t, std::uint64_t, std::uint64_t>(), py::arg("path"),
+           py::arg("slot_bytes"), py::arg("keep_free") = 0,
+           py::arg("extent_bytes") = Spill::kExtentBytes)
+      .def_property_readonly("used", &Spill::used, "Chunks in the file.")
+      .def_property_readonly("file_bytes", &Spill::file_bytes);
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
       .def(py::init(&make_collector), py::arg("layout"), py::arg("sources"), py::arg("out"),
            py::arg("out_offset"), py::arg("base"), py::arg("budget_bytes"),
            py::arg("stall_ms") = 2000, py::arg("check_finite") = true,
-           py::arg("write_behind") = false)
+           py::arg("write_behind") = false, py::arg("spill") = nullptr,
+           py::arg("spill_after_ms") = 250)
       .def_property_readonly("id", &Collector::id)
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)
@@ -452,6 +467,10 @@ void bind_exchange(py::module_& m) {
           },
           py::arg("collector"), py::arg("source"), py::arg("peer") = std::nullopt,
           "Ask again for what is outstanding at a source, perhaps under a new peer id.")
+      .def(
+          "drop", [](Exchange& e, const Collector& c, std::size_t k) { e.drop(c.id(), k); },
+          py::arg("collector"), py::arg("source"),
+          "Take a source out of a collection; its result becomes that of the others alone.")
       .def(
           "deliver", &deliver, py::arg("now_ms"), py::arg("peer"), py::arg("header"),
           py::arg("body"),

@@ -16,14 +16,6 @@ std::uint64_t next_id() {
   return ++counter;
 }
 
-std::vector<std::uint32_t> weights_of(const std::vector<Source>& sources) {
-  std::vector<std::uint32_t> weights;
-  for (const Source& source : sources) {
-    weights.push_back(source.weight);
-  }
-  return weights;
-}
-
 }  // namespace
 
 Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
@@ -31,11 +23,11 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
     : id_(next_id()),
       layout_(std::move(layout)),
       sources_(std::move(sources)),
-      reducer_(weights_of(sources_)),
       out_(std::move(out)),
       base_(std::move(base)),
-      options_(options),
-      inputs_(sources_.size()) {
+      options_(std::move(options)),
+      pass_on_(!options_.check_finite && sources_.size() == 1),
+      end_(layout_->chunk_count()) {
   if (layout_->total_bytes() == 0) {
     throw Error(Errc::kLayout, "there are no bytes to collect");
   }
@@ -49,15 +41,36 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   if (base_.file) {
     base_.file->check_range(base_.offset, layout_->total_bytes());
   }
+  if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
+    throw Error(Errc::kStorage, "the spill file's slots are smaller than a chunk");
+  }
+  for (std::size_t k = 0; k < sources_.size(); ++k) {
+    pulls_.push_back(std::make_unique<Pull>());
+  }
+  use_sources();
   const std::uint64_t per_step = layout_->chunk_bytes() * sources_.size();
   window_ = std::clamp<std::uint64_t>(options_.budget_bytes / per_step, 1,
                                       std::min(kMaxWindow, layout_->chunk_count()));
   reduced_chunk_.resize(
       static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));
-  for (std::size_t k = 0; k < sources_.size(); ++k) {
-    pulls_.push_back(std::make_unique<Pull>());
-    pulls_.back()->slots.resize(static_cast<std::size_t>(window_));
+  if (!pass_on_) {
+    checksums_.resize(static_cast<std::size_t>(layout_->chunk_count()));
   }
+}
+
+Collector::~Collector() { stop(); }
+
+void Collector::use_sources() {
+  counted_.clear();
+  std::vector<std::uint32_t> weights;
+  for (std::size_t k = 0; k < sources_.size(); ++k) {
+    if (pulls_[k]->counts) {
+      counted_.push_back(k);
+      weights.push_back(sources_[k].weight);
+    }
+  }
+  inputs_.assign(counted_.size(), nullptr);
+  reducer_.emplace(weights);
 }
 
 std::optional<std::size_t> Collector::find(const std::string& peer,
@@ -73,22 +86,31 @@ std::optional<std::size_t> Collector::find(const std::string& peer,
 std::vector<std::uint64_t> Collector::chunks_received() const {
   std::vector<std::uint64_t> counts;
   for (const auto& pull : pulls_) {
-    counts.push_back(pull->received.load(std::memory_order_relaxed));
+    counts.push_back(
+        std::min(layout_->chunk_count(), pull->received.load(std::memory_order_relaxed)));
   }
   return counts;
 }
 
-std::uint64_t Collector::outstanding(const Pull& pull) const noexcept {
-  return pull.next - next_ - pull.held;
+// --- What comes ---
+
+std::optional<std::uint64_t> Collector::position_of(const Pull& pull,
+                                                    std::uint64_t index) const noexcept {
+  const std::uint64_t count = layout_->chunk_count();
+  if (index >= count) {
+    return std::nullopt;
+  }
+  const std::uint64_t position = next_ + (index + count - chunk_of(next_)) % count;
+  return position < pull.next ? std::optional(position) : std::nullopt;
 }
 
 bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& frame,
                          std::int64_t now_ms) {
   Pull& pull = *pulls_[source];
-  const std::uint64_t index = header.index;
-  const bool wanted = state_ == State::kActive && index >= next_ && index < pull.next &&
-                      !pull.slots[static_cast<std::size_t>(index % window_)] &&
-                      frame.size() == layout_->chunk_range(index).nbytes;
+  const auto position = position_of(pull, header.index);
+  const bool wanted = state_ == State::kActive && is_pulled(pull) && position &&
+                      !is_here(pull, *position) &&
+                      frame.size() == layout_->chunk_range(header.index).nbytes;
   if (!wanted) {
     return false;
   }
@@ -99,92 +121,33 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
       fail(source, "checksum",
            std::to_string(kMaxBadChunks) + " chunks in a row had a wrong checksum");
     } else {
-      pull.again.insert(index);
+      pull.again.insert(*position);
     }
     return false;
   }
   pull.bad_in_a_row = 0;
-  pull.again.erase(index);
+  pull.again.erase(*position);
+  --pull.due;
   bytes_.fetch_add(frame.size(), std::memory_order_relaxed);
   pull.received.fetch_add(1, std::memory_order_relaxed);
-  pull.slots[static_cast<std::size_t>(index % window_)] = std::move(frame);
-  ++pull.held;
+  keep(source, *position, frame);
+  spill_reads_ = 0;
   reduce_ready();
   return true;
 }
 
-void Collector::reduce_ready() {
-  while (state_ == State::kActive && next_ < layout_->chunk_count()) {
-    const auto slot = static_cast<std::size_t>(next_ % window_);
-    for (std::size_t k = 0; k < pulls_.size(); ++k) {
-      const Frame& frame = pulls_[k]->slots[slot];
-      if (!frame) {
-        return;
-      }
-      inputs_[k] = frame.data();
-    }
-    if (!reduce_one(next_)) {
-      return;
-    }
-    for (const auto& pull : pulls_) {
-      pull->slots[slot] = Frame();
-      --pull->held;
-    }
-    ++next_;
-    reduced_.store(next_, std::memory_order_relaxed);
-    release_behind(std::min(next_ * layout_->chunk_bytes(), layout_->total_bytes()));
-  }
-  if (state_ == State::kActive) {
-    state_ = State::kDone;
-    done_.store(true, std::memory_order_release);
-    events_.push_back({CollectorEvent::Kind::kDone, 0, "", ""});
-  }
-}
-
-bool Collector::reduce_one(std::uint64_t index) {
-  const Range range = layout_->chunk_range(index);
-  const std::uint8_t* result = inputs_[0];
-  if (options_.check_finite || sources_.size() > 1) {
-    const std::uint8_t* base =
-        base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
-    const auto bad = reducer_.reduce(*layout_, range, inputs_.data(), base, reduced_chunk_.data());
-    if (bad) {
-      const Location where = layout_->locate(bad->byte_offset);
-      fail(bad->source, "nonfinite",
-           "NaN or infinity in tensor '" + std::string(where.tensor) + "', element " +
-               std::to_string(where.element));
-      return false;
-    }
-    result = reduced_chunk_.data();
-    checksums_.push_back(crc32c(result, range.nbytes));
-  }
-  try {
-    out_.file->write(out_.offset + range.offset, result, range.nbytes);
-  } catch (const Error& error) {
-    events_.push_back({CollectorEvent::Kind::kBroken, 0, "storage", error.what()});
-    stop();
-    return false;
-  }
-  return true;
-}
-
-// Works behind the reduction in steps: the base's pages are given back, so that the model's size
-// does not show in this process's memory, and the output starts on its way to the device.
-void Collector::release_behind(std::uint64_t end) {
-  if (end - released_ < kReleaseStep && end != layout_->total_bytes()) {
+void Collector::keep(std::size_t source, std::uint64_t position, Frame& frame) {
+  Pull& pull = *pulls_[source];
+  Frame mine = std::move(frame);
+  if (pull.ahead && pull.held.size() + spill_room() >= window_ && position != next_ &&
+      spill(source, position, mine)) {
     return;
   }
-  if (options_.write_behind) {
-    out_.file->write_behind(out_.offset + released_, end - released_);
-  }
-  if (base_.file) {
-    base_.file->release(base_.offset + released_, end - released_);
-  }
-  released_ = end;
+  pull.held.emplace(position, std::move(mine));
 }
 
 void Collector::on_refuse(std::size_t source, wire::Refusal reason) {
-  if (state_ != State::kActive) {
+  if (state_ != State::kActive || !is_pulled(*pulls_[source])) {
     return;
   }
   const char* text =
@@ -196,7 +159,45 @@ void Collector::on_refuse(std::size_t source, wire::Refusal reason) {
 
 void Collector::fail(std::size_t source, std::string code, std::string message) {
   events_.push_back({CollectorEvent::Kind::kRejected, source, std::move(code), std::move(message)});
-  stop();
+  pulls_[source]->failed = true;
+  forget_chunks(*pulls_[source]);
+  if (counted_.size() == 1) {
+    stop();
+  }
+}
+
+void Collector::drop(std::size_t source) {
+  if (source >= sources_.size()) {
+    throw Error(Errc::kProtocol, "there is no source " + std::to_string(source));
+  }
+  Pull& pull = *pulls_[source];
+  if (state_ == State::kFailed || !pull.counts) {
+    return;
+  }
+  if (counted_.size() == 1) {
+    stop();
+    return;
+  }
+  pull.counts = false;
+  forget_chunks(pull);
+  use_sources();
+  end_ = next_ + layout_->chunk_count();
+  reduced_.store(0, std::memory_order_relaxed);
+  state_ = State::kActive;
+  done_.store(false, std::memory_order_release);
+  work_left_ = true;
+}
+
+void Collector::forget_chunks(Pull& pull) noexcept {
+  pull.held.clear();
+  pull.again.clear();
+  pull.due = 0;
+  for (const std::uint32_t slot : pull.spilled) {
+    if (slot != 0) {
+      options_.spill->free(slot - 1);
+    }
+  }
+  pull.spilled.clear();
 }
 
 void Collector::stop() noexcept {
@@ -204,68 +205,282 @@ void Collector::stop() noexcept {
     state_ = State::kFailed;
   }
   for (const auto& pull : pulls_) {
-    for (Frame& frame : pull->slots) {
-      frame = Frame();
-    }
-    pull->held = 0;
+    forget_chunks(*pull);
   }
 }
+
+// --- The spill file ---
+
+// What stays free of a window for chunks that are under way to the spill file.
+std::uint64_t Collector::spill_room() const noexcept {
+  return std::clamp<std::uint64_t>(window_ / 2, 1, 2 * kMaxRange);
+}
+
+bool Collector::spill(std::size_t source, std::uint64_t position, const Frame& frame) {
+  if (no_room_) {
+    return false;
+  }
+  auto slot = options_.spill->put(frame.data(), frame.size());
+  if (!slot && recycle()) {
+    slot = options_.spill->put(frame.data(), frame.size());
+  }
+  if (!slot) {
+    no_room_ = true;
+    events_.push_back({CollectorEvent::Kind::kNoRoom, 0, "storage", options_.spill->problem()});
+    return false;
+  }
+  Pull& pull = *pulls_[source];
+  if (pull.spilled.empty()) {
+    pull.spilled.resize(static_cast<std::size_t>(layout_->chunk_count()));
+  }
+  pull.spilled[chunk_of(position)] = *slot + 1;
+  return true;
+}
+
+// Frees a slot whose chunk was reduced and isn't due to be once more.
+bool Collector::recycle() {
+  while (!used_.empty()) {
+    const auto [source, index] = used_.front();
+    used_.pop_front();
+    Pull& pull = *pulls_[source];
+    if (is_spilled(pull, index) && !position_of(pull, index)) {
+      options_.spill->free(std::exchange(pull.spilled[index], 0) - 1);
+      return true;
+    }
+  }
+  return false;
+}
+
+// A window that stays full means that another source is behind. Its farthest chunks make room.
+bool Collector::start_spilling(std::size_t source, std::int64_t now_ms) {
+  Pull& pull = *pulls_[source];
+  if (!options_.spill || no_room_ || pull.due > 0) {
+    return false;
+  }
+  if (!pull.pressed_ms) {
+    pull.pressed_ms = now_ms;
+  }
+  if (now_ms - *pull.pressed_ms < options_.spill_after_ms) {
+    return false;
+  }
+  while (pull.held.size() + spill_room() > window_) {
+    const auto last = std::prev(pull.held.end());
+    if (!spill(source, last->first, last->second)) {
+      return false;
+    }
+    pull.held.erase(last);
+  }
+  pull.ahead = true;
+  return true;
+}
+
+// --- The reduction ---
+
+// Points at the next chunk of every source; false while one is missing.
+bool Collector::gather() {
+  bool from_spill = false;
+  for (const std::size_t k : counted_) {
+    const Pull& pull = *pulls_[k];
+    if (pull.failed || !is_here(pull, next_)) {
+      return false;
+    }
+    from_spill = from_spill || !pull.held.contains(next_);
+  }
+  if (from_spill && spill_reads_++ >= kMaxSpillReads) {
+    work_left_ = true;
+    return false;
+  }
+  const std::uint64_t size = layout_->chunk_range(chunk_of(next_)).nbytes;
+  for (std::size_t j = 0; j < counted_.size(); ++j) {
+    const Pull& pull = *pulls_[counted_[j]];
+    const auto held = pull.held.find(next_);
+    inputs_[j] = held != pull.held.end()
+                     ? held->second.data()
+                     : options_.spill->at(pull.spilled[chunk_of(next_)] - 1, size);
+  }
+  return true;
+}
+
+void Collector::reduce_ready() {
+  work_left_ = false;
+  while (state_ == State::kActive && next_ < end_) {
+    if (!gather() || !reduce_one(chunk_of(next_))) {
+      return;
+    }
+    advance();
+  }
+  if (state_ == State::kActive) {
+    finish();
+  }
+}
+
+void Collector::finish() {
+  state_ = State::kDone;
+  done_.store(true, std::memory_order_release);
+  events_.push_back({CollectorEvent::Kind::kDone, 0, "", ""});
+}
+
+bool Collector::reduce_one(std::uint64_t index) {
+  const Range range = layout_->chunk_range(index);
+  const std::uint8_t* result = inputs_[0];
+  if (!pass_on_) {
+    const std::uint8_t* base =
+        base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+    const auto bad = reducer_->reduce(*layout_, range, inputs_.data(), base, reduced_chunk_.data());
+    if (bad) {
+      const Location where = layout_->locate(bad->byte_offset);
+      fail(counted_[bad->source], "nonfinite",
+           "NaN or infinity in tensor '" + std::string(where.tensor) + "', element " +
+               std::to_string(where.element));
+      return false;
+    }
+    result = reduced_chunk_.data();
+    checksums_[index] = crc32c(result, range.nbytes);
+  }
+  try {
+    out_.file->write(out_.offset + range.offset, result, range.nbytes);
+  } catch (const Error& error) {
+    events_.push_back({CollectorEvent::Kind::kBroken, 0, "storage", error.what()});
+    stop();
+    return false;
+  }
+  return true;
+}
+
+// Lets go of the chunk that was reduced. What was spilled stays there, in case a source is lost.
+void Collector::advance() {
+  for (const std::size_t k : counted_) {
+    Pull& pull = *pulls_[k];
+    if (is_spilled(pull, next_)) {
+      options_.spill->drop_pages(pull.spilled[chunk_of(next_)] - 1);
+      used_.emplace_back(k, chunk_of(next_));
+    }
+    pull.held.erase(next_);
+    if (pull.next <= next_ + 1 + window_) {
+      pull.ahead = false;
+      if (pull.held.size() <= window_ / 2) {
+        pull.pressed_ms.reset();
+      }
+    }
+  }
+  ++next_;
+  reduced_.store(layout_->chunk_count() - (end_ - next_), std::memory_order_relaxed);
+  release_behind();
+}
+
+// Works behind the reduction in steps: the base's pages are given back, so that the model's size
+// does not show in this process's memory, and the output starts on its way to the device.
+void Collector::release_behind() {
+  const std::uint64_t step = layout_->chunk_bytes();
+  const bool last_of_turn = chunk_of(next_) == 0;
+  if ((next_ - released_) * step < kReleaseStep && !last_of_turn && next_ != end_) {
+    return;
+  }
+  const std::uint64_t begin = chunk_of(released_) * step;
+  const std::uint64_t end = last_of_turn ? layout_->total_bytes()
+                                         : std::min(chunk_of(next_) * step, layout_->total_bytes());
+  if (options_.write_behind) {
+    out_.file->write_behind(out_.offset + begin, end - begin);
+  }
+  if (base_.file) {
+    base_.file->release(base_.offset + begin, end - begin);
+  }
+  released_ = next_;
+}
+
+// --- What is asked for ---
 
 std::optional<GetRequest> Collector::next_request(std::int64_t now_ms) {
   if (state_ != State::kActive) {
     return std::nullopt;
   }
-  const std::uint64_t end = std::min(layout_->chunk_count(), next_ + window_);
   for (std::size_t step = 0; step < pulls_.size(); ++step) {
     const std::size_t k = (turn_ + step) % pulls_.size();
-    Pull& pull = *pulls_[k];
-    if (!pull.again.empty()) {
-      const std::uint64_t first = *pull.again.begin();
-      std::uint32_t count = 0;
-      while (count < kMaxRange && pull.again.erase(first + count) == 1) {
-        ++count;
-      }
+    if (!is_pulled(*pulls_[k])) {
+      continue;
+    }
+    const auto request = pulls_[k]->again.empty() ? request_next(k, now_ms) : request_again(k);
+    if (request) {
       turn_ = k + 1;
-      return GetRequest{k, first, count};
+      return request;
     }
-    if (pull.next >= end) {
-      continue;
-    }
-    const std::uint64_t free = end - pull.next;
-    // Small requests are saved up while others are under way.
-    const std::uint64_t worth =
-        std::min<std::uint64_t>(kMaxRange, std::max<std::uint64_t>(1, window_ / 2));
-    if (free < worth && end < layout_->chunk_count() && outstanding(pull) > 0) {
-      continue;
-    }
-    if (outstanding(pull) == 0) {
-      pull.heard_ms = now_ms;
-    }
-    const auto count = static_cast<std::uint32_t>(std::min<std::uint64_t>(free, kMaxRange));
-    const GetRequest request{k, pull.next, count};
-    pull.next += count;
-    turn_ = k + 1;
-    return request;
   }
   return std::nullopt;
 }
 
+std::optional<GetRequest> Collector::request_again(std::size_t source) {
+  std::set<std::uint64_t>& again = pulls_[source]->again;
+  const std::uint64_t first = *again.begin();
+  const std::uint64_t turn_ends = first - chunk_of(first) + layout_->chunk_count();
+  std::uint32_t count = 0;
+  while (count < kMaxRange && first + count < turn_ends && again.erase(first + count) == 1) {
+    ++count;
+  }
+  return GetRequest{source, chunk_of(first), count};
+}
+
+std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64_t now_ms) {
+  Pull& pull = *pulls_[source];
+  while (pull.next < end_ && is_spilled(pull, pull.next)) {
+    ++pull.next;  // a chunk of the turn before
+  }
+  const std::uint64_t near = std::min(end_, next_ + window_);
+  if (pull.next >= near && pull.next < end_ && !pull.ahead) {
+    start_spilling(source, now_ms);
+  }
+  const bool ahead = pull.ahead && !no_room_;
+  const std::uint64_t limit = ahead ? end_ : near;
+  if (pull.next >= limit || pull.held.size() + pull.due >= window_) {
+    return std::nullopt;
+  }
+  std::uint64_t free = std::min(limit - pull.next, window_ - pull.held.size() - pull.due);
+  // Small requests are saved up while others are under way.
+  const std::uint64_t worth =
+      std::min<std::uint64_t>(kMaxRange, std::max<std::uint64_t>(1, window_ / 2));
+  if (free < worth && limit < end_ && pull.due > 0) {
+    return std::nullopt;
+  }
+  if (pull.due == 0) {
+    pull.heard_ms = now_ms;
+  }
+  const std::uint64_t to_turn = layout_->chunk_count() - chunk_of(pull.next);
+  free = std::min({free, to_turn, std::uint64_t{kMaxRange}});
+  GetRequest request{source, chunk_of(pull.next), 0};
+  while (request.count < free && !is_spilled(pull, pull.next)) {
+    ++request.count;
+    ++pull.next;
+  }
+  pull.due += request.count;
+  return request;
+}
+
 void Collector::ask_again(Pull& pull) {
-  for (std::uint64_t i = next_; i < pull.next; ++i) {
-    if (!pull.slots[static_cast<std::size_t>(i % window_)]) {
-      pull.again.insert(i);
+  for (std::uint64_t position = next_; pull.due > 0 && position < pull.next; ++position) {
+    if (!is_here(pull, position)) {
+      pull.again.insert(position);
     }
   }
 }
 
 std::int64_t Collector::tick(std::int64_t now_ms) {
+  if (state_ == State::kActive && work_left_) {
+    spill_reads_ = 0;
+    reduce_ready();
+  }
   if (state_ != State::kActive) {
     return -1;
   }
-  std::int64_t wait = -1;
+  std::int64_t wait = work_left_ ? 0 : -1;
+  const auto sooner = [&wait](std::int64_t ms) { wait = wait < 0 ? ms : std::min(wait, ms); };
   for (std::size_t k = 0; k < pulls_.size(); ++k) {
     Pull& pull = *pulls_[k];
-    if (outstanding(pull) == 0) {
+    if (pull.pressed_ms && !pull.ahead && !no_room_) {
+      const std::int64_t left = *pull.pressed_ms + options_.spill_after_ms - now_ms;
+      if (left > 0) {
+        sooner(left);
+      }
+    }
+    if (pull.due == 0) {
       continue;
     }
     std::int64_t left = pull.heard_ms + options_.stall_ms - now_ms;
@@ -276,7 +491,7 @@ std::int64_t Collector::tick(std::int64_t now_ms) {
       pull.silent_ms += options_.stall_ms;
       events_.push_back({CollectorEvent::Kind::kStalled, k, "", "", pull.silent_ms});
     }
-    wait = wait < 0 ? left : std::min(wait, left);
+    sooner(left);
   }
   return wait;
 }
@@ -289,6 +504,7 @@ void Collector::retry(std::size_t source, const std::optional<std::string>& peer
     sources_[source].peer = *peer;
   }
   if (state_ == State::kActive) {
+    pulls_[source]->silent_ms = 0;
     ask_again(*pulls_[source]);
   }
 }

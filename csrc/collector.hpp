@@ -3,21 +3,23 @@
 //
 // Owns the received frames that wait for their chunk to be complete, and the order in which chunks
 // are asked for. Invariants:
-//   - source k may have asked for chunk i only if i < next_to_reduce + window, so at most `window`
-//   chunks of each
-//     source are held or under way: that bounds the memory, and a source that is ahead waits for
-//     the others;
+//   - of each source at most `window` chunks are held in memory or under way; a source that is that
+//     far ahead waits for the others or, with a spill file, has its chunks put there;
 //   - a chunk counts only if its source, set, index, length and checksum are right and it was asked
-//   for; what is
-//     not right never changes state;
-//   - chunk i is reduced when all K are there, always in source order, into the output and nowhere
-//   else.
+//     for; what is not right never changes state;
+//   - chunk i is reduced when all sources have it, always in source order, into the output and
+//     nowhere else; the end is reached when each chunk was reduced with the sources that are left.
+// Chunks are reduced round and round: position p is chunk p % chunk_count. A source that is dropped
+// moves the end to one whole turn from where the reduction stands, so that the others go on where
+// they are, and send again only what was reduced with it and lies in no spill file.
 // Sans I/O: frames in, requests and events out, the clock is an argument. Not thread-safe: Exchange
 // holds the lock; progress counters may be read from any thread.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -28,6 +30,7 @@
 #include "layout.hpp"
 #include "mapped_file.hpp"
 #include "reducer.hpp"
+#include "spill.hpp"
 #include "wire.hpp"
 
 namespace fedcore {
@@ -91,6 +94,9 @@ struct CollectorOptions {
   bool check_finite = true;
   // Whether to start writing the output to the device while it is filled, for a sync that follows.
   bool write_behind = false;
+  // Where chunks go of a source whose window has been full for spill_after_ms; null: nowhere.
+  std::shared_ptr<Spill> spill = nullptr;
+  std::int64_t spill_after_ms = 250;
 };
 
 struct GetRequest {
@@ -100,8 +106,10 @@ struct GetRequest {
 };
 
 struct CollectorEvent {
+  // kRejected: nothing more is asked of the source, and nothing is reduced until it is dropped.
   // kBroken: the output can't be written; no source is at fault.
-  enum class Kind { kDone, kRejected, kStalled, kBroken } kind;
+  // kNoRoom: a chunk could not be spilled; sources that are ahead are held back from now on.
+  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom } kind;
   std::size_t source = 0;
   std::string code;
   std::string message;
@@ -112,11 +120,17 @@ class Collector {
  public:
   static constexpr std::uint32_t kMaxRange = 16;
   static constexpr int kMaxBadChunks = 3;
+  // Chunks read from the spill file in one call, so that a long tail of them does not keep the
+  // lock; tick() goes on with it.
+  static constexpr int kMaxSpillReads = 16;
 
   // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, or an output or base that
   // is too small.
   Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
             Place base, CollectorOptions options);
+  ~Collector();
+  Collector(const Collector&) = delete;
+  Collector& operator=(const Collector&) = delete;
 
   std::uint64_t id() const noexcept { return id_; }
   const std::vector<Source>& sources() const noexcept { return sources_; }
@@ -131,10 +145,14 @@ class Collector {
 
   // The next range to ask for, or nothing at present.
   std::optional<GetRequest> next_request(std::int64_t now_ms);
-  // Asks silent sources again. Returns ms until the next check, or -1.
+  // Asks silent sources again, and goes on with what can be reduced. Returns ms until the next
+  // check, or -1.
   std::int64_t tick(std::int64_t now_ms);
   // Asks for everything that is outstanding at a source again, perhaps under a new peer id.
   void retry(std::size_t source, const std::optional<std::string>& peer);
+  // Takes a source out: the result becomes that of the others alone, bit for bit. The work that
+  // this makes possible is done by tick().
+  void drop(std::size_t source);
   void stop() noexcept;
 
   std::vector<CollectorEvent> take_events() { return std::exchange(events_, {}); }
@@ -154,38 +172,74 @@ class Collector {
   enum class State { kActive, kDone, kFailed };
 
   struct Pull {
-    std::uint64_t next = 0;         // first chunk that was never asked for
-    std::set<std::uint64_t> again;  // chunks to ask for again
-    std::vector<Frame> slots;       // chunk i waits in slot i % window
-    std::uint64_t held = 0;         // filled slots
+    bool counts = true;                      // false: dropped
+    bool failed = false;                     // rejected, and not dropped yet
+    std::uint64_t next = 0;                  // first position that was never asked for
+    std::uint64_t due = 0;                   // asked for and not come yet
+    std::set<std::uint64_t> again;           // positions to ask for again; they are due
+    std::map<std::uint64_t, Frame> held;     // chunks in memory, by position
+    std::vector<std::uint32_t> spilled;      // slot + 1 of each chunk, or 0; empty before the first
+    bool ahead = false;                      // what it sends goes to the spill file
+    std::optional<std::int64_t> pressed_ms;  // since when its window has been full
     int bad_in_a_row = 0;
     std::int64_t heard_ms = 0;   // last chunk, or when something was first or last asked for
     std::int64_t silent_ms = 0;  // how often that timed out in a row, as time
     std::atomic<std::uint64_t> received{0};
   };
 
-  std::uint64_t outstanding(const Pull& pull) const noexcept;
+  std::uint64_t chunk_of(std::uint64_t position) const noexcept {
+    return position % layout_->chunk_count();
+  }
+  bool is_spilled(const Pull& pull, std::uint64_t position) const noexcept {
+    return !pull.spilled.empty() && pull.spilled[chunk_of(position)] != 0;
+  }
+  bool is_here(const Pull& pull, std::uint64_t position) const noexcept {
+    return pull.held.contains(position) || is_spilled(pull, position);
+  }
+  bool is_pulled(const Pull& pull) const noexcept { return pull.counts && !pull.failed; }
+
+  void use_sources();
+  std::optional<std::uint64_t> position_of(const Pull& pull, std::uint64_t index) const noexcept;
+  void keep(std::size_t source, std::uint64_t position, Frame& frame);
+  bool spill(std::size_t source, std::uint64_t position, const Frame& frame);
+  bool recycle();
+  std::uint64_t spill_room() const noexcept;
+  bool start_spilling(std::size_t source, std::int64_t now_ms);
+  void forget_chunks(Pull& pull) noexcept;
   void ask_again(Pull& pull);
+  bool gather();
   void reduce_ready();
   bool reduce_one(std::uint64_t index);
-  void release_behind(std::uint64_t end);
+  void advance();
+  void finish();
+  void release_behind();
+  std::optional<GetRequest> request_again(std::size_t source);
+  std::optional<GetRequest> request_next(std::size_t source, std::int64_t now_ms);
   void fail(std::size_t source, std::string code, std::string message);
 
   const std::uint64_t id_;
   const std::shared_ptr<const Layout> layout_;
   std::vector<Source> sources_;
-  Reducer reducer_;
   const Place out_;
   const Place base_;
   const CollectorOptions options_;
+  const bool pass_on_;  // the one source's chunks go to the output as they are
   std::uint64_t window_ = 1;
   std::vector<std::unique_ptr<Pull>> pulls_;
+  std::vector<std::size_t> counted_;  // the sources that count, in order
+  std::optional<Reducer> reducer_;    // of those
   std::vector<const std::uint8_t*> inputs_;
   std::vector<std::uint32_t> checksums_;
   std::vector<std::uint8_t> reduced_chunk_;  // hot in the cache when it is written out
-  std::uint64_t next_ = 0;                   // next chunk to reduce
-  std::uint64_t released_ = 0;               // flat bytes whose pages were given back
-  std::size_t turn_ = 0;                     // whose request comes next
+  std::uint64_t next_ = 0;                   // next position to reduce
+  std::uint64_t end_ = 0;                    // where all is done
+  std::uint64_t released_ = 0;               // positions up to which pages were given back
+  // Spilled chunks that were reduced: kept for a turn without a source, recycled for want of room.
+  std::deque<std::pair<std::size_t, std::uint64_t>> used_;
+  bool no_room_ = false;
+  int spill_reads_ = 0;     // in this call
+  bool work_left_ = false;  // stopped by kMaxSpillReads, or a source was dropped
+  std::size_t turn_ = 0;    // whose request comes next
   State state_ = State::kActive;
   std::vector<CollectorEvent> events_;
   std::atomic<bool> done_{false};

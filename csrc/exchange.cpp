@@ -124,6 +124,15 @@ void Exchange::retry(std::uint64_t collector_id, std::size_t source,
   }
 }
 
+void Exchange::drop(std::uint64_t collector_id, std::size_t source) {
+  const std::lock_guard lock(mutex_);
+  for (const auto& collector : collectors_) {
+    if (collector->id() == collector_id) {
+      collector->drop(source);
+    }
+  }
+}
+
 int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const void* header_data,
                       std::size_t header_size, Frame& body) {
   const std::lock_guard lock(mutex_);
@@ -233,6 +242,7 @@ void Exchange::collect_events(Collector& collector) {
     const auto kind = event.kind == CollectorEvent::Kind::kDone       ? Event::Kind::kDone
                       : event.kind == CollectorEvent::Kind::kRejected ? Event::Kind::kRejected
                       : event.kind == CollectorEvent::Kind::kBroken   ? Event::Kind::kBroken
+                      : event.kind == CollectorEvent::Kind::kNoRoom   ? Event::Kind::kNoRoom
                                                                       : Event::Kind::kStalled;
     events_.push_back({kind, collector.id(), event.source, std::move(event.code),
                        std::move(event.message), event.silent_ms});

@@ -23,7 +23,7 @@
 namespace fedcore {
 
 struct Event {
-  enum class Kind { kDone, kRejected, kStalled, kBroken, kMalformed } kind;
+  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom, kMalformed } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
   std::string code;  // of a rejection; the peer of a malformed frame
@@ -66,6 +66,8 @@ class Exchange {
   void cancel(std::uint64_t collector_id);
   void retry(std::uint64_t collector_id, std::size_t source,
              const std::optional<std::string>& peer);
+  // Takes a source out of a collection, whose result becomes that of the others alone.
+  void drop(std::uint64_t collector_id, std::size_t source);
 
   // Returns an FC_ verdict. With FC_TAKEN the frame was moved from; otherwise it is untouched.
   int deliver(std::int64_t now_ms, std::string_view peer, const void* header,

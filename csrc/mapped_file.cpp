@@ -18,10 +18,11 @@ namespace {
 }
 
 // Reserves the space on the device. Where the platform can't, the size is only set.
-int reserve(int fd, std::uint64_t size) noexcept {
+int reserve(int fd, std::uint64_t size, std::uint64_t from = 0) noexcept {
 #if defined(__linux__) || defined(__FreeBSD__)
-  return posix_fallocate(fd, 0, static_cast<off_t>(size));
+  return posix_fallocate(fd, static_cast<off_t>(from), static_cast<off_t>(size - from));
 #else
+  static_cast<void>(from);
   return ftruncate(fd, static_cast<off_t>(size)) == 0 ? 0 : errno;
 #endif
 }
@@ -113,6 +114,26 @@ void MappedFile::release(std::uint64_t offset, std::uint64_t length) noexcept {
   if (from < to) {
     madvise(data_ + from, to - from, MADV_DONTNEED);
   }
+}
+
+void MappedFile::grow(std::uint64_t size) {
+  if (fd_ < 0 || !writable_ || size <= size_) {
+    throw Error(Errc::kStorage, "cannot grow " + (path_.empty() ? "memory" : path_) + " to " +
+                                    std::to_string(size) + " bytes");
+  }
+  const int code = reserve(fd_, size, size_);
+  if (code != 0) {
+    // What was reserved before the failure is given back.
+    static_cast<void>(ftruncate(fd_, static_cast<off_t>(size_)) == 0);
+    fail("cannot reserve " + std::to_string(size - size_) + " more bytes for", path_, code);
+  }
+  void* memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd_, 0);
+  if (memory == MAP_FAILED) {
+    fail("cannot map", path_, errno);
+  }
+  munmap(data_, size_);
+  data_ = static_cast<std::uint8_t*>(memory);
+  size_ = size;
 }
 
 void MappedFile::write(std::uint64_t offset, const void* data, std::uint64_t length) {

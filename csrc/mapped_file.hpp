@@ -41,6 +41,10 @@ class MappedFile {
   // (a no-op for anonymous memory, whose bytes would be lost).
   void release(std::uint64_t offset, std::uint64_t length) noexcept;
 
+  // Reserves more space and maps it, perhaps elsewhere: only for a file that nobody else uses at
+  // the moment. Throws Error{kStorage}, and then nothing has changed.
+  void grow(std::uint64_t size);
+
   // Copies bytes into the file. No page becomes resident in this process. Throws Error{kStorage}.
   void write(std::uint64_t offset, const void* data, std::uint64_t length);
 

@@ -154,10 +154,12 @@ class SelectionSection(_Section):
 
 
 class ServerSection(_Section):
-    """``[server]``: where to listen, and the memory budget for chunks."""
+    """``[server]``: where to listen, the memory budget for chunks, and the spill file beyond it."""
 
     listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:(\d{1,5}|\*)$")] = "tcp://127.0.0.1:7733"
     memory: Size = 256 << 20
+    spill: bool = True
+    spill_dir: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ServerSection:
@@ -217,6 +219,12 @@ class RunConfig(_Section):
     def run_folder(self) -> Path:
         """The folder that this run writes: ``[run] dir`` / ``[run] name``."""
         return self.folder / self.run.dir / self.run.name
+
+    @property
+    def spill_folder(self) -> Path:
+        """Where the spill file goes: ``[server] spill_dir``, or the run folder."""
+        named = self.server.spill_dir
+        return self.run_folder if named is None else self.folder / named
 
     @property
     def initial_path(self) -> Path | None:

@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedcore._core import Collector, Exchange, Layout
+from fedcore._core import Collector, Exchange, Layout, Spill
+from fedcore.config import RunConfig
+from fedcore.errors import StorageError
 from fedcore.layout import ModelFile, create_model
 
 from .rounds import Participant
 
-__all__ = ["Aggregation"]
+__all__ = ["Aggregation", "open_spill"]
+
+logger = logging.getLogger("fedcore.server")
+
+
+def open_spill(config: RunConfig, run_id: str, layout: Layout) -> Spill | None:
+    """Return the run's spill file, which takes no room before it is needed, or None if there is to be none.
+
+    Room for the next model and its copy is left on the disk.
+    """
+    if not config.server.spill:
+        return None
+    folder = config.spill_folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f".{run_id}.spill"
+        return Spill(str(path), layout.chunk_bytes, 2 * layout.total_bytes)
+    except (OSError, StorageError) as error:
+        logger.warning("sites that are ahead are held back: %s", error)
+        return None
 
 
 class Aggregation:
     """Pulls and reduces the participants' updates into a scratch file.
+
+    Where a participant is lost, the collection goes on under `narrow` with what it has of the others.
 
     Args:
         exchange: the data plane.
@@ -24,6 +48,7 @@ class Aggregation:
         scratch: file to create.
         base: the current global model, which integers and booleans are taken from; None for the initial one.
         memory: bytes that chunks may take.
+        spill: where chunks wait that came long before they can be reduced; None: they are held back.
         metadata: for the header of the model file.
     """
 
@@ -37,6 +62,7 @@ class Aggregation:
         *,
         base: ModelFile | None,
         memory: int,
+        spill: Spill | None,
         metadata: Mapping[str, str],
     ) -> None:
         self.participants = participants
@@ -52,8 +78,36 @@ class Aggregation:
             None if base is None else (base.file, base.data_offset),
             memory,
             write_behind=True,
+            spill=spill,
         )
+        self._peers = [peers[p.site] for p in participants]
+        self._left = set(participants)
+        self._rejected: set[Participant] = set()
         exchange.start(self.collector)
+
+    def reject(self, source: int) -> Participant:
+        """Note that a participant's update is invalid, and return the participant."""
+        participant = self.participants[source]
+        self._rejected.add(participant)
+        return participant
+
+    def narrow(self, participants: tuple[Participant, ...], peers: Mapping[str, bytes]) -> bool:
+        """Go on with these participants alone; False, and nothing done, if they are not among those it has.
+
+        The chunks that are here of them are kept; those of the others count no longer.
+        """
+        if not set(participants) <= self._left - self._rejected:
+            return False
+        for number, participant in enumerate(self.participants):
+            peer = peers.get(participant.site)
+            if participant not in participants:
+                if participant in self._left:
+                    self._exchange.drop(self.collector, number)
+            elif peer is not None and peer != self._peers[number]:
+                self._peers[number] = peer
+                self._exchange.retry(self.collector, number, peer)
+        self._left = set(participants)
+        return True
 
     def finish(self) -> tuple[ModelFile, list[int]]:
         """Let go of the collector, which is done, and write the file back to the device.

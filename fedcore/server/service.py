@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedcore import __version__, protocol
-from fedcore._core import Layout, crc32c
+from fedcore._core import Layout, Spill, crc32c
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, FedcoreError, LayoutError, ProtocolError, StorageError
 from fedcore.layout import (
@@ -28,7 +28,7 @@ from fedcore.layout import (
 )
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 
-from .aggregation import Aggregation
+from .aggregation import Aggregation, open_spill
 from .hashing import Hasher
 from .initial import load_initial
 from .participation import Delivery, Roster, SiteState
@@ -133,6 +133,9 @@ class Server:
         self._cards: dict[str, str] = {}
         self._set_id = b""
         self._aggregation: Aggregation | None = None
+        self._parked = False  # the aggregation waits for a decision on who takes part
+        self._spill: Spill | None = None
+        self._said_no_room = False
         self._peers: dict[bytes, _Peer] = {}
         self._turned_away = (b"", "")
         self._result: RunResult | None = None
@@ -419,24 +422,33 @@ class Server:
         self._do(self._rounds.scored(site, score.version))
 
     def _handle_event(self, event: DataEvent) -> None:
-        running = self._aggregation
         if event[0] == "malformed":
             known = self._peers.get(event[1])
             logger.warning(
                 "dropped a frame from %s: %s", known.site if known else "a stranger", event[2]
             )
-        if running is None or event[0] == "malformed" or event[1] != running.collector.id:
             return
-        if event[0] == "done":
-            self._do(self._rounds.reduced())
+        running = self._aggregation
+        if running is None or event[1] != running.collector.id:
+            return
+        if event[0] == "broken":
+            self._end(False, f"the new model can't be written: {event[2]}")
+        elif event[0] == "no-room":
+            if not self._said_no_room:
+                logger.warning("sites that are ahead are held back: %s", event[2])
+            self._said_no_room = True
         elif event[0] == "rejected":
-            site = running.participants[event[2]].site
+            site = running.reject(event[2]).site
+            if self._parked:  # found again once it is decided who takes part
+                return
             logger.warning(
                 "the update of %s is left out of round %d: %s", site, self._rounds.round, event[4]
             )
             self._do(self._rounds.rejected(site, event[4], time.monotonic()))
-        elif event[0] == "broken":
-            self._end(False, f"the new model can't be written: {event[2]}")
+        elif self._parked:
+            return
+        elif event[0] == "done" and running.collector.done:
+            self._do(self._rounds.reduced())
         elif event[0] == "stalled":
             self._on_stalled(running.participants[event[2]].site, event[3])
 
@@ -470,9 +482,7 @@ class Server:
         elif isinstance(action, StartCollect):
             self._start_collect(action)
         elif isinstance(action, CancelCollect):
-            if self._aggregation is not None:
-                self._aggregation.cancel()
-                self._aggregation = None
+            self._parked = True  # the next collection may go on with what is here
         elif isinstance(action, Commit):
             self._commit(action)
         elif isinstance(action, EndRun):
@@ -506,7 +516,22 @@ class Server:
             )
         self._send_to(action.site, task)
 
+    def _cancel_collect(self) -> None:
+        self._parked = False
+        if self._aggregation is not None:
+            self._aggregation.cancel()
+            self._aggregation = None
+
     def _start_collect(self, action: StartCollect) -> None:
+        peers = {known.site: peer for peer, known in self._peers.items()}
+        running = self._aggregation
+        if running is not None and running.narrow(action.participants, peers):
+            self._parked = False
+            self._link.kick()
+            if running.collector.done:  # while it was parked
+                self._do(self._rounds.reduced())
+            return
+        self._cancel_collect()
         layout = self._model.layout if self._model is not None else None
         if layout is None:
             declare = self._status.declared[action.participants[0].site]
@@ -516,14 +541,17 @@ class Server:
             # Nobody reads it any more, and its memory is what the system gives to the new model's pages.
             self._superseded.file.evict()
             self._superseded = None
+        if self._spill is None:
+            self._spill = open_spill(self.config, self._store.run_id, layout)
         self._aggregation = Aggregation(
             self._link.exchange,
             layout,
             action.participants,
-            {known.site: peer for peer, known in self._peers.items()},
+            peers,
             self._store.scratch(action.version),
             base=self._model,
             memory=self.config.server.memory,
+            spill=self._spill,
             metadata=self._metadata(action.version),
         )
         self._status.aggregation = self._aggregation
@@ -627,7 +655,8 @@ class Server:
         return f"{metric} unknown" if value is None else f"{metric} {value:.4f}"
 
     def _end(self, ok: bool, message: str) -> None:
-        self._do_one(CancelCollect())
+        self._cancel_collect()
+        self._spill = None
         version = self._store.last_version
         best = final = None
         chosen = None

@@ -1,0 +1,252 @@
+"""Sites that are ahead and sites that are lost, without sockets: the bytes are those of the survivors, always."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import resource
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedcore._core import Collector, Exchange, Layout, Spill
+from fedcore.layout import ModelFile, create_model
+
+CHUNK = 4096
+LAYOUT = Layout([("w", "F32", [30_001]), ("d", "F64", [700]), ("h", "BF16", [777])], CHUNK)
+WEIGHTS = {"a": 3, "b": 5, "c": 16777215, "d": 2}
+CHUNKS = LAYOUT.chunk_count
+
+
+def update(name: str) -> ModelFile:
+    """Return a site's tensors: random, and different for each name."""
+    dice = np.random.default_rng(list(name.encode()))
+    file = create_model(None, LAYOUT)
+    file.view("w")[:] = dice.standard_normal(30_001).astype(np.float32).tobytes()
+    file.view("d")[:] = dice.standard_normal(700).tobytes()
+    return file
+
+
+class Federation:
+    """A server's exchange that pulls from sites; a test decides whose chunks arrive."""
+
+    def __init__(self, names: str, budget: int, spill: Spill | None = None, **spoiled: int) -> None:
+        self.names = names
+        self.server = Exchange()
+        self.sites: dict[bytes, Exchange] = {}
+        for name in names:
+            site, file = Exchange(), update(name)
+            if name in spoiled:
+                flat = file.file.view(file.data_offset)
+                at = spoiled[name] * CHUNK
+                flat[at : at + 8] = np.float64(np.nan).tobytes()
+            site.publish(name.encode() * 16, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
+            self.sites[name.encode()] = site
+        self.out = create_model(None, LAYOUT)
+        sources = [(n.encode(), n.encode() * 16, WEIGHTS[n]) for n in names]
+        self.collector = Collector(
+            LAYOUT, sources, self.out.file, self.out.data_offset, None, budget,
+            spill=spill, spill_after_ms=100,
+        )  # fmt: skip
+        self.server.start(self.collector)
+        self.now = 0
+        self.asked: Counter[tuple[str, int]] = Counter()
+        self.waiting: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in names}
+        self.most = 0
+
+    def step(self, dice: random.Random, awake: str) -> bool:
+        """Send what is asked for and deliver one chunk of a site that is awake; False if there is none."""
+        self.now += 10
+        self.server.tick(self.now)
+        while (request := self.server.next_out(self.now)) is not None:
+            self.sites[request[0]].deliver(0, b"server", request[1], None)
+        for peer, site in self.sites.items():
+            while (reply := site.next_out(0)) is not None:
+                assert reply[2] is not None
+                self.waiting[peer.decode()].append((reply[1], bytes(reply[2])))
+                self.asked[peer.decode(), int.from_bytes(reply[1][24:32], "little")] += 1
+        self.most = max(self.most, *(len(queue) for queue in self.waiting.values()))
+        ready = [name for name in awake if self.waiting[name]]
+        if not ready:
+            return False
+        name = dice.choice(ready)
+        queue = self.waiting[name]
+        head, body = queue.pop(dice.randrange(len(queue)))
+        self.server.deliver(self.now, name.encode(), head, body)
+        return True
+
+    def run(self, awake: str, seed: int = 0, until: int | None = None) -> None:
+        """Let chunks of the sites that are awake arrive until there is nothing more to do."""
+        dice = random.Random(seed)
+        idle = 0
+        while idle < 40 and not self.collector.done:
+            if until is not None and self.collector.progress()[0] >= until:
+                return
+            idle = 0 if self.step(dice, awake) else idle + 1
+
+    def lose(self, name: str) -> None:
+        self.server.drop(self.collector, self.names.index(name))
+
+    def result(self) -> bytes:
+        assert self.collector.done
+        return bytes(self.out.file.view(self.out.data_offset))
+
+    def events(self) -> list[tuple[object, ...]]:
+        return list(iter(self.server.next_event, None))
+
+
+def alone(names: str) -> bytes:
+    """Return the aggregate of these sites and no others."""
+    federation = Federation(names, 1 << 30)
+    federation.run(names)
+    return federation.result()
+
+
+def spill_file(folder: Path, keep_free: int = 0) -> Spill:
+    return Spill(str(folder / "spill"), CHUNK, keep_free)
+
+
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_a_site_that_is_ahead_is_pulled_to_its_end_while_another_sends_nothing(
+    tmp_path: Path, window: int
+) -> None:
+    spill = spill_file(tmp_path)
+    federation = Federation("abc", 3 * window * CHUNK, spill)
+    federation.run("ac")
+    assert federation.collector.window == window
+    assert federation.collector.progress() == (0, CHUNKS, [CHUNKS, 0, CHUNKS])
+    assert federation.most <= window
+    assert spill.used >= 2 * (CHUNKS - window)
+    federation.run("abc")
+    assert federation.result() == alone("abc")
+    assert set(federation.asked.values()) == {1}
+    federation.server.cancel(federation.collector)
+    assert spill.used == 0
+    size = spill.file_bytes
+    again = Federation("abc", 3 * window * CHUNK, spill)
+    again.run("bc")
+    again.run("abc")
+    assert (again.result(), spill.file_bytes) == (federation.result(), size)
+
+
+def test_without_a_spill_file_a_site_that_is_ahead_is_held_back(tmp_path: Path) -> None:
+    federation = Federation("abc", 3 * 4 * CHUNK)
+    federation.run("ac")
+    assert federation.collector.progress() == (0, CHUNKS, [4, 0, 4])
+    federation.run("abc")
+    assert federation.result() == alone("abc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_spilled_while_all_keep_pace(tmp_path: Path) -> None:
+    federation = Federation("abc", 3 * 8 * CHUNK, spill := spill_file(tmp_path))
+    dice, turns = random.Random(1), itertools.cycle("abc")
+    while not federation.collector.done:
+        federation.step(dice, next(turns))
+    assert spill.file_bytes == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_the_disk_has_no_room_sites_are_held_back_and_it_is_said_once(
+    tmp_path: Path,
+) -> None:
+    federation = Federation("abc", 3 * 4 * CHUNK, spill_file(tmp_path, keep_free=1 << 60))
+    federation.run("ac")
+    assert federation.collector.progress()[2] == [4, 0, 4]
+    assert [event[0] for event in federation.events()] == ["no-room"]
+    federation.run("abc")
+    assert federation.result() == alone("abc")
+    assert [event[0] for event in federation.events()] == ["done"]
+
+
+@pytest.mark.parametrize("spilling", [False, True], ids=["held back", "spilled"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_site_lost_at_any_point_leaves_the_aggregate_of_the_others(
+    tmp_path: Path, seed: int, spilling: bool
+) -> None:
+    dice = random.Random(seed)
+    spill = spill_file(tmp_path) if spilling else None
+    federation = Federation("abcd", 4 * 3 * CHUNK, spill)
+    federation.run(dice.choice(["abcd", "abd"]), seed, until=dice.randrange(CHUNKS))
+    lost = dice.choice("abcd")
+    federation.run("abcd", seed, until=dice.randrange(1, CHUNKS))
+    federation.lose(lost)
+    left = "abcd".replace(lost, "")
+    federation.run(left, seed, until=dice.randrange(CHUNKS))
+    if seed % 2:
+        federation.lose(left[0])
+        left = left[1:]
+    federation.run(left, seed)
+    assert federation.result() == alone(left)
+    assert federation.collector.checksums == federation.out.checksums()
+
+
+def test_when_a_site_is_lost_what_was_not_reduced_yet_is_not_sent_again() -> None:
+    federation = Federation("abc", 3 * 4 * CHUNK)
+    federation.run("abc", until=CHUNKS // 2)
+    reduced = federation.collector.progress()[0]
+    federation.lose("b")
+    federation.run("ac")
+    assert federation.result() == alone("ac")
+    twice = {index for (name, index), times in federation.asked.items() if times > 1}
+    assert twice == set(range(reduced))
+    assert max(federation.asked.values()) == 2
+
+
+def test_when_a_site_is_lost_what_was_spilled_is_not_sent_again(tmp_path: Path) -> None:
+    federation = Federation("abc", 3 * 4 * CHUNK, spill_file(tmp_path))
+    federation.run("ac")  # all of it but for a window lies in the spill file
+    federation.run("b", until=CHUNKS // 2)
+    federation.lose("b")
+    federation.run("ac")
+    assert federation.result() == alone("ac")
+    assert sum(times - 1 for times in federation.asked.values()) <= 2 * 4
+
+
+def test_a_site_that_is_rejected_in_the_middle_is_named_and_left_out(tmp_path: Path) -> None:
+    bad = CHUNKS // 2
+    federation = Federation("abc", 3 * 4 * CHUNK, spill_file(tmp_path), b=bad)
+    federation.run("abc")
+    assert federation.collector.progress()[0] == bad
+    (event,) = federation.events()
+    assert (event[0], event[2], event[3]) == ("rejected", 1, "nonfinite")
+    federation.lose("b")
+    federation.run("ac")
+    assert federation.result() == alone("ac")
+
+
+def test_what_was_reduced_gives_its_place_to_what_was_not(tmp_path: Path) -> None:
+    spill = Spill(str(tmp_path / "spill"), CHUNK, extent_bytes=16 * CHUNK)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40 * CHUNK, hard))
+        federation = Federation("abc", 3 * 2 * CHUNK, spill)
+        federation.run("a")
+        dice, turns = random.Random(1), itertools.cycle("bc")
+        while federation.collector.progress()[0] < 12:
+            federation.step(dice, next(turns))
+        federation.run("ab")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert spill.file_bytes == 32 * CHUNK
+    free_at_first = 32 - (CHUNKS - 2)
+    assert federation.collector.progress()[2][1] >= 12 + free_at_first + 10
+    assert [event[0] for event in federation.events()] == ["no-room"]
+    federation.run("abc")
+    assert federation.result() == alone("abc")
+
+
+def test_a_leftover_of_a_killed_process_is_removed_and_never_read(tmp_path: Path) -> None:
+    (tmp_path / "spill").write_bytes(b"not mine" * CHUNK)
+    spill = spill_file(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    federation = Federation("ab", 2 * CHUNK, spill)
+    federation.run("a")
+    assert (tmp_path / "spill").stat().st_size == spill.file_bytes
+    federation.run("ab")
+    assert federation.result() == alone("ab")
+    federation.server.cancel(federation.collector)
+    del federation, spill
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,126 @@
+"""A collection that loses a participant, or gets one back, goes on with what it has."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedcore._core import Exchange, Layout
+from fedcore.client.session import Session
+from fedcore.client.settings import SiteSettings
+from fedcore.layout import create_model
+from fedcore.server.aggregation import Aggregation
+from fedcore.server.rounds import Participant
+from fedcore.server.service import Server
+
+from .test_runs import run, run_config
+
+CHUNK = 4096
+LAYOUT = Layout([("w", "F32", [20_000])], CHUNK)
+PARTICIPANTS = tuple(Participant(name, name.encode().hex() * 16, 1) for name in "ab")
+
+
+class Sites:
+    """Two sites that answer what an exchange asks, up to a number of chunks."""
+
+    def __init__(self) -> None:
+        self.server = Exchange()
+        self.asked: Counter[tuple[bytes, int]] = Counter()
+        self.exchanges: dict[bytes, Exchange] = {}
+        for value, participant in enumerate(PARTICIPANTS, 1):
+            site, file = Exchange(), create_model(None, LAYOUT)
+            file.view("w")[:] = np.full(20_000, value, np.float32).tobytes()
+            set_id = bytes.fromhex(participant.set_id)
+            site.publish(set_id, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
+            self.exchanges[participant.site.encode()] = site
+
+    def carry(self, chunks: int, now: int = 0) -> None:
+        self.server.tick(now)
+        while chunks and (request := self.server.next_out(now)) is not None:
+            peer = request[0]
+            site = self.exchanges[peer[:1]]
+            site.deliver(0, b"server", request[1], None)
+            while (reply := site.next_out(0)) is not None:
+                if chunks:
+                    self.asked[peer, int.from_bytes(reply[1][24:32], "little")] += 1
+                    assert reply[2] is not None
+                    self.server.deliver(now, peer, reply[1], bytes(reply[2]))
+                    chunks -= 1
+
+
+def test_a_participant_that_comes_back_as_another_process_goes_on_with_the_chunks_it_has_left(
+    tmp_path: Path,
+) -> None:
+    sites = Sites()
+    running = Aggregation(
+        sites.server, LAYOUT, PARTICIPANTS, {"a": b"a", "b": b"b"}, tmp_path / "m",
+        base=None, memory=8 * CHUNK, spill=None, metadata={},
+    )  # fmt: skip
+    sites.carry(20)
+    assert 0 < running.collector.progress()[0] < LAYOUT.chunk_count
+    assert running.narrow(PARTICIPANTS, {"a": b"a", "b": b"b, started again"})
+    sites.carry(1000)
+    assert running.collector.done
+    assert {peer for peer, _ in sites.asked} == {b"a", b"b", b"b, started again"}
+    assert max(Counter((p[:1], i) for p, i in sites.asked.elements()).values()) == 1
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+
+
+def test_only_participants_that_it_has_and_were_not_rejected_can_go_on(tmp_path: Path) -> None:
+    sites = Sites()
+    peers = {"a": b"a", "b": b"b", "c": b"c"}
+    running = Aggregation(
+        sites.server, LAYOUT, PARTICIPANTS, peers, tmp_path / "m",
+        base=None, memory=8 * CHUNK, spill=None, metadata={},
+    )  # fmt: skip
+    a, b = PARTICIPANTS
+    assert not running.narrow((a, Participant("c", "00" * 16, 1)), peers)
+    assert not running.narrow((Participant("a", a.set_id, 2),), peers)
+    assert not running.narrow((Participant("a", "00" * 16, 1), b), peers)
+    assert running.reject(1) == b
+    assert not running.narrow((a, b), peers)
+    assert running.narrow((a,), peers)
+    assert not running.narrow((b,), peers)
+    sites.carry(1000)
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.0] * 20_000
+
+
+@pytest.mark.parametrize("spill", [True, False])
+def test_an_update_with_nan_in_its_middle_leaves_the_mean_of_the_others(
+    tmp_path: Path, spill: bool
+) -> None:
+    count, bad, mib = 24, 12, 1 << 20
+    config = run_config(tmp_path, sites=["a", "b", "c"], rounds=1, min_results=2)
+    memory = config.server.model_copy(update={"memory": 16 * mib, "spill": spill})
+    server = Server(config.model_copy(update={"server": memory}))
+
+    def site(name: str, value: float) -> Callable[[], int]:
+        def part() -> int:
+            values = np.full(count * mib // 4, value, np.float32)
+            session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=15))
+            while session.is_running():
+                specs = [("w", "F32", [values.size])]
+                model = session.begin(specs, {}, lambda _: bytes(values.nbytes))
+                if model.kind == "evaluate":
+                    session.end_task()
+                    continue
+                if name == "c":
+                    values[bad * mib // 4] = np.nan
+                session.submit(lambda _: values.tobytes(), 1)
+            session.close()
+            return 0
+
+        return part
+
+    result, _ = run(server, site("a", 1), site("b", 2), site("c", 3))
+    assert result.ok
+    model = load_file(tmp_path / "runs/t/final/model.safetensors")
+    assert set(model["w"].tolist()) == {1.5}
+    assert list((tmp_path / "runs/t").glob(".*.spill")) == []
