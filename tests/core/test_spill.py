@@ -140,9 +140,9 @@ def test_without_a_spill_file_a_site_that_is_ahead_is_held_back(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_spilled_while_all_keep_pace(tmp_path: Path) -> None:
-    federation = Federation("abc", 3 * 8 * CHUNK, spill := spill_file(tmp_path))
-    dice, turns = random.Random(1), itertools.cycle("abc")
+def test_a_window_that_is_full_for_a_moment_spills_nothing(tmp_path: Path) -> None:
+    federation = Federation("abc", 3 * 4 * CHUNK, spill := spill_file(tmp_path))
+    dice, turns = random.Random(1), itertools.cycle("aaaabbbbcccc")
     while not federation.collector.done:
         federation.step(dice, next(turns))
     assert spill.file_bytes == 0
