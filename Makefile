@@ -10,9 +10,10 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedco
 	-not -name '*.pyc' -not -name '*.so')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CMAKE := $(BIN)/cmake
-NATIVE := $(wildcard csrc/*.h csrc/*.hpp csrc/*.cpp csrc/*.inl tests/cpp/*.hpp tests/cpp/*.cpp)
+NATIVE := $(wildcard csrc/*.h csrc/*.hpp csrc/*.cpp csrc/*.inl csrc/cuda/*.hpp csrc/cuda/*.cpp csrc/cuda/*.cu \
+	tests/cpp/*.hpp tests/cpp/*.cpp)
 
-.PHONY: help demo test test-slow lint format types native bench clean
+.PHONY: help demo test test-slow lint format types native cuda bench clean
 
 help: ## Show this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,6 +46,12 @@ native: $(VENV)/.tools ## Run the native tests under address, undefined-behaviou
 	    -DFEDCORE_BUILD_TESTS=ON -DFEDCORE_SANITIZE=$$sanitizer && \
 	  $(CMAKE) --build build/$$sanitizer --parallel 2 && \
 	  $(BIN)/ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; done
+
+cuda: $(VENV)/.tools ## Compile the CUDA reducer with nvcc, check its code, and run it where there is a GPU
+	$(CMAKE) -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DFEDCORE_BUILD_MODULES=OFF -DFEDCORE_BUILD_TESTS=ON \
+	  -DFEDCORE_CUDA=ON
+	$(CMAKE) --build build/cuda --parallel 2
+	$(BIN)/ctest --test-dir build/cuda --output-on-failure
 
 bench: $(VENV)/.test ## Time the reduction, rounds and memory against this machine's own limits
 	$(BIN)/python -m benchmarks kernels

@@ -522,6 +522,14 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "set_simd_level", [](const std::string& level) { kernels::select(level); }, py::arg("level"),
       "Switch the kernels of this process; for tests.");
   m.def(
+      "set_device",
+      [](const std::optional<py::capsule>& device) {
+        kernels::use_device(device ? device->get_pointer<const FcDevice>() : nullptr);
+      },
+      py::arg("device").none(true),
+      "Compute means on a device (a capsule of FC_DEVICE_CAPSULE) where it can, or None: on the "
+      "CPU.");
+  m.def(
       "crc32c",
       [](const py::buffer& data, std::uint32_t seed) {
         const Bytes bytes(data);

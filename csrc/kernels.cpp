@@ -111,6 +111,10 @@ const Table& find(std::string_view level) {
 }
 
 std::atomic<const Table*> chosen{nullptr};
+std::atomic<const FcDevice*> chosen_device{nullptr};
+
+static_assert(static_cast<int>(Dtype::kF64) == FC_F64 && static_cast<int>(Dtype::kF32) == FC_F32 &&
+              static_cast<int>(Dtype::kF16) == FC_F16 && static_cast<int>(Dtype::kBF16) == FC_BF16);
 
 const Table& choose() {
   if (const char* forced = std::getenv("FEDCORE_SIMD"); forced != nullptr && *forced != '\0') {
@@ -156,6 +160,10 @@ const Table& active() {
 
 void select(std::string_view level) { chosen.store(&find(level), std::memory_order_release); }
 
+void use_device(const FcDevice* device) noexcept {
+  chosen_device.store(device, std::memory_order_release);
+}
+
 std::vector<std::string> available() {
   std::vector<std::string> names;
   for (const Table& table : kTables) {
@@ -170,6 +178,14 @@ bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::si
           double total, const void* base, void* out, std::uint64_t nbytes) {
   const Table& table = active();
   const std::size_t count = nbytes / item_size(dtype);
+  const FcDevice* const device = chosen_device.load(std::memory_order_acquire);
+  if (device != nullptr && is_float(dtype)) {
+    const int verdict =
+        device->mean(device->self, static_cast<int>(dtype), inputs, weights, k, total, out, count);
+    if (verdict != FC_MEAN_DECLINED) {
+      return verdict == FC_MEAN_FINITE;
+    }
+  }
   switch (dtype) {
     case Dtype::kF64:
       return table.f64(inputs, weights, k, total, out, count);

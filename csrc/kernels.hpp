@@ -8,8 +8,8 @@
 //   1971,
 //     Knuth's TwoSum), then divided and rounded; a sum that would overflow is formed from scaled
 //     values.
-// Every level gives the same bits. Pointers need no alignment. No state; callable from any thread.
-// Cost: bound by memory; scratch is a few KiB of stack.
+// Every level and every device gives the same bits. Pointers need no alignment. No state; callable
+// from any thread. Cost: bound by memory; scratch is a few KiB of stack.
 #pragma once
 
 #include <cstddef>
@@ -18,6 +18,7 @@
 #include <string_view>
 #include <vector>
 
+#include "device.h"
 #include "layout.hpp"
 
 namespace fedcore::kernels {
@@ -42,6 +43,10 @@ struct Table {
 const Table& active();
 void select(std::string_view level);
 std::vector<std::string> available();
+
+// From now on mean() tries `device` first; nullptr: the CPU alone. The device outlives the
+// process's last mean. The bits are the same.
+void use_device(const FcDevice* device) noexcept;
 
 // Averages one block of one dtype. Integers and booleans are copied from `base`, or from inputs[0]
 // where base is nullptr. Returns false if the block holds a non-finite value.

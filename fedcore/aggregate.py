@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from ._core import reduce_files
+from ._device import use_device
 from .errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
 from .layout import FLOATS, ModelFile, compare_layouts, create_model, open_model, sync_folder, table
 from .protocol import MAX_WEIGHT
@@ -25,6 +26,7 @@ def aggregate_files(
     out: Path,
     *,
     threads: int = 1,
+    device: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelFile:
@@ -39,17 +41,20 @@ def aggregate_files(
         weights: one integer from 1 to 2**24 - 1 per file; all equal if None.
         out: file to write; it appears only when it is complete.
         threads: worker threads; the result does not depend on it.
+        device: ``auto``, ``cpu`` or ``cuda``, for the process; FEDCORE_DEVICE decides if None. The result
+            does not depend on it.
         force: replace ``out`` if it exists.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ConfigError: no input, or ``out`` is one of them.
+        ConfigError: no input, ``out`` is one of them, or the device can't be used.
         LayoutError: the files hold different tensors; each one is named.
         NonFiniteError: a file holds NaN or infinity; file and tensor are named.
         WeightError: a weight is out of range, or their number is wrong.
         StorageError: a file can't be read or written, or ``out`` exists.
     """
     counts = _check_arguments(inputs, weights, out, force)
+    use_device(device)
     files = [open_model(path) for path in inputs]
     for file in files[1:]:
         difference = compare_layouts(

@@ -60,6 +60,12 @@ class _Rule(enum.StrEnum):
     MEAN = "mean"
 
 
+class _Device(enum.StrEnum):
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class _DemoTask(enum.StrEnum):
     ENCODER = "encoder"
     CAUSAL = "causal"
@@ -335,14 +341,18 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
         _Rule, typer.Option(help="How to combine the files.")
     ] = _Rule.MEAN,
     threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads.")] = 1,
+    device: Annotated[
+        _Device | None,
+        typer.Option(help="Where to compute; auto is the CPU.  [default: FEDCORE_DEVICE, or auto]"),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output if it exists.")
     ] = False,
 ) -> None:
     """Average safetensors files with the reducer of the server.
 
-    The output does not depend on the order of the files nor on the number of threads. The files hold the
-    same tensors; integers and booleans must be equal in all of them. An input is never overwritten, and the
+    The output does not depend on the order of the files, the number of threads or the device. The files hold
+    the same tensors; integers and booleans must be equal in all of them. An input is never overwritten, and the
     output appears only when it is complete.
 
     \b
@@ -352,6 +362,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     """
     import contextlib
 
+    from ._device import device_failure
     from .aggregate import aggregate_files
 
     try:
@@ -365,8 +376,16 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
         if sys.stderr.isatty():
             progress = _progress_bar(stack.enter_context)
         result = aggregate_files(
-            files, counts, out, threads=threads, force=force, progress=progress
+            files,
+            counts,
+            out,
+            threads=threads,
+            device=device,
+            force=force,
+            progress=progress,
         )
+    if failure := device_failure():
+        typer.echo(f"the GPU failed and the CPU went on, with the same result: {failure}", err=True)
     typer.echo(
         f"{out}: {len(result.layout.tensors)} tensors, {result.layout.total_bytes:,} bytes, "
         f"sha256 {result.sha256()}"

@@ -40,9 +40,17 @@ def test_the_server_side_never_imports_torch() -> None:
 
 
 def test_the_core_includes_python_in_its_bindings_alone() -> None:
-    for path in (ROOT / "csrc").iterdir():
+    files = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    for path in files:
         foreign = re.findall(r"#include [<\"](pybind11|Python\.h|zmq|torch|lz4)", path.read_text())
         assert not foreign or path.name.startswith("bindings"), path.name
+
+
+def test_what_host_and_device_share_includes_nothing_that_a_device_lacks() -> None:
+    header = (ROOT / "csrc" / "arith.hpp").read_text(encoding="utf-8")
+    assert set(re.findall(r"#include (.*)", header)) == {"<cstddef>", "<cstdint>"}
+    assert "std::" not in re.sub(r"std::(size_t|uint\d+_t)", "", header)
 
 
 @pytest.mark.parametrize(

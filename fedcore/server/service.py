@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from fedcore import __version__, protocol
 from fedcore._core import Layout, Spill, crc32c
+from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, FedcoreError, LayoutError, ProtocolError, StorageError
 from fedcore.layout import (
@@ -107,11 +108,13 @@ class Server:
 
     Raises:
         BusyError: the port or the run folder is in use.
-        ConfigError: the run folder holds a run with other settings, or a finished one.
+        ConfigError: the run folder holds a run with other settings, or a finished one; or FEDCORE_DEVICE
+            asks for what this machine doesn't have.
     """
 
     def __init__(self, config: RunConfig, endpoint_file: Path | None = None) -> None:
         self.config = config
+        self._device = use_device()
         self._store = Store(
             config.run_folder, config.model_dump(mode="json", exclude={"folder", "simulate"})
         )
@@ -203,6 +206,8 @@ class Server:
             self.config.run.name, self.config.run.rounds, self.endpoint,
             self.config.participants.expected, self.config.participants.quorum,
         )  # fmt: skip
+        if self._device != "CPU":
+            logger.info("means are computed on %s", self._device)
         self._expect_back()
 
     def _expect_back(self) -> None:
@@ -607,6 +612,9 @@ class Server:
                     version=action.version, included=known.site in names, participants=names
                 ),
             )
+        if failure := device_failure():
+            self._device = use_device("cpu")
+            logger.warning("the GPU failed; the CPU goes on with the same bits: %s", failure)
         self._export_best()
         self._do(self._rounds.committed(action.version, time.monotonic()))
 
