@@ -121,8 +121,8 @@ class Family:
                     continue
                 if _group(pid) == pid:
                     self._tell("+", pid)
-            if command := _command(pid):  # it changes when a forked process executes
-                self.commands[pid] = command
+            # It changes when a forked process executes, and is empty when a process has ended.
+            self.commands[pid] = _command(pid) or self.commands.get(pid, "")
             if "VmHWM" in status:
                 peak = int(status["VmHWM"].split()[0]) * 1024
                 self.peaks[pid] = max(self.peaks.get(pid, 0), peak)

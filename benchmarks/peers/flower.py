@@ -20,7 +20,8 @@ VERSION = "1.41.0"
 REQUIREMENT = f"flwr=={VERSION}"
 SETTINGS = (
     "SuperLink and SuperNodes with subprocess isolation, state in memory, FedAvg with no evaluation, "
-    "NumPy arrays and no import of torch in the apps, no runtime installation, no telemetry"
+    "NumPy arrays and no import of torch in the apps, 8 concurrent pushes and pulls (default 2), "
+    "no runtime installation, no telemetry"
 )
 _APP = Path(__file__).parent / "flower_app"
 
@@ -41,6 +42,8 @@ def run(python: Path, folder: Path, work: Work, family: Family) -> Outcome:
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "8",
+        "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "8",
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
     }
     server_log = folder / "superlink.log"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import types
@@ -157,6 +159,37 @@ def test_what_a_process_started_in_a_session_of_its_own_is_measured_and_ended(
         assert family.peak("signal.pause") >= family.peaks[pid]
     status = Path(f"/proc/{pid}/status")
     assert not status.exists() or "State:\tZ" in status.read_text()  # dead, if not yet reaped
+
+
+_BENCHMARK = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import benchmarks
+from benchmarks.processes import Family
+with Family() as family:
+    child = family.start(
+        [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(600)"],
+        Path(sys.argv[2]), {}, Path(sys.argv[2]).parent,
+    )
+    print(child.pid, flush=True)
+    child.wait()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_benchmark_however_it_ends(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    start = [sys.executable, "-c", _BENCHMARK, str(ROOT), str(tmp_path / "log")]
+    with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        assert running.stdout is not None
+        pid = int(running.stdout.readline())
+        ended = os.pidfd_open(pid)
+        running.send_signal(number)
+        assert select.select([ended], [], [], 30)[0], "it still runs"
+        os.close(ended)
 
 
 def test_strangers_are_neither_measured_nor_ended() -> None:

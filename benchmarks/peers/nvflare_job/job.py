@@ -1,6 +1,5 @@
 """Runs the job in the simulator and checks the saved model: ``job.py ELEMENTS TENSORS SITES ROUNDS``."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def main() -> None:
         num_rounds=rounds,
         train_script="client.py",
         server_expected_format=ExchangeFormat.PYTORCH,
-        enable_tensor_disk_offload=os.environ.get("NVFLARE_OFFLOAD") == "1",
+        enable_tensor_disk_offload=True,
     )
     run = recipe.execute(SimEnv(num_clients=sites, workspace_root=str(Path("workspace").resolve())))
     saved = next(Path(run.get_result()).glob("server/**/FL_global_model.pt"))
