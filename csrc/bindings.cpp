@@ -235,7 +235,7 @@ std::shared_ptr<Collector> make_collector(
     const PyLayout& layout, const std::vector<PySource>& sources, const FileHandle& out,
     std::uint64_t out_offset, const std::optional<std::tuple<FileHandle*, std::uint64_t>>& base,
     std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite, bool write_behind,
-    std::shared_ptr<Spill> spill, std::int64_t spill_after_ms) {
+    std::shared_ptr<Spill> spill, std::int64_t spill_after_ms, const py::object& codec) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back({std::string(peer), to_set_id(set), to_weights({weight})[0]});
@@ -247,7 +247,7 @@ std::shared_ptr<Collector> make_collector(
   return std::make_shared<Collector>(
       layout, std::move(checked), Place{out.share(), out_offset}, from,
       CollectorOptions{budget_bytes, stall_ms, check_finite, write_behind, std::move(spill),
-                       spill_after_ms});
+                       spill_after_ms, codec_of(codec)});
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
@@ -416,7 +416,7 @@ void bind_exchange(py::module_& m) {
            py::arg("out_offset"), py::arg("base"), py::arg("budget_bytes"),
            py::arg("stall_ms") = 2000, py::arg("check_finite") = true,
            py::arg("write_behind") = false, py::arg("spill") = nullptr,
-           py::arg("spill_after_ms") = 250)
+           py::arg("spill_after_ms") = 250, py::arg("codec") = py::none())
       .def_property_readonly("id", &Collector::id)
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)
@@ -443,6 +443,17 @@ void bind_exchange(py::module_& m) {
           py::arg("chunk_bytes"), py::arg("checksums") = std::vector<std::uint32_t>(),
           "Offer a range of a file as a tensor set; its bytes must not change until it is "
           "withdrawn.")
+      .def(
+          "publish_encoded",
+          [](Exchange& e, const py::bytes& id, const FileHandle& file,
+             std::vector<std::uint64_t> offsets, const py::bytes& encodings) {
+            const std::string_view bytes = encodings;
+            e.publish_encoded(to_set_id(id), file.share(), std::move(offsets),
+                              {bytes.begin(), bytes.end()});
+          },
+          py::arg("set_id"), py::arg("file"), py::arg("offsets"), py::arg("encodings"),
+          "Offer encoded chunks as a tensor set: chunk i is bytes offsets[i] to offsets[i + 1] of "
+          "the file, and encodings[i] its encoding.")
       .def(
           "withdraw", [](Exchange& e, const py::bytes& id) { e.withdraw(to_set_id(id)); },
           py::arg("set_id"))

@@ -6,6 +6,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+
+#include "codec.hpp"
 
 namespace fedcore {
 
@@ -28,6 +31,9 @@ class Bytes {
  private:
   Py_buffer view_{};
 };
+
+// A codec for the core alone, of the same settings as a Codec of Python's; nothing for None.
+std::shared_ptr<Codec> codec_of(const py::object& codec);
 
 // Adds the class Codec; Layout must be there.
 void bind_codec(py::module_& m);

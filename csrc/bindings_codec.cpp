@@ -127,6 +127,15 @@ void carry(PyCodec& self, std::uint64_t index, const py::buffer& values,
 
 }  // namespace
 
+std::shared_ptr<Codec> codec_of(const py::object& codec) {
+  if (codec.is_none()) {
+    return nullptr;
+  }
+  PyCodec& from = codec.cast<PyCodec&>();
+  const std::lock_guard hold(from.lock);
+  return std::make_shared<Codec>(from.codec);
+}
+
 void bind_codec(py::module_& m) {
   py::class_<PyCodec>(m, "Codec",
                       "One chunk of a layout as the bytes that travel, and back; one thread at a "

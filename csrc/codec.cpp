@@ -233,7 +233,7 @@ std::uint8_t Codec::encode(std::uint64_t index, const std::uint8_t* values,
     encode_runs(range, scheme, values, base, residual, plain_);
   }
   if (options_.lossless && scheme != Scheme::kTopK && pack(scheme, plain_, body)) {
-    return static_cast<std::uint8_t>(static_cast<std::uint8_t>(scheme) | kPacked);
+    return static_cast<std::uint8_t>(static_cast<std::uint8_t>(scheme) | wire::kPacked);
   }
   body.assign(plain_.begin(), plain_.end());
   return static_cast<std::uint8_t>(scheme);
@@ -293,8 +293,8 @@ const char* Codec::unpack(Scheme scheme, const Range& range, const std::uint8_t*
 const char* Codec::decode(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
                           std::size_t size, const std::uint8_t* base, std::uint8_t* out) {
   const Range range = layout_->chunk_range(index);
-  const bool packed = (encoding & kPacked) != 0;
-  const auto scheme = static_cast<Scheme>(encoding & ~kPacked);
+  const bool packed = (encoding & wire::kPacked) != 0;
+  const auto scheme = static_cast<Scheme>(encoding & ~wire::kPacked);
   if ((scheme != Scheme::kRaw && scheme != options_.scheme) || (packed && !options_.lossless) ||
       (packed && scheme == Scheme::kTopK)) {
     return "its encoding was not agreed on";

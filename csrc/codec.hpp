@@ -38,11 +38,11 @@ struct CodecOptions {
 
 class Codec {
  public:
-  static constexpr std::uint8_t kPacked = 0x80;  // set in an encoding: shuffled and compressed
-
   // Throws Error{kConfig} for a share out of range, and for lossless without its functions, and
   // Error{kLayout} for chunks that no frame can hold.
   Codec(std::shared_ptr<const Layout> layout, CodecOptions options, Lz4 lz4 = {});
+
+  const CodecOptions& options() const noexcept { return options_; }
 
   // Encodes chunk `index` into `body` and returns its encoding. `values`, and `base` and `residual`
   // where not nullptr, point at the chunk's flat bytes: what an encoded run stands for is values -

@@ -1,7 +1,9 @@
 #include "collector.hpp"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "error.hpp"
 
@@ -40,6 +42,9 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   }
   if (base_.file) {
     base_.file->check_range(base_.offset, layout_->total_bytes());
+  }
+  if (options_.codec && options_.codec->options().scheme != Scheme::kRaw && !base_.file) {
+    throw Error(Errc::kLayout, "differences can't be decoded without the base that they are to");
   }
   if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
     throw Error(Errc::kStorage, "the spill file's slots are smaller than a chunk");
@@ -109,8 +114,7 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   Pull& pull = *pulls_[source];
   const auto position = position_of(pull, header.index);
   const bool wanted = state_ == State::kActive && is_pulled(pull) && position &&
-                      !is_here(pull, *position) &&
-                      frame.size() == layout_->chunk_range(header.index).nbytes;
+                      !is_here(pull, *position) && fits(header, frame.size());
   if (!wanted) {
     return false;
   }
@@ -126,14 +130,44 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
     return false;
   }
   pull.bad_in_a_row = 0;
+  const std::size_t size = frame.size();
+  Frame chunk;
+  if (header.encoding == wire::kRaw) {
+    chunk = std::move(frame);
+  } else if (const char* why = decode(header, frame, chunk)) {
+    fail(source, "encoding", "chunk " + std::to_string(header.index) + " can't be decoded: " + why);
+    return false;
+  }
   pull.again.erase(*position);
   --pull.due;
-  bytes_.fetch_add(frame.size(), std::memory_order_relaxed);
+  bytes_.fetch_add(size, std::memory_order_relaxed);
   pull.received.fetch_add(1, std::memory_order_relaxed);
-  keep(source, *position, frame);
+  keep(source, *position, chunk);
   spill_reads_ = 0;
   reduce_ready();
   return true;
+}
+
+bool Collector::fits(const wire::Header& header, std::size_t size) const {
+  const std::uint64_t nbytes = layout_->chunk_range(header.index).nbytes;
+  return header.encoding == wire::kRaw ? size == nbytes : size <= nbytes;
+}
+
+// Fills `chunk` with the flat bytes that an encoded body stands for; returns why it can't.
+const char* Collector::decode(const wire::Header& header, const Frame& frame, Frame& chunk) {
+  if (!options_.codec) {
+    return "its encoding was not agreed on";
+  }
+  const Range range = layout_->chunk_range(header.index);
+  void* memory = std::malloc(range.nbytes);
+  if (memory == nullptr) {
+    throw std::bad_alloc();
+  }
+  chunk = Frame(memory, range.nbytes, memory, std::free);
+  const std::uint8_t* base =
+      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+  return options_.codec->decode(header.index, header.encoding, frame.data(), frame.size(), base,
+                                static_cast<std::uint8_t*>(memory));
 }
 
 void Collector::keep(std::size_t source, std::uint64_t position, Frame& frame) {

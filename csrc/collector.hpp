@@ -27,6 +27,7 @@
 #include <utility>
 #include <vector>
 
+#include "codec.hpp"
 #include "layout.hpp"
 #include "mapped_file.hpp"
 #include "reducer.hpp"
@@ -97,6 +98,9 @@ struct CollectorOptions {
   // Where chunks go of a source whose window has been full for spill_after_ms; null: nowhere.
   std::shared_ptr<Spill> spill = nullptr;
   std::int64_t spill_after_ms = 250;
+  // What encoded chunks are decoded with, onto the base, as they come; null: all must be raw. It is
+  // the collector's alone.
+  std::shared_ptr<Codec> codec = nullptr;
 };
 
 struct GetRequest {
@@ -124,8 +128,8 @@ class Collector {
   // lock; tick() goes on with it.
   static constexpr int kMaxSpillReads = 16;
 
-  // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, or an output or base that
-  // is too small.
+  // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, an output or base that is
+  // too small, or differences without a base.
   Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
             Place base, CollectorOptions options);
   ~Collector();
@@ -206,6 +210,8 @@ class Collector {
   std::uint64_t spill_room() const noexcept;
   bool start_spilling(std::size_t source, std::int64_t now_ms);
   void forget_chunks(Pull& pull) noexcept;
+  bool fits(const wire::Header& header, std::size_t size) const;
+  const char* decode(const wire::Header& header, const Frame& frame, Frame& chunk);
   void ask_again(Pull& pull);
   bool gather();
   void reduce_ready();

@@ -83,6 +83,13 @@ void Exchange::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
   publisher_.publish(id, std::move(file), offset, length, chunk_bytes, checksums);
 }
 
+void Exchange::publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
+                               std::vector<std::uint64_t> offsets,
+                               std::vector<std::uint8_t> encodings) {
+  const std::lock_guard lock(mutex_);
+  publisher_.publish_encoded(id, std::move(file), std::move(offsets), std::move(encodings));
+}
+
 void Exchange::withdraw(const wire::SetId& id) {
   const std::lock_guard lock(mutex_);
   publisher_.withdraw(id);
@@ -301,6 +308,7 @@ std::optional<OutFrame> Exchange::next_chunk() {
       wire::Header header;
       header.kind = wire::Kind::kChunk;
       header.set = set;
+      header.encoding = chunk->encoding;
       header.index = index;
       header.length = chunk->size;
       header.body_crc = chunk->crc;

@@ -59,6 +59,8 @@ class Exchange {
   void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
                std::uint64_t length, std::uint64_t chunk_bytes,
                const std::vector<std::uint32_t>& checksums = {});
+  void publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
+                       std::vector<std::uint64_t> offsets, std::vector<std::uint8_t> encodings);
   void withdraw(const wire::SetId& id);
   std::vector<wire::SetId> published() const;
 

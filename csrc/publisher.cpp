@@ -14,9 +14,6 @@ void Publisher::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
     throw Error(Errc::kLayout, "can't publish " + std::to_string(length) + " bytes in chunks of " +
                                    std::to_string(chunk_bytes));
   }
-  if (sets_.contains(id)) {
-    throw Error(Errc::kProtocol, "this set id is published already");
-  }
   const std::uint64_t chunks = (length + chunk_bytes - 1) / chunk_bytes;
   if (!checksums.empty() && checksums.size() != chunks) {
     throw Error(Errc::kLayout, std::to_string(checksums.size()) + " checksums for " +
@@ -24,7 +21,33 @@ void Publisher::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
   }
   std::vector<std::optional<std::uint32_t>> crcs(checksums.begin(), checksums.end());
   crcs.resize(static_cast<std::size_t>(chunks));
-  sets_.emplace(id, Set{std::move(file), offset, length, chunk_bytes, std::move(crcs)});
+  add(id, Set{std::move(file), offset, length, chunk_bytes, std::move(crcs), {}, {}});
+}
+
+void Publisher::publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
+                                std::vector<std::uint64_t> offsets,
+                                std::vector<std::uint8_t> encodings) {
+  const std::size_t chunks = encodings.size();
+  if (chunks == 0 || offsets.size() != chunks + 1) {
+    throw Error(Errc::kLayout, std::to_string(offsets.size()) + " offsets and " +
+                                   std::to_string(chunks) + " encodings of encoded chunks");
+  }
+  for (std::size_t i = 0; i < chunks; ++i) {
+    if (offsets[i] >= offsets[i + 1] || offsets[i + 1] - offsets[i] > wire::kMaxChunkBytes) {
+      throw Error(Errc::kLayout, "encoded chunk " + std::to_string(i) + " has a bad length");
+    }
+  }
+  const std::uint64_t length = offsets.back() - offsets.front();
+  file->check_range(offsets.front(), length);
+  const std::uint64_t first = offsets.front();
+  add(id, Set{std::move(file), first, length, 0, std::vector<std::optional<std::uint32_t>>(chunks),
+              std::move(offsets), std::move(encodings)});
+}
+
+void Publisher::add(const wire::SetId& id, Set set) {
+  if (!sets_.emplace(id, std::move(set)).second) {
+    throw Error(Errc::kProtocol, "this set id is published already");
+  }
 }
 
 std::vector<wire::SetId> Publisher::published() const {
@@ -54,15 +77,19 @@ std::optional<PublishedChunk> Publisher::chunk(const wire::SetId& id, std::uint6
     return std::nullopt;
   }
   Set& set = found->second;
-  const std::uint64_t at = index * set.chunk_bytes;
-  const std::uint8_t* data = set.file->data() + set.offset + at;
-  const auto size = static_cast<std::uint32_t>(std::min(set.chunk_bytes, set.length - at));
-  set.file->populate(set.offset + at, size);
-  std::optional<std::uint32_t>& crc = set.crcs[static_cast<std::size_t>(index)];
+  const auto i = static_cast<std::size_t>(index);
+  const bool encoded = !set.encodings.empty();
+  const std::uint64_t at = encoded ? set.offsets[i] : set.offset + index * set.chunk_bytes;
+  const std::uint64_t end =
+      encoded ? set.offsets[i + 1] : std::min(at + set.chunk_bytes, set.offset + set.length);
+  const std::uint8_t* data = set.file->data() + at;
+  const auto size = static_cast<std::uint32_t>(end - at);
+  set.file->populate(at, size);
+  std::optional<std::uint32_t>& crc = set.crcs[i];
   if (!crc) {
     crc = crc32c(data, size);
   }
-  return PublishedChunk{set.file, data, size, *crc};
+  return PublishedChunk{set.file, data, size, *crc, encoded ? set.encodings[i] : wire::kRaw};
 }
 
 }  // namespace fedcore

@@ -21,6 +21,7 @@ struct PublishedChunk {
   const std::uint8_t* data;
   std::uint32_t size;
   std::uint32_t crc;
+  std::uint8_t encoding;
 };
 
 class Publisher {
@@ -31,6 +32,11 @@ class Publisher {
   void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
                std::uint64_t length, std::uint64_t chunk_bytes,
                const std::vector<std::uint32_t>& checksums);
+
+  // Publishes encoded chunks, which lie back to back: chunk i is bytes offsets[i] to offsets[i + 1]
+  // of the file. Throws as publish() does.
+  void publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
+                       std::vector<std::uint64_t> offsets, std::vector<std::uint8_t> encodings);
   void withdraw(const wire::SetId& id) noexcept { sets_.erase(id); }
   std::vector<wire::SetId> published() const;
 
@@ -48,7 +54,11 @@ class Publisher {
     std::uint64_t length;
     std::uint64_t chunk_bytes;
     std::vector<std::optional<std::uint32_t>> crcs;
+    std::vector<std::uint64_t> offsets;   // of encoded chunks, else empty
+    std::vector<std::uint8_t> encodings;  // the same
   };
+  void add(const wire::SetId& id, Set set);
+
   std::map<wire::SetId, Set> sets_;
 };
 

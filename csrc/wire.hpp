@@ -22,6 +22,8 @@ inline constexpr std::uint32_t kMaxChunkBytes = 4u << 20;
 inline constexpr std::uint32_t kMaxControlBytes = 8u << 20;
 inline constexpr std::uint32_t kMaxCount = 1024;
 inline constexpr std::uint8_t kRaw = 0;
+inline constexpr std::uint8_t kPacked = 0x80;  // set in an encoding: shuffled and compressed
+inline constexpr std::uint8_t kLastEncoding = 5;
 
 enum class Kind : std::uint8_t {
   kGet = 1,
@@ -108,7 +110,8 @@ inline const char* parse(const void* data, std::size_t size, std::size_t body_si
   header.count = detail::load<std::uint32_t>(p + 32);
   header.length = detail::load<std::uint32_t>(p + 36);
   header.body_crc = detail::load<std::uint32_t>(p + 40);
-  if (header.encoding != kRaw) {
+  const int scheme = header.encoding & ~kPacked;
+  if (scheme > kLastEncoding || (header.encoding != kRaw && header.kind != Kind::kChunk)) {
     return "the encoding is unknown";
   }
   if (header.length != body_size) {
