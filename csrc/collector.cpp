@@ -12,6 +12,7 @@ namespace {
 
 constexpr std::uint64_t kReleaseStep = 8u << 20;
 constexpr std::uint64_t kMaxWindow = 4096;
+constexpr std::uint64_t kSumChunks = 4;  // the sums of a chunk take at most so many chunks' memory
 
 std::uint64_t next_id() {
   static std::atomic<std::uint64_t> counter{0};
@@ -54,6 +55,10 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   }
   use_sources();
   const std::uint64_t per_step = layout_->chunk_bytes() * sources_.size();
+  if (options_.budget_bytes < per_step && sources_.size() > 1) {
+    const std::uint64_t chunks = options_.budget_bytes / layout_->chunk_bytes();
+    group_ = chunks > kSumChunks ? chunks - kSumChunks : 1;
+  }
   window_ = std::clamp<std::uint64_t>(options_.budget_bytes / per_step, 1,
                                       std::min(kMaxWindow, layout_->chunk_count()));
   reduced_chunk_.resize(
@@ -215,6 +220,9 @@ void Collector::drop(std::size_t source) {
   pull.counts = false;
   forget_chunks(pull);
   use_sources();
+  if (group_ > 0) {
+    rewind();
+  }
   end_ = next_ + layout_->chunk_count();
   reduced_.store(0, std::memory_order_relaxed);
   state_ = State::kActive;
@@ -288,7 +296,7 @@ bool Collector::recycle() {
 // A window that stays full means that another source is behind. Its farthest chunks make room.
 bool Collector::start_spilling(std::size_t source, std::int64_t now_ms) {
   Pull& pull = *pulls_[source];
-  if (!options_.spill || no_room_ || pull.due > 0) {
+  if (!options_.spill || group_ > 0 || no_room_ || pull.due > 0) {
     return false;
   }
   if (!pull.pressed_ms) {
@@ -338,7 +346,7 @@ bool Collector::gather() {
 void Collector::reduce_ready() {
   work_left_ = false;
   while (state_ == State::kActive && next_ < end_) {
-    if (!gather() || !reduce_one(chunk_of(next_))) {
+    if (group_ > 0 ? !fold_next() : !gather() || !reduce_one(chunk_of(next_))) {
       return;
     }
     advance();
@@ -362,15 +370,24 @@ bool Collector::reduce_one(std::uint64_t index) {
         base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
     const auto bad = reducer_->reduce(*layout_, range, inputs_.data(), base, reduced_chunk_.data());
     if (bad) {
-      const Location where = layout_->locate(bad->byte_offset);
-      fail(counted_[bad->source], "nonfinite",
-           "NaN or infinity in tensor '" + std::string(where.tensor) + "', element " +
-               std::to_string(where.element));
+      reject_value(*bad);
       return false;
     }
     result = reduced_chunk_.data();
     checksums_[index] = crc32c(result, range.nbytes);
   }
+  return write(index, result);
+}
+
+void Collector::reject_value(const BadValue& bad) {
+  const Location where = layout_->locate(bad.byte_offset);
+  fail(counted_[bad.source], "nonfinite",
+       "NaN or infinity in tensor '" + std::string(where.tensor) + "', element " +
+           std::to_string(where.element));
+}
+
+bool Collector::write(std::uint64_t index, const std::uint8_t* result) {
+  const Range range = layout_->chunk_range(index);
   try {
     out_.file->write(out_.offset + range.offset, result, range.nbytes);
   } catch (const Error& error) {
@@ -379,6 +396,58 @@ bool Collector::reduce_one(std::uint64_t index) {
     return false;
   }
   return true;
+}
+
+// Adds what is there of the next chunk to its sums, in the order of the sources; true once it is
+// written.
+bool Collector::fold_next() {
+  const std::uint64_t index = chunk_of(next_);
+  const Range range = layout_->chunk_range(index);
+  const std::uint8_t* base =
+      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+  for (; folded_ < counted_.size(); ++folded_) {
+    Pull& pull = *pulls_[counted_[folded_]];
+    const auto held = pull.held.find(next_);
+    if (held == pull.held.end()) {
+      return false;
+    }
+    const auto bad =
+        reducer_->fold(*layout_, range, folded_, held->second.data(), base, reduced_chunk_.data());
+    if (bad) {
+      reject_value(*bad);
+      return false;
+    }
+    pull.held.erase(held);
+    pull.folded = true;
+  }
+  reducer_->finish(*layout_, range, reduced_chunk_.data());
+  checksums_[index] = crc32c(reduced_chunk_.data(), range.nbytes);
+  return write(index, reduced_chunk_.data());
+}
+
+// Begins the next chunk again: its sums hold a source that counts no longer. What is on its way
+// beside them is asked for anew in its turn, so that no more than a group of it is there.
+void Collector::rewind() {
+  folded_ = 0;
+  for (const std::size_t k : counted_) {
+    Pull& pull = *pulls_[k];
+    forget_chunks(pull);
+    pull.folded = false;
+    pull.next = next_;
+  }
+}
+
+// The position up to which a source may be asked at present.
+std::uint64_t Collector::near_end(std::size_t source) const noexcept {
+  if (group_ == 0) {
+    return std::min(end_, next_ + window_);
+  }
+  const auto rank = static_cast<std::uint64_t>(
+      std::lower_bound(counted_.begin(), counted_.end(), source) - counted_.begin());
+  const std::uint64_t reach = folded_ + group_;
+  const std::uint64_t chunks =
+      reach > rank ? (reach - rank + counted_.size() - 1) / counted_.size() : 0;
+  return std::min(end_, next_ + chunks);
 }
 
 // Lets go of the chunk that was reduced. What was spilled stays there, in case a source is lost.
@@ -390,6 +459,7 @@ void Collector::advance() {
       used_.emplace_back(k, chunk_of(next_));
     }
     pull.held.erase(next_);
+    pull.folded = false;
     if (pull.next <= next_ + 1 + window_) {
       pull.ahead = false;
       if (pull.held.size() <= window_ / 2) {
@@ -398,6 +468,7 @@ void Collector::advance() {
     }
   }
   ++next_;
+  folded_ = 0;
   reduced_.store(layout_->chunk_count() - (end_ - next_), std::memory_order_relaxed);
   release_behind();
 }
@@ -458,7 +529,7 @@ std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64
   while (pull.next < end_ && is_spilled(pull, pull.next)) {
     ++pull.next;  // a chunk of the turn before
   }
-  const std::uint64_t near = std::min(end_, next_ + window_);
+  const std::uint64_t near = near_end(source);
   if (pull.next >= near && pull.next < end_ && !pull.ahead) {
     start_spilling(source, now_ms);
   }

@@ -12,6 +12,9 @@
 // Chunks are reduced round and round: position p is chunk p % chunk_count. A source that is dropped
 // moves the end to one whole turn from where the reduction stands, so that the others go on where
 // they are, and send again only what was reduced with it and lies in no spill file.
+// Where the budget does not hold a chunk of each source, a chunk's sources are pulled and folded
+// one after the other, in order, into sums of that one chunk, with as many under way as the budget
+// holds beside the sums; nothing is spilled then. The bits are the same.
 // Sans I/O: frames in, requests and events out, the clock is an argument. Not thread-safe: Exchange
 // holds the lock; progress counters may be read from any thread.
 #pragma once
@@ -178,6 +181,7 @@ class Collector {
   struct Pull {
     bool counts = true;                      // false: dropped
     bool failed = false;                     // rejected, and not dropped yet
+    bool folded = false;                     // its chunk at the next position is in the sums
     std::uint64_t next = 0;                  // first position that was never asked for
     std::uint64_t due = 0;                   // asked for and not come yet
     std::set<std::uint64_t> again;           // positions to ask for again; they are due
@@ -198,7 +202,8 @@ class Collector {
     return !pull.spilled.empty() && pull.spilled[chunk_of(position)] != 0;
   }
   bool is_here(const Pull& pull, std::uint64_t position) const noexcept {
-    return pull.held.contains(position) || is_spilled(pull, position);
+    return pull.held.contains(position) || is_spilled(pull, position) ||
+           (pull.folded && position == next_);
   }
   bool is_pulled(const Pull& pull) const noexcept { return pull.counts && !pull.failed; }
 
@@ -214,6 +219,11 @@ class Collector {
   const char* decode(const wire::Header& header, const Frame& frame, Frame& chunk);
   void ask_again(Pull& pull);
   bool gather();
+  bool fold_next();
+  void reject_value(const BadValue& bad);
+  bool write(std::uint64_t index, const std::uint8_t* result);
+  void rewind();
+  std::uint64_t near_end(std::size_t source) const noexcept;
   void reduce_ready();
   bool reduce_one(std::uint64_t index);
   void advance();
@@ -231,6 +241,8 @@ class Collector {
   const CollectorOptions options_;
   const bool pass_on_;  // the one source's chunks go to the output as they are
   std::uint64_t window_ = 1;
+  std::uint64_t group_ = 0;  // chunks under way at a time where sources are folded; 0: they are not
+  std::size_t folded_ = 0;   // sources in the sums of the next chunk
   std::vector<std::unique_ptr<Pull>> pulls_;
   std::vector<std::size_t> counted_;  // the sources that count, in order
   std::optional<Reducer> reducer_;    // of those

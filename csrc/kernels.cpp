@@ -12,7 +12,19 @@
 #endif
 
 #define FEDCORE_TABLE(level) \
-  {#level, level::mean_f64, level::mean_f32, level::mean_f16, level::mean_bf16}
+  {#level,                   \
+   level::mean_f64,          \
+   level::mean_f32,          \
+   level::mean_f16,          \
+   level::mean_bf16,         \
+   level::fold_f64,          \
+   level::fold_f32,          \
+   level::fold_f16,          \
+   level::fold_bf16,         \
+   level::finish_f64,        \
+   level::finish_f32,        \
+   level::finish_f16,        \
+   level::finish_bf16}
 
 namespace fedcore::kernels {
 namespace {
@@ -198,6 +210,45 @@ bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::si
     default:
       std::memcpy(out, base != nullptr ? base : inputs[0], nbytes);
       return true;
+  }
+}
+
+std::size_t sums_per_element(Dtype dtype) noexcept {
+  return dtype == Dtype::kF64 ? 4 : is_float(dtype) ? 1 : 0;
+}
+
+void fold(Dtype dtype, const void* input, double weight, bool first, double* sums,
+          std::uint64_t nbytes) {
+  const Table& table = active();
+  const std::size_t count = nbytes / item_size(dtype);
+  switch (dtype) {
+    case Dtype::kF64:
+      return table.fold_f64(input, weight, first, sums, count);
+    case Dtype::kF32:
+      return table.fold_f32(input, weight, first, sums, count);
+    case Dtype::kF16:
+      return table.fold_f16(input, weight, first, sums, count);
+    case Dtype::kBF16:
+      return table.fold_bf16(input, weight, first, sums, count);
+    default:
+      return;
+  }
+}
+
+void finish(Dtype dtype, const double* sums, double total, void* out, std::uint64_t nbytes) {
+  const Table& table = active();
+  const std::size_t count = nbytes / item_size(dtype);
+  switch (dtype) {
+    case Dtype::kF64:
+      return table.finish_f64(sums, total, out, count);
+    case Dtype::kF32:
+      return table.finish_f32(sums, total, out, count);
+    case Dtype::kF16:
+      return table.finish_f16(sums, total, out, count);
+    case Dtype::kBF16:
+      return table.finish_bf16(sums, total, out, count);
+    default:
+      return;
   }
 }
 

@@ -30,12 +30,19 @@ inline constexpr std::uint32_t kMaxWeight = (1u << 24) - 1;
 using MeanFn = bool (*)(const void* const* inputs, const double* weights, std::size_t k,
                         double total, void* out, std::size_t count);
 
+// Sums that lie in memory between one input and the next, and their mean.
+using FoldFn = void (*)(const void* input, double weight, bool first, double* sums,
+                        std::size_t count);
+using FinishFn = void (*)(const double* sums, double total, void* out, std::size_t count);
+
 struct Table {
   const char* name;
   MeanFn f64;
   MeanFn f32;
   MeanFn f16;
   MeanFn bf16;
+  FoldFn fold_f64, fold_f32, fold_f16, fold_bf16;
+  FinishFn finish_f64, finish_f32, finish_f16, finish_bf16;
 };
 
 // The chosen table: FEDCORE_SIMD ("baseline", "avx2", "avx512") or the best one that this CPU runs.
@@ -52,6 +59,14 @@ void use_device(const FcDevice* device) noexcept;
 // where base is nullptr. Returns false if the block holds a non-finite value.
 bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
           double total, const void* base, void* out, std::uint64_t nbytes);
+
+// mean() with one input at a time: fold() adds an input of finite values to sums_per_element() sums
+// for each element (none for integers and booleans), and finish() writes their mean. The bits are
+// those of mean() on the same inputs in the same order.
+std::size_t sums_per_element(Dtype dtype) noexcept;
+void fold(Dtype dtype, const void* input, double weight, bool first, double* sums,
+          std::uint64_t nbytes);
+void finish(Dtype dtype, const double* sums, double total, void* out, std::uint64_t nbytes);
 
 // Index of the first NaN or infinity among the elements of a float block, or -1.
 std::int64_t find_non_finite(Dtype dtype, const void* data, std::uint64_t nbytes) noexcept;

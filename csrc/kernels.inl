@@ -249,6 +249,59 @@ FEDCORE_INLINE bool mean_of(const void* const* inputs, const double* weights, st
   return lanes == 0 && bad == 0;
 }
 
+// One more input on sums that lie in memory: the additions of mean_of, one input at a time.
+template <typename T>
+FEDCORE_INLINE void fold_of(const void* input, double weight, bool first, double* sums,
+                            std::size_t count) {
+  const std::size_t whole = count / kStep * kStep;
+  add_group<T>(sums, &input, &weight, 1, 0, whole, first);
+  for (std::size_t j = whole; j < count; ++j) {
+    const double product = weight * arith::element<T>(&input, 0, j);
+    sums[j] = first ? product : sums[j] + product;
+  }
+}
+
+template <typename T>
+FEDCORE_INLINE void finish_of(const double* sums, double total, void* out, std::size_t count) {
+  alignas(64) double mean[kBlock];
+  auto* result = static_cast<typename T::Word*>(out);
+  for (std::size_t begin = 0; begin < count; begin += kBlock) {
+    const std::size_t n = count - begin < kBlock ? count - begin : kBlock;
+    for (std::size_t j = 0; j < n; ++j) {
+      mean[j] = sums[begin + j] / total;
+    }
+    const std::size_t whole = n / kStep * kStep;
+    T::write(result + begin, mean, whole);
+    for (std::size_t j = whole; j < n; ++j) {
+      result[begin + j] = T::encode(mean[j]);
+    }
+  }
+}
+
+void fold_f32(const void* input, double weight, bool first, double* sums, std::size_t count) {
+  fold_of<F32>(input, weight, first, sums, count);
+}
+
+void fold_bf16(const void* input, double weight, bool first, double* sums, std::size_t count) {
+  fold_of<Bf16>(input, weight, first, sums, count);
+}
+
+void fold_f16(const void* input, double weight, bool first, double* sums, std::size_t count) {
+  fold_of<F16>(input, weight, first, sums, count);
+}
+
+void finish_f32(const double* sums, double total, void* out, std::size_t count) {
+  finish_of<F32>(sums, total, out, count);
+}
+
+void finish_bf16(const double* sums, double total, void* out, std::size_t count) {
+  finish_of<Bf16>(sums, total, out, count);
+}
+
+void finish_f16(const double* sums, double total, void* out, std::size_t count) {
+  finish_of<F16>(sums, total, out, count);
+}
+
 bool mean_f32(const void* const* inputs, const double* weights, std::size_t k, double total,
               void* out, std::size_t count) {
   return mean_of<F32>(inputs, weights, k, total, out, count);
@@ -296,4 +349,29 @@ bool mean_f64(const void* const* inputs, const double* weights, std::size_t k, d
     }
   }
   return bad == 0;
+}
+
+// Four sums an element: the pair, and the pair of the values scaled as mean_element scales them.
+void fold_f64(const void* input, double weight, bool first, double* sums, std::size_t count) {
+  for (std::size_t j = 0; j < count; ++j) {
+    double* s = sums + 4 * j;
+    if (first) {
+      s[0] = s[1] = s[2] = s[3] = -0.0;
+    }
+    const double value = arith::element<F64>(&input, 0, j);
+    arith::add_exact(s[0], s[1], weight, value);
+    arith::add_exact(s[2], s[3], weight, value * 0x1p-100);
+  }
+}
+
+void finish_f64(const double* sums, double total, void* out, std::size_t count) {
+  auto* result = static_cast<UnalignedU64*>(out);
+  for (std::size_t j = 0; j < count; ++j) {
+    const double* s = sums + 4 * j;
+    double value = arith::divide_pair(s[0], s[1], total);
+    if (arith::non_finite(value)) {
+      value = arith::divide_pair(s[2], s[3], total) * 0x1p100;
+    }
+    result[j] = F64::encode(value);
+  }
 }

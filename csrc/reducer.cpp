@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <thread>
 #include <tuple>
@@ -52,6 +53,42 @@ std::optional<BadValue> Reducer::reduce(const Layout& layout, Range range,
     }
   }
   return std::nullopt;
+}
+
+std::optional<BadValue> Reducer::fold(const Layout& layout, Range range, std::size_t source,
+                                      const std::uint8_t* input, const std::uint8_t* base,
+                                      std::uint8_t* out) {
+  const std::vector<Run> runs = layout.runs(range);
+  std::size_t sums = 0;
+  for (const Run& run : runs) {
+    const std::int64_t found =
+        kernels::find_non_finite(run.dtype, input + (run.offset - range.offset), run.nbytes);
+    if (found >= 0) {
+      return BadValue{source,
+                      run.offset + static_cast<std::uint64_t>(found) * item_size(run.dtype)};
+    }
+    sums += kernels::sums_per_element(run.dtype) * run.nbytes / item_size(run.dtype);
+  }
+  sums_.resize(std::max(sums, sums_.size()));
+  double* at = sums_.data();
+  for (const Run& run : runs) {
+    const std::uint64_t begin = run.offset - range.offset;
+    if (is_float(run.dtype)) {
+      kernels::fold(run.dtype, input + begin, weights_[source], source == 0, at, run.nbytes);
+      at += kernels::sums_per_element(run.dtype) * run.nbytes / item_size(run.dtype);
+    } else if (source == 0) {
+      std::memcpy(out + begin, (base != nullptr ? base : input) + begin, run.nbytes);
+    }
+  }
+  return std::nullopt;
+}
+
+void Reducer::finish(const Layout& layout, Range range, std::uint8_t* out) {
+  const double* at = sums_.data();
+  for (const Run& run : layout.runs(range)) {
+    kernels::finish(run.dtype, at, total_, out + (run.offset - range.offset), run.nbytes);
+    at += kernels::sums_per_element(run.dtype) * run.nbytes / item_size(run.dtype);
+  }
 }
 
 namespace {

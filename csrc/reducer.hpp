@@ -35,10 +35,19 @@ class Reducer {
                                  const std::uint8_t* const* inputs, const std::uint8_t* base,
                                  std::uint8_t* out);
 
+  // The same with one input after the other, from input 0 on, for a range whose inputs are not
+  // there together; `out` collects what is not averaged. A non-finite input changes nothing.
+  // finish() follows the last input and writes the bits that reduce() gives.
+  std::optional<BadValue> fold(const Layout& layout, Range range, std::size_t source,
+                               const std::uint8_t* input, const std::uint8_t* base,
+                               std::uint8_t* out);
+  void finish(const Layout& layout, Range range, std::uint8_t* out);
+
  private:
   std::vector<double> weights_;
   double total_ = 0;
   std::vector<const void*> pointers_;
+  std::vector<double> sums_;  // of fold()
 };
 
 // One tensor of a file-to-file reduction: where it lies in each input and in the output.

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
-from .protocol import DEFAULT_CHUNK_BYTES, SITE_NAME
+from .protocol import SITE_NAME
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -201,13 +201,6 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        # A chunk of every site is held when it is reduced: less than that would not be a bound.
-        least = self.participants.expected * DEFAULT_CHUNK_BYTES
-        if self.server.memory < least:
-            raise ValueError(
-                f"server.memory: expected at least {least >> 20}MiB, a chunk of 1MiB for each of the "
-                f"{self.participants.expected} sites"
-            )
         for name in self.simulate.site:
             if name not in self.site_names:
                 near = difflib.get_close_matches(name, self.site_names, 1)

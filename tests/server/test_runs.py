@@ -193,14 +193,19 @@ def test_a_best_model_that_is_missing_is_named(tmp_path: Path) -> None:
         store.close()
 
 
-def test_a_budget_below_a_chunk_of_each_site_is_refused() -> None:
-    values = {
-        "run": {"name": "t", "rounds": 1},
-        "participants": {"count": 257},
-    }
-    with pytest.raises(ConfigError, match="server.memory: expected at least 257MiB"):
-        parse_run(values)
-    assert parse_run({**values, "server": {"memory": "257MiB"}}).server.memory == 257 << 20
+def test_more_sites_than_the_budget_holds_chunks_of_take_part(tmp_path: Path) -> None:
+    names = [f"s{number:02d}" for number in range(20)]
+    config = run_config(tmp_path, sites=names, rounds=2)
+    small = config.server.model_copy(update={"memory": 16 << 20})
+    server = Server(config.model_copy(update={"server": small}))
+    result, trained = run(
+        server, *(lambda n=n, v=v: site(server.endpoint, n, v, v + 1) for v, n in enumerate(names))
+    )
+    assert (result.ok, trained) == (True, [2] * 20)
+    step = sum(v * (v + 1) for v in range(20)) / sum(v + 1 for v in range(20))
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")
+    first = np.float32(step)
+    assert set(final["w"].tolist()) == {np.float32(first + first)}
 
 
 def test_other_settings_on_the_same_folder_are_refused(tmp_path: Path) -> None:
