@@ -141,6 +141,8 @@ class Server:
         self._said_no_room = False
         self._peers: dict[bytes, _Peer] = {}
         self._turned_away = (b"", "")
+        self._next_complaint = 0.0
+        self._complaints_left_out = 0
         self._result: RunResult | None = None
         self._stopping = False
         self._round_started = time.monotonic()
@@ -279,11 +281,23 @@ class Server:
     def _on_invalid(self, peer: bytes, error: str) -> None:
         """A message that breaks the protocol ends its sender's part; a stranger has none."""
         known = self._peers.get(peer)
-        logger.warning("%s sent a %s", known.site if known else "a stranger", error)
+        self._complain("%s sent a %s", known.site if known else "a stranger", error)
         if known is not None:
             text = f"the server did not understand this site: {error}"
             self._link.send(peer, protocol.Refused(code="message", message=text[:4096]))
             self._lose(peer, f"it sent a {error}", left=True)
+
+    def _complain(self, text: str, *values: str) -> None:
+        """Warn at most once a second: what anyone can send must not fill the disk, nor keep this thread busy."""
+        now = time.monotonic()
+        if now < self._next_complaint:
+            self._complaints_left_out += 1
+            return
+        self._next_complaint = now + 1.0
+        if self._complaints_left_out:
+            text += f" (and {self._complaints_left_out} more since the last such line)"
+            self._complaints_left_out = 0
+        logger.warning(text, *values)
 
     def _handle(self, peer: bytes, message: protocol.FromSite) -> None:
         if isinstance(message, protocol.StatusRequest):
@@ -429,7 +443,7 @@ class Server:
     def _handle_event(self, event: DataEvent) -> None:
         if event[0] == "malformed":
             known = self._peers.get(event[1])
-            logger.warning(
+            self._complain(
                 "dropped a frame from %s: %s", known.site if known else "a stranger", event[2]
             )
             return

@@ -64,6 +64,7 @@ def test_a_site_that_comes_back_at_any_chunk_counts_once(fault: Fault, chunk: in
     inject(fault, LAYOUT, back.sites[1], random.Random(0), chunk=chunk)
     back.run()
     assert back.rejections == {}
+    assert back.now == 0, "what was under way was not asked for at once"
     assert back.result == exact("a", "b", "c")
 
 

@@ -1,0 +1,284 @@
+"""A live server under mutated frames and random bytes, from strangers and from a member, while honest sites train.
+
+``FEDCORE_FUZZ_SECONDS`` sets how long the slow variant goes on, ``FEDCORE_FUZZ_SEED`` which frames are sent.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from fedcore import protocol
+from fedcore._core import crc32c
+from fedcore.protocol import HEADER, MAGIC, Kind
+from fedcore.transport import control_frames
+
+from .test_crashes import Federation
+
+SEED = int(os.environ.get("FEDCORE_FUZZ_SEED", "1"))
+SECONDS = float(os.environ.get("FEDCORE_FUZZ_SECONDS", "120"))
+MAX_GROWTH = 24 << 20
+ROUNDS = 3
+
+
+def data_frame(kind: int, dice: random.Random, set_id: bytes, body: bytes = b"") -> list[bytes]:
+    index = dice.choice([0, 1, 2, 1 << 20, (1 << 64) - 1])
+    count = dice.choice([1, 2, 16, 1024]) if kind in (Kind.GET, Kind.REFUSE) else 0
+    return sealed([kind, 0, 0, set_id, index, count, len(body), crc32c(body) if body else 0], body)
+
+
+def sealed(fields: list[Any], body: bytes) -> list[bytes]:
+    """Pack header fields from the kind on, with the right checksum."""
+    head = HEADER.pack(MAGIC, protocol.PROTOCOL_VERSION, *fields, 0)[:44]
+    return [head + crc32c(head).to_bytes(4, "little"), *([body] if body else [])]
+
+
+class Fuzzer:
+    """One hostile connection; everything that it sends follows from its seed."""
+
+    def __init__(self, address: str, name: str, seed: int) -> None:
+        self.name = name
+        self.dice = random.Random(seed)
+        self.sent = 0
+        self.set_id = self.dice.randbytes(16)
+        self._address = address
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._dial()
+
+    def _dial(self) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.ROUTING_ID, f"fuzzer {self.name}".encode().ljust(16, b"."))
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 100)  # no more is ahead of the server than this
+        socket.connect(self._address)
+        return socket
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+
+    def say(self, message: Any) -> None:
+        self._put(list(control_frames(message)))
+
+    def _put(self, frames: list[bytes]) -> None:
+        """Send, and read what has come meanwhile: a server that waits for nobody is not slowed down by this."""
+        if not self._socket.poll(200, zmq.POLLOUT):
+            return  # the server is behind, or has ended
+        self._socket.send_multipart(frames)
+        self.sent += 1
+        while self._socket.poll(0):
+            header, *body = self._socket.recv_multipart()
+            if body and header[5] == Kind.CONTROL:
+                message = protocol.decode_from_server(body[0])
+                if isinstance(message, protocol.Task) and message.set_id:
+                    self.set_id = bytes.fromhex(message.set_id)
+
+    def one(self) -> None:
+        """Send one hostile message."""
+        roll = self.dice.random()
+        if roll < 0.05:
+            self._put(
+                [
+                    self.dice.randbytes(self.dice.randrange(200))
+                    for _ in range(self.dice.randrange(1, 6))
+                ]
+            )
+        elif roll < 0.1:
+            self._put(self._valid())
+        else:
+            self._put(self._mutated(self._valid()))
+
+    def _valid(self) -> list[bytes]:
+        dice = self.dice
+        kind = dice.choice(list(Kind))
+        if kind is Kind.CHUNK:
+            body = dice.randbytes(dice.choice([1, 100, 4096, 100_000]))
+            return data_frame(kind, dice, dice.choice([self.set_id, dice.randbytes(16)]), body)
+        if kind in (Kind.GET, Kind.REFUSE):
+            return data_frame(kind, dice, dice.choice([self.set_id, dice.randbytes(16)]))
+        if kind in (Kind.PING, Kind.PONG):
+            return sealed([kind, 0, 0, bytes(16), 0, 0, 0, 0], b"")
+        return list(control_frames(self._message()))
+
+    def _message(self) -> Any:
+        dice = self.dice
+        tensors = [("w", "F32", [dice.choice([0, 300_000, 1 << 46])])]
+        hash_ = dice.randbytes(32).hex()
+        return dice.choice(
+            [
+                protocol.Join(version="f", site=self.name, instance=dice.randbytes(16).hex()),
+                protocol.Declare(tensors=tensors, files={}),
+                protocol.Ready(
+                    round=dice.randrange(4),
+                    set_id="0" * 32,
+                    layout_hash=hash_,
+                    weight=1,
+                    metrics={},
+                ),
+                protocol.Score(
+                    version=dice.randrange(9), metrics={"loss": dice.random()}, examples=1
+                ),
+                protocol.Log(round=1, step=2, metrics={"loss": float("nan")}),
+                protocol.Alive(),
+                protocol.Problem(message="x" * dice.randrange(1, 4000)),
+                protocol.StatusRequest(),
+                protocol.Leave(reason="fuzz"),
+            ]
+        )
+
+    def _mutated(self, frames: list[bytes]) -> list[bytes]:
+        mutate: Callable[[list[bytes]], list[bytes]] = self.dice.choice(
+            [self._flip, self._field, self._body, self._length, self._parts]
+        )
+        return mutate(frames)
+
+    def _flip(self, frames: list[bytes]) -> list[bytes]:
+        at = self.dice.randrange(len(frames))
+        data = bytearray(frames[at])
+        for _ in range(self.dice.choice([1, 1, 2, 8])):
+            data[self.dice.randrange(len(data))] ^= 1 << self.dice.randrange(8)
+        return [*frames[:at], bytes(data), *frames[at + 1 :]]
+
+    def _field(self, frames: list[bytes]) -> list[bytes]:
+        """Another value in one field of the header, whose checksum is right again."""
+        head = bytearray(frames[0][:44])
+        at, size = self.dice.choice(
+            [(4, 1), (5, 1), (6, 1), (7, 1), (8, 16), (24, 8), (32, 4), (36, 4), (40, 4)]
+        )
+        head[at : at + size] = self.dice.choice(
+            [bytes(size), b"\xff" * size, self.dice.randbytes(size), (1).to_bytes(size, "little")]
+        )
+        return [bytes(head) + crc32c(head).to_bytes(4, "little"), *frames[1:]]
+
+    def _body(self, frames: list[bytes]) -> list[bytes]:
+        """Another body, with the length and the checksums that are right for it."""
+        if len(frames) == 1:
+            return self._field(frames)
+        body = bytearray(frames[1])
+        for _ in range(self.dice.choice([1, 1, 3])):
+            at = self.dice.randrange(len(body) + 1)
+            body[at : at + self.dice.choice([0, 1, 1, 9])] = self.dice.choice(
+                [
+                    b"",
+                    b"0",
+                    b'"',
+                    b"[",
+                    b"}",
+                    b"9" * 30,
+                    b"-1",
+                    b"null",
+                    b"\xff\x00",
+                    self.dice.randbytes(3),
+                ]
+            )
+        body = body or bytearray(b"{")
+        return self._resealed(frames[0], bytes(body))
+
+    def _resealed(self, head: bytes, body: bytes) -> list[bytes]:
+        fresh = head[:36] + len(body).to_bytes(4, "little") + crc32c(body).to_bytes(4, "little")
+        return [fresh + crc32c(fresh).to_bytes(4, "little"), body]
+
+    def _length(self, frames: list[bytes]) -> list[bytes]:
+        at = self.dice.randrange(len(frames))
+        data = frames[at]
+        cut = self.dice.randrange(len(data) + 1)
+        longer = data + self.dice.randbytes(self.dice.choice([1, 48, 5000]))
+        return [*frames[:at], self.dice.choice([data[:cut], longer]), *frames[at + 1 :]]
+
+    def _parts(self, frames: list[bytes]) -> list[bytes]:
+        return self.dice.choice(
+            [[b""], [*frames, b""], [*frames, *frames], frames[::-1], [b"", *frames], frames * 3]
+        )
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that no file backs."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no RssAnon in /proc")
+
+
+def fuzz(federation: Federation, seconds: float) -> None:
+    federation.write(
+        ROUNDS, sites=["a", "b", "c"], min_results=2, round_deadline=f"{seconds + 50:g}s"
+    )
+    server, honest = federation.server(), [federation.site("a"), federation.site("b")]
+    over = threading.Event()
+    stranger = Fuzzer(federation.address, "zz", SEED)
+    member = Fuzzer(federation.address, "c", SEED + 1)
+
+    def harass() -> None:
+        while not over.is_set():
+            stranger.one()
+        stranger.close()
+
+    thread = threading.Thread(target=harass, daemon=True)
+    try:
+        for site in honest:
+            site.reached(1)
+        thread.start()
+        used = [anonymous_bytes(server.pid)]
+        for round_ in range(1, ROUNDS + 1):
+            until = time.monotonic() + seconds / ROUNDS
+            while time.monotonic() < until:
+                member.say(protocol.Join(version="f", site="c", instance="0" * 32))
+                for _ in range(50):
+                    member.one()
+            member.say(protocol.Join(version="f", site="c", instance="0" * 32))
+            member.say(protocol.Leave(reason="enough"))
+            federation.until(lambda states: states["c"].state == "left")
+            used.append(anonymous_bytes(server.pid))
+            for site in honest:
+                site.go()
+            if round_ < ROUNDS:
+                for site in honest:
+                    site.reached(round_ + 1)
+    finally:
+        over.set()
+        if thread.ident is not None:
+            thread.join()
+        member.close()
+    assert server.wait() == 0, (federation.folder / "server.log").read_text()[-4000:]
+    assert [site.process.wait() for site in honest] == [0, 0]
+    print(
+        f"{stranger.sent + member.sent} messages; MiB: {[used_ >> 20 for used_ in used]}; "
+        f"log: {(federation.folder / 'server.log').stat().st_size} bytes"
+    )
+    for round_ in range(1, ROUNDS + 1):
+        assert np.array_equal(federation.model(round_), federation.mean(round_, "a", "b"))
+    assert federation.participants() == [[], *[["a", "b"]] * ROUNDS]
+    assert stranger.sent > 1000
+    assert member.sent > 1000
+    assert max(used[1:]) - used[1] < MAX_GROWTH, f"the server grew: {used}"
+    assert (federation.folder / "server.log").stat().st_size < (1 + seconds / 6) * (1 << 20), (
+        "strangers fill the disk"
+    )
+
+
+@pytest.mark.timeout(90)
+def test_hostile_frames_harm_no_honest_site(tmp_path: Path) -> None:
+    federation = Federation(tmp_path)
+    try:
+        fuzz(federation, 6)
+    finally:
+        federation.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 120)
+def test_minutes_of_hostile_frames_harm_no_honest_site(tmp_path: Path) -> None:
+    federation = Federation(tmp_path)
+    try:
+        fuzz(federation, SECONDS)
+    finally:
+        federation.end()
