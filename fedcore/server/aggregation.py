@@ -47,7 +47,7 @@ class Aggregation:
         participants: in canonical order; ``peers`` gives the routing id of each.
         scratch: file to create.
         base: the current global model, which integers and booleans are taken from; None for the initial one.
-        memory: bytes that chunks may take.
+        memory: the server's budget, of which chunks take three quarters.
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
         metadata: for the header of the model file.
     """
@@ -76,7 +76,7 @@ class Aggregation:
             self.file.file,
             self.file.data_offset,
             None if base is None else (base.file, base.data_offset),
-            memory,
+            memory * 3 // 4,  # the rest is for what the allocator and the socket hold besides
             write_behind=True,
             spill=spill,
         )
