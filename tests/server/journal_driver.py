@@ -81,6 +81,7 @@ def commit_one(store: Store) -> None:
         store.scratch(1),
         base=base,
         memory=1 << 20,
+        spill=None,
         metadata={"fedcore.version": "1"},
     )
     sites = {}
