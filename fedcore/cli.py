@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Final, ParamSpec
 import typer
 
 from . import __version__
-from .errors import ConfigError, FedcoreError, TransferTimeout, WeightError
+from .errors import ConfigError, FedcoreError, WeightError
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -198,33 +198,14 @@ def simulate(
 
 def _simulate_live(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:
     from .simulate import simulate as run
-    from .status import StatusClient, read_summary
+    from .status import following, read_summary
     from .view import LiveView
 
-    client: StatusClient | None = None
-    shown = 0.0
-
-    def tick(address: str) -> None:
-        nonlocal client, shown
-        if time.monotonic() - shown < _WATCH_SECONDS:
-            return
-        if client is None:
-            client = StatusClient(address)
-        shown = time.monotonic()
-        try:
-            view.show(client.ask(_WATCH_SECONDS))
-        except TransferTimeout:
-            return  # the server reduces or has just ended; the next tick asks again
-
-    try:
-        with LiveView() as view:
-            result = run(run_file, config, overrides=overrides, tick=tick)
-            if result.status == 0:
-                view.show(read_summary(result.folder))
-            return result
-    finally:
-        if client is not None:
-            client.close()
+    with LiveView() as view, following(view.show, _WATCH_SECONDS) as tick:
+        result = run(run_file, config, overrides=overrides, tick=tick)
+        if result.status == 0:
+            view.show(read_summary(result.folder))
+        return result
 
 
 def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:

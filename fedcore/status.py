@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import math
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +21,7 @@ __all__ = [
     "StatusClient",
     "ask_status",
     "find_server",
+    "following",
     "is_served",
     "read_summary",
 ]
@@ -60,6 +64,32 @@ class StatusClient:
     def close(self) -> None:
         """Close the connection."""
         self._link.close()
+
+
+@contextlib.contextmanager
+def following(
+    show: Callable[[protocol.StatusReply], object], seconds: float = 0.5
+) -> Iterator[Callable[[str], None]]:
+    """Give what a simulation can call with its server's address as often as it likes: a snapshot is shown at
+    most every ``seconds``, over one connection.
+    """
+    with contextlib.ExitStack() as stack:
+        client: StatusClient | None = None
+        shown = -math.inf
+
+        def tick(address: str) -> None:
+            nonlocal client, shown
+            if time.monotonic() - shown < seconds:
+                return
+            if client is None:
+                client = stack.enter_context(StatusClient(address))
+            shown = time.monotonic()
+            with contextlib.suppress(
+                TransferTimeout
+            ):  # busy, or it has just ended; the next call asks again
+                show(client.ask(seconds))
+
+        yield tick
 
 
 def ask_status(address: str, timeout: float) -> protocol.StatusReply:

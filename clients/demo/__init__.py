@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,9 +18,9 @@ from typing import Any, Final
 from rich.console import Console
 
 from fedcore.config import load_run_file
-from fedcore.errors import FedcoreError, TransferTimeout
+from fedcore.errors import FedcoreError
 from fedcore.simulate import simulate
-from fedcore.status import StatusClient, read_summary
+from fedcore.status import following, read_summary
 from fedcore.view import LiveView, human_seconds
 
 from .arms import SITE_ENV, run_arms, worker
@@ -32,7 +31,6 @@ from .tasks import Task
 __all__ = ["main"]
 
 _RUN: Final = "federated"
-_SHOW_SECONDS: Final = 0.5
 
 
 def main(kind: str, seed: int, out: Path, cache: Path | None, rounds: int | None) -> int:
@@ -114,31 +112,11 @@ def _federate(console: Console, command: list[str], out: Path, task: Task) -> No
     config = load_run_file(run_file)
     commands = dict.fromkeys(task.sites, command)
     if console.is_terminal:
-        with LiveView(console) as view, contextlib.ExitStack() as stack:
-            result = simulate(run_file, config, commands=commands, tick=_watch(view, stack))
+        with LiveView(console) as view, following(view.show) as tick:
+            result = simulate(run_file, config, commands=commands, tick=tick)
             if result.status == 0:
                 view.show(read_summary(result.folder))
     else:
         result = simulate(run_file, config, commands=commands)
     if result.status != 0:
         raise FedcoreError(result.message)
-
-
-def _watch(view: LiveView, stack: contextlib.ExitStack) -> Callable[[str], None]:
-    """Return what asks the server how the run stands and draws it; ``stack`` closes its connection."""
-    client: StatusClient | None = None
-    shown = 0.0
-
-    def tick(address: str) -> None:
-        nonlocal client, shown
-        if time.monotonic() - shown < _SHOW_SECONDS:
-            return
-        if client is None:
-            client = stack.enter_context(StatusClient(address))
-        shown = time.monotonic()
-        try:
-            view.show(client.ask(_SHOW_SECONDS))
-        except TransferTimeout:
-            return  # the server is between two rounds or has just ended; the next tick asks again
-
-    return tick

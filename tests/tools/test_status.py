@@ -14,8 +14,9 @@ import pytest
 from fedcore.cli import main
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError
+from fedcore.protocol import StatusReply
 from fedcore.server.service import Server
-from fedcore.status import ENDPOINT_FILE, find_server, read_summary
+from fedcore.status import ENDPOINT_FILE, find_server, following, read_summary
 
 
 @pytest.fixture
@@ -51,6 +52,17 @@ def test_a_running_server_is_found_by_address_and_by_folder(
     text = fedcore("status", server.endpoint).stdout
     assert "run t: waiting, round 0 of 2" in text or "run t: waiting, round 1 of 2" in text
     assert "absent" in text
+
+
+def test_a_server_is_followed_at_its_pace_and_outlived(server: Server) -> None:
+    seen: list[StatusReply] = []
+    with following(seen.append, 3600) as tick:
+        for _ in range(5):
+            tick(server.endpoint)
+    assert [reply.run for reply in seen] == ["t"]
+    with following(seen.append, 0.01) as tick:
+        tick("tcp://127.0.0.1:1")  # nobody listens there
+    assert len(seen) == 1
 
 
 def test_watching_ends_with_the_run(server: Server) -> None:
