@@ -11,7 +11,8 @@ import pytest
 import fedcore.client
 from fedcore.client.torch import forget_site
 from fedcore.config import parse_run
-from fedcore.server.service import RunResult, Server
+from fedcore.server.outcome import RunResult
+from fedcore.server.service import Server
 
 ROUNDS = 3
 

@@ -11,7 +11,7 @@ import torch
 
 import fedcore.client as fl
 from fedcore.errors import ClosedError, WeightError
-from fedcore.server.service import RunResult
+from fedcore.server.outcome import RunResult
 
 ROUNDS = 3
 

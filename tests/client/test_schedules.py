@@ -12,7 +12,7 @@ import torch
 
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
-from fedcore.server.service import RunResult
+from fedcore.server.outcome import RunResult
 
 ROUNDS = 3
 ROWS, BATCH = 40, 8

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
 from fedcore.errors import ClosedError, ConfigError, LayoutError
-from fedcore.server.service import RunResult
+from fedcore.server.outcome import RunResult
 
 ROUNDS = 3
 

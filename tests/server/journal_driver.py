@@ -23,8 +23,8 @@ from fedcore.layout import create_model, open_model
 from fedcore.server.aggregation import Aggregation
 from fedcore.server.rounds import Participant
 from fedcore.server.selection import SiteScore
-from fedcore.server.service import _checksum_of
 from fedcore.server.store import Store, VersionRow
+from fedcore.server.versions import checksum_of
 
 LAYOUT = Layout([("w", "F32", [6000])], 4096)
 SITES = {"a": 1, "b": 3}
@@ -43,7 +43,7 @@ def first_version(folder: Path) -> None:
     model = create_model(scratch, LAYOUT)
     model.view("w")[:] = values(0)
     model.file.sync()
-    row = VersionRow(0, _checksum_of(model.checksums()), "", LAYOUT.total_bytes, 1.0, {})
+    row = VersionRow(0, checksum_of(model.checksums()), "", LAYOUT.total_bytes, 1.0, {})
     store.commit(row, scratch, {}, {"config.json": "{}"})
     store.add_score(0, SiteScore("a", 1, {"loss": 2.0}))
     for name in ("best", "final"):
@@ -101,7 +101,7 @@ def commit_one(store: Store) -> None:
     if event is None or event[0] != "done":
         raise StorageError(f"{event}")  # as the server, which ends the run with the core's words
     model, checksums = running.finish()
-    row = VersionRow(1, _checksum_of(checksums), "", model.layout.total_bytes, 1.0, SITES)
+    row = VersionRow(1, checksum_of(checksums), "", model.layout.total_bytes, 1.0, SITES)
     store.commit(row, running.scratch, {"a": {"loss": 1.0}})
 
 
@@ -112,7 +112,7 @@ def check(folder: Path) -> dict[str, Any]:
     assert list(rows) in ([0], [0, 1]), rows
     for row in rows.values():
         model = open_model(store.path(row.version), LAYOUT.chunk_bytes)
-        assert _checksum_of(model.checksums()) == row.checksum
+        assert checksum_of(model.checksums()) == row.checksum
         assert dict(row.participants) == (SITES if row.version else {})
     assert bytes(open_model(store.path(0)).view("w")) == values(0)
     names = sorted(path.name for path in store.models.iterdir())

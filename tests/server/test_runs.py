@@ -24,7 +24,8 @@ from fedcore.errors import (
     RefusedError,
     StorageError,
 )
-from fedcore.server.service import RunResult, Server
+from fedcore.server.outcome import RunResult
+from fedcore.server.service import Server
 from fedcore.server.store import Store
 
 SPECS = [("w", "F32", [5000]), ("n", "I64", [2])]

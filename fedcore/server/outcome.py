@@ -1,0 +1,135 @@
+"""How a run ends: the best model so far, the folders ``best/`` and ``final/``, and the summary file."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedcore import protocol
+from fedcore.config import RunConfig
+
+from .participation import Roster, SiteState
+from .selection import best_version, weighted_metrics
+from .store import Store
+
+__all__ = ["Outcome", "RunResult"]
+
+logger = logging.getLogger("fedcore.server")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        ok: whether all rounds were committed and the last model was scored.
+        best_version: the selected version, or None if nothing was committed.
+        message: why it ended, if not as planned.
+    """
+
+    ok: bool
+    version: int | None
+    best_version: int | None
+    best: Path | None
+    final: Path | None
+    message: str = ""
+
+
+class Outcome:
+    """Selects the best version and writes what a run leaves behind.
+
+    Attributes:
+        best: the version that ``best/`` holds, as far as this process knows.
+    """
+
+    def __init__(self, config: RunConfig, store: Store, roster: Roster) -> None:
+        self._config = config
+        self._store = store
+        self._roster = roster
+        self.best: int | None = None
+
+    def export_best(self) -> int | None:
+        """Write ``best/`` if another version leads now; returns the version that does."""
+        best = self._select()
+        if best is not None and best != self.best:
+            self._store.export("best", best)
+            if self.best is not None or best:
+                logger.info("best model so far: round %d (%s)", best, self.metric_text(best))
+            self.best = best
+        return best
+
+    def _select(self) -> int | None:
+        chosen = self._config.selection
+        if chosen.metric is None or chosen.mode is None:
+            return None
+        quorum = self._config.participants.quorum
+        return best_version(self._store.scores(), chosen.metric, chosen.mode, quorum)
+
+    def metric_text(self, version: int) -> str:
+        """Return a version's selecting metric in words."""
+        metric = self._config.selection.metric
+        if metric is None:
+            return "the last one, as no metric selects"
+        value = weighted_metrics(self._store.scores().get(version, [])).get(metric)
+        return f"{metric} unknown" if value is None else f"{metric} {value:.4f}"
+
+    def conclude(self, ok: bool, message: str) -> RunResult:
+        """Write ``final/`` and ``best/`` from what is committed; returns the run's result."""
+        version = self._store.last_version
+        best = final = chosen = None
+        if version is not None:
+            final = self._store.export("final", version)
+            chosen = self.export_best()
+            if chosen is None:
+                chosen = version
+                self._store.export("best", version)
+                if self._config.selection.metric is not None:
+                    logger.warning(
+                        "no model was scored with %r by %d sites: best/ is the last model",
+                        self._config.selection.metric, self._config.participants.quorum,
+                    )  # fmt: skip
+            best = self._store.folder / "best"
+        self.best = chosen
+        return RunResult(ok, version, chosen, best, final, message)
+
+    def write_summary(self, result: RunResult, snapshot: protocol.StatusReply) -> None:
+        """Write the run's summary file."""
+        scores = self._store.scores()
+        self._store.write_summary(
+            {
+                "run": self._config.run.name,
+                "ok": result.ok,
+                "message": result.message,
+                "rounds": self._config.run.rounds,
+                "best_version": result.best_version,
+                "version": result.version,
+                "metric": self._config.selection.metric,
+                "mode": self._config.selection.mode,
+                "bytes_in": snapshot.bytes_in,
+                "bytes_out": snapshot.bytes_out,
+                "seconds": snapshot.elapsed,
+                "versions": [
+                    {
+                        "version": row.version,
+                        "sha256": row.sha256,
+                        "bytes": row.nbytes,
+                        "seconds": row.seconds,
+                        "participants": dict(row.participants),
+                        "metrics": weighted_metrics(scores.get(row.version, [])),
+                        "metrics_by_site": {
+                            s.site: {"examples": s.examples, **s.metrics}
+                            for s in scores.get(row.version, [])
+                        },
+                    }
+                    for row in self._store.versions()
+                ],
+                "sites": self._site_states(),
+            }
+        )
+
+    def _site_states(self) -> dict[str, Any]:
+        return {
+            m.name: {"state": str(SiteState(m.state)), "message": m.message} for m in self._roster
+        }

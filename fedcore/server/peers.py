@@ -1,0 +1,128 @@
+"""The sites' processes as the link sees them, and who may join."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from fedcore import __version__, protocol
+from fedcore.transport import ServerLink
+
+from .participation import Roster
+
+__all__ = ["Peer", "Peers"]
+
+logger = logging.getLogger("fedcore.server")
+
+
+@dataclass
+class Peer:
+    """A site's process; ``metrics`` are the last that it reported of its training."""
+
+    site: str
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Peers:
+    """Who is there, by the link's routing id."""
+
+    def __init__(self, link: ServerLink, roster: Roster) -> None:
+        self._link = link
+        self._roster = roster
+        self._known: dict[bytes, Peer] = {}
+        self._turned_away = (b"", "")
+        self._next_complaint = 0.0
+        self._complaints_left_out = 0
+
+    def __iter__(self) -> Iterator[tuple[bytes, Peer]]:
+        return iter(list(self._known.items()))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __contains__(self, peer: bytes) -> bool:
+        return peer in self._known
+
+    def get(self, peer: bytes) -> Peer | None:
+        """Return who a routing id is; None for a stranger."""
+        return self._known.get(peer)
+
+    def name(self, peer: bytes) -> str:
+        """Return what a log line calls the sender of a frame."""
+        known = self._known.get(peer)
+        return known.site if known else "a stranger"
+
+    def addresses(self) -> dict[str, bytes]:
+        """Return each site's routing id."""
+        return {known.site: peer for peer, known in self._known.items()}
+
+    def add(self, peer: bytes, site: str) -> None:
+        """Note that a site is there."""
+        self._known[peer] = Peer(site)
+
+    def remove(self, peer: bytes) -> Peer | None:
+        """Note that a site's process is gone; returns what it was."""
+        return self._known.pop(peer, None)
+
+    def send_to(self, site: str, message: protocol.FromServer) -> None:
+        """Send a message to a site, if it is there."""
+        for peer, known in self._known.items():
+            if known.site == site:
+                self._link.send(peer, message)
+
+    def broadcast(self, message: protocol.FromServer) -> None:
+        """Send a message to all sites that are there."""
+        for peer in self._known:
+            self._link.send(peer, message)
+
+    # --- turning away ---
+
+    def turn_away(self, peer: bytes, join: protocol.Join) -> bool:
+        """Refuse a site that may not join; False, and nothing sent, if it may."""
+        refusal = self._refusal(peer, join)
+        if refusal is None:
+            return False
+        # A site that is started again at once asks until its dead process is noticed: once is enough to read.
+        again = (peer, refusal.code) == self._turned_away
+        self._turned_away = (peer, refusal.code)
+        logger.log(
+            logging.DEBUG if again else logging.WARNING,
+            "refused %s: %s",
+            join.site,
+            refusal.message,
+        )
+        self._link.send(peer, refusal)
+        return True
+
+    def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:
+        if join.protocol != protocol.PROTOCOL_VERSION:
+            return protocol.Refused(
+                code="version",
+                message=f"site {join.site!r} speaks protocol {join.protocol} (fedcore {join.version}), the server "
+                f"{protocol.PROTOCOL_VERSION} (fedcore {__version__}); install the same version on both sides",
+            )
+        reason = self._roster.refusal(join.site)
+        if reason is not None:
+            return protocol.Refused(code="unknown-site", message=reason)
+        for other, known in self._known.items():
+            if known.site == join.site and other != peer:
+                return protocol.Refused(
+                    code="name-in-use",
+                    message=f"another process takes part as {join.site!r}; every site needs a name of its own "
+                    "(FEDCORE_SITE)",
+                )
+        return None
+
+    def complain(self, text: str, *values: str) -> None:
+        """Warn at most once a second: what anyone can send must not fill the disk, nor keep the server busy."""
+        now = time.monotonic()
+        if now < self._next_complaint:
+            self._complaints_left_out += 1
+            return
+        self._next_complaint = now + 1.0
+        if self._complaints_left_out:
+            text += f" (and {self._complaints_left_out} more since the last such line)"
+            self._complaints_left_out = 0
+        logger.warning(text, *values)

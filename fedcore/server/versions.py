@@ -1,0 +1,176 @@
+"""The committed models of a run: the last one, which the sites pull, and how the next becomes it."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedcore import protocol
+from fedcore._core import Exchange, Layout, crc32c
+from fedcore.config import RunConfig
+from fedcore.errors import LayoutError, StorageError
+from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, layout_hash, open_model
+
+from .hashing import Hasher
+from .initial import load_initial
+from .store import Store, VersionRow
+
+__all__ = ["Versions", "checksum_of", "declared_layout"]
+
+logger = logging.getLogger("fedcore.server")
+
+
+def declared_layout(declare: protocol.Declare) -> Layout:
+    """Return the layout of a site's tensors; LayoutError if they make none."""
+    layout = Layout([(n, d, s) for n, d, s in declare.tensors], DEFAULT_CHUNK_BYTES)
+    if layout.total_bytes == 0:
+        raise LayoutError("the declared tensors hold no bytes")
+    return layout
+
+
+def checksum_of(checksums: list[int]) -> str:
+    """Return one checksum over those of the chunks, in hex."""
+    return f"{crc32c(b''.join(value.to_bytes(4, 'little') for value in checksums)):08x}"
+
+
+class Versions:
+    """Holds the last committed model, publishes it, and commits the next.
+
+    Attributes:
+        model: the last committed model; None before the first.
+        cards: the small text files that describe the model, for the first commit.
+        set_id: the id under which ``model`` is published.
+    """
+
+    def __init__(self, config: RunConfig, store: Store, exchange: Exchange) -> None:
+        self.model: ModelFile | None = None
+        self.cards: dict[str, str] = {}
+        self.set_id = b""
+        self._config = config
+        self._store = store
+        self._exchange = exchange
+        self._checksums: list[int] = []
+        self._superseded: ModelFile | None = None
+        self._hasher = Hasher()
+
+    # --- the first one of this process ---
+
+    def open_last(self, version: int) -> None:
+        """Take up the last committed model.
+
+        Raises:
+            StorageError: the file is not the one that was committed.
+        """
+        self.model = open_model(self._store.path(version))
+        rows = {row.version: row for row in self._store.versions()}
+        checksums = self.model.checksums() if self.model.canonical else []
+        if checksum_of(checksums) != rows[version].checksum:
+            raise StorageError(
+                f"{self.model.path} is not the file that this run committed (its checksum differs); put the "
+                "right one back, or give this run another name"
+            )
+        for row in rows.values():
+            path = self._store.path(row.version)
+            if not row.sha256 and path.is_file():
+                self._hasher.add(row.version, path, open_model(path).data_offset)
+        self._checksums = checksums
+
+    def load_initial(self, path: Path) -> None:
+        """Commit the model at ``path`` as version 0."""
+        scratch = self._store.scratch(0)
+        model, self.cards = load_initial(path, scratch, self.metadata(0))
+        model.file.sync()
+        row = VersionRow(0, "", "", model.layout.total_bytes, 0.0, {})
+        self._save(row, model, model.checksums(), scratch, {})
+
+    # --- each commit ---
+
+    def commit(
+        self,
+        row: VersionRow,
+        written: tuple[ModelFile, list[int], Path],
+        metrics: Mapping[str, dict[str, float]],
+    ) -> None:
+        """Commit a model (with the checksums of its chunks and its scratch path) and publish it.
+
+        ``row`` says which version it is and who is in it; its checksum is filled in here.
+        """
+        previous, before = self.set_id, self.model
+        self._save(row, *written, metrics)
+        self.publish()
+        if previous and before is not None:
+            self._exchange.withdraw(previous)
+            self._superseded = before
+
+    def _save(
+        self,
+        row: VersionRow,
+        model: ModelFile,
+        checksums: list[int],
+        scratch: Path,
+        metrics: Mapping[str, dict[str, float]],
+    ) -> None:
+        row = VersionRow(
+            row.version, checksum_of(checksums), "", row.nbytes, row.seconds, row.participants
+        )
+        self._store.commit(row, scratch, metrics, self.cards if row.version == 0 else None)
+        self.model, self._checksums = model, checksums
+        self._hasher.add(row.version, self._store.path(row.version), model.data_offset)
+
+    def publish(self) -> None:
+        """Let the sites pull the last model, under a new id."""
+        assert self.model is not None
+        self.set_id = uuid.uuid4().bytes
+        self._exchange.publish(
+            self.set_id,
+            self.model.file,
+            self.model.data_offset,
+            self.model.layout.total_bytes,
+            self.model.layout.chunk_bytes,
+            self._checksums,
+        )
+
+    def release_superseded(self) -> None:
+        """Give back the pages of the model before the last: the system gives them to the next one."""
+        if self._superseded is not None:
+            self._superseded.file.evict()
+            self._superseded = None
+
+    # --- what is said of them ---
+
+    def metadata(self, version: int) -> dict[str, str]:
+        """Return the header's metadata of a version's file."""
+        return {"fedcore.run": self._config.run.name, "fedcore.version": str(version)}
+
+    def expected_hash(self, declare: protocol.Declare | None) -> str | None:
+        """Return the hash of the layout that a site's update must have; None for a site that declared nothing."""
+        if self.model is not None:
+            return layout_hash(self.model.layout)
+        return None if declare is None else layout_hash(declared_layout(declare))
+
+    def describe(self) -> str:
+        """Return the model's size in words."""
+        assert self.model is not None
+        layout = self.model.layout
+        return f"{len(layout.tensors)} tensors, {layout.total_bytes:,} bytes"
+
+    # --- digests, which are computed beside the run ---
+
+    def keep_digests(self) -> None:
+        """Store the digests that have become known."""
+        for version, digest in self._hasher.results():
+            self._store.add_sha256(version, digest)
+
+    def finish_digests(self, *, wait: bool) -> None:
+        """End the hashing, after all is hashed or at once, and store what is known."""
+        if wait:
+            self._hasher.finish()
+        else:
+            self._hasher.stop()
+        self.keep_digests()
+
+    def close(self) -> None:
+        """End the hashing at once."""
+        self._hasher.stop()
