@@ -1,0 +1,142 @@
+// The collector's flow control: which range is asked of which source next, and which again.
+#include <algorithm>
+#include <string>
+
+#include "collector.hpp"
+#include "error.hpp"
+
+namespace fedcore {
+
+// The position up to which a source may be asked at present.
+std::uint64_t Collector::near_end(std::size_t source) const noexcept {
+  if (group_ == 0) {
+    return std::min(end_, next_ + window_);
+  }
+  const auto rank = static_cast<std::uint64_t>(
+      std::lower_bound(counted_.begin(), counted_.end(), source) - counted_.begin());
+  const std::uint64_t reach = folded_ + group_;
+  const std::uint64_t chunks =
+      reach > rank ? (reach - rank + counted_.size() - 1) / counted_.size() : 0;
+  return std::min(end_, next_ + chunks);
+}
+
+std::optional<GetRequest> Collector::next_request(std::int64_t now_ms) {
+  if (state_ != State::kActive) {
+    return std::nullopt;
+  }
+  for (std::size_t step = 0; step < pulls_.size(); ++step) {
+    const std::size_t k = (turn_ + step) % pulls_.size();
+    if (!is_pulled(*pulls_[k])) {
+      continue;
+    }
+    const auto request = pulls_[k]->again.empty() ? request_next(k, now_ms) : request_again(k);
+    if (request) {
+      turn_ = k + 1;
+      return request;
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<GetRequest> Collector::request_again(std::size_t source) {
+  std::set<std::uint64_t>& again = pulls_[source]->again;
+  const std::uint64_t first = *again.begin();
+  const std::uint64_t turn_ends = first - chunk_of(first) + layout_->chunk_count();
+  std::uint32_t count = 0;
+  while (count < kMaxRange && first + count < turn_ends && again.erase(first + count) == 1) {
+    ++count;
+  }
+  return GetRequest{source, chunk_of(first), count};
+}
+
+std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64_t now_ms) {
+  Pull& pull = *pulls_[source];
+  while (pull.next < end_ && is_spilled(pull, pull.next)) {
+    ++pull.next;  // a chunk of the turn before
+  }
+  const std::uint64_t near = near_end(source);
+  if (pull.next >= near && pull.next < end_ && !pull.ahead) {
+    start_spilling(source, now_ms);
+  }
+  const bool ahead = pull.ahead && !no_room_;
+  const std::uint64_t limit = ahead ? end_ : near;
+  if (pull.next >= limit || pull.held.size() + pull.due >= window_) {
+    return std::nullopt;
+  }
+  std::uint64_t free = std::min(limit - pull.next, window_ - pull.held.size() - pull.due);
+  // Small requests are saved up while others are under way.
+  const std::uint64_t worth =
+      std::min<std::uint64_t>(kMaxRange, std::max<std::uint64_t>(1, window_ / 2));
+  if (free < worth && limit < end_ && pull.due > 0) {
+    return std::nullopt;
+  }
+  if (pull.due == 0) {
+    pull.heard_ms = now_ms;
+  }
+  const std::uint64_t to_turn = layout_->chunk_count() - chunk_of(pull.next);
+  free = std::min({free, to_turn, std::uint64_t{kMaxRange}});
+  GetRequest request{source, chunk_of(pull.next), 0};
+  while (request.count < free && !is_spilled(pull, pull.next)) {
+    ++request.count;
+    ++pull.next;
+  }
+  pull.due += request.count;
+  return request;
+}
+
+void Collector::ask_again(Pull& pull) {
+  for (std::uint64_t position = next_; pull.due > 0 && position < pull.next; ++position) {
+    if (!is_here(pull, position)) {
+      pull.again.insert(position);
+    }
+  }
+}
+
+std::int64_t Collector::tick(std::int64_t now_ms) {
+  if (state_ == State::kActive && work_left_) {
+    spill_reads_ = 0;
+    reduce_ready();
+  }
+  if (state_ != State::kActive) {
+    return -1;
+  }
+  std::int64_t wait = work_left_ ? 0 : -1;
+  const auto sooner = [&wait](std::int64_t ms) { wait = wait < 0 ? ms : std::min(wait, ms); };
+  for (std::size_t k = 0; k < pulls_.size(); ++k) {
+    Pull& pull = *pulls_[k];
+    if (pull.pressed_ms && !pull.ahead && !no_room_) {
+      const std::int64_t left = *pull.pressed_ms + options_.spill_after_ms - now_ms;
+      if (left > 0) {
+        sooner(left);
+      }
+    }
+    if (pull.due == 0) {
+      continue;
+    }
+    std::int64_t left = pull.heard_ms + options_.stall_ms - now_ms;
+    if (left <= 0) {
+      ask_again(pull);
+      pull.heard_ms = now_ms;
+      left = options_.stall_ms;
+      pull.silent_ms += options_.stall_ms;
+      events_.push_back({CollectorEvent::Kind::kStalled, k, "", "", pull.silent_ms});
+    }
+    sooner(left);
+  }
+  return wait;
+}
+
+void Collector::retry(std::size_t source, const std::optional<std::string>& peer) {
+  if (source >= sources_.size()) {
+    throw Error(Errc::kProtocol, "there is no source " + std::to_string(source));
+  }
+  if (peer) {
+    sources_[source].peer = *peer;
+  }
+  if (state_ == State::kActive) {
+    pulls_[source]->silent_ms = 0;
+    ask_again(*pulls_[source]);
+  }
+}
+
+}  // namespace fedcore

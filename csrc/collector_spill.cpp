@@ -1,0 +1,72 @@
+// The collector's use of the spill file: which chunks go there, and which slots come free again.
+#include "collector.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace fedcore {
+
+// What stays free of a window for chunks that are under way to the spill file.
+std::uint64_t Collector::spill_room() const noexcept {
+  return std::clamp<std::uint64_t>(window_ / 2, 1, 2 * kMaxRange);
+}
+
+bool Collector::spill(std::size_t source, std::uint64_t position, const Frame& frame) {
+  if (no_room_) {
+    return false;
+  }
+  auto slot = options_.spill->put(frame.data(), frame.size());
+  if (!slot && recycle()) {
+    slot = options_.spill->put(frame.data(), frame.size());
+  }
+  if (!slot) {
+    no_room_ = true;
+    events_.push_back({CollectorEvent::Kind::kNoRoom, 0, "storage", options_.spill->problem()});
+    return false;
+  }
+  Pull& pull = *pulls_[source];
+  if (pull.spilled.empty()) {
+    pull.spilled.resize(static_cast<std::size_t>(layout_->chunk_count()));
+  }
+  pull.spilled[chunk_of(position)] = *slot + 1;
+  return true;
+}
+
+// Frees a slot whose chunk was reduced and isn't due to be once more.
+bool Collector::recycle() {
+  while (!used_.empty()) {
+    const auto [source, index] = used_.front();
+    used_.pop_front();
+    Pull& pull = *pulls_[source];
+    if (is_spilled(pull, index) && !position_of(pull, index)) {
+      options_.spill->free(std::exchange(pull.spilled[index], 0) - 1);
+      return true;
+    }
+  }
+  return false;
+}
+
+// A window that stays full means that another source is behind. Its farthest chunks make room.
+bool Collector::start_spilling(std::size_t source, std::int64_t now_ms) {
+  Pull& pull = *pulls_[source];
+  if (!options_.spill || group_ > 0 || no_room_ || pull.due > 0) {
+    return false;
+  }
+  if (!pull.pressed_ms) {
+    pull.pressed_ms = now_ms;
+  }
+  if (now_ms - *pull.pressed_ms < options_.spill_after_ms) {
+    return false;
+  }
+  while (pull.held.size() + spill_room() > window_) {
+    const auto last = std::prev(pull.held.end());
+    if (!spill(source, last->first, last->second)) {
+      return false;
+    }
+    pull.held.erase(last);
+  }
+  pull.ahead = true;
+  return true;
+}
+
+}  // namespace fedcore
