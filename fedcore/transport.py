@@ -35,6 +35,7 @@ DataEvent = tuple[Any, ...]
 HEARTBEAT_MS: Final = 1000
 _MAX_FRAME: Final = 16 << 20
 _LINGER_MS: Final = 1000
+_IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
 _RECONNECT_MS: Final = (100, 5000)
 _FORWARD: Final = 2
 
@@ -209,7 +210,7 @@ class ServerLink(_Link):
     _router = True
 
     def __init__(self, listen: str) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=_IO_THREADS)
         net = context.socket(zmq.ROUTER)
         _set_common(net, listen)
         net.setsockopt(zmq.ROUTER_MANDATORY, 1)

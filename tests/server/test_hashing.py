@@ -1,0 +1,78 @@
+"""Digests of committed files, computed beside the run."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+
+import pytest
+
+from fedcore.server.hashing import Hasher
+
+HEADER = 24
+
+
+@pytest.fixture
+def hasher():
+    made = Hasher()
+    yield made
+    made.stop()
+
+
+def written(tmp_path, name, size):
+    path = tmp_path / name
+    path.write_bytes(bytes(HEADER) + (b"%09d " % len(name)) * (size // 10))
+    return path, hashlib.sha256(path.read_bytes()[HEADER:]).hexdigest()
+
+
+def test_every_file_is_hashed_from_its_offset_in_the_order_given(hasher, tmp_path):
+    expected = []
+    for version in range(4):
+        path, digest = written(tmp_path, "x" * (version + 1), 3 << 20)
+        hasher.add(version, path, HEADER)
+        expected.append((version, digest))
+    hasher.finish()
+    assert hasher.results() == expected
+    assert hasher.results() == []
+
+
+class StoppedAfterABlock(threading.Event):
+    """Holds the thread that asks for the second time, after its first block, until it is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = 0
+        self.begun = threading.Event()
+
+    def is_set(self):
+        self.asked += 1
+        if self.asked == 2:
+            self.begun.set()
+            self.wait(60)
+        return super().is_set()
+
+
+def test_what_was_begun_in_the_background_is_finished_with_the_right_digest(hasher, tmp_path):
+    path, digest = written(tmp_path, "model", 5 << 20)
+    hasher._stopped = stopped = StoppedAfterABlock()
+    hasher.add(7, path, HEADER)
+    assert stopped.begun.wait(60)
+    hasher.finish()
+    assert hasher.results() == [(7, digest)]
+
+
+def test_a_file_that_was_removed_does_not_keep_the_others_from_their_digest(hasher, tmp_path):
+    gone, _ = written(tmp_path, "gone", 1 << 20)
+    gone.unlink()
+    path, digest = written(tmp_path, "there", 1 << 20)
+    hasher.add(1, gone, HEADER)
+    hasher.add(2, path, HEADER)
+    hasher.finish()
+    assert hasher.results() == [(2, digest)]
+
+
+def test_after_stop_nothing_is_hashed_any_more(hasher, tmp_path):
+    hasher.stop()
+    path, _ = written(tmp_path, "late", 1 << 20)
+    hasher.add(1, path, HEADER)
+    assert hasher.results() == []
