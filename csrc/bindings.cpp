@@ -501,6 +501,13 @@ void bind_exchange(py::module_& m) {
       .def(
           "forget", [](Exchange& e, const py::bytes& peer) { e.forget(std::string(peer)); },
           py::arg("peer"))
+      .def(
+          "block",
+          [](Exchange& e, const py::bytes& user, bool blocked) {
+            e.block(std::string(user), blocked);
+          },
+          py::arg("user"), py::arg("blocked"),
+          "Hear nothing more from a user's peers, or hear them again.")
       .def("stats",
            [](const Exchange& e) {
              const ExchangeStats s = e.stats();

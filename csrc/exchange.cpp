@@ -145,6 +145,10 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
   const std::lock_guard lock(mutex_);
   ++stats_.frames_in;
   stats_.bytes_in += header_size + body.size();
+  if (is_blocked(peer_view)) {
+    ++stats_.dropped;
+    return FC_DROP;
+  }
   wire::Header header;
   if (const char* why = wire::parse(header_data, header_size, body.size(), header)) {
     return malformed(peer_view, why);
@@ -177,6 +181,14 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
       return FC_FORWARD;
   }
   return FC_DROP;
+}
+
+bool Exchange::is_blocked(std::string_view peer) const {
+  if (blocked_.empty()) {
+    return false;
+  }
+  const std::size_t end = peer.find('\0');
+  return end != std::string_view::npos && blocked_.contains(std::string(peer.substr(0, end)));
 }
 
 int Exchange::malformed(std::string_view peer, const char* why) {
@@ -384,6 +396,18 @@ void Exchange::forget(const std::string& peer) {
   heard_.erase(peer);
   requests_.erase(peer);
   std::erase(turns_, peer);
+}
+
+void Exchange::block(const std::string& user, bool blocked) {
+  const std::lock_guard lock(mutex_);
+  if (!blocked) {
+    blocked_.erase(user);
+    return;
+  }
+  blocked_.insert(user);
+  std::erase_if(heard_, [&](const auto& entry) { return is_blocked(entry.first); });
+  std::erase_if(requests_, [&](const auto& entry) { return is_blocked(entry.first); });
+  std::erase_if(turns_, [&](const auto& peer) { return is_blocked(peer); });
 }
 
 ExchangeStats Exchange::stats() const {

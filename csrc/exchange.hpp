@@ -13,6 +13,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 #include "collector.hpp"
@@ -83,6 +84,8 @@ class Exchange {
   void heartbeat(std::int64_t interval_ms);
   std::optional<std::int64_t> last_heard(const std::string& peer) const;
   void forget(const std::string& peer);
+  // Hears nothing more from peers whose id begins with `user` and a NUL, or hears them again.
+  void block(const std::string& user, bool blocked);
   ExchangeStats stats() const;
 
   const FcSink* sink() const noexcept { return &sink_; }
@@ -98,6 +101,7 @@ class Exchange {
   int on_chunk(const std::string& peer, const wire::Header& header, Frame& body,
                std::int64_t now_ms);
   int on_refuse(const std::string& peer, const wire::Header& header);
+  bool is_blocked(std::string_view peer) const;
   int malformed(std::string_view peer, const char* why);
   void push(const std::string& peer, const wire::Header& header);
   void collect_events(Collector& collector);
@@ -110,6 +114,7 @@ class Exchange {
   std::unordered_map<std::string, std::deque<Request>> requests_;  // GETs to serve, by peer
   std::deque<std::string> turns_;  // peers with requests, round robin
   std::unordered_map<std::string, std::int64_t> heard_;
+  std::unordered_set<std::string> blocked_;
   std::deque<Event> events_;
   bool unsignalled_ = false;
   std::size_t malformed_waiting_ = 0;

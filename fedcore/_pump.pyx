@@ -9,6 +9,9 @@ follows the same rules.
 One thread runs `run` and owns the network socket until it returns. It wakes up for a frame, for a
 command from Python, or for a timer of the core; it never spins.
 
+Where connections are encrypted, the sink and the inbox know a peer as ``USER NUL ROUTING-ID``. The user is what
+the server's door gave the connection (ZeroMQ's "User-Id"), so that nothing a peer says can make it another.
+
 Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
 Inbox (PUSH socket):     [b"C", peer, body] a control message;  [b"E"] the core has events.
 """
@@ -19,7 +22,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.errno cimport EAGAIN, EINTR
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memchr, memcpy, strlen
 
 
 cdef extern from "sink.h" nogil:
@@ -70,6 +73,7 @@ cdef enum:
     SINK_TAKEN = 1
     SINK_FORWARD = 2
     BATCH = 64
+    MAX_ID = 255
 
 ctypedef void (*free_fn)(void*, void*) noexcept nogil
 
@@ -84,6 +88,7 @@ cdef struct Zmq:
     void* (*msg_data)(Msg*) noexcept nogil
     size_t (*msg_size)(const Msg*) noexcept nogil
     int (*msg_more)(const Msg*) noexcept nogil
+    const char* (*msg_gets)(const Msg*, const char*) noexcept nogil
     int (*poll)(PollItem*, int, long) noexcept nogil
     int (*zmq_errno)() noexcept nogil
 
@@ -117,6 +122,8 @@ cdef _load():
     z.msg_data = <void* (*)(Msg*) noexcept nogil> _symbol(library, b"zmq_msg_data")
     z.msg_size = <size_t (*)(const Msg*) noexcept nogil> _symbol(library, b"zmq_msg_size")
     z.msg_more = <int (*)(const Msg*) noexcept nogil> _symbol(library, b"zmq_msg_more")
+    z.msg_gets = <const char* (*)(const Msg*, const char*) noexcept nogil> _symbol(
+        library, b"zmq_msg_gets")
     z.poll = <int (*)(PollItem*, int, long) noexcept nogil> _symbol(library, b"zmq_poll")
     z.zmq_errno = <int (*)() noexcept nogil> _symbol(library, b"zmq_errno")
 
@@ -152,11 +159,17 @@ cdef int _send_copy(void* socket, const void* data, size_t size, int flags) noex
     return 0
 
 
-cdef void _send_out(void* net, bint router, FcOut* out) noexcept nogil:
+cdef void _send_out(void* net, bint router, bint secure, FcOut* out) noexcept nogil:
     """Send one data frame; its body goes out without a copy. A peer that is gone loses the frame: the
     side that waits for it asks again."""
     cdef Msg body
     cdef int more = ZMQ_SNDMORE if out.body_len else 0
+    cdef const uint8_t* nul
+    if secure:
+        nul = <const uint8_t*> memchr(out.peer, 0, out.peer_len)
+        if nul != NULL:
+            out.peer_len -= nul + 1 - out.peer
+            out.peer = nul + 1
     if router and _send_copy(net, out.peer, out.peer_len, ZMQ_SNDMORE) != 0:
         release_out(out.owner)
         return
@@ -185,12 +198,30 @@ cdef void _discard_rest(void* socket, Msg* last) noexcept nogil:
             return
 
 
-cdef int _pump_in(void* net, void* inbox, bint router, FcSink* sink) noexcept nogil:
+cdef size_t _name_peer(char* name, Msg* peer, Msg* header) noexcept nogil:
+    """Write USER NUL ROUTING-ID into ``name`` (2 * MAX_ID + 1 bytes); returns its length."""
+    cdef const char* user = z.msg_gets(header, b"User-Id")
+    cdef size_t user_len = strlen(user) if user != NULL else 0
+    cdef size_t id_len = z.msg_size(peer)
+    if user_len > MAX_ID:
+        user_len = 0
+    if id_len > MAX_ID:
+        id_len = MAX_ID
+    memcpy(name, user, user_len)
+    name[user_len] = 0
+    memcpy(name + user_len + 1, z.msg_data(peer), id_len)
+    return user_len + 1 + id_len
+
+
+cdef int _pump_in(void* net, void* inbox, bint router, bint secure, FcSink* sink) noexcept nogil:
     """Receive and deliver one message: 1 done, 0 nothing there, -1 the socket is closed."""
     cdef Msg peer, header, body
     cdef Msg* kept
     cdef int verdict
     cdef bint well_formed
+    cdef char name[2 * 255 + 1]
+    cdef const void* who
+    cdef size_t who_len
     z.msg_init(&peer)
     z.msg_init(&header)
     z.msg_init(&body)
@@ -208,20 +239,23 @@ cdef int _pump_in(void* net, void* inbox, bint router, FcSink* sink) noexcept no
         if well_formed and z.msg_more(&body):
             _discard_rest(net, &body)
             well_formed = False
+    who, who_len = z.msg_data(&peer), z.msg_size(&peer)
+    if secure:
+        who_len = _name_peer(name, &peer, &header)
+        who = name
     if not well_formed:  # told to the sink as a frame without a header, which it counts and logs
-        sink.deliver(sink.self, _now_ms(), z.msg_data(&peer), z.msg_size(&peer), NULL, 0, NULL, 0,
-                     NULL, NULL)
+        sink.deliver(sink.self, _now_ms(), who, who_len, NULL, 0, NULL, 0, NULL, NULL)
     else:
         kept = <Msg*> malloc(sizeof(Msg))
         if kept != NULL:
             z.msg_init(kept)
             z.msg_move(kept, &body)
-            verdict = sink.deliver(sink.self, _now_ms(), z.msg_data(&peer), z.msg_size(&peer),
+            verdict = sink.deliver(sink.self, _now_ms(), who, who_len,
                                    z.msg_data(&header), z.msg_size(&header),
                                    z.msg_data(kept), z.msg_size(kept), kept, _release_in)
             if verdict == SINK_FORWARD:
                 _send_copy(inbox, b"C", 1, ZMQ_SNDMORE)
-                _send_copy(inbox, z.msg_data(&peer), z.msg_size(&peer), ZMQ_SNDMORE)
+                _send_copy(inbox, who, who_len, ZMQ_SNDMORE)
                 if z.msg_send(kept, inbox, ZMQ_DONTWAIT) < 0:
                     z.msg_close(kept)
                 free(kept)
@@ -264,7 +298,8 @@ cdef int _command(void* net, void* commands, bint router) noexcept nogil:
     return result
 
 
-cdef void _loop(void* net, void* commands, void* inbox, bint router, FcSink* sink) noexcept nogil:
+cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure,
+                FcSink* sink) noexcept nogil:
     cdef PollItem items[2]
     cdef FcOut out
     cdef int64_t wait
@@ -272,7 +307,7 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, FcSink* sin
     while True:
         wait = sink.tick(sink.self, _now_ms())
         while sink.next_out(sink.self, _now_ms(), &out):
-            _send_out(net, router, &out)
+            _send_out(net, router, secure, &out)
         if sink.has_event(sink.self):
             _send_copy(inbox, b"E", 1, 0)
         items[0].socket = net
@@ -291,23 +326,24 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, FcSink* sin
                 return
         if items[0].revents & ZMQ_POLLIN:
             for i in range(BATCH):
-                got = _pump_in(net, inbox, router, sink)
+                got = _pump_in(net, inbox, router, secure, sink)
                 if got < 0:
                     return
                 if got == 0:
                     break
 
 
-def run(capsule, size_t net, size_t commands, size_t inbox, bint router):
+def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint secure):
     """Pump frames until a quit command comes; blocks without the GIL.
 
     Args:
         capsule: ``Exchange.capsule()``, which must outlive the call.
         net, commands, inbox: ``Socket.underlying`` of the three sockets.
         router: whether ``net`` is a ROUTER, whose frames begin with the peer's routing id.
+        secure: whether such a peer is known by its user as well; only with ``router``.
     """
     global release_out
     cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v1")
     release_out = sink.out_done
     with nogil:
-        _loop(<void*> net, <void*> commands, <void*> inbox, router, sink)
+        _loop(<void*> net, <void*> commands, <void*> inbox, router, secure, sink)

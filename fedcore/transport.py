@@ -4,6 +4,10 @@ A server has a `ServerLink` (ROUTER, it listens), a site has a `SiteLink` (DEALE
 between the socket and the core (`fedcore._core.Exchange`) inside the pump thread and never appear here; what
 appears here is control messages and the core's events.
 
+With keys, a link is encrypted (CURVE), and a server's peer is ``USER NUL ROUTING-ID``: the text that the door
+(`fedcore.admission`) gave the connection, which no peer can choose, and the id that the peer chose. Without keys,
+a peer is its routing id alone.
+
 The pump is `fedcore._pump`, which runs without the GIL. `FEDCORE_PUMP=python` forces the plain Python loop of
 this module, which is also the fallback where the compiled one cannot find pyzmq's libzmq.
 """
@@ -13,12 +17,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
@@ -26,6 +31,10 @@ from . import protocol
 from ._core import Exchange, crc32c
 from .errors import BusyError, ClosedError, ConfigError
 from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
+
+if TYPE_CHECKING:
+    from .admission import Secured
+    from .security import AllowList, Credentials
 
 __all__ = ["Control", "DataEvent", "ServerLink", "SiteLink", "now_ms", "pump_name"]
 
@@ -37,12 +46,19 @@ _MAX_FRAME: Final = 16 << 20
 _LINGER_MS: Final = 1000
 _IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
 _RECONNECT_MS: Final = (100, 5000)
+_HANDSHAKE_MS: Final = 10_000
 _FORWARD: Final = 2
+_FAILURES: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 
 
 @dataclass(frozen=True)
 class Control:
-    """A control message: the sender's routing id (empty at a site) and its JSON body."""
+    """A control message: the sender as the link knows it (empty at a site) and its JSON body."""
 
     peer: bytes
     body: bytes
@@ -96,6 +112,8 @@ class _Link:
     """What both ends share. `recv` belongs to one thread; `send`, `kick` and `wake` to any."""
 
     _router: bool
+    _secure = False
+    _monitor: zmq.Socket[bytes] | None = None
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], net: zmq.Socket[bytes]) -> None:
         self.exchange = Exchange()
@@ -137,9 +155,16 @@ class _Link:
                 commands.underlying,
                 inbox.underlying,
                 self._router,
+                self._router and self._secure,
             )
         else:
-            _python_pump(self.exchange, self._net, commands, inbox, self._router)
+            _python_pump(
+                self.exchange,
+                self._net,
+                (commands, inbox),
+                self._router,
+                self._router and self._secure,
+            )
 
     def recv(self, timeout: float | None) -> Control | DataEvent | None:
         """Wait up to ``timeout`` seconds (None: for ever) for a control message or an event of the core.
@@ -153,10 +178,14 @@ class _Link:
         poller = zmq.Poller()
         poller.register(self._inbox, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
+        if self._monitor is not None:
+            poller.register(self._monitor, zmq.POLLIN)
         ready = dict(poller.poll(None if timeout is None else max(0, round(timeout * 1000))))
         if self._wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
+        if self._monitor is not None and self._monitor in ready:
+            self._note_handshake(self._monitor.recv_multipart())
         if self._inbox in ready:
             frames = self._inbox.recv_multipart()
             if frames[0] == b"C":
@@ -164,6 +193,9 @@ class _Link:
             while (event := self.exchange.next_event()) is not None:
                 self._arrived.append(event)
         return self._arrived.popleft() if self._arrived else None
+
+    def _note_handshake(self, event: list[bytes]) -> None:
+        """Take note of how a handshake ended."""
 
     def _command(self, frames: Sequence[bytes]) -> None:
         with self._lock:
@@ -193,14 +225,25 @@ class _Link:
         self._thread.join()
         for socket in (self._commands, self._inbox, *self._pump_sockets):
             socket.close()
+        if self._monitor is not None:
+            self._net.monitor(None, 0)
+            self._monitor.close(linger=0)
         self._net.close(linger=_LINGER_MS)
+        self._closed_net()
         self._context.term()
         os.close(self._wake_read)
         os.close(self._wake_write)
 
+    def _closed_net(self) -> None:
+        """Close what must be there for as long as the network socket is."""
+
 
 class ServerLink(_Link):
     """The server's end: a ROUTER bound to ``listen`` (``tcp://host:port``, port 0 for a free one).
+
+    Args:
+        listen: the address.
+        secured: the server's keys and whom it admits; None: plain text from everybody.
 
     Raises:
         BusyError: another process listens there.
@@ -209,16 +252,28 @@ class ServerLink(_Link):
 
     _router = True
 
-    def __init__(self, listen: str) -> None:
+    def __init__(self, listen: str, secured: Secured | None = None) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=_IO_THREADS)
         net = context.socket(zmq.ROUTER)
         _set_common(net, listen)
         net.setsockopt(zmq.ROUTER_MANDATORY, 1)
         net.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        net.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        self._door = None
+        if secured is not None:
+            from .admission import DOMAIN, Doorkeeper
+
+            self._secure = True
+            net.setsockopt(zmq.CURVE_SERVER, 1)
+            net.setsockopt(zmq.CURVE_SECRETKEY, secured.pair.secret.encode())
+            net.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+            self._door = Doorkeeper(context, secured)
+            self._door.watch(net)
         try:
             net.bind(listen)
         except zmq.ZMQError as error:
             net.close(linger=0)
+            self._closed_net()
             context.term()
             if error.errno == zmq.EADDRINUSE:
                 raise BusyError(
@@ -233,9 +288,23 @@ class ServerLink(_Link):
         super().__init__(context, net)
         self._thread.start()
 
+    def admit(self, allowed: AllowList) -> None:
+        """Let in those of another allow-list from now on; connections that stand are not touched (see `block`)."""
+        assert self._door is not None
+        self._door.allowed = allowed
+
+    def block(self, user: str, blocked: bool = True) -> None:
+        """Hear nothing more from the connections of a user, as `Identity.user` names it; or hear them again."""
+        self.exchange.block(user.encode(), blocked)
+
     def send(self, peer: bytes, message: FromServer) -> None:
         """Queue a control message for ``peer``; a peer that is gone does not get it."""
-        self._command([b"S", peer, *control_frames(message)])
+        routing = peer.partition(b"\0")[2] if self._secure else peer
+        self._command([b"S", routing, *control_frames(message)])
+
+    def _closed_net(self) -> None:
+        if self._door is not None:
+            self._door.close()
 
 
 class SiteLink(_Link):
@@ -243,20 +312,39 @@ class SiteLink(_Link):
 
     ``identity`` is 16 random bytes, the same for the life of the process. The pump pings the server each
     second. Nothing is raised for a server that is not there: ask ``exchange.last_heard(b"")``.
+
+    Attributes:
+        refused: why the server will never take this link's handshake, noticed by `recv`; else empty.
+        hint: what a handshake that failed points to; empty again once one succeeds.
     """
 
     _router = False
 
-    def __init__(self, server: str, identity: bytes) -> None:
+    def __init__(
+        self, server: str, identity: bytes, credentials: Credentials | None = None
+    ) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         net = context.socket(zmq.DEALER)
         _set_common(net, server)
         net.setsockopt(zmq.ROUTING_ID, identity)
         net.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS[0])
         net.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS[1])
+        if credentials is not None:
+            self._secure = True
+            net.setsockopt(zmq.CURVE_SERVERKEY, credentials.server_key.encode())
+            net.setsockopt(zmq.CURVE_PUBLICKEY, credentials.pair.public.encode())
+            net.setsockopt(zmq.CURVE_SECRETKEY, credentials.pair.secret.encode())
+        monitor = f"inproc://fedcore-handshakes-{id(self)}"
+        net.monitor(monitor, _FAILURES)
+        self._monitor = context.socket(zmq.PAIR)
+        self._monitor.setsockopt(zmq.RCVHWM, 0)
+        self._monitor.connect(monitor)
+        self.refused = self.hint = ""
         try:
             net.connect(server)
         except zmq.ZMQError as error:
+            net.monitor(None, 0)
+            self._monitor.close(linger=0)
             net.close(linger=0)
             context.term()
             raise ConfigError(
@@ -276,6 +364,35 @@ class SiteLink(_Link):
         heard = self.exchange.last_heard(b"")
         return None if heard is None else max(0, now_ms() - heard)
 
+    def _note_handshake(self, event: list[bytes]) -> None:
+        kind = int.from_bytes(event[0][:2], sys.byteorder)
+        if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self.hint = ""
+        elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self.refused = (
+                f"the server at {self.server} does not admit this key; ask its operator to admit the public key "
+                "(`fedcore admit`), or whether it was revoked"
+            )
+        elif kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            self.refused = self._mismatch()
+        else:
+            self.hint = (
+                f"what listens at {self.server} ended the handshake: it has another key than server_key in the "
+                "kit, or does not speak encrypted"
+                if self._secure
+                else self._mismatch()
+            )
+
+    def _mismatch(self) -> str:
+        if self._secure:
+            return (
+                f"what listens at {self.server} does not speak encrypted; is it the right server?"
+            )
+        return (
+            f"the server at {self.server} wants an encrypted connection; set FEDCORE_KIT to the kit that its "
+            "operator made for this site"
+        )
+
 
 def _set_common(net: zmq.Socket[bytes], address: str) -> None:
     net.setsockopt(zmq.SNDHWM, 0)  # what is sent was asked for: windows bound it, not the socket
@@ -288,11 +405,12 @@ def _set_common(net: zmq.Socket[bytes], address: str) -> None:
 def _python_pump(
     exchange: Exchange,
     net: zmq.Socket[bytes],
-    commands: zmq.Socket[bytes],
-    inbox: zmq.Socket[bytes],
+    ends: tuple[zmq.Socket[bytes], zmq.Socket[bytes]],
     router: bool,
+    secure: bool,
 ) -> None:
     """Do what ``fedcore._pump.run`` does, in Python: the reference and the fallback."""
+    commands, inbox = ends
     poller = zmq.Poller()
     poller.register(net, zmq.POLLIN)
     poller.register(commands, zmq.POLLIN)
@@ -301,6 +419,8 @@ def _python_pump(
         while (out := exchange.next_out(now_ms())) is not None:
             peer, header, body = out
             frames: list[Any] = [header] if body is None else [header, body]
+            if secure:
+                peer = peer.partition(b"\0")[2]
             with contextlib.suppress(zmq.ZMQError):
                 net.send_multipart([peer, *frames] if router else frames, zmq.DONTWAIT, copy=True)
         if exchange.has_event():
@@ -312,7 +432,7 @@ def _python_pump(
         if commands in ready and not _python_commands(net, commands, router):
             return
         if net in ready:
-            _python_frames(exchange, net, inbox, router)
+            _python_frames(exchange, net, inbox, router, secure)
 
 
 def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router: bool) -> bool:
@@ -329,7 +449,11 @@ def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router
 
 
 def _python_frames(
-    exchange: Exchange, net: zmq.Socket[bytes], inbox: zmq.Socket[bytes], router: bool
+    exchange: Exchange,
+    net: zmq.Socket[bytes],
+    inbox: zmq.Socket[bytes],
+    router: bool,
+    secure: bool,
 ) -> None:
     for _ in range(64):
         try:
@@ -337,6 +461,9 @@ def _python_frames(
         except zmq.Again:
             return
         peer = frames.pop(0).bytes if router else b""
+        if secure:
+            user = str(frames[0].get("User-Id")) if frames else ""
+            peer = user.encode() + b"\0" + peer
         if not 1 <= len(frames) <= 2:
             exchange.deliver(now_ms(), peer, b"", None)  # counted and logged as malformed
             continue

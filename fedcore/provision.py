@@ -1,0 +1,156 @@
+"""Make the server's keys and everybody's kits from a project file, and change who is admitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from .errors import ConfigError, StorageError
+from .security import (
+    ALLOW_FILE,
+    SECRET_FILE,
+    AllowList,
+    Credentials,
+    KeyPair,
+    Kit,
+    Role,
+    check_address,
+    check_name,
+    edited,
+    load_kit,
+    read_secret,
+    read_toml,
+    write_kit,
+    write_secret,
+)
+
+__all__ = [
+    "Project",
+    "Provisioned",
+    "admit",
+    "load_project",
+    "make_key",
+    "new_server",
+    "provision",
+    "revoke",
+]
+
+SERVER_FOLDER: Final = "server"
+PUBLIC_FILE: Final = "public.key"
+
+
+@dataclass(frozen=True)
+class Project:
+    """Who takes part in a project, and the address of its server."""
+
+    server: str
+    parties: dict[str, Role]
+
+
+@dataclass
+class Provisioned:
+    """What `provision` did: the kits that it made, and the names that were admitted before."""
+
+    server: Path
+    kits: dict[str, Path] = field(default_factory=dict)
+    admitted: list[str] = field(default_factory=list)
+
+
+def load_project(path: Path) -> Project:
+    """Read a project file: ``[project]`` with ``server``, ``sites``, and maybe ``observers`` and ``operators``.
+
+    Raises:
+        ConfigError: a key is missing, unknown or wrong, or a name comes twice.
+    """
+    values = read_toml(path)
+    section = values.pop("project", None)
+    if not isinstance(section, dict) or values:
+        raise ConfigError(f"{path}: expected one section, [project]")
+    server = check_address(section.pop("server", None), f"{path}: project.server")
+    parties: dict[str, Role] = {}
+    for role in Role:
+        key = f"{role}s"
+        names = section.pop(key, [])
+        if not isinstance(names, list):
+            raise ConfigError(f"{path}: project.{key}: expected a list of names")
+        for name in names:
+            if check_name(name, f"{path}: project.{key}") in parties or name == SERVER_FOLDER:
+                raise ConfigError(f"{path}: project.{key}: the name {name!r} is taken")
+            parties[name] = role
+    if section:
+        raise ConfigError(
+            f"{path}: unknown key 'project.{min(section)}'; expected server, sites, observers and operators"
+        )
+    if Role.SITE not in parties.values():
+        raise ConfigError(f"{path}: project.sites: expected at least one name")
+    return Project(server, parties)
+
+
+def new_server(folder: Path) -> KeyPair:
+    """Make the server's kit: its key pair and an empty allow-list. Returns the pair."""
+    pair = KeyPair.generate()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror}") from None
+    write_secret(folder / SECRET_FILE, pair)
+    (folder / PUBLIC_FILE).write_text(pair.public + "\n", encoding="utf-8")
+    AllowList({}).save(folder / ALLOW_FILE)
+    return pair
+
+
+def provision(project: Project, out: Path) -> Provisioned:
+    """Write ``out/server`` and one kit per party that the server does not admit yet.
+
+    Called again with more parties, it makes kits for the new ones alone and leaves keys as they are.
+
+    Raises:
+        StorageError: a file can't be written.
+        ConfigError: what is in ``out`` is damaged, or contradicts the project file.
+    """
+    home = out / SERVER_FOLDER
+    done = Provisioned(home)
+    pair = read_secret(home / SECRET_FILE) if (home / SECRET_FILE).exists() else new_server(home)
+    with edited(home / ALLOW_FILE) as cell:
+        for name, role in project.parties.items():
+            known = cell[0].of_name(name)
+            if any(who.role != role for who in known.values()):
+                raise ConfigError(
+                    f"{name} is admitted with another role; `fedcore revoke` it first"
+                )
+            if known:
+                done.admitted.append(name)
+                continue
+            own = KeyPair.generate()
+            write_kit(out / name, Kit(name, project.server, Credentials(pair.public, own)))
+            cell[0] = cell[0].admit(name, role, own.public)
+            done.kits[name] = out / name
+    return done
+
+
+def make_key(folder: Path, like: Path | None, server: str, server_key: str, name: str) -> Kit:
+    """Make a kit whose secret never leaves this machine; ``like`` is a kit to take what is left empty from."""
+    if like is not None:
+        old = load_kit(like)
+        server = server or old.server
+        server_key = server_key or old.credentials.server_key
+        name = name or old.name
+    kit = Kit(name, server, Credentials(server_key, KeyPair.generate()))
+    write_kit(folder, kit)
+    return kit
+
+
+def admit(server_kit: Path, name: str, role: Role, public: str) -> int:
+    """Admit a key; returns how many keys the name has now."""
+    with edited(server_kit / ALLOW_FILE) as cell:
+        cell[0] = cell[0].admit(name, role, public)
+        return len(cell[0].of_name(name))
+
+
+def revoke(server_kit: Path, name: str, public: str | None = None) -> int:
+    """Revoke a name's keys, or one of them; returns how many it has left."""
+    with edited(server_kit / ALLOW_FILE) as cell:
+        cell[0] = cell[0].revoke(name, public)
+        return len(cell[0].of_name(name))

@@ -1,0 +1,372 @@
+"""Keys, kits and the allow-list: who is who on a port that anybody can reach.
+
+Each party has a CURVE25519 key pair (ZeroMQ's CURVE, RFC 26). The server knows the public keys of those that may
+connect, with a name and a role for each; a site knows the server's. A name comes from its key and from nothing
+that its owner says.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import os
+import re
+import stat
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from .errors import ConfigError, StorageError
+from .protocol import SITE_NAME
+
+__all__ = [
+    "AllowList",
+    "Credentials",
+    "Identity",
+    "KeyPair",
+    "Kit",
+    "Role",
+    "check_key",
+    "load_kit",
+    "read_secret",
+    "write_kit",
+    "write_secret",
+]
+
+ALLOW_FILE: Final = "allow.toml"
+KIT_FILE: Final = "kit.toml"
+SECRET_FILE: Final = "secret.key"
+MAX_KEYS_PER_NAME: Final = 2
+"""The one in use and the one that takes its place."""
+_Z85: Final = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
+_MAX_FILE: Final = 16 << 20
+_ADDRESS: Final = re.compile(r"tcp://[^\s/\"\\]+:\d{1,5}")
+
+
+class Role(enum.StrEnum):
+    """What a key may do: take part, look on, or look on and steer."""
+
+    SITE = "site"
+    OBSERVER = "observer"
+    OPERATOR = "operator"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose key a connection has.
+
+    Attributes:
+        fingerprint: the first 16 hexadecimal digits of the SHA-256 of the public key's text.
+    """
+
+    name: str
+    role: Role
+    fingerprint: str
+
+    @property
+    def user(self) -> str:
+        """The text by which the link knows the owner of a connection."""
+        return f"{self.role}/{self.name}/{self.fingerprint}"
+
+    @classmethod
+    def of_peer(cls, peer: bytes) -> Identity | None:
+        """Return who a peer of an encrypted `ServerLink` is; None for one of a plain link."""
+        user, found, _ = peer.partition(b"\0")
+        parts = user.decode("ascii", "replace").split("/")
+        if not found or len(parts) != 3 or parts[0] not in tuple(Role):
+            return None
+        return cls(parts[1], Role(parts[0]), parts[2])
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """A CURVE key pair, each half 40 characters of Z85 (RFC 32). The secret half is never shown."""
+
+    public: str
+    secret: str = field(repr=False)
+
+    @classmethod
+    def generate(cls) -> KeyPair:
+        """Make a new pair from the system's random numbers."""
+        import zmq
+
+        public, secret = zmq.curve_keypair()
+        return cls(public.decode(), secret.decode())
+
+    @classmethod
+    def from_secret(cls, secret: str) -> KeyPair:
+        """Return the pair that a secret half belongs to."""
+        import zmq
+
+        return cls(zmq.curve_public(secret.encode()).decode(), secret)
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """What one end needs to dial: its own pair, and the public key that the server must have."""
+
+    server_key: str
+    pair: KeyPair
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A kit folder's content: who its owner is and where the server is."""
+
+    name: str
+    server: str
+    credentials: Credentials
+
+
+def fingerprint(public: str) -> str:
+    """Return the short form of a public key that logs show."""
+    return hashlib.sha256(public.encode()).hexdigest()[:16]
+
+
+def check_key(value: object, where: str) -> str:
+    """Return ``value`` if it is a public key, else raise ConfigError with ``where`` it was found."""
+    if not isinstance(value, str) or _Z85.fullmatch(value) is None:
+        raise ConfigError(
+            f"{where}: expected a public key of 40 characters (Z85), as `fedcore keygen` prints it"
+        )
+    return value
+
+
+def check_name(value: object, where: str) -> str:
+    """Return ``value`` if it may be a name, and so a part of a path, else raise ConfigError."""
+    if not isinstance(value, str) or re.fullmatch(SITE_NAME, value) is None or value.endswith("\n"):
+        raise ConfigError(
+            f"{where}: name {value!r}: expected 1 to 63 letters, digits, '.', '_' or '-', beginning with "
+            "a letter or digit"
+        )
+    return value
+
+
+def check_address(value: object, where: str) -> str:
+    """Return ``value`` if it is an address to dial, else raise ConfigError."""
+    if not isinstance(value, str) or _ADDRESS.fullmatch(value) is None:
+        raise ConfigError(f"{where}: address {value!r}: expected tcp://HOST:PORT")
+    return value
+
+
+# --- secrets -----------------------------------------------------------------------------------------
+
+
+def write_secret(path: Path, pair: KeyPair) -> None:
+    """Write a secret key to a new file that nobody else can read.
+
+    Raises:
+        StorageError: the file exists, or can't be written.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    try:
+        number = os.open(path, flags, 0o600)
+    except FileExistsError:
+        raise StorageError(f"{path} exists; a secret key is never written over") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from None
+    with os.fdopen(number, "w", encoding="ascii") as file:
+        os.fchmod(number, 0o600)
+        file.write(pair.secret + "\n")
+        file.flush()
+        os.fsync(number)
+
+
+def read_secret(path: Path) -> KeyPair:
+    """Read a secret key.
+
+    Raises:
+        ConfigError: the file is not there, not this user's alone, no plain file, or holds no key.
+    """
+    try:
+        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        why = "it is a link, or not there" if path.is_symlink() else error.strerror
+        raise ConfigError(f"cannot read the secret key {path}: {why}") from None
+    with os.fdopen(number, "rb") as file:
+        about = os.fstat(number)
+        if not stat.S_ISREG(about.st_mode):
+            raise ConfigError(f"{path}: expected a plain file with a secret key")
+        mode = stat.S_IMODE(about.st_mode)
+        if mode & 0o077:
+            raise ConfigError(
+                f"{path} can be read or written by others (mode {mode:04o}); run `chmod 600 {path}`, and if "
+                "somebody else may have read it, make a new key (`fedcore keygen`) and revoke this one"
+            )
+        if about.st_uid not in (os.geteuid(), 0):
+            raise ConfigError(f"{path} belongs to another user; a secret key is its user's own")
+        text = file.read(100).decode("ascii", "replace").strip()
+    if _Z85.fullmatch(text) is None:
+        raise ConfigError(f"{path}: expected a secret key of 40 characters (Z85)")
+    return KeyPair.from_secret(text)
+
+
+# --- kits --------------------------------------------------------------------------------------------
+
+
+def write_kit(folder: Path, kit: Kit) -> None:
+    """Write a kit folder, which only its owner may enter.
+
+    Raises:
+        StorageError: the folder holds a secret key already, or can't be written.
+    """
+    check_name(kit.name, "kit")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        write_secret(folder / SECRET_FILE, kit.credentials.pair)
+        (folder / KIT_FILE).write_text(
+            f'server = "{kit.server}"\nname = "{kit.name}"\nserver_key = "{kit.credentials.server_key}"\n',
+            encoding="utf-8",
+        )
+    except FileExistsError:
+        raise StorageError(f"{folder} is not a folder") from None
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write kit {folder}: {error.strerror}") from None
+
+
+def load_kit(folder: Path) -> Kit:
+    """Read a kit folder: ``kit.toml`` and, beside it, ``secret.key``; it can name no other file.
+
+    Raises:
+        ConfigError: something is missing, unknown, malformed, or open to others.
+    """
+    path = folder / KIT_FILE
+    values = read_toml(path)
+    found = {key: values.pop(key, None) for key in ("server", "name", "server_key")}
+    if values:
+        raise ConfigError(
+            f"{path}: unknown key {min(values)!r}; expected server, name and server_key"
+        )
+    return Kit(
+        check_name(found["name"], f"{path}: name"),
+        check_address(found["server"], f"{path}: server"),
+        Credentials(
+            check_key(found["server_key"], f"{path}: server_key"), read_secret(folder / SECRET_FILE)
+        ),
+    )
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a small TOML file; ConfigError if it is none."""
+    try:
+        if path.stat().st_size > _MAX_FILE:
+            raise ConfigError(f"{path}: larger than {_MAX_FILE >> 20} MiB")
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+# --- the allow-list ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AllowList:
+    """The public keys that a server admits: an `Identity` by key. Immutable; changes return another one."""
+
+    keys: Mapping[str, Identity]
+
+    @classmethod
+    def of(cls, entries: Iterable[tuple[str, str, str]]) -> AllowList:
+        """Build one from ``(name, role, public key)``; ConfigError if two of them contradict each other."""
+        listed = cls({})
+        for name, role, public in entries:
+            listed = listed.admit(name, Role(role), public)
+        return listed
+
+    @classmethod
+    def load(cls, path: Path) -> AllowList:
+        """Read ``allow.toml``.
+
+        Raises:
+            ConfigError: it is not there or malformed; others may write to it; two entries contradict each other.
+        """
+        values = read_toml(path)
+        if stat.S_IMODE(path.stat().st_mode) & 0o022:
+            raise ConfigError(f"{path} can be written by others; run `chmod go-w {path}`")
+        listed = values.pop("key", [])
+        if values or not isinstance(listed, list):
+            raise ConfigError(f"{path}: expected [[key]] tables with name, role and public")
+        return cls.of(_entry(item, f"{path}: key {i + 1}") for i, item in enumerate(listed))
+
+    def save(self, path: Path) -> None:
+        """Write ``allow.toml`` whole: a reader sees the old list or the new one."""
+        text = "# Who may connect, by public key. `fedcore admit` and `fedcore revoke` change it.\n"
+        for public, who in sorted(self.keys.items(), key=lambda item: (item[1].name, item[0])):
+            text += f'\n[[key]]\nname = "{who.name}"\nrole = "{who.role}"\npublic = "{public}"\n'
+        partial = path.with_suffix(".partial")
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                os.fchmod(file.fileno(), 0o644)
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}") from None
+
+    def of_name(self, name: str) -> dict[str, Identity]:
+        """Return a name's keys."""
+        return {public: who for public, who in self.keys.items() if who.name == name}
+
+    def admit(self, name: str, role: Role, public: str) -> AllowList:
+        """Return the list with one more key; ConfigError if the name has another role or two keys already."""
+        check_name(name, "allow-list")
+        check_key(public, f"allow-list: key of {name}")
+        known = self.keys.get(public)
+        if known is not None and (known.name, known.role) == (name, role):
+            return self
+        if known is not None:
+            raise ConfigError(
+                f"that key is {known.name}'s ({known.role}) already; every name needs a key of its own"
+            )
+        held = self.of_name(name)
+        if any(who.role != role for who in held.values()):
+            raise ConfigError(f"{name} is listed with another role; revoke it first")
+        if len(held) >= MAX_KEYS_PER_NAME:
+            raise ConfigError(
+                f"{name} has {len(held)} keys already; revoke the one no longer used first "
+                f"(fedcore revoke {name} --key KEY)"
+            )
+        return AllowList({**self.keys, public: Identity(name, role, fingerprint(public))})
+
+    def revoke(self, name: str, public: str | None = None) -> AllowList:
+        """Return the list without a name's keys, or without one of them; ConfigError if there is none."""
+        gone = {key for key in self.of_name(name) if public in (None, key)}
+        if not gone:
+            what = "keys" if public is None else "such key"
+            raise ConfigError(f"the allow-list has no {what} for {name!r}")
+        return AllowList({key: who for key, who in self.keys.items() if key not in gone})
+
+
+def _entry(item: object, where: str) -> tuple[str, str, str]:
+    if not isinstance(item, dict) or set(item) != {"name", "role", "public"}:
+        raise ConfigError(f"{where}: expected name, role and public")
+    if item["role"] not in tuple(Role):
+        raise ConfigError(f"{where}: role {item['role']!r}: expected {', '.join(Role)}")
+    return check_name(item["name"], where), item["role"], check_key(item["public"], where)
+
+
+@contextmanager
+def edited(path: Path) -> Iterator[list[AllowList]]:
+    """Change an allow-list under a lock: the list in the cell when the block ends is the one that is written."""
+    import fcntl
+
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"{path.parent}: {error.strerror}; expected the server's kit") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        cell = [AllowList.load(path)]
+        yield cell
+        cell[0].save(path)
+    finally:
+        os.close(folder)

@@ -1,0 +1,156 @@
+"""What the tests of keys and connections share: a server's and some parties' keys, and a relay that listens in."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import pytest
+
+from fedcore.admission import Limits, Secured
+from fedcore.security import AllowList, Credentials, KeyPair, Role
+from fedcore.transport import ServerLink, SiteLink
+
+DEADLINE = 20.0
+
+
+@pytest.fixture(params=["compiled", "python"])
+def pump(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test once with the compiled pump and once with the plain Python loop."""
+    monkeypatch.setenv("FEDCORE_PUMP", request.param)
+    return request.param
+
+
+@dataclass
+class Parties:
+    """A server's keys and those of the parties that it admits, by name."""
+
+    server: KeyPair = field(default_factory=KeyPair.generate)
+    keys: dict[str, KeyPair] = field(default_factory=dict)
+    allowed: AllowList = field(default_factory=lambda: AllowList({}))
+
+    def add(self, name: str, role: Role = Role.SITE) -> KeyPair:
+        pair = self.keys[name] = KeyPair.generate()
+        self.allowed = self.allowed.admit(name, role, pair.public)
+        return pair
+
+    def secured(self, limits: Limits | None = None) -> Secured:
+        return Secured(self.server, self.allowed, limits or Limits())
+
+    def credentials(self, name: str) -> Credentials:
+        return Credentials(self.server.public, self.keys[name])
+
+
+@pytest.fixture
+def parties() -> Parties:
+    found = Parties()
+    found.add("north")
+    found.add("south")
+    return found
+
+
+class Links:
+    """Links that are closed when the test ends."""
+
+    def __init__(self) -> None:
+        self._open: list[ServerLink | SiteLink] = []
+
+    def server(self, secured: Secured | None) -> ServerLink:
+        link = ServerLink("tcp://127.0.0.1:0", secured)
+        self._open.append(link)
+        return link
+
+    def site(
+        self, address: str, credentials: Credentials | None, identity: bytes | None = None
+    ) -> SiteLink:
+        link = SiteLink(address, identity or uuid.uuid4().bytes, credentials)
+        self._open.append(link)
+        return link
+
+    def close(self) -> None:
+        for link in reversed(self._open):
+            link.close()
+
+
+@pytest.fixture
+def links() -> Iterator[Links]:
+    found = Links()
+    yield found
+    found.close()
+
+
+def wait(link: ServerLink | SiteLink, accept: Callable[[object], bool]) -> object:
+    """Return the first thing to arrive that ``accept`` takes."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        arrived = link.recv(deadline - time.monotonic())
+        if arrived is not None and accept(arrived):
+            return arrived
+    raise AssertionError("nothing acceptable arrived")
+
+
+def refusal(link: SiteLink) -> str:
+    """Wait until a link is refused, or has a hint why its handshake fails; return what it says."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        link.recv(0.2)
+        if link.refused or link.hint:
+            return link.refused or link.hint
+    raise AssertionError("nothing was refused")
+
+
+@dataclass
+class Wire:
+    """What went over a relay, in both directions together."""
+
+    address: str
+    seen: bytearray = field(default_factory=bytearray)
+
+
+@contextmanager
+def relay(target: str) -> Iterator[Wire]:
+    """A TCP relay to ``target`` (tcp://host:port) that keeps a copy of every byte."""
+    host, _, port = target.removeprefix("tcp://").rpartition(":")
+    listener = socket.create_server(("127.0.0.1", 0))
+    wire = Wire(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
+    ends: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def copy(source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                wire.seen.extend(data)
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_RDWR)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = listener.accept()
+                far = socket.create_connection((host, int(port)))
+                ends.extend([near, far])
+                for pair in ((near, far), (far, near)):
+                    threads.append(threading.Thread(target=copy, args=pair, daemon=True))
+                    threads[-1].start()
+
+    acceptor = threading.Thread(target=accept, daemon=True)
+    acceptor.start()
+    try:
+        yield wire
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for end in ends:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        acceptor.join(DEADLINE)
+        for thread in threads:
+            thread.join(DEADLINE)
+        for end in ends:
+            end.close()

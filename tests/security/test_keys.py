@@ -1,0 +1,212 @@
+"""Keys, kits and the allow-list on disk: who gets which secret, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from fedcore.errors import ConfigError, StorageError
+from fedcore.provision import (
+    Project,
+    Provisioned,
+    admit,
+    load_project,
+    make_key,
+    provision,
+    revoke,
+)
+from fedcore.security import (
+    AllowList,
+    Credentials,
+    KeyPair,
+    Kit,
+    Role,
+    load_kit,
+    read_secret,
+    write_kit,
+    write_secret,
+)
+
+ADDRESS = "tcp://fl.example.org:7733"
+KEY = KeyPair.generate().public
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Provisioned:
+    parties = {"north": Role.SITE, "south": Role.SITE, "eye": Role.OBSERVER, "ops": Role.OPERATOR}
+    return provision(Project(ADDRESS, parties), tmp_path / "kits")
+
+
+def test_a_kit_holds_its_own_secret_and_nobody_elses(made: Provisioned) -> None:
+    homes = {**made.kits, "server": made.server}
+    secrets = {name: read_secret(home / "secret.key").secret for name, home in homes.items()}
+    assert len(set(secrets.values())) == 5
+    for name, home in homes.items():
+        held = "".join(path.read_text() for path in home.iterdir())
+        assert [who for who, secret in secrets.items() if secret in held] == [name]
+
+
+def test_secrets_are_readable_by_their_owner_alone(made: Provisioned) -> None:
+    for home in (*made.kits.values(), made.server):
+        assert stat.S_IMODE((home / "secret.key").stat().st_mode) == 0o600
+        assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_a_kit_says_all_that_a_site_needs_and_the_server_knows_its_key(made: Provisioned) -> None:
+    allowed = AllowList.load(made.server / "allow.toml")
+    server_key = read_secret(made.server / "secret.key").public
+    for name, home in made.kits.items():
+        kit = load_kit(home)
+        assert (kit.name, kit.server, kit.credentials.server_key) == (name, ADDRESS, server_key)
+        assert allowed.keys[kit.credentials.pair.public].name == name
+    assert {who.name: who.role for who in allowed.keys.values()}["ops"] is Role.OPERATOR
+
+
+def test_provisioning_again_makes_kits_for_new_names_alone(made: Provisioned) -> None:
+    before = {p: p.read_bytes() for p in made.server.parent.rglob("secret.key")}
+    parties = {"north": Role.SITE, "west": Role.SITE}
+    again = provision(Project(ADDRESS, parties), made.server.parent)
+    assert (list(again.kits), again.admitted) == (["west"], ["north"])
+    assert all(p.read_bytes() == content for p, content in before.items())
+    assert len(AllowList.load(made.server / "allow.toml").keys) == 5
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
+def test_a_kit_that_others_can_read_is_refused_and_says_how_to_mend_it(
+    made: Provisioned, mode: int
+) -> None:
+    secret = made.kits["north"] / "secret.key"
+    secret.chmod(mode)
+    with pytest.raises(
+        ConfigError, match=rf"mode {mode:04o}\); run `chmod 600 {re.escape(str(secret))}`"
+    ):
+        load_kit(made.kits["north"])
+
+
+def test_a_secret_is_a_plain_file_in_the_kit(made: Provisioned, tmp_path: Path) -> None:
+    home = made.kits["north"]
+    (home / "secret.key").rename(tmp_path / "elsewhere")
+    (home / "secret.key").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="it is a link"):
+        load_kit(home)
+    (home / "secret.key").unlink()
+    os.mkfifo(home / "secret.key", 0o600)
+    with pytest.raises(ConfigError, match="expected a plain file"):
+        load_kit(home)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('secret = "/etc/passwd"', "unknown key 'secret'"),
+        ('name = "../north"', "name '../north'"),
+        ('name = "a/b"', "name 'a/b'"),
+        ('name = ""', "name ''"),
+        ('server = "ipc:///tmp/x"', "expected tcp://HOST:PORT"),
+        ('server_key = "short"', "expected a public key of 40 characters"),
+        ("server_key = 3", "expected a public key of 40 characters"),
+    ],
+)
+def test_a_kit_that_names_other_files_or_malformed_values_is_refused(
+    made: Provisioned, line: str, said: str
+) -> None:
+    path = made.kits["north"] / "kit.toml"
+    key = line.split(" ", maxsplit=1)[0]
+    kept = [old for old in path.read_text().splitlines() if not old.startswith(f"{key} =")]
+    path.write_text("\n".join([*kept, line]))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_kit(path.parent)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".", "..", "", "x\n", "-rf", "a" * 64, "ü"])
+def test_a_name_that_is_no_name_never_becomes_a_path(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "project.toml"
+    path.write_text(f'[project]\nserver = "{ADDRESS}"\nsites = [{name!r}]\n'.replace("'", '"'))
+    with pytest.raises(ConfigError, match="name"):
+        load_project(path)
+    with pytest.raises(ConfigError, match="name"):
+        write_kit(tmp_path / "kit", Kit(name, ADDRESS, Credentials(KEY, KeyPair.generate())))
+    with pytest.raises(ConfigError, match="name"):
+        AllowList({}).admit(name, Role.SITE, KEY)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f'[project]\nserver = "{ADDRESS}"\n', "project.sites: expected at least one name"),
+        ('[project]\nsites = ["a"]\n', "project.server"),
+        (f'[project]\nserver = "{ADDRESS}"\nsites = ["a", "a"]\n', "'a' is taken"),
+        (f'[project]\nserver = "{ADDRESS}"\nsites = ["server"]\n', "'server' is taken"),
+        (f'[project]\nserver = "{ADDRESS}"\nsites = ["a"]\nsights = []\n', "'project.sights'"),
+        ('[run]\nname = "x"\n', "expected one section, [project]"),
+        ("[project", "not valid TOML"),
+    ],
+)
+def test_a_project_file_that_is_wrong_says_what(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "project.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_project(path)
+
+
+def test_a_secret_key_is_never_written_over(tmp_path: Path) -> None:
+    write_secret(tmp_path / "secret.key", KeyPair.generate())
+    before = (tmp_path / "secret.key").read_bytes()
+    with pytest.raises(StorageError, match="never written over"):
+        write_secret(tmp_path / "secret.key", KeyPair.generate())
+    assert (tmp_path / "secret.key").read_bytes() == before
+
+
+def test_a_key_pair_does_not_show_its_secret() -> None:
+    pair = KeyPair.generate()
+    assert pair.secret not in repr(Credentials(KEY, pair))
+
+
+def test_a_key_made_at_the_site_is_admitted_by_its_public_half(
+    made: Provisioned, tmp_path: Path
+) -> None:
+    server_key = read_secret(made.server / "secret.key").public
+    kit = make_key(tmp_path / "west", None, ADDRESS, server_key, "west")
+    assert admit(made.server, "west", Role.SITE, kit.credentials.pair.public) == 1
+    assert load_kit(tmp_path / "west") == kit
+
+
+def test_a_key_is_replaced_without_a_moment_in_which_none_is_valid(
+    made: Provisioned, tmp_path: Path
+) -> None:
+    old = load_kit(made.kits["north"]).credentials.pair.public
+    kit = make_key(tmp_path / "new", made.kits["north"], "", "", "")
+    new = kit.credentials.pair.public
+    assert admit(made.server, "north", Role.SITE, new) == 2
+    with pytest.raises(ConfigError, match="has 2 keys already"):
+        admit(made.server, "north", Role.SITE, KEY)
+    assert revoke(made.server, "north", old) == 1
+    allowed = AllowList.load(made.server / "allow.toml")
+    assert new in allowed.keys
+    assert old not in allowed.keys
+
+
+def test_an_allow_list_that_contradicts_itself_is_refused(made: Provisioned) -> None:
+    key = load_kit(made.kits["north"]).credentials.pair.public
+    with pytest.raises(ConfigError, match="that key is north's"):
+        admit(made.server, "south", Role.SITE, key)
+    with pytest.raises(ConfigError, match="another role"):
+        admit(made.server, "north", Role.OPERATOR, KEY)
+    with pytest.raises(ConfigError, match="no keys for 'nobody'"):
+        revoke(made.server, "nobody")
+    path = made.server / "allow.toml"
+    path.write_text(path.read_text().replace("operator", "emperor"))
+    with pytest.raises(ConfigError, match="role 'emperor'"):
+        AllowList.load(path)
+
+
+def test_an_allow_list_that_others_can_write_is_refused(made: Provisioned) -> None:
+    path = made.server / "allow.toml"
+    path.chmod(0o666)
+    with pytest.raises(ConfigError, match="can be written by others"):
+        AllowList.load(path)

@@ -1,0 +1,145 @@
+"""Encrypted links over real sockets: who gets in, by what name, and what can be read on the wire."""
+
+from __future__ import annotations
+
+import time
+import uuid
+
+import numpy as np
+import pytest
+
+from fedcore import protocol
+from fedcore._core import Collector, Layout
+from fedcore.layout import ModelFile, create_model
+from fedcore.security import Credentials, Identity, KeyPair, Role
+from fedcore.transport import Control, ServerLink, SiteLink
+
+from .conftest import Links, Parties, refusal, relay, wait
+
+
+def hello(server: ServerLink, link: SiteLink) -> Control:
+    """Say something from a site, and return it as it arrived."""
+    text = uuid.uuid4().hex
+    link.send(protocol.Problem(message=text))
+    found = wait(server, lambda m: isinstance(m, Control) and text.encode() in m.body)
+    assert isinstance(found, Control)
+    return found
+
+
+def model(elements: int) -> tuple[ModelFile, np.ndarray]:
+    values = np.random.default_rng(3).standard_normal(elements).astype(np.float32)
+    file = create_model(None, Layout([("w", "F32", [elements])], 4096))
+    file.view("w")[:] = values.tobytes()
+    return file, values
+
+
+def pulled(server: ServerLink, site: SiteLink, peer: bytes, elements: int) -> bytes:
+    """Publish at the site, pull at the server; return what came."""
+    file, values = model(elements)
+    set_id = uuid.uuid4().bytes
+    total = file.layout.total_bytes
+    site.exchange.publish(set_id, file.file, file.data_offset, total, 4096)
+    target = create_model(None, file.layout)
+    collector = Collector(
+        file.layout, [(peer, set_id, 1)], target.file, target.data_offset, None, 1 << 20
+    )
+    server.exchange.start(collector)
+    server.kick()
+    wait(server, lambda m: isinstance(m, tuple) and m[0] == "done")
+    assert bytes(target.view("w")) == values.tobytes()
+    return values.tobytes()
+
+
+def test_a_peer_is_known_by_the_name_of_its_key(pump: str, links: Links, parties: Parties) -> None:
+    server = links.server(parties.secured())
+    north = links.site(server.endpoint, parties.credentials("north"))
+    peer = hello(server, north).peer
+    who = Identity.of_peer(peer)
+    assert who == parties.allowed.keys[parties.keys["north"].public]
+    assert (who.name, who.role) == ("north", Role.SITE)
+    server.send(peer, protocol.Finish(ok=True, message="bye"))
+    reply = wait(north, lambda m: isinstance(m, Control))
+    assert isinstance(reply, Control)
+    assert protocol.decode_from_server(reply.body) == protocol.Finish(ok=True, message="bye")
+    pulled(server, north, peer, 50_001)
+
+
+def test_an_unknown_key_is_refused_and_told_so(links: Links, parties: Parties) -> None:
+    server = links.server(parties.secured())
+    stranger = links.site(server.endpoint, Credentials(parties.server.public, KeyPair.generate()))
+    stranger.send(protocol.StatusRequest())
+    assert "does not admit this key" in refusal(stranger)
+    assert server.recv(0.3) is None
+
+
+def test_a_server_with_another_key_is_not_talked_to(links: Links, parties: Parties) -> None:
+    impostor = links.server(Parties(allowed=parties.allowed).secured())
+    north = links.site(impostor.endpoint, parties.credentials("north"))
+    north.send(protocol.Problem(message="secret"))
+    assert "server_key" in refusal(north)
+    assert impostor.recv(0.3) is None
+
+
+@pytest.mark.parametrize("encrypted", [True, False], ids=["encrypted server", "encrypted site"])
+def test_a_plain_end_and_an_encrypted_one_do_not_talk(
+    links: Links, parties: Parties, encrypted: bool
+) -> None:
+    server = links.server(parties.secured() if encrypted else None)
+    site = links.site(server.endpoint, None if encrypted else parties.credentials("north"))
+    site.send(protocol.StatusRequest())
+    assert ("FEDCORE_KIT" if encrypted else "does not speak encrypted") in refusal(site)
+    assert server.recv(0.3) is None
+
+
+def test_a_key_cannot_speak_for_another_by_its_routing_id(
+    pump: str, links: Links, parties: Parties
+) -> None:
+    server = links.server(parties.secured())
+    identity = uuid.uuid4().bytes
+    north = links.site(server.endpoint, parties.credentials("north"), identity)
+    honest = hello(server, north).peer
+    north.close()
+    forger = links.site(server.endpoint, parties.credentials("south"), identity)
+    forged = hello(server, forger).peer
+    assert forged != honest
+    who = Identity.of_peer(forged)
+    assert who is not None
+    assert who.name == "south"
+
+
+def test_a_blocked_user_is_not_heard_and_can_be_heard_again(
+    pump: str, links: Links, parties: Parties
+) -> None:
+    server = links.server(parties.secured())
+    north = links.site(server.endpoint, parties.credentials("north"))
+    south = links.site(server.endpoint, parties.credentials("south"))
+    peer = hello(server, north).peer
+    who = Identity.of_peer(peer)
+    assert who is not None
+    server.block(who.user)
+    assert server.exchange.last_heard(peer) is None
+    north.send(protocol.Problem(message="blocked"))
+    arrived = hello(server, south)  # sent later, on another connection
+    assert b"blocked" not in arrived.body
+    end = time.monotonic() + 0.5
+    while (left := end - time.monotonic()) > 0:
+        assert server.recv(left) is None
+    server.block(who.user, False)
+    hello(server, north)
+
+
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_tensor_bytes_and_messages_are_on_the_wire_only_without_encryption(
+    links: Links, parties: Parties, encrypted: bool
+) -> None:
+    server = links.server(parties.secured() if encrypted else None)
+    with relay(server.endpoint) as wire:
+        site = links.site(wire.address, parties.credentials("north") if encrypted else None)
+        arrived = hello(server, site)
+        sent = pulled(server, site, arrived.peer, 40_000)
+        plain = [sent[at : at + 16] in wire.seen for at in range(0, len(sent), 4096)]
+        assert len(plain) > 10
+        assert set(plain) == {not encrypted}
+        assert (arrived.body in wire.seen) is not encrypted
+        site.close()
+    assert len(wire.seen) > len(sent)
