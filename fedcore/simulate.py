@@ -136,6 +136,7 @@ def _site_env(config: RunConfig, site: str) -> dict[str, str]:
     own = config.simulate.site.get(site)
     return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "FEDCORE_WORK": os.environ.get("FEDCORE_WORK", str(config.run_folder / "sites")),
         **config.simulate.env,
         **(own.env if own else {}),
     }

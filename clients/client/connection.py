@@ -11,12 +11,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from fedcore import __version__, protocol
-from fedcore._core import Collector, Layout
+from fedcore._core import Collector
 from fedcore.errors import (
     ClosedError,
     FedcoreError,
@@ -57,6 +57,8 @@ class Connection:
 
     Attributes:
         welcome, accepted, task, finish: the server's last word of each kind; ``accepted`` is a layout's hash.
+        settled: called in the background once the fate of a published update is known, with its announcement and
+            whether it counted.
     """
 
     def __init__(self, settings: SiteSettings) -> None:
@@ -80,6 +82,7 @@ class Connection:
         self._ready: protocol.Ready | None = None
         self._upload = (0, 0, 0.0)
         self._download: tuple[Collector, str] | None = None
+        self.settled: Callable[[protocol.Ready, bool], None] = lambda *_: None
 
     # --- coming, waiting, going ---
 
@@ -192,15 +195,17 @@ class Connection:
         with self.changed:
             self._declare = declare
 
-    def publish(self, ready: protocol.Ready, file: ModelFile, layout: Layout) -> None:
-        """Publish an update and announce it until it is withdrawn."""
+    def publish(self, ready: protocol.Ready, file: ModelFile, checksums: Sequence[int]) -> None:
+        """Publish an update, of whose chunks ``checksums`` are, and announce it until it is withdrawn."""
         assert self._link is not None
+        layout = file.layout
         self._link.exchange.publish(
             bytes.fromhex(ready.set_id),
             file.file,
             file.data_offset,
             layout.total_bytes,
             layout.chunk_bytes,
+            checksums,
         )
         with self.changed:
             self._ready = ready
@@ -213,6 +218,15 @@ class Connection:
             ready, self._ready = self._ready, None
         if ready is not None and self._link is not None:
             self._link.exchange.withdraw(bytes.fromhex(ready.set_id))
+
+    def _settle(self, rounds: range, included_in: int | None) -> None:
+        """Withdraw the update if it is of one of ``rounds``, and tell whether it counted."""
+        with self.changed:
+            ready = self._ready
+            if ready is None or ready.round not in rounds:
+                return
+            self.withdraw()
+        self.settled(ready, ready.round == included_in)
 
     def upload(self) -> tuple[int, int] | None:
         """Return about how many bytes of the published update were sent, and how many it has."""
@@ -352,16 +366,15 @@ class Connection:
         self._held = None
         if self._declare is not None:
             self.send(self._declare)
+        elif self._ready is not None:  # one that an earlier process has trained
+            self.send(self._ready)
 
     def _on_outcome(self, message: protocol.Commit | protocol.Dropped) -> None:
-        ready = self._ready
         if isinstance(message, protocol.Dropped):
             logger.warning("%s: round %d: %s", self._site, message.round, message.message)
-            if ready is not None and ready.round == message.round:
-                self.withdraw()
+            self._settle(range(message.round, message.round + 1), None)
             return
-        if ready is not None and ready.round <= message.version:
-            self.withdraw()
+        self._settle(range(message.version + 1), message.version if message.included else None)
         if message.version:
             logger.info(
                 "%s: round %d of %d is committed (%d sites%s)%s",

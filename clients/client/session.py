@@ -9,13 +9,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
-import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final, Literal
 
 from fedcore import protocol
@@ -31,7 +27,6 @@ from fedcore.layout import (
     Reader,
     TensorSpec,
     compare_layouts,
-    create_model,
     layout_hash,
     table,
 )
@@ -39,6 +34,7 @@ from fedcore.layout import (
 from .connection import Connection
 from .progress import Bar, State, TerminalHandler
 from .settings import SiteSettings
+from .work import WorkFolder
 
 __all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
 
@@ -76,14 +72,14 @@ class Session:
         self.site = settings.site
         self.server = settings.server
         self._connection = Connection(settings)
-        self._scratch: Path | None = None
-        self._files: dict[str, ModelFile] = {}
+        self._work: WorkFolder | None = None
+        self._looked = False
         self._layout: Layout | None = None
         self._model: GlobalModel | None = None
         self._offered: tuple[str, int] | None = None
         self._at_hand = (0, 0)
         self._over = False
-        self._scored: int | None = None
+        self._score: protocol.Score | None = None
 
     # --- what a script calls -----------------------------------------------------------------------
 
@@ -125,20 +121,27 @@ class Session:
                     "it (trainer.fit(...), trainer.train() or fl.send(...)) inside the loop"
                 )
             self.end_task()
-        with self._watched("the next task", self._standing) as turns:
-            for _ in turns:
-                if self._connection.finish is not None:
-                    break
-                task = self._connection.open_task()
-                if task is not None or self._expects_model():
-                    self._check_progress()
-                    # A run without a model yet stands before its first round.
-                    self._at_hand = (task.round or 1, task.version) if task else (1, 0)
-                    return True
+        while self._work_comes():
+            task = self._connection.open_task()
+            if task is None or not self._deliver_kept(task):
+                self._check_progress()
+                # A run without a model yet stands before its first round.
+                self._at_hand = (task.round or 1, task.version) if task else (1, 0)
+                return True
         self._over = True
         self._report_end()
         self.close()
         return False
+
+    def _work_comes(self) -> bool:
+        """Wait for a task, or until the server wants this site's model; False when the run is over."""
+        with self._watched("the next task", self._standing) as turns:
+            for _ in turns:
+                if self._connection.finish is not None:
+                    return False
+                if self._connection.open_task() is not None or self._expects_model():
+                    return True
+        raise AssertionError("unreachable")
 
     def begin(
         self, specs: Sequence[TensorSpec], files: Mapping[str, str], read: Reader
@@ -208,16 +211,14 @@ class Session:
         The first call per version counts; later ones are ignored.
         """
         model = self._need_model("score")
-        if self._scored == model.version:
+        if self._score is not None and self._score.version == model.version:
             return
-        self._scored = model.version
-        self._connection.send(
-            protocol.Score(
-                version=model.version,
-                metrics={str(k): float(v) for k, v in metrics.items()},
-                examples=min(max(1, int(examples)), protocol.MAX_WEIGHT),
-            )
+        self._score = protocol.Score(
+            version=model.version,
+            metrics={str(k): float(v) for k, v in metrics.items()},
+            examples=min(max(1, int(examples)), protocol.MAX_WEIGHT),
         )
+        self._connection.send(self._score)
 
     def submit(self, read: Reader, weight: int, metrics: Mapping[str, float] | None = None) -> None:
         """Publish this round's update and end the task; the server pulls it in the background.
@@ -253,9 +254,9 @@ class Session:
         model, self._model = self._model, None
         if model is not None:
             self._connection.end_task(model.kind, model.round)
-            if self._scored != model.version:
-                self._scored = model.version
-                self._connection.send(protocol.Score(version=model.version, metrics={}, examples=1))
+            if self._score is None or self._score.version != model.version:
+                self._score = protocol.Score(version=model.version, metrics={}, examples=1)
+                self._connection.send(self._score)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show training metrics at the server while a round is under way."""
@@ -293,8 +294,9 @@ class Session:
         """Leave the run and free the sockets; may be called more than once."""
         if not self._connection.close():
             return
-        if self._scratch is not None and self._settings.work is None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        finish = self._connection.finish
+        if self._work is not None:
+            self._work.close(keep=finish is None or not finish.ok)
 
     # --- waiting -----------------------------------------------------------------------------------
 
@@ -381,34 +383,13 @@ class Session:
                     )
         return layout
 
-    def _scratch_path(self, name: str) -> Path:
-        if self._scratch is None:
-            if self._settings.work is None:
-                self._scratch = Path(tempfile.mkdtemp(prefix="fedcore-"))
-            else:
-                self._scratch = self._settings.work
-                self._scratch.mkdir(parents=True, exist_ok=True)
-        return self._scratch / f"{self.site}-{os.getpid()}-{name}.safetensors"
-
-    def _file(self, layout: Layout, name: str) -> ModelFile:
-        """Return a scratch file, the same in every round: overwriting one is far cheaper than a new one.
-
-        It is unlinked at once, and so goes with the process.
-        """
-        if name not in self._files:
-            path = self._scratch_path(name)
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-            self._files[name] = create_model(path, layout)
-            path.unlink()
-        return self._files[name]
-
     def _publish(
         self, layout: Layout, read: Reader, round_: int, weight: int, metrics: Mapping[str, float]
     ) -> None:
         self._connection.withdraw()
-        file = self._file(layout, "update")
+        file = self._work_folder().update(layout)
         file.fill(read)
+        checksums = file.checksums()
         ready = protocol.Ready(
             round=round_,
             set_id=uuid.uuid4().hex,
@@ -416,12 +397,41 @@ class Session:
             weight=weight,
             metrics={str(k): float(v) for k, v in metrics.items()},
         )
-        self._connection.publish(ready, file, layout)
+        if round_:
+            self._work_folder().record(ready, checksums, self._score)
+        self._connection.publish(ready, file, checksums)
+
+    def _work_folder(self) -> WorkFolder:
+        if self._work is None:
+            self._work = WorkFolder(self._settings.work, self.site, self.run_id)
+            self._connection.settled = lambda ready, _: (
+                self._work and self._work.forget(ready.set_id)
+            )
+        return self._work
+
+    def _deliver_kept(self, task: protocol.Task) -> bool:
+        """Offer what an earlier process of this site has trained for this task, if there is that."""
+        welcome = self._connection.welcome
+        if self._looked or welcome is None:
+            return False
+        self._looked = True
+        kept = self._work_folder().kept(task, welcome.chunk_bytes)
+        if kept is None:
+            return False
+        ready, score = kept.record.ready, kept.record.score
+        logger.info("%s: round %d was trained before this process was started; its update is "
+                    "delivered again", self.site, ready.round)  # fmt: skip
+        if score is not None:
+            self._connection.send(score)
+        self._connection.publish(ready, kept.file, kept.checksums)
+        self._at_hand = (task.round, task.version)
+        self._end(task.kind, task.round)
+        return True
 
     def _pull(self, layout: Layout, task: protocol.Task) -> ModelFile | None:
         """Download a published global model; None when the server no longer publishes it."""
         assert task.set_id is not None
-        file = self._file(layout, "global")
+        file = self._work_folder().scratch(layout)
         source = (b"", bytes.fromhex(task.set_id), 1)
         collector = Collector(
             layout, [source], file.file, file.data_offset, None, _WINDOW_BYTES, check_finite=False

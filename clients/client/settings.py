@@ -23,7 +23,8 @@ class SiteSettings:
     Attributes:
         server: address of the server, ``tcp://HOST:PORT``.
         site: this site's name.
-        work: folder for scratch files; None: a temporary one that is removed at the end.
+        work: folder for scratch files and for the update until its round is over; None: a temporary one that is
+            removed at the end, so that a process that is started again trains again.
         connect_timeout: seconds to wait for the server's first answer.
         idle_timeout: seconds of the server's silence after which a wait is given up.
     """
@@ -65,10 +66,22 @@ class SiteSettings:
         return cls(
             server=server,
             site=site,
-            work=Path(env["FEDCORE_WORK"]) if env.get("FEDCORE_WORK") else None,
+            work=Path(env["FEDCORE_WORK"]) if env.get("FEDCORE_WORK") else _default_work(env),
             connect_timeout=_seconds(env, "FEDCORE_CONNECT_TIMEOUT", cls.connect_timeout),
             idle_timeout=_seconds(env, "FEDCORE_IDLE_TIMEOUT", cls.idle_timeout),
         )
+
+
+def _default_work(env: Mapping[str, str]) -> Path | None:
+    """Return the user's folder for state that outlives a process, or None where it can't be written."""
+    state = Path(env.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():
+        home = Path(env.get("HOME", ""))
+        if not home.is_absolute():
+            return None
+        state = home / ".local" / "state"
+    there = next(folder for folder in (state, *state.parents) if folder.exists())
+    return state / "fedcore" if os.access(there, os.W_OK | os.X_OK) else None
 
 
 def _seconds(env: Mapping[str, str], name: str, default: float) -> float:

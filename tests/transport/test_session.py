@@ -130,7 +130,7 @@ def same(raw: memoryview | bytes, value: float) -> bool:
 
 
 @contextmanager
-def stage(**settings: float) -> Iterator[tuple[Stage, Session, Callable[..., Future]]]:
+def stage(**settings: object) -> Iterator[tuple[Stage, Session, Callable[..., Future]]]:
     link = ServerLink("tcp://127.0.0.1:0")
     session = Session(SiteSettings(server=link.endpoint, site="north", **settings))  # type: ignore[arg-type]
     with ThreadPoolExecutor(1) as pool:

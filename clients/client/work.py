@@ -1,0 +1,260 @@
+"""A site's work folder: the scratch file of the global model, and the update until its round is over.
+
+The update and a small record of what it is lie in ``ROOT/SITE/RUN_ID``, so that a process that is started again
+finds them and need not train again. The record is written last, by rename, and goes before the file is written
+over. Neither is forced to the device: what a power failure leaves is found out by its checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from fedcore import protocol
+from fedcore._core import Layout, crc32c
+from fedcore.errors import StorageError
+from fedcore.layout import ModelFile, create_model, layout_hash, open_model
+
+__all__ = ["Kept", "Record", "WorkFolder"]
+
+_ATTEMPTS: Final = 5
+
+logger = logging.getLogger("fedcore.client")
+
+_held: set[Path] = set()
+"""Folders that this process has: the system's locks keep only other processes away."""
+
+
+class Record(BaseModel):
+    """What the update file beside it holds, and for what.
+
+    Attributes:
+        ready: the announcement that it is offered with; its round, layout, weight and set id are the update's.
+        checksum: CRC-32C over those of the file's chunks.
+        score: what this site has said of the model that it trained from.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants"
+    )
+
+    format: Literal[1] = 1
+    run_id: protocol.SetId
+    site: protocol.SiteName
+    ready: protocol.Ready
+    checksum: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}$")]
+    score: protocol.Score | None = None
+
+
+class Kept:
+    """An update that an earlier process of this site has trained."""
+
+    def __init__(self, record: Record, file: ModelFile, checksums: list[int]) -> None:
+        self.record = record
+        self.file = file
+        self.checksums = checksums
+
+
+class WorkFolder:
+    """One process's scratch files. `forget` may be called from any thread, the rest from the one that trains.
+
+    Args:
+        root: where sites have their folders; None: a temporary one, and nothing is kept.
+        site, run_id: whose folder.
+
+    Raises:
+        StorageError: the folder can't be made.
+    """
+
+    def __init__(self, root: Path | None, site: str, run_id: str) -> None:
+        self._site, self._run_id = site, run_id
+        self._changing = threading.Lock()
+        self._recorded = ""
+        self._files: dict[str, ModelFile] = {}
+        self._lock: int | None = None
+        self.folder = Path()
+        if root is not None:
+            self._take(root.absolute())
+        self.keeps = self._lock is not None
+        if not self.keeps:
+            self.folder = Path(tempfile.mkdtemp(prefix="fedcore-", dir=root))
+
+    def _take(self, root: Path) -> None:
+        folder = root / self._site / self._run_id
+        try:
+            self._lock = _lock(folder)
+            if self._lock is None:
+                logger.warning(
+                    "%s: another process uses %s; what this one trains is not kept should it be killed",
+                    self._site, folder,
+                )  # fmt: skip
+                return
+            _remove_others(folder)
+        except OSError as error:
+            raise StorageError(
+                f"cannot use the work folder {folder}: {error.strerror or error}; set FEDCORE_WORK to a folder "
+                "that can be written"
+            ) from None
+        self.folder = folder
+        _held.add(folder)
+
+    @property
+    def _record_path(self) -> Path:
+        return self.folder / "update.json"
+
+    def scratch(self, layout: Layout) -> ModelFile:
+        """Return the file for the global model, the same in every round. It goes with the process."""
+        return self._file("global", layout, keep=False)
+
+    def update(self, layout: Layout) -> ModelFile:
+        """Return the file for an update, the same in every round; what was recorded of it is forgotten."""
+        self.forget()
+        return self._file("update", layout, keep=self.keeps)
+
+    def _file(self, name: str, layout: Layout, *, keep: bool) -> ModelFile:
+        """Overwriting a file is far cheaper than a new one."""
+        if name not in self._files:
+            path = self.folder / f"{name}.safetensors"
+            path.unlink(missing_ok=True)
+            self._files[name] = create_model(path, layout)
+            if not keep:
+                path.unlink()
+        return self._files[name]
+
+    def record(
+        self, ready: protocol.Ready, checksums: list[int], score: protocol.Score | None
+    ) -> None:
+        """Note that the update file is complete."""
+        if not self.keeps:
+            return
+        record = Record(
+            run_id=self._run_id,
+            site=self._site,
+            ready=ready,
+            checksum=_checksum(checksums),
+            score=score,
+        )
+        partial = self._record_path.with_suffix(".partial")
+        with self._changing:
+            try:
+                partial.write_text(record.model_dump_json(), encoding="utf-8")
+                partial.rename(self._record_path)
+                self._recorded = ready.set_id
+            except OSError as error:
+                logger.warning(
+                    "%s: the update of round %d is not kept should this process be killed: %s",
+                    self._site, ready.round, error,
+                )  # fmt: skip
+
+    def forget(self, set_id: str | None = None) -> None:
+        """Note that the update file is not needed any more; with ``set_id`` only if it is that set."""
+        if not self.keeps:
+            return
+        with self._changing:
+            if set_id is None or set_id == self._recorded:
+                self._record_path.unlink(missing_ok=True)
+                self._recorded = ""
+
+    def kept(self, task: protocol.Task, chunk_bytes: int) -> Kept | None:
+        """Return the update that an earlier process trained for ``task``; one for anything else is removed."""
+        if not self.keeps or not self._record_path.exists():
+            return None
+        try:
+            found = self._read(task, chunk_bytes)
+        except (OSError, ValueError) as error:
+            problem = "its record is damaged" if isinstance(error, ValidationError) else str(error)
+            logger.warning("%s: a kept update is not used: %s", self._site, problem)
+            self.forget()
+            (self.folder / "update.safetensors").unlink(missing_ok=True)
+            return None
+        self._recorded = found.record.ready.set_id
+        return found
+
+    def _read(self, task: protocol.Task, chunk_bytes: int) -> Kept:
+        record = Record.model_validate_json(self._record_path.read_bytes())
+        ready = record.ready
+        if (record.run_id, record.site) != (self._run_id, self._site):
+            raise StorageError(f"it is one of site {record.site} in run {record.run_id}")
+        if task.kind != "train" or ready.round != task.round:
+            raise StorageError(f"it is for round {ready.round}, which is over")
+        file = open_model(self.folder / "update.safetensors", chunk_bytes)
+        if (
+            not file.canonical
+            or not layout_hash(file.layout) == ready.layout_hash == task.layout_hash
+        ):
+            raise StorageError("its tensors are not the run's")
+        checksums = file.checksums()
+        if _checksum(checksums) != record.checksum:
+            raise StorageError("its file is damaged (the checksum differs)")
+        return Kept(record, file, checksums)
+
+    def close(self, *, keep: bool) -> None:
+        """Remove what is here; with ``keep`` not an update that is recorded."""
+        self._files.clear()
+        if not self.keeps:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        if not (keep and self._record_path.exists()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: other sites and runs are there
+                self.folder.parent.rmdir()
+                self.folder.parent.parent.rmdir()
+        _held.discard(self.folder)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _checksum(checksums: list[int]) -> str:
+    return f"{crc32c(b''.join(value.to_bytes(4, 'little') for value in checksums)):08x}"
+
+
+def _lock(folder: Path) -> int | None:
+    """Make a folder and lock it; None if another process has it. The lock goes with this process.
+
+    A record lock is not inherited, so children that outlive a killed process do not hold it.
+    """
+    if folder in _held:
+        return None
+    for _ in range(_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):  # removed by another process just now
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path = folder / "lock"
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                return None
+            except OSError:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+    return None
+
+
+def _remove_others(folder: Path) -> None:
+    """Remove what processes of this site have left of other runs, unless they still run."""
+    for other in _folders(folder.parent):
+        if other == folder:
+            continue
+        descriptor = _lock(other)
+        if descriptor is not None:
+            shutil.rmtree(other, ignore_errors=True)
+            os.close(descriptor)
+
+
+def _folders(parent: Path) -> Iterator[Path]:
+    return (path for path in list(parent.iterdir()) if path.is_dir())

@@ -1,0 +1,256 @@
+"""A site's work folder: what a process leaves behind is used only where it is whole and meant for the task."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedcore import protocol
+from fedcore._core import Layout
+from fedcore.client.settings import SiteSettings
+from fedcore.client.work import WorkFolder
+from fedcore.errors import StorageError
+from fedcore.layout import layout_hash
+
+CHUNK = 4096
+LAYOUT = Layout([("w", "F32", [5000])], CHUNK)
+OTHER = Layout([("w", "F32", [5001])], CHUNK)
+RUN = uuid.uuid4().hex
+VALUES = np.arange(5000, dtype=np.float32)
+
+
+def task(round_: int = 1, layout: Layout = LAYOUT, kind: str = "train") -> protocol.Task:
+    return protocol.Task.model_validate(
+        {
+            "kind": kind,
+            "round": round_,
+            "rounds": 3,
+            "version": round_ - 1,
+            "layout_hash": layout_hash(layout),
+        }
+    )
+
+
+def trained(root: Path, round_: int = 1, layout: Layout = LAYOUT) -> WorkFolder:
+    """Let a process train in ``round_``."""
+    work = WorkFolder(root, "a", RUN)
+    file = work.update(layout)
+    file.fill(lambda _: np.resize(VALUES, layout.total_bytes // 4).tobytes())
+    ready = protocol.Ready(
+        round=round_, set_id=uuid.uuid4().hex, layout_hash=layout_hash(layout), weight=5
+    )
+    score = protocol.Score(version=round_ - 1, metrics={"loss": 0.5}, examples=3)
+    work.record(ready, file.checksums(), score)
+    return work
+
+
+def killed(work: WorkFolder) -> None:
+    """Leave everything as a killed process does."""
+    work.close(keep=True)
+
+
+def files(root: Path) -> set[str]:
+    return {path.name for path in root.rglob("*") if path.is_file()} - {"lock"}
+
+
+def test_a_process_that_is_started_again_finds_what_was_trained(tmp_path: Path) -> None:
+    killed(trained(tmp_path))
+    work = WorkFolder(tmp_path, "a", RUN)
+    kept = work.kept(task(), CHUNK)
+    assert kept is not None
+    assert np.array_equal(np.frombuffer(kept.file.view("w"), np.float32), VALUES)
+    assert (kept.record.ready.round, kept.record.ready.weight) == (1, 5)
+    assert kept.record.score is not None
+    assert kept.record.score.metrics == {"loss": 0.5}
+    assert kept.checksums == kept.file.checksums()
+    assert (work.folder.stat().st_mode & 0o777) == 0o700
+    work.close(keep=False)
+
+
+def flip(folder: Path) -> None:
+    path = folder / "update.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+
+
+def tear(folder: Path) -> None:
+    path = folder / "update.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[:-4096] + bytes(4096))
+
+
+def shorten(folder: Path) -> None:
+    with (folder / "update.safetensors").open("r+b") as file:
+        file.truncate(9000)
+
+
+def edit(**changes: object) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "update.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip, "the checksum differs"),
+        (tear, "the checksum differs"),
+        (shorten, "the tensors end"),
+        (lambda folder: (folder / "update.safetensors").write_bytes(b""), "too few"),
+        (lambda folder: (folder / "update.safetensors").unlink(), "cannot open"),
+        (lambda folder: (folder / "update.json").write_text('{"format": 1'), "record is damaged"),
+        (lambda folder: (folder / "update.json").write_bytes(b""), "record is damaged"),
+        (edit(format=2), "record is damaged"),
+        (edit(site="b"), "site b"),
+        (edit(run_id="0" * 32), "run 000"),
+        (edit(checksum="00000000"), "the checksum differs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_torn_or_foreign_is_removed_and_never_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], said: str
+) -> None:
+    killed(trained(tmp_path))
+    work = WorkFolder(tmp_path, "a", RUN)
+    damage(work.folder)
+    assert work.kept(task(), CHUNK) is None
+    assert said in caplog.text
+    assert files(tmp_path) == set()
+    work.close(keep=True)
+
+
+@pytest.mark.parametrize(
+    "wanted", [task(2), task(1, OTHER), task(1, kind="evaluate")], ids=["round", "layout", "score"]
+)
+def test_what_was_trained_for_another_task_is_removed(
+    tmp_path: Path, wanted: protocol.Task
+) -> None:
+    killed(trained(tmp_path))
+    work = WorkFolder(tmp_path, "a", RUN)
+    assert work.kept(wanted, CHUNK) is None
+    assert files(tmp_path) == set()
+    work.close(keep=True)
+
+
+def test_a_file_that_is_written_over_has_no_record(tmp_path: Path) -> None:
+    work = trained(tmp_path)
+    assert files(tmp_path) == {"update.json", "update.safetensors"}
+    work.update(LAYOUT)
+    assert files(tmp_path) == {"update.safetensors"}
+    killed(work)
+    assert files(tmp_path) == set()
+
+
+def test_only_the_set_whose_fate_is_known_is_forgotten(tmp_path: Path) -> None:
+    work = trained(tmp_path)
+    set_id = json.loads((work.folder / "update.json").read_text())["ready"]["set_id"]
+    work.forget("0" * 32)
+    assert "update.json" in files(tmp_path)
+    work.forget(set_id)
+    assert "update.json" not in files(tmp_path)
+    work.close(keep=True)
+
+
+def test_rounds_take_the_room_of_one_model_and_one_update(tmp_path: Path) -> None:
+    work = WorkFolder(tmp_path, "a", RUN)
+    places = {work.scratch(LAYOUT).file.path for _ in range(3)} | {
+        work.update(LAYOUT).file.path for _ in range(3)
+    }
+    assert len(places) == 2
+    assert files(tmp_path) == {"update.safetensors"}
+    work.close(keep=False)
+    assert not any(tmp_path.parent.glob(tmp_path.name)), "the folders go where they are empty"
+
+
+HOLD = """
+import os, sys
+from pathlib import Path
+from fedcore.client.work import WorkFolder
+work = WorkFolder(Path(sys.argv[1]), "a", sys.argv[2])
+if os.fork() == 0:
+    os.close(1)
+    sys.stdin.read()  # a child that outlives its parent
+    os._exit(0)
+print(work.keeps, flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(root: Path, run: str) -> subprocess.Popen[str]:
+    """Start another process that has the folder, and a child of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-c", HOLD, str(root), run],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    return process
+
+
+def test_a_second_process_of_a_site_leaves_the_first_ones_files_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed(trained(tmp_path))
+    first = holder(tmp_path, RUN)
+    try:
+        second = WorkFolder(tmp_path, "a", RUN)
+        assert not second.keeps
+        assert "another process uses" in caplog.text
+        assert second.kept(task(), CHUNK) is None
+        second.update(LAYOUT)
+        second.close(keep=True)
+        assert files(tmp_path) == {"update.json", "update.safetensors"}
+        first.kill()
+        first.wait()
+        third = WorkFolder(tmp_path, "a", RUN)
+        assert third.kept(task(), CHUNK) is not None, "its child must not hold the lock"
+        third.close(keep=False)
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_what_other_runs_have_left_is_removed_unless_they_still_run(tmp_path: Path) -> None:
+    killed(trained(tmp_path))
+    other = holder(tmp_path, "1" * 32)
+    try:
+        assert {path.name for path in (tmp_path / "a").iterdir()} == {"1" * 32}
+        mine = WorkFolder(tmp_path, "a", "2" * 32)
+        assert {path.name for path in (tmp_path / "a").iterdir()} == {"1" * 32, "2" * 32}
+        mine.close(keep=False)
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_folder_that_cannot_be_made_says_which_setting_to_change(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="FEDCORE_WORK"):
+        WorkFolder(tmp_path / "file", "a", RUN)
+
+
+def test_the_folder_outlives_the_process_unless_there_is_no_place_for_it(tmp_path: Path) -> None:
+    site = {"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "a"}
+
+    def work(**env: str) -> Path | None:
+        return SiteSettings.from_environment({**site, **env}).work
+
+    assert work(HOME=str(tmp_path)) == tmp_path / ".local" / "state" / "fedcore"
+    assert work(XDG_STATE_HOME=str(tmp_path)) == tmp_path / "fedcore"
+    assert work(HOME=str(tmp_path), FEDCORE_WORK="here") == Path("here")
+    assert work() is None
+    if os.getuid() != 0:
+        assert work(HOME="/proc") is None
