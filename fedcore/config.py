@@ -154,12 +154,14 @@ class SelectionSection(_Section):
 
 
 class ServerSection(_Section):
-    """``[server]``: where to listen, the memory budget for chunks, and the spill file beyond it."""
+    """``[server]``: where to listen, the memory budget for chunks, the spill file beyond it, and how many models
+    are kept."""
 
     listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:(\d{1,5}|\*)$")] = "tcp://127.0.0.1:7733"
     memory: Size = 256 << 20
     spill: bool = True
     spill_dir: str | None = None
+    keep_versions: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ServerSection:

@@ -65,7 +65,19 @@ class Outcome:
         if chosen.metric is None or chosen.mode is None:
             return None
         quorum = self._config.participants.quorum
-        return best_version(self._store.scores(), chosen.metric, chosen.mode, quorum)
+        scores = self._store.scores()
+        if self._config.server.keep_versions is not None:
+            scores = {v: s for v, s in scores.items() if self._store.path(v).is_file()}
+        return best_version(scores, chosen.metric, chosen.mode, quorum)
+
+    def prune(self) -> None:
+        """Remove the models that ``server.keep_versions`` does not keep: all but the best and the last ones."""
+        last, count = self._store.last_version, self._config.server.keep_versions
+        if last is None or count is None:
+            return
+        keep = {*range(last - count + 1, last + 1), *(() if self.best is None else (self.best,))}
+        for version in self._store.prune(keep):
+            logger.debug("the model of round %d is removed", version)
 
     def metric_text(self, version: int) -> str:
         """Return a version's selecting metric in words."""

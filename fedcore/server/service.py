@@ -478,6 +478,7 @@ class Server:
             self._device = use_device("cpu")
             logger.warning("the GPU failed; the CPU goes on with the same bits: %s", failure)
         self._export_best()
+        self._outcome.prune()
         self._do(self._rounds.committed(action.version, time.monotonic()))
 
     # --- selection and the end ---
@@ -497,6 +498,7 @@ class Server:
         self._store.end(finished=ok)
         self._peers.broadcast(protocol.Finish(ok=ok, message=message[:4096], best_version=chosen))
         self._versions.finish_digests(wait=ok)
+        self._outcome.prune()
         self._outcome.write_summary(result, self._snapshot())  # now with the digests
         (logger.info if ok else logger.error)(
             "the run %s%s", "is complete" if ok else "ended: " + message,

@@ -16,7 +16,7 @@ import shutil
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -278,6 +278,20 @@ class Store:
             )
             for name, text in (files or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (name, text))
+
+    def prune(self, keep: Collection[int]) -> list[int]:
+        """Remove the files of the versions that are not in ``keep``, hashed ones only; returns which they were.
+
+        Their rows stay.
+        """
+        removed = []
+        for row in self.versions():
+            path = self.path(row.version)
+            if row.version not in keep and row.sha256 and path.is_file():
+                with _storing(path):
+                    path.unlink()
+                removed.append(row.version)
+        return removed
 
     def versions(self) -> list[VersionRow]:
         """Return every committed version, in order."""

@@ -31,13 +31,14 @@ from fedcore.server.store import Store
 SPECS = [("w", "F32", [5000]), ("n", "I64", [2])]
 
 
-def run_config(tmp_path: Path, **people: Any) -> Any:
+def run_config(tmp_path: Path, keep_versions: int | None = None, **people: Any) -> Any:
+    kept = {} if keep_versions is None else {"keep_versions": keep_versions}
     return parse_run(
         {
             "run": {"name": "t", "rounds": people.pop("rounds", 3)},
             "participants": {"round_deadline": "20s", **people},
             "selection": {"metric": "loss", "mode": "min"},
-            "server": {"listen": "tcp://127.0.0.1:0"},
+            "server": {"listen": "tcp://127.0.0.1:0", **kept},
         },
         folder=tmp_path,
     )
@@ -313,3 +314,22 @@ def test_only_a_sample_of_the_sites_trains_in_a_round(tmp_path: Path) -> None:
     versions = json.loads((tmp_path / "runs/t/summary.json").read_text())["versions"]
     assert [len(row["participants"]) for row in versions] == [0, 2, 2, 2, 2]
     assert len(versions[-1]["metrics_by_site"]) == 3  # all of them score the last model
+
+
+def test_only_the_best_and_the_last_models_are_kept_where_that_is_asked(tmp_path: Path) -> None:
+    config = run_config(tmp_path, keep_versions=2, rounds=7, count=1)
+    server = Server(config)
+    result, _ = run(server, lambda: site(server.endpoint, "a", 1.0))
+    assert (result.best_version, result.version) == (4, 7)
+    kept = sorted(path.name for path in (config.run_folder / "models").iterdir())
+    assert kept == [f"round-{version:04d}.safetensors" for version in (4, 6, 7)]
+    assert load_file(config.run_folder / "best" / "model.safetensors")["w"][0] == 4
+    summary = json.loads((config.run_folder / "summary.json").read_text())
+    assert [v["version"] for v in summary["versions"]] == list(range(8))
+    assert all(v["sha256"] for v in summary["versions"])
+
+    longer = Server(run_config(tmp_path, keep_versions=1, rounds=9, count=1))
+    result, trained = run(longer, lambda: site(longer.endpoint, "a", 1.0))
+    assert (result.best_version, result.version, trained) == (4, 9, [2])
+    kept = sorted(path.name for path in (config.run_folder / "models").iterdir())
+    assert kept == [f"round-{version:04d}.safetensors" for version in (4, 9)]
