@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import enum
-import functools
 import importlib
 import importlib.util
 import logging
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from . import __version__
-from .errors import ConfigError, FedcoreError, WeightError
+from .cli_common import INTERRUPTED, reported
+from .cli_partition import partition
+from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -27,11 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "server_main"]
 
-_WRONG_USE: Final = 2
-_INTERRUPTED: Final = 130
 _WATCH_SECONDS: Final = 0.5
-
-_P = ParamSpec("_P")
 
 app = typer.Typer(
     name="fedcore",
@@ -71,31 +67,6 @@ class _DemoTask(enum.StrEnum):
     CAUSAL = "causal"
 
 
-def _reported(command: Callable[_P, None]) -> Callable[_P, None]:
-    """Turn the package's errors into one clear line and an exit status."""
-
-    @functools.wraps(command)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except FedcoreError as error:
-            if os.environ.get("FEDCORE_DEBUG") == "1":
-                raise
-            typer.echo(f"error: {error}", err=True)
-            wrong_use = isinstance(error, ConfigError | WeightError)
-            raise typer.Exit(_WRONG_USE if wrong_use else 1) from None
-        except OSError as error:
-            if os.environ.get("FEDCORE_DEBUG") == "1" or error.filename is None:
-                raise
-            typer.echo(f"error: {error.filename}: {error.strerror}", err=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            typer.echo("stopped", err=True)
-            raise typer.Exit(_INTERRUPTED) from None
-
-    return run
-
-
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"fedcore {__version__}")
@@ -115,7 +86,7 @@ def _options(
 
 
 @app.command()
-@_reported
+@reported
 def server(
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nobody changes it
@@ -151,7 +122,7 @@ def server(
         endpoint.unlink(missing_ok=True)
     if not result.ok:
         typer.echo(f"error: {result.message}", err=True)
-        raise typer.Exit(_INTERRUPTED if result.message.startswith("stopped") else 1)
+        raise typer.Exit(INTERRUPTED if result.message.startswith("stopped") else 1)
 
 
 def _log_to(path: Path, level: int) -> None:
@@ -163,7 +134,7 @@ def _log_to(path: Path, level: int) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def simulate(
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006
@@ -228,7 +199,7 @@ def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> 
 
 
 @app.command()
-@_reported
+@reported
 def status(
     target: Annotated[
         str,
@@ -306,7 +277,7 @@ def _watch(address: str, timeout: float, as_json: bool) -> None:
 
 
 @app.command()
-@_reported
+@reported
 def aggregate(  # noqa: PLR0917 - typer calls it by name
     files: Annotated[
         list[Path], typer.Argument(help="safetensors files to average.", metavar="FILE...")
@@ -390,7 +361,7 @@ def _progress_bar(enter: Callable[..., object]) -> Callable[[int, int], None]:
 
 
 @app.command()
-@_reported
+@reported
 def demo(
     task: Annotated[
         _DemoTask,
@@ -425,6 +396,9 @@ def demo(
     raise typer.Exit(
         importlib.import_module("fedcore.demo").main(task.value, seed, out, cache, rounds)
     )
+
+
+app.command()(partition)
 
 
 def main(arguments: list[str] | None = None) -> None:
