@@ -446,12 +446,14 @@ void bind_exchange(py::module_& m) {
       .def(
           "publish_encoded",
           [](Exchange& e, const py::bytes& id, const FileHandle& file,
-             std::vector<std::uint64_t> offsets, const py::bytes& encodings) {
+             std::vector<std::uint64_t> offsets, const py::bytes& encodings,
+             const std::vector<std::uint32_t>& checksums) {
             const std::string_view bytes = encodings;
             e.publish_encoded(to_set_id(id), file.share(), std::move(offsets),
-                              {bytes.begin(), bytes.end()});
+                              {bytes.begin(), bytes.end()}, checksums);
           },
           py::arg("set_id"), py::arg("file"), py::arg("offsets"), py::arg("encodings"),
+          py::arg("checksums") = std::vector<std::uint32_t>(),
           "Offer encoded chunks as a tensor set: chunk i is bytes offsets[i] to offsets[i + 1] of "
           "the file, and encodings[i] its encoding.")
       .def(

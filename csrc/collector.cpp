@@ -53,7 +53,9 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
     pulls_.push_back(std::make_unique<Pull>());
   }
   use_sources();
-  const std::uint64_t per_step = layout_->chunk_bytes() * sources_.size();
+  // Encoded chunks are decoded onto pages of the base, which stay until the reduction has passed.
+  const bool differences = options_.codec && options_.codec->options().scheme != Scheme::kRaw;
+  const std::uint64_t per_step = layout_->chunk_bytes() * (sources_.size() + (differences ? 1 : 0));
   if (options_.budget_bytes < per_step && sources_.size() > 1) {
     const std::uint64_t chunks = options_.budget_bytes / layout_->chunk_bytes();
     group_ = chunks > kSumChunks ? chunks - kSumChunks : 1;
@@ -139,6 +141,9 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   } else if (const char* why = decode(header, frame, chunk)) {
     fail(source, "encoding", "chunk " + std::to_string(header.index) + " can't be decoded: " + why);
     return false;
+  } else if (base_.file && *position >= next_ + window_) {  // the reduction comes there much later
+    const Range range = layout_->chunk_range(header.index);
+    base_.file->release(base_.offset + range.offset, range.nbytes);
   }
   pull.again.erase(*position);
   --pull.due;

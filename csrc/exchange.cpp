@@ -85,9 +85,11 @@ void Exchange::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
 
 void Exchange::publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
                                std::vector<std::uint64_t> offsets,
-                               std::vector<std::uint8_t> encodings) {
+                               std::vector<std::uint8_t> encodings,
+                               const std::vector<std::uint32_t>& checksums) {
   const std::lock_guard lock(mutex_);
-  publisher_.publish_encoded(id, std::move(file), std::move(offsets), std::move(encodings));
+  publisher_.publish_encoded(id, std::move(file), std::move(offsets), std::move(encodings),
+                             checksums);
 }
 
 void Exchange::withdraw(const wire::SetId& id) {

@@ -61,7 +61,8 @@ class Exchange {
                std::uint64_t length, std::uint64_t chunk_bytes,
                const std::vector<std::uint32_t>& checksums = {});
   void publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
-                       std::vector<std::uint64_t> offsets, std::vector<std::uint8_t> encodings);
+                       std::vector<std::uint64_t> offsets, std::vector<std::uint8_t> encodings,
+                       const std::vector<std::uint32_t>& checksums = {});
   void withdraw(const wire::SetId& id);
   std::vector<wire::SetId> published() const;
 

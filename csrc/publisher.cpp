@@ -5,6 +5,21 @@
 #include "error.hpp"
 
 namespace fedcore {
+namespace {
+
+// The checksums of so many chunks, of which none or all are given.
+std::vector<std::optional<std::uint32_t>> known(const std::vector<std::uint32_t>& checksums,
+                                                std::uint64_t chunks) {
+  if (!checksums.empty() && checksums.size() != chunks) {
+    throw Error(Errc::kLayout, std::to_string(checksums.size()) + " checksums for " +
+                                   std::to_string(chunks) + " chunks");
+  }
+  std::vector<std::optional<std::uint32_t>> crcs(checksums.begin(), checksums.end());
+  crcs.resize(static_cast<std::size_t>(chunks));
+  return crcs;
+}
+
+}  // namespace
 
 void Publisher::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
                         std::uint64_t offset, std::uint64_t length, std::uint64_t chunk_bytes,
@@ -15,18 +30,13 @@ void Publisher::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
                                    std::to_string(chunk_bytes));
   }
   const std::uint64_t chunks = (length + chunk_bytes - 1) / chunk_bytes;
-  if (!checksums.empty() && checksums.size() != chunks) {
-    throw Error(Errc::kLayout, std::to_string(checksums.size()) + " checksums for " +
-                                   std::to_string(chunks) + " chunks");
-  }
-  std::vector<std::optional<std::uint32_t>> crcs(checksums.begin(), checksums.end());
-  crcs.resize(static_cast<std::size_t>(chunks));
-  add(id, Set{std::move(file), offset, length, chunk_bytes, std::move(crcs), {}, {}});
+  add(id, Set{std::move(file), offset, length, chunk_bytes, known(checksums, chunks), {}, {}});
 }
 
 void Publisher::publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
                                 std::vector<std::uint64_t> offsets,
-                                std::vector<std::uint8_t> encodings) {
+                                std::vector<std::uint8_t> encodings,
+                                const std::vector<std::uint32_t>& checksums) {
   const std::size_t chunks = encodings.size();
   if (chunks == 0 || offsets.size() != chunks + 1) {
     throw Error(Errc::kLayout, std::to_string(offsets.size()) + " offsets and " +
@@ -40,8 +50,8 @@ void Publisher::publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFil
   const std::uint64_t length = offsets.back() - offsets.front();
   file->check_range(offsets.front(), length);
   const std::uint64_t first = offsets.front();
-  add(id, Set{std::move(file), first, length, 0, std::vector<std::optional<std::uint32_t>>(chunks),
-              std::move(offsets), std::move(encodings)});
+  add(id, Set{std::move(file), first, length, 0, known(checksums, chunks), std::move(offsets),
+              std::move(encodings)});
 }
 
 void Publisher::add(const wire::SetId& id, Set set) {

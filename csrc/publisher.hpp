@@ -36,7 +36,8 @@ class Publisher {
   // Publishes encoded chunks, which lie back to back: chunk i is bytes offsets[i] to offsets[i + 1]
   // of the file. Throws as publish() does.
   void publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
-                       std::vector<std::uint64_t> offsets, std::vector<std::uint8_t> encodings);
+                       std::vector<std::uint64_t> offsets, std::vector<std::uint8_t> encodings,
+                       const std::vector<std::uint32_t>& checksums);
   void withdraw(const wire::SetId& id) noexcept { sets_.erase(id); }
   std::vector<wire::SetId> published() const;
 

@@ -126,7 +126,12 @@ class Exchange:
         checksums: Sequence[int] = (),
     ) -> None: ...
     def publish_encoded(
-        self, set_id: bytes, file: MappedFile, offsets: Sequence[int], encodings: bytes
+        self,
+        set_id: bytes,
+        file: MappedFile,
+        offsets: Sequence[int],
+        encodings: bytes,
+        checksums: Sequence[int] = (),
     ) -> None: ...
     def withdraw(self, set_id: bytes) -> None: ...
     def published(self) -> list[bytes]: ...

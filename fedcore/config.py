@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
-from .protocol import SITE_NAME
+from .protocol import SITE_NAME, Transfer, UpdateEncoding
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -140,6 +140,28 @@ class AggregationSection(_Section):
     rule: Literal["mean"] = "mean"
 
 
+class TransferSection(_Section):
+    """``[transfer]``: how updates travel (``update``, of top-k the share ``top_k`` that is kept), and whether
+    chunks are shuffled and compressed where that pays (``lossless``), models included."""
+
+    update: UpdateEncoding = "raw"
+    top_k: Annotated[float, Field(gt=0, le=1)] = 0.01
+    lossless: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TransferSection:
+        if "top_k" in self.model_fields_set and self.update != "top-k":
+            raise ValueError(
+                f"top_k is for update = 'top-k'; update is {self.update!r}, so leave it out"
+            )
+        return self
+
+    @property
+    def message(self) -> Transfer:
+        """What the sites are told."""
+        return Transfer(update=self.update, top_k=self.top_k, lossless=self.lossless)
+
+
 class SelectionSection(_Section):
     """``[selection]``: which validation metric picks the best model, and whether less or more is better."""
 
@@ -196,6 +218,7 @@ class RunConfig(_Section):
     model: ModelSection = ModelSection()
     participants: ParticipantsSection
     aggregation: AggregationSection = AggregationSection()
+    transfer: TransferSection = TransferSection()
     selection: SelectionSection = SelectionSection()
     server: ServerSection = ServerSection()
     simulate: SimulateSection = SimulateSection()

@@ -8,38 +8,60 @@ that was dropped nothing was sent as far as the global model is concerned.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from fedcore._core import Codec, Layout, MappedFile
+from fedcore._core import Codec, Layout, MappedFile, crc32c
+from fedcore.errors import ConfigError
+from fedcore.layout import ModelFile
 
-__all__ = ["EncodedUpdate", "UpdateEncoder"]
+__all__ = ["EncodedUpdate", "UpdateEncoder", "can_pack"]
+
+
+@functools.cache
+def can_pack() -> bool:
+    """Return whether chunks can be compressed and unpacked here: that needs the package lz4."""
+    try:
+        Codec(Layout([("probe", "U8", [1])]), "raw", True)
+    except ConfigError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
 class EncodedUpdate:
-    """Encoded chunks as `Exchange.publish_encoded` takes them.
+    """An update as `Exchange.publish_encoded` takes it.
 
     Attributes:
         file: holds the chunks back to back.
         offsets: chunk i is bytes ``offsets[i]`` to ``offsets[i + 1]`` of the file.
         encodings: one byte per chunk.
+        checksums: CRC-32C of each chunk.
     """
 
     file: MappedFile
     offsets: list[int]
     encodings: bytes
+    checksums: list[int]
 
     @property
     def nbytes(self) -> int:
         """How many bytes travel, without headers."""
         return self.offsets[-1] - self.offsets[0]
 
+    @classmethod
+    def raw(cls, file: ModelFile) -> EncodedUpdate:
+        """Return a canonical model file as raw chunks."""
+        first, total, step = file.data_offset, file.layout.total_bytes, file.layout.chunk_bytes
+        offsets = [*range(first, first + total, step), first + total]
+        return cls(file.file, offsets, bytes(len(offsets) - 1), file.checksums())
+
 
 class UpdateEncoder:
     """Encodes one site's updates, round after round, and keeps the residual; one thread at a time.
 
-    Needs three times the update's size in ``folder``, and memory for a few chunks.
+    Needs files of up to three times the update's size, and memory for a few chunks.
     """
 
     def __init__(
@@ -49,18 +71,18 @@ class UpdateEncoder:
         *,
         lossless: bool = False,
         top_k: float = 0.01,
-        folder: Path | None = None,
+        make_file: Callable[[str, int], MappedFile] | None = None,
     ) -> None:
-        """Prepare scratch files, which are unlinked at once; without a folder they are memory.
+        """Make scratch files by ``make_file(name, size)``; without it they are memory.
 
         Raises:
             ConfigError: the scheme is unknown, ``top_k`` is not in (0, 1], or ``lossless`` lacks lz4.
-            StorageError: a scratch file exists, or the disk is full.
+            StorageError: the disk is full.
         """
         self._layout = layout
         self._codec = Codec(layout, scheme, lossless, top_k)
         self._lossy = scheme != "raw"
-        self._folder = folder
+        self._make_file = make_file
         self._encoded = self._scratch("encoded")
         self._residual = self._scratch("residual") if self._lossy else None
         self._next = self._scratch("residual-next") if self._lossy else None
@@ -80,7 +102,7 @@ class UpdateEncoder:
         self._at_stake = None
         layout, codec = self._layout, self._codec
         decoded = bytearray(min(layout.chunk_bytes, layout.total_bytes))
-        offsets, encodings = [0], bytearray()
+        offsets, encodings, checksums = [0], bytearray(), []
         for index in range(layout.chunk_count):
             at, nbytes = layout.chunk_range(index)
             local = values.view(values_at + at, nbytes)
@@ -94,9 +116,12 @@ class UpdateEncoder:
             self._encoded.write(offsets[-1], body)
             offsets.append(offsets[-1] + len(body))
             encodings.append(encoding)
+            checksums.append(crc32c(body))
             self._release(at, nbytes)
+            values.release(values_at + at, nbytes)
+            base.release(base_at + at, nbytes)
         self._at_stake = round_
-        return EncodedUpdate(self._encoded, offsets, bytes(encodings))
+        return EncodedUpdate(self._encoded, offsets, bytes(encodings), checksums)
 
     def settle(self, round_: int, *, included: bool) -> None:
         """Say whether the update of a round counts; of any round but the last one it changes nothing."""
@@ -108,13 +133,13 @@ class UpdateEncoder:
 
     def _release(self, at: int, nbytes: int) -> None:
         for file in (self._residual, self._next):
-            if file is not None and self._folder is not None:
+            if file is not None:
                 file.release(at, nbytes)
 
     def _scratch(self, name: str) -> MappedFile:
-        if self._folder is None:
-            return MappedFile.anonymous(self._layout.total_bytes)
-        path = self._folder / name
-        file = MappedFile.create(str(path), self._layout.total_bytes)
-        path.unlink()
-        return file
+        nbytes = self._layout.total_bytes
+        return (
+            MappedFile.anonymous(nbytes)
+            if self._make_file is None
+            else self._make_file(name, nbytes)
+        )

@@ -57,6 +57,8 @@ LayoutHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Round = Annotated[int, Field(ge=0, le=1_000_000)]
 Weight = Annotated[int, Field(ge=1, le=MAX_WEIGHT)]
+UpdateEncoding = Literal["raw", "bf16", "fp16", "int8", "nf4", "top-k"]
+"""How the floats of an update travel; the encodings of ``docs/protocol.md``."""
 TensorEntry = tuple[
     Annotated[str, StringConstraints(min_length=1, max_length=1024)],
     Annotated[str, StringConstraints(max_length=8)],
@@ -73,6 +75,18 @@ class Message(BaseModel):
     )
 
 
+class Transfer(Message):
+    """How chunks travel in a run: part of `Welcome`.
+
+    ``update`` is the encoding of updates and ``top_k`` the share that top-k keeps; ``lossless`` says whether
+    chunks may be shuffled and compressed on top. A chunk may be raw all the same.
+    """
+
+    update: UpdateEncoding = "raw"
+    top_k: Annotated[float, Field(gt=0, le=1)] = 0.01
+    lossless: bool = False
+
+
 # --- from a site -----------------------------------------------------------------------------------
 
 
@@ -80,7 +94,7 @@ class Join(Message):
     """First message of a site's process, and again whenever the server asks for it with `Rejoin`.
 
     ``instance`` is random per process: it tells a site that came back from a second process that was
-    started under the same name by mistake.
+    started under the same name by mistake. ``lossless`` says whether this process can unpack compressed chunks.
     """
 
     type: Literal["join"] = "join"
@@ -88,6 +102,7 @@ class Join(Message):
     version: Annotated[str, StringConstraints(max_length=64)]
     site: SiteName
     instance: SetId
+    lossless: bool = False
 
 
 class Declare(Message):
@@ -176,6 +191,7 @@ class Welcome(Message):
     chunk_bytes: Annotated[int, Field(ge=4096, le=MAX_CHUNK_BYTES)]
     has_model: bool
     version: Annotated[str, StringConstraints(max_length=64)]
+    transfer: Transfer = Transfer()
 
 
 class Accepted(Message):
@@ -205,6 +221,7 @@ class Task(Message):
     ``kind`` is ``"initial"`` (publish your model as version 0), ``"train"`` (pull version
     ``round - 1``, score it, train, publish) or ``"evaluate"`` (pull version ``round``, score it). ``set_id``
     names the published model to pull and ``tensors`` is its layout; both are empty for ``"initial"``.
+    ``included`` says whether that model holds this site's update, for one that missed the `Commit`.
     """
 
     type: Literal["task"] = "task"
@@ -212,6 +229,7 @@ class Task(Message):
     round: Round
     rounds: Round
     version: Round
+    included: bool = False
     set_id: SetId | None = None
     layout_hash: LayoutHash | None = None
     tensors: TensorTable | None = None

@@ -11,12 +11,13 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from fedcore import __version__, protocol
 from fedcore._core import Collector
+from fedcore.encoding import EncodedUpdate, can_pack
 from fedcore.errors import (
     ClosedError,
     FedcoreError,
@@ -25,7 +26,6 @@ from fedcore.errors import (
     RefusedError,
     TransferTimeout,
 )
-from fedcore.layout import ModelFile
 from fedcore.transport import HEARTBEAT_MS, Control, DataEvent, SiteLink
 
 from .progress import Bar
@@ -57,6 +57,7 @@ class Connection:
 
     Attributes:
         welcome, accepted, task, finish: the server's last word of each kind; ``accepted`` is a layout's hash.
+        included: the last committed version that holds this site's update, as far as it was told.
         settled: called in the background once the fate of a published update is known, with its announcement and
             whether it counted.
     """
@@ -75,6 +76,7 @@ class Connection:
         self.accepted: str | None = None
         self.task: protocol.Task | None = None
         self.finish: protocol.Finish | None = None
+        self.included: int | None = None
         self._error: FedcoreError | None = None
         self._held: _Held | None = None
         self._ended: tuple[str, int] | None = None
@@ -195,21 +197,19 @@ class Connection:
         with self.changed:
             self._declare = declare
 
-    def publish(self, ready: protocol.Ready, file: ModelFile, checksums: Sequence[int]) -> None:
-        """Publish an update, of whose chunks ``checksums`` are, and announce it until it is withdrawn."""
+    def publish(self, ready: protocol.Ready, update: EncodedUpdate) -> None:
+        """Publish an update and announce it until it is withdrawn."""
         assert self._link is not None
-        layout = file.layout
-        self._link.exchange.publish(
+        self._link.exchange.publish_encoded(
             bytes.fromhex(ready.set_id),
-            file.file,
-            file.data_offset,
-            layout.total_bytes,
-            layout.chunk_bytes,
-            checksums,
+            update.file,
+            update.offsets,
+            update.encodings,
+            update.checksums,
         )
         with self.changed:
             self._ready = ready
-            self._upload = (self._bytes_out(), layout.total_bytes, time.monotonic())
+            self._upload = (self._bytes_out(), update.nbytes, time.monotonic())
         self.send(ready)
 
     def withdraw(self) -> None:
@@ -277,7 +277,14 @@ class Connection:
 
     def _say_join(self) -> None:
         self._sent_at = time.monotonic()
-        self.send(protocol.Join(version=__version__, site=self._site, instance=self._instance.hex))
+        self.send(
+            protocol.Join(
+                version=__version__,
+                site=self._site,
+                instance=self._instance.hex,
+                lossless=can_pack(),
+            )
+        )
 
     def _serve(self) -> None:
         assert self._link is not None
@@ -337,9 +344,14 @@ class Connection:
                 self.task = message
             elif isinstance(message, protocol.Finish):
                 self.finish = message
+            self._note_included(message)
             self.changed.notify_all()
         if isinstance(message, protocol.Commit | protocol.Dropped):
             self._on_outcome(message)
+
+    def _note_included(self, message: protocol.FromServer) -> None:
+        if isinstance(message, protocol.Task | protocol.Commit) and message.included:
+            self.included = message.version
 
     def _on_name_in_use(self, refused: protocol.Refused) -> None:
         """Go on asking: the server may not have noticed yet that this site's last process has died."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from fedcore import protocol
-from fedcore._core import Collector, Layout
+from fedcore._core import Codec, Collector, Layout
+from fedcore.encoding import EncodedUpdate, can_pack
 from fedcore.errors import (
     ClosedError,
     LayoutError,
@@ -32,6 +33,7 @@ from fedcore.layout import (
 )
 
 from .connection import Connection
+from .outgoing import Outgoing
 from .progress import Bar, State, TerminalHandler
 from .settings import SiteSettings
 from .work import WorkFolder
@@ -76,6 +78,7 @@ class Session:
         self._looked = False
         self._layout: Layout | None = None
         self._model: GlobalModel | None = None
+        self._outgoing: Outgoing | None = None
         self._offered: tuple[str, int] | None = None
         self._at_hand = (0, 0)
         self._over = False
@@ -389,7 +392,7 @@ class Session:
         self._connection.withdraw()
         file = self._work_folder().update(layout)
         file.fill(read)
-        checksums = file.checksums()
+        update = self._encode(layout, file, round_)
         ready = protocol.Ready(
             round=round_,
             set_id=uuid.uuid4().hex,
@@ -398,8 +401,18 @@ class Session:
             metrics={str(k): float(v) for k, v in metrics.items()},
         )
         if round_:
-            self._work_folder().record(ready, checksums, self._score)
-        self._connection.publish(ready, file, checksums)
+            self._work_folder().record(ready, update, self._score)
+        self._connection.publish(ready, update)
+
+    def _encode(self, layout: Layout, file: ModelFile, round_: int) -> EncodedUpdate:
+        """Encode an update as the run wants it: the difference to the global model that this site trained from."""
+        assert self._connection.welcome is not None
+        work = self._work_folder()
+        if self._outgoing is None:
+            self._outgoing = Outgoing(layout, work.flat)
+        self._outgoing.settle(self._connection.included)
+        base = work.scratch(layout) if round_ else None
+        return self._outgoing.encode(self._connection.welcome.transfer, round_, file, base)
 
     def _work_folder(self) -> WorkFolder:
         if self._work is None:
@@ -423,7 +436,7 @@ class Session:
                     "delivered again", self.site, ready.round)  # fmt: skip
         if score is not None:
             self._connection.send(score)
-        self._connection.publish(ready, kept.file, kept.checksums)
+        self._connection.publish(ready, kept.update)
         self._at_hand = (task.round, task.version)
         self._end(task.kind, task.round)
         return True
@@ -434,13 +447,17 @@ class Session:
         file = self._work_folder().scratch(layout)
         source = (b"", bytes.fromhex(task.set_id), 1)
         collector = Collector(
-            layout, [source], file.file, file.data_offset, None, _WINDOW_BYTES, check_finite=False
-        )
+            layout, [source], file.file, file.data_offset, None, _WINDOW_BYTES, check_finite=False,
+            codec=Codec(layout, "raw", True) if can_pack() else None,
+        )  # fmt: skip
         connection = self._connection
 
         def pulled() -> State:
-            done = min(collector.bytes_received, layout.total_bytes)
-            return State(f"global model {task.version}", done, layout.total_bytes, in_bytes=True)
+            came, chunks = collector.bytes_received, collector.progress()[2][0]
+            # Of compressed chunks the rest is taken to be as large as what has come.
+            total = came * layout.chunk_count // chunks if chunks else layout.total_bytes
+            total = max(came, min(total, layout.total_bytes))
+            return State(f"global model {task.version}", came, total, in_bytes=True)
 
         connection.start(collector)
         try:

@@ -15,19 +15,22 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from fedcore import protocol
-from fedcore._core import Layout, crc32c
+from fedcore._core import Layout, MappedFile, crc32c
+from fedcore.encoding import EncodedUpdate
 from fedcore.errors import StorageError
 from fedcore.layout import ModelFile, create_model, layout_hash, open_model
 
 __all__ = ["Kept", "Record", "WorkFolder"]
 
 _ATTEMPTS: Final = 5
+_ENCODED: Final = "encoded"
 
 logger = logging.getLogger("fedcore.client")
 
@@ -40,7 +43,9 @@ class Record(BaseModel):
 
     Attributes:
         ready: the announcement that it is offered with; its round, layout, weight and set id are the update's.
-        checksum: CRC-32C over those of the file's chunks.
+        checksum: CRC-32C over those of the chunks that travel.
+        lengths, encodings: of the chunks of an encoded update, which lie back to back in a file of their own; the
+            encodings in hex. None of an update that travels as it is.
         score: what this site has said of the model that it trained from.
     """
 
@@ -53,16 +58,17 @@ class Record(BaseModel):
     site: protocol.SiteName
     ready: protocol.Ready
     checksum: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{8}$")]
+    lengths: list[Annotated[int, Field(ge=1, le=protocol.MAX_CHUNK_BYTES)]] | None = None
+    encodings: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2})*$")] = ""
     score: protocol.Score | None = None
 
 
 class Kept:
     """An update that an earlier process of this site has trained."""
 
-    def __init__(self, record: Record, file: ModelFile, checksums: list[int]) -> None:
+    def __init__(self, record: Record, update: EncodedUpdate) -> None:
         self.record = record
-        self.file = file
-        self.checksums = checksums
+        self.update = update
 
 
 class WorkFolder:
@@ -121,6 +127,15 @@ class WorkFolder:
         self.forget()
         return self._file("update", layout, keep=self.keeps)
 
+    def flat(self, name: str, nbytes: int) -> MappedFile:
+        """Return a new file of zeros; that of the encoded chunks stays for a process that is started again."""
+        path = self.folder / name
+        path.unlink(missing_ok=True)
+        file = MappedFile.create(str(path), nbytes)
+        if not (self.keeps and name == _ENCODED):
+            path.unlink()
+        return file
+
     def _file(self, name: str, layout: Layout, *, keep: bool) -> ModelFile:
         """Overwriting a file is far cheaper than a new one."""
         if name not in self._files:
@@ -132,16 +147,19 @@ class WorkFolder:
         return self._files[name]
 
     def record(
-        self, ready: protocol.Ready, checksums: list[int], score: protocol.Score | None
+        self, ready: protocol.Ready, update: EncodedUpdate, score: protocol.Score | None
     ) -> None:
         """Note that the update file is complete."""
         if not self.keeps:
             return
+        encoded = any(update.encodings) or update.offsets[0] == 0
         record = Record(
             run_id=self._run_id,
             site=self._site,
             ready=ready,
-            checksum=_checksum(checksums),
+            checksum=_checksum(update.checksums),
+            lengths=[b - a for a, b in pairwise(update.offsets)] if encoded else None,
+            encodings=update.encodings.hex() if encoded else "",
             score=score,
         )
         partial = self._record_path.with_suffix(".partial")
@@ -175,7 +193,8 @@ class WorkFolder:
             problem = "its record is damaged" if isinstance(error, ValidationError) else str(error)
             logger.warning("%s: a kept update is not used: %s", self._site, problem)
             self.forget()
-            (self.folder / "update.safetensors").unlink(missing_ok=True)
+            for name in ("update.safetensors", _ENCODED):
+                (self.folder / name).unlink(missing_ok=True)
             return None
         self._recorded = found.record.ready.set_id
         return found
@@ -187,16 +206,29 @@ class WorkFolder:
             raise StorageError(f"it is one of site {record.site} in run {record.run_id}")
         if task.kind != "train" or ready.round != task.round:
             raise StorageError(f"it is for round {ready.round}, which is over")
-        file = open_model(self.folder / "update.safetensors", chunk_bytes)
-        if (
-            not file.canonical
-            or not layout_hash(file.layout) == ready.layout_hash == task.layout_hash
-        ):
+        if ready.layout_hash != task.layout_hash:
             raise StorageError("its tensors are not the run's")
-        checksums = file.checksums()
-        if _checksum(checksums) != record.checksum:
+        if record.lengths is not None:
+            update = self._read_encoded(record.lengths, record.encodings)
+        else:
+            file = open_model(self.folder / "update.safetensors", chunk_bytes)
+            if not file.canonical or layout_hash(file.layout) != task.layout_hash:
+                raise StorageError("its tensors are not the run's")
+            update = EncodedUpdate.raw(file)
+        if _checksum(update.checksums) != record.checksum:
             raise StorageError("its file is damaged (the checksum differs)")
-        return Kept(record, file, checksums)
+        return Kept(record, update)
+
+    def _read_encoded(self, lengths: list[int], encodings: str) -> EncodedUpdate:
+        file = MappedFile.open(str(self.folder / _ENCODED))
+        offsets = [0, *accumulate(lengths)]
+        if offsets[-1] > file.size or 2 * len(lengths) != len(encodings):
+            raise StorageError("its file is damaged (it is too short)")
+        checksums = []
+        for begin, end in pairwise(offsets):
+            checksums.append(crc32c(file.view(begin, end - begin)))
+            file.release(begin, end - begin)
+        return EncodedUpdate(file, offsets, bytes.fromhex(encodings), checksums)
 
     def close(self, *, keep: bool) -> None:
         """Remove what is here; with ``keep`` not an update that is recorded."""

@@ -7,14 +7,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedcore._core import Collector, Exchange, Layout, Spill
-from fedcore.config import RunConfig
+from fedcore._core import Codec, Collector, Exchange, Layout, Spill
+from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
 from fedcore.layout import ModelFile, create_model
 
 from .rounds import Participant
 
-__all__ = ["Aggregation", "open_spill"]
+__all__ = ["Aggregation", "open_spill", "update_codec"]
 
 logger = logging.getLogger("fedcore.server")
 
@@ -36,6 +36,17 @@ def open_spill(config: RunConfig, run_id: str, layout: Layout) -> Spill | None:
         return None
 
 
+def update_codec(transfer: TransferSection, layout: Layout, *, initial: bool) -> Codec | None:
+    """Return what updates are decoded with, or None where every chunk must be raw.
+
+    The initial model has no base to be a difference to, so at most it is compressed.
+    """
+    scheme = "raw" if initial else transfer.update
+    if scheme == "raw" and not transfer.lossless:
+        return None
+    return Codec(layout, scheme, transfer.lossless, transfer.top_k)
+
+
 class Aggregation:
     """Pulls and reduces the participants' updates into a scratch file.
 
@@ -46,7 +57,9 @@ class Aggregation:
         layout: the run's layout.
         participants: in canonical order; ``peers`` gives the routing id of each.
         scratch: file to create.
-        base: the current global model, which integers and booleans are taken from; None for the initial one.
+        base: the current global model, which integers and booleans are taken from and encoded chunks are
+            decoded onto; None for the initial one.
+        codec: what encoded chunks are decoded with, as they come; None: all must be raw.
         memory: the server's budget, of which chunks take three quarters.
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
         metadata: for the header of the model file.
@@ -61,6 +74,7 @@ class Aggregation:
         scratch: Path,
         *,
         base: ModelFile | None,
+        codec: Codec | None = None,
         memory: int,
         spill: Spill | None,
         metadata: Mapping[str, str],
@@ -79,6 +93,7 @@ class Aggregation:
             memory * 3 // 4,  # the rest is for what the allocator and the socket hold besides
             write_behind=True,
             spill=spill,
+            codec=codec,
         )
         self._peers = [peers[p.site] for p in participants]
         self._left = set(participants)

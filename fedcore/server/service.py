@@ -16,11 +16,12 @@ from fedcore import __version__, protocol
 from fedcore._core import Spill
 from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
+from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, FedcoreError, ProtocolError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 
-from .aggregation import Aggregation, open_spill
+from .aggregation import Aggregation, open_spill, update_codec
 from .outcome import Outcome, RunResult
 from .participation import Delivery, Roster
 from .peers import Peer, Peers
@@ -61,13 +62,18 @@ class Server:
 
     Raises:
         BusyError: the port or the run folder is in use.
-        ConfigError: the run folder holds a run with other settings, or a finished one; or FEDCORE_DEVICE
-            asks for what this machine doesn't have.
+        ConfigError: the run folder holds a run with other settings, or a finished one; or FEDCORE_DEVICE or
+            transfer.lossless asks for what this machine doesn't have.
     """
 
     def __init__(self, config: RunConfig, endpoint_file: Path | None = None) -> None:
         self.config = config
         self._device = use_device()
+        if config.transfer.lossless and not can_pack():
+            raise ConfigError(
+                "transfer.lossless needs the Python package lz4 at the server: install fedcore-fl[lossless], or "
+                "set it to false"
+            )
         self._store = Store(
             config.run_folder, config.model_dump(mode="json", exclude={"folder", "simulate"})
         )
@@ -255,6 +261,7 @@ class Server:
                 chunk_bytes=DEFAULT_CHUNK_BYTES,
                 has_model=self._versions.model is not None,
                 version=__version__,
+                transfer=self.config.transfer.message,
             ),
         )
         self._do(self._rounds.joined(join.site, join.instance, time.monotonic()))
@@ -400,6 +407,7 @@ class Server:
             layout = self._versions.model.layout
             task = task.model_copy(
                 update={
+                    "included": action.site in self._versions.participants,
                     "set_id": self._versions.set_id.hex(),
                     "layout_hash": layout_hash(layout),
                     "tensors": table(layout),
@@ -440,6 +448,7 @@ class Server:
             peers,
             self._store.scratch(action.version),
             base=base,
+            codec=update_codec(self.config.transfer, layout, initial=base is None),
             memory=self.config.server.memory,
             spill=self._spill,
             metadata=self._versions.metadata(action.version),

@@ -46,7 +46,7 @@ CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
 # Keys of a run file that make it another run when they change, once a model is committed.
 _FIXED: Final = (
     "model.initial", "participants.sites", "participants.count", "aggregation.rule", "selection.metric",
-    "selection.mode",
+    "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
 _MODEL_NAME: Final = re.compile(r"round-\d{4,}\.safetensors|\.round-\d{4,}\.partial")
 

@@ -42,12 +42,14 @@ class Versions:
         model: the last committed model; None before the first.
         cards: the small text files that describe the model, for the first commit.
         set_id: the id under which ``model`` is published.
+        participants: the sites whose updates ``model`` holds.
     """
 
     def __init__(self, config: RunConfig, store: Store, exchange: Exchange) -> None:
         self.model: ModelFile | None = None
         self.cards: dict[str, str] = {}
         self.set_id = b""
+        self.participants: frozenset[str] = frozenset()
         self._config = config
         self._store = store
         self._exchange = exchange
@@ -76,6 +78,7 @@ class Versions:
             if not row.sha256 and path.is_file():
                 self._hasher.add(row.version, path, open_model(path).data_offset)
         self._checksums = checksums
+        self.participants = frozenset(rows[version].participants)
 
     def load_initial(self, path: Path) -> None:
         """Commit the model at ``path`` as version 0."""
@@ -117,6 +120,7 @@ class Versions:
         )
         self._store.commit(row, scratch, metrics, self.cards if row.version == 0 else None)
         self.model, self._checksums = model, checksums
+        self.participants = frozenset(row.participants)
         self._hasher.add(row.version, self._store.path(row.version), model.data_offset)
 
     def publish(self) -> None:

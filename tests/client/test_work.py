@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from fedcore import protocol
-from fedcore._core import Layout
+from fedcore._core import Layout, crc32c
 from fedcore.client.settings import SiteSettings
 from fedcore.client.work import WorkFolder
+from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.errors import StorageError
 from fedcore.layout import layout_hash
 
@@ -48,7 +49,7 @@ def trained(root: Path, round_: int = 1, layout: Layout = LAYOUT) -> WorkFolder:
         round=round_, set_id=uuid.uuid4().hex, layout_hash=layout_hash(layout), weight=5
     )
     score = protocol.Score(version=round_ - 1, metrics={"loss": 0.5}, examples=3)
-    work.record(ready, file.checksums(), score)
+    work.record(ready, EncodedUpdate.raw(file), score)
     return work
 
 
@@ -66,13 +67,72 @@ def test_a_process_that_is_started_again_finds_what_was_trained(tmp_path: Path) 
     work = WorkFolder(tmp_path, "a", RUN)
     kept = work.kept(task(), CHUNK)
     assert kept is not None
-    assert np.array_equal(np.frombuffer(kept.file.view("w"), np.float32), VALUES)
+    update = kept.update
+    data = update.file.view(update.offsets[0], update.nbytes)
+    assert np.array_equal(np.frombuffer(data, np.float32), VALUES)
+    assert update.checksums == [crc32c(data[at : at + CHUNK]) for at in range(0, len(data), CHUNK)]
+    assert not any(update.encodings)
     assert (kept.record.ready.round, kept.record.ready.weight) == (1, 5)
     assert kept.record.score is not None
     assert kept.record.score.metrics == {"loss": 0.5}
-    assert kept.checksums == kept.file.checksums()
     assert (work.folder.stat().st_mode & 0o777) == 0o700
     work.close(keep=False)
+
+
+def trained_and_encoded(root: Path) -> tuple[WorkFolder, EncodedUpdate]:
+    """The same with chunks that are encoded."""
+    work = WorkFolder(root, "a", RUN)
+    file, base = work.update(LAYOUT), work.scratch(LAYOUT)
+    file.fill(lambda _: VALUES.tobytes())
+    encoder = UpdateEncoder(LAYOUT, "int8", make_file=work.flat)
+    update = encoder.encode(1, file.file, file.data_offset, base.file, base.data_offset)
+    ready = protocol.Ready(round=1, set_id="ab" * 16, layout_hash=layout_hash(LAYOUT), weight=5)
+    work.record(ready, update, None)
+    return work, update
+
+
+def test_chunks_that_were_encoded_are_kept_as_they_were_offered(tmp_path: Path) -> None:
+    work, update = trained_and_encoded(tmp_path)
+    assert set(update.encodings) == {3}
+    killed(work)
+    again = WorkFolder(tmp_path, "a", RUN)
+    kept = again.kept(task(), CHUNK)
+    assert kept is not None
+    assert kept.record.ready.set_id == "ab" * 16
+    assert bytes(kept.update.file.view(0, kept.update.nbytes)) == bytes(
+        update.file.view(0, update.nbytes)
+    )
+    for name in ("offsets", "encodings", "checksums"):
+        assert getattr(kept.update, name) == getattr(update, name)
+    again.close(keep=False)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"encodings": "03"}, "too short"),
+        ({"lengths": [1 << 20] * 5}, "too short"),
+        ({"lengths": [0, 5]}, "record is damaged"),
+        ({"encodings": "0g"}, "record is damaged"),
+        (None, "the checksum differs"),
+    ],
+)
+def test_encoded_chunks_that_are_damaged_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: dict[str, object] | None, said: str
+) -> None:
+    work, update = trained_and_encoded(tmp_path)
+    killed(work)
+    if damage is None:
+        data = bytearray((work.folder / "encoded").read_bytes())
+        data[update.nbytes // 2] ^= 1
+        (work.folder / "encoded").write_bytes(data)
+    else:
+        edit(**damage)(work.folder)
+    again = WorkFolder(tmp_path, "a", RUN)
+    assert again.kept(task(), CHUNK) is None
+    assert said in caplog.text
+    assert files(tmp_path) == set()
+    again.close(keep=False)
 
 
 def flip(folder: Path) -> None:

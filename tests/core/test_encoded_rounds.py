@@ -124,8 +124,11 @@ def test_a_model_that_is_encoded_once_is_served_losslessly_to_all() -> None:
 def test_the_residual_changes_only_when_the_update_was_included(
     tmp_path: Path, in_memory: bool
 ) -> None:
-    encoder = UpdateEncoder(LAYOUT, "int8", folder=None if in_memory else tmp_path)
-    assert not list(tmp_path.iterdir())
+    def on_disk(name: str, nbytes: int) -> MappedFile:
+        return MappedFile.create(str(tmp_path / name), nbytes)
+
+    encoder = UpdateEncoder(LAYOUT, "int8", make_file=None if in_memory else on_disk)
+    assert len(list(tmp_path.iterdir())) == (0 if in_memory else 3)
     local, base = mapped(moved(BASE, 1)), mapped(BASE)
 
     def bodies(round_: int) -> bytes:
