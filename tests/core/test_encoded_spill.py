@@ -1,0 +1,197 @@
+"""Encoded chunks of sites that are ahead, are lost, or are many: the bits of what the chunks stand for."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import resource
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill, crc32c
+from fedcore.encoding import EncodedUpdate, UpdateEncoder
+from fedcore.layout import ModelFile, create_model
+
+from .test_spill import CHUNK, CHUNKS, LAYOUT, WEIGHTS, Federation, spill_file, update
+
+LOSSY = ["bf16", "int8", "nf4", "top-k"]
+
+
+def base() -> ModelFile:
+    return update("base")
+
+
+def decoded(name: str, scheme: str) -> bytes:
+    """Return what a site's encoded update stands for."""
+    codec, out = Codec(LAYOUT, scheme, top_k=0.1), bytearray(LAYOUT.total_bytes)
+    local, under = update(name), base()
+    for index in range(CHUNKS):
+        at, nbytes = LAYOUT.chunk_range(index)
+        values = local.file.view(local.data_offset + at, nbytes)
+        below = under.file.view(under.data_offset + at, nbytes)
+        body = codec.encode(index, values, below)
+        codec.decode(index, *body, memoryview(out)[at : at + nbytes], below)
+    return bytes(out)
+
+
+class Encoded(Federation):
+    """Sites that publish encoded updates; without a scheme, what those stand for as it is."""
+
+    def __init__(
+        self, names: str, scheme: str, budget: int, spill: Spill | None = None, *, raw: bool = False
+    ) -> None:
+        self.names = names
+        self.server = Exchange()
+        self.sites = {}
+        for name in names:
+            self.sites[name.encode()] = site = Exchange()
+            set_id = name.encode() * 16
+            if raw:
+                file = create_model(None, LAYOUT)
+                file.file.view(file.data_offset)[:] = decoded(name, scheme)
+                site.publish(set_id, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
+                continue
+            encoder = UpdateEncoder(LAYOUT, scheme, top_k=0.1)
+            local, under = update(name), base()
+            sent = encoder.encode(1, local.file, local.data_offset, under.file, under.data_offset)
+            assert sent.nbytes < LAYOUT.total_bytes
+            site.publish_encoded(set_id, sent.file, sent.offsets, sent.encodings, sent.checksums)
+        self.out, under = create_model(None, LAYOUT), base()
+        sources = [(n.encode(), n.encode() * 16, WEIGHTS[n]) for n in names]
+        self.collector = Collector(
+            LAYOUT, sources, self.out.file, self.out.data_offset, (under.file, under.data_offset),
+            budget, spill=spill, spill_after_ms=100, codec=None if raw else Codec(LAYOUT, scheme),
+        )  # fmt: skip
+        self.server.start(self.collector)
+        self.now = 0
+        self.asked = Counter()
+        self.waiting = {name: [] for name in names}
+        self.most = 0
+
+
+def expected(names: str, scheme: str) -> bytes:
+    federation = Encoded(names, scheme, 1 << 30, raw=True)
+    federation.run(names)
+    return federation.result()
+
+
+@pytest.mark.parametrize("scheme", LOSSY)
+def test_encoded_chunks_of_a_site_that_is_ahead_wait_decoded_in_the_spill_file(
+    tmp_path: Path, scheme: str
+) -> None:
+    spill = spill_file(tmp_path)
+    federation = Encoded("abc", scheme, 4 * 4 * CHUNK, spill)
+    federation.run("a")
+    assert federation.collector.progress()[2][0] == CHUNKS
+    assert spill.used > CHUNKS // 2
+    federation.run("abc", seed=1)
+    assert federation.result() == expected("abc", scheme)
+
+
+@pytest.mark.parametrize("scheme", LOSSY)
+@pytest.mark.parametrize("budget", [1, 6, 40])
+@pytest.mark.parametrize("use_spill", [False, True])
+def test_a_site_lost_at_any_point_leaves_the_mean_of_what_the_others_sent(
+    tmp_path: Path, scheme: str, budget: int, use_spill: bool
+) -> None:
+    survivors = expected("acd", scheme)
+    for seed, until in itertools.product(range(2), (0, CHUNKS // 2, CHUNKS - 1)):
+        folder = tmp_path / f"{seed}-{until}"
+        folder.mkdir()
+        spill = spill_file(folder) if use_spill else None
+        federation = Encoded("abcd", scheme, budget * CHUNK, spill)
+        federation.run("abcd", seed, until)
+        federation.lose("b")
+        federation.run("acd", seed)
+        assert federation.result() == survivors
+
+
+@pytest.mark.parametrize("scheme", LOSSY)
+def test_the_window_leaves_room_for_a_chunk_of_the_base(scheme: str) -> None:
+    raw = Encoded("abc", scheme, 12 * CHUNK, raw=True)
+    assert (raw.collector.window, Encoded("abc", scheme, 12 * CHUNK).collector.window) == (4, 3)
+    federation = Encoded("abc", scheme, 12 * CHUNK)
+    federation.run("a")
+    assert federation.collector.progress()[2][0] == 3
+    federation.run("abc", random.Random(scheme).randrange(100))
+    assert federation.result() == expected("abc", scheme)
+
+
+def test_what_is_expected_is_not_what_the_sites_have() -> None:
+    assert len({decoded("a", scheme) for scheme in LOSSY}) == len(LOSSY)
+    near = np.frombuffer(decoded("a", "int8")[8 * 700 : 8 * 700 + 4 * 30_001], np.float32)
+    exact = np.frombuffer(update("a").view("w"), np.float32)
+    assert 0 < np.abs(near - exact).max() < 0.05
+
+
+MIB = 1 << 20
+
+
+def resident() -> int:
+    """Return the bytes of this process that are in memory, those of mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.parametrize("use_spill", [False, True])
+def test_neither_the_server_nor_a_site_holds_more_than_some_chunks_of_an_encoded_update(
+    tmp_path: Path, use_spill: bool
+) -> None:
+    layout = Layout([("w", "F32", [16 * MIB])], MIB)
+    values = np.random.default_rng(0).standard_normal(MIB // 4).astype(np.float32).tobytes()
+
+    def file(name: str) -> MappedFile:
+        made = MappedFile.create(str(tmp_path / name), layout.total_bytes)
+        for at in range(0, layout.total_bytes, MIB):
+            made.write(at, values if name == "local" else bytes(MIB))
+        return made
+
+    local, under, out = file("local"), file("base"), file("out")
+    encoder = UpdateEncoder(layout, "nf4", make_file=lambda name, _: file(name))
+    idle = resident()
+    sent = encoder.encode(1, local, 0, under, 0)
+    assert resident() - idle < 8 * MIB
+    assert sent.nbytes < layout.total_bytes / 7.5
+    server, site = Exchange(), Exchange()
+    for name in (b"a", b"b"):
+        site.publish_encoded(name * 16, sent.file, sent.offsets, sent.encodings, sent.checksums)
+    spill = Spill(str(tmp_path / "spill"), MIB, 0) if use_spill else None
+    collector = Collector(
+        layout, [(name, name * 16, 1) for name in (b"a", b"b")], out, 0, (under, 0), 9 * MIB,
+        spill=spill, spill_after_ms=1, codec=Codec(layout, "nf4"),
+    )  # fmt: skip
+    server.start(collector)
+    idle = peak = resident()
+    held: list[tuple[bytes, bytes, bytes]] = []
+    for now in range(1000):
+        server.tick(now)
+        while (request := server.next_out(now)) is not None:
+            site.deliver(now, request[0], request[1], None)
+        while (reply := site.next_out(now)) is not None:
+            assert reply[2] is not None
+            if reply[0] == b"b" and collector.progress()[2][0] < (64 if use_spill else 3):
+                held.append((b"b", reply[1], bytes(reply[2])))  # all of the other comes first
+            else:
+                server.deliver(now, reply[0], reply[1], bytes(reply[2]))
+        while held and collector.progress()[2][0] >= (64 if use_spill else 3):
+            server.deliver(now, *held.pop(0))
+        sent.file.release(0, sent.file.size)  # the sites' part
+        peak = max(peak, resident())
+        if collector.done:
+            break
+    assert collector.done
+    assert peak - idle < (9 + 4) * MIB
+    assert crc32c(out.view()) == crc32c(spread(sent, layout))
+
+
+def spread(sent: EncodedUpdate, layout: Layout) -> bytes:
+    """Return the flat bytes that encoded chunks on a base of zeros stand for."""
+    codec, out = Codec(layout, "nf4"), bytearray(layout.total_bytes)
+    for index in range(layout.chunk_count):
+        at, nbytes = layout.chunk_range(index)
+        begin, end = sent.offsets[index : index + 2]
+        body = sent.file.view(begin, end - begin)
+        codec.decode(index, sent.encodings[index], body, memoryview(out)[at : at + nbytes])
+    return bytes(out)
