@@ -17,6 +17,7 @@ import typer
 
 from . import __version__
 from .cli_common import INTERRUPTED, reported
+from .cli_inspect import inspect
 from .cli_partition import partition
 from .errors import ConfigError
 
@@ -398,6 +399,13 @@ def demo(
     )
 
 
+app.command(
+    context_settings={
+        "allow_interspersed_args": False,
+        "allow_extra_args": True,
+        "ignore_unknown_options": False,
+    }
+)(inspect)
 app.command()(partition)
 
 

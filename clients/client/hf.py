@@ -16,10 +16,12 @@ over, the trainer works as if it had not been patched.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from fedcore.errors import ClosedError, ConfigError
 
+from .choice import choose
 from .session import get_session
 from .torch import (
     TorchSite,
@@ -37,13 +39,20 @@ __all__ = ["is_running", "log", "patch", "system_info"]
 _NOT_METRICS = ("_runtime", "_per_second", "_model_preparation_time")
 
 
-def patch(trainer: Any, *, lr_schedule: Literal["all_rounds", "per_round"] = "all_rounds") -> None:
+def patch(
+    trainer: Any,
+    *,
+    lr_schedule: Literal["all_rounds", "per_round"] = "all_rounds",
+    include: Iterable[str] | str = (),
+    exclude: Iterable[str] | str = (),
+) -> None:
     """Make a ``transformers.Trainer`` (or a subclass) take part in the run; patching it again changes nothing.
 
     Args:
         trainer: evaluates and trains as before; what it evaluates and trains *from* is the global model.
         lr_schedule: ``"all_rounds"``: the schedule is laid out over ``rounds`` times the trainer's steps;
             ``"per_round"``: it begins anew in each round.
+        include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
 
     Raises:
         ClosedError: another trainer of this process is patched already.
@@ -60,6 +69,7 @@ def patch(trainer: Any, *, lr_schedule: Literal["all_rounds", "per_round"] = "al
         )
     site = current_site()
     site.claim(trainer)
+    choose(include, exclude)
     if getattr(trainer, "_fedcore", None) is None:
         trainer._fedcore = _Patch(trainer, site, lr_schedule)
 

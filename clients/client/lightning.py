@@ -20,10 +20,12 @@ works as if it had not been patched.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import Any
 
 from fedcore.errors import ClosedError, ConfigError
 
+from .choice import choose
 from .torch import (
     TorchSite,
     batch_size,
@@ -38,13 +40,20 @@ from .torch import (
 __all__ = ["is_running", "log", "patch", "system_info"]
 
 
-def patch(trainer: Any, *, keep_optimizer: bool = True) -> None:
+def patch(
+    trainer: Any,
+    *,
+    keep_optimizer: bool = True,
+    include: Iterable[str] | str = (),
+    exclude: Iterable[str] | str = (),
+) -> None:
     """Make a Lightning ``Trainer`` take part in the run; patching it again changes nothing.
 
     Args:
         trainer: validates and fits as before; what it validates and fits *from* is the global model.
         keep_optimizer: carry the state of optimisers and schedules over from round to round, and lay schedules
             out over all rounds.
+        include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
 
     Raises:
         ClosedError: another trainer of this process is patched already, or the trainer uses several processes.
@@ -57,6 +66,7 @@ def patch(trainer: Any, *, keep_optimizer: bool = True) -> None:
         )
     site = current_site()
     site.claim(trainer)
+    choose(include, exclude)
     if getattr(trainer, "_fedcore", None) is None:
         trainer._fedcore = _Patch(trainer, site, keep_optimizer)
         name = "lightning.pytorch" if package == "lightning" else "pytorch_lightning"

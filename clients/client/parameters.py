@@ -27,6 +27,8 @@ from torch import nn
 from fedcore.errors import LayoutError
 from fedcore.layout import TensorSpec, compare_layouts
 
+from .choice import travelling
+
 __all__ = ["ModelParameters", "dtype_name", "from_view", "raw_bytes", "to_dtype"]
 
 _DTYPES: Final[Mapping[torch.dtype, str]] = {
@@ -104,8 +106,8 @@ class ModelParameters:
         if _is_peft(root):
             _refuse_extras(root, self._tensors)
         self.specs: list[TensorSpec] = [
-            (name, dtype_name(name, tensor), list(tensor.shape))
-            for name, tensor in self._tensors.items()
+            (name, dtype_name(name, self._tensors[name]), list(self._tensors[name].shape))
+            for name in travelling(list(self._tensors))
         ]
 
     @property
@@ -118,7 +120,7 @@ class ModelParameters:
     @property
     def names(self) -> list[str]:
         """The names under which tensors travel."""
-        return list(self._tensors)
+        return [spec[0] for spec in self.specs]
 
     def read(self, name: str) -> memoryview:
         """Return the raw bytes of a tensor; a copy only if it is not contiguous or not in main memory."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from fedcore.errors import ClosedError, LayoutError, WeightError
 from fedcore.layout import TensorSpec, compare_layouts
 
+from .choice import choose, forget_choice, travelling
 from .session import GlobalModel, get_session, reset_session
 
 if TYPE_CHECKING:
@@ -90,17 +91,22 @@ _arrays: _Arrays | None = None
 _sent = False
 
 
-def init(model: Any = None) -> None:
+def init(
+    model: Any = None, *, include: Iterable[str] | str = (), exclude: Iterable[str] | str = ()
+) -> None:
     """Join the run that the environment names.
 
     Args:
         model: a ``torch.nn.Module`` or a mapping of names to arrays. It says which tensors travel, and is the
             initial model where the server has none. Without it the server must have one.
+        include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
     """
     global _model, _arrays
+    choose(include, exclude)
     get_session()
     if model is None or isinstance(model, Mapping):
-        _model, _arrays = None, None if model is None else _Arrays(model)
+        arrays = {} if model is None else {name: model[name] for name in travelling(list(model))}
+        _model, _arrays = None, None if model is None else _Arrays(arrays)
         return
     from .parameters import ModelParameters
 
@@ -173,6 +179,13 @@ def _begin() -> GlobalModel:
         raise ClosedError(
             "the server has no initial model yet: pass yours to fl.init(model), or set [model] initial in the "
             "run file"
+        )
+
+    kept = sorted({spec[0] for spec in specs} - set(travelling([spec[0] for spec in specs])))
+    if kept:
+        raise LayoutError(
+            f"include and exclude keep {kept[0]!r} at this site, but the run's model holds it; give fl.init "
+            "the model"
         )
 
     def nothing_to_read(_: str) -> memoryview:
@@ -274,4 +287,5 @@ def shutdown() -> None:
     global _model, _arrays, _sent  # noqa: PLW0603
     _model = _arrays = None
     _sent = False
+    forget_choice()
     reset_session()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -526,7 +527,12 @@ def get_session() -> Session:
     global _session  # noqa: PLW0603 - one session per process is the contract
     if _session is None:
         _show_log()
-        _session = Session(SiteSettings.from_environment())
+        if (report := os.environ.get("FEDCORE_INSPECT", "0")) not in ("", "0"):
+            from .inspecting import InspectingSession
+
+            _session = InspectingSession(report)
+        else:
+            _session = Session(SiteSettings.from_environment())
     return _session
 
 

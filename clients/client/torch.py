@@ -15,6 +15,7 @@ from torch import nn
 from fedcore import protocol
 from fedcore.errors import ClosedError, ConfigError
 
+from .choice import forget_choice
 from .parameters import ModelParameters
 from .session import GlobalModel, Session, get_session, reset_session
 
@@ -213,6 +214,7 @@ def forget_site() -> None:
     """Leave the run and forget the trainer; for scripts that take part in several runs in turn."""
     global _site  # noqa: PLW0603
     _site = None
+    forget_choice()
     reset_session()
 
 
