@@ -31,8 +31,10 @@ from .plain import (
     shutdown,
     system_info,
 )
+from .tasks import Task, task
 
 __all__ = [
+    "Task",
     "init",
     "is_evaluate",
     "is_running",
@@ -43,4 +45,5 @@ __all__ = [
     "send",
     "shutdown",
     "system_info",
+    "task",
 ]

@@ -11,6 +11,7 @@ from fedcore.errors import ClosedError, LayoutError, WeightError
 from fedcore.layout import TensorSpec, compare_layouts
 
 from .choice import choose, forget_choice, travelling
+from .error_text import report_uncaught
 from .session import GlobalModel, get_session, reset_session
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ __all__ = [
 _NUMPY: Final = {
     "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
     "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+    "bfloat16": "BF16",  # of ml_dtypes, which JAX brings along
 }  # fmt: skip
 _TO_NUMPY: Final = {name: dtype for dtype, name in _NUMPY.items()}
 
@@ -69,13 +71,16 @@ def _plain(name: str, value: Any) -> Any:
         return value.detach()
     import numpy as np
 
-    array = np.asarray(value)
+    array = np.from_dlpack(value) if _only_dlpack(value) else np.asarray(value)
     if str(array.dtype) not in _NUMPY:
         raise LayoutError(
-            f"tensor {name!r} has dtype {array.dtype}; expected one of {', '.join(_NUMPY)} (bfloat16 goes as a "
-            "torch tensor)"
+            f"tensor {name!r} has dtype {array.dtype}; expected one of {', '.join(_NUMPY)}"
         )
     return array
+
+
+def _only_dlpack(value: Any) -> bool:
+    return hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
 
 
 def _dtype(name: str, value: Any) -> str:
@@ -103,6 +108,7 @@ def init(
     """
     global _model, _arrays
     choose(include, exclude)
+    report_uncaught(_tell)
     get_session()
     if model is None or isinstance(model, Mapping):
         arrays = {} if model is None else {name: model[name] for name in travelling(list(model))}
@@ -111,6 +117,12 @@ def init(
     from .parameters import ModelParameters
 
     _model, _arrays = ModelParameters(model), None
+
+
+def _tell(text: str) -> None:
+    session = get_session()
+    if not session.over:
+        session.problem(text)
 
 
 def is_running() -> bool:
@@ -155,10 +167,15 @@ def _to_numpy(view: memoryview, spec: TensorSpec) -> Any:
     import numpy as np
 
     name, dtype, shape = spec
-    if dtype not in _TO_NUMPY:
-        raise LayoutError(
-            f"tensor {name!r} is {dtype}, which NumPy can't hold; pass a torch module to fl.init"
-        )
+    if dtype == "BF16":
+        try:
+            from ml_dtypes import bfloat16
+        except ImportError:
+            raise LayoutError(
+                f"tensor {name!r} is {dtype}, which NumPy can't hold without the package ml_dtypes; install it, "
+                "or pass a torch module to fl.init"
+            ) from None
+        return np.frombuffer(view, np.uint16).view(bfloat16).reshape(list(shape)).copy()
     return np.frombuffer(view, _TO_NUMPY[dtype]).reshape(list(shape)).copy()
 
 
@@ -192,6 +209,11 @@ def _begin() -> GlobalModel:
         raise ClosedError("the server asked for an initial model; pass yours to fl.init(model)")
 
     return session.begin(specs, {}, nothing_to_read)
+
+
+def begin() -> tuple[GlobalModel, bool]:
+    """Return the task at hand, and whether `init` was given a module."""
+    return _begin(), _model is not None
 
 
 def send(

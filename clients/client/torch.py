@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
@@ -16,6 +13,7 @@ from fedcore import protocol
 from fedcore.errors import ClosedError, ConfigError
 
 from .choice import forget_choice
+from .error_text import error_text
 from .parameters import ModelParameters
 from .session import GlobalModel, Session, get_session, reset_session
 
@@ -113,81 +111,6 @@ class TorchSite:
         except Exception as error:
             self._session.problem(error_text(error))
             raise
-
-
-# What ends the name of a file that holds data, a model or a program.
-_ENDING: Final = (
-    r"\.(?:arrow|bam|bin|bz2|ckpt|conf|csv|db|dcm|docx?|feather|gguf|gz|h5|hdf5|html?|ini|ipynb|jpe?g|jsonl?|log|"
-    r"md|mp3|mp4|nii|npy|npz|orc|parquet|pdf|pickle|pkl|png|pth?|py|rtf|safetensors|sqlite3?|tar|tgz|tiff?|toml|"
-    r"tsv|txt|vcf|wav|xlsx?|xml|ya?ml|zip|zst)(?!\w)"
-)
-# A path without quotes may hold spaces: one that starts at a root may go on up to the end of its clause.
-_CLAUSE: Final = r"""(?:[^\n:;,"`'()<>|\[\]{}]|(?<=\w)'(?=\w))*"""
-_ROOTED: Final = re.compile(
-    r"(?<![\w.~/\\-])(?:~[\w.-]*[/\\]|\.{1,2}[/\\]|/(?=\S)|[A-Za-z]:[/\\]|\\\\(?=\w))" + _CLAUSE
-)
-_QUOTED: Final = re.compile(r"""(?<!\w)(['"`])([^\n]*?)\1(?!\w)""")
-_WORDS: Final = re.compile(
-    rf"(?<![\w.~-])(?:[\w.~-]*(?:[/\\][\w.~-]+)+(?:{_CLAUSE}{_ENDING})?|[\w.~-]*\w{_ENDING})",
-    re.IGNORECASE,
-)
-_PART: Final = re.compile(rf"[/\\]|{_ENDING}", re.IGNORECASE)
-_LAST_ENDING: Final = re.compile(rf".*{_ENDING}", re.IGNORECASE | re.DOTALL)
-_SHOWN_CHARACTERS: Final = 500
-_READ_CHARACTERS: Final = 4000
-
-
-def error_text(error: BaseException) -> str:
-    """Return an error's type and text, with ``<path>`` in place of all that may be a path of this machine.
-
-    Where a path in the text ends can't be told for sure, so rather more than a path is left out than less.
-    """
-    text = str(error)[:_READ_CHARACTERS]
-    for name in sorted(_file_names(error), key=len, reverse=True):
-        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "<path>", text)
-    for folder in _known_folders():
-        text = text.replace(folder, "/~")
-    text = _QUOTED.sub(lambda m: "<path>" if _PART.search(m[2]) else m[0], text)
-    text = _ROOTED.sub(_leave_out_rooted, text)
-    text = _WORDS.sub(lambda m: "<path>" if re.search(r"[^\W\d]", m[0]) else m[0], text)
-    return f"{type(error).__name__}: {text[:_SHOWN_CHARACTERS]}"
-
-
-def _file_names(error: BaseException) -> set[str]:
-    """Return the files that an error and its causes name, as they may stand in a text."""
-    names: set[str] = set()
-    chain: list[BaseException] = []
-    link: BaseException | None = error
-    while link is not None and link not in chain:
-        chain.append(link)
-        for attribute in ("filename", "filename2", "path"):
-            value = getattr(link, attribute, None)
-            if isinstance(value, str | bytes | os.PathLike) and value:
-                path = os.fsdecode(value)
-                names |= {repr(value), repr(path), path, str(value)}
-                names |= {part for part in [Path(path).name] if len(part) > 2}
-        link = link.__cause__ or link.__context__
-    return names
-
-
-def _known_folders() -> list[str]:
-    """Return the folders below which a site's files mostly lie, the deepest first."""
-    found: set[str] = set()
-    for find in (Path.home, Path.cwd, lambda: Path(tempfile.gettempdir())):
-        with contextlib.suppress(OSError, RuntimeError):  # no home, or a folder that was removed
-            folder = find()
-            found |= {str(path) for path in (folder, folder.resolve()) if path != path.parent}
-    return sorted(found, key=len, reverse=True)
-
-
-def _leave_out_rooted(match: re.Match[str]) -> str:
-    """Keep what follows a file's ending in a clause, where no other path follows."""
-    found = match[0]
-    ended = _LAST_ENDING.match(found)
-    rest = found[ended.end() :] if ended else ""
-    if not ended or re.search(r"[/\\]", rest):
-        rest = found[len(found.rstrip()) :]
-    return "<path>" + rest
 
 
 _site: TorchSite | None = None

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedcore.client.torch import TorchSite, error_text
+from fedcore.client.error_text import error_text
+from fedcore.client.torch import TorchSite
 
 SECRETS = ("jane", "john", "smith", "ward", "clinic", "secret")
 
@@ -90,6 +91,13 @@ def test_the_home_and_the_working_folder_are_left_out(
         ("cannot open ../ward/john.csv", "cannot open <path>"),
         ("cannot open ward/john.csv", "cannot open <path>"),
         ("cannot open john.csv", "cannot open <path>"),
+        ("cannot open john smith.csv", "cannot open <path>"),
+        ("cannot open jane ward 3/john smith.csv", "cannot open <path>"),
+        (
+            "the file smith clinic/secret: 3 rows, john smith.csv: none",
+            "the file <path>: 3 rows, <path>: none",
+        ),
+        ("no rows in secret jane smith/ward", "no rows in <path>"),
         ("cannot open file:///home/jane/a%20b.csv", "cannot open file:<path>"),
         ("PosixPath('/home/jane/john smith')", "PosixPath(<path>)"),
         ("/home/o'jane/smith", "<path>"),
