@@ -66,13 +66,16 @@ class Work:
         return 2 * self.sites * self.model_bytes
 
 
-def fedcore_rounds(work: Work, memory: int = 256 * MIB, client: str = "reader") -> dict[str, Any]:
+def fedcore_rounds(
+    work: Work, memory: int = 256 * MIB, client: str = "reader", *, encrypted: bool = False
+) -> dict[str, Any]:
     """Run the work with fedcore: a server process and one process per site on loopback.
 
     Args:
         memory: the server's budget in bytes.
         client: "reader" hands tensors over one at a time, as the trainer adapters do; "plain" is
             ``fl.receive()`` and ``fl.send(dict)``, with the whole model twice in the site's memory.
+        encrypted: whether the connections are, as they are in any run that does not ask for plain text.
     """
     with tempfile.TemporaryDirectory(dir=os.environ.get("FEDCORE_WORK")) as name:
         folder = Path(name)
@@ -84,7 +87,7 @@ def fedcore_rounds(work: Work, memory: int = 256 * MIB, client: str = "reader") 
         (folder / "run.toml").write_text(
             f'[run]\nname = "bench"\nrounds = {work.rounds}\n[model]\ninitial = "start.safetensors"\n'
             f'[participants]\ncount = {work.sites}\nidle_timeout = "30s"\n'
-            f'[server]\nmemory = "{memory // MIB}MiB"\n',
+            f'[server]\nmemory = "{memory // MIB}MiB"\ninsecure = {str(not encrypted).lower()}\n',
             encoding="utf-8",
         )
         config = load_run_file(folder / "run.toml")

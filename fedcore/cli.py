@@ -19,12 +19,14 @@ from . import __version__
 from .cli_common import INTERRUPTED, reported
 from .cli_inspect import inspect
 from .cli_partition import partition
+from .cli_security import Insecure, InsecureNetwork, KitFolder, register
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .config import RunConfig
     from .protocol import StatusReply
     from .simulate import SimulationResult
+    from .status import Target
 
 __all__ = ["main", "server_main"]
 
@@ -88,15 +90,20 @@ def _options(
 
 @app.command()
 @reported
-def server(
+def server(  # noqa: PLR0917 - typer calls it by name
     run_file: RunFile,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nobody changes it
     endpoint_file: Annotated[
         Path | None, typer.Option(help="Write the address that the server listens on to this file.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details as well.")] = False,
+    insecure: Insecure = False,
+    insecure_network: InsecureNetwork = False,
 ) -> None:
     """Serve one run: wait for the sites, run the rounds, keep the best model.
+
+    The run file's [server] keys names the server's kit, which `fedcore provision` makes; without it, --insecure
+    asks for plain text, on this machine alone.
 
     Started again on the same run folder, it goes on after the last committed round. Ctrl-C ends the run
     cleanly with that round on disk. The same as the command fedcore-server.
@@ -110,7 +117,7 @@ def server(
     from .server.service import Server
     from .status import ENDPOINT_FILE
 
-    config = load_run_file(run_file, overrides)
+    config = load_run_file(run_file, [*overrides, *_plain_text(insecure, insecure_network)])
     process = Server(config, endpoint_file)
     endpoint = config.run_folder / ENDPOINT_FILE
     endpoint.write_text(process.endpoint + "\n", encoding="utf-8")
@@ -124,6 +131,12 @@ def server(
     if not result.ok:
         typer.echo(f"error: {result.message}", err=True)
         raise typer.Exit(INTERRUPTED if result.message.startswith("stopped") else 1)
+
+
+def _plain_text(insecure: bool, network: bool) -> list[str]:
+    """Return the overrides that two flags stand for."""
+    given = {"server.insecure": insecure, "server.insecure_network": network}
+    return [f"{key}=true" for key, value in given.items() if value]
 
 
 def _log_to(path: Path, level: int) -> None:
@@ -142,6 +155,9 @@ def simulate(
     plain: Annotated[
         bool, typer.Option("--plain", help="Print the server's log lines even on a terminal.")
     ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Plain text instead of keys that are thrown away.")
+    ] = False,
 ) -> None:
     """Start the server and all sites of a run on this machine, as real processes on loopback.
 
@@ -155,6 +171,7 @@ def simulate(
     """
     from .config import load_run_file
 
+    overrides = [*overrides, *_plain_text(insecure, False)]
     config = load_run_file(run_file, overrides)
     if sys.stdout.isatty() and not plain:
         result = _simulate_live(run_file, config, overrides)
@@ -173,7 +190,7 @@ def _simulate_live(run_file: Path, config: RunConfig, overrides: list[str]) -> S
     from .status import following, read_summary
     from .view import LiveView
 
-    with LiveView() as view, following(view.show, _WATCH_SECONDS) as tick:
+    with LiveView() as view, following(view.show, config.run_folder, _WATCH_SECONDS) as tick:
         result = run(run_file, config, overrides=overrides, tick=tick)
         if result.status == 0:
             view.show(read_summary(result.folder))
@@ -186,7 +203,7 @@ def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> 
     log = config.run_folder / "logs" / "server.log"
     position = log.stat().st_size if log.exists() else 0
 
-    def tick(_: str) -> None:
+    def tick() -> None:
         nonlocal position
         with log.open("rb") as file:
             file.seek(position)
@@ -195,22 +212,28 @@ def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> 
         typer.echo(text.decode(errors="replace"), nl=False)
 
     result = run(run_file, config, overrides=overrides, tick=tick)
-    tick("")
+    tick()
     return result
 
 
 @app.command()
 @reported
-def status(
+def status(  # noqa: PLR0917
     target: Annotated[
-        str,
-        typer.Argument(help="A run folder or a server's address.", metavar="RUN_FOLDER|tcp://..."),
-    ] = "tcp://127.0.0.1:7733",
+        str | None,
+        typer.Argument(
+            help="A run folder or a server's address.  [default: the kit's server]",
+            metavar="[RUN_FOLDER|tcp://...]",
+        ),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Show it until the run ends.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
+    kit: KitFolder = None,
+    insecure: Insecure = False,
+    insecure_network: InsecureNetwork = False,
 ) -> None:
     """Show how a run stands: rounds, sites, bytes, metrics.
 
@@ -219,22 +242,19 @@ def status(
 
     \b
     Examples:
-      fedcore status
+      fedcore status runs/sentiment
       fedcore status runs/sentiment --watch
-      fedcore status tcp://10.0.0.5:7733 --json
+      fedcore status --kit kits/dashboard --json
     """
-    from .status import ask_status, find_server, read_summary
+    from .status import ask_status, find_target, read_summary
 
-    if target.startswith("tcp://"):
-        address: str | None = target
-    else:
-        address = find_server(Path(target))
-    if address is None:
-        _print_status(read_summary(Path(target)), as_json)
+    found = find_target(target, kit, insecure, insecure_network)
+    if found is None:
+        _print_status(read_summary(Path(target or "")), as_json)
     elif watch:
-        _watch(address, timeout, as_json)
+        _watch(found, timeout, as_json)
     else:
-        _print_status(ask_status(address, timeout), as_json)
+        _print_status(ask_status(found.address, timeout, found.credentials), as_json)
 
 
 def _print_status(reply: StatusReply, as_json: bool) -> None:
@@ -248,7 +268,7 @@ def _print_status(reply: StatusReply, as_json: bool) -> None:
     Console().print(render(reply))
 
 
-def _watch(address: str, timeout: float, as_json: bool) -> None:
+def _watch(target: Target, timeout: float, as_json: bool) -> None:
     """Show snapshots until the run is over; a server that goes away afterwards is no error."""
     import contextlib
 
@@ -256,7 +276,7 @@ def _watch(address: str, timeout: float, as_json: bool) -> None:
     from .view import LiveView, PlainLines
 
     with contextlib.ExitStack() as stack:
-        client = stack.enter_context(StatusClient(address))
+        client = stack.enter_context(StatusClient(target.address, target.credentials))
         show: Callable[[StatusReply], object]
         if as_json:
 
@@ -407,6 +427,7 @@ app.command(
     }
 )(inspect)
 app.command()(partition)
+register(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer, UpdateEncoding
+from .security import is_loopback
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -176,10 +177,13 @@ class SelectionSection(_Section):
 
 
 class ServerSection(_Section):
-    """``[server]``: where to listen, the memory budget for chunks, the spill file beyond it, and how many models
-    are kept."""
+    """``[server]``: where to listen, the server's keys or plain text instead, the memory budget for chunks, the
+    spill file beyond it, and how many models are kept."""
 
     listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:(\d{1,5}|\*)$")] = "tcp://127.0.0.1:7733"
+    keys: str | None = None
+    insecure: bool = False
+    insecure_network: bool = False
     memory: Size = 256 << 20
     spill: bool = True
     spill_dir: str | None = None
@@ -192,6 +196,13 @@ class ServerSection(_Section):
             raise ValueError(f"listen: expected a port up to 65535, got {port}")
         if self.memory < _MIN_MEMORY:
             raise ValueError("memory: expected at least 16MiB")
+        if self.insecure and self.keys is not None:
+            raise ValueError("give either keys or insecure = true")
+        if self.insecure and not self.insecure_network and not is_loopback(self.listen):
+            raise ValueError(
+                f"insecure = true means plain text and no check of who connects, and {self.listen} can be reached "
+                "from other machines; use keys (`fedcore provision`), or insist with insecure_network = true"
+            )
         return self
 
 
@@ -243,6 +254,11 @@ class RunConfig(_Section):
         """Where the spill file goes: ``[server] spill_dir``, or the run folder."""
         named = self.server.spill_dir
         return self.run_folder if named is None else self.folder / named
+
+    @property
+    def keys_folder(self) -> Path | None:
+        """The folder with the server's keys, or None."""
+        return None if self.server.keys is None else self.folder / self.server.keys
 
     @property
     def initial_path(self) -> Path | None:

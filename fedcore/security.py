@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import ipaddress
 import os
 import re
 import stat
@@ -39,6 +40,8 @@ __all__ = [
 ALLOW_FILE: Final = "allow.toml"
 KIT_FILE: Final = "kit.toml"
 SECRET_FILE: Final = "secret.key"
+LOCAL_KIT: Final = "local"
+"""Folder in a run folder: an operator's kit for the server that works on it."""
 MAX_KEYS_PER_NAME: Final = 2
 """The one in use and the one that takes its place."""
 _Z85: Final = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
@@ -150,6 +153,15 @@ def check_address(value: object, where: str) -> str:
     if not isinstance(value, str) or _ADDRESS.fullmatch(value) is None:
         raise ConfigError(f"{where}: address {value!r}: expected tcp://HOST:PORT")
     return value
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address (``tcp://HOST:PORT``) is reached from this machine alone."""
+    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 # --- secrets -----------------------------------------------------------------------------------------

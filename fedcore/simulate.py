@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -16,6 +18,8 @@ from typing import Final
 from . import _watchdog
 from .config import RunConfig
 from .errors import BusyError, ConfigError, FedcoreError, StorageError
+from .provision import SERVER_FOLDER, Project, provision
+from .security import Role
 from .status import is_served
 
 __all__ = ["SimulationResult", "simulate", "site_commands", "tail"]
@@ -26,6 +30,7 @@ _UNFINISHED_SECONDS: Final = 10.0
 _AFTER_SECONDS: Final = 600.0
 _CHECK_SECONDS: Final = 0.1
 _SERVER: Final = "server"
+_KEYS: Final = "keys"
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,11 @@ def simulate(
     *,
     overrides: Sequence[str] = (),
     commands: Mapping[str, Sequence[str]] | None = None,
-    tick: Callable[[str], None] | None = None,
+    tick: Callable[[], None] | None = None,
 ) -> SimulationResult:
     """Run a whole run on loopback: the server and one process per site, nothing faked.
+
+    Server and sites get keys that are thrown away at the end, unless the run file asks for plain text.
 
     A site that fails does not end the run while enough others are left for ``participants.min_results``. When
     the run is complete, the scripts get ten minutes for what they do after it.
@@ -64,7 +71,7 @@ def simulate(
         config: what it says.
         overrides: ``section.key=value`` texts for the server.
         commands: what to start for each site; the run file's ``[simulate] script`` if None.
-        tick: called about ten times a second with the server's address.
+        tick: called about ten times a second.
 
     Raises:
         ConfigError: the run file names no script, or one that is not there.
@@ -85,22 +92,47 @@ def simulate(
     endpoint_file.unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "fedcore", "server", str(run_file)]
     command += ["--endpoint-file", str(endpoint_file)]
-    for override in (*overrides, "server.listen=tcp://127.0.0.1:0"):
+    keys = None if config.server.insecure else folder.absolute() / _KEYS
+    given = [*overrides, "server.listen=tcp://127.0.0.1:0"]
+    if keys is not None:
+        given.append(f"server.keys={_toml_text(keys / SERVER_FOLDER)}")
+    for override in given:
         command += ["--set", override]
     before = _summary_time(folder)
-    with _Children(logs) as children:
+    with _keys(keys, config.site_names), _Children(logs) as children:
         children.start(_SERVER, command, {})
         address = _await_endpoint(children, endpoint_file)
         for site, start in starts.items():
             env = {"FEDCORE_SERVER": address, "FEDCORE_SITE": site, **_site_env(config, site)}
+            env["FEDCORE_KIT"] = "" if keys is None else str(keys / site)
+            env["FEDCORE_INSECURE"] = "1" if keys is None else "0"
             children.start(site, start, env)
         return _watch(
             children,
             folder,
             quorum=config.participants.quorum,
-            tick=(lambda: None) if tick is None else (lambda: tick(address)),
+            tick=(lambda: None) if tick is None else tick,
             over=lambda: _summary_time(folder) != before,
         )
+
+
+@contextlib.contextmanager
+def _keys(folder: Path | None, sites: Sequence[str]) -> Iterator[None]:
+    """Keep keys for a server and its sites in ``folder`` while the block runs."""
+    if folder is None:
+        yield
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # of a simulation that was killed
+    try:
+        # Every process is told the real address once the server listens.
+        provision(Project("tcp://127.0.0.1:7733", dict.fromkeys(sites, Role.SITE)), folder)
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _toml_text(path: Path) -> str:
+    return json.dumps(str(path), ensure_ascii=False)  # a basic string of TOML
 
 
 def _summary_time(folder: Path) -> int:

@@ -9,33 +9,47 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from . import protocol
-from .errors import ConfigError, TransferTimeout
+from .errors import ConfigError, RefusedError, TransferTimeout
+from .security import LOCAL_KIT, Credentials, is_loopback, load_kit
 from .transport import Control, SiteLink
 
 __all__ = [
     "ENDPOINT_FILE",
     "StatusClient",
+    "Target",
     "ask_status",
     "find_server",
+    "find_target",
     "following",
     "is_served",
     "read_summary",
 ]
 
+_CHECK_SECONDS: Final = 0.5
+_DEFAULT_ADDRESS: Final = "tcp://127.0.0.1:7733"
 ENDPOINT_FILE: Final = "endpoint"
 """File in a run folder that holds the address on which its server listens."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a server is, and with what key to talk to it; plain text if None."""
+
+    address: str
+    credentials: Credentials | None = None
 
 
 class StatusClient:
     """A connection to a server that only asks for snapshots; use it in a ``with`` block."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         self.address = address
-        self._link = SiteLink(address, uuid.uuid4().bytes)
+        self._link = SiteLink(address, uuid.uuid4().bytes, credentials)
 
     def __enter__(self) -> StatusClient:
         return self
@@ -48,18 +62,22 @@ class StatusClient:
 
         Raises:
             TransferTimeout: no answer within ``timeout`` seconds.
+            RefusedError: the server does not take this key, or not for this.
         """
         self._link.send(protocol.StatusRequest())
         until = time.monotonic() + timeout
         while (left := until - time.monotonic()) > 0:
-            arrived = self._link.recv(left)
+            arrived = self._link.recv(min(left, _CHECK_SECONDS))
+            if self._link.refused:
+                raise RefusedError(self._link.refused, "key")
             if isinstance(arrived, Control):
                 reply = protocol.decode_from_server(arrived.body)
                 if isinstance(reply, protocol.StatusReply):
                     return reply
-        raise TransferTimeout(
-            f"no answer from {self.address} within {timeout:g} s; is fedcore-server running there?"
-        )
+                if isinstance(reply, protocol.Refused):
+                    raise RefusedError(reply.message, reply.code)
+        why = self._link.hint or "is fedcore-server running there?"
+        raise TransferTimeout(f"no answer from {self.address} within {timeout:g} s; {why}")
 
     def close(self) -> None:
         """Close the connection."""
@@ -68,38 +86,74 @@ class StatusClient:
 
 @contextlib.contextmanager
 def following(
-    show: Callable[[protocol.StatusReply], object], seconds: float = 0.5
-) -> Iterator[Callable[[str], None]]:
-    """Give what a simulation can call with its server's address as often as it likes: a snapshot is shown at
-    most every ``seconds``, over one connection.
+    show: Callable[[protocol.StatusReply], object], folder: Path, seconds: float = 0.5
+) -> Iterator[Callable[[], None]]:
+    """Give what a simulation can call as often as it likes while a server works on ``folder``: a snapshot is shown
+    at most every ``seconds``, over one connection.
     """
     with contextlib.ExitStack() as stack:
         client: StatusClient | None = None
         shown = -math.inf
 
-        def tick(address: str) -> None:
+        def tick() -> None:
             nonlocal client, shown
             if time.monotonic() - shown < seconds:
                 return
-            if client is None:
-                client = stack.enter_context(StatusClient(address))
             shown = time.monotonic()
-            with contextlib.suppress(
-                TransferTimeout
-            ):  # busy, or it has just ended; the next call asks again
+            # Not there yet, busy, or it has just ended: the next call asks again.
+            with contextlib.suppress(ConfigError, TransferTimeout):
+                if client is None:
+                    target = find_server(folder)
+                    if target is None:
+                        return
+                    client = stack.enter_context(StatusClient(target.address, target.credentials))
                 show(client.ask(seconds))
 
         yield tick
 
 
-def ask_status(address: str, timeout: float) -> protocol.StatusReply:
+def ask_status(
+    address: str, timeout: float, credentials: Credentials | None = None
+) -> protocol.StatusReply:
     """Ask a server once; arguments and errors as in `StatusClient.ask`."""
-    with StatusClient(address) as client:
+    with StatusClient(address, credentials) as client:
         return client.ask(timeout)
 
 
-def find_server(folder: Path) -> str | None:
-    """Return the address of the server that works on a run folder, or None if none does.
+def find_target(
+    target: str | None, kit: Path | None, insecure: bool, network: bool
+) -> Target | None:
+    """Return the server that a command is to talk to, or None if no server works on the run folder ``target``.
+
+    Args:
+        target: a run folder or an address; None: the kit's address, or this machine's default port.
+        kit: a kit folder; where it is given, the connection is encrypted with its key.
+        insecure: plain text is asked for; ``network``: to another machine too.
+
+    Raises:
+        ConfigError: ``target`` is no run folder, or would be talked to in plain text unasked.
+    """
+    found = None if kit is None else load_kit(kit)
+    if target is not None and not target.startswith("tcp://"):
+        return find_server(Path(target))
+    if found is not None:
+        return Target(target or found.server, found.credentials)
+    address = target or _DEFAULT_ADDRESS
+    if not insecure:
+        raise ConfigError(
+            f"no key for {address}: name the run folder where the server is on this machine, or a kit with --kit "
+            "(or FEDCORE_KIT); --insecure is for a server whose run file says server.insecure = true"
+        )
+    if not is_loopback(address) and not network:
+        raise ConfigError(
+            f"--insecure is for a server on this machine, and {address} is not; use --kit, or insist with "
+            "--insecure-network"
+        )
+    return Target(address)
+
+
+def find_server(folder: Path) -> Target | None:
+    """Return the server that works on a run folder, and the key that it leaves there, or None if none does.
 
     Raises:
         ConfigError: the folder is no run folder.
@@ -111,7 +165,9 @@ def find_server(folder: Path) -> str | None:
     endpoint = folder / ENDPOINT_FILE
     if not endpoint.is_file() or not is_served(folder):
         return None
-    return endpoint.read_text(encoding="utf-8").strip()
+    kit = folder / LOCAL_KIT
+    credentials = load_kit(kit).credentials if kit.is_dir() else None
+    return Target(endpoint.read_text(encoding="utf-8").strip(), credentials)
 
 
 def is_served(folder: Path) -> bool:

@@ -288,6 +288,11 @@ class ServerLink(_Link):
         super().__init__(context, net)
         self._thread.start()
 
+    @property
+    def secure(self) -> bool:
+        """Whether connections are encrypted and peers known by their keys."""
+        return self._secure
+
     def admit(self, allowed: AllowList) -> None:
         """Let in those of another allow-list from now on; connections that stand are not touched (see `block`)."""
         assert self._door is not None

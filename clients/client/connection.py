@@ -105,7 +105,7 @@ class Connection:
             )
         if self._link is not None:
             return False
-        self._link = SiteLink(self._server, self._instance.bytes)
+        self._link = SiteLink(self._server, self._instance.bytes, self._settings.credentials)
         self._thread = threading.Thread(target=self._serve, name="fedcore-site", daemon=True)
         self._thread.start()
         self._say_join()
@@ -126,9 +126,13 @@ class Connection:
                 if time.monotonic() > deadline and self._held is None:
                     raise TransferTimeout(
                         f"no answer from the server at {self._server} within "
-                        f"{self._settings.connect_timeout:g} s; is fedcore-server running there, and is the "
-                        "port open? (FEDCORE_CONNECT_TIMEOUT changes how long to wait)"
+                        f"{self._settings.connect_timeout:g} s{self._why_silent()} "
+                        "(FEDCORE_CONNECT_TIMEOUT changes how long to wait)"
                     )
+
+    def _why_silent(self) -> str:
+        hint = self._link.hint if self._link is not None else ""
+        return f": {hint}" if hint else "; is fedcore-server running there, and is the port open?"
 
     @property
     def rounds(self) -> int:
@@ -297,7 +301,16 @@ class Connection:
                     logger.error("%s: the server at %s sent a %s", self._site, self._server, error)
             elif arrived is not None:
                 self._handle_event(arrived)
+            if self._link.refused:
+                self._note_refusal(self._link.refused)
             self._repeat()
+
+    def _note_refusal(self, why: str) -> None:
+        """The link will not be taken whatever this site says: tell the thread that waits."""
+        with self.changed:
+            if self._error is None:
+                self._error = RefusedError(why, "key")
+                self.changed.notify_all()
 
     def _repeat(self) -> None:
         """Say again what has had no answer for a while: a message can be lost when a link is cut.

@@ -1,10 +1,9 @@
-"""Where the server is and which site this is: read from the environment or from a kit folder."""
+"""Where the server is, which site this is, and with what key: read from a kit folder or from the environment."""
 
 from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from fedcore.config import parse_duration
 from fedcore.errors import ConfigError
 from fedcore.protocol import SITE_NAME
+from fedcore.security import Credentials, Kit, is_loopback, load_kit
 
 __all__ = ["SiteSettings"]
 
@@ -23,6 +23,7 @@ class SiteSettings:
     Attributes:
         server: address of the server, ``tcp://HOST:PORT``.
         site: this site's name.
+        credentials: this site's keys and the server's; None: plain text.
         work: folder for scratch files and for the update until its round is over; None: a temporary one that is
             removed at the end, so that a process that is started again trains again.
         connect_timeout: seconds to wait for the server's first answer.
@@ -31,20 +32,25 @@ class SiteSettings:
 
     server: str
     site: str
+    credentials: Credentials | None = None
     work: Path | None = None
     connect_timeout: float = 60.0
     idle_timeout: float = 600.0
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> SiteSettings:
-        """Read ``FEDCORE_SERVER`` and ``FEDCORE_SITE``, or the kit folder that ``FEDCORE_KIT`` names.
+        """Read the kit folder that ``FEDCORE_KIT`` names, or ``FEDCORE_SERVER`` and ``FEDCORE_SITE``.
 
-        A kit folder holds ``kit.toml`` with ``server`` and ``site``; the environment wins over it.
+        ``FEDCORE_SERVER`` wins over the kit's address. Without a kit the connection is plain text, which
+        ``FEDCORE_INSECURE=1`` must ask for.
+
+        Raises:
+            ConfigError: something is missing, malformed, or would be sent in plain text unasked.
         """
         env = os.environ if environ is None else environ
-        kit = _read_kit(Path(env["FEDCORE_KIT"])) if env.get("FEDCORE_KIT") else {}
-        server = env.get("FEDCORE_SERVER") or kit.get("server", "")
-        site = env.get("FEDCORE_SITE") or kit.get("site", "")
+        kit = load_kit(Path(env["FEDCORE_KIT"])) if env.get("FEDCORE_KIT") else None
+        server = env.get("FEDCORE_SERVER") or (kit.server if kit else "")
+        site = env.get("FEDCORE_SITE") or (kit.name if kit else "")
         if not server or not site:
             missing = " and ".join(
                 name
@@ -53,8 +59,8 @@ class SiteSettings:
             )
             raise ConfigError(
                 f"{missing} not set: this script does not know where its server is or which site it is. Set "
-                "FEDCORE_SERVER=tcp://HOST:PORT and FEDCORE_SITE=NAME, or FEDCORE_KIT to a folder with a "
-                "kit.toml, or start the script with `fedcore simulate`"
+                "FEDCORE_KIT to the kit folder that `fedcore provision` made for this site, or start the script "
+                "with `fedcore simulate`"
             )
         if not re.fullmatch(r"tcp://[^\s/]+:\d{1,5}", server):
             raise ConfigError(f"server address {server!r}: expected tcp://HOST:PORT")
@@ -63,9 +69,11 @@ class SiteSettings:
                 f"site name {site!r}: expected 1 to 63 letters, digits, '.', '_' or '-', beginning with a "
                 "letter or digit"
             )
+        _check_keys(env, kit, server, site)
         return cls(
             server=server,
             site=site,
+            credentials=kit.credentials if kit else None,
             work=Path(env["FEDCORE_WORK"]) if env.get("FEDCORE_WORK") else _default_work(env),
             connect_timeout=_seconds(env, "FEDCORE_CONNECT_TIMEOUT", cls.connect_timeout),
             idle_timeout=_seconds(env, "FEDCORE_IDLE_TIMEOUT", cls.idle_timeout),
@@ -94,20 +102,22 @@ def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
         raise ConfigError(f"{name}: {error}") from None
 
 
-def _read_kit(folder: Path) -> dict[str, str]:
-    path = folder / "kit.toml"
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"FEDCORE_KIT: cannot read {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"FEDCORE_KIT: {path} is not valid TOML: {error}") from None
-    kit: dict[str, str] = {}
-    for key in ("server", "site"):
-        value = values.pop(key, "")
-        if not isinstance(value, str):
-            raise ConfigError(f"{path}: {key}: expected a text, got {value!r}")
-        kit[key] = value
-    if values:
-        raise ConfigError(f"{path}: unknown key {sorted(values)[0]!r}; expected server and site")
-    return kit
+def _check_keys(env: Mapping[str, str], kit: Kit | None, server: str, site: str) -> None:
+    if kit is not None:
+        if kit.name != site:
+            raise ConfigError(
+                f"FEDCORE_SITE is {site!r}, but the key in {env['FEDCORE_KIT']} is that of {kit.name!r}; unset "
+                "FEDCORE_SITE"
+            )
+        return
+    if env.get("FEDCORE_INSECURE") != "1":
+        raise ConfigError(
+            "FEDCORE_KIT not set: without a kit the connection would be plain text. Set it to the kit folder that "
+            "`fedcore provision` made for this site, or FEDCORE_INSECURE=1 where the server is on this machine "
+            "and its run file says server.insecure = true"
+        )
+    if not is_loopback(server) and env.get("FEDCORE_INSECURE_NETWORK") != "1":
+        raise ConfigError(
+            f"FEDCORE_INSECURE=1 is for a server on this machine, and {server} is not: everybody in between could "
+            "read and change what is sent. Use a kit (FEDCORE_KIT), or insist with FEDCORE_INSECURE_NETWORK=1"
+        )

@@ -112,7 +112,7 @@ def _federate(console: Console, command: list[str], out: Path, task: Task) -> No
     config = load_run_file(run_file)
     commands = dict.fromkeys(task.sites, command)
     if console.is_terminal:
-        with LiveView(console) as view, following(view.show) as tick:
+        with LiveView(console) as view, following(view.show, out / _RUN) as tick:
             result = simulate(run_file, config, commands=commands, tick=tick)
             if result.status == 0:
                 view.show(read_summary(result.folder))

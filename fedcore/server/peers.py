@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from fedcore import __version__, protocol
+from fedcore.security import Identity
 from fedcore.transport import ServerLink
 
 from .participation import Roster
@@ -52,7 +53,10 @@ class Peers:
     def name(self, peer: bytes) -> str:
         """Return what a log line calls the sender of a frame."""
         known = self._known.get(peer)
-        return known.site if known else "a stranger"
+        if known is not None:
+            return known.site
+        who = Identity.of_peer(peer)
+        return f"{who.name} ({who.role})" if who else "a stranger"
 
     def addresses(self) -> dict[str, bytes]:
         """Return each site's routing id."""
@@ -84,17 +88,21 @@ class Peers:
         refusal = self._refusal(peer, join)
         if refusal is None:
             return False
+        self.refuse(peer, join.site, refusal)
+        return True
+
+    def refuse(self, peer: bytes, name: str, refusal: protocol.Refused) -> None:
+        """Tell a peer, and the log, why it is refused."""
         # A site that is started again at once asks until its dead process is noticed: once is enough to read.
         again = (peer, refusal.code) == self._turned_away
         self._turned_away = (peer, refusal.code)
         logger.log(
             logging.DEBUG if again else logging.WARNING,
             "refused %s: %s",
-            join.site,
+            name,
             refusal.message,
         )
         self._link.send(peer, refusal)
-        return True
 
     def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:
         if join.protocol != protocol.PROTOCOL_VERSION:

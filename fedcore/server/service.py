@@ -19,8 +19,10 @@ from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, FedcoreError, ProtocolError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
+from fedcore.security import Identity
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 
+from .access import Access
 from .aggregation import Aggregation, open_spill, update_codec
 from .outcome import Outcome, RunResult
 from .participation import Delivery, Roster
@@ -45,6 +47,7 @@ from .versions import Versions, declared_layout
 __all__ = ["RunResult", "Server"]
 
 _CHECK_SECONDS: Final = 0.5
+_REVOKED: Final = "this site's key was revoked; ask the server's operator"
 _GOODBYE_SECONDS: Final = 3.0
 # Of a site that still answers; on a slow link a chunk may take seconds.
 _DATA_SILENCE_MS: Final = 10_000
@@ -62,8 +65,9 @@ class Server:
 
     Raises:
         BusyError: the port or the run folder is in use.
-        ConfigError: the run folder holds a run with other settings, or a finished one; or FEDCORE_DEVICE or
-            transfer.lossless asks for what this machine doesn't have.
+        ConfigError: the run file names no keys and does not ask for plain text; the run folder holds a run
+            with other settings, or a finished one; or FEDCORE_DEVICE or transfer.lossless asks for what this
+            machine doesn't have.
     """
 
     def __init__(self, config: RunConfig, endpoint_file: Path | None = None) -> None:
@@ -74,6 +78,7 @@ class Server:
                 "transfer.lossless needs the Python package lz4 at the server: install fedcore-fl[lossless], or "
                 "set it to false"
             )
+        self._access = Access(config)
         self._store = Store(
             config.run_folder, config.model_dump(mode="json", exclude={"folder", "simulate"})
         )
@@ -83,11 +88,12 @@ class Server:
                     f"the run in {config.run_folder} is finished; give this run another name (run.name), raise "
                     "run.rounds to go on with it, or remove the folder"
                 )
-            self._link = ServerLink(config.server.listen)
+            self._link = ServerLink(config.server.listen, self._access.secured)
         except BaseException:
             self._store.close()
             raise
         self.endpoint = self._link.endpoint
+        self._access.opened(self._link)
         self._versions = Versions(config, self._store, self._link.exchange)
         self._aggregation: Aggregation | None = None
         self._parked = False  # the aggregation waits for a decision on who takes part
@@ -133,6 +139,7 @@ class Server:
             return self._result
         finally:
             self._versions.close()
+            self._access.close()
             self._link.close()
             self._store.close()
 
@@ -184,12 +191,22 @@ class Server:
             except ProtocolError as error:
                 self._on_invalid(arrived.peer, str(error))
             else:
-                self._handle(arrived.peer, message)
+                self._admit(arrived.peer, message)
         elif arrived is not None:
             self._handle_event(arrived)
+        self._check_access()
         self._check_alive()
         self._versions.keep_digests()
         self._do(self._rounds.tick(time.monotonic()))
+
+    def _check_access(self) -> None:
+        """Take out whose key was revoked, in the middle of a round too."""
+        for who in self._access.revoked():
+            for peer, known in self._peers:
+                if Identity.of_peer(peer) == who:
+                    self._link.send(peer, protocol.Refused(code="revoked", message=_REVOKED))
+                    self._lose(peer, "its key was revoked", left=True)
+                    logger.warning("%s is taken out of the run: its key was revoked", known.site)
 
     def _check_alive(self) -> None:
         limit = self.config.participants.idle_timeout * 1000
@@ -216,6 +233,14 @@ class Server:
             text = f"the server did not understand this site: {error}"
             self._link.send(peer, protocol.Refused(code="message", message=text[:4096]))
             self._lose(peer, f"it sent a {error}", left=True)
+
+    def _admit(self, peer: bytes, message: protocol.FromSite) -> None:
+        """Handle a message if its sender may say it."""
+        refusal = self._access.refusal(peer, message)
+        if refusal is None:
+            self._handle(peer, message)
+        else:
+            self._peers.refuse(peer, self._peers.name(peer), refusal)
 
     def _handle(self, peer: bytes, message: protocol.FromSite) -> None:
         if isinstance(message, protocol.StatusRequest):
@@ -529,6 +554,8 @@ class Server:
             try:
                 message = protocol.decode_from_site(arrived.body)
             except ProtocolError:
+                continue
+            if self._access.refusal(arrived.peer, message) is not None:
                 continue
             if isinstance(message, protocol.StatusRequest):
                 self._reply_status(arrived.peer)

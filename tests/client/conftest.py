@@ -25,13 +25,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Future[RunR
             "run": {"name": "t", "rounds": ROUNDS},
             "participants": {"sites": ["a"], "round_deadline": "60s", "idle_timeout": "30s"},
             "selection": {"metric": "val_loss", "mode": "min"},
-            "server": {"listen": "tcp://127.0.0.1:0"},
+            "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
         },
         folder=tmp_path,
     )
     server = Server(config)
     monkeypatch.setenv("FEDCORE_SERVER", server.endpoint)
     monkeypatch.setenv("FEDCORE_SITE", "a")
+    monkeypatch.setenv("FEDCORE_INSECURE", "1")
     with ThreadPoolExecutor(1) as pool:
         result = pool.submit(server.run)
         try:

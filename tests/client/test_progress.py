@@ -34,6 +34,7 @@ rounds = 1
 sites = ["a", "b"]
 [server]
 listen = "tcp://127.0.0.1:0"
+insecure = true
 """
 
 
@@ -133,7 +134,8 @@ def test_a_site_on_a_terminal_shows_that_it_waits_and_erases_it(tmp_path: Path) 
     )
     while not endpoint.exists():
         assert server.poll() is None
-    env = {**os.environ, "FEDCORE_SERVER": endpoint.read_text(), "TERM": "xterm", "COLUMNS": "120"}
+    env = {**os.environ, "FEDCORE_SERVER": endpoint.read_text(), "FEDCORE_INSECURE": "1"}
+    env |= {"TERM": "xterm", "COLUMNS": "120"}
     env.pop("FEDCORE_PROGRESS", None)
     outer, inner = os.openpty()
     started = [server]

@@ -303,7 +303,7 @@ def test_a_folder_that_cannot_be_made_says_which_setting_to_change(tmp_path: Pat
 
 
 def test_the_folder_outlives_the_process_unless_there_is_no_place_for_it(tmp_path: Path) -> None:
-    site = {"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "a"}
+    site = {"FEDCORE_SERVER": "tcp://[::1]:1", "FEDCORE_SITE": "a", "FEDCORE_INSECURE": "1"}
 
     def work(**env: str) -> Path | None:
         return SiteSettings.from_environment({**site, **env}).work

@@ -63,7 +63,12 @@ class Site:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", str(folder / "site.py")],
                 cwd=folder,
-                env={**os.environ, "FEDCORE_SERVER": address, "FEDCORE_SITE": name},
+                env={
+                    **os.environ,
+                    "FEDCORE_SERVER": address,
+                    "FEDCORE_SITE": name,
+                    "FEDCORE_INSECURE": "1",
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -100,7 +105,7 @@ class Federation:
         section = "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
         (self.folder / "run.toml").write_text(
             f'[run]\nname = "t"\nseed = 7\nrounds = {rounds}\n[participants]\n{section}\n'
-            f'[selection]\nmetric = "loss"\nmode = "max"\n[server]\nlisten = "{self.address}"\n'
+            f'[selection]\nmetric = "loss"\nmode = "max"\n[server]\nlisten = "{self.address}"\ninsecure = true\n'
         )
 
     def server(self) -> subprocess.Popen[str]:

@@ -38,7 +38,7 @@ def run_config(tmp_path: Path, keep_versions: int | None = None, **people: Any) 
             "run": {"name": "t", "rounds": people.pop("rounds", 3)},
             "participants": {"round_deadline": "20s", **people},
             "selection": {"metric": "loss", "mode": "min"},
-            "server": {"listen": "tcp://127.0.0.1:0", **kept},
+            "server": {"listen": "tcp://127.0.0.1:0", "insecure": True, **kept},
         },
         folder=tmp_path,
     )

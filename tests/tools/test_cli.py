@@ -16,7 +16,17 @@ from fedcore import __version__
 from fedcore.cli import app, main
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
-COMMANDS = ("server", "simulate", "status", "aggregate", "demo")
+COMMANDS = (
+    "server",
+    "simulate",
+    "status",
+    "aggregate",
+    "demo",
+    "provision",
+    "keygen",
+    "admit",
+    "revoke",
+)
 
 
 def test_the_help_names_every_command() -> None:

@@ -87,3 +87,13 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if not target.startswith(("http:", "https:")):
             assert (page.parent / target).exists(), target
+
+
+def test_every_test_that_the_security_pages_name_is_there() -> None:
+    named = re.findall(
+        r"`([a-z_/]+\.py)(?:::(test_\w+))?`", text("docs/security.md") + text("SECURITY.md")
+    )
+    assert len(named) > 15
+    for path, test in named:
+        source = (ROOT / "tests" / path).read_text(encoding="utf-8")
+        assert f"def {test}(" in source if test else source, f"{path}::{test}"

@@ -16,7 +16,7 @@ from fedcore.config import parse_run
 from fedcore.errors import ConfigError
 from fedcore.protocol import StatusReply
 from fedcore.server.service import Server
-from fedcore.status import ENDPOINT_FILE, find_server, following, read_summary
+from fedcore.status import ENDPOINT_FILE, Target, find_server, following, read_summary
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         {
             "run": {"name": "t", "rounds": 2},
             "participants": {"sites": ["a", "b"]},
-            "server": {"listen": "tcp://127.0.0.1:0"},
+            "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
         },
         folder=tmp_path,
     )
@@ -43,30 +43,41 @@ def server(tmp_path: Path) -> Iterator[Server]:
 def test_a_running_server_is_found_by_address_and_by_folder(
     server: Server, fedcore: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    for target in (server.endpoint, server.config.run_folder):
-        done = fedcore("status", target, "--json")
+    for target in ([server.endpoint, "--insecure"], [server.config.run_folder]):
+        done = fedcore("status", *target, "--json")
         assert done.returncode == 0, done.stderr
         reply = json.loads(done.stdout)
         assert (reply["run"], reply["phase"], reply["rounds"]) == ("t", "waiting", 2)
         assert {s["site"]: s["state"] for s in reply["sites"]} == {"a": "absent", "b": "absent"}
-    text = fedcore("status", server.endpoint).stdout
+    text = fedcore("status", server.endpoint, "--insecure").stdout
     assert "run t: waiting, round 0 of 2" in text or "run t: waiting, round 1 of 2" in text
     assert "absent" in text
 
 
 def test_a_server_is_followed_at_its_pace_and_outlived(server: Server) -> None:
     seen: list[StatusReply] = []
-    with following(seen.append, 3600) as tick:
+    folder = server.config.run_folder
+    with following(seen.append, folder, 3600) as tick:
         for _ in range(5):
-            tick(server.endpoint)
+            tick()
     assert [reply.run for reply in seen] == ["t"]
-    with following(seen.append, 0.01) as tick:
-        tick("tcp://127.0.0.1:1")  # nobody listens there
+    (folder / ENDPOINT_FILE).write_text("tcp://127.0.0.1:1")  # nobody listens there
+    with following(seen.append, folder, 0.01) as tick:
+        tick()
     assert len(seen) == 1
 
 
 def test_watching_ends_with_the_run(server: Server) -> None:
-    command = [sys.executable, "-P", "-m", "fedcore", "status", server.endpoint, "--watch"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "fedcore",
+        "status",
+        server.endpoint,
+        "--watch",
+        "--insecure",
+    ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as watch:
@@ -80,7 +91,7 @@ def test_watching_ends_with_the_run(server: Server) -> None:
 
 def test_an_ended_run_is_read_from_its_summary(server: Server) -> None:
     folder = server.config.run_folder
-    assert find_server(folder) == server.endpoint
+    assert find_server(folder) == Target(server.endpoint)
     with pytest.raises(ConfigError, match="has not ended"):
         read_summary(folder)
     server.stop()
@@ -103,7 +114,8 @@ def test_a_folder_of_a_killed_server_counts_as_not_running(server: Server) -> No
     ("target", "status", "said"),
     [
         ("tcp://127.0.0.1:1", 1, "no answer from tcp://127.0.0.1:1 within 0.2 s"),
-        ("tcp://nonsense", 2, "expected tcp://HOST:PORT"),
+        ("tcp://127.0.0.1:x", 2, "expected tcp://HOST:PORT"),
+        ("tcp://192.0.2.1:1", 2, "--insecure is for a server on this machine"),
         ("no/such/folder", 2, "neither a run folder nor an address"),
     ],
 )
@@ -111,7 +123,7 @@ def test_what_cannot_be_asked_is_explained(
     target: str, status: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["status", target, "--timeout", "0.2"])
+        main(["status", target, "--timeout", "0.2", "--insecure"])
     assert ended.value.code == status
     err = capsys.readouterr().err
     assert said in err

@@ -26,6 +26,8 @@ from fedcore.errors import (
     WeightError,
 )
 from fedcore.layout import ModelFile, create_model, layout_hash, table
+from fedcore.provision import Project, provision
+from fedcore.security import Role, load_kit
 from fedcore.transport import Control, ServerLink
 
 DEADLINE = 20.0
@@ -425,8 +427,18 @@ def test_a_site_that_ends_says_so() -> None:
         ({"FEDCORE_SERVER": "http://h:1", "FEDCORE_SITE": "a"}, "expected tcp://HOST:PORT"),
         ({"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "a/b"}, "site name 'a/b'"),
         (
-            {"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "a", "FEDCORE_CONNECT_TIMEOUT": "soon"},
+            {
+                "FEDCORE_SERVER": "tcp://[::1]:1",
+                "FEDCORE_SITE": "a",
+                "FEDCORE_INSECURE": "1",
+                "FEDCORE_CONNECT_TIMEOUT": "soon",
+            },
             "FEDCORE_CONNECT_TIMEOUT",
+        ),
+        ({"FEDCORE_SERVER": "tcp://127.0.0.1:1", "FEDCORE_SITE": "a"}, "FEDCORE_KIT not set"),
+        (
+            {"FEDCORE_SERVER": "tcp://192.0.2.1:1", "FEDCORE_SITE": "a", "FEDCORE_INSECURE": "1"},
+            "insist with FEDCORE_INSECURE_NETWORK=1",
         ),
         ({"FEDCORE_KIT": "nowhere"}, "cannot read nowhere"),
     ],
@@ -436,10 +448,18 @@ def test_settings_that_are_wrong_say_what_to_set(environ: dict[str, str], said: 
         SiteSettings.from_environment(environ)
 
 
-def test_a_kit_folder_names_server_and_site(tmp_path) -> None:
-    (tmp_path / "kit.toml").write_text('server = "tcp://h:1"\nsite = "north"\n')
-    found = SiteSettings.from_environment({"FEDCORE_KIT": str(tmp_path)})
+def test_a_kit_folder_names_server_site_and_keys(tmp_path) -> None:
+    made = provision(Project("tcp://h:1", {"north": Role.SITE}), tmp_path).kits["north"]
+    found = SiteSettings.from_environment({"FEDCORE_KIT": str(made)})
     assert (found.server, found.site) == ("tcp://h:1", "north")
-    (tmp_path / "kit.toml").write_text('server = "tcp://h:1"\nsight = "north"\n')
-    with pytest.raises(ConfigError, match="unknown key 'sight'"):
-        SiteSettings.from_environment({"FEDCORE_KIT": str(tmp_path)})
+    assert found.credentials == load_kit(made).credentials
+    elsewhere = {"FEDCORE_KIT": str(made), "FEDCORE_SERVER": "tcp://g:2"}
+    assert SiteSettings.from_environment(elsewhere).server == "tcp://g:2"
+    with pytest.raises(ConfigError, match="is that of 'north'"):
+        SiteSettings.from_environment({"FEDCORE_KIT": str(made), "FEDCORE_SITE": "south"})
+
+
+def test_plain_text_to_another_machine_is_insisted_on_twice() -> None:
+    environ = {"FEDCORE_SERVER": "tcp://192.0.2.1:1", "FEDCORE_SITE": "a", "FEDCORE_INSECURE": "1"}
+    found = SiteSettings.from_environment({**environ, "FEDCORE_INSECURE_NETWORK": "1"})
+    assert found.credentials is None

@@ -1,0 +1,160 @@
+"""Who may connect to this server, and what each role may say.
+
+The allow-list is a file that `fedcore admit` and `fedcore revoke` replace; the server looks at its time stamp
+twice a second at most, between two messages. The server's own user is an operator of its run: a key for that lies
+in the run folder while the server works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import time
+from typing import Final
+
+from fedcore import protocol
+from fedcore.admission import Secured
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError
+from fedcore.security import (
+    ALLOW_FILE,
+    LOCAL_KIT,
+    SECRET_FILE,
+    AllowList,
+    Credentials,
+    Identity,
+    KeyPair,
+    Kit,
+    Role,
+    fingerprint,
+    read_secret,
+    write_kit,
+)
+from fedcore.transport import ServerLink
+
+__all__ = ["Access"]
+
+_LOOK_SECONDS: Final = 0.5
+_MAY_SAY: Final[dict[Role, tuple[type[protocol.Message], ...]]] = {
+    Role.SITE: (
+        protocol.Join,
+        protocol.Declare,
+        protocol.Ready,
+        protocol.Score,
+        protocol.Log,
+        protocol.Alive,
+        protocol.Problem,
+        protocol.Leave,
+    ),
+    Role.OBSERVER: (protocol.StatusRequest,),
+    Role.OPERATOR: (protocol.StatusRequest,),
+}
+
+logger = logging.getLogger("fedcore.server")
+
+
+class Access:
+    """The keys of one server process.
+
+    Attributes:
+        secured: for the link; None where the run file asks for plain text.
+
+    Raises:
+        ConfigError: the run file names no keys and does not ask for plain text either, or the keys are damaged.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.secured: Secured | None = None
+        self._link: ServerLink | None = None
+        self._local = config.run_folder / LOCAL_KIT
+        self._next_look = 0.0
+        if config.server.insecure:
+            return
+        home = config.keys_folder
+        if home is None:
+            raise ConfigError(
+                "server.keys: missing; it names the server's kit, which `fedcore provision` makes. For plain text "
+                "between processes of this machine, set server.insecure = true"
+            )
+        self._path = home / ALLOW_FILE
+        self._stamp = self._look()
+        self._listed = AllowList.load(self._path)
+        self._pair = KeyPair.generate()
+        self._operator = Identity("run-folder", Role.OPERATOR, fingerprint(self._pair.public))
+        self.secured = Secured(read_secret(home / SECRET_FILE), self._with_operator(self._listed))
+
+    def _with_operator(self, listed: AllowList) -> AllowList:
+        return AllowList({**listed.keys, self._pair.public: self._operator})
+
+    def opened(self, link: ServerLink) -> None:
+        """Leave a kit in the run folder, for the commands of this server's own user."""
+        self._link = link
+        shutil.rmtree(self._local, ignore_errors=True)
+        if self.secured is not None:
+            credentials = Credentials(self.secured.pair.public, self._pair)
+            write_kit(self._local, Kit(self._operator.name, link.endpoint, credentials))
+
+    def close(self) -> None:
+        """Take that kit away."""
+        shutil.rmtree(self._local, ignore_errors=True)
+
+    # --- who may say what ---
+
+    def refusal(self, peer: bytes, message: protocol.FromSite) -> protocol.Refused | None:
+        """Return why this peer may not say this, or None if it may; without keys everybody may."""
+        if self.secured is None:
+            return None
+        who = Identity.of_peer(peer)
+        if who is None:
+            return protocol.Refused(code="role", message="the connection has no name")
+        if not isinstance(message, _MAY_SAY[who.role]):
+            text = f"the key of {who.name} is that of a{'n' if who.role is not Role.SITE else ''} {who.role}"
+            return protocol.Refused(
+                code="role", message=f"{text}, which may not say {message.type}"
+            )
+        if isinstance(message, protocol.Join) and message.site != who.name:
+            text = f"the key is that of {who.name}, and it says that it is {message.site}"
+            return protocol.Refused(code="name", message=text)
+        return None
+
+    # --- revocation ---
+
+    def revoked(self) -> list[Identity]:
+        """Return whose keys were taken off the list since the last call; they are not heard any more."""
+        now = time.monotonic()
+        if self.secured is None or now < self._next_look:
+            return []
+        self._next_look = now + _LOOK_SECONDS
+        stamp = self._look()
+        if stamp == self._stamp:
+            return []
+        self._stamp = stamp
+        try:
+            listed = AllowList.load(self._path)
+        except ConfigError as error:
+            logger.error("the allow-list stays as it was: %s", error)
+            return []
+        return self._take(listed)
+
+    def _take(self, listed: AllowList) -> list[Identity]:
+        assert self._link is not None
+        before, self._listed = self._listed, listed
+        gone = [who for key, who in before.keys.items() if listed.keys.get(key) != who]
+        self._link.admit(self._with_operator(listed))
+        for who in gone:
+            self._link.block(who.user)
+            logger.warning("the key %s of %s (%s) was revoked", who.fingerprint, who.name, who.role)
+        for key, who in listed.keys.items():
+            if key not in before.keys:
+                self._link.block(who.user, False)
+                logger.info(
+                    "the key %s of %s (%s) is admitted", who.fingerprint, who.name, who.role
+                )
+        return gone
+
+    def _look(self) -> tuple[int, int, int] | None:
+        with contextlib.suppress(OSError):
+            about = self._path.stat()
+            return about.st_ino, about.st_mtime_ns, about.st_size
+        return None

@@ -1,0 +1,334 @@
+"""Whole runs over encrypted links: names, roles, and a key that is revoked in the middle of a round."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedcore import protocol
+from fedcore.client.session import Session
+from fedcore.client.settings import SiteSettings
+from fedcore.config import parse_run
+from fedcore.errors import ConfigError, RefusedError
+from fedcore.provision import Project, Provisioned, admit, make_key, provision, revoke
+from fedcore.security import KeyPair, Role, load_kit
+from fedcore.server.outcome import RunResult
+from fedcore.server.service import Server
+from fedcore.status import ask_status, find_server
+from fedcore.transport import Control
+
+from .conftest import DEADLINE, Links
+
+pytestmark = pytest.mark.timeout(60)
+
+SPECS = [("w", "F32", [5000])]
+PARTIES = {
+    "a": Role.SITE,
+    "b": Role.SITE,
+    "c": Role.SITE,
+    "eye": Role.OBSERVER,
+    "ops": Role.OPERATOR,
+}
+
+
+@pytest.fixture
+def kits(tmp_path: Path) -> Provisioned:
+    return provision(Project("tcp://127.0.0.1:7733", PARTIES), tmp_path / "kits")
+
+
+def server_of(tmp_path: Path, rounds: int = 2, **people: Any) -> Server:
+    values = {
+        "run": {"name": "t", "rounds": rounds},
+        "participants": {"sites": ["a", "b"], "round_deadline": "30s", **people},
+        "server": {"listen": "tcp://127.0.0.1:0", "keys": "kits/server"},
+    }
+    return Server(parse_run(values, folder=tmp_path))
+
+
+def settings(kit: Path, address: str) -> SiteSettings:
+    found = load_kit(kit)
+    return SiteSettings(address, found.name, found.credentials, connect_timeout=15)
+
+
+def site(kit: Path, address: str, step: float, hold: Callable[[int], None] = lambda _: None) -> int:
+    """Add ``step`` in each round; ``hold`` is called with the round before its update is sent."""
+    session = Session(settings(kit, address))
+    trained = 0
+    try:
+        while session.is_running():
+            model = session.begin(SPECS, {}, lambda _: bytes(20_000))
+            values = np.frombuffer(model.tensors["w"], np.float32) + np.float32(step)
+            session.score({"loss": 1.0}, 1)
+            if model.kind == "evaluate":
+                session.end_task()
+                continue
+            hold(model.round)
+            session.submit(lambda _, values=values: values.tobytes(), 1)
+            trained += 1
+    finally:
+        session.close()
+    return trained
+
+
+def models(tmp_path: Path) -> list[float]:
+    folder = tmp_path / "runs/t/models"
+    return [float(load_file(path)["w"][0]) for path in sorted(folder.iterdir())]
+
+
+@contextmanager
+def running(server: Server) -> Iterator[tuple[ThreadPoolExecutor, Future[RunResult]]]:
+    """A server at work, and threads for its sites; it is stopped at the end if it has not ended."""
+    with ThreadPoolExecutor(5) as pool:
+        try:
+            yield pool, pool.submit(server.run)
+        finally:
+            server.stop()
+
+
+def test_a_run_over_encrypted_links_gives_the_same_models(
+    tmp_path: Path, kits: Provisioned
+) -> None:
+    server = server_of(tmp_path)
+    with running(server) as (pool, result):
+        sites = [
+            pool.submit(site, kits.kits[name], server.endpoint, step)
+            for name, step in (("a", 1), ("b", 3))
+        ]
+        assert [done.result(60) for done in sites] == [2, 2]
+        assert result.result(60).ok
+    assert models(tmp_path) == [0, 2, 4]
+
+
+def test_a_key_revoked_in_mid_round_ends_its_part_and_the_round_goes_on(
+    tmp_path: Path, kits: Provisioned, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = server_of(tmp_path, sites=["a", "b", "c"], min_results=2)
+    reached, over = threading.Event(), threading.Event()
+
+    def hold(round_: int) -> None:
+        if round_ == 2:
+            reached.set()
+            assert over.wait(DEADLINE)
+
+    with running(server) as (pool, result):
+        honest = [
+            pool.submit(site, kits.kits[name], server.endpoint, step)
+            for name, step in (("a", 1), ("b", 3))
+        ]
+        gone = pool.submit(site, kits.kits["c"], server.endpoint, 8, hold)
+        assert reached.wait(DEADLINE)
+        assert revoke(kits.server, "c") == 0
+        assert [done.result(60) for done in honest] == [2, 2]
+        assert result.result(60).ok
+        over.set()
+        with pytest.raises(RefusedError, match="key was revoked"):
+            gone.result(60)
+    assert models(tmp_path) == [0, 4, 6]
+    assert "c is taken out of the run: its key was revoked" in caplog.text
+
+
+def test_a_revoked_key_does_not_come_back_and_a_new_one_of_the_name_does(
+    tmp_path: Path, kits: Provisioned
+) -> None:
+    server = server_of(tmp_path)
+    with running(server) as (pool, result):
+        first = Session(settings(kits.kits["a"], server.endpoint))
+        assert first.is_running()
+        revoke(kits.server, "a")
+        with pytest.raises(RefusedError, match="revoked"):
+            train_on(first)
+        first.close()
+        with pytest.raises(RefusedError, match="does not admit this key"):
+            site(kits.kits["a"], server.endpoint, 1)
+        fresh = tmp_path / "fresh"
+        key = make_key(fresh, kits.kits["a"], "", "", "").credentials.pair.public
+        admit(kits.server, "a", Role.SITE, key)
+        until_admitted(server, key)
+        sites = [
+            pool.submit(site, kit, server.endpoint, step)
+            for kit, step in ((fresh, 1), (kits.kits["b"], 3))
+        ]
+        assert [done.result(60) for done in sites] == [2, 2]
+        assert result.result(60).ok
+
+
+def train_on(session: Session) -> None:
+    """Take part in rounds until something is raised."""
+    while True:
+        session.begin(SPECS, {}, lambda _: bytes(20_000))
+        session.submit(lambda _: bytes(20_000), 1)
+        session.is_running()
+
+
+def until_admitted(server: Server, key: str) -> None:
+    deadline = time.monotonic() + DEADLINE
+    door = server._link._door
+    assert door is not None
+    while key not in door.allowed.keys:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_two_keys_of_one_name_are_one_site(tmp_path: Path, kits: Provisioned) -> None:
+    key = make_key(tmp_path / "next", kits.kits["a"], "", "", "").credentials.pair.public
+    admit(kits.server, "a", Role.SITE, key)
+    server = server_of(tmp_path, sites=["a"])
+    with running(server) as (_, result):
+        held = Session(settings(kits.kits["a"], server.endpoint))
+        assert held.is_running()
+        with pytest.raises(RefusedError, match="another process takes part as 'a'"):
+            Session(
+                SiteSettings(
+                    server.endpoint,
+                    "a",
+                    load_kit(tmp_path / "next").credentials,
+                    connect_timeout=0.5,
+                )
+            ).is_running()
+        held.close()
+        assert site(tmp_path / "next", server.endpoint, 1) == 2
+        assert result.result(60).ok
+
+
+@pytest.fixture
+def waiting(tmp_path: Path, kits: Provisioned, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server that waits for its sites, and for nobody when it is stopped."""
+    monkeypatch.setattr("fedcore.server.service._GOODBYE_SECONDS", 0.0)
+    server = server_of(tmp_path)
+    with running(server):
+        yield server
+
+
+def answer(links: Links, server: Server, kit: Path, message: protocol.FromSite) -> Any:
+    """Say something with a kit's key, and return the server's answer."""
+    link = links.site(server.endpoint, load_kit(kit).credentials)
+    link.send(message)
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        arrived = link.recv(deadline - time.monotonic())
+        if isinstance(arrived, Control):
+            return protocol.decode_from_server(arrived.body)
+    raise AssertionError("no answer")
+
+
+def join(name: str) -> protocol.Join:
+    return protocol.Join(version="test", site=name, instance="0" * 32)
+
+
+def test_a_site_that_says_anothers_name_is_refused(
+    waiting: Server, kits: Provisioned, links: Links
+) -> None:
+    refused = answer(links, waiting, kits.kits["a"], join("b"))
+    assert isinstance(refused, protocol.Refused)
+    assert (refused.code, "key is that of a" in refused.message) == ("name", True)
+    assert isinstance(answer(links, waiting, kits.kits["b"], join("b")), protocol.Welcome)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eye", join("eye")),
+        ("ops", join("ops")),
+        ("eye", protocol.Score(version=0, metrics={}, examples=1)),
+        ("a", protocol.StatusRequest()),
+    ],
+    ids=["observer joins", "operator joins", "observer scores", "site looks on"],
+)
+def test_a_role_may_say_its_own_messages_alone(
+    waiting: Server, kits: Provisioned, links: Links, name: str, message: protocol.FromSite
+) -> None:
+    refused = answer(links, waiting, kits.kits[name], message)
+    assert isinstance(refused, protocol.Refused)
+    assert refused.code == "role"
+    assert refused.message.startswith(f"the key of {name} is that of a")
+
+
+@pytest.mark.parametrize("name", ["eye", "ops"])
+def test_observers_and_operators_see_how_the_run_stands(
+    waiting: Server, kits: Provisioned, name: str
+) -> None:
+    credentials = load_kit(kits.kits[name]).credentials
+    assert ask_status(waiting.endpoint, DEADLINE, credentials).run == "t"
+
+
+def test_the_servers_own_user_needs_no_kit_beside_the_run_folder(waiting: Server) -> None:
+    folder = waiting.config.run_folder
+    (folder / "endpoint").write_text(waiting.endpoint)
+    target = find_server(folder)
+    assert target is not None
+    assert ask_status(target.address, DEADLINE, target.credentials).run == "t"
+    assert (folder / "local" / "secret.key").stat().st_mode & 0o777 == 0o600
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "fedcore", "status", str(folder), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={key: value for key, value in os.environ.items() if key != "FEDCORE_KIT"},
+    )
+    assert done.returncode == 0, done.stderr
+    waiting.stop()
+    deadline = time.monotonic() + DEADLINE
+    while (folder / "local").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_damaged_allow_list_leaves_the_old_one_in_force(
+    waiting: Server, kits: Provisioned, links: Links, caplog: pytest.LogCaptureFixture
+) -> None:
+    (kits.server / "allow.toml").write_text("[[key")
+    deadline = time.monotonic() + DEADLINE
+    while "the allow-list stays as it was" not in caplog.text:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert isinstance(answer(links, waiting, kits.kits["a"], join("a")), protocol.Welcome)
+
+
+@pytest.mark.parametrize(
+    ("server", "said"),
+    [
+        ({}, "server.keys: missing"),
+        ({"insecure": True, "listen": "tcp://0.0.0.0:0"}, "insist with insecure_network = true"),
+        ({"insecure": True, "listen": "tcp://*:0"}, "insist with insecure_network = true"),
+        ({"insecure": True, "keys": "kits/server"}, "give either keys or insecure = true"),
+        ({"keys": "nowhere"}, "cannot read"),
+    ],
+)
+def test_a_server_is_in_plain_text_only_if_it_is_asked_for(
+    tmp_path: Path, server: dict[str, Any], said: str
+) -> None:
+    values = {"run": {"name": "t", "rounds": 1}, "participants": {"count": 1}}
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Server(parse_run({**values, "server": server}, folder=tmp_path))
+
+
+def test_a_secret_that_others_can_read_stops_the_server(tmp_path: Path, kits: Provisioned) -> None:
+    (kits.server / "secret.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="can be read or written by others"):
+        server_of(tmp_path)
+
+
+def test_an_unknown_key_ends_a_script_at_once_with_what_to_do(
+    waiting: Server, kits: Provisioned
+) -> None:
+    known = load_kit(kits.kits["a"]).credentials
+    unknown = SiteSettings(
+        waiting.endpoint, "a", type(known)(known.server_key, KeyPair.generate()), connect_timeout=60
+    )
+    began = time.monotonic()
+    with pytest.raises(RefusedError, match="fedcore admit"):
+        Session(unknown).is_running()
+    assert time.monotonic() - began < DEADLINE
