@@ -20,6 +20,7 @@ from .cli_common import INTERRUPTED, reported
 from .cli_inspect import inspect
 from .cli_partition import partition
 from .cli_security import Insecure, InsecureNetwork, KitFolder, register
+from .cli_steering import register as register_steering
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -428,6 +429,7 @@ app.command(
 )(inspect)
 app.command()(partition)
 register(app)
+register_steering(app)
 
 
 def main(arguments: list[str] | None = None) -> None:

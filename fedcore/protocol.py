@@ -56,6 +56,7 @@ SetId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 LayoutHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, StringConstraints(max_length=4096)]
 Round = Annotated[int, Field(ge=0, le=1_000_000)]
+Steer = Literal["pause", "resume", "stop", "evaluate"]
 Weight = Annotated[int, Field(ge=1, le=MAX_WEIGHT)]
 UpdateEncoding = Literal["raw", "bf16", "fp16", "int8", "nf4", "top-k"]
 """How the floats of an update travel; the encodings of ``docs/protocol.md``."""
@@ -178,6 +179,13 @@ class StatusRequest(Message):
     type: Literal["status-request"] = "status-request"
 
 
+class Command(Message):
+    """An operator steers the run; needs no `Join`. ``"pause"``: begin no round after the one under way."""
+
+    type: Literal["command"] = "command"
+    action: Steer
+
+
 # --- from the server -------------------------------------------------------------------------------
 
 
@@ -263,6 +271,14 @@ class Finish(Message):
     best_version: Round | None = None
 
 
+class CommandReply(Message):
+    """Answer to `Command`: whether it is carried out, and what that means or why not."""
+
+    type: Literal["command-reply"] = "command-reply"
+    ok: bool
+    message: Text
+
+
 class SiteStatus(Message):
     """One site's line in a `StatusReply`."""
 
@@ -308,8 +324,19 @@ class StatusReply(Message):
     message: Text = ""
 
 
-FromSite = Join | Declare | Ready | Score | Log | Alive | Problem | Leave | StatusRequest
-FromServer = Welcome | Accepted | Refused | Rejoin | Task | Commit | Dropped | Finish | StatusReply
+FromSite = Join | Declare | Ready | Score | Log | Alive | Problem | Leave | StatusRequest | Command
+FromServer = (
+    Welcome
+    | Accepted
+    | Refused
+    | Rejoin
+    | Task
+    | Commit
+    | Dropped
+    | Finish
+    | StatusReply
+    | CommandReply
+)
 
 _FROM_SITE: TypeAdapter[FromSite] = TypeAdapter(Annotated[FromSite, Field(discriminator="type")])
 _FROM_SERVER: TypeAdapter[FromServer] = TypeAdapter(

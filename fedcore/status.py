@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from . import protocol
 from .errors import ConfigError, RefusedError, TransferTimeout
@@ -30,6 +30,8 @@ __all__ = [
     "read_summary",
 ]
 
+_R = TypeVar("_R", protocol.StatusReply, protocol.CommandReply)
+
 _CHECK_SECONDS: Final = 0.5
 _DEFAULT_ADDRESS: Final = "tcp://127.0.0.1:7733"
 ENDPOINT_FILE: Final = "endpoint"
@@ -45,7 +47,7 @@ class Target:
 
 
 class StatusClient:
-    """A connection to a server that only asks for snapshots; use it in a ``with`` block."""
+    """A connection to a server that takes no part in its run; use it in a ``with`` block."""
 
     def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         self.address = address
@@ -64,7 +66,14 @@ class StatusClient:
             TransferTimeout: no answer within ``timeout`` seconds.
             RefusedError: the server does not take this key, or not for this.
         """
-        self._link.send(protocol.StatusRequest())
+        return self._asked(protocol.StatusRequest(), protocol.StatusReply, timeout)
+
+    def command(self, action: protocol.Steer, timeout: float) -> protocol.CommandReply:
+        """Steer the run; returns the answer, errors as in `ask`."""
+        return self._asked(protocol.Command(action=action), protocol.CommandReply, timeout)
+
+    def _asked(self, message: protocol.FromSite, kind: type[_R], timeout: float) -> _R:
+        self._link.send(message)
         until = time.monotonic() + timeout
         while (left := until - time.monotonic()) > 0:
             arrived = self._link.recv(min(left, _CHECK_SECONDS))
@@ -72,7 +81,7 @@ class StatusClient:
                 raise RefusedError(self._link.refused, "key")
             if isinstance(arrived, Control):
                 reply = protocol.decode_from_server(arrived.body)
-                if isinstance(reply, protocol.StatusReply):
+                if isinstance(reply, kind):
                     return reply
                 if isinstance(reply, protocol.Refused):
                     raise RefusedError(reply.message, reply.code)

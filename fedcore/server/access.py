@@ -48,7 +48,7 @@ _MAY_SAY: Final[dict[Role, tuple[type[protocol.Message], ...]]] = {
         protocol.Leave,
     ),
     Role.OBSERVER: (protocol.StatusRequest,),
-    Role.OPERATOR: (protocol.StatusRequest,),
+    Role.OPERATOR: (protocol.StatusRequest, protocol.Command),
 }
 
 logger = logging.getLogger("fedcore.server")

@@ -155,6 +155,7 @@ class Rounds:
         if version is not None and version >= rounds:
             self.phase = Phase.EVALUATING
         self.collecting: tuple[Participant, ...] = ()
+        self.paused = False
         self._started: float | None = None
         self._return_by: float | None = None
 
@@ -176,6 +177,30 @@ class Rounds:
     def deadline(self) -> float | None:
         """The time at which `tick` will act, or None while nobody was given a task."""
         return None if self._started is None or self.over else self._started + self.deadline_seconds
+
+    @property
+    def held(self) -> bool:
+        """Whether the run is paused and no round is under way."""
+        return self.paused and self._started is None and not self.over
+
+    # --- an operator ---
+
+    def resume(self, now: float) -> list[Action]:
+        """Go on after a pause."""
+        held, self.paused = self.held, False
+        if not held:
+            return []
+        if self.version is None:
+            return self._choose_first(now)
+        return self._begin(now)
+
+    def evaluate(self) -> list[Action]:
+        """Have the last model scored while the run is `held`, by those who have not scored it."""
+        return [
+            SendTask(member.name, "evaluate", self.version)
+            for member in self.roster
+            if self.version is not None and member.alive and self.version not in member.scored
+        ]
 
     # --- events ---
 
@@ -304,12 +329,17 @@ class Rounds:
             member.delivery = None
         for member in present:
             member.state = SiteState.JOINED
+        return self._begin(now)
+
+    def _begin(self, now: float) -> list[Action]:
+        """Give their tasks to those who are there."""
         actions: list[Action] = []
         if self.sample is not None and self.phase is Phase.TRAINING:
             actions = self._choose(now)
         else:
-            for member in present:
-                actions += self._assign(member, now)
+            for member in self.roster:
+                if member.alive:
+                    actions += self._assign(member, now)
         return actions + (self._end_if_evaluated() if self.phase is Phase.EVALUATING else [])
 
     def tick(self, now: float) -> list[Action]:
@@ -337,7 +367,7 @@ class Rounds:
 
     def _assign(self, member: Member, now: float) -> list[Action]:
         """Give a site what it owes, if anything."""
-        if self.over:
+        if self.over or self.held:
             return []
         if self.version is None:
             if self.phase is Phase.INITIAL and member.state is SiteState.TRAINING:
@@ -367,7 +397,7 @@ class Rounds:
         The order of choice is a hash of seed, round and name: it does not depend on who came first. The first
         choice waits for all sites, or for ``_SETTLE_SECONDS`` and enough of them.
         """
-        if self.sample is None or self.phase is not Phase.TRAINING:
+        if self.sample is None or self.phase is not Phase.TRAINING or self.held:
             return []
         free = [m for m in self.roster if m.alive and m.name not in self._chosen]
         if not self._chosen:
@@ -406,7 +436,7 @@ class Rounds:
             self._started = now
 
     def _choose_first(self, now: float) -> list[Action]:
-        if self.phase is not Phase.WAITING:
+        if self.phase is not Phase.WAITING or self.paused:
             return []
         for member in self.roster:
             if member.alive and member.declared:
@@ -471,7 +501,7 @@ class Rounds:
         return [SendDropped(member.name, round_, text)]
 
     def _end_if_evaluated(self) -> list[Action]:
-        if self.phase is not Phase.EVALUATING:
+        if self.phase is not Phase.EVALUATING or self.held:
             return []
         waiting = [
             m for m in self.roster if m.returning or (m.alive and self.version not in m.scored)

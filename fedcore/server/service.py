@@ -41,6 +41,7 @@ from .rounds import (
 )
 from .selection import SiteScore
 from .status import StatusBuilder
+from .steering import steer
 from .store import Store, VersionRow
 from .versions import Versions, declared_layout
 
@@ -246,6 +247,9 @@ class Server:
         if isinstance(message, protocol.StatusRequest):
             self._reply_status(peer)
             return
+        if isinstance(message, protocol.Command):
+            self._on_command(peer, message)
+            return
         if isinstance(message, protocol.Join):
             self._on_join(peer, message)
             return
@@ -269,6 +273,17 @@ class Server:
         elif isinstance(message, protocol.Leave):
             logger.info("%s left: %s", site, message.reason)
             self._lose(peer, message.reason, left=True)
+
+    def _on_command(self, peer: bytes, command: protocol.Command) -> None:
+        actions: list[Action] = []
+        if command.action == "stop":
+            self._stopping = True
+            reply = protocol.CommandReply(ok=True, message="the run ends with what is committed")
+        else:
+            reply, actions = steer(self._rounds, command.action, time.monotonic())
+        logger.info("%s says %s: %s", self._peers.name(peer), command.action, reply.message)
+        self._link.send(peer, reply)
+        self._do(actions)
 
     def _on_join(self, peer: bytes, join: protocol.Join) -> None:
         if self._peers.turn_away(peer, join):
@@ -572,4 +587,5 @@ class Server:
 
     def _snapshot(self) -> protocol.StatusReply:
         stats = self._link.exchange.stats()
-        return self._status.build(stats, self._result.message if self._result else "")
+        paused = "paused: no other round begins" if self._rounds.paused else ""
+        return self._status.build(stats, self._result.message if self._result else paused)

@@ -26,6 +26,10 @@ COMMANDS = (
     "keygen",
     "admit",
     "revoke",
+    "pause",
+    "resume",
+    "stop",
+    "evaluate",
 )
 
 

@@ -1,0 +1,119 @@
+"""The commands that steer a run: pause, resume, stop, evaluate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_common import reported
+from .cli_security import Insecure, InsecureNetwork, KitFolder
+from .errors import ConfigError, FedcoreError
+
+if TYPE_CHECKING:
+    from .protocol import Steer
+
+__all__ = ["register"]
+
+Target = Annotated[
+    str | None,
+    typer.Argument(
+        help="A run folder or a server's address.  [default: the kit's server]",
+        metavar="[RUN_FOLDER|tcp://...]",
+    ),
+]
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for an answer.")]
+
+
+@reported
+def pause(
+    target: Target = None,
+    kit: KitFolder = None,
+    insecure: Insecure = False,
+    insecure_network: InsecureNetwork = False,
+    timeout: Timeout = 5.0,
+) -> None:
+    """Let a run finish the round under way and begin no other until `fedcore resume`.
+
+    A server that is started again is no longer paused.
+
+    \b
+    Examples:
+      fedcore pause runs/sentiment
+      fedcore pause --kit kits/ops
+    """
+    _say("pause", (target, kit, insecure, insecure_network), timeout)
+
+
+@reported
+def resume(
+    target: Target = None,
+    kit: KitFolder = None,
+    insecure: Insecure = False,
+    insecure_network: InsecureNetwork = False,
+    timeout: Timeout = 5.0,
+) -> None:
+    """Let a paused run go on.
+
+    \b
+    Examples:
+      fedcore resume runs/sentiment
+      fedcore resume --kit kits/ops
+    """
+    _say("resume", (target, kit, insecure, insecure_network), timeout)
+
+
+@reported
+def stop(
+    target: Target = None,
+    kit: KitFolder = None,
+    insecure: Insecure = False,
+    insecure_network: InsecureNetwork = False,
+    timeout: Timeout = 5.0,
+) -> None:
+    """End a run cleanly with what is committed, as Ctrl-C at the server does.
+
+    \b
+    Examples:
+      fedcore stop runs/sentiment
+      fedcore stop --kit kits/ops
+    """
+    _say("stop", (target, kit, insecure, insecure_network), timeout)
+
+
+@reported
+def evaluate(
+    target: Target = None,
+    kit: KitFolder = None,
+    insecure: Insecure = False,
+    insecure_network: InsecureNetwork = False,
+    timeout: Timeout = 5.0,
+) -> None:
+    """Have the last model of a paused run scored by all sites that have not scored it.
+
+    \b
+    Examples:
+      fedcore evaluate runs/sentiment
+      fedcore evaluate --kit kits/ops
+    """
+    _say("evaluate", (target, kit, insecure, insecure_network), timeout)
+
+
+def _say(action: Steer, where: tuple[str | None, Path | None, bool, bool], timeout: float) -> None:
+    from .status import StatusClient, find_target
+
+    found = find_target(*where)
+    if found is None:
+        raise ConfigError(f"no server works on {where[0]}")
+    with StatusClient(found.address, found.credentials) as client:
+        reply = client.command(action, timeout)
+    if not reply.ok:
+        raise FedcoreError(reply.message)
+    typer.echo(reply.message)
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the command line."""
+    for command in (pause, resume, stop, evaluate):
+        app.command()(command)

@@ -1,0 +1,35 @@
+"""What an operator's commands do to a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedcore import protocol
+
+from .rounds import Action, Rounds
+
+__all__ = ["steer"]
+
+
+def steer(
+    rounds: Rounds, action: Literal["pause", "resume", "evaluate"], now: float
+) -> tuple[protocol.CommandReply, list[Action]]:
+    """Carry out a command; returns the answer to the operator and what follows from it."""
+    if rounds.over:
+        return protocol.CommandReply(ok=False, message="the run is over"), []
+    if action == "pause":
+        rounds.paused = True
+        when = "now" if rounds.held else f"after round {rounds.round}, which is under way"
+        return protocol.CommandReply(ok=True, message=f"paused {when}"), []
+    if action == "resume":
+        actions = rounds.resume(now)
+        return protocol.CommandReply(ok=True, message="the rounds go on"), actions
+    if not rounds.held or rounds.version is None:
+        text = (
+            "every model is scored when its successor's round begins; to have it scored in between, pause "
+            "first, and ask again once the round under way is committed"
+        )
+        return protocol.CommandReply(ok=False, message=text), []
+    actions = rounds.evaluate()
+    text = f"model {rounds.version} is scored by {len(actions)} sites"
+    return protocol.CommandReply(ok=True, message=text), actions

@@ -1,0 +1,178 @@
+"""An operator pauses, resumes, evaluates and stops a run; nobody else does."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedcore import protocol
+from fedcore.provision import Project, Provisioned, provision
+from fedcore.security import Role, load_kit
+from fedcore.server.participation import Delivery, Roster
+from fedcore.server.rounds import Action, EndRun, Phase, Rounds, SendTask, StartCollect
+from fedcore.server.steering import steer
+from fedcore.status import StatusClient
+
+from ..security.conftest import DEADLINE, Links
+from ..security.test_runs import answer, models, running, server_of, site
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def joined(version: int | None = 0, rounds: int = 2, sample: int | None = None) -> Rounds:
+    found = Rounds(
+        Roster(["a", "b"], None),
+        rounds=rounds,
+        quorum=sample or 2,
+        deadline=100,
+        version=version,
+        sample=sample,
+    )
+    for name in ("a", "b"):
+        found.joined(name, name, 0)
+    return found
+
+
+def close_round(rounds: Rounds) -> list[Action]:
+    for name in ("a", "b"):
+        actions = rounds.ready(name, rounds.round, Delivery("0" * 32, 1))
+    assert isinstance(actions[-1], StartCollect)
+    rounds.reduced()
+    return rounds.committed(rounds.round, 1)
+
+
+def tasks(actions: list[Action]) -> list[tuple[str, str, int]]:
+    return [(a.site, a.kind, a.round) for a in actions if isinstance(a, SendTask)]
+
+
+def test_a_paused_run_ends_its_round_and_begins_no_other_until_it_is_resumed() -> None:
+    rounds = joined()
+    reply, actions = steer(rounds, "pause", 0)
+    assert (reply.message, actions) == ("paused after round 1, which is under way", [])
+    assert close_round(rounds) == []
+    assert rounds.version == 1
+    assert rounds.tick(1000) == []
+    assert rounds.deadline is None
+    assert tasks(rounds.joined("a", "again", 1001)) == []
+    reply, actions = steer(rounds, "resume", 1002)
+    assert tasks(actions) == [("a", "train", 2), ("b", "train", 2)]
+
+
+def test_a_pause_taken_back_in_the_same_round_changes_nothing() -> None:
+    rounds = joined()
+    steer(rounds, "pause", 0)
+    assert steer(rounds, "resume", 0)[1] == []
+    assert tasks(close_round(rounds)) == [("a", "train", 2), ("b", "train", 2)]
+
+
+def test_a_run_paused_before_its_first_model_asks_nobody_for_it() -> None:
+    rounds = joined(version=None)
+    steer(rounds, "pause", 0)
+    assert rounds.declared("a", 0) + rounds.declared("b", 0) == []
+    assert tasks(steer(rounds, "resume", 1)[1]) == [("a", "initial", 0)]
+
+
+def test_a_paused_run_chooses_no_sample() -> None:
+    rounds = joined(sample=1)
+    steer(rounds, "pause", 0)
+    rounds.ready("a", 1, Delivery("0" * 32, 1))
+    rounds.ready("b", 1, Delivery("0" * 32, 1))
+    rounds.reduced()
+    assert rounds.committed(1, 1) == []
+    assert rounds.tick(50) == []
+    assert len(tasks(steer(rounds, "resume", 51)[1])) == 1
+
+
+def test_a_held_run_has_its_last_model_scored_on_request_and_goes_on_afterwards() -> None:
+    rounds = joined(rounds=1)
+    assert not steer(rounds, "evaluate", 0)[0].ok
+    steer(rounds, "pause", 0)
+    assert not steer(rounds, "evaluate", 0)[0].ok
+    close_round(rounds)
+    reply, actions = steer(rounds, "evaluate", 1)
+    assert (reply.message, tasks(actions)) == (
+        "model 1 is scored by 2 sites",
+        [("a", "evaluate", 1), ("b", "evaluate", 1)],
+    )
+    assert rounds.scored("a", 1) + rounds.scored("b", 1) == []
+    assert rounds.phase is Phase.EVALUATING
+    assert steer(rounds, "resume", 2)[1] == [EndRun(True, "")]
+    assert not steer(rounds, "pause", 3)[0].ok
+
+
+@pytest.fixture
+def kits(tmp_path: Path) -> Provisioned:
+    parties = {"a": Role.SITE, "eye": Role.OBSERVER, "ops": Role.OPERATOR}
+    return provision(Project("tcp://127.0.0.1:7733", parties), tmp_path / "kits")
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_an_operator_steers_a_run_over_the_port(tmp_path: Path, kits: Provisioned) -> None:
+    server = server_of(tmp_path, sites=["a"], rounds=3)
+    credentials = load_kit(kits.kits["ops"]).credentials
+    reached, go = threading.Event(), threading.Event()
+
+    def hold(round_: int) -> None:
+        reached.set()
+        assert go.wait(DEADLINE)
+
+    with (
+        running(server) as (pool, result),
+        StatusClient(server.endpoint, credentials) as operator,
+    ):
+        trained = pool.submit(site, kits.kits["a"], server.endpoint, 1, hold)
+        assert reached.wait(DEADLINE)
+        reply = operator.command("pause", DEADLINE)
+        assert (reply.ok, reply.message) == (True, "paused after round 1, which is under way")
+        go.set()
+        until(lambda: operator.ask(DEADLINE).versions[-1].version == 1)
+        assert operator.command("evaluate", DEADLINE).message == "model 1 is scored by 1 sites"
+        until(lambda: operator.ask(DEADLINE).versions[-1].metrics == {"loss": 1.0})
+        found = operator.ask(DEADLINE)
+        assert (found.message, found.versions[-1].version) == ("paused: no other round begins", 1)
+        assert operator.command("resume", DEADLINE).ok
+        until(lambda: operator.ask(DEADLINE).versions[-1].version >= 2)
+        assert trained.result(60) == 3
+        assert result.result(60).ok
+    assert models(tmp_path) == [0, 1, 2, 3]
+
+
+def test_an_operator_stops_a_run_as_ctrl_c_does(tmp_path: Path, kits: Provisioned) -> None:
+    server = server_of(tmp_path, sites=["a"])
+    credentials = load_kit(kits.kits["ops"]).credentials
+    with (
+        running(server) as (_, result),
+        StatusClient(server.endpoint, credentials) as operator,
+    ):
+        assert operator.command("stop", DEADLINE).ok
+        assert result.result(60).message == "stopped on request"
+
+
+@pytest.mark.parametrize("name", ["a", "eye"])
+@pytest.mark.parametrize("action", ["pause", "resume", "stop", "evaluate"])
+def test_nobody_but_an_operator_steers(
+    tmp_path: Path, kits: Provisioned, links: Links, name: str, action: protocol.Steer
+) -> None:
+    server = server_of(tmp_path, sites=["a"])
+    with running(server) as (_, result):
+        refused = answer(links, server, kits.kits[name], protocol.Command(action=action))
+        assert isinstance(refused, protocol.Refused)
+        assert refused.code == "role"
+        assert not result.done()
+
+
+@pytest.fixture
+def links() -> Iterator[Links]:
+    found = Links()
+    yield found
+    found.close()
