@@ -1,5 +1,6 @@
-// The module fedcore._core, but for the codec (bindings_codec.cpp). Converts arguments, releases
-// the GIL around work, and maps the core's one exception type to the classes of fedcore.errors.
+// The module fedcore._core, but for bindings_codec.cpp and bindings_resume.cpp. Converts arguments,
+// releases the GIL around work, and maps the core's one exception type to the classes of
+// fedcore.errors.
 
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
@@ -18,9 +19,41 @@
 #include "mapped_file.hpp"
 #include "reducer.hpp"
 #include "sink.h"
-#include "spill.hpp"
 
 using namespace fedcore;
+
+namespace fedcore {
+
+wire::SetId to_set_id(const py::bytes& id) {
+  const std::string_view text = id;
+  if (text.size() != 16) {
+    throw Error(Errc::kProtocol, "a set id has 16 bytes, got " + std::to_string(text.size()));
+  }
+  wire::SetId out;
+  std::memcpy(out.data(), text.data(), 16);
+  return out;
+}
+
+py::bytes from_set_id(const wire::SetId& id) {
+  return {reinterpret_cast<const char*>(id.data()), id.size()};
+}
+
+std::vector<std::uint32_t> to_weights(const std::vector<py::int_>& weights) {
+  std::vector<std::uint32_t> out;
+  for (const py::int_& weight : weights) {
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(weight.ptr(), &overflow);
+    if (overflow != 0 || value < 1 || value > kernels::kMaxWeight) {
+      throw Error(Errc::kWeight, "weight " + std::string(py::str(weight)) +
+                                     ": expected an integer from 1 to " +
+                                     std::to_string(kernels::kMaxWeight));
+    }
+    out.push_back(static_cast<std::uint32_t>(value));
+  }
+  return out;
+}
+
+}  // namespace fedcore
 
 namespace {
 
@@ -59,35 +92,6 @@ void translate(std::exception_ptr pointer) {
     const py::object type = py::module_::import("fedcore.errors").attr(name);
     PyErr_SetString(type.ptr(), error.what());
   }
-}
-
-wire::SetId to_set_id(const py::bytes& id) {
-  const std::string_view text = id;
-  if (text.size() != 16) {
-    throw Error(Errc::kProtocol, "a set id has 16 bytes, got " + std::to_string(text.size()));
-  }
-  wire::SetId out;
-  std::memcpy(out.data(), text.data(), 16);
-  return out;
-}
-
-py::bytes from_set_id(const wire::SetId& id) {
-  return {reinterpret_cast<const char*>(id.data()), id.size()};
-}
-
-std::vector<std::uint32_t> to_weights(const std::vector<py::int_>& weights) {
-  std::vector<std::uint32_t> out;
-  for (const py::int_& weight : weights) {
-    int overflow = 0;
-    const long long value = PyLong_AsLongLongAndOverflow(weight.ptr(), &overflow);
-    if (overflow != 0 || value < 1 || value > kernels::kMaxWeight) {
-      throw Error(Errc::kWeight, "weight " + std::string(py::str(weight)) +
-                                     ": expected an integer from 1 to " +
-                                     std::to_string(kernels::kMaxWeight));
-    }
-    out.push_back(static_cast<std::uint32_t>(value));
-  }
-  return out;
 }
 
 // The handle that Python holds. close() drops it; views and the core keep the mapping for
@@ -235,7 +239,8 @@ std::shared_ptr<Collector> make_collector(
     const PyLayout& layout, const std::vector<PySource>& sources, const FileHandle& out,
     std::uint64_t out_offset, const std::optional<std::tuple<FileHandle*, std::uint64_t>>& base,
     std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite, bool write_behind,
-    std::shared_ptr<Spill> spill, std::int64_t spill_after_ms, const py::object& codec) {
+    std::shared_ptr<Spill> spill, std::int64_t spill_after_ms, const py::object& codec,
+    std::shared_ptr<Progress> progress) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back({std::string(peer), to_set_id(set), to_weights({weight})[0]});
@@ -244,10 +249,11 @@ std::shared_ptr<Collector> make_collector(
   if (base) {
     from = {std::get<0>(*base)->share(), std::get<1>(*base)};
   }
-  return std::make_shared<Collector>(
-      layout, std::move(checked), Place{out.share(), out_offset}, from,
-      CollectorOptions{budget_bytes, stall_ms, check_finite, write_behind, std::move(spill),
-                       spill_after_ms, codec_of(codec)});
+  CollectorOptions options{budget_bytes,     stall_ms,       check_finite,    write_behind,
+                           std::move(spill), spill_after_ms, codec_of(codec), std::move(progress)};
+  const Place to{out.share(), out_offset};
+  const py::gil_scoped_release release;  // it reads what is reduced
+  return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(options));
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
@@ -304,6 +310,8 @@ py::object next_event(Exchange& exchange) {
       return py::make_tuple("broken", event->collector, event->message);
     case Event::Kind::kNoRoom:
       return py::make_tuple("no-room", event->collector, event->message);
+    case Event::Kind::kStranger:
+      return py::make_tuple("stranger", py::bytes(event->code));
     case Event::Kind::kMalformed:
       break;
   }
@@ -400,15 +408,6 @@ void bind_layout(py::module_& m) {
 }
 
 void bind_exchange(py::module_& m) {
-  py::class_<Spill, std::shared_ptr<Spill>>(
-      m, "Spill",
-      "A file for chunks that came before they can be reduced: made when it is needed, reused, and "
-      "removed with the object.")
-      .def(py::init<std::string, std::uint64_t, std::uint64_t, std::uint64_t>(), py::arg("path"),
-           py::arg("slot_bytes"), py::arg("keep_free") = 0,
-           py::arg("extent_bytes") = Spill::kExtentBytes)
-      .def_property_readonly("used", &Spill::used, "Chunks in the file.")
-      .def_property_readonly("file_bytes", &Spill::file_bytes);
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
@@ -416,7 +415,8 @@ void bind_exchange(py::module_& m) {
            py::arg("out_offset"), py::arg("base"), py::arg("budget_bytes"),
            py::arg("stall_ms") = 2000, py::arg("check_finite") = true,
            py::arg("write_behind") = false, py::arg("spill") = nullptr,
-           py::arg("spill_after_ms") = 250, py::arg("codec") = py::none())
+           py::arg("spill_after_ms") = 250, py::arg("codec") = py::none(),
+           py::arg("progress") = nullptr)
       .def_property_readonly("id", &Collector::id)
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)
@@ -610,5 +610,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         "Average tensors of mapped files: tensors = [(dtype, nbytes, input offsets, output "
         "offset)]. Returns None, or "
         "(input, tensor, element) of the first non-finite value.");
+  bind_resume(m);
   bind_exchange(m);
 }

@@ -7,8 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "codec.hpp"
+#include "wire.hpp"
 
 namespace fedcore {
 
@@ -32,10 +34,17 @@ class Bytes {
   Py_buffer view_{};
 };
 
+// Throw Error{kProtocol, kWeight} for an id that has not 16 bytes, and a weight out of range.
+wire::SetId to_set_id(const py::bytes& id);
+py::bytes from_set_id(const wire::SetId& id);
+std::vector<std::uint32_t> to_weights(const std::vector<py::int_>& weights);
+
 // A codec for the core alone, of the same settings as a Codec of Python's; nothing for None.
 std::shared_ptr<Codec> codec_of(const py::object& codec);
 
 // Adds the class Codec; Layout must be there.
 void bind_codec(py::module_& m);
+// Adds the classes Spill and Progress.
+void bind_resume(py::module_& m);
 
 }  // namespace fedcore

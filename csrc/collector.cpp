@@ -67,6 +67,8 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   if (!pass_on_) {
     checksums_.resize(static_cast<std::size_t>(layout_->chunk_count()));
   }
+  resume_reduced();
+  resume_spilled();
 }
 
 Collector::~Collector() { stop(); }
@@ -218,6 +220,9 @@ void Collector::drop(std::size_t source) {
   if (counted_.size() == 1) {
     stop();
     return;
+  }
+  if (options_.progress) {
+    options_.progress->narrow(sources_[source].set);  // before anything is reduced without it
   }
   pull.counts = false;
   forget_chunks(pull);

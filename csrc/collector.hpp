@@ -15,8 +15,10 @@
 // Where the budget does not hold a chunk of each source, a chunk's sources are pulled and folded
 // one after the other, in order, into sums of that one chunk, with as many under way as the budget
 // holds beside the sums; nothing is spilled then. The bits are the same.
-// Sans I/O: frames in, requests and events out, the clock is an argument. Not thread-safe: Exchange
-// holds the lock; progress counters may be read from any thread.
+// With a record of its progress, a collection of the same sources goes on where the one of a
+// process that was killed stood: with what is reduced, as far as the output holds it, and with what
+// was spilled of a source. Sans I/O: frames in, requests and events out, the clock is an argument.
+// Not thread-safe: Exchange holds the lock; progress counters may be read from any thread.
 #pragma once
 
 #include <atomic>
@@ -33,6 +35,7 @@
 #include "codec.hpp"
 #include "layout.hpp"
 #include "mapped_file.hpp"
+#include "progress.hpp"
 #include "reducer.hpp"
 #include "spill.hpp"
 #include "wire.hpp"
@@ -104,6 +107,9 @@ struct CollectorOptions {
   // What encoded chunks are decoded with, onto the base, as they come; null: all must be raw. It is
   // the collector's alone.
   std::shared_ptr<Codec> codec = nullptr;
+  // Which chunks of the output are reduced, from the sources as they are given and in no other way;
+  // null: nobody goes on after this process. It is the collector's alone.
+  std::shared_ptr<Progress> progress = nullptr;
 };
 
 struct GetRequest {
@@ -132,7 +138,8 @@ class Collector {
   static constexpr int kMaxSpillReads = 16;
 
   // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, an output or base that is
-  // too small, or differences without a base.
+  // too small, differences without a base, or a record of another collection. Reads what is
+  // reduced.
   Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
             Place base, CollectorOptions options);
   ~Collector();
@@ -208,6 +215,9 @@ class Collector {
   bool is_pulled(const Pull& pull) const noexcept { return pull.counts && !pull.failed; }
 
   void use_sources();
+  std::vector<bool> verified();
+  void resume_reduced();
+  void resume_spilled();
   std::optional<std::uint64_t> position_of(const Pull& pull, std::uint64_t index) const noexcept;
   void keep(std::size_t source, std::uint64_t position, Frame& frame);
   bool spill(std::size_t source, std::uint64_t position, const Frame& frame);
@@ -219,6 +229,7 @@ class Collector {
   const char* decode(const wire::Header& header, const Frame& frame, Frame& chunk);
   void ask_again(Pull& pull);
   bool gather();
+  const std::uint8_t* spilled_chunk(std::size_t source, std::uint64_t size);
   bool fold_next();
   void reject_value(const BadValue& bad);
   bool write(std::uint64_t index, const std::uint8_t* result);
@@ -229,7 +240,7 @@ class Collector {
   void advance();
   void finish();
   void release_behind();
-  std::optional<GetRequest> request_again(std::size_t source);
+  std::optional<GetRequest> request_again(std::size_t source, std::int64_t now_ms);
   std::optional<GetRequest> request_next(std::size_t source, std::int64_t now_ms);
   void fail(std::size_t source, std::string code, std::string message);
 

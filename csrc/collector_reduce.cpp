@@ -31,11 +31,28 @@ bool Collector::gather() {
   for (std::size_t j = 0; j < counted_.size(); ++j) {
     const Pull& pull = *pulls_[counted_[j]];
     const auto held = pull.held.find(next_);
-    inputs_[j] = held != pull.held.end()
-                     ? held->second.data()
-                     : options_.spill->at(pull.spilled[chunk_of(next_)] - 1, size);
+    inputs_[j] = held != pull.held.end() ? held->second.data() : spilled_chunk(counted_[j], size);
+    if (inputs_[j] == nullptr) {
+      return false;
+    }
   }
   return true;
+}
+
+// The next chunk of a source, from its slot; null if the slot does not hold it any more. It is
+// asked for again then.
+const std::uint8_t* Collector::spilled_chunk(std::size_t source, std::uint64_t size) {
+  Pull& pull = *pulls_[source];
+  std::uint32_t& slot = pull.spilled[chunk_of(next_)];
+  const std::uint8_t* bytes = options_.spill->at(slot - 1, size);
+  if (bytes == nullptr) {
+    options_.spill->free(std::exchange(slot, 0) - 1);
+    if (next_ < pull.next) {
+      pull.again.insert(next_);
+      ++pull.due;
+    }
+  }
+  return bytes;
 }
 
 void Collector::reduce_ready() {
@@ -89,6 +106,9 @@ bool Collector::write(std::uint64_t index, const std::uint8_t* result) {
     events_.push_back({CollectorEvent::Kind::kBroken, 0, "storage", error.what()});
     stop();
     return false;
+  }
+  if (options_.progress) {
+    options_.progress->put(index, checksums_[index]);
   }
   return true;
 }

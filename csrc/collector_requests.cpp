@@ -29,7 +29,8 @@ std::optional<GetRequest> Collector::next_request(std::int64_t now_ms) {
     if (!is_pulled(*pulls_[k])) {
       continue;
     }
-    const auto request = pulls_[k]->again.empty() ? request_next(k, now_ms) : request_again(k);
+    const auto request =
+        pulls_[k]->again.empty() ? request_next(k, now_ms) : request_again(k, now_ms);
     if (request) {
       turn_ = k + 1;
       return request;
@@ -38,8 +39,9 @@ std::optional<GetRequest> Collector::next_request(std::int64_t now_ms) {
   return std::nullopt;
 }
 
-std::optional<GetRequest> Collector::request_again(std::size_t source) {
+std::optional<GetRequest> Collector::request_again(std::size_t source, std::int64_t now_ms) {
   std::set<std::uint64_t>& again = pulls_[source]->again;
+  pulls_[source]->heard_ms = std::max(pulls_[source]->heard_ms, now_ms);
   const std::uint64_t first = *again.begin();
   const std::uint64_t turn_ends = first - chunk_of(first) + layout_->chunk_count();
   std::uint32_t count = 0;
@@ -51,6 +53,7 @@ std::optional<GetRequest> Collector::request_again(std::size_t source) {
 
 std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64_t now_ms) {
   Pull& pull = *pulls_[source];
+  pull.next = std::max(pull.next, next_);  // what was here already was not asked for
   while (pull.next < end_ && is_spilled(pull, pull.next)) {
     ++pull.next;  // a chunk of the turn before
   }

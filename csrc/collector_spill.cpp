@@ -15,9 +15,13 @@ bool Collector::spill(std::size_t source, std::uint64_t position, const Frame& f
   if (no_room_) {
     return false;
   }
-  auto slot = options_.spill->put(frame.data(), frame.size());
+  const auto put = [&] {
+    return options_.spill->put(sources_[source].set, chunk_of(position), frame.data(),
+                               frame.size());
+  };
+  auto slot = put();
   if (!slot && recycle()) {
-    slot = options_.spill->put(frame.data(), frame.size());
+    slot = put();
   }
   if (!slot) {
     no_room_ = true;

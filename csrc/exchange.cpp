@@ -1,6 +1,7 @@
 #include "exchange.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "error.hpp"
 
@@ -156,10 +157,16 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
     return malformed(peer_view, why);
   }
   const std::string peer(peer_view);
-  heard_[peer] = now_ms;
+  Heard& heard = heard_[peer];
+  heard.at_ms = now_ms;
+  if (header.kind == wire::Kind::kPing && !std::exchange(heard.met, true)) {
+    report(Event::Kind::kStranger, peer, "");  // it joined a process before this one
+  }
+  heard.met = heard.met || header.kind == wire::Kind::kControl;
   if (heard_.size() > kMaxRemembered && now_ms >= next_forgetting_ms_) {
     next_forgetting_ms_ = now_ms + kForgetMs / 60;
-    std::erase_if(heard_, [&](const auto& entry) { return now_ms - entry.second > kForgetMs; });
+    std::erase_if(heard_,
+                  [&](const auto& entry) { return now_ms - entry.second.at_ms > kForgetMs; });
   }
   switch (header.kind) {
     case wire::Kind::kGet:
@@ -195,12 +202,16 @@ bool Exchange::is_blocked(std::string_view peer) const {
 
 int Exchange::malformed(std::string_view peer, const char* why) {
   ++stats_.dropped;
+  report(Event::Kind::kMalformed, peer, why);
+  return FC_DROP;
+}
+
+void Exchange::report(Event::Kind kind, std::string_view peer, const char* why) {
   if (malformed_waiting_ < kMaxMalformedEvents) {
     ++malformed_waiting_;
-    events_.push_back({Event::Kind::kMalformed, 0, 0, std::string(peer), why});
+    events_.push_back({kind, 0, 0, std::string(peer), why});
     unsignalled_ = true;
   }
-  return FC_DROP;
 }
 
 void Exchange::push(const std::string& peer, const wire::Header& header) {
@@ -368,7 +379,7 @@ std::optional<Event> Exchange::next_event() {
   }
   Event event = std::move(events_.front());
   events_.pop_front();
-  if (event.kind == Event::Kind::kMalformed) {
+  if (event.kind == Event::Kind::kMalformed || event.kind == Event::Kind::kStranger) {
     --malformed_waiting_;
   }
   return event;
@@ -390,7 +401,7 @@ std::optional<std::int64_t> Exchange::last_heard(const std::string& peer) const 
   if (found == heard_.end()) {
     return std::nullopt;
   }
-  return found->second;
+  return found->second.at_ms;
 }
 
 void Exchange::forget(const std::string& peer) {

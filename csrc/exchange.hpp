@@ -24,10 +24,10 @@
 namespace fedcore {
 
 struct Event {
-  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom, kMalformed } kind;
+  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom, kMalformed, kStranger } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
-  std::string code;  // of a rejection; the peer of a malformed frame
+  std::string code;  // of a rejection; the peer of a malformed frame, and of a stranger
   std::string message;
   std::int64_t silent_ms = 0;  // of a stall: since the last chunk
 };
@@ -52,7 +52,7 @@ class Exchange {
   // forgotten.
   static constexpr std::size_t kMaxRemembered = 4096;
   static constexpr std::int64_t kForgetMs = 3'600'000;
-  // Malformed-frame events kept for Python; beyond it they are only counted.
+  // Events of malformed frames and strangers kept for Python; beyond it they are only counted.
   static constexpr std::size_t kMaxMalformedEvents = 64;
 
   Exchange();
@@ -98,12 +98,18 @@ class Exchange {
     std::uint64_t end;
   };
 
+  struct Heard {
+    std::int64_t at_ms = 0;
+    bool met = false;  // it has sent a control message, or is reported as a stranger
+  };
+
   int on_get(const std::string& peer, const wire::Header& header);
   int on_chunk(const std::string& peer, const wire::Header& header, Frame& body,
                std::int64_t now_ms);
   int on_refuse(const std::string& peer, const wire::Header& header);
   bool is_blocked(std::string_view peer) const;
   int malformed(std::string_view peer, const char* why);
+  void report(Event::Kind kind, std::string_view peer, const char* why);
   void push(const std::string& peer, const wire::Header& header);
   void collect_events(Collector& collector);
   std::optional<OutFrame> next_chunk();
@@ -114,7 +120,7 @@ class Exchange {
   std::deque<OutFrame> small_;                                     // frames without a body
   std::unordered_map<std::string, std::deque<Request>> requests_;  // GETs to serve, by peer
   std::deque<std::string> turns_;  // peers with requests, round robin
-  std::unordered_map<std::string, std::int64_t> heard_;
+  std::unordered_map<std::string, Heard> heard_;
   std::unordered_set<std::string> blocked_;
   std::deque<Event> events_;
   bool unsignalled_ = false;

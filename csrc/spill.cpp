@@ -6,15 +6,41 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
+#include <limits>
+#include <utility>
 
+#include "crc32c.hpp"
 #include "error.hpp"
 
 namespace fedcore {
 namespace {
 
+// The index, little-endian: magic, u64 bytes of a slot, key, padding, u32 checksum of the 96 bytes
+// before it; then of each slot: set id, u64 chunk, u32 checksum of the chunk, u32 tag. An entry is
+// written with one call after its slot's bytes, and lies in one page.
+constexpr char kMagic[8] = {'F', 'C', 'S', 'P', 'I', 'L', 'L', '1'};
+constexpr std::size_t kCrcAt = 96;
+constexpr std::size_t kHeadBytes = 128;
+constexpr std::size_t kEntryBytes = 32;
+constexpr std::size_t kTagAt = 28;
+
+using Entry = std::array<std::uint8_t, kEntryBytes>;
+
 std::string folder_of(const std::string& path) {
   const auto slash = path.rfind('/');
   return slash == std::string::npos ? "." : path.substr(0, slash + 1);
+}
+
+std::uint64_t index_bytes(std::uint64_t slots) { return kHeadBytes + slots * kEntryBytes; }
+
+std::uint64_t entry_at(Spill::Slot slot) { return index_bytes(slot); }
+
+// Ties an entry to its slot and to the head. Never 0, so that an empty entry is none.
+std::uint32_t tag_of(const std::uint8_t* entry, Spill::Slot slot, std::uint32_t head_crc) {
+  std::uint8_t place[4];
+  wire::detail::store(place, slot);
+  return std::max<std::uint32_t>(1, crc32c(place, 4, crc32c(entry, kTagAt, head_crc)));
 }
 
 }  // namespace
@@ -22,21 +48,143 @@ std::string folder_of(const std::string& path) {
 Spill::Spill(std::string path, std::uint64_t slot_bytes, std::uint64_t keep_free,
              std::uint64_t extent_bytes)
     : path_(std::move(path)),
+      index_path_(path_ + "-index"),
       slot_bytes_(slot_bytes),
       keep_free_(keep_free),
       extent_bytes_(extent_bytes) {
   if (slot_bytes_ == 0) {
     throw Error(Errc::kStorage, "a spill file needs slots of at least a byte");
   }
-  if (::unlink(path_.c_str()) != 0 && errno != ENOENT) {
-    throw Error(Errc::kStorage, "cannot remove " + path_ + ": " + std::strerror(errno));
+  if (!take_up()) {
+    remove_files();
   }
 }
 
 Spill::~Spill() {
   if (file_) {
+    ::unlink(index_path_.c_str());
     ::unlink(path_.c_str());
   }
+}
+
+void Spill::remove_files() {
+  file_.reset();
+  index_.reset();
+  for (const std::string& path : {index_path_, path_}) {
+    if (::unlink(path.c_str()) != 0 && errno != ENOENT) {
+      throw Error(Errc::kStorage, "cannot remove " + path + ": " + std::strerror(errno));
+    }
+  }
+}
+
+// --- What a killed process left ---
+
+// Takes the files that are there; false, and nothing has changed, if they are not a whole pair.
+bool Spill::take_up() {
+  std::shared_ptr<MappedFile> file, index;
+  try {
+    file = MappedFile::open(path_, true);
+    index = MappedFile::open(index_path_, true);
+  } catch (const Error&) {
+    return false;
+  }
+  const std::uint8_t* head = index->data();
+  if (index->size() < kHeadBytes || std::memcmp(head, kMagic, sizeof kMagic) != 0 ||
+      wire::detail::load<std::uint32_t>(head + kCrcAt) != crc32c(head, kCrcAt) ||
+      wire::detail::load<std::uint64_t>(head + 8) != slot_bytes_) {
+    return false;
+  }
+  const std::uint64_t slots =
+      std::min({file->size() / slot_bytes_, (index->size() - kHeadBytes) / kEntryBytes,
+                std::uint64_t{std::numeric_limits<Slot>::max()}});
+  slots_ = static_cast<Slot>(slots);
+  head_crc_ = wire::detail::load<std::uint32_t>(head + kCrcAt);
+  std::copy_n(head + 16, key_.size(), key_.begin());
+  crcs_.resize(slots_);
+  free_.reserve(slots_);
+  for (Slot slot = slots_; slot-- > 0;) {
+    const std::uint8_t* entry = index->data() + entry_at(slot);
+    if (wire::detail::load<std::uint32_t>(entry + kTagAt) != tag_of(entry, slot, head_crc_)) {
+      free_.push_back(slot);
+      continue;
+    }
+    wire::SetId set;
+    std::copy_n(entry, set.size(), set.begin());
+    unclaimed_[set].emplace_back(wire::detail::load<std::uint64_t>(entry + 16), slot);
+    crcs_[slot] = wire::detail::load<std::uint32_t>(entry + 24);
+  }
+  index->release(0, index->size());
+  file_ = std::move(file);
+  index_ = std::move(index);
+  return true;
+}
+
+void Spill::begin(const Key& key) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (key == key_) {
+      return;
+    }
+    key_ = key;
+    if (index_) {
+      write_head();
+    }
+  }
+  free_unclaimed();
+}
+
+Spill::Chunks Spill::claim(const wire::SetId& set) {
+  const std::lock_guard lock(mutex_);
+  auto found = unclaimed_.extract(set);
+  return found ? std::move(found.mapped()) : Chunks{};
+}
+
+void Spill::free_unclaimed() {
+  const std::lock_guard lock(mutex_);
+  for (const auto& [set, chunks] : std::exchange(unclaimed_, {})) {
+    for (const auto& chunk : chunks) {
+      free_.push_back(chunk.second);
+    }
+  }
+}
+
+// --- Slots ---
+
+void Spill::write_head() {
+  std::array<std::uint8_t, kHeadBytes> head{};
+  std::copy_n(std::begin(kMagic), sizeof kMagic, head.begin());
+  wire::detail::store(head.data() + 8, slot_bytes_);
+  std::copy(key_.begin(), key_.end(), head.begin() + 16);
+  head_crc_ = crc32c(head.data(), kCrcAt);
+  wire::detail::store(head.data() + kCrcAt, head_crc_);
+  index_->write(0, head.data(), head.size());
+}
+
+// Reserves the slots in both files, the index first: a slot has an entry, or there is none.
+bool Spill::make_room(std::uint64_t more) {
+  const std::uint64_t bytes = (slots_ + more) * slot_bytes_;
+  const std::uint64_t entries = index_bytes(slots_ + more);
+  try {
+    if (!index_) {
+      index_ = MappedFile::create(index_path_, entries);
+      write_head();
+    } else if (index_->size() < entries) {
+      index_->grow(entries);
+    }
+    if (!file_) {
+      file_ = MappedFile::create(path_, bytes);
+    } else if (file_->size() < bytes) {
+      file_->grow(bytes);
+    }
+  } catch (const Error& error) {
+    problem_ = error.what();
+    if (!file_ && index_) {
+      index_.reset();
+      ::unlink(index_path_.c_str());
+    }
+    return false;
+  }
+  return true;
 }
 
 // The reserved extent is all there is to write to: where it could be had, put() does not meet a
@@ -51,16 +199,10 @@ bool Spill::grow() {
         "less than " + std::to_string((bytes + keep_free_) >> 20) + " MiB free beside " + path_;
     return false;
   }
-  try {
-    if (file_) {
-      file_->grow(file_->size() + bytes);
-    } else {
-      file_ = MappedFile::create(path_, bytes);
-    }
-  } catch (const Error& error) {
-    problem_ = error.what();
+  if (!make_room(more)) {
     return false;
   }
+  crcs_.resize(static_cast<std::size_t>(slots_ + more));
   free_.reserve(static_cast<std::size_t>(slots_ + more));  // so that free() can't fail
   for (std::uint64_t i = more; i > 0; --i) {
     free_.push_back(slots_ + static_cast<Slot>(i - 1));
@@ -69,18 +211,27 @@ bool Spill::grow() {
   return true;
 }
 
-std::optional<Spill::Slot> Spill::put(const std::uint8_t* data, std::uint64_t size) {
+std::optional<Spill::Slot> Spill::put(const wire::SetId& set, std::uint64_t chunk,
+                                      const std::uint8_t* data, std::uint64_t size) {
   const std::lock_guard lock(mutex_);
   if (size > slot_bytes_ || (free_.empty() && !grow())) {
     return std::nullopt;
   }
   const Slot slot = free_.back();
+  const std::uint32_t crc = crc32c(data, size);
+  Entry entry;
+  std::copy(set.begin(), set.end(), entry.begin());
+  wire::detail::store(entry.data() + 16, chunk);
+  wire::detail::store(entry.data() + 24, crc);
+  wire::detail::store(entry.data() + kTagAt, tag_of(entry.data(), slot, head_crc_));
   try {
     file_->write(slot * slot_bytes_, data, size);
+    index_->write(entry_at(slot), entry.data(), entry.size());
   } catch (const Error& error) {
     problem_ = error.what();
     return std::nullopt;
   }
+  crcs_[slot] = crc;
   free_.pop_back();
   return slot;
 }
@@ -90,7 +241,8 @@ const std::uint8_t* Spill::at(Slot slot, std::uint64_t size) {
   const std::uint64_t offset = slot * slot_bytes_;
   file_->check_range(offset, size);
   file_->populate(offset, size);
-  return file_->data() + offset;
+  const std::uint8_t* bytes = file_->data() + offset;
+  return crc32c(bytes, size) == crcs_[slot] ? bytes : nullptr;
 }
 
 void Spill::drop_pages(Slot slot) noexcept {

@@ -190,6 +190,31 @@ def create_model(
     Raises:
         StorageError: the file exists, or the disk is full (the space is reserved at once).
     """
+    head, offsets, meta = _model_head(layout, metadata)
+    size = len(head) + layout.total_bytes
+    file = MappedFile.anonymous(size) if path is None else MappedFile.create(str(path), size)
+    file.view(0, len(head))[:] = head
+    return ModelFile(Path(path or ""), file, len(head), layout, offsets, meta)
+
+
+def reopen_model(
+    path: Path, layout: Layout, metadata: Mapping[str, str] | None = None
+) -> ModelFile | None:
+    """Map a file that `create_model` made with the same arguments, for writing; None if there is no such file."""
+    head, offsets, meta = _model_head(layout, metadata)
+    try:
+        file = MappedFile.open(str(path), writable=True)
+    except StorageError:
+        return None
+    if file.size != len(head) + layout.total_bytes or bytes(file.view(0, len(head))) != head:
+        return None
+    return ModelFile(path, file, len(head), layout, offsets, meta)
+
+
+def _model_head(
+    layout: Layout, metadata: Mapping[str, str] | None
+) -> tuple[bytes, dict[str, int], dict[str, str]]:
+    """Return what a model file begins with, where its tensors lie behind that, and its metadata."""
     meta = {"format": "pt", **(metadata or {})}
     entries: dict[str, object] = {"__metadata__": meta}
     offsets: dict[str, int] = {}
@@ -201,14 +226,8 @@ def create_model(
             "data_offsets": [offset, offset + nbytes],
         }
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    data_offset = -(-(8 + len(header)) // _PAGE) * _PAGE
-    header = header.ljust(data_offset - 8)
-    size = data_offset + layout.total_bytes
-    file = MappedFile.anonymous(size) if path is None else MappedFile.create(str(path), size)
-    head = file.view(0, data_offset)
-    head[:8] = len(header).to_bytes(8, "little")
-    head[8:] = header
-    return ModelFile(Path(path or ""), file, data_offset, layout, offsets, meta)
+    length = -(-(8 + len(header)) // _PAGE) * _PAGE - 8
+    return length.to_bytes(8, "little") + header.ljust(length), offsets, meta
 
 
 def open_model(path: Path | str, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> ModelFile:

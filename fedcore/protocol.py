@@ -27,8 +27,8 @@ MAX_METRICS: Final = 64
 REPEAT_SECONDS: Final = 5.0
 """A site says something at least this often, so that a server that does not know it can ask it to join again."""
 RETURN_SECONDS: Final = 12.0
-"""Within this time a site that is there joins a server that was started again: it redials at most five seconds
-apart, and then speaks within ``REPEAT_SECONDS``."""
+"""Within this time a site that is there joins a server that was started again: it redials at most two seconds
+apart, and then is asked to as soon as it is heard, or speaks within ``REPEAT_SECONDS``."""
 NO_SET: Final = bytes(16)
 
 _T = TypeVar("_T")

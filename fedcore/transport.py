@@ -45,7 +45,7 @@ HEARTBEAT_MS: Final = 1000
 _MAX_FRAME: Final = 16 << 20
 _LINGER_MS: Final = 1000
 _IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
-_RECONNECT_MS: Final = (100, 5000)
+_RECONNECT_MS: Final = (100, 2000)
 _HANDSHAKE_MS: Final = 10_000
 _FORWARD: Final = 2
 _FAILURES: Final = (
@@ -313,7 +313,7 @@ class ServerLink(_Link):
 
 
 class SiteLink(_Link):
-    """A site's end: a DEALER that dials ``server`` and keeps redialling with backoff (0.1 to 5 s).
+    """A site's end: a DEALER that dials ``server`` and keeps redialling with backoff (0.1 to 2 s).
 
     ``identity`` is 16 random bytes, the same for the life of the process. The pump pings the server each
     second. Nothing is raised for a server that is not there: ask ``exchange.last_heard(b"")``.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from fedcore._core import Codec, Collector, Exchange, Layout, Spill
 from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
-from fedcore.layout import ModelFile, create_model
+from fedcore.layout import ModelFile
 
 from .rounds import Participant
+from .scratch import Scratch
 
 __all__ = ["Aggregation", "open_spill", "update_codec"]
 
@@ -22,14 +22,16 @@ logger = logging.getLogger("fedcore.server")
 def open_spill(config: RunConfig, run_id: str, layout: Layout) -> Spill | None:
     """Return the run's spill file, which takes no room before it is needed, or None if there is to be none.
 
-    Room for the next model and its copy is left on the disk.
+    Room for the next model and its copy is left on the disk. What a killed server left there is taken up.
     """
-    if not config.server.spill:
-        return None
     folder = config.spill_folder
+    path = folder / f".{run_id}.spill"
     try:
+        if not config.server.spill:
+            for leftover in (path, path.with_name(path.name + "-index")):
+                leftover.unlink(missing_ok=True)
+            return None
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f".{run_id}.spill"
         return Spill(str(path), layout.chunk_bytes, 2 * layout.total_bytes)
     except (OSError, StorageError) as error:
         logger.warning("sites that are ahead are held back: %s", error)
@@ -50,19 +52,19 @@ def update_codec(transfer: TransferSection, layout: Layout, *, initial: bool) ->
 class Aggregation:
     """Pulls and reduces the participants' updates into a scratch file.
 
-    Where a participant is lost, the collection goes on under `narrow` with what it has of the others.
+    Where a participant is lost, the collection goes on under `narrow` with what it has of the others. Where a
+    killed server was collecting the same, it goes on with what that one had reduced, and had spilled of anyone.
 
     Args:
         exchange: the data plane.
         layout: the run's layout.
         participants: in canonical order; ``peers`` gives the routing id of each.
-        scratch: file to create.
+        scratch: where the version is written.
         base: the current global model, which integers and booleans are taken from and encoded chunks are
             decoded onto; None for the initial one.
         codec: what encoded chunks are decoded with, as they come; None: all must be raw.
         memory: the server's budget, of which chunks take three quarters.
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
-        metadata: for the header of the model file.
     """
 
     def __init__(
@@ -71,19 +73,20 @@ class Aggregation:
         layout: Layout,
         participants: tuple[Participant, ...],
         peers: Mapping[str, bytes],
-        scratch: Path,
+        scratch: Scratch,
         *,
         base: ModelFile | None,
         codec: Codec | None = None,
         memory: int,
         spill: Spill | None,
-        metadata: Mapping[str, str],
     ) -> None:
         self.participants = participants
         self.scratch = scratch
         self.started = time.monotonic()
         self._exchange = exchange
-        self.file = create_model(scratch, layout, metadata)
+        self.file, progress = scratch.open(layout, participants)
+        if spill is not None:
+            spill.begin(scratch.key(layout))
         self.collector = Collector(
             layout,
             [(peers[p.site], bytes.fromhex(p.set_id), p.weight) for p in participants],
@@ -94,7 +97,14 @@ class Aggregation:
             write_behind=True,
             spill=spill,
             codec=codec,
+            progress=progress,
         )
+        reduced, total, here = self.collector.progress()
+        if any(here):
+            logger.info(
+                "going on where the server was killed: %d of %d chunks are reduced, %d more are here",
+                reduced, total, sum(here) - len(here) * reduced,
+            )  # fmt: skip
         self._peers = [peers[p.site] for p in participants]
         self._left = set(participants)
         self._rejected: set[Participant] = set()
@@ -134,6 +144,6 @@ class Aggregation:
         return self.file, self.collector.checksums
 
     def cancel(self) -> None:
-        """Stop pulling and remove the scratch file."""
+        """Stop pulling and remove the scratch files."""
         self._exchange.cancel(self.collector)
-        self.scratch.unlink(missing_ok=True)
+        self.scratch.remove()

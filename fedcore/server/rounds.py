@@ -7,6 +7,8 @@ fault can be replayed exactly in a test.
 How a round closes: when every expected site has delivered, was taken out, or is gone, and at least ``quorum``
 have delivered; at the deadline, when at least ``quorum`` have. A site that never joined is waited for until the
 deadline; one that had joined before the server was started again, for as long as `Rounds.restarted` was told.
+A server that was killed while it collected goes on with the same updates as soon as their sites have offered
+them again, whoever else is there; where one of them does not come back, the round closes as any other.
 With a ``sample``, only that many sites train in a round and are waited for.
 With fewer than ``quorum`` at the deadline the run is given up; what was committed stays.
 """
@@ -158,6 +160,7 @@ class Rounds:
         self.paused = False
         self._started: float | None = None
         self._return_by: float | None = None
+        self._decided: tuple[Participant, ...] = ()
 
     # --- what is under way ---
 
@@ -204,16 +207,26 @@ class Rounds:
 
     # --- events ---
 
-    def restarted(self, sites: Sequence[str], scored: Sequence[str], until: float) -> None:
+    def restarted(
+        self,
+        sites: Sequence[str],
+        scored: Sequence[str],
+        until: float,
+        decided: Sequence[Participant] = (),
+    ) -> None:
         """The server was started again in the middle of the run; call it before any other event.
 
         Args:
             sites: who had joined; whoever of them is not back at ``until`` counts as lost.
             scored: who has scored the last committed model.
             until: the time up to which they are waited for.
+            decided: whose updates were being collected.
         """
         self.roster.expect_back(sites)
         self._return_by = until
+        self._decided = tuple(decided)
+        if self.sample is not None and self.version is not None:
+            self._chosen = {participant.site for participant in decided}
         for site in scored:
             member = self._member(site)
             if member is not None and self.version is not None:
@@ -265,7 +278,8 @@ class Rounds:
             return self._late(member, round_)
         member.delivery = delivery
         member.state = SiteState.DELIVERED
-        return self._close_if_due()
+        again = self._collect_decided()
+        return [again] if again is not None else self._close_if_due()
 
     def scored(self, site: str, version: int) -> list[Action]:
         """A site has scored a global model."""
@@ -321,6 +335,7 @@ class Rounds:
         """Model ``version`` is durable: the next round begins, or the last evaluation."""
         self.version = version
         self.collecting = ()
+        self._decided = ()
         self._started = None
         self.phase = Phase.TRAINING if version < self.rounds else Phase.EVALUATING
         self._chosen = set()
@@ -345,7 +360,7 @@ class Rounds:
     def tick(self, now: float) -> list[Action]:
         """Time has passed."""
         if self._return_by is not None and now >= self._return_by:
-            return self._stop_waiting()
+            return self._stop_waiting(now)
         deadline = self.deadline
         if deadline is None or now < deadline:
             return [] if self._chosen else self._choose(now)
@@ -407,7 +422,7 @@ class Rounds:
                 return []
             if len(free) < self.sample and not complete:
                 return []
-        standing = sum(m.alive for m in self.roster if m.name in self._chosen)
+        standing = sum(m.alive or m.returning for m in self.roster if m.name in self._chosen)
         free.sort(
             key=lambda m: hashlib.sha256(f"{self.seed}/{self.round}/{m.name}".encode()).digest()
         )
@@ -417,7 +432,7 @@ class Rounds:
             actions += self._give_training(member, now)
         return actions
 
-    def _stop_waiting(self) -> list[Action]:
+    def _stop_waiting(self, now: float) -> list[Action]:
         """Count those as lost who have not come back since the server was started again."""
         self._return_by = None
         given_up: list[Action] = []
@@ -429,6 +444,8 @@ class Rounds:
                 given_up.append(GiveUp(member.name, member.message))
         if self.over:
             return []
+        self._decided = ()
+        given_up += self._choose_first(now) if self.version is None else self._choose(now)
         return given_up + (self._end_if_evaluated() or self._close_if_due())
 
     def _start_clock(self, now: float) -> None:
@@ -438,7 +455,12 @@ class Rounds:
     def _choose_first(self, now: float) -> list[Action]:
         if self.phase is not Phase.WAITING or self.paused:
             return []
-        for member in self.roster:
+        before = {participant.site for participant in self._decided}
+        if any(
+            m.returning or (m.alive and not m.declared) for m in self.roster if m.name in before
+        ):
+            return []
+        for member in sorted(self.roster, key=lambda m: m.name not in before):
             if member.alive and member.declared:
                 self.phase = Phase.INITIAL
                 self._started = now
@@ -459,9 +481,22 @@ class Rounds:
     def _delivered(self) -> list[Member]:
         return [m for m in self.roster if m.alive and m.delivery is not None]
 
+    def _collect_decided(self) -> StartCollect | None:
+        """Go on with the collection of the server before this one, once all of its updates are offered again."""
+        members = [self.roster.get(participant.site) for participant in self._decided]
+        here = [
+            member
+            for member, was in zip(members, self._decided, strict=True)
+            if member is not None
+            and member.alive
+            and member.delivery == Delivery(was.set_id, was.weight)
+        ]
+        return self._collect(here) if here and len(here) == len(members) else None
+
     def _collect(self, members: Sequence[Member]) -> StartCollect:
         if self.phase is not Phase.INITIAL:
             self.phase = Phase.AGGREGATING
+        self._decided = ()
         self.collecting = tuple(
             Participant(m.name, m.delivery.set_id, m.delivery.weight) for m in members if m.delivery
         )

@@ -39,6 +39,7 @@ from .rounds import (
     SendTask,
     StartCollect,
 )
+from .scratch import Scratch
 from .selection import SiteScore
 from .status import StatusBuilder
 from .steering import steer
@@ -177,7 +178,8 @@ class Server:
         version = self._store.last_version
         scored = [] if version is None else [s.site for s in self._store.scores().get(version, [])]
         wait = self.config.participants.idle_timeout + protocol.RETURN_SECONDS
-        self._rounds.restarted(sites, scored, time.monotonic() + wait)
+        decided = self._scratch(0 if version is None else version + 1).decided()
+        self._rounds.restarted(sites, scored, time.monotonic() + wait, decided)
         logger.info("expecting %s back within %.0f s", ", ".join(sites), wait)
 
     def _step(self) -> None:
@@ -371,9 +373,15 @@ class Server:
                 "dropped a frame from %s: %s", self._peers.name(event[1]), event[2]
             )
             return
-        running = self._aggregation
-        if running is None or event[1] != running.collector.id:
+        if event[0] == "stranger":
+            if event[1] not in self._peers:
+                self._link.send(event[1], protocol.Rejoin())  # at once, after a restart
             return
+        running = self._aggregation
+        if running is not None and event[1] == running.collector.id:
+            self._handle_collection(running, event)
+
+    def _handle_collection(self, running: Aggregation, event: DataEvent) -> None:
         if event[0] == "broken":
             self._end(False, f"the new model can't be written: {event[2]}")
         elif event[0] == "no-room":
@@ -455,6 +463,18 @@ class Server:
             )
         self._peers.send_to(action.site, task)
 
+    def _scratch(self, version: int) -> Scratch:
+        """Return where a version is written, with all that its bytes depend on but layout and participants."""
+        of = {
+            "fedcore": __version__,
+            "run": self._store.run_id,
+            "version": version,
+            "base": self._versions.checksum,
+            **self.config.model_dump(mode="json", include={"aggregation", "transfer"}),
+        }
+        paths = self._store.scratch(version), self._store.record(version)
+        return Scratch(*paths, of, self._versions.metadata(version))
+
     def _cancel_collect(self) -> None:
         self._parked = False
         if self._aggregation is not None:
@@ -486,12 +506,11 @@ class Server:
             layout,
             action.participants,
             peers,
-            self._store.scratch(action.version),
+            self._scratch(action.version),
             base=base,
             codec=update_codec(self.config.transfer, layout, initial=base is None),
             memory=self.config.server.memory,
             spill=self._spill,
-            metadata=self._versions.metadata(action.version),
         )
         self._status.aggregation = self._aggregation
         self._link.kick()
@@ -505,7 +524,7 @@ class Server:
         seconds = time.monotonic() - self._round_started
         row = VersionRow(action.version, "", "", model.layout.total_bytes, seconds, weights)
         metrics = {known.site: known.metrics for _, known in self._peers}
-        self._versions.commit(row, (model, checksums, running.scratch), metrics)
+        self._versions.commit(row, (model, checksums, running.scratch.path), metrics)
         self._status.refresh()
         names = [p.site for p in action.participants]
         if action.version:

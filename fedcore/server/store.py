@@ -48,7 +48,7 @@ _FIXED: Final = (
     "model.initial", "participants.sites", "participants.count", "aggregation.rule", "selection.metric",
     "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
-_MODEL_NAME: Final = re.compile(r"round-\d{4,}\.safetensors|\.round-\d{4,}\.partial")
+_MODEL_NAME: Final = re.compile(r"round-\d{4,}\.safetensors|\.round-\d{4,}\.(partial|progress)")
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ class Store:
 
     def _clean(self) -> None:
         known = {self.path(row.version).name for row in self.versions()}
+        known |= self._under_way()
         for path in self.models.iterdir():
             if path.name not in known and _MODEL_NAME.fullmatch(path.name) and path.is_file():
                 path.unlink()
@@ -195,6 +196,17 @@ class Store:
             else:  # a crash came between the two renames of an export
                 path.rename(target)
         (self.folder / ".summary.json.partial").unlink(missing_ok=True)
+
+    def _under_way(self) -> set[str]:
+        """Return the names of what a killed server left of the version after the last."""
+        last = self.last_version
+        version = 0 if last is None else last + 1
+        scratch, record = self.scratch(version), self.record(version)
+        if not record.is_file():
+            return set()
+        if not scratch.exists() and self.path(version).is_file():
+            self.path(version).rename(scratch)  # its commit came as far as the rename
+        return {scratch.name, record.name} if scratch.is_file() else set()
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -240,11 +252,18 @@ class Store:
         return self.models / f"round-{version:04d}.safetensors"
 
     def scratch(self, version: int) -> Path:
-        """Where a version's file is written before its commit; a leftover of the same name is removed."""
-        path = self.models / f".round-{version:04d}.partial"
-        with _storing(path):
-            path.unlink(missing_ok=True)
-        return path
+        """Where a version's file is written before its commit."""
+        return self.models / f".round-{version:04d}.partial"
+
+    def record(self, version: int) -> Path:
+        """Where it is recorded how much of that file is there."""
+        return self.models / f".round-{version:04d}.progress"
+
+    def discard(self, version: int) -> None:
+        """Remove what a killed server left of a version that was not committed."""
+        for path in (self.record(version), self.scratch(version)):
+            with _storing(path):
+                path.unlink(missing_ok=True)
 
     def commit(
         self,
@@ -278,6 +297,8 @@ class Store:
             )
             for name, text in (files or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (name, text))
+        with contextlib.suppress(OSError):  # it says nothing any more
+            self.record(row.version).unlink(missing_ok=True)
 
     def prune(self, keep: Collection[int]) -> list[int]:
         """Remove the files of the versions that are not in ``keep``, hashed ones only; returns which they were.

@@ -82,6 +82,7 @@ class Versions:
 
     def load_initial(self, path: Path) -> None:
         """Commit the model at ``path`` as version 0."""
+        self._store.discard(0)
         scratch = self._store.scratch(0)
         model, self.cards = load_initial(path, scratch, self.metadata(0))
         model.file.sync()
@@ -153,6 +154,11 @@ class Versions:
         if self.model is not None:
             return layout_hash(self.model.layout)
         return None if declare is None else layout_hash(declared_layout(declare))
+
+    @property
+    def checksum(self) -> str:
+        """The checksum of the last model; empty before the first."""
+        return "" if self.model is None else checksum_of(self._checksums)
 
     def describe(self) -> str:
         """Return the model's size in words."""

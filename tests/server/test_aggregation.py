@@ -16,6 +16,7 @@ from fedcore.client.settings import SiteSettings
 from fedcore.layout import create_model
 from fedcore.server.aggregation import Aggregation
 from fedcore.server.rounds import Participant
+from fedcore.server.scratch import Scratch
 from fedcore.server.service import Server
 
 from .test_runs import run, run_config
@@ -53,13 +54,17 @@ class Sites:
                     chunks -= 1
 
 
+def scratch(folder: Path) -> Scratch:
+    return Scratch(folder / "m", folder / "record", {}, {})
+
+
 def test_a_participant_that_comes_back_as_another_process_goes_on_with_the_chunks_it_has_left(
     tmp_path: Path,
 ) -> None:
     sites = Sites()
     running = Aggregation(
-        sites.server, LAYOUT, PARTICIPANTS, {"a": b"a", "b": b"b"}, tmp_path / "m",
-        base=None, memory=8 * CHUNK, spill=None, metadata={},
+        sites.server, LAYOUT, PARTICIPANTS, {"a": b"a", "b": b"b"}, scratch(tmp_path),
+        base=None, memory=8 * CHUNK, spill=None,
     )  # fmt: skip
     sites.carry(20)
     assert 0 < running.collector.progress()[0] < LAYOUT.chunk_count
@@ -76,8 +81,8 @@ def test_only_participants_that_it_has_and_were_not_rejected_can_go_on(tmp_path:
     sites = Sites()
     peers = {"a": b"a", "b": b"b", "c": b"c"}
     running = Aggregation(
-        sites.server, LAYOUT, PARTICIPANTS, peers, tmp_path / "m",
-        base=None, memory=8 * CHUNK, spill=None, metadata={},
+        sites.server, LAYOUT, PARTICIPANTS, peers, scratch(tmp_path),
+        base=None, memory=8 * CHUNK, spill=None,
     )  # fmt: skip
     a, b = PARTICIPANTS
     assert not running.narrow((a, Participant("c", "00" * 16, 1)), peers)

@@ -265,6 +265,82 @@ def test_after_a_restart_the_first_sites_that_joined_keep_their_places() -> None
     assert roster.refusal("c") == "this run has its 2 sites already: a, b"
 
 
+def collecting(names: str) -> tuple[Participant, ...]:
+    return tuple(part(name) for name in names)
+
+
+def test_a_collection_that_a_killed_server_had_begun_goes_on_whoever_else_is_there() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2, version=1)
+    rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
+    for site in "cba":
+        rounds.joined(site, site, 1)
+    assert rounds.ready("c", 2, update("c")) == []
+    assert rounds.ready("a", 2, update("a")) == []
+    assert rounds.ready("b", 2, update("b")) == [StartCollect(2, collecting("ab"))]
+    assert rounds.reduced() == [Commit(2, collecting("ab"))]
+
+
+def test_where_a_site_of_it_offers_another_update_the_round_closes_as_any_other() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2, version=1)
+    rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
+    for site in "abc":
+        rounds.joined(site, site, 1)
+    other = Delivery("ee" * 16, 5)
+    assert rounds.ready("a", 2, update("a")) == []
+    assert rounds.ready("b", 2, other) == []
+    everyone = (part("a"), Participant("b", other.set_id, 5), part("c"))
+    assert rounds.ready("c", 2, update("c")) == [StartCollect(2, everyone)]
+
+
+def test_where_a_site_of_it_does_not_come_back_the_round_closes_as_any_other() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2, version=1)
+    rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
+    for site in "ac":
+        rounds.joined(site, site, 1)
+        assert rounds.ready(site, 2, update(site)) == []
+    assert rounds.tick(15) == [GiveUp("b", NOT_BACK), StartCollect(2, collecting("ac"))]
+
+
+def test_the_site_that_was_giving_the_initial_model_gives_it_to_a_server_started_again() -> None:
+    rounds = machine(["a", "b"], version=None)
+    rounds.restarted(["a", "b"], [], 15, collecting("b"))
+    assert rounds.joined("a", "a", 1) == rounds.declared("a", 1) == []
+    assert rounds.joined("b", "b", 2) == []
+    assert rounds.declared("b", 2) == [SendTask("b", "initial", 0)]
+
+
+def test_where_that_site_does_not_come_back_another_one_gives_it() -> None:
+    rounds = machine(["a", "b"], version=None)
+    rounds.restarted(["a", "b"], [], 15, collecting("b"))
+    assert rounds.joined("a", "a", 1) == rounds.declared("a", 1) == []
+    assert rounds.tick(14) == []
+    assert rounds.tick(15) == [GiveUp("b", NOT_BACK), SendTask("a", "initial", 0)]
+
+
+def test_the_sites_of_a_sample_whose_updates_were_being_collected_stay_chosen() -> None:
+    rounds = sampling(["a", "b", "c", "d"], 2)
+    rounds.restarted(["a", "b", "c", "d"], [], 15, collecting("cd"))
+    assert [rounds.joined(site, site, 1) for site in "abc"] == [[], [], [SendTask("c", "train", 1)]]
+    assert rounds.ready("c", 1, update("c")) == []
+    assert rounds.joined("d", "d", 2) == [SendTask("d", "train", 1)]
+    assert rounds.ready("d", 1, update("d")) == [StartCollect(1, collecting("cd"))]
+
+
+def test_a_chosen_site_that_does_not_come_back_is_replaced() -> None:
+    rounds = sampling(["a", "b", "c", "d"], 2)
+    rounds.restarted(["a", "b", "c", "d"], [], 15, collecting("cd"))
+    for site in "abc":
+        rounds.joined(site, site, 1)
+    assert rounds.ready("c", 1, update("c")) == []
+    (given_up, task) = rounds.tick(15)
+    assert given_up == GiveUp("d", NOT_BACK)
+    assert isinstance(task, SendTask)
+    assert task.site in ("a", "b")
+    assert rounds.ready(task.site, 1, update(task.site)) == [
+        StartCollect(1, tuple(sorted((part("c"), part(task.site)), key=lambda p: p.site)))
+    ]
+
+
 def test_the_last_model_is_scored_before_the_end() -> None:
     rounds = machine(["a", "b"], version=2)
     assert rounds.joined("a", "a", 0) == [SendTask("a", "evaluate", 2)]

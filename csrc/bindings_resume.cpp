@@ -1,0 +1,86 @@
+// The classes Spill and Progress of the module fedcore._core: what outlives a killed process.
+
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "bindings.hpp"
+#include "error.hpp"
+#include "progress.hpp"
+#include "spill.hpp"
+
+namespace fedcore {
+namespace {
+
+using Key = std::array<std::uint8_t, 64>;
+using PySource = std::tuple<std::string, py::bytes, py::int_>;
+
+Key to_key(const py::bytes& key) {
+  const std::string_view text = key;
+  Key out;
+  if (text.size() != out.size()) {
+    throw Error(Errc::kProtocol, "a key has 64 bytes, got " + std::to_string(text.size()));
+  }
+  std::copy(text.begin(), text.end(), out.begin());
+  return out;
+}
+
+std::shared_ptr<Progress> create(const std::string& path, const py::bytes& key,
+                                 const std::vector<PySource>& sources, std::uint64_t chunk_count) {
+  std::vector<Progress::Source> checked;
+  for (const auto& [site, set, weight] : sources) {
+    checked.push_back({site, to_set_id(set), to_weights({weight})[0]});
+  }
+  return Progress::create(path, to_key(key), std::move(checked), chunk_count);
+}
+
+py::list sources_of(const Progress& progress) {
+  py::list out;
+  for (const Progress::Source& source : progress.sources()) {
+    out.append(py::make_tuple(source.site, from_set_id(source.set), source.weight));
+  }
+  return out;
+}
+
+}  // namespace
+
+void bind_resume(py::module_& m) {
+  py::class_<Spill, std::shared_ptr<Spill>>(
+      m, "Spill",
+      "A file for chunks that came before they can be reduced: made when it is needed, reused, and "
+      "removed with the object. What a killed process left is taken up.")
+      .def(py::init<std::string, std::uint64_t, std::uint64_t, std::uint64_t>(), py::arg("path"),
+           py::arg("slot_bytes"), py::arg("keep_free") = 0,
+           py::arg("extent_bytes") = Spill::kExtentBytes)
+      .def(
+          "begin", [](Spill& spill, const py::bytes& key) { spill.begin(to_key(key)); },
+          py::arg("key"),
+          "Say with 64 bytes what the next chunks are of; those that a killed process left of "
+          "anything else are given up.")
+      .def_property_readonly("used", &Spill::used, "Chunks in the file.")
+      .def_property_readonly("file_bytes", &Spill::file_bytes);
+  py::class_<Progress, std::shared_ptr<Progress>>(
+      m, "Progress", "The record, in a file, of which chunks of a collection's output are reduced.")
+      .def_static("create", &create, py::arg("path"), py::arg("key"), py::arg("sources"),
+                  py::arg("chunk_count"),
+                  "Begin a record in place of what is there: key says with 64 bytes what is "
+                  "collected, sources = [(site, set id, weight)] of whom.")
+      .def_static("open", &Progress::open, py::arg("path"),
+                  "Return the record that a process left; None where there is none that is whole.")
+      .def_property_readonly("key",
+                             [](const Progress& p) {
+                               return py::bytes(reinterpret_cast<const char*>(p.key().data()),
+                                                p.key().size());
+                             })
+      .def_property_readonly("sources", &sources_of)
+      .def_property_readonly("chunk_count", &Progress::chunk_count)
+      .def("at", &Progress::at, py::arg("index"),
+           "The checksum of a chunk that is in the output; None for one that isn't.");
+}
+
+}  // namespace fedcore

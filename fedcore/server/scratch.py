@@ -1,0 +1,91 @@
+"""The version under way on disk: its file, and the record from which a server that was killed goes on with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedcore._core import Layout, Progress
+from fedcore.errors import ConfigError, StorageError
+from fedcore.layout import ModelFile, create_model, layout_hash, reopen_model
+
+from .rounds import Participant
+
+__all__ = ["Scratch"]
+
+logger = logging.getLogger("fedcore.server")
+
+
+class Scratch:
+    """Where a version is written before its commit.
+
+    Args:
+        path: the model file.
+        record: the file that says which of its chunks are reduced, and from whose updates.
+        of: everything that the version's bytes depend on beside its layout and participants; what another
+            ``of`` left there is not gone on with.
+        metadata: for the header of the model file.
+    """
+
+    def __init__(
+        self, path: Path, record: Path, of: Mapping[str, object], metadata: Mapping[str, str]
+    ) -> None:
+        self.path = path
+        self._record = record
+        self._of = hashlib.sha256(json.dumps(dict(of), sort_keys=True).encode()).digest()
+        self._metadata = metadata
+
+    def key(self, layout: Layout) -> bytes:
+        """Return 64 bytes that say what is collected."""
+        return self._of + bytes.fromhex(layout_hash(layout))
+
+    def decided(self) -> tuple[Participant, ...]:
+        """Return whose updates a killed server was collecting; nobody's if no record of it is whole."""
+        found = Progress.open(str(self._record))
+        if found is None or found.key[: len(self._of)] != self._of:
+            return ()
+        return tuple(
+            Participant(site, set_id.hex(), weight) for site, set_id, weight in found.sources
+        )
+
+    def open(
+        self, layout: Layout, participants: tuple[Participant, ...]
+    ) -> tuple[ModelFile, Progress | None]:
+        """Take up what a killed server left of the same collection, or begin it anew.
+
+        Without a record, for which the disk may have no room, a server that is killed begins it again.
+
+        Raises:
+            StorageError: the file can't be made.
+        """
+        sources = [(p.site, bytes.fromhex(p.set_id), p.weight) for p in participants]
+        key = self.key(layout)
+        found = Progress.open(str(self._record))
+        if (
+            found is not None
+            and (found.key, found.sources) == (key, sources)
+            and found.chunk_count == layout.chunk_count
+        ):
+            file = reopen_model(self.path, layout, self._metadata)
+            if file is not None:
+                return file, found
+        self.remove()
+        file = create_model(self.path, layout, self._metadata)
+        try:
+            return file, Progress.create(str(self._record), key, sources, layout.chunk_count)
+        except (ConfigError, StorageError) as error:
+            logger.warning(
+                "a server killed in this round will collect it from the start: %s", error
+            )
+            return file, None
+
+    def remove(self) -> None:
+        """Remove both files; the record first, as it says what the other holds. StorageError if one stays."""
+        for path in (self._record, self.path):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(f"cannot remove {path}: {error.strerror or error}") from None

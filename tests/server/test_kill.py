@@ -1,0 +1,185 @@
+"""A real server killed by SIGKILL in the middle of its collections, again and again."""
+
+from __future__ import annotations
+
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedcore._core import Layout
+from fedcore.layout import DEFAULT_CHUNK_BYTES
+
+from .gated_site import GatedSite
+
+WEIGHTS = {"a": 3, "b": 5}
+MEMORY = 16  # MiB, of which three quarters are for chunks
+WINDOW = 6
+CHUNKS = 20
+COUNT = CHUNKS * DEFAULT_CHUNK_BYTES // 4 - 1000
+LAYOUT = Layout([("w", "F32", [COUNT])], DEFAULT_CHUNK_BYTES)
+ALL = 1 << 30
+
+
+def update(name: str, round_: int) -> np.ndarray:
+    return np.random.default_rng([round_, *name.encode()]).standard_normal(COUNT, np.float32)
+
+
+class Killed:
+    """A run of sites a and b on a server that is killed and started again."""
+
+    def __init__(self, folder: Path, rounds: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        self.folder = folder
+        (folder / "run.toml").write_text(
+            f'[run]\nname = "t"\nrounds = {rounds}\n[participants]\nsites = ["a", "b"]\n'
+            f'[server]\nlisten = "{address}"\nmemory = "{MEMORY}MiB"\n'
+        )
+        self.kills = 0
+        self.waits: list[float] = []
+        self.killed_at = 0.0
+        self.sites = {
+            name: GatedSite(name, weight, address, LAYOUT, self._updates(name))
+            for name, weight in WEIGHTS.items()
+        }
+        self.server = self._start()
+        for site in self.sites.values():
+            site.start()
+
+    @staticmethod
+    def _updates(name: str) -> Callable[[int], bytes]:
+        return lambda round_: update(name, round_).tobytes()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = "from fedcore.cli import server_main; server_main()"
+        with (self.folder / "server.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-c", command, str(self.folder / "run.toml")],
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text()
+
+    def kill(self) -> None:
+        """Kill the server and start it again."""
+        self.server.send_signal(signal.SIGKILL)
+        self.server.wait()
+        self.kills += 1
+        self.server = self._start()
+        self.killed_at = time.monotonic()
+
+    def spend(self, a: int, b: int) -> None:
+        """Let so many chunks of the sites' updates leave, and wait until they have."""
+        self.sites["a"].allow(a)
+        self.sites["b"].allow(b)
+        for site in self.sites.values():
+            site.wait(site.spent)
+
+    def note_wait(self) -> None:
+        """Note how long after the start of a new server the first chunk was asked for."""
+        poll(lambda: max(site.asked_at for site in self.sites.values()) > self.killed_at, self.log)
+        asked = [s.asked_at for s in self.sites.values() if s.asked_at > self.killed_at]
+        self.waits.append(min(asked) - self.killed_at)
+
+    def finish(self) -> None:
+        for site in self.sites.values():
+            site.allow(ALL)
+        assert self.server.wait(60) == 0, self.log()
+
+    def model(self, version: int) -> np.ndarray:
+        path = self.folder / "runs" / "t" / "models" / f"round-{version:04d}.safetensors"
+        return load_file(path)["w"]
+
+    def end(self) -> None:
+        self.server.kill()
+        self.server.wait()
+        for site in self.sites.values():
+            site.stop()
+
+
+def poll(condition: Callable[[], bool], said: Callable[[], str]) -> None:
+    until = time.monotonic() + 40
+    while not condition():
+        assert time.monotonic() < until, said()
+        time.sleep(0.01)
+
+
+def mean(round_: int) -> np.ndarray:
+    total = sum(WEIGHTS[name] * update(name, round_).astype(np.float64) for name in WEIGHTS)
+    return (total / sum(WEIGHTS.values())).astype(np.float32)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[[int], Killed]]:
+    made: list[Killed] = []
+
+    def start(rounds: int) -> Killed:
+        made.append(Killed(tmp_path, rounds))
+        return made[0]
+
+    yield start
+    for run in made:
+        run.end()
+
+
+@pytest.mark.timeout(90)
+def test_a_server_killed_in_its_collections_goes_on_with_them(
+    make: Callable[[int], Killed],
+) -> None:
+    run = make(1)
+    for site in run.sites.values():
+        site.allow(16, 0)
+    poll(lambda: any(site.spent(0) for site in run.sites.values()), run.log)
+    (first,) = (name for name, site in run.sites.items() if site.spent(0))
+    run.kill()
+    for site in run.sites.values():
+        site.allow(ALL, 0)
+    run.note_wait()
+    for to_a, to_b in ((11, 10), (12, 1), (5, 5)):  # side by side, then one ahead
+        run.spend(to_a, to_b)
+        run.kill()
+        run.note_wait()
+    run.finish()
+    assert np.array_equal(run.model(0), update(first, 0))
+    assert np.array_equal(run.model(1), mean(1))
+    assert run.log().count("going on where the server was killed") == run.kills == 4
+    assert (
+        run.sites[first].left(0) <= CHUNKS + 2 * WINDOW
+    )  # alone, a site has a window twice as long
+    for site in run.sites.values():
+        assert CHUNKS <= site.left(1) <= CHUNKS + 3 * WINDOW
+    assert min(run.waits) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_server_killed_at_random_ends_with_the_same_bytes(
+    make: Callable[[int], Killed], seed: int
+) -> None:
+    dice, run = random.Random(seed), make(2)
+    for site in run.sites.values():
+        site.allow(ALL, 0)
+    for _ in range(12):
+        for site in run.sites.values():
+            site.allow(dice.randrange(1, 8))
+        poll(lambda: any(site.spent() for site in run.sites.values()), run.log)
+        run.kill()
+    run.finish()
+    assert np.array_equal(run.model(1), mean(1))
+    assert np.array_equal(run.model(2), mean(2))
+    for site in run.sites.values():
+        sent = sum(site.left(round_) for round_ in (1, 2))
+        assert sent <= 2 * CHUNKS + run.kills * WINDOW
