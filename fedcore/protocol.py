@@ -110,7 +110,8 @@ class Declare(Message):
     """The tensors that this site would send and load, and the small text files that describe its model.
 
     ``files`` holds the likes of ``config.json`` or ``adapter_config.json``; the server writes them beside
-    ``best/`` and ``final/`` so that the folders open with the usual loaders.
+    ``best/`` and ``final/`` so that the folders open with the usual loaders. ``fingerprints`` are digests of what
+    must be alike at all sites, such as the tokenizer.
     """
 
     type: Literal["declare"] = "declare"
@@ -119,6 +120,13 @@ class Declare(Message):
         dict[
             Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.json$")],
             Annotated[str, StringConstraints(max_length=1 << 20)],
+        ],
+        Field(max_length=16),
+    ] = {}
+    fingerprints: Annotated[
+        dict[
+            Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")],
+            Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")],
         ],
         Field(max_length=16),
     ] = {}

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from fedcore.errors import ClosedError, ConfigError
 
 from .choice import choose
-from .session import get_session
+from .tokenizer import tokenizer_of
 from .torch import (
     TorchSite,
     batch_size,
@@ -46,7 +46,7 @@ def patch(
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
 ) -> None:
-    """Make a ``transformers.Trainer`` (or a subclass) take part in the run; patching it again changes nothing.
+    """Make a ``transformers.Trainer`` (or a subclass) take part in the run.
 
     Args:
         trainer: evaluates and trains as before; what it evaluates and trains *from* is the global model.
@@ -55,23 +55,17 @@ def patch(
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
 
     Raises:
-        ClosedError: another trainer of this process is patched already.
-        ConfigError: this is no ``transformers.Trainer``, ``load_best_model_at_end`` is set (after training it
-            would put another model in the update's place), or the name of the schedule is unknown.
+        ClosedError: this trainer or another one of this process is patched already.
+        ConfigError: this is no ``transformers.Trainer``, or the name of the schedule is unknown.
     """
     check_trainer(trainer, __name__)
     if lr_schedule not in ("all_rounds", "per_round"):
         raise ConfigError(f"lr_schedule={lr_schedule!r}: expected 'all_rounds' or 'per_round'")
-    if trainer.args.load_best_model_at_end:
-        raise ConfigError(
-            "load_best_model_at_end=True would replace the update by an older checkpoint; set it to False: the "
-            "server keeps the best global model"
-        )
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)
-    if getattr(trainer, "_fedcore", None) is None:
-        trainer._fedcore = _Patch(trainer, site, lr_schedule)
+    site.tokenizer = tokenizer_of(trainer.processing_class)
+    trainer._fedcore = _Patch(trainer, site, lr_schedule)
 
 
 class _Patch:
@@ -81,10 +75,11 @@ class _Patch:
         self._trainer = trainer
         self._site = site
         self._spans = lr_schedule == "all_rounds"
-        self._training = False
+        self._training = self._trained = False
         self._examples = 0
         self._schedule: Any = None
         self._created = False
+        self._rounds = 1
         self._train, self._evaluate = trainer.train, trainer.evaluate
         self._step, self._scheduler = trainer.training_step, trainer.create_scheduler
         trainer.train = self.train
@@ -99,6 +94,7 @@ class _Patch:
         with self._site.reporting():
             task = self._site.receive(self._trainer.model)
             metrics = self._evaluate(*args, **kwargs)
+            self._unprepare()
             if task is not None:
                 found = {
                     k: v
@@ -126,9 +122,10 @@ class _Patch:
             if task.kind == "evaluate":
                 self._site.end()
                 return TrainOutput(self._trainer.state.global_step, 0.0, {})
+            self._rounds = task.rounds
             self._reseed(task.round)
             self._examples = 0
-            self._training = True
+            self._training = self._trained = True
             try:
                 output = self._train(*args, **kwargs)
             finally:
@@ -138,8 +135,31 @@ class _Patch:
             self._site.submit(self._trainer.model, self._examples, numbers(output.metrics or {}))
         return output
 
+    def _unprepare(self) -> None:
+        """Undo that `evaluate`, called before the first `train`, leaves the model marked as prepared.
+
+        `train` would not wrap it in DistributedDataParallel then, and each rank would train for itself.
+        """
+        trainer = self._trainer
+        if self._site.ranks > 1 and not self._trained and self._data_parallel:
+            trainer.model._is_accelerate_prepared = False
+            trainer.model_wrapped = trainer.model
+
+    @property
+    def _data_parallel(self) -> bool:
+        return str(self._trainer.accelerator.distributed_type.value).startswith("MULTI_")
+
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Count the examples that go by."""
+        """Count the examples that go by.
+
+        Raises:
+            ClosedError: the ranks' gradients are not averaged.
+        """
+        if self._site.ranks > 1 and model is self._trainer.model and self._data_parallel:
+            raise ClosedError(
+                "the trainer did not wrap the model in DistributedDataParallel, so each process would train for "
+                "itself; leave the wrapping to the trainer, and evaluate through trainer.evaluate()"
+            )
         self._examples += batch_size(inputs)
         return self._step(model, inputs, *args, **kwargs)
 
@@ -152,8 +172,7 @@ class _Patch:
             # The trainer drops a schedule of its own making when it trains again; after the run it must.
             self._trainer._created_lr_scheduler = self._created
             return self._schedule
-        rounds = int(get_session().system_info()["rounds"])
-        schedule = self._scheduler(num_training_steps * rounds, *args, **kwargs)
+        schedule = self._scheduler(num_training_steps * self._rounds, *args, **kwargs)
         self._created = self._trainer._created_lr_scheduler
         return schedule
 

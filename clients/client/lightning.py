@@ -44,34 +44,50 @@ def patch(
     trainer: Any,
     *,
     keep_optimizer: bool = True,
+    tokenizer: Any = None,
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
 ) -> None:
-    """Make a Lightning ``Trainer`` take part in the run; patching it again changes nothing.
+    """Make a Lightning ``Trainer`` take part in the run.
+
+    A trainer of several processes starts them here: each runs the script from its beginning.
 
     Args:
         trainer: validates and fits as before; what it validates and fits *from* is the global model.
         keep_optimizer: carry the state of optimisers and schedules over from round to round, and lay schedules
             out over all rounds.
+        tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
 
     Raises:
-        ClosedError: another trainer of this process is patched already, or the trainer uses several processes.
-        ConfigError: this is no Lightning trainer.
+        ClosedError: this trainer or another one of this process is patched already.
+        ConfigError: this is no Lightning trainer, or its strategy ends its processes after each call.
     """
     package = check_trainer(trainer, __name__)
     if trainer.world_size > 1:
-        raise ClosedError(
-            f"the trainer uses {trainer.world_size} processes, which is not supported yet; set devices=1"
-        )
+        _start_ranks(trainer)
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)
-    if getattr(trainer, "_fedcore", None) is None:
-        trainer._fedcore = _Patch(trainer, site, keep_optimizer)
-        name = "lightning.pytorch" if package == "lightning" else "pytorch_lightning"
-        base = importlib.import_module(name).Callback
-        trainer.callbacks.append(_make_callback(base, trainer._fedcore))
+    site.tokenizer = tokenizer
+    trainer._fedcore = _Patch(trainer, site, keep_optimizer)
+    name = "lightning.pytorch" if package == "lightning" else "pytorch_lightning"
+    base = importlib.import_module(name).Callback
+    trainer.callbacks.append(_make_callback(base, trainer._fedcore))
+
+
+def _start_ranks(trainer: Any) -> None:
+    """Start the trainer's other processes now, and connect them; `fit` would do it after the loop has begun."""
+    launcher = trainer.strategy.launcher
+    if launcher is None:  # another launcher, such as torchrun, has started them
+        trainer.strategy.setup_environment()
+        return
+    if not hasattr(launcher, "procs") or hasattr(launcher, "_start_method"):
+        raise ConfigError(
+            f"the trainer's strategy starts new processes in each call of fit ({type(launcher).__name__}), and so "
+            "keeps nothing from round to round; use strategy='ddp', or start the script with torchrun"
+        )
+    launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
 
 
 class _Patch:
@@ -101,7 +117,7 @@ class _Patch:
             finally:
                 self.scoring = False
             if task is not None:
-                self._site.score(numbers(self._trainer.callback_metrics), self.examples)
+                self._site.score_parts(numbers(self._trainer.callback_metrics), self.examples)
         return results
 
     def fit(self, model: Any = None, *args: Any, **kwargs: Any) -> None:

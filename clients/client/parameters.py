@@ -28,6 +28,7 @@ from fedcore.errors import LayoutError
 from fedcore.layout import TensorSpec, compare_layouts
 
 from .choice import travelling
+from .sharding import address, is_sharded, put, shape_of, whole
 
 __all__ = ["ModelParameters", "dtype_name", "from_view", "raw_bytes", "to_dtype"]
 
@@ -83,10 +84,11 @@ class ModelParameters:
 
     Attributes:
         specs: name, dtype and shape of each.
+        sharded: whether several processes hold parts of them; `read` and `load` are collective calls then.
 
     Raises:
         LayoutError: the model has nothing to train, trains parameters beside its PEFT adapter, or holds tensors on
-            the meta device, sharded ones, or ones of a dtype that can't be averaged.
+            the meta device or ones of a dtype that can't be averaged.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,8 +99,8 @@ class ModelParameters:
         self._prompt = False
         if _is_peft(root):
             self._tensors = _peft_tensors(root)
-            shared = {p.data_ptr() for p in root.state_dict().values()}
-            self._prompt = any(t.data_ptr() not in shared for t in self._tensors.values())
+            shared = {address(p) for p in root.state_dict().values()}
+            self._prompt = any(address(t) not in shared for t in self._tensors.values())
         else:
             self._tensors = _own_tensors(root)
         for name, tensor in self._tensors.items():
@@ -106,9 +108,10 @@ class ModelParameters:
         if _is_peft(root):
             _refuse_extras(root, self._tensors)
         self.specs: list[TensorSpec] = [
-            (name, dtype_name(name, self._tensors[name]), list(self._tensors[name].shape))
+            (name, dtype_name(name, self._tensors[name]), shape_of(self._tensors[name]))
             for name in travelling(list(self._tensors))
         ]
+        self.sharded = any(is_sharded(tensor) for tensor in self._tensors.values())
 
     @property
     def files(self) -> dict[str, str]:
@@ -125,7 +128,7 @@ class ModelParameters:
     def read(self, name: str) -> memoryview:
         """Return the raw bytes of a tensor; a copy only if it is not contiguous or not in main memory."""
         tensors = _peft_tensors(self._root) if self._prompt else self._tensors
-        return raw_bytes(tensors[name])
+        return raw_bytes(whole(tensors[name]))
 
     def load(self, specs: list[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
         """Copy a global model into the model in place.
@@ -146,7 +149,7 @@ class ModelParameters:
                 set_peft_model_state_dict(self._root, state, _adapter(self._root))
                 return
             for spec in self.specs:
-                self._tensors[spec[0]].copy_(from_view(tensors[spec[0]], spec))
+                put(self._tensors[spec[0]], from_view(tensors[spec[0]], spec))
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -202,11 +205,11 @@ def _refuse_extras(model: Any, sent: Mapping[str, torch.Tensor]) -> None:
     A prompt encoder's parameters carry the adapter's name, but what travels is computed from them.
     """
     adapter = _adapter(model)
-    starts = {tensor.data_ptr() for tensor in sent.values()}
+    starts = {address(tensor) for tensor in sent.values()}
     extras = [
         name.removeprefix("base_model.model.")
         for name, p in model.named_parameters()
-        if p.requires_grad and p.numel() and p.data_ptr() not in starts
+        if p.requires_grad and p.numel() and address(p) not in starts
         if adapter not in name.split(".")
     ]
     if not extras:
@@ -232,16 +235,18 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             own += [name for name, _ in module.named_buffers(recurse=False)] if own else []
             keep.update(f"{prefix}.{name}" if prefix else name for name in own)
     tensors: dict[str, torch.Tensor] = {}
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    for name, tensor in model.state_dict().items():
+    seen: set[tuple[object, ...]] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor) or (keep is not None and name not in keep):
             continue
         if not tensor.is_meta and tensor.numel():
-            key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+            # Where a rank's part of a tensor lies says nothing if it is empty.
+            place: object = id(tensor) if is_sharded(tensor) else tensor.data_ptr()
+            key = (place, tuple(tensor.shape), tuple(tensor.stride()))
             if key in seen:
                 continue
             seen.add(key)
-        tensors[name] = tensor.detach()
+        tensors[name] = tensor.detach() if not hasattr(tensor, "ds_id") else tensor
     return tensors
 
 
@@ -249,10 +254,6 @@ def _check(name: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise LayoutError(
             f"tensor {name!r} is on the meta device and holds no values; load the model's weights first"
-        )
-    if type(tensor).__name__ == "DTensor":
-        raise LayoutError(
-            f"tensor {name!r} is sharded over processes, which is not supported yet; gather the model first"
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
+import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,10 +14,12 @@ from fedcore.layout import TensorSpec, compare_layouts
 
 from .choice import choose, forget_choice, travelling
 from .error_text import report_uncaught
-from .session import GlobalModel, get_session, reset_session
+from .session import GlobalModel, Session, get_session, reset_session
 
 if TYPE_CHECKING:
     from fedcore.layout import Reader
+
+    from .ranks import RankedSession
 
 __all__ = [
     "init",
@@ -91,36 +95,58 @@ def _dtype(name: str, value: Any) -> str:
     return _NUMPY[str(value.dtype)]
 
 
+def _get_session() -> Session | RankedSession:
+    """Return this process's session; a script without torch.distributed has no need of torch."""
+    if "torch.distributed" in sys.modules or os.environ.get("WORLD_SIZE", "1") != "1":
+        from .ranks import site_session
+
+        return site_session()
+    return get_session()
+
+
 _model: Any = None
 _arrays: _Arrays | None = None
+_tokenizer: Any = None
 _sent = False
 
 
 def init(
-    model: Any = None, *, include: Iterable[str] | str = (), exclude: Iterable[str] | str = ()
+    model: Any = None,
+    *,
+    tokenizer: Any = None,
+    include: Iterable[str] | str = (),
+    exclude: Iterable[str] | str = (),
 ) -> None:
     """Join the run that the environment names.
 
     Args:
         model: a ``torch.nn.Module`` or a mapping of names to arrays. It says which tensors travel, and is the
             initial model where the server has none. Without it the server must have one.
+        tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
     """
-    global _model, _arrays
+    global _model, _arrays, _tokenizer  # noqa: PLW0603 - one session per process is the contract
     choose(include, exclude)
     report_uncaught(_tell)
-    get_session()
+    _get_session()
+    _tokenizer = tokenizer
     if model is None or isinstance(model, Mapping):
         arrays = {} if model is None else {name: model[name] for name in travelling(list(model))}
         _model, _arrays = None, None if model is None else _Arrays(arrays)
         return
     from .parameters import ModelParameters
 
-    _model, _arrays = ModelParameters(model), None
+    parameters = ModelParameters(model)
+    if parameters.sharded:
+        raise LayoutError(
+            "the module's tensors are sharded over processes: call fl.init(module) before they are, and pass "
+            "whole tensors to fl.send, such as torch.distributed.checkpoint's get_model_state_dict gathers"
+        )
+    _model, _arrays = parameters, None
 
 
 def _tell(text: str) -> None:
-    session = get_session()
+    session = _get_session()
     if not session.over:
         session.problem(text)
 
@@ -128,7 +154,7 @@ def _tell(text: str) -> None:
 def is_running() -> bool:
     """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
     global _sent  # noqa: PLW0603 - one session per process is the contract
-    running = get_session().is_running()
+    running = _get_session().is_running()
     _sent = False
     return running
 
@@ -180,7 +206,7 @@ def _to_numpy(view: memoryview, spec: TensorSpec) -> Any:
 
 
 def _begin() -> GlobalModel:
-    session = get_session()
+    session = _get_session()
     if session.over:
         raise ClosedError("the run is over: fl.is_running() returned False, and there is no task")
     if _sent:
@@ -190,7 +216,8 @@ def _begin() -> GlobalModel:
         )
     source = _model if _model is not None else _arrays
     if source is not None:
-        return session.begin(source.specs, {} if session.bound else source.files, source.read)
+        files, prints = ({}, {}) if session.bound else (source.files, _fingerprints())
+        return session.begin(source.specs, files, source.read, prints)
     specs = session.offered_specs()
     if specs is None:
         raise ClosedError(
@@ -208,7 +235,15 @@ def _begin() -> GlobalModel:
     def nothing_to_read(_: str) -> memoryview:
         raise ClosedError("the server asked for an initial model; pass yours to fl.init(model)")
 
-    return session.begin(specs, {}, nothing_to_read)
+    return session.begin(specs, {}, nothing_to_read, {} if session.bound else _fingerprints())
+
+
+def _fingerprints() -> dict[str, str]:
+    if _tokenizer is None:
+        return {}
+    from .tokenizer import tokenizer_fingerprint
+
+    return {"tokenizer": tokenizer_fingerprint(_tokenizer)}
 
 
 def begin() -> tuple[GlobalModel, bool]:
@@ -240,10 +275,11 @@ def send(
     Raises:
         LayoutError: a tensor is missing, or has another dtype or shape than the global model's.
         WeightError: the weight is no such integer.
-        ClosedError: this pass of the loop has sent already, or the run is over.
+        ClosedError: this pass of the loop has sent already, the run is over, or this is not rank 0 of a site that
+            trains in several processes.
     """
     global _sent  # noqa: PLW0603
-    session = get_session()
+    session = _sender()
     task = _begin()
     read = None if task.kind == "evaluate" else _reader(params, task)
     if read is not None:
@@ -255,6 +291,12 @@ def send(
     else:
         session.submit(read, weight, train_metrics)
     _sent = True
+
+
+def _sender() -> Session:
+    """Return the session of the one process that sends."""
+    session = _get_session()
+    return session if isinstance(session, Session) else session.sender()
 
 
 def _integer(weight: Any) -> int:
@@ -296,18 +338,22 @@ def is_evaluate() -> bool:
 
 def log(metrics: Mapping[str, float], step: int | None = None) -> None:
     """Show training metrics at the server while a round is under way."""
-    get_session().log(metrics, step)
+    _get_session().log(metrics, step)
 
 
 def system_info() -> dict[str, str | int]:
     """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``."""
-    return get_session().system_info()
+    return _get_session().system_info()
 
 
 def shutdown() -> None:
     """Leave the run; the next `init` starts over."""
-    global _model, _arrays, _sent  # noqa: PLW0603
-    _model = _arrays = None
+    global _model, _arrays, _tokenizer, _sent  # noqa: PLW0603
+    _model = _arrays = _tokenizer = None
     _sent = False
     forget_choice()
+    if "fedcore.client.ranks" in sys.modules:
+        from .ranks import forget_session
+
+        forget_session()
     reset_session()

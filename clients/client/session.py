@@ -37,6 +37,7 @@ from .connection import Connection
 from .outgoing import Outgoing
 from .progress import Bar, State, TerminalHandler
 from .settings import SiteSettings
+from .unchanged import Unchanged
 from .work import WorkFolder
 
 __all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
@@ -148,7 +149,11 @@ class Session:
         raise AssertionError("unreachable")
 
     def begin(
-        self, specs: Sequence[TensorSpec], files: Mapping[str, str], read: Reader
+        self,
+        specs: Sequence[TensorSpec],
+        files: Mapping[str, str],
+        read: Reader,
+        fingerprints: Mapping[str, str] | None = None,
     ) -> GlobalModel:
         """Return the current task's global model, downloading it on the first call.
 
@@ -156,13 +161,15 @@ class Session:
             specs: names, dtypes and shapes of the tensors that travel; the same on every call.
             files: small JSON files that describe the model, by name, such as ``adapter_config.json``.
             read: gives the local values; called if the server asks this site for the initial model.
+            fingerprints: digests, by name, of what all sites must have alike, such as the tokenizer.
 
         Raises:
+            RefusedError: another site has other files or fingerprints; both are named.
             LayoutError: the tensors differ from the server's or from an earlier call's; each is named.
             ClosedError: the run is over.
         """
         self._join()
-        layout = self._bind(specs, files)
+        layout = self._bind(specs, files, fingerprints or {})
         if self._model is not None:
             return self._model
         while True:
@@ -249,7 +256,15 @@ class Session:
                 f"{protocol.MAX_WEIGHT}"
             )
         assert self._layout is not None
-        self._publish(self._layout, read, model.round, weight, metrics or {})
+        checked = Unchanged(read, model.tensors)
+        self._publish(self._layout, checked, model.round, weight, metrics or {})
+        if checked.throughout:
+            text = (
+                f"the update of round {model.round} is all zeros: training changed no tensor; check the learning "
+                "rate, and that what is trained is what was given to fedcore"
+            )
+            logger.warning("%s: %s", self.site, text)
+            self.problem(text)
         self._model = None
         self._end(model.kind, model.round)
 
@@ -354,7 +369,12 @@ class Session:
 
     # --- tensors -----------------------------------------------------------------------------------
 
-    def _bind(self, specs: Sequence[TensorSpec], files: Mapping[str, str]) -> Layout:
+    def _bind(
+        self,
+        specs: Sequence[TensorSpec],
+        files: Mapping[str, str],
+        fingerprints: Mapping[str, str],
+    ) -> Layout:
         assert self._connection.welcome is not None
         if self._layout is not None:
             difference = compare_layouts(
@@ -369,7 +389,9 @@ class Session:
         if layout.total_bytes == 0:
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
         declare = protocol.Declare(
-            tensors=[(n, d, list(s)) for n, d, s in table(layout)], files=dict(files)
+            tensors=[(n, d, list(s)) for n, d, s in table(layout)],
+            files=dict(files),
+            fingerprints=dict(fingerprints),
         )
         self._connection.declare(declare)
         self._layout = layout

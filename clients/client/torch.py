@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from torch import nn
 
 from fedcore import protocol
 from fedcore.errors import ClosedError, ConfigError
+from fedcore.layout import Reader
 
 from .choice import forget_choice
 from .error_text import error_text
 from .parameters import ModelParameters
-from .session import GlobalModel, Session, get_session, reset_session
+from .ranks import Gathered, RankedSession, forget_session, site_session
+from .session import GlobalModel, Session
+from .tokenizer import tokenizer_fingerprint
 
 __all__ = [
     "TorchSite",
@@ -35,46 +37,95 @@ class TorchSite:
     """Moves one model through the tasks of this process's session.
 
     Parameters are looked up afresh for each task, since a trainer may have moved the model to another device.
+    Where a site trains in several processes, each has a `TorchSite`; but for `reporting`, calls are collective.
+
+    Attributes:
+        owner: the patched trainer.
+        tokenizer: what all sites must have alike; None: nothing is compared.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session | RankedSession) -> None:
         self._session = session
+        self._ranks = session.ranks if isinstance(session, RankedSession) else None
         self._loaded: GlobalModel | None = None
-        self._ended = False
+        self._asked = self._ended = False
         self.owner: object = None
+        self.tokenizer: Any = None
 
     @property
     def over(self) -> bool:
         """Whether the run is over, so that a trainer works on its own again."""
         return self._session.over
 
+    @property
+    def ranks(self) -> int:
+        """How many processes train at this site."""
+        return 1 if self._ranks is None else self._ranks.size
+
     def is_running(self) -> bool:
         """Wait for the next task; False when the run is over."""
         self._ended = False
-        return self._session.is_running()
+        self._asked = self._session.is_running()
+        return self._asked
 
     def receive(self, model: nn.Module) -> GlobalModel | None:
-        """Load the current task's global model into ``model`` once; None if the task has ended already."""
+        """Load the current task's global model into ``model`` once; None if the task has ended already.
+
+        Raises:
+            ClosedError: `is_running` was not called before.
+        """
         if self._ended:
             return None
+        if not self._asked:
+            raise ClosedError(
+                "the trainer was called before fl.is_running(): validate, evaluate, fit and train belong inside "
+                "`while fl.is_running():`"
+            )
         parameters = ModelParameters(model)
-        files = {} if self._session.bound else parameters.files
-        task = self._session.begin(parameters.specs, files, parameters.read)
+        files, prints = (
+            ({}, {}) if self._session.bound else (parameters.files, self._fingerprints())
+        )
+        task = self._session.begin(parameters.specs, files, self._reader(parameters), prints)
         if task is not self._loaded:
             parameters.load(list(task.specs), task.tensors)
             self._loaded = task
         return task
 
+    def reload(self, model: nn.Module) -> None:
+        """Put the current task's global model into ``model`` again, after something else has changed it."""
+        if self._loaded is not None:
+            ModelParameters(model).load(list(self._loaded.specs), self._loaded.tensors)
+
+    def _fingerprints(self) -> dict[str, str]:
+        return (
+            {} if self.tokenizer is None else {"tokenizer": tokenizer_fingerprint(self.tokenizer)}
+        )
+
+    def _reader(self, parameters: ModelParameters) -> Reader:
+        return Gathered(parameters.read) if parameters.sharded else parameters.read
+
     def score(self, metrics: Mapping[str, float], examples: int) -> None:
         """Report the global model's validation metrics."""
         self._session.score(metrics, examples)
 
+    def score_parts(self, metrics: Mapping[str, float], examples: int) -> None:
+        """Report the weighted mean of what each rank measured on ``examples`` of its own part of the data."""
+        if self._ranks is None:
+            self._session.score(metrics, examples)
+            return
+        parts = [
+            (dict(found), int(n)) for found, n in self._ranks.gather((dict(metrics), examples))
+        ]
+        self._session.score(_weighted_mean(parts), sum(n for _, n in parts))
+
     def submit(self, model: nn.Module, examples: int, metrics: Mapping[str, float]) -> None:
-        """Publish the trained values; ``examples`` is the update's weight.
+        """Publish the trained values; ``examples``, summed over the ranks, is the update's weight.
 
         Raises:
             ClosedError: not one example was trained on, so the update has no weight.
         """
+        if self._ranks is not None:
+            examples = sum(self._ranks.gather(examples))
         if examples < 1:
             raise ClosedError(
                 "this round trained on no example: check that the training data is not empty and that the "
@@ -83,7 +134,7 @@ class TorchSite:
         self._ended = True
         self._loaded = None
         weight = min(examples, protocol.MAX_WEIGHT)
-        self._session.submit(ModelParameters(model).read, weight, metrics)
+        self._session.submit(self._reader(ModelParameters(model)), weight, metrics)
 
     def end(self) -> None:
         """End an evaluation task."""
@@ -95,9 +146,13 @@ class TorchSite:
         """Make ``trainer`` the one that takes part.
 
         Raises:
-            ClosedError: another trainer of this process does already.
+            ClosedError: it does already, or another trainer of this process does.
         """
-        if self.owner is not None and self.owner is not trainer:
+        if self.owner is trainer:
+            raise ClosedError(
+                "this trainer is patched already: call fl.patch(trainer) once, before the loop"
+            )
+        if self.owner is not None:
             raise ClosedError(
                 "another trainer of this process is patched already; one process is one site, so patch one trainer"
             )
@@ -120,16 +175,11 @@ def current_site() -> TorchSite:
     """Return this process's part, made on first use.
 
     Raises:
-        ClosedError: this is one of several training processes, which is not supported yet.
+        ClosedError: this is one of several training processes, which are not connected yet.
     """
     global _site  # noqa: PLW0603 - one session per process is the contract
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ClosedError(
-            "this script runs as several training processes (WORLD_SIZE > 1), which is not supported yet; start "
-            "it as one process per site"
-        )
     if _site is None:
-        _site = TorchSite(get_session())
+        _site = TorchSite(site_session())
     return _site
 
 
@@ -138,7 +188,7 @@ def forget_site() -> None:
     global _site  # noqa: PLW0603
     _site = None
     forget_choice()
-    reset_session()
+    forget_session()
 
 
 _ADAPTERS: Final = {
@@ -187,6 +237,17 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return dict(list(found.items())[: protocol.MAX_METRICS])
 
 
+def _weighted_mean(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    """Return the mean of each metric over those that have it; one that all have alike is left as it is."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for metrics, _ in parts for name in metrics):
+        values = [(metrics[name], max(n, 0)) for metrics, n in parts if name in metrics]
+        total = sum(n for _, n in values)
+        alike = all(value == values[0][0] for value, _ in values)
+        found[name] = values[0][0] if alike or not total else sum(v * n for v, n in values) / total
+    return found
+
+
 def batch_size(batch: Any) -> int:
     """Return the number of examples in a batch: the first dimension of the first tensor in it, else 1."""
     if hasattr(batch, "shape"):
@@ -208,9 +269,9 @@ def is_running() -> bool:
 
 def log(metrics: Mapping[str, float], step: int | None = None) -> None:
     """Show training metrics at the server while a round is under way."""
-    get_session().log(metrics, step)
+    site_session().log(metrics, step)
 
 
 def system_info() -> dict[str, str | int]:
     """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``."""
-    return get_session().system_info()
+    return site_session().system_info()

@@ -24,6 +24,7 @@ from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 
 from .access import Access
 from .aggregation import Aggregation, open_spill, update_codec
+from .agreement import Agreement
 from .outcome import Outcome, RunResult
 from .participation import Delivery, Roster
 from .peers import Peer, Peers
@@ -118,6 +119,7 @@ class Server:
             seed=config.run.seed,
         )
         self._status = StatusBuilder(config, self._rounds, self._store)
+        self._agreement = Agreement(self._store.files)
         if endpoint_file is not None:
             partial = endpoint_file.with_suffix(".partial")
             partial.write_text(self.endpoint, encoding="utf-8")
@@ -315,14 +317,7 @@ class Server:
                 declare.tensors, table(model.layout), f"site {site}", "the global model"
             )
             if difference is not None:
-                logger.error("refused %s: its tensors differ: %s", site, difference)
-                self._link.send(
-                    peer,
-                    protocol.Refused(
-                        code="layout", message=f"the model's tensors differ: {difference}"
-                    ),
-                )
-                self._lose(peer, f"its tensors differ: {difference}", left=True)
+                self._put_out(peer, site, "layout", f"the model's tensors differ: {difference}")
                 return
             hash_ = layout_hash(model.layout)
         else:
@@ -330,22 +325,28 @@ class Server:
                 layout = declared_layout(declare)
                 self._store.check_space(layout.total_bytes)
             except FedcoreError as error:
-                logger.error("refused %s: %s", site, error)
-                self._link.send(peer, protocol.Refused(code="layout", message=str(error)[:4096]))
-                self._lose(peer, str(error), left=True)
+                self._put_out(peer, site, "layout", str(error))
                 return
             hash_ = layout_hash(layout)
+        unlike = self._agreement.difference(site, declare)
+        if unlike is not None:
+            self._put_out(peer, site, "unlike", unlike)
+            return
+        if model is None:
             self._status.declared[site] = declare
         self._link.send(peer, protocol.Accepted(layout_hash=hash_))
         self._do(self._rounds.declared(site, time.monotonic()))
 
+    def _put_out(self, peer: bytes, site: str, code: str, text: str) -> None:
+        """Refuse a site that has joined."""
+        logger.error("refused %s: %s", site, text)
+        self._link.send(peer, protocol.Refused(code=code, message=text[:4096]))
+        self._lose(peer, text, left=True)
+
     def _on_ready(self, peer: bytes, known: Peer, ready: protocol.Ready) -> None:
         declare = self._status.declared.get(known.site)
         if ready.layout_hash != self._versions.expected_hash(declare):
-            text = "the update's layout is not the run's"
-            logger.error("refused %s: %s", known.site, text)
-            self._link.send(peer, protocol.Refused(code="layout", message=text))
-            self._lose(peer, text, left=True)
+            self._put_out(peer, known.site, "layout", "the update's layout is not the run's")
             return
         known.metrics = dict(ready.metrics)
         self._status.note_metrics(known.site, ready.metrics)

@@ -371,12 +371,16 @@ class Store:
 
     # --- folders that loaders open ---
 
+    def files(self) -> dict[str, str]:
+        """Return the JSON files that describe the model, by name."""
+        return dict(self._db.execute("SELECT name, text FROM files"))
+
     def export(self, name: str, version: int) -> Path:
         """Write ``best/`` or ``final/``: the version's model under the name that loaders expect, and its files.
 
         The folder is built beside the old one and takes its place by a rename.
         """
-        files = dict(self._db.execute("SELECT name, text FROM files"))
+        files = self.files()
         weights = "adapter_model" if "adapter_config.json" in files else "model"
         target, new, old = (
             self.folder / name,

@@ -77,7 +77,6 @@ def test_rounds_of_lightning_are_one_unbroken_training(
 
     model, trainer = lightning_module(package), make_trainer(package, **per_round)
     fl_lightning.patch(trainer)
-    fl_lightning.patch(trainer)
     passes = 0
     while fl_lightning.is_running():
         assert fl_lightning.system_info()["site"] == "a"
@@ -143,17 +142,6 @@ def test_rounds_of_a_trainer_are_one_unbroken_training(
     assert scores[-1]["eval_loss"] == pytest.approx(before)
     assert [s["examples"] for s in scores] == [16] * (ROUNDS + 1)
     assert [v["participants"].get("a") for v in summary["versions"]] == [None, 80, 80, 80]
-
-
-def test_what_would_break_the_update_is_refused(run: Future[RunResult], tmp_path: Path) -> None:
-    trainer = hf_trainer(tmp_path, 1)
-    trainer.args.load_best_model_at_end = True
-    with pytest.raises(ConfigError, match="load_best_model_at_end"):
-        fl_hf.patch(trainer)
-    trainer.args.load_best_model_at_end = False
-    fl_hf.patch(trainer)
-    with pytest.raises(ClosedError, match="another trainer"):
-        fl_hf.patch(hf_trainer(tmp_path, 1))
 
 
 def test_a_model_with_nothing_to_train_is_refused(run: Future[RunResult], tmp_path: Path) -> None:

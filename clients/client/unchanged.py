@@ -1,0 +1,39 @@
+"""Whether an update is the global model again, which is worth a warning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from fedcore.layout import Buffer, Reader
+
+__all__ = ["Unchanged"]
+
+_PIECE: Final = 1 << 20
+
+
+class Unchanged:
+    """A reader that compares what goes through it, up to the first byte that differs.
+
+    Attributes:
+        throughout: whether all that was read so far is as it was received.
+    """
+
+    def __init__(self, read: Reader, received: Mapping[str, memoryview]) -> None:
+        self._read, self._received = read, received
+        self.throughout = True
+
+    def __call__(self, name: str) -> Buffer:
+        """Return the raw bytes of the tensor of that name."""
+        found = self._read(name)
+        if self.throughout:
+            self.throughout = _equal(memoryview(found).cast("B"), self._received[name])
+        return found
+
+
+def _equal(one: memoryview, other: memoryview) -> bool:
+    # Bytes are compared by the machine's memcmp, views one element after the other.
+    return len(one) == len(other) and all(
+        bytes(one[i : i + _PIECE]) == bytes(other[i : i + _PIECE])
+        for i in range(0, len(one), _PIECE)
+    )

@@ -1,0 +1,161 @@
+"""What a script can get wrong, and what it is told then."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedcore.client
+import fedcore.client.hf as fl_hf
+import fedcore.client.lightning as fl_lightning
+from fedcore.errors import ClosedError, LayoutError
+from fedcore.server.outcome import RunResult
+
+
+class Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(4, 1)
+
+    def forward(self, inputs: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = self.net(inputs)
+        return {"loss": torch.nn.functional.mse_loss(found, labels), "logits": found}
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Any]:
+    from transformers import Trainer, TrainingArguments
+
+    def make(model: torch.nn.Module | None = None, rows: int = 8, **options: Any) -> Any:
+        inputs = torch.randn(rows, 4, generator=torch.Generator().manual_seed(1))
+        data = [{"inputs": row, "labels": row.sum(0, keepdim=True)} for row in inputs]
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "hf"), report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no",
+            **{"max_steps": 1, **options},
+        )  # fmt: skip
+        return Trainer(model or Model(), arguments, train_dataset=data, eval_dataset=data)
+
+    return make
+
+
+def lightning_trainer(**options: Any) -> Any:
+    import lightning
+
+    return lightning.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **{"max_epochs": 1, **options},
+    )  # fmt: skip
+
+
+def lightning_model() -> Any:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(4, 1)
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            return self.net(batch[0]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    return Module()
+
+
+def test_a_trainer_is_patched_once(
+    run: Future[RunResult], make_trainer: Callable[..., Any]
+) -> None:
+    trainer = make_trainer()
+    fl_hf.patch(trainer)
+    with pytest.raises(ClosedError, match=r"this trainer is patched already.*once"):
+        fl_hf.patch(trainer)
+    with pytest.raises(ClosedError, match="another trainer"):
+        fl_hf.patch(make_trainer())
+    fedcore.client.torch.forget_site()
+    trainer = lightning_trainer()
+    fl_lightning.patch(trainer)
+    with pytest.raises(ClosedError, match=r"this trainer is patched already.*once"):
+        fl_lightning.patch(trainer)
+
+
+def test_training_before_the_loop_is_refused(
+    run: Future[RunResult], make_trainer: Callable[..., Any]
+) -> None:
+    trainer = make_trainer()
+    fl_hf.patch(trainer)
+    for call in (trainer.train, trainer.evaluate):
+        with pytest.raises(ClosedError, match=r"before fl\.is_running\(\)"):
+            call()
+    fedcore.client.torch.forget_site()
+    other = lightning_trainer()
+    fl_lightning.patch(other)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(4, 4)))
+    for fit in (other.fit, other.validate):
+        with pytest.raises(ClosedError, match=r"before fl\.is_running\(\)"):
+            fit(lightning_model(), data)
+
+
+def test_a_model_without_values_is_refused_by_its_tensor(
+    run: Future[RunResult], make_trainer: Callable[..., Any]
+) -> None:
+    trainer = make_trainer()
+    with torch.device("meta"):
+        trainer.model.net = torch.nn.Linear(4, 1)
+    fl_hf.patch(trainer)
+    assert fl_hf.is_running()
+    with pytest.raises(LayoutError, match=r"net\.weight.*meta device"):
+        trainer.train()
+    with pytest.raises(LayoutError, match=r"weight.*meta device"):
+        fedcore.client.init(torch.nn.Linear(4, 1, device="meta"))
+
+
+def test_a_round_without_training_examples_is_refused(run: Future[RunResult]) -> None:
+    trainer, model = lightning_trainer(limit_train_batches=0), lightning_model()
+    fl_lightning.patch(trainer)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(4, 4)))
+    assert fl_lightning.is_running()
+    with pytest.raises(ClosedError, match="trained on no example"):
+        trainer.fit(model, data)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_update_that_is_all_zeros_is_warned_of(
+    changed: bool,
+    run: Future[RunResult],
+    make_trainer: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = make_trainer(learning_rate=0.1 if changed else 0.0)
+    fl_hf.patch(trainer)
+    caplog.set_level(logging.WARNING)
+    while fl_hf.is_running():
+        trainer.train()
+    assert run.result(30).ok
+    for logger in ("fedcore.client", "fedcore.server"):
+        said = [r.getMessage() for r in caplog.records if r.name == logger]
+        assert any("round 1 is all zeros" in text for text in said) is not changed, said
+
+
+def test_an_update_of_a_plain_loop_that_is_all_zeros_is_warned_of(
+    run: Future[RunResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    fedcore.client.init({"a": np.ones(3, np.float32), "b": np.ones(700_000, np.float64)})
+    caplog.set_level(logging.WARNING)
+    while fedcore.client.is_running():
+        params = fedcore.client.receive()
+        if fedcore.client.is_train() and fedcore.client.system_info()["round"] != 2:
+            params["b"][-1] += 1
+        fedcore.client.send(params, weight=1, metrics={"val_loss": 1.0})
+    assert run.result(30).ok
+    said = [r.getMessage() for r in caplog.records if r.name == "fedcore.client"]
+    assert [text for text in said if "all zeros" in text] == [t for t in said if "round 2" in t]
+    assert any("round 2" in text for text in said)

@@ -1,0 +1,167 @@
+"""Sites that train in two processes: rank 0 talks to the server, and the rounds are those of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedcore.server.outcome import RunResult
+
+ROUNDS = 3
+SCRIPTS = Path(__file__).parent / "ranked"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+SECONDS = 200  # what a busy machine needs at most
+
+
+def start(script: str, *arguments: object, launcher: list[str] | None = None) -> list[Any]:
+    """Run a script that is started once, by itself or by a launcher, and starts its other processes."""
+    return finish([launch([*(launcher or []), str(SCRIPTS / script), *map(str, arguments)])])
+
+
+def start_two(script: str, *arguments: object) -> list[Any]:
+    """Run a script in two processes, as torchrun would."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return finish(
+        [
+            launch(
+                [str(SCRIPTS / script), *map(str, arguments)],
+                {**world, "RANK": rank, "LOCAL_RANK": rank},
+            )
+            for rank in ("0", "1")
+        ]
+    )
+
+
+def launch(command: list[str], environment: dict[str, str] | None = None) -> Any:
+    return subprocess.Popen(
+        [sys.executable, "-P", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FEDCORE_PROGRESS": "0", **(environment or {})},
+    )  # fmt: skip
+
+
+def finish(processes: list[Any]) -> list[Any]:
+    """Wait for processes; each gets ``said``, all that it wrote."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        try:
+            said = list(pool.map(lambda p: "".join(p.communicate(timeout=SECONDS)), processes))
+        finally:
+            for process in processes:
+                process.kill()
+    for process, text in zip(processes, said, strict=True):
+        process.said = text
+    return processes
+
+
+def assert_both_took_part(processes: list[Any]) -> None:
+    said = "".join(process.said for process in processes)
+    assert all(process.returncode == 0 for process in processes), said[-6000:]
+    for rank in (0, 1):
+        assert f"rank {rank} of 2: {ROUNDS + 1} passes" in said, said[-6000:]
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    return inputs, inputs.sum(1, keepdim=True)
+
+
+def losses(net: torch.nn.Module, optimizer: Any, schedule: Any = None) -> list[float]:
+    """Train on all rows at once, without a federation; the loss before each round and at the end."""
+    inputs, labels = rows()
+    found = []
+    for step in range(5 * ROUNDS + 1):
+        loss = torch.nn.functional.mse_loss(net(inputs), labels)
+        if step % 5 == 0:
+            found.append(loss.item())
+        if step == 5 * ROUNDS:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+    return found
+
+
+def assert_as_alone(
+    folder: Path, net: torch.nn.Module, expected: list[float], metric: str, weight: int
+) -> None:
+    final = load_file(folder / "runs/t/final/model.safetensors")
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(final[f"net.{key}"], value, rtol=1e-5, atol=1e-6)
+    versions = json.loads((folder / "runs/t/summary.json").read_text())["versions"]
+    scores = [version["metrics_by_site"]["a"] for version in versions]
+    assert [s[metric] for s in scores] == pytest.approx(expected, rel=1e-5)
+    assert [s["examples"] for s in scores] == [16] * (ROUNDS + 1)
+    assert [v["participants"].get("a") for v in versions[1:]] == [weight] * ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("package", "strategy"),
+    [
+        ("lightning.pytorch", "ddp"),
+        pytest.param("pytorch_lightning", "ddp", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_of_lightning_train_as_one(
+    package: str, strategy: str, run: Future[RunResult], tmp_path: Path
+) -> None:
+    assert_both_took_part(start("lightning_ddp.py", package, strategy))
+    assert run.result(30).ok
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    expected = losses(net, torch.optim.Adam(net.parameters(), lr=1e-2))
+    assert_as_alone(tmp_path, net, expected, "val_loss", 16 * 5)
+
+
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_of_a_trainer_train_as_one(
+    torchrun: bool, run: Future[RunResult], tmp_path: Path
+) -> None:
+    if torchrun:
+        done = start("hf_ddp.py", tmp_path / "hf", launcher=TORCHRUN)
+    else:
+        done = start_two("hf_ddp.py", tmp_path / "hf")
+    assert_both_took_part(done)
+    assert run.result(30).ok
+    torch.manual_seed(0)
+    net = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / (5 * ROUNDS))
+    expected = losses(net, optimizer, schedule)
+    assert_as_alone(tmp_path, net, expected, "eval_loss", 16 * 5)
+
+
+def test_a_loop_of_its_own_runs_in_two_processes(run: Future[RunResult], tmp_path: Path) -> None:
+    assert_both_took_part(start_two("plain.py", "well"))
+    assert run.result(30).ok
+    first = load_file(tmp_path / "runs/t/models/round-0000.safetensors")["weight"]
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")["weight"]
+    torch.testing.assert_close(final, first + ROUNDS)
+
+
+def test_a_rank_other_than_0_that_sends_is_refused_and_ends_both(run: Future[RunResult]) -> None:
+    zero, one = start_two("plain.py", "send")
+    assert one.returncode
+    assert "ClosedError: fl.send was called by rank 1 of 2: rank 0 alone sends" in one.said
+    assert zero.returncode
+    assert "rank 0 lost another process of this site" in zero.said
+
+
+def test_an_error_of_rank_0_is_raised_by_all(run: Future[RunResult], tmp_path: Path) -> None:
+    zero, one = start_two("hf_ddp.py", tmp_path / "hf", "frozen")
+    assert "LayoutError: the model has no trainable tensor" in zero.said
+    assert zero.returncode
+    assert one.returncode
