@@ -33,6 +33,7 @@ _BYTES: Final = {
     "MB": 10**6,
     "GB": 10**9,
 }
+_PATHS: Final = ("run.dir", "model.initial", "server.keys", "server.spill_dir", "simulate.script")
 _MIN_MEMORY: Final = 16 << 20
 
 
@@ -281,7 +282,7 @@ def load_run_file(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         overrides: ``section.key=value`` texts that win over the file; the value is TOML, or a bare text.
 
     Raises:
-        ConfigError: lists everything that is wrong.
+        ConfigError: lists everything that is wrong; a path in the file leads out of its folder.
     """
     path = Path(path)
     try:
@@ -290,8 +291,8 @@ def load_run_file(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for override in overrides:
-        _apply(values, override)
+    given = [_apply(values, override) for override in overrides]
+    _check_paths(values, given, path)
     return parse_run(values, folder=path.parent, source=str(path))
 
 
@@ -311,7 +312,24 @@ def parse_run(
         raise ConfigError(f"{source}: " + f"\n{source}: ".join(lines)) from None
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _check_paths(values: Mapping[str, Any], given: Iterable[str], path: Path) -> None:
+    """Refuse what leads out of the run file's folder, unless it was given on the command line."""
+    home = path.parent.resolve()
+    for key in _PATHS:
+        section, name = key.split(".")
+        table = values.get(section)
+        value = table.get(name) if isinstance(table, dict) else None
+        if not isinstance(value, str) or key in given:
+            continue
+        if not (home / value).resolve().is_relative_to(home):
+            raise ConfigError(
+                f"{path}: {key}: {value!r} leads out of the run file's folder; a run file names nothing outside "
+                f"of it. Give it on the command line instead: --set {key}={value}"
+            )
+
+
+def _apply(values: dict[str, Any], override: str) -> str:
+    """Put an override in its place; returns its key."""
     key, found, text = override.partition("=")
     parts = key.strip().split(".")
     if not found or len(parts) < 2 or not all(parts):
@@ -328,6 +346,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise ConfigError(f"override {override!r}: {part} is not a section")
     table[parts[-1]] = value
+    return ".".join(parts)
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:

@@ -49,6 +49,7 @@ ITEMSIZE: Final[Mapping[str, int]] = {
 FLOATS: Final = frozenset({"F64", "F32", "F16", "BF16"})
 """The dtypes that are averaged; tensors of the others are taken from the global model."""
 
+_MAX_DIMS: Final = 16  # as many as a message describes
 _MAX_HEADER: Final = 100_000_000  # the limit that the format's own parser sets
 _PAGE: Final = 4096
 _HASH_BLOCK: Final = 8 << 20
@@ -253,7 +254,7 @@ def open_model(path: Path | str, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Mode
         )
     try:
         header = json.loads(bytes(file.view(8, length)))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise LayoutError(f"{path}: not a safetensors file (the header is not JSON)") from None
     if not isinstance(header, dict):
         raise LayoutError(f"{path}: not a safetensors file (the header is not a JSON object)")
@@ -309,6 +310,7 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[str, list[int], 
         if (
             isinstance(dtype, str)
             and isinstance(shape, list)
+            and len(shape) <= _MAX_DIMS
             and all(map(is_size, shape))
             and isinstance(span, list)
             and len(span) == 2

@@ -30,7 +30,7 @@ from fedcore.server.service import Server
 from fedcore.status import ask_status, find_server
 from fedcore.transport import Control
 
-from .conftest import DEADLINE, Links
+from .conftest import DEADLINE, Links, wait
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -163,6 +163,23 @@ def test_a_revoked_key_does_not_come_back_and_a_new_one_of_the_name_does(
         ]
         assert [done.result(60) for done in sites] == [2, 2]
         assert result.result(60).ok
+
+
+def test_a_revoked_key_is_not_heard_on_the_connection_that_it_still_has(
+    waiting: Server, kits: Provisioned, links: Links, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = links.site(waiting.endpoint, load_kit(kits.kits["a"]).credentials)
+    link.send(join("a"))
+    assert wait(link, lambda m: isinstance(m, Control))
+    revoke(kits.server, "a")
+    told = wait(link, lambda m: isinstance(m, Control) and b"revoked" in m.body)
+    assert isinstance(told, Control)
+    assert protocol.decode_from_server(told.body).type == "refused"
+    for _ in range(3):
+        link.send(join("a"))
+    answer(links, waiting, kits.kits["b"], join("b"))
+    assert link.recv(0.3) is None
+    assert "a is taken out of the run" in caplog.text
 
 
 def train_on(session: Session) -> None:
