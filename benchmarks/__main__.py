@@ -183,34 +183,42 @@ def floor(
 def memory(
     *,
     budget: Budget = "64MiB",
-    size: Annotated[str, typer.Option(help="Model size of the sweep over sites.")] = "64MiB",
-    sites: Annotated[int, typer.Option(help="Number of sites of the sweep over sizes.")] = 2,
-    max_sites: Annotated[int, typer.Option(min=2)] = 32,
+    size: Annotated[str, typer.Option(help="Model size of the sweep over sites.")] = "256MiB",
+    sites: Annotated[int, typer.Option(help="Number of sites of the sweep over sizes.")] = 8,
+    max_sites: Annotated[int, typer.Option(min=2)] = 256,
     max_size: Annotated[str, typer.Option(help="Largest model.")] = "1GiB",
+    spill: Annotated[
+        bool, typer.Option(help="Let chunks of sites that are ahead go to a file.")
+    ] = False,
     json_file: Json = None,
     plot: Plot = None,
 ) -> None:
-    """Measure the server's peak RSS against the number of sites and the size of the model."""
+    """Measure the server's peak RSS against the number of sites and the size of the model, under a hard limit.
+
+    One round each, with sites that only speak the protocol, all in one process. One of them keeps a chunk back
+    until the server has filled its budget.
+    """
     from .memory import SITES, SIZES, sweep
 
     result = sweep(
         parse_size(budget),
         parse_size(size),
         sites,
-        tuple(n for n in SITES if n <= max_sites),
-        tuple(n for n in SIZES if n <= parse_size(max_size)),
+        all_sites=tuple(n for n in SITES if n <= max_sites),
+        sizes=tuple(n for n in SIZES if n <= parse_size(max_size)),
+        spill=spill,
     )
     show(
         f"Server memory, budget {size_text(result['memory_bytes'])}, "
-        f"{size_text(result['idle_rss_bytes'])} with a model of 1 MiB",
-        ("model", "sites", "s per round", "peak RSS", "over idle"),
+        f"{size_text(result['idle_rss_bytes'])} when idle",
+        ("model", "sites", "s", "peak RSS", "of it anonymous"),
         [
             [
                 size_text(row["bytes"]),
                 row["sites"],
-                row["round_s"],
-                size_text(row["server_peak_rss_bytes"]),
-                f"{row['over_idle_bytes'] / MIB:.0f} MiB",
+                row["seconds"],
+                f"{row['peak_rss_bytes'] / MIB:.1f} MiB",
+                f"{row['peak_anonymous_bytes'] / MIB:.1f} MiB",
             ]
             for row in result["rows"]
         ],

@@ -56,8 +56,8 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
     )
     names = [f"{row['bytes'] / MIB:.0f} MiB\n{row['sites']} sites" for row in result["rows"]]
     idle = result["idle_rss_bytes"] / MIB
-    axes.bar(names, [idle] * len(names), color=_LIMIT, label="with a model of 1 MiB")
-    over = [row["over_idle_bytes"] / MIB for row in result["rows"]]
+    axes.bar(names, [idle] * len(names), color=_LIMIT, label="idle")
+    over = [row["peak_rss_bytes"] / MIB - idle for row in result["rows"]]
     drawn = axes.bar(names, over, bottom=idle, color=_OURS, label="over that")
     axes.bar_label(drawn, labels=[f"{idle + x:.0f}" for x in over])
     axes.axhline(idle + result["memory_bytes"] / MIB, color="black", linewidth=0.8, linestyle="--")

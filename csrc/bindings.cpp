@@ -312,10 +312,20 @@ py::object next_event(Exchange& exchange) {
       return py::make_tuple("no-room", event->collector, event->message);
     case Event::Kind::kStranger:
       return py::make_tuple("stranger", py::bytes(event->code));
+    case Event::Kind::kFlooded:
+      return py::make_tuple("flooded", py::bytes(event->code), event->message);
     case Event::Kind::kMalformed:
       break;
   }
   return py::make_tuple("malformed", py::bytes(event->code), event->message);
+}
+
+py::object next_control(Exchange& exchange) {
+  const auto message = exchange.next_control();
+  if (!message) {
+    return py::none();
+  }
+  return py::make_tuple(py::bytes(message->peer), py::bytes(message->body));
 }
 
 void bind_files(py::module_& m) {
@@ -484,16 +494,34 @@ void bind_exchange(py::module_& m) {
           "drop", [](Exchange& e, const Collector& c, std::size_t k) { e.drop(c.id(), k); },
           py::arg("collector"), py::arg("source"),
           "Take a source out of a collection; its result becomes that of the others alone.")
-      .def(
-          "deliver", &deliver, py::arg("now_ms"), py::arg("peer"), py::arg("header"),
-          py::arg("body"),
-          "Hand over a received frame: 0 handled, 2 a control message for the caller, 3 malformed.")
+      .def("deliver", &deliver, py::arg("now_ms"), py::arg("peer"), py::arg("header"),
+           py::arg("body"), "Hand over a received frame: 0 handled, 3 malformed or too much.")
       .def("next_out", &next_out, py::arg("now_ms"),
            "The next frame to send: (peer, header, body or None), or None.")
       .def("tick", &Exchange::tick, py::arg("now_ms"), py::call_guard<py::gil_scoped_release>(),
            "Run timers; milliseconds until the next one, or -1.")
       .def("next_event", &next_event, "The next event as a tuple, or None.")
-      .def("has_event", &Exchange::has_event, "True once for every batch of new events.")
+      .def("next_control", &next_control,
+           "The next control message as (peer, body), peer by peer in turn; or None.")
+      .def("has_event", &Exchange::has_event,
+           "True if there is news that nobody was told of since `listening`.")
+      .def("listening", &Exchange::listening, "Be told of the next news by `has_event`.")
+      .def(
+          "set_limits",
+          [](Exchange& e, std::uint64_t outgoing, std::uint64_t control_per_peer,
+             std::uint64_t control) { e.set_limits({outgoing, control_per_peer, control}); },
+          py::arg("outgoing"), py::arg("control_per_peer"), py::arg("control"),
+          "Bound, in bytes: published chunks on their way, and control messages that wait.")
+      .def_property_readonly(
+          "wake_fd", [](Exchange& e) { return e.outgoing().wake_fd(); },
+          "Readable when `next_out`, which had nothing, may have something; -1: never.")
+      .def("clear_wake", [](Exchange& e) { e.outgoing().clear_wake(); })
+      .def_property_readonly(
+          "outgoing_bytes", [](Exchange& e) { return e.outgoing().bytes(); },
+          "Bytes of published chunks that are resident because they are on their way.")
+      .def(
+          "discard", [](Exchange& e, const py::bytes& peer) { e.discard(std::string(peer)); },
+          py::arg("peer"), "Throw away what waits of a peer's control messages.")
       .def("heartbeat", &Exchange::heartbeat, py::arg("interval_ms"),
            "Ping peer b'' at this interval; 0: never.")
       .def(

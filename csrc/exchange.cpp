@@ -29,20 +29,10 @@ int sink_deliver(void* pointer, std::int64_t now_ms, const void* peer, std::size
   }
 }
 
-// What the pump holds while a body is on its way: the file stays mapped, and the pages go when they
-// were sent, so that a published model's size does not show in this process's memory.
-struct Borrowed {
-  std::shared_ptr<MappedFile> file;
-  std::uint64_t offset;
-  std::uint64_t size;
-};
+// What the pump holds while a body is on its way: the file stays mapped.
+using Borrowed = std::shared_ptr<MappedFile>;
 
-void sink_out_done(void* owner) {
-  const std::unique_ptr<Borrowed> borrowed(static_cast<Borrowed*>(owner));
-  if (borrowed) {
-    borrowed->file->release(borrowed->offset, borrowed->size);
-  }
-}
+void sink_out_done(void* owner) { delete static_cast<Borrowed*>(owner); }
 
 std::int64_t sink_tick(void* pointer, std::int64_t now_ms) { return self(pointer)->tick(now_ms); }
 
@@ -60,21 +50,26 @@ Exchange::Exchange() {
       return 0;
     }
     exchange->sending_ = std::move(*frame);  // touched by the pump thread only
-    const OutFrame& kept = exchange->sending_;
+    OutFrame& kept = exchange->sending_;
     out->peer = reinterpret_cast<const std::uint8_t*>(kept.peer.data());
     out->peer_len = kept.peer.size();
     out->header = kept.header.data();
     out->body = kept.body;
     out->body_len = kept.body_size;
-    out->owner = kept.keep ? new Borrowed{kept.keep,
-                                          static_cast<std::uint64_t>(kept.body - kept.keep->data()),
-                                          kept.body_size}
-                           : nullptr;
+    out->owner = kept.keep ? new Borrowed(std::move(kept.keep)) : nullptr;
     return 1;
   };
   sink_.out_done = sink_out_done;
   sink_.tick = sink_tick;
   sink_.has_event = sink_has_event;
+  sink_.wake_fd = outgoing_->wake_fd();
+  sink_.clear_wake = [](void* pointer) { self(pointer)->outgoing().clear_wake(); };
+}
+
+void Exchange::set_limits(const ExchangeLimits& limits) {
+  const std::lock_guard lock(mutex_);
+  limits_ = limits;
+  outgoing_->limit(limits.outgoing);
 }
 
 void Exchange::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
@@ -157,17 +152,7 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
     return malformed(peer_view, why);
   }
   const std::string peer(peer_view);
-  Heard& heard = heard_[peer];
-  heard.at_ms = now_ms;
-  if (header.kind == wire::Kind::kPing && !std::exchange(heard.met, true)) {
-    report(Event::Kind::kStranger, peer, "");  // it joined a process before this one
-  }
-  heard.met = heard.met || header.kind == wire::Kind::kControl;
-  if (heard_.size() > kMaxRemembered && now_ms >= next_forgetting_ms_) {
-    next_forgetting_ms_ = now_ms + kForgetMs / 60;
-    std::erase_if(heard_,
-                  [&](const auto& entry) { return now_ms - entry.second.at_ms > kForgetMs; });
-  }
+  remember(peer, header.kind, now_ms);
   switch (header.kind) {
     case wire::Kind::kGet:
       return on_get(peer, header);
@@ -187,7 +172,7 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
       if (crc32c(body.data(), body.size()) != header.body_crc) {
         return malformed(peer_view, "a control message's checksum does not match");
       }
-      return FC_FORWARD;
+      return on_control(peer, body);
   }
   return FC_DROP;
 }
@@ -200,16 +185,93 @@ bool Exchange::is_blocked(std::string_view peer) const {
   return end != std::string_view::npos && blocked_.contains(std::string(peer.substr(0, end)));
 }
 
+void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms) {
+  Heard& heard = heard_[peer];
+  heard.at_ms = now_ms;
+  if (kind == wire::Kind::kPing && !std::exchange(heard.met, true)) {
+    report(Event::Kind::kStranger, peer, "");  // it joined a process before this one
+  }
+  heard.met = heard.met || kind == wire::Kind::kControl;
+  if (heard_.size() <= kMaxRemembered || now_ms < next_forgetting_ms_) {
+    return;
+  }
+  const bool many = heard_.size() > kMaxStrangers;
+  const std::int64_t silent = many ? kForgetMs / 60 : kForgetMs;
+  next_forgetting_ms_ = now_ms + (many ? kForgetMs / 3600 : kForgetMs / 60);
+  std::erase_if(heard_, [&](const auto& entry) { return now_ms - entry.second.at_ms > silent; });
+}
+
+int Exchange::on_control(const std::string& peer, const Frame& body) {
+  Waiting& waiting = controls_[peer];
+  const std::uint64_t size = body.size();
+  const bool room = waiting.bodies.empty()
+                        ? control_bytes_ == 0 || control_bytes_ + size <= limits_.control
+                        : waiting.bodies.size() < kMaxControlPerPeer &&
+                              waiting.bytes + size <= limits_.control_per_peer &&
+                              control_bytes_ + size <= limits_.control;
+  if (!room) {
+    ++stats_.dropped;
+    if (!std::exchange(waiting.flooded, true)) {
+      report(Event::Kind::kFlooded, peer,
+             std::to_string(waiting.bodies.size()) + " control messages of " +
+                 std::to_string(waiting.bytes) + " bytes are waiting");
+    }
+    if (waiting.bodies.empty()) {
+      controls_.erase(peer);
+    }
+    return FC_DROP;
+  }
+  if (waiting.bodies.empty()) {
+    control_turns_.push_back(peer);
+  }
+  waiting.bodies.emplace_back(reinterpret_cast<const char*>(body.data()), body.size());
+  waiting.bytes += size;
+  control_bytes_ += size;
+  unsignalled_ = true;
+  return FC_DONE;
+}
+
+std::optional<ControlMessage> Exchange::next_control() {
+  const std::lock_guard lock(mutex_);
+  if (control_turns_.empty()) {
+    return std::nullopt;
+  }
+  ControlMessage message{std::move(control_turns_.front()), {}};
+  control_turns_.pop_front();
+  const auto found = controls_.find(message.peer);
+  Waiting& waiting = found->second;
+  message.body = std::move(waiting.bodies.front());
+  waiting.bodies.pop_front();
+  waiting.bytes -= message.body.size();
+  control_bytes_ -= message.body.size();
+  if (waiting.bodies.empty()) {
+    controls_.erase(found);
+  } else {
+    control_turns_.push_back(message.peer);
+  }
+  return message;
+}
+
+void Exchange::discard(const std::string& peer) {
+  const std::lock_guard lock(mutex_);
+  const auto found = controls_.find(peer);
+  if (found != controls_.end()) {
+    control_bytes_ -= found->second.bytes;
+    controls_.erase(found);
+    std::erase(control_turns_, peer);
+  }
+}
+
 int Exchange::malformed(std::string_view peer, const char* why) {
   ++stats_.dropped;
   report(Event::Kind::kMalformed, peer, why);
   return FC_DROP;
 }
 
-void Exchange::report(Event::Kind kind, std::string_view peer, const char* why) {
+void Exchange::report(Event::Kind kind, std::string_view peer, std::string why) {
   if (malformed_waiting_ < kMaxMalformedEvents) {
     ++malformed_waiting_;
-    events_.push_back({kind, 0, 0, std::string(peer), why});
+    events_.push_back({kind, 0, 0, std::string(peer), std::move(why)});
     unsignalled_ = true;
   }
 }
@@ -310,43 +372,55 @@ std::optional<OutFrame> Exchange::next_out(std::int64_t now_ms) {
   return out;
 }
 
+// The next chunk that somebody asked for and that may go: peers are served in turn, and one that
+// has too much on its way is passed over.
 std::optional<OutFrame> Exchange::next_chunk() {
-  while (!turns_.empty()) {
+  for (std::size_t left = turns_.size(); left > 0; --left) {
     const std::string peer = std::move(turns_.front());
     turns_.pop_front();
-    const auto waiting = requests_.find(peer);
-    if (waiting == requests_.end()) {
+    if (!requests_.contains(peer)) {
       continue;
     }
-    Request& request = waiting->second.front();
-    const wire::SetId set = request.set;
-    const std::uint64_t index = request.next++;
-    if (request.next == request.end) {
-      waiting->second.pop_front();
-    }
-    if (waiting->second.empty()) {
-      requests_.erase(waiting);
-    } else {
+    auto frame = serve(peer);
+    if (requests_.contains(peer)) {
       turns_.push_back(peer);
     }
-    if (const auto chunk = publisher_.chunk(set, index)) {
-      wire::Header header;
-      header.kind = wire::Kind::kChunk;
-      header.set = set;
-      header.encoding = chunk->encoding;
-      header.index = index;
-      header.length = chunk->size;
-      header.body_crc = chunk->crc;
-      return OutFrame{peer, wire::encode(header), chunk->file, chunk->data, chunk->size};
+    if (frame) {
+      return frame;
     }
-    wire::Header gone;
-    gone.kind = wire::Kind::kRefuse;
-    gone.set = set;
-    gone.index = index;
-    gone.count = static_cast<std::uint32_t>(wire::Refusal::kUnknownSet);
-    return OutFrame{peer, wire::encode(gone), nullptr, nullptr, 0};
   }
   return std::nullopt;
+}
+
+std::optional<OutFrame> Exchange::serve(const std::string& peer) {
+  const auto waiting = requests_.find(peer);
+  Request& request = waiting->second.front();
+  const wire::SetId set = request.set;
+  const std::uint64_t index = request.next;
+  const auto found = publisher_.find(set, index);
+  if (found && !outgoing_->may_go(peer, found->data, found->size)) {
+    return std::nullopt;
+  }
+  if (++request.next == request.end) {
+    waiting->second.pop_front();
+    if (waiting->second.empty()) {
+      requests_.erase(waiting);
+    }
+  }
+  wire::Header header;
+  header.set = set;
+  header.index = index;
+  if (!found) {
+    header.kind = wire::Kind::kRefuse;
+    header.count = static_cast<std::uint32_t>(wire::Refusal::kUnknownSet);
+    return OutFrame{peer, wire::encode(header), nullptr, nullptr, 0};
+  }
+  auto file = outgoing_->send(peer, found->file, found->data, found->size);
+  header.kind = wire::Kind::kChunk;
+  header.encoding = found->encoding;
+  header.length = found->size;
+  header.body_crc = publisher_.checksum(set, index);
+  return OutFrame{peer, wire::encode(header), std::move(file), found->data, found->size};
 }
 
 std::int64_t Exchange::tick(std::int64_t now_ms) {
@@ -373,13 +447,13 @@ std::int64_t Exchange::tick(std::int64_t now_ms) {
 
 std::optional<Event> Exchange::next_event() {
   const std::lock_guard lock(mutex_);
-  unsignalled_ = false;
   if (events_.empty()) {
     return std::nullopt;
   }
   Event event = std::move(events_.front());
   events_.pop_front();
-  if (event.kind == Event::Kind::kMalformed || event.kind == Event::Kind::kStranger) {
+  if (event.kind == Event::Kind::kMalformed || event.kind == Event::Kind::kStranger ||
+      event.kind == Event::Kind::kFlooded) {
     --malformed_waiting_;
   }
   return event;
@@ -387,7 +461,17 @@ std::optional<Event> Exchange::next_event() {
 
 bool Exchange::has_event() {
   const std::lock_guard lock(mutex_);
-  return std::exchange(unsignalled_, false);
+  if (!unsignalled_ || signalled_) {
+    return false;
+  }
+  unsignalled_ = false;
+  signalled_ = true;
+  return true;
+}
+
+void Exchange::listening() {
+  const std::lock_guard lock(mutex_);
+  signalled_ = false;
 }
 
 void Exchange::heartbeat(std::int64_t interval_ms) {

@@ -1,9 +1,12 @@
 // Exchange: the data plane of one process. Routes frames between the publisher and the collectors.
 //
-// Owns the published sets, the running collectors, the queue of frames to send and what is known of
-// each peer's last sign of life. Sans I/O: a pump (see sink.h) or a test delivers frames, asks for
-// frames to send, and runs the timers; the clock is an argument. All methods are thread-safe (one
-// mutex, held for at most one chunk's reduction). Events wait until Python fetches them.
+// Owns the published sets, the running collectors, the queue of frames to send, the control
+// messages that wait for Python, and what is known of each peer's last sign of life. Sans I/O: a
+// pump (see sink.h) or a test delivers frames, asks for frames to send, and runs the timers; the
+// clock is an argument. All methods are thread-safe (one mutex, held for at most one chunk's
+// reduction). Every queue has a bound. Control messages are handed out peer by peer in turn, so
+// that one that sends more than is handled delays itself alone; beyond its share it loses them,
+// which is an event.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +20,7 @@
 #include <vector>
 
 #include "collector.hpp"
+#include "outgoing.hpp"
 #include "publisher.hpp"
 #include "sink.h"
 #include "wire.hpp"
@@ -24,12 +28,33 @@
 namespace fedcore {
 
 struct Event {
-  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom, kMalformed, kStranger } kind;
+  enum class Kind {
+    kDone,
+    kRejected,
+    kStalled,
+    kBroken,
+    kNoRoom,
+    kMalformed,
+    kStranger,
+    kFlooded
+  } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
-  std::string code;  // of a rejection; the peer of a malformed frame, and of a stranger
+  std::string code;  // of a rejection; the peer of a malformed frame, of a stranger and of a flood
   std::string message;
   std::int64_t silent_ms = 0;  // of a stall: since the last chunk
+};
+
+struct ControlMessage {
+  std::string peer;
+  std::string body;
+};
+
+// Bounds that depend on the memory there is; in bytes.
+struct ExchangeLimits {
+  std::uint64_t outgoing = Outgoing::kDefaultLimit;
+  std::uint64_t control_per_peer = 16u << 20;  // waiting; a first message always may
+  std::uint64_t control = 64u << 20;
 };
 
 struct OutFrame {
@@ -54,6 +79,10 @@ class Exchange {
   static constexpr std::int64_t kForgetMs = 3'600'000;
   // Events of malformed frames and strangers kept for Python; beyond it they are only counted.
   static constexpr std::size_t kMaxMalformedEvents = 64;
+  // Control messages of one peer that wait for Python.
+  static constexpr std::size_t kMaxControlPerPeer = 1024;
+  // As kMaxRemembered, for those silent for a minute.
+  static constexpr std::size_t kMaxStrangers = 65'536;
 
   Exchange();
 
@@ -73,22 +102,30 @@ class Exchange {
   // Takes a source out of a collection, whose result becomes that of the others alone.
   void drop(std::uint64_t collector_id, std::size_t source);
 
+  void set_limits(const ExchangeLimits& limits);
+
   // Returns an FC_ verdict. With FC_TAKEN the frame was moved from; otherwise it is untouched.
   int deliver(std::int64_t now_ms, std::string_view peer, const void* header,
               std::size_t header_size, Frame& body);
   std::optional<OutFrame> next_out(std::int64_t now_ms);
   std::int64_t tick(std::int64_t now_ms);
   std::optional<Event> next_event();
-  // True once for every batch of new events.
+  std::optional<ControlMessage> next_control();
+  // True if something came for Python that it was not told of. Not again before listening() says
+  // that it heard.
   bool has_event();
+  void listening();
 
   void heartbeat(std::int64_t interval_ms);
   std::optional<std::int64_t> last_heard(const std::string& peer) const;
   void forget(const std::string& peer);
   // Hears nothing more from peers whose id begins with `user` and a NUL, or hears them again.
   void block(const std::string& user, bool blocked);
+  // Throws away what waits of a peer's control messages.
+  void discard(const std::string& peer);
   ExchangeStats stats() const;
 
+  Outgoing& outgoing() noexcept { return *outgoing_; }
   const FcSink* sink() const noexcept { return &sink_; }
 
  private:
@@ -108,13 +145,23 @@ class Exchange {
                std::int64_t now_ms);
   int on_refuse(const std::string& peer, const wire::Header& header);
   bool is_blocked(std::string_view peer) const;
+  int on_control(const std::string& peer, const Frame& body);
   int malformed(std::string_view peer, const char* why);
-  void report(Event::Kind kind, std::string_view peer, const char* why);
+  void report(Event::Kind kind, std::string_view peer, std::string why);
+  void remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms);
   void push(const std::string& peer, const wire::Header& header);
   void collect_events(Collector& collector);
+  struct Waiting {
+    std::deque<std::string> bodies;
+    std::uint64_t bytes = 0;
+    bool flooded = false;
+  };
+
   std::optional<OutFrame> next_chunk();
+  std::optional<OutFrame> serve(const std::string& peer);
 
   mutable std::mutex mutex_;
+  const std::shared_ptr<Outgoing> outgoing_ = Outgoing::make();
   Publisher publisher_;
   std::vector<std::shared_ptr<Collector>> collectors_;
   std::deque<OutFrame> small_;                                     // frames without a body
@@ -123,7 +170,12 @@ class Exchange {
   std::unordered_map<std::string, Heard> heard_;
   std::unordered_set<std::string> blocked_;
   std::deque<Event> events_;
+  std::unordered_map<std::string, Waiting> controls_;  // by peer
+  std::deque<std::string> control_turns_;              // peers with control messages, round robin
+  std::uint64_t control_bytes_ = 0;
+  ExchangeLimits limits_;
   bool unsignalled_ = false;
+  bool signalled_ = false;  // Python was told, and has not looked since
   std::size_t malformed_waiting_ = 0;
   std::int64_t interval_ms_ = 0;
   std::int64_t next_ping_ms_ = 0;

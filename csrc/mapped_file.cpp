@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -109,8 +110,8 @@ void MappedFile::release(std::uint64_t offset, std::uint64_t length) noexcept {
     return;
   }
   const std::uint64_t page = page_size();
-  const std::uint64_t from = (offset + page - 1) / page * page;
-  const std::uint64_t to = (offset + length) / page * page;
+  const std::uint64_t from = offset / page * page;
+  const std::uint64_t to = std::min((offset + length + page - 1) / page * page, size_);
   if (from < to) {
     madvise(data_ + from, to - from, MADV_DONTNEED);
   }

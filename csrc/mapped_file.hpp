@@ -37,8 +37,9 @@ class MappedFile {
   // Throws Error{kStorage} unless [offset, offset + length) lies inside.
   void check_range(std::uint64_t offset, std::uint64_t length) const;
 
-  // Drops the whole pages inside the range from this process's memory; the bytes stay in the file
-  // (a no-op for anonymous memory, whose bytes would be lost).
+  // Drops the pages that the range touches from this process's memory; the bytes stay in the file
+  // (a no-op for anonymous memory, whose bytes would be lost). What lies beside the range on its
+  // first and last page comes back when it is read.
   void release(std::uint64_t offset, std::uint64_t length) noexcept;
 
   // Reserves more space and maps it, perhaps elsewhere: only for a file that nobody else uses at

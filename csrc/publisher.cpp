@@ -81,25 +81,30 @@ std::optional<wire::Refusal> Publisher::check(const wire::SetId& id, std::uint64
   return std::nullopt;
 }
 
-std::optional<PublishedChunk> Publisher::chunk(const wire::SetId& id, std::uint64_t index) {
+std::optional<PublishedChunk> Publisher::find(const wire::SetId& id, std::uint64_t index) const {
   const auto found = sets_.find(id);
   if (found == sets_.end()) {
     return std::nullopt;
   }
-  Set& set = found->second;
+  const Set& set = found->second;
   const auto i = static_cast<std::size_t>(index);
   const bool encoded = !set.encodings.empty();
   const std::uint64_t at = encoded ? set.offsets[i] : set.offset + index * set.chunk_bytes;
   const std::uint64_t end =
       encoded ? set.offsets[i + 1] : std::min(at + set.chunk_bytes, set.offset + set.length);
-  const std::uint8_t* data = set.file->data() + at;
-  const auto size = static_cast<std::uint32_t>(end - at);
-  set.file->populate(at, size);
-  std::optional<std::uint32_t>& crc = set.crcs[i];
+  return PublishedChunk{set.file, set.file->data() + at, static_cast<std::uint32_t>(end - at),
+                        encoded ? set.encodings[i] : wire::kRaw};
+}
+
+std::uint32_t Publisher::checksum(const wire::SetId& id, std::uint64_t index) {
+  const auto chunk = find(id, index);
+  Set& set = sets_.at(id);
+  set.file->populate(static_cast<std::uint64_t>(chunk->data - set.file->data()), chunk->size);
+  std::optional<std::uint32_t>& crc = set.crcs[static_cast<std::size_t>(index)];
   if (!crc) {
-    crc = crc32c(data, size);
+    crc = crc32c(chunk->data, chunk->size);
   }
-  return PublishedChunk{set.file, data, size, *crc, encoded ? set.encodings[i] : wire::kRaw};
+  return *crc;
 }
 
 }  // namespace fedcore

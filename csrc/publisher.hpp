@@ -2,7 +2,7 @@
 //
 // Owns a reference to each set's file and the checksums of the chunks that were served. A published
 // set's bytes must not change until it is withdrawn. Not thread-safe: Exchange holds the lock.
-// Cost: no copy of a chunk is made; its checksum is computed the first time it is served.
+// Cost: no copy of a chunk is made; its checksum is computed the first time it is asked for.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,6 @@ struct PublishedChunk {
   std::shared_ptr<MappedFile> file;
   const std::uint8_t* data;
   std::uint32_t size;
-  std::uint32_t crc;
   std::uint8_t encoding;
 };
 
@@ -46,7 +45,9 @@ class Publisher {
                                      std::uint32_t count) const noexcept;
 
   // A chunk, or nothing if the set was withdrawn in the meantime.
-  std::optional<PublishedChunk> chunk(const wire::SetId& id, std::uint64_t index);
+  std::optional<PublishedChunk> find(const wire::SetId& id, std::uint64_t index) const;
+  // The CRC-32C of a chunk that find() gives. The chunk becomes resident.
+  std::uint32_t checksum(const wire::SetId& id, std::uint64_t index);
 
  private:
   struct Set {

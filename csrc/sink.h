@@ -18,10 +18,9 @@ extern "C" {
 #define FC_SINK_CAPSULE "fedcore.sink.v1"
 
 enum {
-  FC_DONE = 0,    /* handled; the caller frees the owner */
-  FC_TAKEN = 1,   /* the sink keeps the body and calls release(owner) later */
-  FC_FORWARD = 2, /* a control message, for Python; the caller keeps the owner */
-  FC_DROP = 3     /* malformed; the caller frees the owner */
+  FC_DONE = 0,  /* handled; the caller frees the owner */
+  FC_TAKEN = 1, /* the sink keeps the body and calls release(owner) later */
+  FC_DROP = 3   /* malformed, or too much; the caller frees the owner */
 };
 
 /* A frame to send. `peer` (empty at a site) and `header` (48 bytes) are valid until the next call
@@ -44,6 +43,8 @@ typedef struct FcSink {
   void (*out_done)(void* owner);               /* the body was sent or dropped; owner may be NULL */
   int64_t (*tick)(void* self, int64_t now_ms); /* runs timers; ms until the next one, -1: none */
   int (*has_event)(void* self);                /* 1: Python should be told to fetch events */
+  int wake_fd; /* readable when next_out, which had nothing, may have something; -1: never */
+  void (*clear_wake)(void* self);
 } FcSink;
 
 #ifdef __cplusplus

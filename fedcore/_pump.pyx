@@ -13,7 +13,7 @@ Where connections are encrypted, the sink and the inbox know a peer as ``USER NU
 the server's door gave the connection (ZeroMQ's "User-Id"), so that nothing a peer says can make it another.
 
 Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
-Inbox (PUSH socket):     [b"C", peer, body] a control message;  [b"E"] the core has events.
+Inbox (PUSH socket):     [b"E"] the core has events or control messages.
 """
 
 import zmq.backend.cython._zmq as _backend
@@ -42,6 +42,8 @@ cdef extern from "sink.h" nogil:
         void (*out_done)(void*) noexcept nogil
         int64_t (*tick)(void*, int64_t) noexcept nogil
         int (*has_event)(void*) noexcept nogil
+        int wake_fd
+        void (*clear_wake)(void*) noexcept nogil
 
 cdef extern from "<dlfcn.h>" nogil:
     void* dlopen(const char*, int)
@@ -71,7 +73,6 @@ cdef enum:
     ZMQ_DONTWAIT = 1
     ZMQ_SNDMORE = 2
     SINK_TAKEN = 1
-    SINK_FORWARD = 2
     BATCH = 64
     MAX_ID = 255
 
@@ -213,7 +214,7 @@ cdef size_t _name_peer(char* name, Msg* peer, Msg* header) noexcept nogil:
     return user_len + 1 + id_len
 
 
-cdef int _pump_in(void* net, void* inbox, bint router, bint secure, FcSink* sink) noexcept nogil:
+cdef int _pump_in(void* net, bint router, bint secure, FcSink* sink) noexcept nogil:
     """Receive and deliver one message: 1 done, 0 nothing there, -1 the socket is closed."""
     cdef Msg peer, header, body
     cdef Msg* kept
@@ -253,13 +254,7 @@ cdef int _pump_in(void* net, void* inbox, bint router, bint secure, FcSink* sink
             verdict = sink.deliver(sink.self, _now_ms(), who, who_len,
                                    z.msg_data(&header), z.msg_size(&header),
                                    z.msg_data(kept), z.msg_size(kept), kept, _release_in)
-            if verdict == SINK_FORWARD:
-                _send_copy(inbox, b"C", 1, ZMQ_SNDMORE)
-                _send_copy(inbox, who, who_len, ZMQ_SNDMORE)
-                if z.msg_send(kept, inbox, ZMQ_DONTWAIT) < 0:
-                    z.msg_close(kept)
-                free(kept)
-            elif verdict != SINK_TAKEN:
+            if verdict != SINK_TAKEN:
                 _release_in(kept)
     z.msg_close(&peer)
     z.msg_close(&header)
@@ -300,7 +295,7 @@ cdef int _command(void* net, void* commands, bint router) noexcept nogil:
 
 cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure,
                 FcSink* sink) noexcept nogil:
-    cdef PollItem items[2]
+    cdef PollItem items[3]
     cdef FcOut out
     cdef int64_t wait
     cdef int got, i
@@ -312,12 +307,15 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
             _send_copy(inbox, b"E", 1, 0)
         items[0].socket = net
         items[1].socket = commands
-        for i in range(2):
-            items[i].fd = 0
+        items[2].socket = NULL
+        for i in range(3):
+            items[i].fd = sink.wake_fd
             items[i].events = ZMQ_POLLIN
             items[i].revents = 0
-        if z.poll(items, 2, <long> wait) < 0 and z.zmq_errno() != EINTR:
+        if z.poll(items, 3 if sink.wake_fd >= 0 else 2, <long> wait) < 0 and z.zmq_errno() != EINTR:
             return
+        if items[2].revents & ZMQ_POLLIN:
+            sink.clear_wake(sink.self)
         if items[1].revents & ZMQ_POLLIN:
             got = 1
             while got == 1:
@@ -326,7 +324,7 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
                 return
         if items[0].revents & ZMQ_POLLIN:
             for i in range(BATCH):
-                got = _pump_in(net, inbox, router, secure, sink)
+                got = _pump_in(net, router, secure, sink)
                 if got < 0:
                     return
                 if got == 0:

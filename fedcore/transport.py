@@ -20,7 +20,6 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -42,12 +41,17 @@ DataEvent = tuple[Any, ...]
 """What ``Exchange.next_event()`` returns: its kind, then what belongs to it."""
 
 HEARTBEAT_MS: Final = 1000
+SEND_QUEUE: Final = 1000
+"""Messages that wait at a server for one peer to read them; further ones are lost."""
+RECEIVE_QUEUE: Final = 16
+"""Messages of one peer that a server's socket takes in before they are handled; then the peer has to wait."""
+UNREAD_MS: Final = 30_000
+"""The system ends the connection of a peer that has read nothing for so long of what was sent to it."""
 _MAX_FRAME: Final = 16 << 20
 _LINGER_MS: Final = 1000
 _IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
 _RECONNECT_MS: Final = (100, 2000)
 _HANDSHAKE_MS: Final = 10_000
-_FORWARD: Final = 2
 _FAILURES: Final = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -122,7 +126,7 @@ class _Link:
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()
-        self._arrived: deque[Control | DataEvent] = deque()
+        self._events_next = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -171,8 +175,9 @@ class _Link:
 
         Returns None on timeout and after `wake`.
         """
-        if self._arrived:
-            return self._arrived.popleft()
+        arrived = self._next()
+        if arrived is not None:
+            return arrived
         if self._closed:
             raise ClosedError("the link is closed")
         poller = zmq.Poller()
@@ -187,12 +192,24 @@ class _Link:
         if self._monitor is not None and self._monitor in ready:
             self._note_handshake(self._monitor.recv_multipart())
         if self._inbox in ready:
-            frames = self._inbox.recv_multipart()
-            if frames[0] == b"C":
-                return Control(frames[1], frames[2])
-            while (event := self.exchange.next_event()) is not None:
-                self._arrived.append(event)
-        return self._arrived.popleft() if self._arrived else None
+            self._inbox.recv()
+            self.exchange.listening()
+        return self._next()
+
+    def _next(self) -> Control | DataEvent | None:
+        """Return what waits in the exchange: events and control messages in turn, so that neither delays the
+        other."""
+        for _ in range(2):
+            self._events_next = not self._events_next
+            if self._events_next:
+                event = self.exchange.next_event()
+                if event is not None:
+                    return event
+            else:
+                control = self.exchange.next_control()
+                if control is not None:
+                    return Control(*control)
+        return None
 
     def _note_handshake(self, event: list[bytes]) -> None:
         """Take note of how a handshake ended."""
@@ -259,6 +276,9 @@ class ServerLink(_Link):
         net.setsockopt(zmq.ROUTER_MANDATORY, 1)
         net.setsockopt(zmq.ROUTER_HANDOVER, 1)
         net.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        net.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+        net.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE)
+        net.setsockopt(zmq.TCP_MAXRT, UNREAD_MS)
         self._door = None
         if secured is not None:
             from .admission import DOMAIN, Doorkeeper
@@ -419,6 +439,8 @@ def _python_pump(
     poller = zmq.Poller()
     poller.register(net, zmq.POLLIN)
     poller.register(commands, zmq.POLLIN)
+    if exchange.wake_fd >= 0:
+        poller.register(exchange.wake_fd, zmq.POLLIN)
     while True:
         wait = exchange.tick(now_ms())
         while (out := exchange.next_out(now_ms())) is not None:
@@ -427,17 +449,20 @@ def _python_pump(
             if secure:
                 peer = peer.partition(b"\0")[2]
             with contextlib.suppress(zmq.ZMQError):
-                net.send_multipart([peer, *frames] if router else frames, zmq.DONTWAIT, copy=True)
+                net.send_multipart([peer, *frames] if router else frames, zmq.DONTWAIT, copy=False)
+            del out, body, frames  # a chunk is on its way for as long as anyone has it
         if exchange.has_event():
             inbox.send(b"E")
         try:
             ready = dict(poller.poll(None if wait < 0 else wait))
         except zmq.ContextTerminated:
             return
+        if exchange.wake_fd in ready:
+            exchange.clear_wake()
         if commands in ready and not _python_commands(net, commands, router):
             return
         if net in ready:
-            _python_frames(exchange, net, inbox, router, secure)
+            _python_frames(exchange, net, router, secure)
 
 
 def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router: bool) -> bool:
@@ -456,7 +481,6 @@ def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router
 def _python_frames(
     exchange: Exchange,
     net: zmq.Socket[bytes],
-    inbox: zmq.Socket[bytes],
     router: bool,
     secure: bool,
 ) -> None:
@@ -473,5 +497,4 @@ def _python_frames(
             exchange.deliver(now_ms(), peer, b"", None)  # counted and logged as malformed
             continue
         body = frames[1].buffer if len(frames) == 2 else None
-        if exchange.deliver(now_ms(), peer, frames[0].bytes, body) == _FORWARD:
-            inbox.send_multipart([b"C", peer, b"" if body is None else bytes(body)])
+        exchange.deliver(now_ms(), peer, frames[0].bytes, body)

@@ -63,7 +63,7 @@ class Aggregation:
         base: the current global model, which integers and booleans are taken from and encoded chunks are
             decoded onto; None for the initial one.
         codec: what encoded chunks are decoded with, as they come; None: all must be raw.
-        memory: the server's budget, of which chunks take three quarters.
+        memory: what chunks may take.
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
     """
 
@@ -93,7 +93,7 @@ class Aggregation:
             self.file.file,
             self.file.data_offset,
             None if base is None else (base.file, base.data_offset),
-            memory * 3 // 4,  # the rest is for what the allocator and the socket hold besides
+            memory,
             write_behind=True,
             spill=spill,
             codec=codec,

@@ -25,6 +25,7 @@ from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 from .access import Access
 from .aggregation import Aggregation, open_spill, update_codec
 from .agreement import Agreement
+from .budget import Budget, raise_file_limit, steady_heap
 from .outcome import Outcome, RunResult
 from .participation import Delivery, Roster
 from .peers import Peer, Peers
@@ -82,6 +83,9 @@ class Server:
                 "set it to false"
             )
         self._access = Access(config)
+        self._budget = Budget.of(config.server.memory, config.participants.expected)
+        steady_heap()
+        raise_file_limit(config.participants.expected)
         self._store = Store(
             config.run_folder, config.model_dump(mode="json", exclude={"folder", "simulate"})
         )
@@ -97,6 +101,9 @@ class Server:
             raise
         self.endpoint = self._link.endpoint
         self._access.opened(self._link)
+        self._link.exchange.set_limits(
+            self._budget.outgoing, self._budget.control_per_peer, self._budget.control
+        )
         self._versions = Versions(config, self._store, self._link.exchange)
         self._aggregation: Aggregation | None = None
         self._parked = False  # the aggregation waits for a decision on who takes part
@@ -247,6 +254,15 @@ class Server:
         else:
             self._peers.refuse(peer, self._peers.name(peer), refusal)
 
+    def _on_flood(self, peer: bytes, waiting: str) -> None:
+        """A peer sends faster than it is answered: what waits of it is thrown away, and a site's part ends."""
+        self._link.exchange.discard(peer)
+        self._peers.complain("%s floods the server: %s", self._peers.name(peer), waiting)
+        if self._peers.get(peer) is not None:
+            text = f"this site floods the server: {waiting}"
+            self._link.send(peer, protocol.Refused(code="flood", message=text))
+            self._lose(peer, f"it floods the server: {waiting}", left=True)
+
     def _handle(self, peer: bytes, message: protocol.FromSite) -> None:
         if isinstance(message, protocol.StatusRequest):
             self._reply_status(peer)
@@ -377,6 +393,9 @@ class Server:
         if event[0] == "stranger":
             if event[1] not in self._peers:
                 self._link.send(event[1], protocol.Rejoin())  # at once, after a restart
+            return
+        if event[0] == "flooded":
+            self._on_flood(event[1], event[2])
             return
         running = self._aggregation
         if running is not None and event[1] == running.collector.id:
@@ -510,7 +529,7 @@ class Server:
             self._scratch(action.version),
             base=base,
             codec=update_codec(self.config.transfer, layout, initial=base is None),
-            memory=self.config.server.memory,
+            memory=self._budget.chunks,
             spill=self._spill,
         )
         self._status.aggregation = self._aggregation

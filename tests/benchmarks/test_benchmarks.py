@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import kernels, memory
+from benchmarks import kernels
 from benchmarks.limits import Limits
 from benchmarks.processes import Family
 from benchmarks.round_trip import TENSORS, Work, check_result, fedcore_rounds, values
@@ -122,13 +122,6 @@ def test_the_limits_are_medians_of_all_samples() -> None:
     found = limits.result()
     assert found["limit_s"] == sorted(limits.tcp)[1] > 0
     assert found["zeromq_s"] == sorted(limits.zeromq)[1] > 0
-
-
-def test_the_memory_sweep_has_a_row_for_each_number_of_sites_and_each_size() -> None:
-    found = memory.sweep(16 * MIB, 2 * MIB, 3, (3,), (2 * MIB, 4 * MIB))
-    assert [row["sites"] for row in found["rows"]] == [3, 3]
-    for row in found["rows"]:
-        assert row["over_idle_bytes"] == row["server_peak_rss_bytes"] - found["idle_rss_bytes"]
 
 
 _FORKS = """

@@ -266,7 +266,6 @@ def fuzz(federation: Federation, seconds: float) -> None:
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.slow  # a flood can delay the answer to a status request past its timeout
 def test_hostile_frames_harm_no_honest_site(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     try:

@@ -170,3 +170,22 @@ def test_a_site_that_answers_but_sends_no_data_is_lost_and_the_round_closes(
         silent.result(DEADLINE)
     assert result.ok
     assert load_file(tmp_path / "runs/t/final/model.safetensors")["w"][0] == 3
+
+
+def test_a_site_that_floods_the_server_is_named_and_loses_its_part_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=2, min_results=1))
+
+    def hostile() -> int:
+        raw = RawSite(server.endpoint, "b")
+        frames = [b"S", b"", *control_frames(protocol.StatusRequest())]
+        for _ in range(20_000):
+            raw.link._command(frames)
+        assert raw.await_message(protocol.Refused).code == "flood"
+        raw.link.close()
+        return site(server.endpoint, "a", 2)
+
+    result, _ = run(server, hostile)
+    assert (result.ok, result.best_version) == (True, 2)
+    assert "b floods the server: 1024 control messages" in caplog.text

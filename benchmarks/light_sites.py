@@ -1,0 +1,230 @@
+"""Many sites in one process: they speak the protocol frame by frame and hold two chunks' worth of values.
+
+``python -m benchmarks.light_sites ADDRESS SITES CHUNKS [LAGGARD]``: every site takes part in a run whose model is
+`layout(CHUNKS)`, pulls each global model, and offers an update that `expected` gives the mean of. A laggard
+keeps back the first chunk that it is asked for until nobody else has anything left to do, so that the server holds
+as much as it ever will.
+Prints ``finished`` when every site was told of the end, and leaves when its input closes.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import uuid
+from typing import Any, Final
+
+import numpy as np
+import zmq
+
+from fedcore import protocol
+from fedcore._core import Layout, crc32c
+from fedcore.layout import layout_hash, table
+from fedcore.protocol import DEFAULT_CHUNK_BYTES, HEADER, MAGIC, PROTOCOL_VERSION, Kind
+from fedcore.transport import control_frames
+
+_CHUNK_ELEMENTS: Final = DEFAULT_CHUNK_BYTES // 4
+_STEP: Final = 7  # elements between the first values of one chunk and the next
+_RANGE: Final = 16
+_WINDOW: Final = 32
+_QUIET_SECONDS: Final = 0.3
+_WEIGHTS: Final = (3, 5)  # of sites with an even and an odd number
+
+
+def layout(chunks: int) -> Layout:
+    """Return a layout of ``chunks`` whole chunks of fp32, four to a tensor."""
+    full, rest = divmod(chunks, 4)
+    sizes = [4] * full + ([rest] if rest else [])
+    return Layout([(f"layer{i:05d}", "F32", [n * _CHUNK_ELEMENTS]) for i, n in enumerate(sizes)])
+
+
+class Values:
+    """The two updates that sites offer in turn: integers below 2^16, every chunk another."""
+
+    def __init__(self, chunks: int) -> None:
+        dice = np.random.default_rng(1)
+        size = _CHUNK_ELEMENTS + chunks * _STEP
+        self._base = [dice.integers(0, 1 << 16, size).astype(np.float32) for _ in _WEIGHTS]
+        self._checksums: dict[tuple[int, int], int] = {}
+
+    def chunk(self, parity: int, index: int) -> np.ndarray[Any, Any]:
+        """Return a chunk of the update of the sites with even (0) or odd (1) numbers."""
+        return self._base[parity][index * _STEP :][:_CHUNK_ELEMENTS]
+
+    def checksum(self, parity: int, index: int) -> int:
+        """Return the CRC-32C of a chunk."""
+        key = parity, index
+        if key not in self._checksums:
+            self._checksums[key] = crc32c(self.chunk(parity, index).data)
+        return self._checksums[key]
+
+    def expected(self, sites: int, index: int) -> np.ndarray[Any, Any]:
+        """Return a chunk of the exact mean of the sites' updates."""
+        even, odd = _WEIGHTS[0] * ((sites + 1) // 2), _WEIGHTS[1] * (sites // 2)
+        total = even * self.chunk(0, index).astype(np.float64)
+        total += odd * self.chunk(1, index).astype(np.float64)
+        return (total / (even + odd)).astype(np.float32)
+
+
+def header(
+    kind: Kind, set_id: bytes, index: int, *, count: int = 0, length: int = 0, crc: int = 0
+) -> bytes:
+    """Return a frame's header."""
+    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, 0, 0, set_id, index, count, length, crc, 0)[
+        :44
+    ]
+    return head + crc32c(head).to_bytes(4, "little")
+
+
+class LightSite:
+    """One site; `on_frames` is called with what came, and answers at once.
+
+    Args:
+        context: of the socket.
+        address: the server's.
+        number: from 0 on; the site's name is ``site-1`` for number 0.
+        values: what it offers.
+        chunks: of the model.
+    """
+
+    def __init__(
+        self, context: zmq.Context[Any], address: str, number: int, values: Values, chunks: int
+    ) -> None:
+        self.number = number
+        self.kept_back: tuple[bytes, int] | None = None
+        self.laggard = False
+        self.over = False
+        self._values = values
+        self._layout = layout(chunks)
+        self._hash = layout_hash(self._layout)
+        self._chunks = chunks
+        self._task: protocol.Task | None = None
+        self._asked = 0
+        self._came = 0
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        self.socket.setsockopt(zmq.ROUTING_ID, uuid.uuid4().bytes)
+        self.socket.setsockopt(zmq.SNDHWM, 0)
+        self.socket.setsockopt(zmq.LINGER, 1000)
+        self.socket.connect(address)
+        self.say(
+            protocol.Join(version="light", site=f"site-{number + 1}", instance=uuid.uuid4().hex)
+        )
+
+    def say(self, message: protocol.FromSite) -> None:
+        """Send a control message."""
+        self.socket.send_multipart(control_frames(message))
+
+    def ping(self) -> None:
+        """Show that this site is there."""
+        self.socket.send(header(Kind.PING, protocol.NO_SET, 0))
+
+    def on_frames(self, frames: list[bytes]) -> None:
+        """Answer a message."""
+        _, _, kind, _, _, set_id, index, count, *_ = HEADER.unpack(frames[0])
+        if kind == Kind.CONTROL:
+            self._on_control(protocol.decode_from_server(frames[1]))
+        elif kind == Kind.CHUNK:
+            self._came += 1
+            self._pull()
+        elif kind == Kind.GET:
+            if self.laggard:
+                self.laggard = False
+                self.kept_back = set_id, index
+                index, count = index + 1, count - 1
+            self._send_chunks(set_id, index, count)
+        elif kind == Kind.REFUSE:
+            raise AssertionError(f"site {self.number} was refused chunk {index}: {count}")
+
+    def give_up(self) -> None:
+        """Send the chunk that was kept back."""
+        assert self.kept_back is not None
+        kept, self.kept_back = self.kept_back, None
+        self._send_chunks(*kept, 1)
+
+    def _send_chunks(self, set_id: bytes, first: int, count: int) -> None:
+        parity = self.number % 2
+        for index in range(first, first + count):
+            body = self._values.chunk(parity, index)
+            crc = self._values.checksum(parity, index)
+            self.socket.send(
+                header(Kind.CHUNK, set_id, index, length=body.nbytes, crc=crc), zmq.SNDMORE
+            )
+            self.socket.send(body.data, copy=False)
+
+    def _on_control(self, message: protocol.FromServer) -> None:
+        if isinstance(message, protocol.Welcome):
+            self.say(protocol.Declare(tensors=table(self._layout)))
+        elif isinstance(message, protocol.Task):
+            if message.kind == "evaluate":
+                self.say(protocol.Score(version=message.version, metrics={}, examples=1))
+                return
+            self._task, self._asked, self._came = message, 0, 0
+            self._pull()
+        elif isinstance(message, protocol.Finish):
+            self.over = True
+        elif isinstance(message, (protocol.Refused, protocol.Dropped)):
+            raise AssertionError(f"site {self.number}: {message.message}")
+
+    def _pull(self) -> None:
+        """Ask for the model, each site from another chunk on, and go on to the task's end when it is here."""
+        task, chunks = self._task, self._chunks
+        assert task is not None
+        assert task.set_id is not None
+        shift = self.number * _RANGE
+        while self._asked < chunks and self._asked - self._came <= _WINDOW - _RANGE:
+            first = (shift + self._asked) % chunks
+            count = min(_RANGE, chunks - self._asked, chunks - first)
+            self.socket.send(header(Kind.GET, bytes.fromhex(task.set_id), first, count=count))
+            self._asked += count
+        if self._came < chunks:
+            return
+        self._task = None
+        self.say(
+            protocol.Ready(
+                round=task.round,
+                set_id=uuid.uuid4().hex,
+                layout_hash=self._hash,
+                weight=_WEIGHTS[self.number % 2],
+            )
+        )
+
+
+def take_part(address: str, count: int, chunks: int, laggard: int | None = None) -> None:
+    """Run the sites to the end of the run; see the module."""
+    context: zmq.Context[Any] = zmq.Context()
+    context.set(zmq.MAX_SOCKETS, count + 16)
+    values = Values(chunks)
+    sites = [LightSite(context, address, number, values, chunks) for number in range(count)]
+    if laggard is not None:
+        sites[laggard].laggard = True
+    poller = zmq.Poller()
+    by_socket = {site.socket: site for site in sites}
+    for socket in by_socket:
+        poller.register(socket, zmq.POLLIN)
+    ping_at, quiet_since = time.monotonic(), time.monotonic()
+    while not all(site.over for site in sites):
+        ready = poller.poll(100)
+        now = time.monotonic()
+        for socket, _ in ready:
+            site = by_socket[socket]
+            while socket.poll(0):
+                frames = socket.recv_multipart()
+                site.on_frames(frames)
+                if frames[0][5] != Kind.PONG:
+                    quiet_since = now
+        if laggard is not None and sites[laggard].kept_back and now - quiet_since > _QUIET_SECONDS:
+            sites[laggard].give_up()
+        if now >= ping_at:
+            ping_at = now + 1
+            for site in sites:
+                site.ping()
+    print("finished", flush=True)
+    sys.stdin.read()
+    for site in sites:
+        site.say(protocol.Leave(reason="done"))
+        site.socket.close()
+    context.term()
+
+
+if __name__ == "__main__":
+    take_part(sys.argv[1], *map(int, sys.argv[2:]))

@@ -1,0 +1,92 @@
+"""What the server's memory is spent on, and what the process asks of the system it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+from dataclasses import dataclass
+from typing import Final
+
+from fedcore.errors import ConfigError
+from fedcore.protocol import DEFAULT_CHUNK_BYTES
+
+__all__ = ["Budget", "raise_file_limit", "steady_heap"]
+
+logger = logging.getLogger("fedcore.server")
+
+SITE_BYTES: Final = 96 << 10
+"""What a connection takes: its buffers in libzmq, the reply under way, what is known of the site."""
+_FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
+_FILES_BESIDE: Final = 64  # descriptors that are no connection
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_THRESHOLD: Final = -3
+_M_ARENA_MAX: Final = -8
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How ``server.memory`` is divided; all in bytes.
+
+    Attributes:
+        chunks: updates' chunks: under way, waiting, decoded, and the sums that they are folded into.
+        outgoing: pages of the global model that are on their way to sites.
+        control: control messages that wait to be handled, of all sites together.
+        control_per_peer: the same of one peer.
+    """
+
+    chunks: int
+    outgoing: int
+    control: int
+    control_per_peer: int
+
+    @classmethod
+    def of(cls, memory: int, sites: int, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Budget:
+        """Divide ``memory`` for so many sites.
+
+        Raises:
+            ConfigError: it is too little for them.
+        """
+        least = _FEWEST_CHUNKS * chunk_bytes
+        outgoing = max(memory // 8, 2 * chunk_bytes)
+        control = memory // 16
+        beside = memory // 16  # what the allocator holds besides, page tables
+        chunks = memory - outgoing - control - beside - sites * SITE_BYTES
+        if chunks < least:
+            needed = (least + sites * SITE_BYTES) * 4 // 3 + chunk_bytes
+            raise ConfigError(
+                f"server.memory = {memory >> 20}MiB is too little for {sites} sites; it must be at least "
+                f"{-(-needed >> 20)}MiB"
+            )
+        return cls(chunks, outgoing, control, control // 2)
+
+
+def steady_heap() -> None:
+    """Make the heap one, of blocks that are used again: with several heaps, each holds what was once its most.
+
+    Does nothing where the C library has no such settings.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
+        # Chunks come from the heap, where the next one finds warm pages, and not from the system.
+        mallopt(_M_MMAP_THRESHOLD, 6 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 2 << 20)
+
+
+def raise_file_limit(sites: int) -> None:
+    """Allow this process as many open files as it may have, and say so if that is too few for its sites."""
+    try:
+        import resource
+    except ImportError:
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < sites + _FILES_BESIDE:
+        logger.warning(
+            "this process may open %d files, and %d sites need %d: raise the limit (ulimit -n, or LimitNOFILE= "
+            "of a systemd unit), or sites will not be able to connect",
+            soft, sites, sites + _FILES_BESIDE,
+        )  # fmt: skip
