@@ -20,8 +20,10 @@ works as if it had not been patched.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import torch
 
 from fedcore.errors import ClosedError, ConfigError
 
@@ -99,6 +101,7 @@ class _Patch:
         self._keep = keep_optimizer
         self._epochs, self._steps = trainer.max_epochs, trainer.max_steps
         self._states: tuple[list[Any], list[Any]] | None = None
+        self._resumed: tuple[int, int] | None = None
         self.scoring = False
         self.examples = 0
         self._fit, self._validate = trainer.fit, trainer.validate
@@ -109,6 +112,10 @@ class _Patch:
         """Score the global model; after `fit`, validate the local one as ever."""
         if self._site.over:
             return self._validate(model, *args, **kwargs)
+        if len(args) > 1 or kwargs.get("ckpt_path") is not None:
+            raise ConfigError(
+                "validate scores the global model, and ckpt_path would put another in its place: leave it out"
+            )
         with self._site.reporting():
             task = self._site.receive(self._module(model))
             self.scoring, self.examples = True, 0
@@ -137,11 +144,18 @@ class _Patch:
                 return
             self._set_budget(task.rounds if self._keep else 1)
             self._trainer.should_stop = False
-            self.examples = 0
+            self._forget_early_stops()
+            self.examples, self._resumed = 0, None
             self._fit(module, *args, **kwargs)
             if getattr(self._trainer, "interrupted", False):
                 raise KeyboardInterrupt
             self._site.submit(module, self.examples, numbers(self._trainer.callback_metrics))
+
+    def _forget_early_stops(self) -> None:
+        """Have early stopping compare within this round: the global model it starts from is another one."""
+        for callback in self._trainer.early_stopping_callbacks:
+            callback.wait_count = callback.stopped_epoch = 0
+            callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
 
     def _module(self, model: Any) -> Any:
         module = model if model is not None else self._trainer.lightning_module
@@ -163,10 +177,27 @@ class _Patch:
         """End the training with this round, now that the optimisers and schedules are made."""
         if self._site.over:
             return
-        self._set_budget(1, self._trainer.current_epoch, self._trainer.global_step)
+        epoch, step = self._resumed or (self._trainer.current_epoch, self._trainer.global_step)
+        self._set_budget(1, epoch, step)
+
+    def resume(self, checkpoint: Mapping[str, Any]) -> None:
+        """Count this round's budget from where the checkpoint given to `fit` stopped."""
+        if not self._site.over and self._trainer.training:
+            loops = checkpoint.get("loops", {}).get("fit_loop", {})
+            epochs = loops.get("epoch_progress", {}).get("current", {}).get("processed")
+            epoch = int(checkpoint["epoch"] if epochs is None else epochs)
+            self._resumed = epoch, int(checkpoint["global_step"])
+            self.limit()
 
     def restore(self) -> None:
-        """Put the state of the last round's optimisers and schedules into the new ones."""
+        """Put the state of the last round's optimisers and schedules into the new ones.
+
+        What `fit` took from a checkpoint stands, but for the weights: the round starts from the global model.
+        """
+        if self._resumed is not None and not self._site.over:
+            self._site.reload(self._trainer.lightning_module)
+            self._forget_early_stops()
+            return
         if not self._keep or self._states is None or self._site.over:
             return
         optimizers, schedulers = self._states
@@ -201,6 +232,10 @@ def _make_callback(base: Any, patch_: _Patch) -> Any:
         def on_fit_start(self, *_: Any) -> None:
             """Limit: after the optimisers are made, and before the loop looks whether it is done."""
             patch_.limit()
+
+        def on_load_checkpoint(self, *args: Any) -> None:
+            """Resume."""
+            patch_.resume(args[2])
 
         def on_train_start(self, *_: Any) -> None:
             """Restore."""

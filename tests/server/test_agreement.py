@@ -81,7 +81,7 @@ def test_of_two_sites_with_unlike_tokenizers_one_is_refused_with_both_names(tmp_
         {
             "run": {"name": "t", "rounds": 1},
             "participants": {"sites": ["north", "south"], "round_deadline": "60s"},
-            "server": {"listen": "tcp://127.0.0.1:0"},
+            "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
         },
         folder=tmp_path,
     )
