@@ -180,6 +180,36 @@ def floor(
 
 
 @app.command()
+def encodings(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of each kind of tensors.")] = "64MiB",
+    repeats: Annotated[int, typer.Option(min=1, help="Of which the fastest counts.")] = 3,
+    json_file: Json = None,
+) -> None:
+    """Measure what each encoding of updates saves, loses and costs, on weights, adapters and their changes."""
+    from .encodings import sweep
+
+    rows = sweep(parse_size(size), repeats)
+    show(
+        f"Encodings of {size_text(rows[0]['bytes'])} of each kind of tensors, CPU time of one core",
+        ("tensors", "update", "lossless", "ratio", "error", "encode GB/s", "decode GB/s"),
+        [
+            [
+                row["tensors"],
+                row["update"],
+                "yes" if row["lossless"] else "no",
+                row["ratio"],
+                row["relative_rms_error"] or None,
+                row["encode_gb_s"],
+                row["decode_gb_s"],
+            ]
+            for row in rows
+        ],
+    )
+    write(json_file, {"rows": rows})
+
+
+@app.command()
 def memory(
     *,
     budget: Budget = "64MiB",

@@ -1,0 +1,37 @@
+"""The benchmark of encodings: nothing is timed that is not right, and the figures are what they are called."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from benchmarks import encodings
+from fedcore._core import Codec
+
+SIZE = 1 << 20
+
+
+def test_every_encoding_of_every_kind_of_tensors_has_a_row() -> None:
+    rows = encodings.sweep(SIZE, 1)
+    assert len(rows) == len(encodings.TENSORS) * (2 * len(encodings.SCHEMES) - 1)
+    assert {row["tensors"] for row in rows} == set(encodings.TENSORS)
+    assert all(row["encode_gb_s"] > 0 and row["decode_gb_s"] > 0 for row in rows)
+    for row in rows:
+        if row["tensors"].endswith("fp32") and not row["lossless"]:
+            least = {"raw": 1, "bf16": 2, "fp16": 2, "int8": 3.8, "nf4": 7.5, "top-k": 60}
+            most = {"raw": 0, "bf16": 3e-3, "fp16": 4e-4, "int8": 0.02, "nf4": 0.13, "top-k": 0.95}
+            assert row["ratio"] >= least[row["update"]]
+            assert row["relative_rms_error"] <= most[row["update"]]
+
+
+@pytest.mark.parametrize("name", encodings.TENSORS)
+@pytest.mark.parametrize("scheme", encodings.SCHEMES)
+def test_an_encoding_that_is_off_by_one_value_is_not_timed(name: str, scheme: str) -> None:
+    work = encodings.Work(name, SIZE // 4)
+    codec = Codec(work.layout, scheme, False, encodings.TOP_K)
+    chunks, out = work.encode(codec), np.empty_like(work.local)
+    work.decode(codec, chunks, out)
+    encodings.validate(work, scheme, chunks, out)
+    out[-1] ^= 0x40  # a bit of the last value's exponent
+    with pytest.raises(ArithmeticError, match=scheme):
+        encodings.validate(work, scheme, chunks, out)
