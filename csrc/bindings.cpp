@@ -467,6 +467,18 @@ void bind_exchange(py::module_& m) {
           "Offer encoded chunks as a tensor set: chunk i is bytes offsets[i] to offsets[i + 1] of "
           "the file, and encodings[i] its encoding.")
       .def(
+          "publish_packed",
+          [](Exchange& e, const py::bytes& id, const FileHandle& file, std::uint64_t offset,
+             const py::object& codec, const FileHandle& packed,
+             const std::vector<std::uint32_t>& checksums) {
+            e.publish_packed(to_set_id(id), file.share(), offset,
+                             std::make_unique<Packer>(codec_of(codec), packed.share()), checksums);
+          },
+          py::arg("set_id"), py::arg("file"), py::arg("offset"), py::arg("codec"),
+          py::arg("packed"), py::arg("checksums") = std::vector<std::uint32_t>(),
+          "Offer the flat bytes of the codec's layout; chunks are compressed when they are first "
+          "asked for, where that saves 5 %, and kept in the file `packed`, as large as the set.")
+      .def(
           "withdraw", [](Exchange& e, const py::bytes& id) { e.withdraw(to_set_id(id)); },
           py::arg("set_id"))
       .def("published",

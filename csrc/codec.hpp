@@ -43,6 +43,7 @@ class Codec {
   Codec(std::shared_ptr<const Layout> layout, CodecOptions options, Lz4 lz4 = {});
 
   const CodecOptions& options() const noexcept { return options_; }
+  const Layout& layout() const noexcept { return *layout_; }
 
   // Encodes chunk `index` into `body` and returns its encoding. `values`, and `base` and `residual`
   // where not nullptr, point at the chunk's flat bytes: what an encoded run stands for is values -

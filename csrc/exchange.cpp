@@ -88,6 +88,13 @@ void Exchange::publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile
                              checksums);
 }
 
+void Exchange::publish_packed(const wire::SetId& id, std::shared_ptr<MappedFile> file,
+                              std::uint64_t offset, std::unique_ptr<Packer> packer,
+                              const std::vector<std::uint32_t>& checksums) {
+  const std::lock_guard lock(mutex_);
+  publisher_.publish_packed(id, std::move(file), offset, std::move(packer), checksums);
+}
+
 void Exchange::withdraw(const wire::SetId& id) {
   const std::lock_guard lock(mutex_);
   publisher_.withdraw(id);

@@ -92,6 +92,9 @@ class Exchange {
   void publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
                        std::vector<std::uint64_t> offsets, std::vector<std::uint8_t> encodings,
                        const std::vector<std::uint32_t>& checksums = {});
+  void publish_packed(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
+                      std::unique_ptr<Packer> packer,
+                      const std::vector<std::uint32_t>& checksums = {});
   void withdraw(const wire::SetId& id);
   std::vector<wire::SetId> published() const;
 

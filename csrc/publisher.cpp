@@ -30,7 +30,8 @@ void Publisher::publish(const wire::SetId& id, std::shared_ptr<MappedFile> file,
                                    std::to_string(chunk_bytes));
   }
   const std::uint64_t chunks = (length + chunk_bytes - 1) / chunk_bytes;
-  add(id, Set{std::move(file), offset, length, chunk_bytes, known(checksums, chunks), {}, {}});
+  add(id,
+      Set{std::move(file), offset, length, chunk_bytes, known(checksums, chunks), {}, {}, nullptr});
 }
 
 void Publisher::publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
@@ -51,7 +52,22 @@ void Publisher::publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFil
   file->check_range(offsets.front(), length);
   const std::uint64_t first = offsets.front();
   add(id, Set{std::move(file), first, length, 0, known(checksums, chunks), std::move(offsets),
-              std::move(encodings)});
+              std::move(encodings), nullptr});
+}
+
+void Publisher::publish_packed(const wire::SetId& id, std::shared_ptr<MappedFile> file,
+                               std::uint64_t offset, std::unique_ptr<Packer> packer,
+                               const std::vector<std::uint32_t>& checksums) {
+  const Layout& layout = packer->layout();
+  file->check_range(offset, layout.total_bytes());
+  add(id, Set{std::move(file),
+              offset,
+              layout.total_bytes(),
+              layout.chunk_bytes(),
+              known(checksums, layout.chunk_count()),
+              {},
+              {},
+              std::move(packer)});
 }
 
 void Publisher::add(const wire::SetId& id, Set set) {
@@ -81,17 +97,27 @@ std::optional<wire::Refusal> Publisher::check(const wire::SetId& id, std::uint64
   return std::nullopt;
 }
 
-std::optional<PublishedChunk> Publisher::find(const wire::SetId& id, std::uint64_t index) const {
+std::optional<PublishedChunk> Publisher::find(const wire::SetId& id, std::uint64_t index) {
   const auto found = sets_.find(id);
   if (found == sets_.end()) {
     return std::nullopt;
   }
-  const Set& set = found->second;
+  Set& set = found->second;
   const auto i = static_cast<std::size_t>(index);
   const bool encoded = !set.encodings.empty();
   const std::uint64_t at = encoded ? set.offsets[i] : set.offset + index * set.chunk_bytes;
   const std::uint64_t end =
       encoded ? set.offsets[i + 1] : std::min(at + set.chunk_bytes, set.offset + set.length);
+  if (set.packer) {
+    if (!set.packer->knows(index)) {
+      set.file->populate(at, end - at);
+    }
+    if (const auto packed = set.packer->get(index, set.file->data() + at)) {
+      set.file->release(at, end - at);
+      const auto& file = set.packer->file();
+      return PublishedChunk{file, file->data() + packed->offset, packed->size, packed->encoding};
+    }
+  }
   return PublishedChunk{set.file, set.file->data() + at, static_cast<std::uint32_t>(end - at),
                         encoded ? set.encodings[i] : wire::kRaw};
 }
@@ -99,7 +125,10 @@ std::optional<PublishedChunk> Publisher::find(const wire::SetId& id, std::uint64
 std::uint32_t Publisher::checksum(const wire::SetId& id, std::uint64_t index) {
   const auto chunk = find(id, index);
   Set& set = sets_.at(id);
-  set.file->populate(static_cast<std::uint64_t>(chunk->data - set.file->data()), chunk->size);
+  chunk->file->populate(static_cast<std::uint64_t>(chunk->data - chunk->file->data()), chunk->size);
+  if (chunk->encoding != wire::kRaw && set.packer) {
+    return set.packer->get(index, nullptr)->crc;
+  }
   std::optional<std::uint32_t>& crc = set.crcs[static_cast<std::size_t>(index)];
   if (!crc) {
     crc = crc32c(chunk->data, chunk->size);

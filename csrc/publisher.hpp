@@ -2,7 +2,8 @@
 //
 // Owns a reference to each set's file and the checksums of the chunks that were served. A published
 // set's bytes must not change until it is withdrawn. Not thread-safe: Exchange holds the lock.
-// Cost: no copy of a chunk is made; its checksum is computed the first time it is asked for.
+// Cost: no copy of a chunk is made; its checksum is computed the first time it is asked for, and so
+// it is compressed where that was wanted.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "mapped_file.hpp"
+#include "packer.hpp"
 #include "wire.hpp"
 
 namespace fedcore {
@@ -37,6 +39,11 @@ class Publisher {
   void publish_encoded(const wire::SetId& id, std::shared_ptr<MappedFile> file,
                        std::vector<std::uint64_t> offsets, std::vector<std::uint8_t> encodings,
                        const std::vector<std::uint32_t>& checksums);
+
+  // Publishes the flat bytes of the packer's layout, which begin at `offset`, and serves compressed
+  // what it compresses. `checksums` are those of the raw chunks. Throws as publish() does.
+  void publish_packed(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
+                      std::unique_ptr<Packer> packer, const std::vector<std::uint32_t>& checksums);
   void withdraw(const wire::SetId& id) noexcept { sets_.erase(id); }
   std::vector<wire::SetId> published() const;
 
@@ -45,7 +52,7 @@ class Publisher {
                                      std::uint32_t count) const noexcept;
 
   // A chunk, or nothing if the set was withdrawn in the meantime.
-  std::optional<PublishedChunk> find(const wire::SetId& id, std::uint64_t index) const;
+  std::optional<PublishedChunk> find(const wire::SetId& id, std::uint64_t index);
   // The CRC-32C of a chunk that find() gives. The chunk becomes resident.
   std::uint32_t checksum(const wire::SetId& id, std::uint64_t index);
 
@@ -58,6 +65,7 @@ class Publisher {
     std::vector<std::optional<std::uint32_t>> crcs;
     std::vector<std::uint64_t> offsets;   // of encoded chunks, else empty
     std::vector<std::uint8_t> encodings;  // the same
+    std::shared_ptr<Packer> packer;       // where chunks may be compressed
   };
   void add(const wire::SetId& id, Set set);
 

@@ -20,9 +20,13 @@ logger = logging.getLogger("fedcore.server")
 
 @dataclass
 class Peer:
-    """A site's process; ``metrics`` are the last that it reported of its training."""
+    """A site's process; ``metrics`` are the last that it reported of its training.
+
+    ``lossless`` says whether it can unpack compressed chunks.
+    """
 
     site: str
+    lossless: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -62,9 +66,9 @@ class Peers:
         """Return each site's routing id."""
         return {known.site: peer for peer, known in self._known.items()}
 
-    def add(self, peer: bytes, site: str) -> None:
+    def add(self, peer: bytes, site: str, *, lossless: bool) -> None:
         """Note that a site is there."""
-        self._known[peer] = Peer(site)
+        self._known[peer] = Peer(site, lossless)
 
     def remove(self, peer: bytes) -> Peer | None:
         """Note that a site's process is gone; returns what it was."""

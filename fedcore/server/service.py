@@ -311,7 +311,7 @@ class Server:
         if peer not in self._peers:
             logger.info("%s joined", join.site)
             self._store.add_member(join.site)
-            self._peers.add(peer, join.site)
+            self._peers.add(peer, join.site, lossless=join.lossless)
         self._link.send(
             peer,
             protocol.Welcome(
@@ -476,7 +476,7 @@ class Server:
             task = task.model_copy(
                 update={
                     "included": action.site in self._versions.participants,
-                    "set_id": self._versions.set_id.hex(),
+                    "set_id": self._set_id_for(action.site).hex(),
                     "layout_hash": layout_hash(layout),
                     "tensors": table(layout),
                 }
@@ -494,6 +494,10 @@ class Server:
         }
         paths = self._store.scratch(version), self._store.record(version)
         return Scratch(*paths, of, self._versions.metadata(version))
+
+    def _set_id_for(self, site: str) -> bytes:
+        unpacks = any(known.lossless for _, known in self._peers if known.site == site)
+        return self._versions.packed_id if unpacks else self._versions.set_id
 
     def _cancel_collect(self) -> None:
         self._parked = False

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedcore import protocol
-from fedcore._core import Exchange, Layout, crc32c
+from fedcore._core import Codec, Exchange, Layout, MappedFile, crc32c
 from fedcore.config import RunConfig
 from fedcore.errors import LayoutError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, layout_hash, open_model
@@ -42,13 +42,14 @@ class Versions:
         model: the last committed model; None before the first.
         cards: the small text files that describe the model, for the first commit.
         set_id: the id under which ``model`` is published.
+        packed_id: the same for sites that can unpack chunks, where the run allows compressing them.
         participants: the sites whose updates ``model`` holds.
     """
 
     def __init__(self, config: RunConfig, store: Store, exchange: Exchange) -> None:
         self.model: ModelFile | None = None
         self.cards: dict[str, str] = {}
-        self.set_id = b""
+        self.set_id = self.packed_id = b""
         self.participants: frozenset[str] = frozenset()
         self._config = config
         self._store = store
@@ -101,11 +102,12 @@ class Versions:
 
         ``row`` says which version it is and who is in it; its checksum is filled in here.
         """
-        previous, before = self.set_id, self.model
+        previous, before = {self.set_id, self.packed_id}, self.model
         self._save(row, *written, metrics)
         self.publish()
-        if previous and before is not None:
-            self._exchange.withdraw(previous)
+        if before is not None:
+            for set_id in previous:
+                self._exchange.withdraw(set_id)
             self._superseded = before
 
     def _save(
@@ -127,7 +129,7 @@ class Versions:
     def publish(self) -> None:
         """Let the sites pull the last model, under a new id."""
         assert self.model is not None
-        self.set_id = uuid.uuid4().bytes
+        self.set_id = self.packed_id = uuid.uuid4().bytes
         self._exchange.publish(
             self.set_id,
             self.model.file,
@@ -136,6 +138,29 @@ class Versions:
             self.model.layout.chunk_bytes,
             self._checksums,
         )
+        if self._config.transfer.lossless:
+            self._publish_packed(self.model)
+
+    def _publish_packed(self, model: ModelFile) -> None:
+        """Publish the model once more: a chunk is compressed when it is first asked for, for all who ask."""
+        path = self._store.models / f".{self._store.run_id}.packed"
+        try:
+            path.unlink(missing_ok=True)
+            packed = MappedFile.create(str(path), model.layout.total_bytes)
+            path.unlink()
+        except (OSError, StorageError) as error:
+            logger.warning("models leave the server uncompressed: %s", error)
+            return
+        packed_id = uuid.uuid4().bytes
+        self._exchange.publish_packed(
+            packed_id,
+            model.file,
+            model.data_offset,
+            Codec(model.layout, "raw", True),
+            packed,
+            self._checksums,
+        )
+        self.packed_id = packed_id
 
     def release_superseded(self) -> None:
         """Give back the pages of the model before the last: the system gives them to the next one."""

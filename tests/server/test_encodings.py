@@ -141,6 +141,8 @@ def test_each_model_is_the_mean_of_what_the_encoded_updates_stand_for(
     ratio = {"bf16": 1.99, "fp16": 1.99, "int8": 3.8, "nf4": 7.5, "top-k": 60}[update]
     sent, more = sorted(each["bytes_out"] for each in stats)  # one gave the initial model, too
     assert sent < ROUNDS * LAYOUT.total_bytes / ratio + 20_000
+    came = min(each["bytes_in"] for each in stats)
+    assert came / ((ROUNDS + 1) * LAYOUT.total_bytes) < (0.97 if lossless else 1.01)
     said = json.loads((tmp_path / "runs/t/summary.json").read_text())["bytes_in"]
     assert abs(said - sent - more) < 10_000
 
