@@ -184,7 +184,10 @@ def simulate(
         raise typer.Exit(1)
     for text in result.failed.values():
         typer.echo(f"warning: the run is complete, but {text}", err=True)
-    typer.echo(f"best model: {result.folder / 'best'}")
+    if config.run.task in ("train", "compare"):
+        typer.echo(f"best model: {result.folder / 'best'}")
+    if config.run.task != "train":
+        typer.echo(f"results: {result.folder / 'results.json'}")
 
 
 def _simulate_live(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:

@@ -84,12 +84,25 @@ class _Section(BaseModel):
 
 
 class RunSection(_Section):
-    """``[run]``: name, rounds, seed, and the folder that run folders lie in."""
+    """``[run]``: name, task, rounds, seed, and the folder that run folders lie in."""
 
     name: Name
-    rounds: Annotated[int, Field(ge=1, le=1_000_000)]
+    task: Literal["train", "evaluate", "infer", "compare"] = "train"
+    rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     dir: str = "runs"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunSection:
+        if self.task == "train" and "rounds" not in self.model_fields_set:
+            raise ValueError("rounds: missing; it must be given")
+        if self.task == "train" and self.rounds < 1:
+            raise ValueError(f"rounds: expected 1 or more, got {self.rounds}")
+        if self.task != "train" and self.rounds:
+            raise ValueError(
+                f"rounds is for task = 'train'; task is {self.task!r}, so leave it out"
+            )
+        return self
 
 
 class ModelSection(_Section):
@@ -243,6 +256,19 @@ class RunConfig(_Section):
                 near = difflib.get_close_matches(name, self.site_names, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise ValueError(f"simulate.site.{name}: no site has that name{hint}")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_task(self) -> RunConfig:
+        task = self.run.task
+        if task in ("evaluate", "infer") and self.model.initial is None:
+            raise ValueError(f"model.initial: missing; it names the model for run.task = {task!r}")
+        if task != "train" and self.participants.sample is not None:
+            raise ValueError(f"participants.sample is for run.task = 'train', not {task!r}")
+        if task == "compare" and self.participants.sites is None:
+            raise ValueError("participants.sites: missing; run.task = 'compare' needs the names")
+        if task == "compare" and self.transfer.update != "raw":
+            raise ValueError("transfer.update: expected 'raw' with run.task = 'compare'")
         return self
 
     @property

@@ -11,7 +11,15 @@ import enum
 import struct
 from typing import Annotated, Final, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from .errors import ProtocolError
 
@@ -24,6 +32,7 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 DEFAULT_CHUNK_BYTES: Final = 1 << 20
 MAX_WEIGHT: Final = (1 << 24) - 1
 MAX_METRICS: Final = 64
+MAX_ANSWER_BYTES: Final = 1 << 20
 REPEAT_SECONDS: Final = 5.0
 """A site says something at least this often, so that a server that does not know it can ask it to join again."""
 RETURN_SECONDS: Final = 12.0
@@ -60,6 +69,11 @@ Steer = Literal["pause", "resume", "stop", "evaluate"]
 Weight = Annotated[int, Field(ge=1, le=MAX_WEIGHT)]
 UpdateEncoding = Literal["raw", "bf16", "fp16", "int8", "nf4", "top-k"]
 """How the floats of an update travel; the encodings of ``docs/protocol.md``."""
+Scalar = bool | int | float | str
+Outputs = Annotated[
+    dict[MetricName, Scalar | list[Scalar]], Field(min_length=1, max_length=MAX_METRICS)
+]
+"""Numbers, texts and lists of them, by name."""
 TensorEntry = tuple[
     Annotated[str, StringConstraints(min_length=1, max_length=1024)],
     Annotated[str, StringConstraints(max_length=8)],
@@ -152,6 +166,25 @@ class Score(Message):
     examples: Weight
 
 
+class Answer(Message):
+    """What a site's script chose to say of global model ``version`` in an inference task, and no more.
+
+    At most `MAX_ANSWER_BYTES` as JSON.
+    """
+
+    type: Literal["answer"] = "answer"
+    version: Round
+    outputs: Outputs
+    examples: Weight
+
+    @model_validator(mode="after")
+    def _small(self) -> Answer:
+        size = len(self.model_dump_json())
+        if size > MAX_ANSWER_BYTES:
+            raise ValueError(f"outputs: {size:,} bytes exceed the limit of {MAX_ANSWER_BYTES:,}")
+        return self
+
+
 class Log(Message):
     """Training metrics while a round is under way; shown, never used for selection."""
 
@@ -235,13 +268,14 @@ class Task(Message):
     """What the site should do now.
 
     ``kind`` is ``"initial"`` (publish your model as version 0), ``"train"`` (pull version
-    ``round - 1``, score it, train, publish) or ``"evaluate"`` (pull version ``round``, score it). ``set_id``
+    ``round - 1``, score it, train, publish), ``"submit"`` (as "train", from version 0; the update becomes version
+    ``round``), ``"evaluate"`` (pull version ``round``, score it) or ``"infer"`` (pull it, answer). ``set_id``
     names the published model to pull and ``tensors`` is its layout; both are empty for ``"initial"``.
     ``included`` says whether that model holds this site's update, for one that missed the `Commit`.
     """
 
     type: Literal["task"] = "task"
-    kind: Literal["initial", "train", "evaluate"]
+    kind: Literal["initial", "train", "submit", "evaluate", "infer"]
     round: Round
     rounds: Round
     version: Round
@@ -332,7 +366,19 @@ class StatusReply(Message):
     message: Text = ""
 
 
-FromSite = Join | Declare | Ready | Score | Log | Alive | Problem | Leave | StatusRequest | Command
+FromSite = (
+    Join
+    | Declare
+    | Ready
+    | Score
+    | Answer
+    | Log
+    | Alive
+    | Problem
+    | Leave
+    | StatusRequest
+    | Command
+)
 FromServer = (
     Welcome
     | Accepted

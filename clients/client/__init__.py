@@ -20,9 +20,12 @@ Importing this module loads neither torch nor NumPy.
 from __future__ import annotations
 
 from .plain import (
+    answer,
     init,
     is_evaluate,
+    is_infer,
     is_running,
+    is_submit,
     is_train,
     load,
     log,
@@ -35,9 +38,12 @@ from .tasks import Task, task
 
 __all__ = [
     "Task",
+    "answer",
     "init",
     "is_evaluate",
+    "is_infer",
     "is_running",
+    "is_submit",
     "is_train",
     "load",
     "log",

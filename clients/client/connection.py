@@ -82,6 +82,7 @@ class Connection:
         self._ended: tuple[str, int] | None = None
         self._declare: protocol.Declare | None = None
         self._ready: protocol.Ready | None = None
+        self._word: protocol.Score | protocol.Answer | None = None
         self._upload = (0, 0, 0.0)
         self._download: tuple[Collector, str] | None = None
         self.settled: Callable[[protocol.Ready, bool], None] = lambda *_: None
@@ -194,6 +195,12 @@ class Connection:
         """Say something once."""
         assert self._link is not None
         self._link.send(message)
+
+    def say(self, word: protocol.Score | protocol.Answer) -> None:
+        """Say what this site has to say of a model, now and whenever the server asks for it again."""
+        with self.changed:
+            self._word = word
+        self.send(word)
 
     def declare(self, declare: protocol.Declare) -> None:
         """Show this site's tensors, now and to every server that is started again."""
@@ -355,6 +362,10 @@ class Connection:
                 )
             elif isinstance(message, protocol.Task):
                 self.task = message
+                if self._word is not None and self.open_task() is None:
+                    self.send(
+                        self._word
+                    )  # it did not come through, or the server was started again
             elif isinstance(message, protocol.Finish):
                 self.finish = message
             self._note_included(message)

@@ -139,7 +139,7 @@ class _Patch:
                 raise ClosedError(
                     "fit() was called twice in one round; each pass of the loop fits once"
                 )
-            if task.kind == "evaluate":
+            if not task.trains:
                 self._site.end()
                 return
             self._set_budget(task.rounds if self._keep else 1)

@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from .ranks import RankedSession
 
 __all__ = [
+    "answer",
+    "begin",
     "init",
     "is_evaluate",
+    "is_infer",
     "is_running",
+    "is_submit",
     "is_train",
     "load",
     "log",
@@ -281,7 +285,11 @@ def send(
     global _sent  # noqa: PLW0603
     session = _sender()
     task = _begin()
-    read = None if task.kind == "evaluate" else _reader(params, task)
+    if task.kind == "infer":
+        raise ClosedError(
+            "this task asks for outputs of the model, not for an update: fl.answer(...)"
+        )
+    read = _reader(params, task) if task.trains else None
     if read is not None:
         weight = _integer(weight)
     if metrics:
@@ -324,6 +332,37 @@ def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
     if difference is not None:
         raise LayoutError(f"the update does not fit the global model: {difference}")
     return given.read
+
+
+def answer(outputs: Mapping[str, Any], *, examples: int = 1) -> None:
+    """Answer an inference task (`is_infer`): ``outputs`` is all that leaves; ends the task.
+
+    Args:
+        outputs: numbers, texts and lists of them (of NumPy and torch as well) by name, at most 1 MiB as JSON.
+        examples: number of local examples behind them.
+
+    Raises:
+        ProtocolError: an output is of another kind, or they are too large.
+        ClosedError: this is no inference task.
+    """
+    global _sent  # noqa: PLW0603
+    _begin()
+    plain = {
+        str(name): value.tolist() if hasattr(value, "tolist") else value
+        for name, value in outputs.items()
+    }
+    get_session().answer(plain, examples)
+    _sent = True
+
+
+def is_infer() -> bool:
+    """Whether the current task asks for outputs of the model; call it after `receive`."""
+    return _begin().kind == "infer"
+
+
+def is_submit() -> bool:
+    """Whether the current task asks for a model of this site's own; call it after `receive`."""
+    return _begin().kind == "submit"
 
 
 def is_train() -> bool:

@@ -13,7 +13,9 @@ import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
+
+from pydantic import ValidationError
 
 from fedcore import protocol
 from fedcore._core import Codec, Collector, Layout
@@ -52,20 +54,26 @@ class GlobalModel:
     """The global model of one task.
 
     Attributes:
-        kind: ``"train"``: score it, train from it and submit; ``"evaluate"``: score it only.
+        kind: ``"train"``: score it, train from it and submit; ``"submit"``: the same, but the update is to be a
+            model of its own; ``"evaluate"``: score it only; ``"infer"``: answer with outputs of it.
         round, rounds: this round and how many there are; ``version`` is the model's own number.
         seed: differs per round, the same at all sites.
         specs: names, dtypes and shapes in canonical order.
         tensors: read-only raw bytes by name, valid until the task ends.
     """
 
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "submit", "evaluate", "infer"]
     round: int
     rounds: int
     version: int
     seed: int
     specs: Sequence[TensorSpec]
     tensors: Mapping[str, memoryview]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the task ends with an update."""
+        return self.kind in ("train", "submit")
 
 
 class Session:
@@ -120,7 +128,7 @@ class Session:
             return False
         self._join()
         if self._model is not None:
-            if self._model.kind == "train":
+            if self._model.trains:
                 raise ClosedError(
                     f"round {self._model.round} was received but no update was sent; train and send "
                     "it (trainer.fit(...), trainer.train() or fl.send(...)) inside the loop"
@@ -229,7 +237,36 @@ class Session:
             metrics={str(k): float(v) for k, v in metrics.items()},
             examples=min(max(1, int(examples)), protocol.MAX_WEIGHT),
         )
-        self._connection.send(self._score)
+        self._connection.say(self._score)
+
+    def answer(self, outputs: Mapping[str, Any], examples: int) -> None:
+        """Answer an inference task with numbers, texts and lists of them, by name; ends the task.
+
+        Args:
+            outputs: all that leaves; at most `protocol.MAX_ANSWER_BYTES` as JSON.
+            examples: number of local examples behind them.
+
+        Raises:
+            ProtocolError: an output is of another kind, or they are too large; it is named.
+            ClosedError: no inference task is at hand.
+        """
+        model = self._need_model("answer")
+        if model.kind != "infer":
+            raise ClosedError(f"a task of kind {model.kind!r} takes no answer; fl.is_infer() tells")
+        try:
+            answer = protocol.Answer(
+                version=model.version, outputs=dict(outputs), examples=max(1, int(examples))
+            )
+        except ValidationError as error:
+            found = error.errors(include_url=False, include_input=False)[0]
+            name = ".".join(map(str, found["loc"][:2]))
+            raise ProtocolError(
+                f"answer: {name}{': ' if name else ''}{found['msg']}; outputs are numbers, texts and lists of "
+                "them, by name"
+            ) from None
+        self._connection.say(answer)
+        self._model = None
+        self._end(model.kind, model.round)
 
     def submit(self, read: Reader, weight: int, metrics: Mapping[str, float] | None = None) -> None:
         """Publish this round's update and end the task; the server pulls it in the background.
@@ -244,8 +281,8 @@ class Session:
             ClosedError: no training task is at hand.
         """
         model = self._need_model("submit")
-        if model.kind != "train":
-            raise ClosedError("an evaluation task takes no update; call end_task()")
+        if not model.trains:
+            raise ClosedError("this task takes no update; call end_task()")
         if (
             isinstance(weight, bool)
             or not isinstance(weight, int)
@@ -275,7 +312,7 @@ class Session:
             self._connection.end_task(model.kind, model.round)
             if self._score is None or self._score.version != model.version:
                 self._score = protocol.Score(version=model.version, metrics={}, examples=1)
-                self._connection.send(self._score)
+                self._connection.say(self._score)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show training metrics at the server while a round is under way."""

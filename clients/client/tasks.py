@@ -19,13 +19,15 @@ class Task:
     """One pass of the loop, as `task` gives it; what is set here is sent at the end of the block.
 
     Attributes:
-        kind: ``"train"`` or ``"evaluate"``; in the latter only ``metrics`` count.
+        kind: ``"train"``, or ``"submit"``: train, and the update is to be a model of its own; ``"evaluate"``: only
+            ``metrics`` count; ``"infer"``: only ``outputs`` count.
         round, rounds, version: this round, how many there are, and the global model's own number.
         params: the global model, name -> array. After ``init(module)`` the module holds it already, and its own
             values are sent; otherwise put the update in its place.
         weight: number of training examples seen; must be set where ``kind`` is ``"train"``.
         metrics: validation metrics of the global model, on ``examples`` validation examples.
         train_metrics: shown at the server.
+        outputs: of an inference task: numbers, texts and lists of them by name, all that leaves.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Task:
     metrics: dict[str, float] = field(default_factory=dict)
     examples: int | None = None
     train_metrics: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -53,7 +56,10 @@ def task() -> Iterator[Task]:
     if whole:
         plain.load(current.params)
     yield current
-    if at_hand.kind == "train" and current.weight is None:
+    if at_hand.kind == "infer":
+        plain.answer(current.outputs, examples=current.examples or 1)
+        return
+    if at_hand.trains and current.weight is None:
         raise WeightError(
             "set weight in the block of fl.task(): the number of training examples seen"
         )

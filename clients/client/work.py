@@ -204,7 +204,7 @@ class WorkFolder:
         ready = record.ready
         if (record.run_id, record.site) != (self._run_id, self._site):
             raise StorageError(f"it is one of site {record.site} in run {record.run_id}")
-        if task.kind != "train" or ready.round != task.round:
+        if task.kind not in ("train", "submit") or ready.round != task.round:
             raise StorageError(f"it is for round {ready.round}, which is over")
         if ready.layout_hash != task.layout_hash:
             raise StorageError("its tensors are not the run's")

@@ -42,6 +42,7 @@ _MAY_SAY: Final[dict[Role, tuple[type[protocol.Message], ...]]] = {
         protocol.Declare,
         protocol.Ready,
         protocol.Score,
+        protocol.Answer,
         protocol.Log,
         protocol.Alive,
         protocol.Problem,

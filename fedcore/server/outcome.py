@@ -91,8 +91,10 @@ class Outcome:
         """Write ``final/`` and ``best/`` from what is committed; returns the run's result."""
         version = self._store.last_version
         best = final = chosen = None
-        if version is not None:
+        task = self._config.run.task
+        if version is not None and task == "train":
             final = self._store.export("final", version)
+        if version is not None and task in ("train", "compare"):
             chosen = self.export_best()
             if chosen is None:
                 chosen = version
@@ -138,6 +140,38 @@ class Outcome:
                     for row in self._store.versions()
                 ],
                 "sites": self._site_states(),
+            }
+        )
+
+    def write_results(self, result: RunResult) -> Path:
+        """Write what the sites said of each model, for a run that does not average."""
+        scores, answers = self._store.scores(), self._store.answers()
+        models = []
+        for row in self._store.versions():
+            outputs = answers.get(row.version, {})
+            models.append(
+                {
+                    "version": row.version,
+                    "from": next(iter(row.participants), "initial"),
+                    "metrics": weighted_metrics(scores.get(row.version, [])),
+                    "sites": {
+                        score.site: {
+                            "examples": score.examples,
+                            "metrics": dict(score.metrics),
+                            **({"outputs": outputs[score.site]} if score.site in outputs else {}),
+                        }
+                        for score in scores.get(row.version, [])
+                    },
+                }
+            )
+        task = self._config.run.task
+        return self._store.write_results(
+            {
+                "run": self._config.run.name,
+                "task": task,
+                "ok": result.ok,
+                "message": result.message,
+                "models": models,
             }
         )
 

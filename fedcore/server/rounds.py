@@ -67,7 +67,7 @@ class SendTask:
     """Give a site its task."""
 
     site: str
-    kind: Literal["initial", "train", "evaluate"]
+    kind: Literal["initial", "train", "submit", "evaluate", "infer"]
     round: int
 
 

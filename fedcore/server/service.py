@@ -36,7 +36,6 @@ from .rounds import (
     EndRun,
     GiveUp,
     Phase,
-    Rounds,
     SendDropped,
     SendTask,
     StartCollect,
@@ -46,6 +45,7 @@ from .selection import SiteScore
 from .status import StatusBuilder
 from .steering import steer
 from .store import Store, VersionRow
+from .tasks import make_rounds
 from .versions import Versions, declared_layout
 
 __all__ = ["RunResult", "Server"]
@@ -116,15 +116,7 @@ class Server:
         roster = Roster(people.sites, people.count)
         self._peers = Peers(self._link, roster)
         self._outcome = Outcome(config, self._store, roster)
-        self._rounds = Rounds(
-            roster,
-            rounds=config.run.rounds,
-            quorum=people.quorum,
-            deadline=people.round_deadline,
-            version=self._store.last_version,
-            sample=people.sample,
-            seed=config.run.seed,
-        )
+        self._rounds = make_rounds(config, roster, self._store.last_version)
         self._status = StatusBuilder(config, self._rounds, self._store)
         self._agreement = Agreement(self._store.files)
         if endpoint_file is not None:
@@ -172,7 +164,7 @@ class Server:
             self._versions.publish()
         logger.info(
             "run %s: %d rounds, listening on %s, waiting for %d sites (a round needs %d)",
-            self.config.run.name, self.config.run.rounds, self.endpoint,
+            self.config.run.name, self._rounds.rounds, self.endpoint,
             self.config.participants.expected, self.config.participants.quorum,
         )  # fmt: skip
         if self._device != "CPU":
@@ -284,6 +276,8 @@ class Server:
             self._on_ready(peer, known, message)
         elif isinstance(message, protocol.Score):
             self._on_score(site, message)
+        elif isinstance(message, protocol.Answer):
+            self._on_answer(peer, site, message)
         elif isinstance(message, protocol.Log):
             known.metrics.update(message.metrics)
             self._status.note_metrics(site, message.metrics)
@@ -317,7 +311,7 @@ class Server:
             protocol.Welcome(
                 run=self.config.run.name,
                 run_id=self._store.run_id,
-                rounds=self.config.run.rounds,
+                rounds=self._rounds.rounds,
                 chunk_bytes=DEFAULT_CHUNK_BYTES,
                 has_model=self._versions.model is not None,
                 version=__version__,
@@ -383,6 +377,14 @@ class Server:
             self._store.add_score(score.version, SiteScore(site, score.examples, score.metrics))
             self._status.refresh()
         self._do(self._rounds.scored(site, score.version))
+
+    def _on_answer(self, peer: bytes, site: str, answer: protocol.Answer) -> None:
+        if self.config.run.task != "infer" or answer.version != self._store.last_version:
+            self._on_invalid(peer, "answer that nobody asked for")
+            return
+        self._store.add_answer(answer.version, site, answer.examples, answer.outputs)
+        logger.info("%s answered: %s", site, ", ".join(answer.outputs))
+        self._do(self._rounds.scored(site, answer.version))
 
     def _handle_event(self, event: DataEvent) -> None:
         if event[0] == "malformed":
@@ -460,14 +462,14 @@ class Server:
             self._end(action.ok, action.message)
 
     def _send_task(self, action: SendTask) -> None:
-        version = action.round - 1 if action.kind == "train" else action.round
+        version = {"train": action.round - 1, "submit": 0}.get(action.kind, action.round)
         if action.round != self._status.round_shown:
             self._status.round_shown = action.round
             self._round_started = time.monotonic()
         task = protocol.Task(
             kind=action.kind,
             round=action.round,
-            rounds=self.config.run.rounds,
+            rounds=self._rounds.rounds,
             version=version,
             seed=self.config.run.seed * 1_000_003 + action.round,
         )
@@ -554,7 +556,7 @@ class Server:
         if action.version:
             logger.info(
                 "round %d of %d committed: %s, %.1f s, of which %.2f s to pull and reduce",
-                action.version, self.config.run.rounds, ", ".join(names), seconds,
+                action.version, self._rounds.rounds, ", ".join(names), seconds,
                 time.monotonic() - running.started,
             )  # fmt: skip
         else:
@@ -592,6 +594,8 @@ class Server:
         self._versions.finish_digests(wait=ok)
         self._outcome.prune()
         self._outcome.write_summary(result, self._snapshot())  # now with the digests
+        if self.config.run.task != "train":
+            logger.info("results: %s", self._outcome.write_results(result))
         (logger.info if ok else logger.error)(
             "the run %s%s", "is complete" if ok else "ended: " + message,
             "" if chosen is None else f"; best model: round {chosen}, {self._outcome.metric_text(chosen)}, "

@@ -40,13 +40,16 @@ CREATE TABLE IF NOT EXISTS contributions (
 CREATE TABLE IF NOT EXISTS scores (
     version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, metrics TEXT NOT NULL,
     PRIMARY KEY (version, site));
+CREATE TABLE IF NOT EXISTS answers (
+    version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, outputs TEXT NOT NULL,
+    PRIMARY KEY (version, site));
 CREATE TABLE IF NOT EXISTS members (site TEXT PRIMARY KEY);
 CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
 """
 # Keys of a run file that make it another run when they change, once a model is committed.
 _FIXED: Final = (
-    "model.initial", "participants.sites", "participants.count", "aggregation.rule", "selection.metric",
-    "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
+    "run.task", "model.initial", "participants.sites", "participants.count", "aggregation.rule",
+    "selection.metric", "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
 _MODEL_NAME: Final = re.compile(r"round-\d{4,}\.safetensors|\.round-\d{4,}\.(partial|progress)")
 
@@ -170,6 +173,7 @@ class Store:
         if self._meta("schema") != str(_SCHEMA):
             raise ConfigError(f"run folder {self.folder} was written by another version of fedcore")
         before = json.loads(text)
+        before.get("run", {}).setdefault("task", "train")
         for key in _FIXED if self.last_version is not None else ():
             section, _, name = key.partition(".")
             old, new = before.get(section, {}).get(name), settings.get(section, {}).get(name)
@@ -195,7 +199,8 @@ class Store:
                 shutil.rmtree(path)
             else:  # a crash came between the two renames of an export
                 path.rename(target)
-        (self.folder / ".summary.json.partial").unlink(missing_ok=True)
+        for name in ("summary", "results"):
+            (self.folder / f".{name}.json.partial").unlink(missing_ok=True)
 
     def _under_way(self) -> set[str]:
         """Return the names of what a killed server left of the version after the last."""
@@ -350,6 +355,28 @@ class Store:
             found.setdefault(version, []).append(SiteScore(site, examples, json.loads(metrics)))
         return found
 
+    def add_answer(
+        self, version: int, site: str, examples: int, outputs: Mapping[str, Any]
+    ) -> None:
+        """Keep a site's outputs of a version, and that it has answered; the first ones count."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)",
+                (version, site, examples, json.dumps(dict(outputs))),
+            )
+            self._db.execute(
+                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, '{}')", (version, site, examples)
+            )
+
+    def answers(self) -> dict[int, dict[str, dict[str, Any]]]:
+        """Return all outputs by version and site."""
+        found: dict[int, dict[str, dict[str, Any]]] = {}
+        for version, site, outputs in self._db.execute(
+            "SELECT version, site, outputs FROM answers ORDER BY version, site"
+        ):
+            found.setdefault(version, {})[site] = json.loads(outputs)
+        return found
+
     def add_member(self, site: str) -> None:
         """Note that a site has joined, for a server that is started again after a crash."""
         with self._transaction():
@@ -419,10 +446,17 @@ class Store:
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Write ``summary.json`` atomically."""
-        path = self.folder / "summary.json"
-        partial = self.folder / ".summary.json.partial"
+        return self._write_json("summary.json", summary)
+
+    def write_results(self, results: Mapping[str, Any]) -> Path:
+        """Write ``results.json`` atomically."""
+        return self._write_json("results.json", results)
+
+    def _write_json(self, name: str, values: Mapping[str, Any]) -> Path:
+        path = self.folder / name
+        partial = self.folder / f".{name}.partial"
         with _storing(path):
-            _write_durably(partial, json.dumps(summary, indent=2) + "\n")
+            _write_durably(partial, json.dumps(values, indent=2) + "\n")
             partial.rename(path)
         return path
 

@@ -1,0 +1,226 @@
+"""Runs that do not average: score a given model, ask it for outputs, or compare the sites' own models.
+
+State machines beside `fedcore.server.rounds`, with the same events and actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from fedcore.config import RunConfig
+
+from .participation import Delivery, Member, Roster, SiteState
+from .rounds import (
+    Action,
+    CancelCollect,
+    Commit,
+    EndRun,
+    Participant,
+    Phase,
+    Rounds,
+    SendDropped,
+    SendTask,
+    StartCollect,
+)
+
+__all__ = ["Comparing", "Scoring", "make_rounds"]
+
+
+def make_rounds(config: RunConfig, roster: Roster, version: int | None) -> Rounds:
+    """Return the state machine of a run's task; ``version`` is the last committed model, if there is one."""
+    people, task = config.participants, config.run.task
+    quorum, deadline = people.quorum, people.round_deadline
+    if task in ("evaluate", "infer"):
+        return Scoring(roster, kind=task, quorum=quorum, deadline=deadline, version=version)
+    if task == "compare":
+        sites = config.site_names
+        return Comparing(roster, sites=sites, quorum=quorum, deadline=deadline, version=version)
+    return Rounds(
+        roster,
+        rounds=config.run.rounds,
+        quorum=quorum,
+        deadline=deadline,
+        version=version,
+        sample=people.sample,
+        seed=config.run.seed,
+    )
+
+
+class Scoring(Rounds):
+    """Every site scores the given model, or answers with outputs of it; then the run is over.
+
+    It waits for all sites up to the deadline, and is complete if at least ``quorum`` have answered then.
+
+    Args:
+        kind: the task that sites get.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        *,
+        kind: Literal["evaluate", "infer"],
+        quorum: int,
+        deadline: float,
+        version: int | None = None,
+    ) -> None:
+        super().__init__(roster, rounds=0, quorum=quorum, deadline=deadline, version=version)
+        self._kind = kind
+
+    def _assign(self, member: Member, now: float) -> list[Action]:
+        return [
+            replace(action, kind=self._kind) if isinstance(action, SendTask) else action
+            for action in super()._assign(member, now)
+        ]
+
+    def _end_if_evaluated(self) -> list[Action]:
+        return [] if self.roster.missing else super()._end_if_evaluated()
+
+    def _end(self) -> list[Action]:
+        answered = [m.name for m in self.roster if self.version in m.scored]
+        if len(answered) >= self.quorum:
+            return super()._end()
+        others = [
+            m.name + (f" ({m.message})" if m.message else "")
+            for m in self.roster
+            if m.name not in answered
+        ]
+        never = f"; {self.roster.missing} never joined" if self.roster.missing else ""
+        return self._fail(
+            f"{len(answered)} of the {self.quorum} sites that the run needs (participants.min_results) answered; "
+            f"without an answer: {', '.join(others) or 'none'}{never}"
+        )
+
+
+class Comparing(Rounds):
+    """Every site submits a model of its own, and each of them is scored at every site.
+
+    The submissions are trained at the same time, each from version 0. Once all are there, or at the deadline with
+    at least ``quorum`` of them, they are pulled one after the other: that of the site at place *i* of the sorted
+    names becomes version *i*, unchanged, and is scored by all before the next is pulled.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        *,
+        sites: Sequence[str],
+        quorum: int,
+        deadline: float,
+        version: int | None = None,
+    ) -> None:
+        super().__init__(
+            roster, rounds=len(sites), quorum=quorum, deadline=deadline, version=version
+        )
+        self._places = {name: place for place, name in enumerate(sorted(sites), 1)}
+        self._closed = bool(version)
+        if self._closed:
+            self.phase = Phase.EVALUATING
+
+    # --- events ---
+
+    def ready(self, site: str, round_: int, delivery: Delivery) -> list[Action]:
+        """A site has published the model that it submits, or the initial one."""
+        member = self._member(site)
+        if member is None or self.over or member.delivery == delivery:
+            return []
+        if self.phase is Phase.INITIAL:
+            return super().ready(site, round_, delivery)
+        reached = max([self.version or 0, *(self._places[p.site] for p in self.collecting)])
+        if round_ != self._places[site] or round_ <= reached:
+            return self._late(member, round_)
+        if member.dropped_round == round_:
+            return [SendDropped(site, round_, member.message)]
+        member.delivery = delivery
+        member.state = SiteState.DELIVERED
+        return self._close_if_due()
+
+    def rejected(self, site: str, reason: str, now: float) -> list[Action]:
+        """A site's model is invalid: the comparison goes on without it."""
+        member = self._member(site)
+        if member is None or self.over:
+            return []
+        if self.phase is Phase.INITIAL:
+            return super().rejected(site, reason, now)
+        place = self._places[site]
+        member.delivery = None
+        member.message = reason
+        member.state = SiteState.DROPPED
+        member.dropped_round = place
+        return [SendDropped(site, place, reason), *self._recollect(now)]
+
+    def reduced(self) -> list[Action]:
+        """All chunks of a model are here."""
+        if self.phase is not Phase.AGGREGATING or not self.collecting:
+            return super().reduced()
+        return [Commit(self._places[self.collecting[0].site], self.collecting)]
+
+    def committed(self, version: int, now: float) -> list[Action]:
+        """Model ``version`` is durable: all score it."""
+        if version == 0:
+            return super().committed(version, now)
+        for participant in self.collecting:
+            member = self._member(participant.site)
+            if member is not None:
+                member.delivery = None
+        self.version = version
+        self.collecting = ()
+        self._started = None
+        self.phase = Phase.EVALUATING
+        present = [member for member in self.roster if member.alive]
+        actions: list[Action] = []
+        for member in present:
+            actions += self._assign(member, now)
+        return actions + self._end_if_evaluated()
+
+    # --- decisions ---
+
+    def _assign(self, member: Member, now: float) -> list[Action]:
+        if self.over or self.version is None or self.phase is Phase.EVALUATING:
+            return super()._assign(member, now)
+        if self._closed or member.delivery is not None or member.dropped_round > 0:
+            return []
+        self._start_clock(now)
+        member.state = SiteState.TRAINING
+        return [SendTask(member.name, "submit", self._places[member.name])]
+
+    def _collect(self, members: Sequence[Member]) -> StartCollect:
+        if self.phase is Phase.INITIAL:
+            return super()._collect(members)
+        first = min(members, key=lambda member: self._places[member.name])
+        assert first.delivery is not None
+        self._closed = True
+        self._started = None
+        self.phase = Phase.AGGREGATING
+        first.state = SiteState.UPLOADING
+        self.collecting = (Participant(first.name, first.delivery.set_id, first.delivery.weight),)
+        return StartCollect(self._places[first.name], self.collecting)
+
+    def _close_if_due(self) -> list[Action]:
+        return [] if self._closed else super()._close_if_due()
+
+    def _recollect(self, now: float) -> list[Action]:  # noqa: ARG002
+        cancel: list[Action] = [CancelCollect()] if self.collecting else []
+        self.collecting = ()
+        return cancel + self._end()
+
+    def _end(self) -> list[Action]:
+        """Go on with the next model, or end where there is none."""
+        if self.paused:
+            self._started = None
+            return []
+        delivered = [
+            member
+            for member in self._delivered()
+            if self._places[member.name] > (self.version or 0)
+        ]
+        if delivered:
+            return [self._collect(delivered)]
+        if self._return_by is not None:  # a site that has one may still come back
+            return []
+        if not self.version:
+            return self._fail("no site submitted a usable model")
+        self.phase = Phase.DONE
+        return [EndRun(True, "")]
