@@ -11,7 +11,6 @@ namespace fedcore {
 namespace {
 
 constexpr std::uint64_t kMaxWindow = 4096;
-constexpr std::uint64_t kSumChunks = 4;  // the sums of a chunk take at most so many chunks' memory
 
 std::uint64_t next_id() {
   static std::atomic<std::uint64_t> counter{0};

@@ -136,6 +136,9 @@ class Collector {
   // Chunks read from the spill file in one call, so that a long tail of them does not keep the
   // lock; tick() goes on with it.
   static constexpr int kMaxSpillReads = 16;
+  // The fp64 sums of a chunk take at most so many chunks' memory, and so do chunks that are read
+  // back from the spill file together.
+  static constexpr std::uint64_t kSumChunks = 4;
 
   // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, an output or base that is
   // too small, differences without a base, or a record of another collection. Reads what is
@@ -229,6 +232,7 @@ class Collector {
   const char* decode(const wire::Header& header, const Frame& frame, Frame& chunk);
   void ask_again(Pull& pull);
   bool gather();
+  bool fold_all(std::uint64_t index);
   const std::uint8_t* spilled_chunk(std::size_t source, std::uint64_t size);
   bool fold_next();
   void reject_value(const BadValue& bad);
@@ -258,6 +262,7 @@ class Collector {
   std::vector<std::size_t> counted_;  // the sources that count, in order
   std::optional<Reducer> reducer_;    // of those
   std::vector<const std::uint8_t*> inputs_;
+  bool one_by_one_ = false;  // the next chunk is to be folded
   std::vector<std::uint32_t> checksums_;
   std::vector<std::uint8_t> reduced_chunk_;  // hot in the cache when it is written out
   std::uint64_t next_ = 0;                   // next position to reduce

@@ -1,4 +1,5 @@
 // The collector's reduction: what is there of the next chunk becomes a chunk of the output.
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -13,7 +14,7 @@ constexpr std::uint64_t kReleaseStep = 8u << 20;
 
 }  // namespace
 
-// Points at the next chunk of every source; false while one is missing.
+// Points at the next chunk of every source that has it in memory; false while one is missing.
 bool Collector::gather() {
   bool from_spill = false;
   for (const std::size_t k : counted_) {
@@ -26,6 +27,10 @@ bool Collector::gather() {
   if (from_spill && spill_reads_++ >= kMaxSpillReads) {
     work_left_ = true;
     return false;
+  }
+  one_by_one_ = from_spill && counted_.size() > kSumChunks;
+  if (one_by_one_) {
+    return true;
   }
   const std::uint64_t size = layout_->chunk_range(chunk_of(next_)).nbytes;
   for (std::size_t j = 0; j < counted_.size(); ++j) {
@@ -58,7 +63,10 @@ const std::uint8_t* Collector::spilled_chunk(std::size_t source, std::uint64_t s
 void Collector::reduce_ready() {
   work_left_ = false;
   while (state_ == State::kActive && next_ < end_) {
-    if (group_ > 0 ? !fold_next() : !gather() || !reduce_one(chunk_of(next_))) {
+    const bool done = group_ > 0 ? fold_next()
+                                 : gather() && (one_by_one_ ? fold_all(chunk_of(next_))
+                                                            : reduce_one(chunk_of(next_)));
+    if (!done) {
       return;
     }
     advance();
@@ -111,6 +119,34 @@ bool Collector::write(std::uint64_t index, const std::uint8_t* result) {
     options_.progress->put(index, checksums_[index]);
   }
   return true;
+}
+
+// The same bits with one spilled chunk resident at a time, for more sources than sums take memory.
+bool Collector::fold_all(std::uint64_t index) {
+  const Range range = layout_->chunk_range(index);
+  const std::uint8_t* base =
+      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+  for (std::size_t j = 0; j < counted_.size(); ++j) {
+    const Pull& pull = *pulls_[counted_[j]];
+    const auto held = pull.held.find(next_);
+    const bool here = held != pull.held.end();
+    const std::uint8_t* chunk =
+        here ? held->second.data() : spilled_chunk(counted_[j], range.nbytes);
+    if (chunk == nullptr) {
+      return false;
+    }
+    const auto bad = reducer_->fold(*layout_, range, j, chunk, base, reduced_chunk_.data());
+    if (!here) {
+      options_.spill->drop_pages(pull.spilled[index] - 1);
+    }
+    if (bad) {
+      reject_value(*bad);
+      return false;
+    }
+  }
+  reducer_->finish(*layout_, range, reduced_chunk_.data());
+  checksums_[index] = crc32c(reduced_chunk_.data(), range.nbytes);
+  return write(index, reduced_chunk_.data());
 }
 
 // Adds what is there of the next chunk to its sums, in the order of the sources; true once it is
@@ -180,7 +216,8 @@ void Collector::advance() {
 void Collector::release_behind() {
   const std::uint64_t step = layout_->chunk_bytes();
   const bool last_of_turn = chunk_of(next_) == 0;
-  if ((next_ - released_) * step < kReleaseStep && !last_of_turn && next_ != end_) {
+  if ((next_ - released_) * step < std::min(kReleaseStep, options_.budget_bytes / 16) &&
+      !last_of_turn && next_ != end_) {
     return;
   }
   const std::uint64_t begin = chunk_of(released_) * step;

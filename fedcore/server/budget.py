@@ -17,6 +17,9 @@ logger = logging.getLogger("fedcore.server")
 
 SITE_BYTES: Final = 96 << 10
 """What a connection takes: its buffers in libzmq, the reply under way, what is known of the site."""
+_SUM_CHUNKS: Final = (
+    4  # what the sums of a chunk in fp64 take, or the chunks that are read back together
+)
 _FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
 _FILES_BESIDE: Final = 64  # descriptors that are no connection
 _M_TRIM_THRESHOLD: Final = -1
@@ -41,8 +44,10 @@ class Budget:
     control_per_peer: int
 
     @classmethod
-    def of(cls, memory: int, sites: int, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Budget:
-        """Divide ``memory`` for so many sites.
+    def of(
+        cls, memory: int, sites: int, *, spill: bool, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    ) -> Budget:
+        """Divide ``memory`` for so many sites, of which some may have chunks in a spill file.
 
         Raises:
             ConfigError: it is too little for them.
@@ -58,6 +63,9 @@ class Budget:
                 f"server.memory = {memory >> 20}MiB is too little for {sites} sites; it must be at least "
                 f"{-(-needed >> 20)}MiB"
             )
+        read_back = _SUM_CHUNKS * chunk_bytes
+        if spill and chunks >= sites * chunk_bytes + read_back:
+            chunks -= read_back
         return cls(chunks, outgoing, control, control // 2)
 
 

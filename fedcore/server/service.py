@@ -52,6 +52,7 @@ __all__ = ["RunResult", "Server"]
 
 _CHECK_SECONDS: Final = 0.5
 _REVOKED: Final = "this site's key was revoked; ask the server's operator"
+_LOOK_SECONDS: Final = 0.25
 _GOODBYE_SECONDS: Final = 3.0
 # Of a site that still answers; on a slow link a chunk may take seconds.
 _DATA_SILENCE_MS: Final = 10_000
@@ -83,7 +84,9 @@ class Server:
                 "set it to false"
             )
         self._access = Access(config)
-        self._budget = Budget.of(config.server.memory, config.participants.expected)
+        self._budget = Budget.of(
+            config.server.memory, config.participants.expected, spill=config.server.spill
+        )
         steady_heap()
         raise_file_limit(config.participants.expected)
         self._store = Store(
@@ -111,6 +114,7 @@ class Server:
         self._said_no_room = False
         self._result: RunResult | None = None
         self._stopping = False
+        self._next_look = 0.0
         self._round_started = time.monotonic()
         people = config.participants
         roster = Roster(people.sites, people.count)
@@ -213,6 +217,11 @@ class Server:
                     logger.warning("%s is taken out of the run: its key was revoked", known.site)
 
     def _check_alive(self) -> None:
+        """Look at all sites, not with each message but a few times a second: there may be a thousand of them."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
         limit = self.config.participants.idle_timeout * 1000
         for peer, known in self._peers:
             heard = self._link.exchange.last_heard(peer)

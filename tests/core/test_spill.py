@@ -16,7 +16,7 @@ from fedcore.layout import ModelFile, create_model
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [30_001]), ("d", "F64", [700]), ("h", "BF16", [777])], CHUNK)
-WEIGHTS = {"a": 3, "b": 5, "c": 16777215, "d": 2}
+WEIGHTS = {"a": 3, "b": 5, "c": 16777215, "d": 2, "e": 9, "f": 77, "g": 1, "h": 4}
 CHUNKS = LAYOUT.chunk_count
 
 
@@ -129,6 +129,17 @@ def test_a_site_that_is_ahead_is_pulled_to_its_end_while_another_sends_nothing(
     again.run("bc")
     again.run("abc")
     assert (again.result(), spill.file_bytes) == (federation.result(), size)
+
+
+def test_chunks_of_many_sites_are_read_back_one_by_one_with_the_same_bits(tmp_path: Path) -> None:
+    names = "abcdefgh"
+    spill = spill_file(tmp_path)
+    federation = Federation(names, 2 * len(names) * CHUNK, spill)
+    federation.run(names.replace("d", ""))
+    assert spill.used >= (len(names) - 1) * (CHUNKS - 2)
+    federation.run(names)
+    assert federation.result() == alone(names)
+    assert {times for (name, _), times in federation.asked.items() if name != "d"} == {1}
 
 
 def test_without_a_spill_file_a_site_that_is_ahead_is_held_back(tmp_path: Path) -> None:
