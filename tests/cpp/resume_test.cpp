@@ -19,7 +19,7 @@ using namespace fedcore;
 
 namespace {
 
-constexpr std::uint64_t kChunk = 512;
+constexpr std::uint64_t kChunk = 4096;
 constexpr std::uint64_t kChunks = 37;
 constexpr std::uint64_t kElements = kChunk / 4 * kChunks - 5;
 constexpr std::uint64_t kWindow = 3;
@@ -43,6 +43,7 @@ struct Server {
   std::unique_ptr<Collector> collector;
   std::int64_t now = 0;
   std::uint64_t delivered = 0;
+  std::vector<GetRequest> waiting;
 
   Server() {
     const std::string path = folder + "/out";
@@ -81,23 +82,25 @@ struct Server {
     return collector->on_chunk(source, header, frame, now);
   }
 
-  // Answers requests of the sources below `awake`, up to so many chunks; returns how many.
+  // Answers requests of the sources below `awake`, a chunk of each in turn, up to so many chunks;
+  // returns how many.
   std::uint64_t run(std::size_t awake, std::uint64_t chunks) {
     const std::uint64_t before = delivered;
-    std::vector<GetRequest> waiting;
     for (int idle = 0; idle < 4 && !collector->done(); ++idle) {
       collector->tick(++now);
       while (const auto request = collector->next_request(now)) {
         waiting.push_back(*request);
       }
       for (GetRequest& request : waiting) {
-        for (; request.source < awake && request.count > 0; --request.count, ++request.first) {
-          if (delivered - before == chunks) {
-            return chunks;
-          }
-          idle = 0;
-          CHECK(deliver(request.source, request.first));
+        if (request.source >= awake || request.count == 0) {
+          continue;
         }
+        if (delivered - before == chunks) {
+          return chunks;
+        }
+        idle = -1;
+        --request.count;
+        CHECK(deliver(request.source, request.first++));
       }
     }
     return delivered - before;

@@ -39,6 +39,7 @@ class Fault(enum.Enum):
     BUSY = "busy"
     RECONNECTED = "reconnected"
     RESTARTED = "restarted"
+    SERVER_KILLED = "server-killed"
     DENORMAL = "denormal"
     HUGE = "huge"
     NEGATIVE_ZERO = "negative-zero"
@@ -179,6 +180,11 @@ def _restarted(world: World, site: Site, frame: Frame) -> list[Frame]:
     return []
 
 
+def _server_killed(world: World, site: Site, frame: Frame) -> list[Frame]:
+    world.kill_server()
+    return [frame]
+
+
 def _killed(world: World, site: Site, frame: Frame) -> list[Frame]:
     site.gone = True
     if site.name not in world.rejections:
@@ -215,6 +221,7 @@ _ONCE: dict[Fault, Interference] = {
     Fault.BUSY: _busy,
     Fault.RECONNECTED: _reconnected,
     Fault.RESTARTED: _restarted,
+    Fault.SERVER_KILLED: _server_killed,
     Fault.KILLED: _killed,
     Fault.HALF_OPEN: _half_open,
 }

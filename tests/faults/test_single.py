@@ -68,6 +68,30 @@ def test_a_site_that_comes_back_at_any_chunk_counts_once(fault: Fault, chunk: in
     assert back.result == exact("a", "b", "c")
 
 
+@pytest.mark.parametrize("budget", [1, 6 * CHUNK, 30 * CHUNK])
+@pytest.mark.parametrize("chunk", EVERY_CHUNK)
+def test_a_server_killed_at_any_chunk_goes_on_with_what_was_reduced(
+    chunk: int, budget: int
+) -> None:
+    killed = world(chunk, budget)
+    before = []
+    inject(Fault.SERVER_KILLED, LAYOUT, killed.sites[1], random.Random(0), chunk=chunk)
+    kill = killed.kill_server
+
+    def note() -> None:
+        assert killed.collector is not None
+        before.append(killed.collector.progress()[0])
+        kill()
+        before.append(killed.collector.progress()[0])
+
+    killed.kill_server = note  # type: ignore[method-assign]
+    killed.run()
+    assert killed.kills == 1
+    assert before[0] == before[1]
+    assert (killed.rejections, killed.stalls, killed.now) == ({}, 0, 0)
+    assert killed.result == exact("a", "b", "c")
+
+
 @pytest.mark.parametrize(
     "fault",
     [

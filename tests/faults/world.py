@@ -1,18 +1,21 @@
 """A server and its sites without sockets: frames wait in a list and arrive in seeded order; the clock is a number.
 
 The server side does what `fedcore.server.service` does with the core's events: a site that was rejected, or sent
-nothing of what was asked for in `LOST_MS`, is left out, and the rest is collected again from the start.
+nothing of what was asked for in `LOST_MS`, is left out, and the rest is collected again from the start. A server
+that is killed is followed by one that goes on with its files.
 """
 
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from fedcore._core import Collector, Exchange, Layout, crc32c
+from fedcore._core import Collector, Exchange, Layout, Progress, crc32c
 from fedcore.errors import WeightError
-from fedcore.layout import create_model
+from fedcore.layout import ModelFile, create_model, reopen_model
 from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
 
 from .reference import CHUNK
@@ -144,6 +147,8 @@ class World:
         self.result: bytes | None = None
         self.collector: Collector | None = None
         self.collecting: list[Site] = []
+        self.kills = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="fedcore-faults-")
         self._accepted: set[tuple[bytes, int]] = set()
         self._to_server: list[Frame] = []
         self._to_sites: list[tuple[bytes, bytes]] = []
@@ -165,9 +170,33 @@ class World:
         self.collecting = [s for s in self.sites if s.name not in self.rejections]
         if not self.collecting:
             return
-        self.out = create_model(None, self.layout)
+        self._pull(fresh=True)
+
+    def kill_server(self) -> None:
+        """Another server goes on with the collection; what is on its way reaches that one."""
+        self.kills += 1
+        self.server = Exchange()
+        self.malformed = 0
+        self._accepted.clear()
+        if self.collector is not None:
+            self._pull(fresh=False)
+
+    def _files(self, *, fresh: bool) -> tuple[ModelFile, Progress]:
+        out, record = Path(self._folder.name) / "out", Path(self._folder.name) / "record"
+        if not fresh:
+            file, progress = reopen_model(out, self.layout), Progress.open(str(record))
+            assert file is not None
+            assert progress is not None
+            return file, progress
+        out.unlink(missing_ok=True)
+        sources = [(s.name, s.set_id, s.weight) for s in self.collecting]
+        file = create_model(out, self.layout)
+        return file, Progress.create(str(record), bytes(64), sources, self.layout.chunk_count)
+
+    def _pull(self, *, fresh: bool) -> None:
         base = None if self._base is None else (self._base.file, self._base.data_offset)
         try:
+            self.out, progress = self._files(fresh=fresh)
             self.collector = Collector(
                 self.layout,
                 [(s.peer, s.set_id, s.weight) for s in self.collecting],
@@ -175,6 +204,7 @@ class World:
                 self.out.data_offset,
                 base,
                 self.budget,
+                progress=progress,
             )
         except WeightError as error:
             refused = next(s for s in self.collecting if f"weight {s.weight}:" in str(error))

@@ -17,7 +17,6 @@ from fedcore.layout import ModelFile, create_model, layout_hash, table
 from fedcore.protocol import Kind
 from fedcore.transport import HEARTBEAT_MS, control_frames, now_ms
 
-FORWARD = 2
 ANY = -1
 
 
@@ -132,7 +131,8 @@ class GatedSite(threading.Thread):
             with self.changed:
                 self.asked_at = time.monotonic()
                 self.changed.notify_all()
-        if self._exchange.deliver(now_ms(), b"", head, body) != FORWARD:
+        if head[5] != Kind.CONTROL:
+            self._exchange.deliver(now_ms(), b"", head, body)
             return
         assert body is not None
         try:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedcore._core import Exchange, Layout, Progress, Spill
-from fedcore.layout import create_model
+from fedcore._core import Codec, Exchange, Layout, Progress, Spill
+from fedcore.encoding import UpdateEncoder
+from fedcore.layout import ModelFile, create_model
 from fedcore.server.aggregation import Aggregation
 from fedcore.server.rounds import Participant
 from fedcore.server.scratch import Scratch
@@ -30,20 +31,30 @@ def participants(names: str, weights: dict[str, int] | None = None) -> tuple[Par
     return tuple(Participant(name, name.encode().hex() * 16, weights[name]) for name in names)
 
 
-class Sites:
-    """The sites, which outlive the servers, and how often each chunk was sent."""
+def values(name: str) -> ModelFile:
+    file = create_model(None, LAYOUT)
+    dice = np.random.default_rng(list(name.encode()))
+    file.view("w")[:] = dice.standard_normal(30_001).astype(np.float32).tobytes()
+    return file
 
-    def __init__(self, names: str) -> None:
+
+class Sites:
+    """The sites, which outlive the servers, and how often each chunk was sent; encoded with ``scheme``."""
+
+    def __init__(self, names: str, scheme: str = "raw") -> None:
         self.sent: Counter[tuple[str, int]] = Counter()
         self.exchanges: dict[str, Exchange] = {}
+        self.scheme = scheme
+        self.base = values("base")
         for name in names:
-            dice = np.random.default_rng(list(name.encode()))
-            file = create_model(None, LAYOUT)
-            file.view("w")[:] = dice.standard_normal(30_001).astype(np.float32).tobytes()
-            self.exchanges[name] = Exchange()
-            self.exchanges[name].publish(
-                name.encode() * 16, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK
-            )
+            self.exchanges[name] = site = Exchange()
+            file, set_id = values(name), name.encode() * 16
+            if scheme == "raw":
+                site.publish(set_id, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
+                continue
+            at = file.file, file.data_offset, self.base.file, self.base.data_offset
+            sent = UpdateEncoder(LAYOUT, scheme).encode(1, *at)
+            site.publish_encoded(set_id, sent.file, sent.offsets, sent.encodings, sent.checksums)
 
     def sent_again(self, name: str) -> int:
         return sum(times - 1 for (site, _), times in self.sent.items() if site == name)
@@ -75,11 +86,12 @@ class Server:
             participants(names, weights),
             {name: name.encode() for name in names},
             Scratch(folder / "model", folder / "record", of, {}),
-            base=None,
-            memory=-(-4 * window * len(names) * CHUNK // 3),
+            base=None if sites.scheme == "raw" else sites.base,
+            codec=None if sites.scheme == "raw" else Codec(LAYOUT, sites.scheme),
+            memory=window * len(names) * CHUNK,
             spill=self.spill,
         )
-        assert self.running.collector.window == min(window, CHUNKS)
+        assert self.running.collector.window <= min(window, CHUNKS)
         self.now = 0
         self.waiting: dict[str, list[tuple[bytes, bytes]]] = {name: [] for name in names}
 
@@ -128,9 +140,9 @@ class Server:
         return (self.folder / "model").read_bytes()
 
 
-def undisturbed(folder: Path, names: str) -> bytes:
+def undisturbed(folder: Path, names: str, scheme: str = "raw") -> bytes:
     """Return the file of a collection in which nothing happens."""
-    server = Server(folder / f"undisturbed-{names}", Sites(names), names)
+    server = Server(folder / f"undisturbed-{names}", Sites(names, scheme), names)
     server.run(random.Random(0))
     return server.result()
 
@@ -157,8 +169,9 @@ def test_a_server_killed_at_any_chunk_goes_on_and_each_site_sends_at_most_a_wind
     assert max(sites.sent_again(name) for name in "abc") <= kills * window
 
 
-def test_what_a_site_was_ahead_with_is_not_sent_again(tmp_path: Path) -> None:
-    sites, dice = Sites("abc"), random.Random(1)
+@pytest.mark.parametrize("scheme", ["raw", "nf4", "top-k"])
+def test_what_a_site_was_ahead_with_is_not_sent_again(tmp_path: Path, scheme: str) -> None:
+    sites, dice = Sites("abc", scheme), random.Random(1)
     first = Server(tmp_path / "run", sites, "abc")
     first.run(
         dice, "ac"
@@ -166,7 +179,7 @@ def test_what_a_site_was_ahead_with_is_not_sent_again(tmp_path: Path) -> None:
     again = Server(first.killed(), sites, "abc")
     assert min(again.running.collector.progress()[2][0::2]) >= CHUNKS - 4
     again.run(dice)
-    assert again.result() == undisturbed(tmp_path, "abc")
+    assert again.result() == undisturbed(tmp_path, "abc", scheme)
     assert {name: sites.sent_again(name) <= 4 for name in "abc"} == dict.fromkeys("abc", True)
     assert again.spill is not None
     assert again.spill.used == 0
