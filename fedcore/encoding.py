@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedcore._core import Codec, Layout, MappedFile, crc32c
 from fedcore.errors import ConfigError
 from fedcore.layout import ModelFile
 
-__all__ = ["EncodedUpdate", "UpdateEncoder", "can_pack"]
+__all__ = ["EncodedUpdate", "ResidualState", "UpdateEncoder", "can_pack"]
 
 
 @functools.cache
@@ -58,10 +58,28 @@ class EncodedUpdate:
         return cls(file.file, offsets, bytes(len(offsets) - 1), file.checksums())
 
 
+@dataclass(frozen=True)
+class ResidualState:
+    """Which of the two residual files counts: what another process needs to go on with them.
+
+    Attributes:
+        now: the file, 0 or 1, that holds what earlier rounds lost.
+        at_stake: the round whose update the other file belongs to, if that is not settled.
+        checksums: CRC-32C of each file; None of one that was never written.
+    """
+
+    now: int = 0
+    at_stake: int | None = None
+    checksums: tuple[int | None, int | None] = (None, None)
+
+
 class UpdateEncoder:
     """Encodes one site's updates, round after round, and keeps the residual; one thread at a time.
 
     Needs files of up to three times the update's size, and memory for a few chunks.
+
+    Attributes:
+        state: of the residual; changes with each call.
     """
 
     def __init__(
@@ -72,8 +90,11 @@ class UpdateEncoder:
         lossless: bool = False,
         top_k: float = 0.01,
         make_file: Callable[[str, int], MappedFile] | None = None,
+        resume: ResidualState | None = None,
     ) -> None:
         """Make scratch files by ``make_file(name, size)``; without it they are memory.
+
+        With ``resume`` it is to give the files ``residual-0`` and ``residual-1`` as an earlier process left them.
 
         Raises:
             ConfigError: the scheme is unknown, ``top_k`` is not in (0, 1], or ``lossless`` lacks lz4.
@@ -84,9 +105,9 @@ class UpdateEncoder:
         self._lossy = scheme != "raw"
         self._make_file = make_file
         self._encoded = self._scratch("encoded")
-        self._residual = self._scratch("residual") if self._lossy else None
-        self._next = self._scratch("residual-next") if self._lossy else None
-        self._at_stake: int | None = None
+        names = ("residual-0", "residual-1") if self._lossy else ()
+        self._residuals = [self._scratch(name) for name in names]
+        self.state = resume or ResidualState()
 
     def encode(
         self, round_: int, values: MappedFile, values_at: int, base: MappedFile, base_at: int
@@ -99,7 +120,11 @@ class UpdateEncoder:
         Raises:
             NonFiniteError: the update holds NaN or infinity; tensor and element are named.
         """
-        self._at_stake = None
+        state = self.state
+        self.state = replace(state, at_stake=None)
+        residual = self._residuals[state.now] if self._lossy else None
+        following = self._residuals[1 - state.now] if self._lossy else None
+        carried_on = 0
         layout, codec = self._layout, self._codec
         decoded = bytearray(min(layout.chunk_bytes, layout.total_bytes))
         offsets, encodings, checksums = [0], bytearray(), []
@@ -107,34 +132,43 @@ class UpdateEncoder:
             at, nbytes = layout.chunk_range(index)
             local = values.view(values_at + at, nbytes)
             under = base.view(base_at + at, nbytes)
-            carried = self._residual.view(at, nbytes) if self._residual else None
+            carried = residual.view(at, nbytes) if residual else None
             encoding, body = codec.encode(index, local, under, carried)
-            if self._next is not None:
+            if following is not None:
                 got = memoryview(decoded)[:nbytes]
                 codec.decode(index, encoding, body, got, under)
-                codec.carry(index, local, carried, got, self._next.view(at, nbytes))
+                lost = following.view(at, nbytes)
+                codec.carry(index, local, carried, got, lost)
+                carried_on = crc32c(lost, carried_on)
             self._encoded.write(offsets[-1], body)
             offsets.append(offsets[-1] + len(body))
             encodings.append(encoding)
             checksums.append(crc32c(body))
-            self._release(at, nbytes)
-            values.release(values_at + at, nbytes)
-            base.release(base_at + at, nbytes)
-        self._at_stake = round_
+            for file, start in ((values, values_at), (base, base_at)):
+                file.release(start + at, nbytes)
+            for file in self._residuals:
+                file.release(at, nbytes)
+        sums = (carried_on, state.checksums[1]) if state.now else (state.checksums[0], carried_on)
+        self.state = ResidualState(state.now, round_, sums)
         return EncodedUpdate(self._encoded, offsets, bytes(encodings), checksums)
 
     def settle(self, round_: int, *, included: bool) -> None:
         """Say whether the update of a round counts; of any round but the last one it changes nothing."""
-        if round_ != self._at_stake:
-            return
-        self._at_stake = None
-        if included:
-            self._residual, self._next = self._next, self._residual
+        if round_ == self.state.at_stake:
+            now = 1 - self.state.now if included else self.state.now
+            self.state = replace(self.state, now=now, at_stake=None)
 
-    def _release(self, at: int, nbytes: int) -> None:
-        for file in (self._residual, self._next):
-            if file is not None:
-                file.release(at, nbytes)
+    def is_whole(self) -> bool:
+        """Return whether the residual that counts is the one that ``state`` tells of; reads all of it."""
+        expected = self.state.checksums[self.state.now]
+        if expected is None:
+            return False
+        file, found = self._residuals[self.state.now], 0
+        for index in range(self._layout.chunk_count):
+            at, nbytes = self._layout.chunk_range(index)
+            found = crc32c(file.view(at, nbytes), found)
+            file.release(at, nbytes)
+        return found == expected
 
     def _scratch(self, name: str) -> MappedFile:
         nbytes = self._layout.total_bytes

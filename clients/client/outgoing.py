@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from fedcore import protocol
 from fedcore._core import Layout, MappedFile
-from fedcore.encoding import EncodedUpdate, UpdateEncoder, can_pack
+from fedcore.encoding import EncodedUpdate, ResidualState, UpdateEncoder, can_pack
 from fedcore.errors import NonFiniteError
 from fedcore.layout import ModelFile
+
+from .work import WorkFolder
 
 __all__ = ["Outgoing"]
 
@@ -19,56 +20,87 @@ logger = logging.getLogger("fedcore.client")
 class Outgoing:
     """Encodes one site's updates and keeps what the encoding lost of them for the next one.
 
-    The residual lives as long as the process: a site that is started again begins without one.
-
     Args:
         layout: of every update.
-        make_file: gives a scratch file of a name and a size; up to three of the update's size are made.
+        transfer: what the run agreed on.
+        work: holds the encoded chunks and the residual, up to three times the update's size, also for a process
+            that is started again.
     """
 
-    def __init__(self, layout: Layout, make_file: Callable[[str, int], MappedFile]) -> None:
+    def __init__(self, layout: Layout, transfer: protocol.Transfer, work: WorkFolder) -> None:
         self._layout = layout
-        self._make_file = make_file
+        self._transfer = transfer
+        self._work = work
         self._encoder: UpdateEncoder | None = None
-        self._warned = False
-
-    def settle(self, included: int | None) -> None:
-        """Say which committed version last held this site's update; its residual counts from now on."""
-        if self._encoder is not None and included is not None:
-            self._encoder.settle(included, included=True)
-
-    def encode(
-        self, transfer: protocol.Transfer, round_: int, file: ModelFile, base: ModelFile | None
-    ) -> EncodedUpdate:
-        """Return the update in ``file`` as it is to be published; what was returned before may be overwritten.
-
-        The initial model has no ``base``: it is compressed at most. An update with NaN or infinity stays raw, so
-        that the server names tensor and element.
-        """
-        lossless = transfer.lossless and can_pack()
-        if transfer.lossless and not lossless and not self._warned:
-            self._warned = True
+        self._lossless = transfer.lossless and can_pack()
+        if transfer.lossless and not self._lossless:
             logger.warning(
                 "chunks leave this site uncompressed: the package lz4 is missing (it comes with "
                 "fedcore-fl[lossless])"
             )
-        scheme = "raw" if base is None else transfer.update
-        if scheme == "raw" and not lossless:
+
+    def initial(self, file: ModelFile) -> EncodedUpdate:
+        """Return the initial model as it is to be published: there is no base, so it is compressed at most."""
+        if not self._lossless:
             return EncodedUpdate.raw(file)
-        if base is None:
-            encoder = self._make(scheme, transfer.top_k, lossless)
-        else:
-            encoder = self._encoder = self._encoder or self._make(scheme, transfer.top_k, lossless)
-        under = base or file
+        encoder = self._make("raw", None)
+        return encoder.encode(0, file.file, file.data_offset, file.file, file.data_offset)
+
+    def encode(
+        self, round_: int, file: ModelFile, base: ModelFile, included: int | None
+    ) -> EncodedUpdate:
+        """Return the update in ``file`` as it is to be published; what was returned before is overwritten.
+
+        An update with NaN or infinity stays raw, so that the server names tensor and element.
+
+        Args:
+            round_, file, base: the round, the tensors after training, and the global model before it.
+            included: the last committed version that holds this site's update: its residual counts from now on.
+        """
+        scheme = self._transfer.update
+        if scheme == "raw" and not self._lossless:
+            return EncodedUpdate.raw(file)
+        if self._encoder is None:
+            self._encoder = self._resume(scheme, included)
+        encoder = self._encoder
+        if included is not None:
+            encoder.settle(included, included=True)
+        if scheme != "raw":  # before the file that does not count is written over
+            self._work.record_residual(self._layout, encoder.state)
         try:
-            return encoder.encode(
-                round_, file.file, file.data_offset, under.file, under.data_offset
+            update = encoder.encode(
+                round_, file.file, file.data_offset, base.file, base.data_offset
             )
         except NonFiniteError as error:
             logger.warning("this update leaves as it is: %s", error)
             return EncodedUpdate.raw(file)
+        if scheme != "raw":
+            self._work.record_residual(self._layout, encoder.state)
+        return update
 
-    def _make(self, scheme: str, top_k: float, lossless: bool) -> UpdateEncoder:
+    def _resume(self, scheme: str, included: int | None) -> UpdateEncoder:
+        """Return an encoder that goes on with the residual of an earlier process, if there is a whole one."""
+        state = None if scheme == "raw" else self._work.residual(self._layout)
+        if state is not None:
+            encoder = self._make(scheme, state)
+            if included is not None:
+                encoder.settle(included, included=True)
+            if encoder.is_whole():
+                return encoder
+            if encoder.state.checksums[encoder.state.now] is not None:
+                logger.warning("what earlier updates lost to their encoding is not here any more")
+        return self._make(scheme, None)
+
+    def _make(self, scheme: str, state: ResidualState | None) -> UpdateEncoder:
+        def file(name: str, nbytes: int) -> MappedFile:
+            again = state is not None and name.startswith("residual")
+            return self._work.flat(name, nbytes, again=again)
+
         return UpdateEncoder(
-            self._layout, scheme, lossless=lossless, top_k=top_k, make_file=self._make_file
+            self._layout,
+            scheme,
+            lossless=self._lossless,
+            top_k=self._transfer.top_k,
+            make_file=file,
+            resume=state,
         )

@@ -469,10 +469,11 @@ class Session:
         assert self._connection.welcome is not None
         work = self._work_folder()
         if self._outgoing is None:
-            self._outgoing = Outgoing(layout, work.flat)
-        self._outgoing.settle(self._connection.included)
-        base = work.scratch(layout) if round_ else None
-        return self._outgoing.encode(self._connection.welcome.transfer, round_, file, base)
+            self._outgoing = Outgoing(layout, self._connection.welcome.transfer, work)
+        if not round_:
+            return self._outgoing.initial(file)
+        base = work.scratch(layout)
+        return self._outgoing.encode(round_, file, base, self._connection.included)
 
     def _work_folder(self) -> WorkFolder:
         if self._work is None:

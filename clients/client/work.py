@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from fedcore import protocol
 from fedcore._core import Layout, MappedFile, crc32c
-from fedcore.encoding import EncodedUpdate
+from fedcore.encoding import EncodedUpdate, ResidualState
 from fedcore.errors import StorageError
 from fedcore.layout import ModelFile, create_model, layout_hash, open_model
 
@@ -61,6 +61,20 @@ class Record(BaseModel):
     lengths: list[Annotated[int, Field(ge=1, le=protocol.MAX_CHUNK_BYTES)]] | None = None
     encodings: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2})*$")] = ""
     score: protocol.Score | None = None
+
+
+class ResidualRecord(BaseModel):
+    """Which of the residual files beside it counts; `ResidualState` tells of the fields."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    format: Literal[1] = 1
+    layout_hash: protocol.LayoutHash
+    now: Annotated[int, Field(ge=0, le=1)]
+    at_stake: protocol.Round | None
+    checksums: Annotated[
+        list[Annotated[int, Field(ge=0, lt=1 << 32)] | None], Field(min_length=2, max_length=2)
+    ]
 
 
 class Kept:
@@ -118,6 +132,10 @@ class WorkFolder:
     def _record_path(self) -> Path:
         return self.folder / "update.json"
 
+    @property
+    def _residual_path(self) -> Path:
+        return self.folder / "residual.json"
+
     def scratch(self, layout: Layout) -> ModelFile:
         """Return the file for the global model, the same in every round. It goes with the process."""
         return self._file("global", layout, keep=False)
@@ -127,14 +145,52 @@ class WorkFolder:
         self.forget()
         return self._file("update", layout, keep=self.keeps)
 
-    def flat(self, name: str, nbytes: int) -> MappedFile:
-        """Return a new file of zeros; that of the encoded chunks stays for a process that is started again."""
+    def flat(self, name: str, nbytes: int, *, again: bool = False) -> MappedFile:
+        """Return a new file of zeros, or with ``again`` the one that an earlier process left.
+
+        Encoded chunks and residuals stay for a process that is started again.
+        """
         path = self.folder / name
+        if again and path.is_file() and path.stat().st_size == nbytes:
+            return MappedFile.open(str(path), writable=True)
         path.unlink(missing_ok=True)
         file = MappedFile.create(str(path), nbytes)
-        if not (self.keeps and name == _ENCODED):
+        if not self.keeps:
             path.unlink()
         return file
+
+    def record_residual(self, layout: Layout, state: ResidualState) -> None:
+        """Note which residual counts."""
+        if not self.keeps:
+            return
+        record = ResidualRecord(
+            layout_hash=layout_hash(layout),
+            now=state.now,
+            at_stake=state.at_stake,
+            checksums=list(state.checksums),
+        )
+        path = self._residual_path
+        partial = path.with_suffix(".partial")
+        try:
+            partial.write_text(record.model_dump_json(), encoding="utf-8")
+            partial.rename(path)
+        except OSError as error:
+            logger.warning("%s: what its encoding lost is not kept: %s", self._site, error)
+
+    def residual(self, layout: Layout) -> ResidualState | None:
+        """Return what an earlier process noted of its residual; what it noted of other tensors is not used."""
+        path = self._residual_path
+        if not self.keeps or not path.exists():
+            return None
+        try:
+            record = ResidualRecord.model_validate_json(path.read_bytes())
+        except (OSError, ValueError):
+            logger.warning("%s: a kept residual is not used: its record is damaged", self._site)
+            return None
+        if record.layout_hash != layout_hash(layout):
+            return None
+        first, second = record.checksums
+        return ResidualState(record.now, record.at_stake, (first, second))
 
     def _file(self, name: str, layout: Layout, *, keep: bool) -> ModelFile:
         """Overwriting a file is far cheaper than a new one."""
@@ -231,12 +287,12 @@ class WorkFolder:
         return EncodedUpdate(file, offsets, bytes.fromhex(encodings), checksums)
 
     def close(self, *, keep: bool) -> None:
-        """Remove what is here; with ``keep`` not an update that is recorded."""
+        """Remove what is here; with ``keep`` not what is recorded: an update, a residual."""
         self._files.clear()
         if not self.keeps:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        if not (keep and self._record_path.exists()):
+        if not (keep and (self._record_path.exists() or self._residual_path.exists())):
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # not empty: other sites and runs are there
                 self.folder.parent.rmdir()

@@ -15,6 +15,7 @@ import pytest
 
 from fedcore import protocol
 from fedcore._core import Layout, crc32c
+from fedcore.client.outgoing import Outgoing
 from fedcore.client.settings import SiteSettings
 from fedcore.client.work import WorkFolder
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
@@ -131,8 +132,44 @@ def test_encoded_chunks_that_are_damaged_are_not_used(
     again = WorkFolder(tmp_path, "a", RUN)
     assert again.kept(task(), CHUNK) is None
     assert said in caplog.text
-    assert files(tmp_path) == set()
+    assert files(tmp_path) == {"residual-0", "residual-1"}
     again.close(keep=False)
+
+
+def encoded_rounds(root: Path, *, killed_after: int, damage: bool = False) -> list[bytes]:
+    """Encode in three rounds, by another process after some of them; every second update is not counted."""
+    work = WorkFolder(root, "a", RUN)
+    bodies = []
+    outgoing = Outgoing(LAYOUT, protocol.Transfer(update="int8"), work)
+    for round_ in (1, 2, 3, 4, 5):
+        file, base = work.update(LAYOUT), work.scratch(LAYOUT)
+        file.fill(lambda _: np.sin(VALUES).tobytes())
+        included = {1: None, 2: 1, 3: 1, 4: 3, 5: 4}[round_]
+        update = outgoing.encode(round_, file, base, included)
+        bodies.append(bytes(update.file.view(0, update.nbytes)))
+        if round_ == killed_after:
+            killed(work)
+            if damage:
+                for path in work.folder.glob("residual-*"):
+                    path.write_bytes(b"\1" * path.stat().st_size)
+            work = WorkFolder(root, "a", RUN)
+            outgoing = Outgoing(LAYOUT, protocol.Transfer(update="int8"), work)
+    work.close(keep=False)
+    return bodies
+
+
+def test_a_process_that_is_started_again_goes_on_with_what_its_encoding_lost(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    undisturbed = encoded_rounds(tmp_path, killed_after=0)
+    assert len(set(undisturbed)) > 3
+    for round_ in (1, 2, 3, 4):
+        assert encoded_rounds(tmp_path, killed_after=round_) == undisturbed
+    assert not caplog.text
+    torn = encoded_rounds(tmp_path, killed_after=3, damage=True)
+    assert torn[:3] == undisturbed[:3]
+    assert torn[3] == undisturbed[0]  # it begins without a residual
+    assert "what earlier updates lost" in caplog.text
 
 
 def flip(folder: Path) -> None:

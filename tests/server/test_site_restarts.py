@@ -116,3 +116,48 @@ def test_a_site_killed_in_mid_upload_sends_at_most_a_window_twice(
         assert sent < UPDATE + (WINDOW + 1) * CHUNK
         finish(federation, a, again)
     assert federation.models() == undisturbed
+
+
+@contextmanager
+def encoded(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Federation]:
+    folder.mkdir()
+    patch.setenv("FEDCORE_WORK", str(folder / "work"))
+    made = Federation(folder)
+    made.write(3, sites=["a", "b"], idle_timeout="1s")
+    with (folder / "run.toml").open("a") as file:
+        file.write('[transfer]\nupdate = "int8"\n')
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def test_a_site_killed_in_a_run_with_encoded_updates_changes_no_byte_of_any_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with encoded(tmp_path / "undisturbed", monkeypatch) as made:
+        server = made.server()
+        for name in ("a", "b"):
+            made.site(name).go(3)
+        assert server.wait() == 0, (made.folder / "server.log").read_text()
+        undisturbed = made.models()
+    with encoded(tmp_path / "killed", monkeypatch) as made:
+        server = made.server()
+        a, b = made.site("a"), made.site("b")
+        for site in (a, b):
+            site.reached(1)
+            site.go()
+        for site in (a, b):
+            site.reached(2)
+        b.go()
+        made.until(lambda states: states["b"].state == "delivered")
+        kill(b)
+        b = made.site("b")
+        made.until(lambda states: states["b"].state == "delivered")
+        a.go()
+        for site in (a, b):
+            site.reached(3)
+            site.go()
+        assert server.wait() == 0, (made.folder / "server.log").read_text()
+        assert "trained before this process was started" in b.log.read_text()
+        assert made.models() == undisturbed
