@@ -22,6 +22,7 @@ from typing import Any, Literal
 from fedcore.errors import ClosedError, ConfigError
 
 from .choice import choose
+from .prompts import computes_prompt
 from .tokenizer import tokenizer_of
 from .torch import (
     TorchSite,
@@ -56,11 +57,16 @@ def patch(
 
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
-        ConfigError: this is no ``transformers.Trainer``, or the name of the schedule is unknown.
+        ConfigError: this is no ``transformers.Trainer``, the name of the schedule is unknown, or the best
+            model is to be loaded at the end of a round where it can't be.
     """
     check_trainer(trainer, __name__)
     if lr_schedule not in ("all_rounds", "per_round"):
         raise ConfigError(f"lr_schedule={lr_schedule!r}: expected 'all_rounds' or 'per_round'")
+    if trainer.args.load_best_model_at_end and computes_prompt(trainer.model):
+        raise ConfigError(
+            "load_best_model_at_end=True can't put back a prompt that a network computes; set it to False"
+        )
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)

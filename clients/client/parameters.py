@@ -28,6 +28,7 @@ from fedcore.errors import LayoutError
 from fedcore.layout import TensorSpec, compare_layouts
 
 from .choice import travelling
+from .prompts import is_computed, load_prompt
 from .sharding import address, is_sharded, put, shape_of, whole
 
 __all__ = ["ModelParameters", "dtype_name", "from_view", "raw_bytes", "to_dtype"]
@@ -146,7 +147,11 @@ class ModelParameters:
                 from peft import set_peft_model_state_dict
 
                 state = {s[0]: from_view(tensors[s[0]], s).clone() for s in self.specs}
-                set_peft_model_state_dict(self._root, state, _adapter(self._root))
+                adapter = _adapter(self._root)
+                if is_computed(self._root, adapter):
+                    load_prompt(self._root, adapter, state["prompt_embeddings"])
+                else:
+                    set_peft_model_state_dict(self._root, state, adapter)
                 return
             for spec in self.specs:
                 put(self._tensors[spec[0]], from_view(tensors[spec[0]], spec))

@@ -97,6 +97,45 @@ def test_what_the_adapters_config_declares_travels(config: Any) -> None:
     parameters.load(parameters.specs, {name: memoryview(raw) for name, raw in values.items()})
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+        PromptEncoderConfig(
+            num_virtual_tokens=2,
+            encoder_hidden_size=8,
+            encoder_reparameterization_type="LSTM",
+            task_type="CAUSAL_LM",
+        ),
+        PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        PrefixTuningConfig(
+            num_virtual_tokens=2,
+            prefix_projection=True,
+            encoder_hidden_size=8,
+            task_type="CAUSAL_LM",
+        ),
+    ],
+    ids=["prompt", "p-tuning-mlp", "p-tuning-lstm", "prefix", "prefix-projected"],
+)
+def test_a_prompt_that_was_loaded_is_what_the_model_computes_and_trains(config: Any) -> None:
+    model = adapted(config)
+    for seed in (1, 2):
+        parameters = ModelParameters(model)
+        (spec,) = parameters.specs
+        random = torch.Generator().manual_seed(seed)
+        given = torch.randn(list(spec[2]), generator=random)
+        parameters.load(parameters.specs, {spec[0]: memoryview(given.numpy().tobytes())})
+        found = torch.frombuffer(bytearray(parameters.read(spec[0])), dtype=torch.float32)
+        torch.testing.assert_close(found.reshape(given.shape), given)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    tokens = torch.tensor([[1, 2, 3]])
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    trained = torch.frombuffer(bytearray(ModelParameters(model).read(spec[0])), dtype=torch.float32)
+    assert not torch.equal(trained, found), "and it goes on from there"
+
+
 def test_an_adapter_of_any_name_travels_under_the_same_names() -> None:
     named = ModelParameters(adapted(lora(modules_to_save=["ln_f"]), "clinic"))
     assert named.names == ModelParameters(adapted(lora(modules_to_save=["ln_f"]))).names
