@@ -14,9 +14,11 @@ import typer
 from fedcore.config import parse_size
 from fedcore.errors import FedcoreError
 
+from .experiments.__main__ import app as experiments
 from .report import MIB, show, size_text, write
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app.add_typer(experiments, name="experiments")
 
 Size = Annotated[str, typer.Option(help="Bytes of the model (fp32).")]
 Sites = Annotated[int, typer.Option(min=1, help="Site processes.")]

@@ -1,0 +1,224 @@
+"""``python -m benchmarks.experiments``: federated beside alone and beside all data in one place, with real models.
+
+What is trained is kept in --out: the same command goes on where it was stopped. Times are CPU time of one core.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from fedcore.errors import ConfigError, FedcoreError
+
+from ..report import console
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+
+Out = Annotated[Path, typer.Option(help="Folder for everything that comes out.")]
+Cache = Annotated[Path | None, typer.Option(help="Folder for downloads.  [default: FEDCORE_CACHE]")]
+Model = Annotated[
+    str | None, typer.Option(help="A folder, or a name at the Hub.  [default: from a package]")
+]
+Quick = Annotated[bool, typer.Option("--quick", help="A short form: to see that it runs.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of the training.")]
+
+
+@app.callback()
+def _experiments() -> None:
+    """Keep the command's name, also while there is but one."""
+
+
+_LOCAL: Final = (
+    "local_piqa",
+    "local_openbookqa",
+    "local_commonsense_qa",
+    "local_social_iqa",
+    "local_boolq",
+)
+
+
+def notice(text: str) -> None:
+    """One line, with the time of day."""
+    console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
+
+
+def cache_folder(cache: Path | None) -> Path:
+    """Where downloads go, unless told: as for the demo."""
+    return (
+        cache or Path(os.environ.get("FEDCORE_CACHE", Path.home() / ".cache" / "fedcore"))
+    ).resolve()
+
+
+def numbers(text: str, kind: type[Any], option: str) -> list[Any]:
+    """Read a list with commas between its parts."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected numbers with commas between them") from None
+
+
+@app.command()
+def peft(
+    *,
+    out: Out = Path("runs/experiments/peft"),
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="lora, p-tuning, ia3: the first on every split, the others on the natural one."
+        ),
+    ] = "lora,p-tuning,ia3",
+    alphas: Annotated[str, typer.Option(help="Dirichlet skews.")] = "10,5,1,0.3",
+    seeds: Annotated[str, typer.Option(help="Seeds of split, start and batches.")] = "0,1,2",
+    model: Model = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="A .jsonl file, or a name at the Hub.  [default: four domains, from a package]"
+        ),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Which split of a data set from the Hub.")] = "train",
+    columns: Annotated[
+        str, typer.Option(help="Its columns with text, label and source.")
+    ] = "text,label,source",
+    layers: Annotated[int, typer.Option(help="Layers of the encoder that are used; 0: all.")] = 6,
+    frozen: Annotated[int, typer.Option(help="How many of them lie below the adapter.")] = 5,
+    steady: Annotated[bool, typer.Option(help="Try what steadies averaging at alpha 0.3.")] = True,
+    confirm: Annotated[
+        bool,
+        typer.Option(help="Run the first natural split again with a real server and real sites."),
+    ] = True,
+    quick: Quick = False,
+    threads: Threads = 1,
+    cache: Cache = None,
+) -> None:
+    """Sentiment at four sites with LoRA, p-tuning and IA3: each site alone, federated, all texts in one place.
+
+    The default takes about 20 s of CPU time for each of 57 cells, a method and a split from one seed; --quick
+    a few seconds in all, for one seed, two rounds and few rows.
+    """
+    import torch
+
+    from fedcore.demo.assets import MINILM, ensure
+
+    from .peft import Cell, Settings, Source, cells, run_cells
+    from .reports import peft_report
+    from .sentiment import VADER, load_hub, load_jsonl, load_vader
+
+    torch.set_num_threads(threads)
+    folder = cache_folder(cache)
+    if dataset is None:
+        texts, name = load_vader(ensure(VADER, folder)), VADER.requirement
+    elif dataset.endswith(".jsonl"):
+        texts, name = load_jsonl(Path(dataset)), Path(dataset).name
+    else:
+        texts, name = load_hub(dataset, split, columns.split(",")), dataset
+    settings = Settings(layers=layers, frozen=frozen)
+    seed_list, alpha_list = numbers(seeds, int, "--seeds"), numbers(alphas, float, "--alphas")
+    if quick:
+        settings = replace(settings, train_rows=16, test_rows=8, rounds=2, steps=1, batch_size=4)
+        seed_list, alpha_list = seed_list[:1], alpha_list[-1:]
+    source = Source(model or ensure(MINILM, folder), texts, name)
+    names = methods.split(",")
+    wanted = cells(names, alpha_list, seed_list, steady=steady)
+    notice(f"{len(wanted)} cells; --quick took seconds, the default about 20 s of CPU time each")
+    found = run_cells(out, settings, source, wanted, notice)
+    confirmed = None
+    if confirm:
+        from .confirm import confirm as compare
+
+        first = Cell(names[0], "natural", seed_list[0])
+        confirmed = compare(out, settings, source, first, threads)
+    peft_report(out, found, settings, source, confirmed)
+
+
+@app.command()
+def sft(
+    *,
+    out: Out = Path("runs/experiments/sft"),
+    model: Model = None,
+    sites: Annotated[
+        str,
+        typer.Option(
+            help="NAME=DATASET,...: a .jsonl file or a name at the Hub for each site.  "
+            "[default: FiQA, The Devil's Dictionary and FOLDOC, from packages]"
+        ),
+    ] = "",
+    split: Annotated[str, typer.Option(help="Which split of data sets from the Hub.")] = "train",
+    columns: Annotated[
+        str, typer.Option(help="Columns with prompt and response.")
+    ] = "prompt,response",
+    tasks: Annotated[str, typer.Option(help="What to score on; none: train only.")] = ",".join(
+        _LOCAL
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="Rows of each task, from its first.")] = 25,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of a round at each site.")] = 3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    quick: Quick = False,
+    threads: Threads = 1,
+    cache: Cache = None,
+) -> None:
+    """A causal model trained whole, each site with other texts, and scored zero-shot by lm-eval.
+
+    The default takes about 10 minutes of CPU time for the training (27 steps at each site and as many alone
+    and on all texts) and 40 s for the scores of each of six models, 25 rows a task. --quick: one round of one
+    step, 2 rows.
+    """
+    import torch
+
+    from fedcore.demo.assets import QUESTIONS, SMOLLM, ensure
+    from fedcore.demo.causal import SOURCES, read_exchanges
+    from fedcore.demo.conversion import convert
+
+    from .dictionaries import DEVIL, FOLDOC, read_dictionary
+    from .reports import score_arms, sft_report
+    from .sft import Settings, load_exchanges, share_out, train_arms
+
+    torch.set_num_threads(threads)
+    folder = cache_folder(cache)
+    settings = Settings(seed=seed, rounds=rounds, steps=steps)
+    if quick:
+        settings, limit = replace(settings, train_rows=8, val_rows=2, rounds=1, steps=1), 2
+    if sites:
+        pairs = dict(part.split("=", 1) for part in sites.split(",") if "=" in part)
+        if len(pairs) != len(sites.split(",")):
+            raise ConfigError(f"--sites {sites}: expected NAME=DATASET with commas between them")
+        sources = {
+            name: load_exchanges(data, split, columns.split(",")) for name, data in pairs.items()
+        }
+    else:
+        finance = SOURCES["finance"]
+        sources = {
+            "finance": list(read_exchanges(ensure(QUESTIONS, folder) / finance.file, finance.read)),
+            "satire": read_dictionary(DEVIL, folder),
+            "computing": read_dictionary(FOLDOC, folder),
+        }
+    base = model or convert(
+        ensure(SMOLLM, folder) / SMOLLM.target(SMOLLM.members[0]), folder / "smollm2-135m-instruct"
+    )
+    curves = train_arms(out / "arms", base, share_out(sources, settings), settings, notice)
+    names = [] if tasks == "none" else tasks.split(",")
+    scores = {}
+    if names:
+        scores = score_arms(
+            out, base, list(curves), tasks=names, limit=limit, cache=folder, notice=notice
+        )
+    sft_report(out, curves, scores, str(base), limit)
+
+
+def main() -> None:
+    """Run the command line; an error of fedcore's is one line."""
+    try:
+        app(prog_name="python -m benchmarks.experiments")
+    except FedcoreError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What an experiment leaves behind: JSON, a figure, and tables as text for a page."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from fedcore.errors import ConfigError
+
+from ..report import console, write
+from .figures import draw_peft, draw_sft
+from .summary import peft_rows, steady_rows
+
+if TYPE_CHECKING:
+    from .peft import Settings, Source
+
+__all__ = ["markdown", "peft_report", "score_arms", "sft_report"]
+
+#: Tasks of which no package holds rows with gold labels; their columns stay empty where no hub is reached.
+_NOT_HERE: Final = ("hellaswag", "winogrande")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of a page; all columns but the first stand to the right."""
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _spread(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    error = found["stdev"]
+    return f"{found['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _peft_tables(rows: Sequence[Mapping[str, Any]], steady: Sequence[Mapping[str, Any]]) -> str:
+    head = [
+        "method, sites",
+        "seeds",
+        "mean site alone",
+        "best site alone",
+        "federated",
+        "centralised",
+    ]
+    head += ["lead over the best", "seeds in which it beats every site"]
+    lines = []
+    for row in rows:
+        split = "natural" if row["split"] == "natural" else f"alpha {row['split']}"
+        cells = [f"{row['method']}, {split}", str(len(row["seeds"]))]
+        cells += [_spread(row[key]) for key in ("alone", "best_alone", "federated", "centralised")]
+        cells.append(f"{row['lead']:+.3f} ± {row['lead_error']:.3f}")
+        cells.append(f"{row['seeds_beaten']} of {len(row['seeds'])}")
+        lines.append(cells)
+    text = markdown(head, lines)
+    if len(steady) > 1:
+        head = ["averaging", "seeds", "last round", "lowest after round 1", "lost on the way"]
+        lines = [
+            [
+                row["steady"],
+                str(len(row["seeds"])),
+                *(_spread(row[k]) for k in ("federated", "lowest", "swing")),
+            ]
+            for row in steady
+        ]
+        text += "\n" + markdown(head, lines)
+    return text
+
+
+def peft_report(
+    folder: Path,
+    cells: Mapping[str, Any],
+    settings: Settings,
+    source: Source,
+    confirmed: Mapping[str, Any] | None,
+) -> None:
+    """Write ``peft.json``, ``peft.png`` and ``peft.md``, and print the tables."""
+    rows, steady = peft_rows(cells), steady_rows(cells, "0.3")
+    tables = _peft_tables(rows, steady)
+    (folder / "peft.md").write_text(tables, encoding="utf-8")
+    console.print(tables, highlight=False, soft_wrap=True)
+    if confirmed is not None:
+        same = "bit for bit" if confirmed["equal"] else f"to {confirmed['largest_difference']:.2g}"
+        console.print(f"with a real server and a process for each site, the same model {same}")
+    draw_peft(cells, folder / "peft.png")
+    kept = {name: {k: v for k, v in cell.items() if k != "right"} for name, cell in cells.items()}
+    write(
+        folder / "peft.json",
+        {
+            "settings": asdict(settings),
+            "model": Path(str(source.model)).name,
+            "data": source.name,
+            "rows": rows,
+            "steady": steady,
+            "confirmed": confirmed,
+            "cells": kept,
+        },
+    )
+
+
+def score_arms(
+    folder: Path,
+    base: Path | str,
+    arms: Sequence[str],
+    *,
+    tasks: Sequence[str],
+    limit: int,
+    cache: Path,
+    notice: Callable[[str], None],
+) -> dict[str, Any]:
+    """Score the base model and every arm as ``fedcore evaluate`` does, each one once.
+
+    Raises:
+        ConfigError: the folder holds scores of other tasks or another limit.
+    """
+    from fedcore.client.evaluate import evaluate, model_arguments
+    from fedcore.demo.choices import write_tasks
+
+    kept = folder / "scores"
+    kept.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {}
+    for arm in ("base", *arms):
+        path = kept / f"{arm}.json"
+        if not path.is_file():
+            local = any(task.startswith("local_") for task in tasks)
+            model = str(base) if arm == "base" else str(folder / "arms" / arm)
+            begun, cpu = time.monotonic(), time.process_time()
+            scores = evaluate(
+                model_arguments(model, str(base), "bfloat16"),
+                tasks,
+                limit=limit,
+                include=write_tasks(cache) if local else None,
+            )
+            content = {
+                "tasks": list(tasks),
+                "limit": limit,
+                "dtype": "bfloat16",
+                "scores": [asdict(score) for score in scores],
+                "seconds": time.monotonic() - begun,
+                "cpu_seconds": time.process_time() - cpu,
+            }
+            path.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            notice(f"{arm}: scored, {content['seconds']:.0f} s")
+        found[arm] = json.loads(path.read_text(encoding="utf-8"))
+        if (found[arm]["tasks"], found[arm]["limit"]) != (list(tasks), limit):
+            raise ConfigError(f"{path} holds other tasks or another limit; remove it")
+    return found
+
+
+def _score_table(scores: Mapping[str, Any]) -> str:
+    tasks = [(s["task"], s["acc_norm"] is not None) for s in scores["base"]["scores"]]
+    columns = [
+        (task, key) for task, norm in tasks for key in ("acc", "acc_norm") if key == "acc" or norm
+    ]
+    empty = [task for task in _NOT_HERE if task not in dict(tasks)]
+    head = [
+        "model",
+        *(f"{task} {key}" for task, key in columns),
+        *(f"{task}: not run" for task in empty),
+    ]
+    lines = []
+    for arm, result in scores.items():
+        by_task = {score["task"]: score for score in result["scores"]}
+        cells = [arm if arm in ("base", "combined", "federated") else f"{arm} alone"]
+        for task, key in columns:
+            value, error = by_task[task][key], by_task[task][f"{key}_stderr"]
+            cells.append(f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}"))
+        lines.append([*cells, *("" for _ in empty)])
+    return markdown(head, lines)
+
+
+def _loss_table(curves: Mapping[str, Any]) -> str:
+    sites = list(curves["federated"]["settings"]["sites"])
+    lines = []
+    begin = curves["federated"]["points"][0]["loss"]
+    for name, loss in [("base", begin), *((n, c["points"][-1]["loss"]) for n, c in curves.items())]:
+        label = name if name in ("base", "combined", "federated") else f"{name} alone"
+        mean = statistics.fmean(loss.values())
+        lines.append([label, *(f"{loss[site]:.3f}" for site in sites), f"{mean:.3f}"])
+    return markdown(["validation loss after the last round", *sites, "mean"], lines)
+
+
+def sft_report(
+    folder: Path, curves: Mapping[str, Any], scores: Mapping[str, Any], base: str, limit: int
+) -> None:
+    """Write ``sft.json``, ``sft.png`` and ``sft.md``, and print the tables."""
+    tables = _loss_table(curves)
+    if scores:
+        tables += "\n" + _score_table(scores)
+    (folder / "sft.md").write_text(tables, encoding="utf-8")
+    console.print(tables, highlight=False, soft_wrap=True)
+    draw_sft(curves, folder / "sft.png")
+    write(
+        folder / "sft.json",
+        {"model": Path(base).name, "limit": limit, "curves": curves, "scores": scores},
+    )

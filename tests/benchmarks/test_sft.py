@@ -1,0 +1,208 @@
+"""The SFT experiment in small: a Llama of four layers and a few made-up questions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.experiments import sft
+from benchmarks.experiments.__main__ import main
+from benchmarks.experiments.reports import score_arms, sft_report
+from benchmarks.experiments.sft import Settings, load_exchanges, share_out, train_arms
+from fedcore.demo.causal import Exchange
+from fedcore.errors import ConfigError
+
+SETTINGS = Settings(
+    train_rows=8, val_rows=3, max_tokens=40, rounds=2, steps=2, batch_size=4, learning_rate=1e-2
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("causal")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: n for n, c in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(letters) + 2,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def exchanges(word: str, rows: int = 11) -> list[Exchange]:
+    return [Exchange(f"{word} {number}", f"{word[0]}{number} {word}") for number in range(rows)]
+
+
+SOURCES = {"north": exchanges("snow"), "south": exchanges("sand")}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_no_prompt_comes_twice_and_a_source_that_is_too_small_is_named() -> None:
+    sites = share_out(SOURCES, SETTINGS)
+    rows = [row.prompt for parts in sites.values() for part in parts for row in part]
+    assert len(rows) == len(set(rows)) == 22
+    twice = {"one": exchanges("snow"), "two": exchanges("SNOW")}
+    with pytest.raises(ConfigError, match="two: 11 rows wanted, 0 found"):
+        share_out(twice, SETTINGS)
+
+
+def test_the_mean_of_one_site_is_that_site_and_every_arm_opens_as_a_model(
+    base: Path, tmp_path: Path
+) -> None:
+    sites = share_out({"north": SOURCES["north"]}, SETTINGS)
+    curves = train_arms(tmp_path, base, sites, SETTINGS, lambda _: None)
+    assert list(curves) == ["federated", "north", "combined"]
+    for name, tensor in weights(tmp_path / "north").items():
+        assert torch.equal(weights(tmp_path / "federated")[name], tensor), name
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "federated")
+    assert torch.equal(
+        model.lm_head.weight, weights(tmp_path / "north")["model.embed_tokens.weight"]
+    )
+    begin, end = (curves["federated"]["points"][n]["loss"]["north"] for n in (0, -1))
+    assert end < begin
+    # The step at the start of a round: the sites' models and their mean are scored at the same step.
+    steps = [(p["step"], p["who"]) for p in curves["federated"]["points"]]
+    assert steps == [
+        (0, "federated"),
+        (2, "north"),
+        (2, "federated"),
+        (4, "north"),
+        (4, "federated"),
+    ]
+
+
+def test_a_round_takes_up_the_order_of_rows_where_the_last_one_left_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    loss = sft.School._loss
+
+    def record(school: sft.School, rows: Any) -> torch.Tensor:
+        seen.extend(map(str, rows))
+        return loss(school, rows)
+
+    monkeypatch.setattr(sft.School, "_loss", record)
+    one = dataclasses.replace(SETTINGS, steps=1)  # two rounds of one step: every row once
+    school = sft.School(base, share_out(SOURCES, one), one)
+    for done in range(one.rounds):
+        school.train(("north",), "north", done)
+    assert len(seen) == len(set(seen)) == one.train_rows
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_run_that_is_stopped_after_any_round_ends_as_one_that_is_not(
+    base: Path, tmp_path: Path
+) -> None:
+    sites = share_out(SOURCES, SETTINGS)
+    whole = train_arms(tmp_path / "whole", base, sites, SETTINGS, lambda _: None)
+
+    def stop(_: str) -> None:
+        raise Stopped
+
+    for _ in range(8):  # four arms of two rounds
+        with pytest.raises(Stopped):
+            train_arms(tmp_path / "parts", base, sites, SETTINGS, stop)
+    parts = train_arms(tmp_path / "parts", base, sites, SETTINGS, stop)
+    for arm in whole:
+        assert parts[arm]["points"] == whole[arm]["points"], arm
+        for name, tensor in weights(tmp_path / "parts" / arm).items():
+            assert torch.equal(weights(tmp_path / "whole" / arm)[name], tensor), (arm, name)
+    other = dataclasses.replace(SETTINGS, steps=1)
+    with pytest.raises(ConfigError, match="made with other settings"):
+        train_arms(tmp_path / "parts", base, sites, other, stop)
+
+
+def test_an_arm_that_was_stopped_between_two_renames_is_found(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "arm"
+    folder.mkdir()
+    (folder / "curve.json").write_text('{"rounds": 1}')
+    folder.replace(folder.with_suffix(".old"))
+    assert sft._curve(folder) == {"rounds": 1}
+    assert (folder / "curve.json").is_file()
+
+
+def test_rows_are_read_by_column_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "who  is it", "a": "a cat"}\n{"q": "", "a": "x"}\n')
+    assert load_exchanges(str(path), "train", ["q", "a"]) == [Exchange("who is it", "a cat")]
+    with pytest.raises(ConfigError, match="no column 'b'"):
+        load_exchanges(str(path), "train", ["q", "b"])
+
+
+def test_the_quick_form_trains_every_arm_and_draws_the_curves(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = []
+    for name, rows in SOURCES.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(json.dumps(dataclasses.asdict(row)) for row in rows))
+        given.append(f"{name}={path}")
+    out = tmp_path / "out"
+    start = ["x", "sft", "--quick", "--tasks", "none", "--model", str(base), "--sites"]
+    monkeypatch.setattr("sys.argv", [*start, ",".join(given), "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "north alone" in shown
+    found = json.loads((out / "sft.json").read_text())
+    assert list(found["curves"]) == ["federated", "north", "south", "combined"]
+    assert (out / "sft.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_of_other_tasks_are_not_mixed_in_and_columns_that_were_not_run_stay_empty(
+    tmp_path: Path,
+) -> None:
+    score: dict[str, Any] = {"task": "local_piqa", "rows": 4, "acc": 0.5, "acc_stderr": 0.25}
+    score |= {"acc_norm": 0.25, "acc_norm_stderr": None}
+    (tmp_path / "scores").mkdir()
+    for arm in ("base", "federated"):
+        kept = {"tasks": ["local_piqa"], "limit": 4, "scores": [score]}
+        (tmp_path / "scores" / f"{arm}.json").write_text(json.dumps(kept))
+    given: dict[str, Any] = {"cache": tmp_path, "notice": lambda _: None, "tasks": ["local_piqa"]}
+    found = score_arms(tmp_path, "base", ["federated"], limit=4, **given)
+    with pytest.raises(ConfigError, match="other tasks or another limit"):
+        score_arms(tmp_path, "base", ["federated"], limit=5, **given)
+    points = [{"step": s, "who": "federated", "loss": {"north": 3.0 - s}} for s in (0, 1)]
+    points.insert(1, {"step": 1, "who": "north", "loss": {"north": 2.5}})
+    curves = {"federated": {"settings": {"sites": ["north"]}, "points": points}}
+    sft_report(tmp_path, curves, found, "base", 4)
+    text = (tmp_path / "sft.md").read_text()
+    assert "hellaswag: not run | winogrande: not run" in text
+    assert "| federated | 0.50 ± 0.25 | 0.25 |  |  |" in text
+    assert "| federated | 2.000 | 2.000 |" in text
