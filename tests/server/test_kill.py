@@ -22,8 +22,8 @@ from fedcore.server.budget import Budget
 from .gated_site import GatedSite
 
 WEIGHTS = {"a": 3, "b": 5}
-MEMORY = 16  # MiB
-BUDGET = Budget.of(MEMORY << 20, len(WEIGHTS)).chunks // DEFAULT_CHUNK_BYTES
+MEMORY = 24  # MiB
+BUDGET = Budget.of(MEMORY << 20, len(WEIGHTS), spill=True).chunks // DEFAULT_CHUNK_BYTES
 WINDOW, ALONE = BUDGET // len(WEIGHTS), BUDGET  # chunks of two sites, and of one
 CHUNKS = 20
 COUNT = CHUNKS * DEFAULT_CHUNK_BYTES // 4 - 1000
@@ -38,7 +38,7 @@ def update(name: str, round_: int) -> np.ndarray:
 class Killed:
     """A run of sites a and b on a server that is killed and started again."""
 
-    def __init__(self, folder: Path, rounds: int) -> None:
+    def __init__(self, folder: Path, rounds: int, layout: Layout = LAYOUT) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
@@ -51,7 +51,7 @@ class Killed:
         self.waits: list[float] = []
         self.killed_at = 0.0
         self.sites = {
-            name: GatedSite(name, weight, address, LAYOUT, self._updates(name))
+            name: GatedSite(name, weight, address, layout, self._updates(name, layout))
             for name, weight in WEIGHTS.items()
         }
         self.server = self._start()
@@ -59,8 +59,10 @@ class Killed:
             site.start()
 
     @staticmethod
-    def _updates(name: str) -> Callable[[int], bytes]:
-        return lambda round_: update(name, round_).tobytes()
+    def _updates(name: str, layout: Layout) -> Callable[[int], bytes]:
+        if layout is LAYOUT:
+            return lambda round_: update(name, round_).tobytes()
+        return lambda round_: bytes(layout.total_bytes)
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = "from fedcore.cli import server_main; server_main()"
@@ -183,3 +185,25 @@ def test_a_server_killed_at_random_ends_with_the_same_bytes(
     for site in run.sites.values():
         sent = sum(site.left(round_) for round_ in (1, 2))
         assert sent <= 2 * CHUNKS + run.kills * WINDOW
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_server_with_most_of_a_gibibyte_reduced_is_back_in_its_round_within_five_seconds(
+    tmp_path: Path,
+) -> None:
+    layout = Layout([("w", "F32", [1 << 28])], DEFAULT_CHUNK_BYTES)
+    run = Killed(tmp_path, 1, layout)
+    try:
+        for site in run.sites.values():
+            site.allow(ALL, 0)
+        run.spend(900, 900)
+        run.kill()
+        run.note_wait()
+        run.finish()
+    finally:
+        run.end()
+    again = [site.left(1) - layout.chunk_count for site in run.sites.values()]
+    print(f"back after {run.waits[0]:.2f} s, {again} of {layout.chunk_count} chunks sent again")
+    assert run.waits[0] < 5
+    assert max(again) <= WINDOW

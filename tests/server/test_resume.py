@@ -23,7 +23,7 @@ CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [30_001]), ("h", "BF16", [777])], CHUNK)
 CHUNKS = LAYOUT.chunk_count
 OF: dict[str, object] = {"run": "a", "version": 3}
-WEIGHTS = {"a": 3, "b": 5, "c": 16777215}
+WEIGHTS = {"a": 3, "b": 5, "c": 16777215, "d": 1, "e": 2, "f": 4}
 
 
 def participants(names: str, weights: dict[str, int] | None = None) -> tuple[Participant, ...]:
@@ -292,6 +292,20 @@ def test_what_is_torn_or_spoiled_is_never_used(tmp_path: Path, what: str) -> Non
     again = Server(left, sites, "abc")
     again.run(random.Random(5))
     assert again.result() == undisturbed(tmp_path, "abc")
+
+
+def test_a_spoiled_slot_is_noticed_where_many_sites_are_added_one_by_one(tmp_path: Path) -> None:
+    sites, dice = Sites("abcdef"), random.Random(6)
+    first = Server(tmp_path / "run", sites, "abcdef")
+    first.run(dice, "abcde")
+    left = first.killed()
+    slots = (left / "spill").stat().st_size // CHUNK
+    for slot in range(0, slots, 7):
+        flip(left / "spill", slot * CHUNK + slot)
+    again = Server(left, sites, "abcdef")
+    again.run(dice)
+    assert again.result() == undisturbed(tmp_path, "abcdef")
+    assert max(sites.sent_again(name) for name in "abcde") > 4  # what was spoiled came again
 
 
 def test_every_byte_of_the_head_counts(tmp_path: Path) -> None:
