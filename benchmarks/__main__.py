@@ -262,6 +262,37 @@ def memory(
         plot_memory(result, plot)
 
 
+@app.command()
+def encryption(
+    *,
+    size: Size = "128MiB",
+    sites: Sites = 2,
+    rounds: Rounds = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each kind, in turn.")] = 3,
+    json_file: Json = None,
+) -> None:
+    """Time the same rounds over plain and over encrypted connections, and count the processors' seconds."""
+    from .encryption import measure
+    from .round_trip import Work
+
+    result = measure(Work(parse_size(size), sites, rounds), repeats)
+    show(
+        f"{size_text(result['bytes'])}, {sites} sites, {rounds} rounds, {repeats} runs of each kind",
+        ("", "s per round", "/ plain", "CPU s of a run"),
+        [
+            ["plain", result["plain_s"], 1.0, result["plain_cpu_s"]],
+            [
+                "encrypted",
+                result["encrypted_s"],
+                result["encrypted_over_plain"],
+                result["encrypted_cpu_s"],
+            ],
+        ],
+    )
+    typer.echo(f"added at both ends together: {result['added_cpu_s_per_gib']:.2f} CPU s per GiB")
+    write(json_file, result)
+
+
 def main() -> None:
     """Run the command line; an error of fedcore's is one line."""
     try:

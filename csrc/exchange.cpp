@@ -512,6 +512,11 @@ void Exchange::block(const std::string& user, bool blocked) {
   std::erase_if(heard_, [&](const auto& entry) { return is_blocked(entry.first); });
   std::erase_if(requests_, [&](const auto& entry) { return is_blocked(entry.first); });
   std::erase_if(turns_, [&](const auto& peer) { return is_blocked(peer); });
+  std::erase_if(control_turns_, [&](const auto& peer) { return is_blocked(peer); });
+  std::erase_if(controls_, [&](const auto& entry) {
+    control_bytes_ -= is_blocked(entry.first) ? entry.second.bytes : 0;
+    return is_blocked(entry.first);
+  });
 }
 
 ExchangeStats Exchange::stats() const {

@@ -237,7 +237,9 @@ def answer(links: Links, server: Server, kit: Path, message: protocol.FromSite) 
     while time.monotonic() < deadline:
         arrived = link.recv(deadline - time.monotonic())
         if isinstance(arrived, Control):
-            return protocol.decode_from_server(arrived.body)
+            told = protocol.decode_from_server(arrived.body)
+            if not isinstance(told, protocol.Rejoin):  # that is the answer to a ping
+                return told
     raise AssertionError("no answer")
 
 
