@@ -541,6 +541,15 @@ void bind_exchange(py::module_& m) {
           [](const Exchange& e, const py::bytes& peer) { return e.last_heard(std::string(peer)); },
           py::arg("peer"), "Clock of the last frame of a peer, or None.")
       .def(
+          "busy_until",
+          [](const Exchange& e, const py::bytes& peer) { return e.busy_until(std::string(peer)); },
+          py::arg("peer"),
+          "Clock until which a peer's silence may mean that a chunk is on its way; 0: it may not.")
+      .def(
+          "unreachable",
+          [](Exchange& e, const py::bytes& peer) { e.unreachable(std::string(peer)); },
+          py::arg("peer"), "Note that there is no connection to a peer at present.")
+      .def(
           "forget", [](Exchange& e, const py::bytes& peer) { e.forget(std::string(peer)); },
           py::arg("peer"))
       .def(

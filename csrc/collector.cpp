@@ -118,17 +118,20 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
                          std::int64_t now_ms) {
   Pull& pull = *pulls_[source];
   const auto position = position_of(pull, header.index);
-  const bool wanted = state_ == State::kActive && is_pulled(pull) && position &&
-                      !is_here(pull, *position) && fits(header, frame.size());
+  const bool wanted =
+      state_ == State::kActive && is_pulled(pull) && position && !is_here(pull, *position);
   if (!wanted) {
     return false;
   }
   pull.heard_ms = now_ms;
   pull.silent_ms = 0;
-  if (crc32c(frame.data(), frame.size()) != header.body_crc) {
+  pull.pace.came(now_ms);
+  const bool fitting = fits(header, frame.size());
+  if (!fitting || crc32c(frame.data(), frame.size()) != header.body_crc) {
     if (++pull.bad_in_a_row >= kMaxBadChunks) {
-      fail(source, "checksum",
-           std::to_string(kMaxBadChunks) + " chunks in a row had a wrong checksum");
+      fail(source, fitting ? "checksum" : "length",
+           std::to_string(kMaxBadChunks) + " chunks in a row had a wrong " +
+               (fitting ? "checksum" : "length"));
     } else {
       pull.again.insert(*position);
     }
@@ -240,6 +243,7 @@ void Collector::forget_chunks(Pull& pull) noexcept {
   pull.held.clear();
   pull.again.clear();
   pull.due = 0;
+  pull.pace.forget_asked();
   for (const std::uint32_t slot : pull.spilled) {
     if (slot != 0) {
       options_.spill->free(slot - 1);

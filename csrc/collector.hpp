@@ -5,6 +5,7 @@
 // are asked for. Invariants:
 //   - of each source at most `window` chunks are held in memory or under way; a source that is that
 //     far ahead waits for the others or, with a spill file, has its chunks put there;
+//   - and at most about a second's worth under way (see pace.hpp);
 //   - a chunk counts only if its source, set, index, length and checksum are right and it was asked
 //     for; what is not right never changes state;
 //   - chunk i is reduced when all sources have it, always in source order, into the output and
@@ -35,6 +36,7 @@
 #include "codec.hpp"
 #include "layout.hpp"
 #include "mapped_file.hpp"
+#include "pace.hpp"
 #include "progress.hpp"
 #include "reducer.hpp"
 #include "spill.hpp"
@@ -126,7 +128,7 @@ struct CollectorEvent {
   std::size_t source = 0;
   std::string code;
   std::string message;
-  std::int64_t silent_ms = 0;  // kStalled: since the last chunk
+  std::int64_t silent_ms = 0;  // kStalled: for how long the source answers without a chunk
 };
 
 class Collector {
@@ -159,6 +161,9 @@ class Collector {
   // True if the frame was kept (moved from); otherwise it is untouched.
   bool on_chunk(std::size_t source, const wire::Header& header, Frame& frame, std::int64_t now_ms);
   void on_refuse(std::size_t source, wire::Refusal reason);
+  // Another frame has come from a peer. As frames come in order, chunks that it was to send long
+  // before are lost. Returns which source the peer is, if chunks of it are due.
+  std::optional<std::size_t> on_sign(const std::string& peer, std::int64_t now_ms) noexcept;
 
   // The next range to ask for, or nothing at present.
   std::optional<GetRequest> next_request(std::int64_t now_ms);
@@ -171,6 +176,18 @@ class Collector {
   // this makes possible is done by tick().
   void drop(std::size_t source);
   void stop() noexcept;
+
+  // What is known of a source's speed, for the next collection from it.
+  const Pace::Known& pace(std::size_t source) const noexcept {
+    return pulls_[source]->pace.known();
+  }
+  void set_pace(std::size_t source, const Pace::Known& known) noexcept {
+    pulls_[source]->pace.start(known);
+  }
+  // For how long from now a source may be silent, as chunks may be on their way; 0: none are due.
+  std::int64_t patience_ms(std::size_t source) const noexcept;
+  // Sources that are due and silent, which a ping would tell from those that are gone.
+  std::vector<std::size_t> take_probes() { return std::exchange(probes_, {}); }
 
   std::vector<CollectorEvent> take_events() { return std::exchange(events_, {}); }
   bool active() const noexcept { return state_ == State::kActive; }
@@ -200,8 +217,11 @@ class Collector {
     bool ahead = false;                      // what it sends goes to the spill file
     std::optional<std::int64_t> pressed_ms;  // since when its window has been full
     int bad_in_a_row = 0;
+    Pace pace;
     std::int64_t heard_ms = 0;   // last chunk, or when something was first or last asked for
-    std::int64_t silent_ms = 0;  // how often that timed out in a row, as time
+    std::int64_t sign_ms = 0;    // last frame of another kind
+    std::int64_t probed_ms = 0;  // last in take_probes()
+    std::int64_t silent_ms = 0;  // time in a row in which it answered without a chunk
     std::atomic<std::uint64_t> received{0};
   };
 
@@ -231,6 +251,8 @@ class Collector {
   bool fits(const wire::Header& header, std::size_t size) const;
   const char* decode(const wire::Header& header, const Frame& frame, Frame& chunk);
   void ask_again(Pull& pull);
+  std::int64_t check_silence(std::size_t source, std::int64_t now_ms);
+  void probe(std::size_t source, std::int64_t now_ms);
   bool gather();
   bool fold_all(std::uint64_t index);
   const std::uint8_t* spilled_chunk(std::size_t source, std::uint64_t size);
@@ -276,6 +298,7 @@ class Collector {
   std::size_t turn_ = 0;    // whose request comes next
   State state_ = State::kActive;
   std::vector<CollectorEvent> events_;
+  std::vector<std::size_t> probes_;
   std::atomic<bool> done_{false};
   std::atomic<std::uint64_t> reduced_{0};
   std::atomic<std::uint64_t> bytes_{0};

@@ -6,6 +6,11 @@
 #include "error.hpp"
 
 namespace fedcore {
+namespace {
+
+constexpr std::int64_t kProbeMs = 1000;  // silence after which a source that is due is pinged
+
+}  // namespace
 
 // The position up to which a source may be asked at present.
 std::uint64_t Collector::near_end(std::size_t source) const noexcept {
@@ -40,14 +45,16 @@ std::optional<GetRequest> Collector::next_request(std::int64_t now_ms) {
 }
 
 std::optional<GetRequest> Collector::request_again(std::size_t source, std::int64_t now_ms) {
-  std::set<std::uint64_t>& again = pulls_[source]->again;
-  pulls_[source]->heard_ms = std::max(pulls_[source]->heard_ms, now_ms);
+  Pull& pull = *pulls_[source];
+  std::set<std::uint64_t>& again = pull.again;
   const std::uint64_t first = *again.begin();
   const std::uint64_t turn_ends = first - chunk_of(first) + layout_->chunk_count();
   std::uint32_t count = 0;
   while (count < kMaxRange && first + count < turn_ends && again.erase(first + count) == 1) {
     ++count;
   }
+  pull.heard_ms = now_ms;
+  pull.pace.asked(now_ms, count);
   return GetRequest{source, chunk_of(first), count};
 }
 
@@ -63,13 +70,15 @@ std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64
   }
   const bool ahead = pull.ahead && !no_room_;
   const std::uint64_t limit = ahead ? end_ : near;
-  if (pull.next >= limit || pull.held.size() + pull.due >= window_) {
+  const std::uint64_t under_way = std::min(window_, pull.pace.ahead());
+  if (pull.next >= limit || pull.held.size() + pull.due >= window_ || pull.due >= under_way) {
     return std::nullopt;
   }
-  std::uint64_t free = std::min(limit - pull.next, window_ - pull.held.size() - pull.due);
+  std::uint64_t free =
+      std::min({limit - pull.next, window_ - pull.held.size() - pull.due, under_way - pull.due});
   // Small requests are saved up while others are under way.
   const std::uint64_t worth =
-      std::min<std::uint64_t>(kMaxRange, std::max<std::uint64_t>(1, window_ / 2));
+      std::min<std::uint64_t>(kMaxRange, std::max<std::uint64_t>(1, under_way / 2));
   if (free < worth && limit < end_ && pull.due > 0) {
     return std::nullopt;
   }
@@ -84,10 +93,12 @@ std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64
     ++pull.next;
   }
   pull.due += request.count;
+  pull.pace.asked(now_ms, request.count);
   return request;
 }
 
 void Collector::ask_again(Pull& pull) {
+  pull.pace.forget_asked();
   for (std::uint64_t position = next_; pull.due > 0 && position < pull.next; ++position) {
     if (!is_here(pull, position)) {
       pull.again.insert(position);
@@ -116,17 +127,57 @@ std::int64_t Collector::tick(std::int64_t now_ms) {
     if (pull.due == 0) {
       continue;
     }
-    std::int64_t left = pull.heard_ms + options_.stall_ms - now_ms;
-    if (left <= 0) {
-      ask_again(pull);
-      pull.heard_ms = now_ms;
-      left = options_.stall_ms;
-      pull.silent_ms += options_.stall_ms;
-      events_.push_back({CollectorEvent::Kind::kStalled, k, "", "", pull.silent_ms});
-    }
-    sooner(left);
+    sooner(check_silence(k, now_ms));
+    probe(k, now_ms);
+    sooner(std::max<std::int64_t>(
+        1, std::max({pull.heard_ms, pull.sign_ms, pull.probed_ms}) + kProbeMs - now_ms));
   }
   return wait;
+}
+
+// Asks again for what a source that answers should have sent by now. While nothing at all comes,
+// what was asked for may still be on its way, and asking again would only put more behind it.
+// Returns ms until the next check.
+std::int64_t Collector::check_silence(std::size_t source, std::int64_t now_ms) {
+  Pull& pull = *pulls_[source];
+  const std::int64_t patience = std::max(Pace::kFirstMs, pull.pace.patience_ms());
+  const std::int64_t silence = now_ms - pull.heard_ms;
+  const bool answers = pull.sign_ms >= pull.heard_ms + options_.stall_ms;
+  if (!answers && silence < patience) {
+    return patience - silence;
+  }
+  ask_again(pull);
+  pull.heard_ms = now_ms;
+  if (answers) {
+    pull.silent_ms += silence;
+  }
+  events_.push_back({CollectorEvent::Kind::kStalled, source, "", "", pull.silent_ms});
+  return options_.stall_ms;
+}
+
+void Collector::probe(std::size_t source, std::int64_t now_ms) {
+  Pull& pull = *pulls_[source];
+  if (now_ms - std::max({pull.heard_ms, pull.sign_ms, pull.probed_ms}) >= kProbeMs) {
+    pull.probed_ms = now_ms;
+    probes_.push_back(source);
+  }
+}
+
+std::int64_t Collector::patience_ms(std::size_t source) const noexcept {
+  const Pull& pull = *pulls_[source];
+  return active() && is_pulled(pull) && pull.due > 0 ? pull.pace.patience_ms() : 0;
+}
+
+std::optional<std::size_t> Collector::on_sign(const std::string& peer,
+                                              std::int64_t now_ms) noexcept {
+  std::optional<std::size_t> due;
+  for (std::size_t k = 0; k < sources_.size(); ++k) {
+    if (sources_[k].peer == peer) {
+      pulls_[k]->sign_ms = now_ms;
+      due = pulls_[k]->due > 0 ? std::optional(k) : due;
+    }
+  }
+  return due;
 }
 
 void Collector::retry(std::size_t source, const std::optional<std::string>& peer) {

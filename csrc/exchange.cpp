@@ -62,6 +62,9 @@ Exchange::Exchange() {
   sink_.out_done = sink_out_done;
   sink_.tick = sink_tick;
   sink_.has_event = sink_has_event;
+  sink_.unreachable = [](void* pointer, const void* peer, std::size_t size) {
+    self(pointer)->unreachable({static_cast<const char*>(peer), size});
+  };
   sink_.wake_fd = outgoing_->wake_fd();
   sink_.clear_wake = [](void* pointer) { self(pointer)->outgoing().clear_wake(); };
 }
@@ -112,6 +115,12 @@ void Exchange::start(std::shared_ptr<Collector> collector) {
       throw Error(Errc::kProtocol, "this collector was started already");
     }
   }
+  for (std::size_t k = 0; k < collector->sources().size(); ++k) {
+    const auto found = contacts_.find(collector->sources()[k].peer);
+    if (found != contacts_.end()) {
+      collector->set_pace(k, found->second.pace);
+    }
+  }
   collectors_.push_back(std::move(collector));
 }
 
@@ -120,6 +129,12 @@ void Exchange::cancel(std::uint64_t collector_id) {
   std::erase_if(collectors_, [&](const auto& collector) {
     if (collector->id() != collector_id) {
       return false;
+    }
+    for (std::size_t k = 0; k < collector->sources().size(); ++k) {
+      const auto found = contacts_.find(collector->sources()[k].peer);
+      if (found != contacts_.end()) {
+        found->second.pace = collector->pace(k);
+      }
     }
     collector->stop();
     return true;
@@ -193,19 +208,29 @@ bool Exchange::is_blocked(std::string_view peer) const {
 }
 
 void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms) {
-  Heard& heard = heard_[peer];
-  heard.at_ms = now_ms;
-  if (kind == wire::Kind::kPing && !std::exchange(heard.met, true)) {
+  Contact& contact = contacts_[peer];
+  contact.heard_ms = now_ms;
+  contact.unreachable = false;
+  if (kind == wire::Kind::kPing && !std::exchange(contact.met, true)) {
     report(Event::Kind::kStranger, peer, "");  // it joined a process before this one
   }
-  heard.met = heard.met || kind == wire::Kind::kControl;
-  if (heard_.size() <= kMaxRemembered || now_ms < next_forgetting_ms_) {
+  contact.met = contact.met || kind == wire::Kind::kControl;
+  if (kind != wire::Kind::kChunk) {
+    for (const auto& collector : collectors_) {
+      if (const auto source = collector->on_sign(peer, now_ms)) {
+        note_patience(*collector, *source, now_ms);
+      }
+    }
+  }
+  if (contacts_.size() <= kMaxRemembered || now_ms < next_forgetting_ms_) {
     return;
   }
-  const bool many = heard_.size() > kMaxStrangers;
+  const bool many = contacts_.size() > kMaxStrangers;
   const std::int64_t silent = many ? kForgetMs / 60 : kForgetMs;
   next_forgetting_ms_ = now_ms + (many ? kForgetMs / 3600 : kForgetMs / 60);
-  std::erase_if(heard_, [&](const auto& entry) { return now_ms - entry.second.at_ms > silent; });
+  std::erase_if(contacts_, [&](const auto& entry) {
+    return now_ms - entry.second.heard_ms.value_or(0) > silent;
+  });
 }
 
 int Exchange::on_control(const std::string& peer, const Frame& body) {
@@ -317,11 +342,17 @@ int Exchange::on_chunk(const std::string& peer, const wire::Header& header, Fram
   for (const auto& collector : collectors_) {
     if (const auto source = collector->find(peer, header.set)) {
       const bool kept = collector->on_chunk(*source, header, body, now_ms);
+      note_patience(*collector, *source, now_ms);
       collect_events(*collector);
       return kept ? FC_TAKEN : FC_DONE;
     }
   }
   return FC_DONE;  // of a collection that has ended
+}
+
+void Exchange::note_patience(const Collector& collector, std::size_t source, std::int64_t now_ms) {
+  const std::int64_t patience = collector.patience_ms(source);
+  contacts_[collector.sources()[source].peer].busy_until_ms = patience > 0 ? now_ms + patience : 0;
 }
 
 int Exchange::on_refuse(const std::string& peer, const wire::Header& header) {
@@ -361,6 +392,9 @@ std::optional<OutFrame> Exchange::next_out(std::int64_t now_ms) {
   for (auto collector = collectors_.begin(); !out && collector != collectors_.end(); ++collector) {
     if (const auto request = (*collector)->next_request(now_ms)) {
       const Source& source = (*collector)->sources()[request->source];
+      if (contacts_[source.peer].busy_until_ms == 0) {  // asking again gives it no more time
+        note_patience(**collector, request->source, now_ms);
+      }
       wire::Header header;
       header.kind = wire::Kind::kGet;
       header.set = source.set;
@@ -447,6 +481,9 @@ std::int64_t Exchange::tick(std::int64_t now_ms) {
   }
   for (const auto& collector : collectors_) {
     sooner(collector->tick(now_ms));
+    for (const std::size_t source : collector->take_probes()) {
+      push(collector->sources()[source].peer, wire::Header{});
+    }
     collect_events(*collector);
   }
   return wait;
@@ -488,16 +525,28 @@ void Exchange::heartbeat(std::int64_t interval_ms) {
 
 std::optional<std::int64_t> Exchange::last_heard(const std::string& peer) const {
   const std::lock_guard lock(mutex_);
-  const auto found = heard_.find(peer);
-  if (found == heard_.end()) {
-    return std::nullopt;
+  const auto found = contacts_.find(peer);
+  return found == contacts_.end() ? std::nullopt : found->second.heard_ms;
+}
+
+std::int64_t Exchange::busy_until(const std::string& peer) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = contacts_.find(peer);
+  const bool may_be = found != contacts_.end() && !found->second.unreachable;
+  return may_be ? found->second.busy_until_ms : 0;
+}
+
+void Exchange::unreachable(std::string_view peer) {
+  const std::lock_guard lock(mutex_);
+  const auto found = contacts_.find(std::string(peer));
+  if (found != contacts_.end()) {
+    found->second.unreachable = true;
   }
-  return found->second.at_ms;
 }
 
 void Exchange::forget(const std::string& peer) {
   const std::lock_guard lock(mutex_);
-  heard_.erase(peer);
+  contacts_.erase(peer);
   requests_.erase(peer);
   std::erase(turns_, peer);
 }
@@ -509,7 +558,7 @@ void Exchange::block(const std::string& user, bool blocked) {
     return;
   }
   blocked_.insert(user);
-  std::erase_if(heard_, [&](const auto& entry) { return is_blocked(entry.first); });
+  std::erase_if(contacts_, [&](const auto& entry) { return is_blocked(entry.first); });
   std::erase_if(requests_, [&](const auto& entry) { return is_blocked(entry.first); });
   std::erase_if(turns_, [&](const auto& peer) { return is_blocked(peer); });
   std::erase_if(control_turns_, [&](const auto& peer) { return is_blocked(peer); });

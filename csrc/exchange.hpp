@@ -1,7 +1,8 @@
 // Exchange: the data plane of one process. Routes frames between the publisher and the collectors.
 //
 // Owns the published sets, the running collectors, the queue of frames to send, the control
-// messages that wait for Python, and what is known of each peer's last sign of life. Sans I/O: a
+// messages that wait for Python, and what is known of each peer's speed and last sign of
+// life. Sans I/O: a
 // pump (see sink.h) or a test delivers frames, asks for frames to send, and runs the timers; the
 // clock is an argument. All methods are thread-safe (one mutex, held for at most one chunk's
 // reduction). Every queue has a bound. Control messages are handed out peer by peer in turn, so
@@ -42,7 +43,7 @@ struct Event {
   std::size_t source = 0;
   std::string code;  // of a rejection; the peer of a malformed frame, of a stranger and of a flood
   std::string message;
-  std::int64_t silent_ms = 0;  // of a stall: since the last chunk
+  std::int64_t silent_ms = 0;  // of a stall: for how long the source answers without a chunk
 };
 
 struct ControlMessage {
@@ -121,6 +122,10 @@ class Exchange {
 
   void heartbeat(std::int64_t interval_ms);
   std::optional<std::int64_t> last_heard(const std::string& peer) const;
+  // Until when a peer's silence may mean no more than that a chunk is on its way; 0: it may not.
+  std::int64_t busy_until(const std::string& peer) const;
+  // A frame could not be sent: there is no connection to the peer at present.
+  void unreachable(std::string_view peer);
   void forget(const std::string& peer);
   // Hears nothing more from peers whose id begins with `user` and a NUL, or hears them again.
   void block(const std::string& user, bool blocked);
@@ -132,15 +137,17 @@ class Exchange {
   const FcSink* sink() const noexcept { return &sink_; }
 
  private:
+  struct Contact {
+    std::optional<std::int64_t> heard_ms;
+    std::int64_t busy_until_ms = 0;
+    bool unreachable = false;
+    bool met = false;  // has sent a control message, or was reported as a stranger
+    Pace::Known pace;
+  };
   struct Request {
     wire::SetId set;
     std::uint64_t next;
     std::uint64_t end;
-  };
-
-  struct Heard {
-    std::int64_t at_ms = 0;
-    bool met = false;  // it has sent a control message, or is reported as a stranger
   };
 
   int on_get(const std::string& peer, const wire::Header& header);
@@ -154,6 +161,7 @@ class Exchange {
   void remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms);
   void push(const std::string& peer, const wire::Header& header);
   void collect_events(Collector& collector);
+  void note_patience(const Collector& collector, std::size_t source, std::int64_t now_ms);
   struct Waiting {
     std::deque<std::string> bodies;
     std::uint64_t bytes = 0;
@@ -170,7 +178,7 @@ class Exchange {
   std::deque<OutFrame> small_;                                     // frames without a body
   std::unordered_map<std::string, std::deque<Request>> requests_;  // GETs to serve, by peer
   std::deque<std::string> turns_;  // peers with requests, round robin
-  std::unordered_map<std::string, Heard> heard_;
+  std::unordered_map<std::string, Contact> contacts_;
   std::unordered_set<std::string> blocked_;
   std::deque<Event> events_;
   std::unordered_map<std::string, Waiting> controls_;  // by peer

@@ -3,7 +3,8 @@
  * A pump moves frames and knows nothing about them; a sink knows what they mean and does no I/O.
  * All functions may be called without the GIL, none blocks for longer than the reduction of one
  * chunk, and none throws. `deliver`, `next_out`, `tick` and `has_event` of one sink are called by
- * one pump thread; `out_done` and the `release` that deliver is given may be called by any thread.
+ * one pump thread, and so is `unreachable`; `out_done` and the `release` that deliver is given may
+ * be called by any thread.
  */
 #ifndef FEDCORE_SINK_H
 #define FEDCORE_SINK_H
@@ -15,7 +16,7 @@
 extern "C" {
 #endif
 
-#define FC_SINK_CAPSULE "fedcore.sink.v1"
+#define FC_SINK_CAPSULE "fedcore.sink.v2"
 
 enum {
   FC_DONE = 0,  /* handled; the caller frees the owner */
@@ -45,6 +46,7 @@ typedef struct FcSink {
   int (*has_event)(void* self);                /* 1: Python should be told to fetch events */
   int wake_fd; /* readable when next_out, which had nothing, may have something; -1: never */
   void (*clear_wake)(void* self);
+  void (*unreachable)(void* self, const void* peer, size_t peer_len); /* not connected at present */
 } FcSink;
 
 #ifdef __cplusplus

@@ -19,7 +19,7 @@ Inbox (PUSH socket):     [b"E"] the core has events or control messages.
 import zmq.backend.cython._zmq as _backend
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
-from libc.errno cimport EAGAIN, EINTR
+from libc.errno cimport EAGAIN, EHOSTUNREACH, EINTR
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcpy, strlen
@@ -44,6 +44,7 @@ cdef extern from "sink.h" nogil:
         int (*has_event)(void*) noexcept nogil
         int wake_fd
         void (*clear_wake)(void*) noexcept nogil
+        void (*unreachable)(void*, const void*, size_t) noexcept nogil
 
 cdef extern from "<dlfcn.h>" nogil:
     void* dlopen(const char*, int)
@@ -160,18 +161,22 @@ cdef int _send_copy(void* socket, const void* data, size_t size, int flags) noex
     return 0
 
 
-cdef void _send_out(void* net, bint router, bint secure, FcOut* out) noexcept nogil:
-    """Send one data frame; its body goes out without a copy. A peer that is gone loses the frame: the
-    side that waits for it asks again."""
+cdef void _send_out(void* net, bint router, bint secure, FcOut* out, FcSink* sink) noexcept nogil:
+    """Send one data frame; its body goes out without a copy. A peer that is gone loses the frame, which
+    the sink is told: the side that waits for it asks again."""
     cdef Msg body
     cdef int more = ZMQ_SNDMORE if out.body_len else 0
     cdef const uint8_t* nul
+    cdef const uint8_t* routing_id = out.peer
+    cdef size_t id_len = out.peer_len
     if secure:
         nul = <const uint8_t*> memchr(out.peer, 0, out.peer_len)
         if nul != NULL:
-            out.peer_len -= nul + 1 - out.peer
-            out.peer = nul + 1
-    if router and _send_copy(net, out.peer, out.peer_len, ZMQ_SNDMORE) != 0:
+            id_len -= nul + 1 - out.peer
+            routing_id = nul + 1
+    if router and _send_copy(net, routing_id, id_len, ZMQ_SNDMORE) != 0:
+        if z.zmq_errno() == EHOSTUNREACH:
+            sink.unreachable(sink.self, out.peer, out.peer_len)
         release_out(out.owner)
         return
     if _send_copy(net, out.header, 48, more) != 0 or not out.body_len:
@@ -302,7 +307,7 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
     while True:
         wait = sink.tick(sink.self, _now_ms())
         while sink.next_out(sink.self, _now_ms(), &out):
-            _send_out(net, router, secure, &out)
+            _send_out(net, router, secure, &out, sink)
         if sink.has_event(sink.self):
             _send_copy(inbox, b"E", 1, 0)
         items[0].socket = net
@@ -341,7 +346,7 @@ def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint se
         secure: whether such a peer is known by its user as well; only with ``router``.
     """
     global release_out
-    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v1")
+    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v2")
     release_out = sink.out_done
     with nogil:
         _loop(<void*> net, <void*> commands, <void*> inbox, router, secure, sink)

@@ -446,10 +446,14 @@ def _python_pump(
         while (out := exchange.next_out(now_ms())) is not None:
             peer, header, body = out
             frames: list[Any] = [header] if body is None else [header, body]
-            if secure:
-                peer = peer.partition(b"\0")[2]
-            with contextlib.suppress(zmq.ZMQError):
-                net.send_multipart([peer, *frames] if router else frames, zmq.DONTWAIT, copy=False)
+            routing_id = peer.partition(b"\0")[2] if secure else peer
+            try:
+                net.send_multipart(
+                    [routing_id, *frames] if router else frames, zmq.DONTWAIT, copy=False
+                )
+            except zmq.ZMQError as error:
+                if error.errno == zmq.EHOSTUNREACH:
+                    exchange.unreachable(peer)
             del out, body, frames  # a chunk is on its way for as long as anyone has it
         if exchange.has_event():
             inbox.send(b"E")

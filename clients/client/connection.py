@@ -26,7 +26,7 @@ from fedcore.errors import (
     RefusedError,
     TransferTimeout,
 )
-from fedcore.transport import HEARTBEAT_MS, Control, DataEvent, SiteLink
+from fedcore.transport import HEARTBEAT_MS, Control, DataEvent, SiteLink, now_ms
 
 from .progress import Bar
 from .settings import SiteSettings
@@ -164,7 +164,12 @@ class Connection:
             if held is not None and now - held.since > self._settings.connect_timeout:
                 raise held.error
             silent = self._link.silent_ms()
-            if now - noticed > _NOTICE_SECONDS and (silent is None or silent > 5000):
+            expected = silent is not None and now_ms() <= self._link.exchange.busy_until(b"")
+            if (
+                now - noticed > _NOTICE_SECONDS
+                and (silent is None or silent > 5000)
+                and not expected
+            ):
                 noticed = now
                 logger.warning(
                     "%s: waiting for %s: nothing heard from %s for %.0f s, still trying",

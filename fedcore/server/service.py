@@ -54,7 +54,7 @@ _CHECK_SECONDS: Final = 0.5
 _REVOKED: Final = "this site's key was revoked; ask the server's operator"
 _LOOK_SECONDS: Final = 0.25
 _GOODBYE_SECONDS: Final = 3.0
-# Of a site that still answers; on a slow link a chunk may take seconds.
+# Of a site that still answers: what is on its way on a slow link keeps its answers back, too.
 _DATA_SILENCE_MS: Final = 10_000
 
 logger = logging.getLogger("fedcore.server")
@@ -223,10 +223,11 @@ class Server:
             return
         self._next_look = now + _LOOK_SECONDS
         limit = self.config.participants.idle_timeout * 1000
+        exchange = self._link.exchange
         for peer, known in self._peers:
-            heard = self._link.exchange.last_heard(peer)
-            silent = limit + 1 if heard is None else now_ms() - heard
-            if silent > limit:
+            now, heard = now_ms(), exchange.last_heard(peer)
+            silent = limit + 1 if heard is None else now - heard
+            if silent > limit and now > exchange.busy_until(peer):
                 self._lose(peer, f"nothing heard for {silent / 1000:.1f} s")
                 logger.warning("%s is lost: nothing heard for %.1f s", known.site, silent / 1000)
 

@@ -40,7 +40,8 @@ def collect(budget: int, seed: int) -> tuple[bytes, int]:
             sites[request[0]].deliver(0, b"server", request[1], None)
         for peer, site in sites.items():
             while (reply := site.next_out(0)) is not None:
-                assert reply[2] is not None
+                if reply[2] is None:
+                    continue  # it answers a ping
                 waiting.append((peer, reply[1], bytes(reply[2])))
         assert len(waiting) <= 3 * collector.window, "more was asked for than the budget holds"
         server.deliver(0, *waiting.pop(dice.randrange(len(waiting))))
@@ -73,7 +74,8 @@ def one_site(
     while (request := server.next_out(0)) is not None:
         site.deliver(0, b"server", request[1], None)
         while (reply := site.next_out(0)) is not None:
-            assert reply[2] is not None
+            if reply[2] is None:
+                continue  # it answers a ping
             server.deliver(0, b"a", reply[1], bytes(reply[2]))
     return server, collector, bytes(file.file.view(file.data_offset))
 

@@ -51,7 +51,8 @@ def run_to_end(
             sites[request[0]].deliver(0, b"server", request[1], None)
         for peer, site in sites.items():
             while (reply := site.next_out(0)) is not None:
-                assert reply[2] is not None
+                if reply[2] is None:
+                    continue  # it answers a ping
                 waiting.append((peer, reply[1], bytes(reply[2])))
         if not waiting:
             break

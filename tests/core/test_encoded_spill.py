@@ -170,7 +170,8 @@ def test_neither_the_server_nor_a_site_holds_more_than_some_chunks_of_an_encoded
         while (request := server.next_out(now)) is not None:
             site.deliver(now, request[0], request[1], None)
         while (reply := site.next_out(now)) is not None:
-            assert reply[2] is not None
+            if reply[2] is None:
+                continue  # it answers a ping
             if reply[0] == b"b" and collector.progress()[2][0] < (64 if use_spill else 3):
                 held.append((b"b", reply[1], bytes(reply[2])))  # all of the other comes first
             else:

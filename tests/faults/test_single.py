@@ -97,7 +97,6 @@ def test_a_server_killed_at_any_chunk_goes_on_with_what_was_reduced(
     [
         Fault.LOST_CHUNK,
         Fault.LOST_REQUEST,
-        Fault.SHORT_CHUNK,
         Fault.TRUNCATED,
         Fault.OVERSIZED,
         Fault.BUSY,
@@ -117,7 +116,7 @@ def test_what_did_not_come_is_asked_for_again_after_two_seconds(fault: Fault, ch
 @pytest.mark.parametrize(
     "fault",
     [Fault.DUPLICATE, Fault.STALE_SET, Fault.UNASKED, Fault.BEYOND_GRID, Fault.OTHER_BYTES_LATER,
-     Fault.STRANGER, Fault.FLIPPED_BIT],
+     Fault.STRANGER, Fault.FLIPPED_BIT, Fault.SHORT_CHUNK],
 )  # fmt: skip
 @pytest.mark.parametrize("chunk", EVERY_CHUNK)
 def test_what_nobody_asked_for_changes_nothing_and_costs_no_time(fault: Fault, chunk: int) -> None:
@@ -130,7 +129,8 @@ def test_what_nobody_asked_for_changes_nothing_and_costs_no_time(fault: Fault, c
     assert noisy.collector.progress()[2] == [LAYOUT.chunk_count] * 3
 
 
-def test_two_wrong_checksums_in_a_row_are_forgiven_and_the_third_is_not() -> None:
+@pytest.mark.parametrize("wrong", ["checksum", "length"])
+def test_two_wrong_chunks_in_a_row_are_forgiven_and_the_third_is_not(wrong: str) -> None:
     for times, rejected in ((2, False), (3, True)):
         bad = world(budget=1)  # one chunk at a time, so that nothing comes between the wrong ones
         left = times
@@ -140,12 +140,14 @@ def test_two_wrong_checksums_in_a_row_are_forgiven_and_the_third_is_not() -> Non
             left -= 1
             if left < 0:
                 return [frame]
+            if wrong == "length":
+                return [chunk_frame(frame.peer, frame.set_id, frame.index, frame.body[:-4])]
             return [Frame(frame.peer, frame.head, flipped(frame.body, world.dice), genuine=False)]
 
         bad.sites[1].interferences.append(once(spoil, 2, again=True))
         bad.run()
         if rejected:
-            said = ("checksum", "3 chunks in a row had a wrong checksum")
+            said = (wrong, f"3 chunks in a row had a wrong {wrong}")
             assert bad.rejections == {"b": said}
             assert bad.result == exact("a", "c")
         else:

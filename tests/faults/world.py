@@ -235,6 +235,18 @@ class World:
                     self.leave_out(self.collecting[event[2]], "lost", "")
             else:
                 raise AssertionError(event)
+        if self.result is None:
+            self._check_alive()
+
+    def _check_alive(self) -> None:
+        """Leave out who fell silent, as far as nothing of it can be on its way; others are heard each second."""
+        for site in self.collecting:
+            if not site.gone:
+                continue
+            heard = self.server.last_heard(site.peer) or 0
+            if self.now > max(heard + LOST_MS, self.server.busy_until(site.peer)):
+                self.leave_out(site, "lost", "")
+                return
 
     # --- the wires ---
 

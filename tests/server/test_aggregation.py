@@ -47,9 +47,11 @@ class Sites:
             site = self.exchanges[peer[:1]]
             site.deliver(0, b"server", request[1], None)
             while (reply := site.next_out(0)) is not None:
-                if chunks:
+                if reply[2] is None:  # it answers a ping
+                    self.server.deliver(now, peer, reply[1], None)
+                    self.server.tick(now)
+                elif chunks:
                     self.asked[peer, int.from_bytes(reply[1][24:32], "little")] += 1
-                    assert reply[2] is not None
                     self.server.deliver(now, peer, reply[1], bytes(reply[2]))
                     chunks -= 1
 
