@@ -107,7 +107,7 @@ class Doorkeeper:
         )
         self._open: dict[int, str] = {}
         self._from: dict[str, int] = {}
-        self._connections = min(secured.limits.connections, _file_limit() // 2)
+        self._connections = min(secured.limits.connections, _file_limit() * 7 // 8)
         self._said: dict[str, tuple[float, int]] = {}
         self._quit_read, self._quit_write = os.pipe()
         self._thread = threading.Thread(target=self._run, name="fedcore-door", daemon=True)

@@ -14,7 +14,7 @@ import time
 from typing import Final
 
 from fedcore import protocol
-from fedcore.admission import Secured
+from fedcore.admission import Limits, Secured
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.security import (
@@ -83,7 +83,12 @@ class Access:
         self._listed = AllowList.load(self._path)
         self._pair = KeyPair.generate()
         self._operator = Identity("run-folder", Role.OPERATOR, fingerprint(self._pair.public))
-        self.secured = Secured(read_secret(home / SECRET_FILE), self._with_operator(self._listed))
+        sites = config.participants.expected
+        self.secured = Secured(
+            read_secret(home / SECRET_FILE),
+            self._with_operator(self._listed),
+            Limits(connections=max(4096, 4 * sites), per_address=max(256, 2 * sites)),
+        )
 
     def _with_operator(self, listed: AllowList) -> AllowList:
         return AllowList({**listed.keys, self._pair.public: self._operator})

@@ -65,6 +65,16 @@ def test_strangers_are_refused_then_left_to_wait_and_cost_a_log_line_a_second(
     assert door.knock(parties.keys["north"].public) == b"200"
 
 
+def test_an_address_holds_no_more_than_its_share_and_this_machine_what_it_likes(
+    door: Door, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit = Limits().per_address
+    door.keeper._from |= {"192.0.2.7": limit + 1, "192.0.2.8": limit, "127.0.0.1": limit + 1}
+    crowded = [a for a in door.keeper._from if door.keeper.crowded(a)]
+    assert crowded == ["192.0.2.7"]
+    assert f"192.0.2.7 has {limit} connections" in caplog.text
+
+
 def test_what_is_remembered_of_keys_is_bounded(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "_MAX_BUCKETS", 2)
     everyone = Parties()

@@ -25,6 +25,7 @@ from fedcore.config import parse_run
 from fedcore.errors import ConfigError, RefusedError
 from fedcore.provision import Project, Provisioned, admit, make_key, provision, revoke
 from fedcore.security import KeyPair, Role, load_kit
+from fedcore.server.access import Access
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
 from fedcore.status import ask_status, find_server
@@ -332,6 +333,19 @@ def test_a_server_is_in_plain_text_only_if_it_is_asked_for(
     values = {"run": {"name": "t", "rounds": 1}, "participants": {"count": 1}}
     with pytest.raises(ConfigError, match=re.escape(said)):
         Server(parse_run({**values, "server": server}, folder=tmp_path))
+
+
+def test_the_door_is_wide_enough_for_all_sites_at_one_address(
+    tmp_path: Path, kits: Provisioned
+) -> None:
+    values = {
+        "run": {"name": "t", "rounds": 1},
+        "participants": {"count": 5000},
+        "server": {"keys": "kits/server"},
+    }
+    secured = Access(parse_run(values, folder=tmp_path)).secured
+    assert secured is not None
+    assert min(secured.limits.connections, secured.limits.per_address) >= 2 * 5000
 
 
 def test_a_secret_that_others_can_read_stops_the_server(tmp_path: Path, kits: Provisioned) -> None:
