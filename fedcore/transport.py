@@ -35,7 +35,18 @@ if TYPE_CHECKING:
     from .admission import Secured
     from .security import AllowList, Credentials
 
-__all__ = ["Control", "DataEvent", "ServerLink", "SiteLink", "now_ms", "pump_name"]
+__all__ = [
+    "OTHER_VERSION",
+    "Control",
+    "DataEvent",
+    "ServerLink",
+    "SiteLink",
+    "now_ms",
+    "pump_name",
+]
+
+OTHER_VERSION: Final = f"the protocol version is not {PROTOCOL_VERSION}"
+"""What the core says of a frame of another version, in the ``malformed`` event."""
 
 DataEvent = tuple[Any, ...]
 """What ``Exchange.next_event()`` returns: its kind, then what belongs to it."""

@@ -26,7 +26,7 @@ from fedcore.errors import (
     RefusedError,
     TransferTimeout,
 )
-from fedcore.transport import HEARTBEAT_MS, Control, DataEvent, SiteLink, now_ms
+from fedcore.transport import HEARTBEAT_MS, OTHER_VERSION, Control, DataEvent, SiteLink, now_ms
 
 from .progress import Bar
 from .settings import SiteSettings
@@ -426,6 +426,14 @@ class Connection:
 
     def _handle_event(self, event: DataEvent) -> None:
         with self.changed:
+            if event[0] == "malformed" and event[2] == OTHER_VERSION and self.welcome is None:
+                self._error = RefusedError(
+                    f"the server at {self._server} does not speak protocol {protocol.PROTOCOL_VERSION} "
+                    f"(fedcore {__version__}); install the same version on both sides",
+                    "version",
+                )
+                self.changed.notify_all()
+                return
             if self._download is None or len(event) < 2 or event[1] != self._download[0].id:
                 return
             if event[0] == "done":

@@ -20,7 +20,7 @@ from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, FedcoreError, ProtocolError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
 from fedcore.security import Identity
-from fedcore.transport import Control, DataEvent, ServerLink, now_ms
+from fedcore.transport import OTHER_VERSION, Control, DataEvent, ServerLink, now_ms
 
 from .access import Access
 from .aggregation import Aggregation, open_spill, update_codec
@@ -401,6 +401,12 @@ class Server:
             self._peers.complain(
                 "dropped a frame from %s: %s", self._peers.name(event[1]), event[2]
             )
+            if event[2] == OTHER_VERSION:  # whatever it makes of the answer, it has another version
+                text = (
+                    f"the server speaks protocol {protocol.PROTOCOL_VERSION} (fedcore {__version__}), this "
+                    "site another one; install the same version on both sides"
+                )
+                self._link.send(event[1], protocol.Refused(code="version", message=text))
             return
         if event[0] == "stranger":
             if event[1] not in self._peers:

@@ -14,7 +14,7 @@ import pytest
 import zmq
 from safetensors.numpy import load_file, save_file
 
-from fedcore import protocol
+from fedcore import protocol, transport
 from fedcore.config import ModelSection
 from fedcore.server import service
 from fedcore.server.service import Server
@@ -78,6 +78,30 @@ def test_tensors_that_cannot_be_are_refused_and_the_run_goes_on(
         return site(server.endpoint, "a", 1)
 
     result, _ = run(server, hostile)
+    assert result.ok
+
+
+def test_a_site_of_another_version_is_told_so_and_costs_nobody_else_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    join = protocol.Join(version="test", site="b", instance=uuid4().hex)
+    with monkeypatch.context() as patch:
+        patch.setattr(transport, "PROTOCOL_VERSION", 2)
+        frames = transport.control_frames(join)
+    server = Server(run_config(tmp_path, sites=["a"], rounds=1))
+
+    def newer() -> int:
+        link = SiteLink(server.endpoint, uuid4().bytes)
+        link._command([b"S", b"", *frames])
+        raw = RawSite.__new__(RawSite)
+        raw.link = link
+        refused = raw.await_message(protocol.Refused)
+        link.close()
+        assert refused.code == "version"
+        assert "install the same version on both sides" in refused.message
+        return site(server.endpoint, "a", 1)
+
+    result, _ = run(server, newer)
     assert result.ok
 
 

@@ -260,6 +260,19 @@ def test_a_refusal_reaches_the_script_with_the_servers_words(pump: str) -> None:
         assert caught.value.code == "unknown-site"
 
 
+def test_a_server_of_another_version_is_one_clear_error(
+    pump: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        monkeypatch.setattr(transport, "PROTOCOL_VERSION", 2)
+        server.welcome()
+        with pytest.raises(RefusedError, match="install the same version on both sides") as caught:
+            running.result(DEADLINE)
+        assert caught.value.code == "version"
+
+
 def test_a_name_that_is_held_is_asked_for_until_it_is_free(
     pump: str, caplog: pytest.LogCaptureFixture
 ) -> None:
