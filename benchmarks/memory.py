@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import zmq
 
 from fedcore.errors import FedcoreError
 from fedcore.layout import create_model, open_model
@@ -37,6 +38,7 @@ class Load:
     Attributes:
         laggard: whether the first site keeps its first chunk back.
         spill: whether chunks of the others may go to a file.
+        strangers: connections that are opened before the round and say nothing.
     """
 
     size: int
@@ -44,6 +46,7 @@ class Load:
     budget: int
     laggard: bool = True
     spill: bool = False
+    strangers: int = 0
 
     @property
     def chunks(self) -> int:
@@ -53,9 +56,10 @@ class Load:
 def measure(load: Load, *, limit: bool = True, timeout: float = 600) -> dict[str, Any]:
     """Run one round and return the server's figures, in bytes.
 
-    ``idle_rss_bytes`` is resident before any site is there, ``peak_rss_bytes`` is the most that ever was, and
-    ``peak_anonymous_bytes`` what of it no file backed, as often as it was looked at. With ``limit``, the
-    server's private memory (RLIMIT_DATA) can grow by the budget and no more from where it stands when idle.
+    ``idle_rss_bytes`` is resident before any site is there, ``connected_rss_bytes`` once the strangers are;
+    ``peak_rss_bytes`` is the most that ever was, and ``peak_anonymous_bytes`` what of it no file backed, as often
+    as it was looked at. ``cpu_s`` are the processor's seconds from the strangers on. With ``limit``, the server's
+    private memory (RLIMIT_DATA) can grow by the budget from where it stands then, and no more.
 
     Raises:
         FedcoreError: the run failed, or the model is not the exact mean.
@@ -101,6 +105,7 @@ def _run(folder: Path, load: Load, limit: bool, timeout: float) -> dict[str, Any
     endpoint = folder / "endpoint"
     command = [sys.executable, "-P", "-m", "fedcore", "server", str(folder / "run.toml")]
     sites = None
+    strangers = Strangers()
     with log.open("wb") as out:
         server = subprocess.Popen(
             [*command, "--endpoint-file", str(endpoint)], stdout=out, stderr=out
@@ -112,8 +117,12 @@ def _run(folder: Path, load: Load, limit: bool, timeout: float) -> dict[str, Any
                 raise FedcoreError(f"the server did not start: {log.read_text()[-2000:]}")
             time.sleep(0.01)
         idle = status(server.pid)
+        strangers.connect(endpoint.read_text(), load.strangers)
+        while len(os.listdir(f"/proc/{server.pid}/fd")) < load.strangers:  # noqa: PTH208
+            time.sleep(0.01)
+        connected, cpu = status(server.pid), cpu_seconds(server.pid)
         if limit:
-            most = idle["VmData"] + load.budget
+            most = connected["VmData"] + load.budget
             resource.prlimit(server.pid, resource.RLIMIT_DATA, (most, most))
         words = [endpoint.read_text(), str(load.sites), str(load.chunks)]
         began = time.monotonic()
@@ -125,33 +134,67 @@ def _run(folder: Path, load: Load, limit: bool, timeout: float) -> dict[str, Any
             cwd=Path(__file__).parents[1],
         )
         os.set_blocking(sites.stdout.fileno(), False)  # type: ignore[union-attr]
-        peak, anonymous = 0, 0
+        peak, anonymous, spilled = 0, 0, 0
         while sites.stdout.read() is None:  # type: ignore[union-attr]
             now = status(server.pid)
             late = time.monotonic() - began > timeout
             if late or sites.poll() is not None or "VmHWM" not in now:
                 raise FedcoreError(f"the round failed: {log.read_text()[-2000:]}")
             peak, anonymous = now["VmHWM"], max(anonymous, now["RssAnon"])
+            for path in (folder / "runs" / "memory").glob(".*.spill"):
+                spilled = max(spilled, path.stat().st_size)
             time.sleep(0.02)
         seconds = time.monotonic() - began
-        last = status(server.pid)
+        last, cpu = status(server.pid), cpu_seconds(server.pid) - cpu
         sites.communicate()
         if sites.returncode != 0 or server.wait(60) != 0:
             raise FedcoreError(f"the run failed: {log.read_text()[-2000:]}")
         return {
             "seconds": seconds,
+            "cpu_s": cpu,
             "idle_rss_bytes": idle["VmRSS"],
+            "connected_rss_bytes": connected["VmRSS"],
             "peak_rss_bytes": max(peak, last.get("VmHWM", 0)),
             "peak_anonymous_bytes": anonymous,
+            "spill_file_bytes": spilled,
             "idle_data_bytes": idle["VmData"],
             "data_bytes": last.get("VmData", 0),
             "page_table_bytes": last.get("VmPTE", 0),
         }
     finally:
+        strangers.close()
         for process in (server, sites):
             if process is not None:
                 process.kill()
                 process.wait()
+
+
+class Strangers:
+    """Connections that say nothing."""
+
+    def __init__(self) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._sockets: list[zmq.Socket[bytes]] = []
+
+    def connect(self, address: str, count: int) -> None:
+        """Open so many more."""
+        self._context.set(zmq.MAX_SOCKETS, count + 16)
+        for _ in range(count):
+            socket = self._context.socket(zmq.DEALER)
+            self._sockets.append(socket)
+            socket.connect(address)
+
+    def close(self) -> None:
+        """Close all of them."""
+        for socket in self._sockets:
+            socket.close(linger=0)
+        self._context.term()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def status(pid: int) -> dict[str, int]:
