@@ -71,10 +71,13 @@ def provision(
     from .provision import provision as make
 
     folder = out if out is not None else project.parent / "kits"
-    made = make(load_project(project), folder)
+    parties = load_project(project)
+    made = make(parties, folder)
     typer.echo(f'server: {made.server}   (run file: [server] keys = "{made.server}")')
     for name, kit in made.kits.items():
-        typer.echo(f"{name}: {kit}   (there: FEDCORE_KIT={name} python train.py)")
+        site = str(parties.parties[name]) == "site"
+        use = f"FEDCORE_KIT={name} python train.py" if site else f"fedcore status --kit {name}"
+        typer.echo(f"{name}: {kit}   (there: {use})")
     if made.admitted:
         typer.echo(f"admitted before, left as they are: {', '.join(made.admitted)}")
 

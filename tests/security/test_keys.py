@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -210,3 +212,26 @@ def test_an_allow_list_that_others_can_write_is_refused(made: Provisioned) -> No
     path.chmod(0o666)
     with pytest.raises(ConfigError, match="can be written by others"):
         AllowList.load(path)
+
+
+def test_the_commands_make_kits_admit_and_revoke(
+    tmp_path: Path, fedcore: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    (tmp_path / "project.toml").write_text(
+        f'[project]\nserver = "{ADDRESS}"\nsites = ["north"]\nobservers = ["eye"]\n'
+    )
+    done = fedcore("provision", tmp_path / "project.toml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "FEDCORE_KIT=north python train.py" in done.stdout
+    assert "fedcore status --kit eye" in done.stdout
+    kits, home = tmp_path / "kits", ["--server-kit", tmp_path / "kits" / "server"]
+    done = fedcore("keygen", kits / "next", "--like", kits / "north")
+    public = load_kit(kits / "next").credentials.pair.public
+    assert f"fedcore admit north '{public}'" in done.stdout
+    assert (
+        fedcore("admit", "north", public, *home).stdout
+        == "north is admitted as site, with 2 keys\n"
+    )
+    assert fedcore("revoke", "north", *home).stdout == "north: revoked\n"
+    done = fedcore("revoke", "north", *home)
+    assert (done.returncode, done.stderr) == (2, "error: the allow-list has no keys for 'north'\n")
