@@ -57,12 +57,16 @@ def patch(
 
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
-        ConfigError: this is no ``transformers.Trainer``, the name of the schedule is unknown, or the best
-            model is to be loaded at the end of a round where it can't be.
+        ConfigError: this is no ``transformers.Trainer``, the name of the schedule is unknown, it trains with
+            DeepSpeed, or the best model is to be loaded at the end of a round where it can't be.
     """
     check_trainer(trainer, __name__)
     if lr_schedule not in ("all_rounds", "per_round"):
         raise ConfigError(f"lr_schedule={lr_schedule!r}: expected 'all_rounds' or 'per_round'")
+    if trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "DeepSpeed keeps copies of the weights that the global model would not reach; train with DDP or FSDP2"
+        )
     if trainer.args.load_best_model_at_end and computes_prompt(trainer.model):
         raise ConfigError(
             "load_best_model_at_end=True can't put back a prompt that a network computes; set it to False"

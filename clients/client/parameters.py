@@ -29,7 +29,7 @@ from fedcore.layout import TensorSpec, compare_layouts
 
 from .choice import travelling
 from .prompts import is_computed, load_prompt
-from .sharding import address, is_sharded, put, shape_of, whole
+from .sharding import address, is_sharded, put, whole
 
 __all__ = ["ModelParameters", "dtype_name", "from_view", "raw_bytes", "to_dtype"]
 
@@ -93,6 +93,7 @@ class ModelParameters:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        _refuse_flat(model)
         root = _find_root(_unwrap(model))
         if not any(p.requires_grad for p in root.parameters()):
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
@@ -109,7 +110,7 @@ class ModelParameters:
         if _is_peft(root):
             _refuse_extras(root, self._tensors)
         self.specs: list[TensorSpec] = [
-            (name, dtype_name(name, self._tensors[name]), shape_of(self._tensors[name]))
+            (name, dtype_name(name, self._tensors[name]), list(self._tensors[name].shape))
             for name in travelling(list(self._tensors))
         ]
         self.sharded = any(is_sharded(tensor) for tensor in self._tensors.values())
@@ -155,6 +156,19 @@ class ModelParameters:
                 return
             for spec in self.specs:
                 put(self._tensors[spec[0]], from_view(tensors[spec[0]], spec))
+
+
+def _refuse_flat(model: nn.Module) -> None:
+    """FSDP1 and DeepSpeed's ZeRO keep values that what is loaded into the module would not reach."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise LayoutError(
+            "the model is sharded by FullyShardedDataParallel (FSDP1), whose flat parameters can't be exchanged; "
+            "use FSDP2 (fully_shard; Lightning's ModelParallelStrategy; fsdp_version 2 in transformers)"
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise LayoutError(
+            "the model is partitioned by DeepSpeed, which is not supported; use FSDP2"
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -251,7 +265,7 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
             if key in seen:
                 continue
             seen.add(key)
-        tensors[name] = tensor.detach() if not hasattr(tensor, "ds_id") else tensor
+        tensors[name] = tensor.detach()
     return tensors
 
 

@@ -15,7 +15,8 @@ import torch
 import fedcore.client
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
-from fedcore.errors import ClosedError, LayoutError
+from fedcore.client.parameters import ModelParameters
+from fedcore.errors import ClosedError, ConfigError, LayoutError
 from fedcore.server.outcome import RunResult
 
 
@@ -159,3 +160,44 @@ def test_an_update_of_a_plain_loop_that_is_all_zeros_is_warned_of(
     said = [r.getMessage() for r in caplog.records if r.name == "fedcore.client"]
     assert [text for text in said if "all zeros" in text] == [t for t in said if "round 2" in t]
     assert any("round 2" in text for text in said)
+
+
+def test_values_that_a_loaded_model_would_not_reach_are_refused(
+    run: Future[RunResult], make_trainer: Callable[..., Any]
+) -> None:
+    class FullyShardedDataParallel(torch.nn.Sequential):
+        """Has the name of FSDP1's wrapper, which needs a process group to be made."""
+
+    with pytest.raises(LayoutError, match=r"FSDP1.*use FSDP2"):
+        ModelParameters(torch.nn.Sequential(FullyShardedDataParallel(torch.nn.Linear(2, 1))))
+    partitioned = torch.nn.Linear(2, 1)
+    partitioned.weight.ds_id = 0
+    with pytest.raises(LayoutError, match="DeepSpeed"):
+        ModelParameters(partitioned)
+    trainer = make_trainer()
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(ConfigError, match="DeepSpeed"):
+        fl_hf.patch(trainer)
+
+
+def test_what_describes_the_model_is_made_once_in_a_run_and_each_tensor_read_once_a_round(
+    run: Future[RunResult], make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    made: list[object] = []
+    read: list[str] = []
+    cards = ModelParameters.files.fget
+    values = ModelParameters.read
+    monkeypatch.setattr(ModelParameters, "files", property(lambda p: made.append(p) or cards(p)))
+    monkeypatch.setattr(ModelParameters, "read", lambda p, n: read.append(n) or values(p, n))
+    model = trainer.model
+    fl_hf.patch(trainer)
+    while fl_hf.is_running():
+        trainer.evaluate()
+        trainer.train()
+    assert run.result(30).ok
+    assert len(made) == 1
+    assert sorted(read) == sorted(["net.weight", "net.bias"] * 4), (
+        "the initial model, three updates"
+    )
+    assert trainer.model is model

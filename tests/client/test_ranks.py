@@ -96,11 +96,17 @@ def losses(net: torch.nn.Module, optimizer: Any, schedule: Any = None) -> list[f
 
 
 def assert_as_alone(
-    folder: Path, net: torch.nn.Module, expected: list[float], metric: str, weight: int
+    folder: Path,
+    net: torch.nn.Module,
+    expected: list[float],
+    metric: str,
+    weight: int,
+    *,
+    prefix: str = "net.",
 ) -> None:
     final = load_file(folder / "runs/t/final/model.safetensors")
     for key, value in net.state_dict().items():
-        torch.testing.assert_close(final[f"net.{key}"], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(final[prefix + key], value, rtol=1e-5, atol=1e-6)
     versions = json.loads((folder / "runs/t/summary.json").read_text())["versions"]
     scores = [version["metrics_by_site"]["a"] for version in versions]
     assert [s[metric] for s in scores] == pytest.approx(expected, rel=1e-5)
@@ -165,3 +171,17 @@ def test_an_error_of_rank_0_is_raised_by_all(run: Future[RunResult], tmp_path: P
     assert "LayoutError: the model has no trainable tensor" in zero.said
     assert zero.returncode
     assert one.returncode
+
+
+@pytest.mark.slow
+def test_a_sharded_model_travels_whole_and_trains_as_one(
+    run: Future[RunResult], tmp_path: Path
+) -> None:
+    assert_both_took_part(start_two("sharded.py"))
+    assert run.result(30).ok
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3), torch.nn.Linear(3, 1)
+    )
+    expected = losses(net, torch.optim.Adam(net.parameters(), lr=1e-2))
+    assert_as_alone(tmp_path, net, expected, "val_loss", 16 * 5, prefix="")
