@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -17,6 +18,7 @@ import fedcore.client as fl
 from fedcore.client.plain import _Arrays
 from fedcore.errors import LayoutError, WeightError
 from fedcore.server.outcome import RunResult
+from fedcore.status import ask_status
 
 
 class OnlyDlpack:
@@ -108,6 +110,20 @@ def test_a_block_that_fails_or_sets_no_weight_sends_nothing(run: Future[RunResul
         task.weight = 1
     assert fl.is_running()
     assert fl.system_info()["round"] == 2
+
+
+def test_metrics_are_shown_at_the_server_while_the_site_trains(run: Future[RunResult]) -> None:
+    fl.init({"w": np.zeros(3, np.float32)})
+    assert fl.is_running()
+    params = fl.receive()
+    fl.log({"train_loss": 0.25}, step=3)
+    shown: dict[str, float] = {}
+    while not shown:  # each answer comes after the message before it, or the time of the test is up
+        (site,) = ask_status(os.environ["FEDCORE_SERVER"], 10).sites
+        assert site.state == "training"
+        shown = site.metrics
+    assert shown == {"train_loss": 0.25}
+    fl.send(params, weight=1)
 
 
 def test_an_error_that_ends_a_plain_script_is_shown_at_the_server_without_its_paths(

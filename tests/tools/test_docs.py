@@ -76,6 +76,8 @@ def test_the_run_files_in_the_pages_are_valid(tmp_path: Path) -> None:
     found = 0
     for page in PAGES:
         for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            if block.startswith("[project]"):  # what `fedcore provision` reads
+                continue
             (tmp_path / "run.toml").write_text(block, encoding="utf-8")
             load_run_file(tmp_path / "run.toml")
             found += 1
