@@ -29,7 +29,7 @@ from fedcore.server.versions import checksum_of
 
 LAYOUT = Layout([("w", "F32", [6000])], 4096)
 SITES = {"a": 1, "b": 3}
-SETTINGS = {"run": {"rounds": 1}}
+SETTINGS = {"run": {"rounds": 1, "task": "train"}}
 DIED, REFUSED, RAISED = 99, 98, 97
 
 
