@@ -119,7 +119,7 @@ class ParticipantsSection(_Section):
     count: Annotated[int, Field(ge=1, le=100_000)] | None = None
     sample: Annotated[int, Field(ge=1)] | None = None
     min_results: Annotated[int, Field(ge=1)] | None = None
-    round_deadline: Duration = 3600.0
+    round_deadline: Duration = 86400.0
     idle_timeout: Duration = 3.0
 
     @model_validator(mode="after")

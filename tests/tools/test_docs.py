@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
+from pydantic.fields import FieldInfo
 
 from fedcore import protocol
 from fedcore.config import RunConfig, load_run_file
@@ -22,17 +24,31 @@ def text(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def keys() -> Iterator[tuple[str, Any]]:
+def fields() -> Iterator[tuple[str, FieldInfo]]:
     for section, field in RunConfig.model_fields.items():
         model = field.annotation
         if isinstance(model, type) and issubclass(model, BaseModel):
             for key, inner in model.model_fields.items():
-                yield f"{section}.{key}", inner.default
+                yield f"{section}.{key}", inner
 
 
-@pytest.mark.parametrize("key", [key for key, _ in keys() if key != "simulate.site"])
+@pytest.mark.parametrize("key", [key for key, _ in fields() if key != "simulate.site"])
 def test_every_key_of_a_run_file_is_in_the_table_of_settings(key: str) -> None:
     assert f"| `{key}` |" in text("docs/settings.md")
+
+
+def test_the_defaults_in_the_table_of_settings_are_those_that_apply() -> None:
+    rows = dict(re.findall(r"^\| `([a-z_.]+)` \| `([^`]+)` \|", text("docs/settings.md"), re.M))
+    compared = 0
+    for key, field in fields():
+        if key in rows and not field.is_required() and field.default is not None:
+            kind = TypeAdapter(Annotated[field.annotation, key, *field.metadata])
+            (written,) = tomllib.loads(f"value = {rows[key]}").values()
+            assert kind.validate_python(written) == field.get_default(call_default_factory=True), (
+                key
+            )
+            compared += 1
+    assert compared >= 15
 
 
 def test_every_variable_is_in_the_table_of_settings() -> None:
