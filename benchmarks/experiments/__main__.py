@@ -93,6 +93,9 @@ def peft(
         bool,
         typer.Option(help="Run the first natural split again with a real server and real sites."),
     ] = True,
+    report: Annotated[
+        bool, typer.Option("--report", help="Train nothing: tables and figure of what is in --out.")
+    ] = False,
     quick: Quick = False,
     threads: Threads = 1,
     cache: Cache = None,
@@ -108,31 +111,35 @@ def peft(
 
     from .peft import Cell, Settings, Source, cells, run_cells
     from .reports import peft_report
-    from .sentiment import VADER, load_hub, load_jsonl, load_vader
+    from .sentiment import VADER, load_texts, load_vader
 
     torch.set_num_threads(threads)
     folder = cache_folder(cache)
     if dataset is None:
         texts, name = load_vader(ensure(VADER, folder)), VADER.requirement
-    elif dataset.endswith(".jsonl"):
-        texts, name = load_jsonl(Path(dataset)), Path(dataset).name
     else:
-        texts, name = load_hub(dataset, split, columns.split(",")), dataset
+        names = columns.split(",")
+        if len(names) != 3:
+            raise ConfigError(f"--columns {columns}: expected three: text, label, source")
+        texts, name = load_texts(dataset, split, names), Path(dataset).name
     settings = Settings(layers=layers, frozen=frozen)
     seed_list, alpha_list = numbers(seeds, int, "--seeds"), numbers(alphas, float, "--alphas")
     if quick:
         settings = replace(settings, train_rows=16, test_rows=8, rounds=2, steps=1, batch_size=4)
         seed_list, alpha_list = seed_list[:1], alpha_list[-1:]
     source = Source(model or ensure(MINILM, folder), texts, name)
-    names = methods.split(",")
-    wanted = cells(names, alpha_list, seed_list, steady=steady)
+    kinds = methods.split(",")
+    wanted = cells(kinds, alpha_list, seed_list, steady=steady)
+    if report:
+        wanted = [cell for cell in wanted if (out / "cells" / f"{cell.name}.json").is_file()]
+        confirm = confirm and (out / "confirmed.json").is_file()
     notice(f"{len(wanted)} cells; --quick took seconds, the default about 20 s of CPU time each")
     found = run_cells(out, settings, source, wanted, notice)
     confirmed = None
     if confirm:
         from .confirm import confirm as compare
 
-        first = Cell(names[0], "natural", seed_list[0])
+        first = Cell(kinds[0], "natural", seed_list[0])
         confirmed = compare(out, settings, source, first, threads)
     peft_report(out, found, settings, source, confirmed)
 
@@ -189,6 +196,8 @@ def sft(
         pairs = dict(part.split("=", 1) for part in sites.split(",") if "=" in part)
         if len(pairs) != len(sites.split(",")):
             raise ConfigError(f"--sites {sites}: expected NAME=DATASET with commas between them")
+        if columns.count(",") != 1:
+            raise ConfigError(f"--columns {columns}: expected two: prompt, response")
         sources = {
             name: load_exchanges(data, split, columns.split(",")) for name, data in pairs.items()
         }

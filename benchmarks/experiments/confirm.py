@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
@@ -16,6 +16,10 @@ from fedcore.simulate import simulate
 from .peft import Cell, Lab, Settings, Source, fingerprint, shares
 
 __all__ = ["confirm"]
+
+
+#: Sites that share a busy machine's cores load their models for minutes.
+_PATIENT: Final = 'FEDCORE_CONNECT_TIMEOUT = "10min"'
 
 
 def confirm(
@@ -80,7 +84,7 @@ def _run(folder: Path, settings: Settings, source: Source, cell: Cell, threads: 
     run_file.write_text(
         f'[run]\nname = "{name}"\nrounds = {settings.rounds}\ndir = "."\n'
         f'[participants]\nsites = [{quoted}]\nround_deadline = "2h"\nidle_timeout = "60s"\n'
-        f'[simulate]\nenv = {{ OMP_NUM_THREADS = "{threads}", HF_HUB_OFFLINE = "1" }}\n',
+        f'[simulate]\nenv = {{ OMP_NUM_THREADS = "{threads}", HF_HUB_OFFLINE = "1", {_PATIENT} }}\n',
         encoding="utf-8",
     )
     root = str(Path(__file__).resolve().parents[2])

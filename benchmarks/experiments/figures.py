@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .peft import STEADY
+from .summary import steady_cells
 
 __all__ = ["draw_peft", "draw_sft"]
 
@@ -104,18 +105,14 @@ def _panel(axes: Any, cells: Mapping[str, Any], method: str, split: str) -> None
 
 
 def _steady_panel(axes: Any, cells: Mapping[str, Any]) -> None:
-    tried = [r for r in cells.values() if r["cell"]["steady"] != "plain"]
-    split, method = tried[0]["cell"]["split"], tried[0]["cell"]["method"]
+    tried = next(r["cell"] for r in cells.values() if r["cell"]["steady"] != "plain")
+    found = steady_cells(cells, tried["split"])
     for name, colour in zip(STEADY, (_COLOURS["federated"], *_ARMS), strict=False):
-        curves = _curves(cells, "federated", method=method, split=split, steady=name)
-        if curves:
-            steps = next(
-                r["steps_per_round"]
-                for r in cells.values()
-                if r["cell"]["steady"] == name and r["cell"]["split"] == split
-            )
-            _band(axes, curves, colour, name, steps)
-    axes.set_title(f"{method}, {_split_title(split)}: what steadies", fontsize=9, loc="left")
+        if name in found:
+            curves = [result["curves"]["federated"]["accuracy"] for result in found[name]]
+            _band(axes, curves, colour, name, found[name][0]["steps_per_round"])
+    title = f"{tried['method']}, {_split_title(tried['split'])}: what steadies"
+    axes.set_title(title, fontsize=9, loc="left")
     axes.set(xlabel="local steps")
 
 

@@ -58,11 +58,19 @@ def _peft_tables(rows: Sequence[Mapping[str, Any]], steady: Sequence[Mapping[str
         lines.append(cells)
     text = markdown(head, lines)
     if len(steady) > 1:
-        head = ["averaging", "seeds", "last round", "lowest after round 1", "lost on the way"]
+        head = [
+            "averaging",
+            "seeds",
+            "rounds of steps",
+            "last round",
+            "lowest after round 1",
+            "lost on the way",
+        ]
         lines = [
             [
                 row["steady"],
                 str(len(row["seeds"])),
+                f"{row['rounds']} of {row['steps_per_round']}",
                 *(_spread(row[k]) for k in ("federated", "lowest", "swing")),
             ]
             for row in steady

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import random
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from fedcore.demo.assets import Asset, Member
 from fedcore.errors import ConfigError
 
-__all__ = ["DOMAINS", "VADER", "Pool", "Text", "load_hub", "load_jsonl", "load_vader", "make_pool"]
+from .hub import load_columns
+
+__all__ = ["DOMAINS", "VADER", "Pool", "Text", "load_texts", "load_vader", "make_pool"]
 
 _TAR: Final = "additional_resources/hutto_ICWSM_2014.tar.gz"
 _ROOT: Final = "vaderSentiment-0.5/"
@@ -98,44 +99,12 @@ def _vader_rows(lines: Iterator[str] | io.TextIOBase, domain: str) -> Iterator[T
             yield Text(html.unescape(text), label, domain, f"{domain}/{name.partition('_')[0]}")
 
 
-def load_jsonl(path: Path) -> list[Text]:
-    """Read a file of your own: one object with ``text``, ``label`` and ``source`` a line."""
-    texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            texts.append(Text(str(row["text"]), str(row["label"]), str(row["source"]), f"{number}"))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ConfigError(
-                f"{path}, line {number}: expected an object with text, label and source ({error})"
-            ) from None
-    return texts
-
-
-def load_hub(name: str, split: str, columns: Sequence[str]) -> list[Text]:
-    """Read a data set of the Hub (or a folder that ``datasets`` opens) by name.
-
-    Args:
-        name: what ``datasets.load_dataset`` takes.
-        split: which of its splits.
-        columns: the names of the columns with the text, the label and the source.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError(
-            "a data set by name needs the package datasets: pip install 'fedcore-fl[evaluate]'"
-        ) from None
-    found: Any = datasets.load_dataset(name, split=split)
-    missing = [column for column in columns if column not in found.column_names]
-    if missing:
-        raise ConfigError(
-            f"{name} has no column {', '.join(missing)}; it has {', '.join(found.column_names)}"
-        )
-    text, label, source = columns
+def load_texts(name: str, split: str, columns: Sequence[str]) -> list[Text]:
+    """Read a data set by name: its columns with the text, the label and the source, in this order."""
+    rows = load_columns(name, split, columns)
     return [
-        Text(str(row[text]), str(row[label]), str(row[source]), str(number))
-        for number, row in enumerate(found)
+        Text(text, label, source, group=str(number))
+        for number, (text, label, source) in enumerate(rows)
     ]
 
 

@@ -26,6 +26,8 @@ from fedcore.demo.causal_model import tokenise
 from fedcore.demo.tasks import batch_order
 from fedcore.errors import ConfigError
 
+from .hub import load_columns
+
 __all__ = ["Settings", "Sites", "load_exchanges", "share_out", "train_arms"]
 
 _IGNORED: Final = -100
@@ -51,28 +53,9 @@ class Settings:
 
 
 def load_exchanges(name: str, split: str, columns: Sequence[str]) -> list[Exchange]:
-    """Read prompts and responses from a .jsonl file, or from a data set of the Hub by name.
-
-    Raises:
-        ConfigError: a column is missing, or the package datasets is.
-    """
-    prompt, response = columns
-    rows: Any
-    if name.endswith(".jsonl"):
-        lines = Path(name).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-    else:
-        try:
-            import datasets
-        except ImportError:
-            raise ConfigError(
-                "a data set by name needs the package datasets: pip install 'fedcore-fl[evaluate]'"
-            ) from None
-        rows = datasets.load_dataset(name, split=split)
-    try:
-        pairs = [(" ".join(row[prompt].split()), " ".join(row[response].split())) for row in rows]
-    except KeyError as error:
-        raise ConfigError(f"{name} has no column {error}") from None
+    """Read a data set by name: its columns with the prompt and the response; rows without either are left out."""
+    rows = load_columns(name, split, columns)
+    pairs = [(" ".join(prompt.split()), " ".join(response.split())) for prompt, response in rows]
     return [Exchange(*pair) for pair in pairs if all(pair)]
 
 

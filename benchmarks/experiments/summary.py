@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["peft_rows", "spread", "steady_rows", "swing"]
+__all__ = ["peft_rows", "spread", "steady_cells", "steady_rows", "swing"]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -80,12 +80,26 @@ def peft_rows(cells: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def steady_cells(cells: Mapping[str, Any], split: str) -> dict[str, list[Any]]:
+    """Return the cells of plain averaging and of all that was tried, from the seeds that all of them have."""
+    groups = {key[2]: results for key, results in _groups(cells).items() if key[1] == split}
+    seeds = [{result["cell"]["seed"] for result in results} for results in groups.values()]
+    common = set.intersection(*seeds) if seeds else set()
+    return {
+        steady: [result for result in results if result["cell"]["seed"] in common]
+        for steady, results in groups.items()
+        if common
+    }
+
+
 def steady_rows(cells: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
     """Return a row for plain averaging and for all that was tried against its swings."""
     return [
         {
             "steady": steady,
             "seeds": [result["cell"]["seed"] for result in results],
+            "rounds": len(results[0]["curves"]["federated"]["accuracy"]) - 1,
+            "steps_per_round": results[0]["steps_per_round"],
             "federated": spread([_last(result, "federated") for result in results]),
             "lowest": spread(
                 [min(result["curves"]["federated"]["accuracy"][2:]) for result in results]
@@ -94,6 +108,5 @@ def steady_rows(cells: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
                 [swing(result["curves"]["federated"]["accuracy"]) for result in results]
             ),
         }
-        for (_, where, steady), results in _groups(cells).items()
-        if where == split
+        for steady, results in steady_cells(cells, split).items()
     ]

@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_what_is_there_and_never_mixes_settings(
 def cell(split: str, seed: int, steady: str = "plain", **arms: list[int]) -> dict[str, Any]:
     curves = {n: {"accuracy": [0.0, 0.9, sum(r) / len(r)]} for n, r in arms.items()}
     about = {"method": "lora", "split": split, "seed": seed, "steady": steady}
-    return {"cell": about, "curves": curves, "right": arms}
+    return {"cell": about, "steps_per_round": 5, "curves": curves, "right": arms}
 
 
 def test_the_lead_is_over_the_best_site_of_each_seed_and_a_tie_beats_nobody() -> None:
@@ -220,7 +220,11 @@ def test_the_lead_is_over_the_best_site_of_each_seed_and_a_tie_beats_nobody() ->
 
 def test_a_swing_is_what_a_curve_loses_after_its_first_round() -> None:
     assert swing([0.9, 0.5, 0.7, 0.6, 0.8, 0.5]) == pytest.approx(0.4)
-    found = {"1": cell("0.3", 0, federated=[1, 0]), "2": cell("0.3", 0, "rate/4", federated=[1, 1])}
+    found = {
+        "1": cell("0.3", 0, federated=[1, 0]),
+        "2": cell("0.3", 0, "rate/4", federated=[1, 1]),
+        "3": cell("0.3", 1, federated=[0, 0]),  # no fellow of this seed to compare it with
+    }
     plain, slow = steady_rows(found, "0.3")
     assert (plain["steady"], slow["steady"]) == ("plain", "rate/4")
     assert plain["swing"]["mean"] == pytest.approx(0.4)
@@ -292,3 +296,17 @@ def test_real_processes_make_the_same_model_bit_for_bit(source: Source, tmp_path
     assert found["equal"]
     assert found["largest_difference"] == 0
     assert found["elements"] > 100
+
+
+@pytest.mark.slow
+def test_the_real_encoder_and_the_real_texts_run_in_the_quick_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = ["x", "peft", "--quick", "--no-confirm", "--no-steady", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", start)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    found = json.loads((tmp_path / "peft.json").read_text())
+    assert {row["method"] for row in found["rows"]} == {"lora", "p-tuning", "ia3"}
+    assert all(0.2 < row["federated"]["mean"] < 1 for row in found["rows"])

@@ -160,8 +160,11 @@ def test_rows_are_read_by_column_and_a_missing_one_is_named(tmp_path: Path) -> N
     path = tmp_path / "rows.jsonl"
     path.write_text('{"q": "who  is it", "a": "a cat"}\n{"q": "", "a": "x"}\n')
     assert load_exchanges(str(path), "train", ["q", "a"]) == [Exchange("who is it", "a cat")]
-    with pytest.raises(ConfigError, match="no column 'b'"):
+    with pytest.raises(ConfigError, match="row 1: no column b; it has q, a"):
         load_exchanges(str(path), "train", ["q", "b"])
+    path.write_text('{"q": "who"}\n["a"]\n')
+    with pytest.raises(ConfigError, match="line 2: expected a JSON object"):
+        load_exchanges(str(path), "train", ["q", "a"])
 
 
 def test_the_quick_form_trains_every_arm_and_draws_the_curves(
