@@ -477,10 +477,12 @@ class Session:
 
     def _work_folder(self) -> WorkFolder:
         if self._work is None:
-            self._work = WorkFolder(self._settings.work, self.site, self.run_id)
-            self._connection.settled = lambda ready, _: (
-                self._work and self._work.forget(ready.set_id)
-            )
+            self._work = work = WorkFolder(self._settings.work, self.site, self.run_id)
+
+            def forget(ready: protocol.Ready, _included: bool) -> None:
+                work.forget(ready.set_id)
+
+            self._connection.settled = forget
         return self._work
 
     def _deliver_kept(self, task: protocol.Task) -> bool:

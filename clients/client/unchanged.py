@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from fedcore.layout import Buffer, Reader
+from typing_extensions import Buffer
+
+from fedcore.layout import Reader
 
 __all__ = ["Unchanged"]
 
