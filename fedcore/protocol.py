@@ -313,6 +313,13 @@ class Finish(Message):
     best_version: Round | None = None
 
 
+class Stopped(Message):
+    """The server ends before the run does, and why in general words; the run goes on once it is started again."""
+
+    type: Literal["stopped"] = "stopped"
+    message: Text
+
+
 class CommandReply(Message):
     """Answer to `Command`: whether it is carried out, and what that means or why not."""
 
@@ -388,6 +395,7 @@ FromServer = (
     | Commit
     | Dropped
     | Finish
+    | Stopped
     | StatusReply
     | CommandReply
 )

@@ -373,6 +373,8 @@ class Connection:
                     )  # it did not come through, or the server was started again
             elif isinstance(message, protocol.Finish):
                 self.finish = message
+            elif isinstance(message, protocol.Stopped):
+                self._on_stopped(message)
             self._note_included(message)
             self.changed.notify_all()
         if isinstance(message, protocol.Commit | protocol.Dropped):
@@ -381,6 +383,14 @@ class Connection:
     def _note_included(self, message: protocol.FromServer) -> None:
         if isinstance(message, protocol.Task | protocol.Commit) and message.included:
             self.included = message.version
+
+    def _on_stopped(self, stopped: protocol.Stopped) -> None:
+        """Only say so: as after a crash, all that this site waits for comes of the server that is started next."""
+        if self.finish is None:
+            logger.warning(
+                "%s: the server at %s has stopped because %s; waiting for it to be started again, for up to %g s",
+                self._site, self._server, stopped.message, self._settings.idle_timeout,
+            )  # fmt: skip
 
     def _on_name_in_use(self, refused: protocol.Refused) -> None:
         """Go on asking: the server may not have noticed yet that this site's last process has died."""

@@ -17,7 +17,7 @@ from fedcore._core import Spill
 from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
-from fedcore.errors import ConfigError, FedcoreError, ProtocolError
+from fedcore.errors import ConfigError, FedcoreError, ProtocolError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
 from fedcore.security import Identity
 from fedcore.transport import OTHER_VERSION, Control, DataEvent, ServerLink, now_ms
@@ -131,7 +131,11 @@ class Server:
     # --- the process ---
 
     def run(self) -> RunResult:
-        """Run to the end; KeyboardInterrupt and `stop` end it cleanly with what is committed."""
+        """Run to the end; KeyboardInterrupt and `stop` end it cleanly with what is committed.
+
+        Raises:
+            StorageError: a file can't be written; a server that is started again goes on with the round.
+        """
         try:
             self._begin()
             while self._result is None:
@@ -144,11 +148,22 @@ class Server:
                     self._stopping = True
             assert self._result is not None
             return self._result
+        except Exception as error:
+            self._say_stopped(error)
+            raise
         finally:
             self._versions.close()
             self._access.close()
             self._link.close()
             self._store.close()
+
+    def _say_stopped(self, error: Exception) -> None:
+        """Tell the sites that the run goes on once this server is started again, without any path."""
+        logger.error("stopped: %s; the run goes on once the server is started again", error)
+        text = (
+            "it could not write to its disk" if isinstance(error, OSError) else "of an error there"
+        )
+        self._peers.broadcast(protocol.Stopped(message=text))
 
     def stop(self) -> None:
         """End the run cleanly; safe from another thread or a signal handler."""
@@ -421,8 +436,8 @@ class Server:
 
     def _handle_collection(self, running: Aggregation, event: DataEvent) -> None:
         if event[0] == "broken":
-            self._end(False, f"the new model can't be written: {event[2]}")
-        elif event[0] == "no-room":
+            raise StorageError(f"the new model can't be written: {event[2]}")
+        if event[0] == "no-room":
             if not self._said_no_room:
                 logger.warning("sites that are ahead are held back: %s", event[2])
             self._said_no_room = True
