@@ -102,7 +102,7 @@ def peft(
 ) -> None:
     """Sentiment at four sites with LoRA, p-tuning and IA3: each site alone, federated, all texts in one place.
 
-    The default takes about 20 s of CPU time for each of 57 cells, a method and a split from one seed; --quick
+    The default takes about 20 s of CPU time for each of 42 cells, a method and a split from one seed; --quick
     a few seconds in all, for one seed, two rounds and few rows.
     """
     import torch
@@ -173,7 +173,7 @@ def sft(
 ) -> None:
     """A causal model trained whole, each site with other texts, and scored zero-shot by lm-eval.
 
-    The default takes about 10 minutes of CPU time for the training (27 steps at each site and as many alone
+    The default takes about 10 minutes of CPU time for the training (9 steps at each site and as many alone
     and on all texts) and 40 s for the scores of each of six models, 25 rows a task. --quick: one round of one
     step, 2 rows.
     """

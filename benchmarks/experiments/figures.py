@@ -19,7 +19,7 @@ _ARMS: Final = ("#d98032", "#8c564b", "#9467bd", "#17becf")
 
 
 def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(path, dpi=80, bbox_inches="tight", metadata={"Software": None})
 
 
 def _band(
