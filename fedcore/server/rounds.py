@@ -296,6 +296,7 @@ class Rounds:
         member = self._member(site)
         if member is None or not member.alive:
             return []
+        asked = member.state in (SiteState.TRAINING, SiteState.UPLOADING)
         member.state = SiteState.LEFT if left else SiteState.LOST
         member.message = reason
         member.declared = False
@@ -303,6 +304,8 @@ class Rounds:
         if self.over:
             return []
         if self.phase is Phase.INITIAL:
+            if not asked:
+                return []
             self.phase = Phase.WAITING
             self.collecting = ()
             return [CancelCollect(), *self._choose_first(now)]

@@ -192,6 +192,18 @@ def test_the_first_site_gives_the_model_and_another_if_it_is_lost() -> None:
     assert rounds.committed(0, 2) == [SendTask("b", "train", 1)]
 
 
+def test_the_initial_model_goes_on_coming_when_another_site_is_lost() -> None:
+    rounds = machine(["a", "b", "c"], version=None)
+    for site in ("a", "b", "c"):
+        rounds.joined(site, site, 0)
+    assert rounds.declared("a", 0) == [SendTask("a", "initial", 0)]
+    assert rounds.declared("b", 0) == []
+    assert rounds.lost("b", "silent", 1) == []
+    assert rounds.ready("a", 0, update("a")) == [StartCollect(0, (part("a"),))]
+    assert rounds.lost("c", "its tensors differ", 2, left=True) == []
+    assert rounds.reduced() == [Commit(0, (part("a"),))]
+
+
 def test_after_a_restart_a_site_that_had_joined_is_waited_for_as_long_as_a_lost_one() -> None:
     rounds = machine(["a", "b", "c"], quorum=2, version=1)
     rounds.restarted(["a", "b", "c"], [], 15)
