@@ -120,6 +120,17 @@ class Join(Message):
     lossless: bool = False
 
 
+class Greeting(BaseModel):
+    """What the `Join` of every version says, whatever else is in it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    type: Literal["join"]
+    protocol: int
+    version: Annotated[str, StringConstraints(max_length=64)]
+    site: SiteName
+
+
 class Declare(Message):
     """The tensors that this site would send and load, and the small text files that describe its model.
 
@@ -423,6 +434,14 @@ def decode_from_site(body: bytes) -> FromSite:
         ProtocolError: names the field, what was expected and what came.
     """
     return _decode(_FROM_SITE, body)
+
+
+def greeting(body: bytes) -> Greeting | None:
+    """Return who speaks in a message that `decode_from_site` can't read; None if it is no `Join`."""
+    try:
+        return Greeting.model_validate_json(body)
+    except ValidationError:
+        return None
 
 
 def decode_from_server(body: bytes) -> FromServer:

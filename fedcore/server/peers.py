@@ -30,6 +30,16 @@ class Peer:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+def other_version(join: protocol.Greeting | protocol.Join, error: str = "") -> protocol.Refused:
+    """Return the refusal of a site that is not of this server's version; ``error`` is what was not understood."""
+    return protocol.Refused(
+        code="version",
+        message=f"site {join.site!r} speaks protocol {join.protocol} (fedcore {join.version}), the server "
+        f"{protocol.PROTOCOL_VERSION} (fedcore {__version__}); install the same version on both sides"
+        + (f" ({error})"[:2000] if error else ""),
+    )
+
+
 class Peers:
     """Who is there, by the link's routing id."""
 
@@ -110,11 +120,7 @@ class Peers:
 
     def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:
         if join.protocol != protocol.PROTOCOL_VERSION:
-            return protocol.Refused(
-                code="version",
-                message=f"site {join.site!r} speaks protocol {join.protocol} (fedcore {join.version}), the server "
-                f"{protocol.PROTOCOL_VERSION} (fedcore {__version__}); install the same version on both sides",
-            )
+            return other_version(join)
         reason = self._roster.refusal(join.site)
         if reason is not None:
             return protocol.Refused(code="unknown-site", message=reason)

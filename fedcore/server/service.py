@@ -28,7 +28,7 @@ from .agreement import Agreement
 from .budget import Budget, raise_file_limit, steady_heap
 from .outcome import Outcome, RunResult
 from .participation import Delivery, Roster
-from .peers import Peer, Peers
+from .peers import Peer, Peers, other_version
 from .rounds import (
     Action,
     CancelCollect,
@@ -212,7 +212,7 @@ class Server:
             try:
                 message = protocol.decode_from_site(arrived.body)
             except ProtocolError as error:
-                self._on_invalid(arrived.peer, str(error))
+                self._on_invalid(arrived.peer, str(error), protocol.greeting(arrived.body))
             else:
                 self._admit(arrived.peer, message)
         elif arrived is not None:
@@ -254,14 +254,18 @@ class Server:
 
     # --- messages ---
 
-    def _on_invalid(self, peer: bytes, error: str) -> None:
-        """A message that breaks the protocol ends its sender's part; a stranger has none."""
+    def _on_invalid(
+        self, peer: bytes, error: str, greeting: protocol.Greeting | None = None
+    ) -> None:
+        """A message that breaks the protocol ends its sender's part; a stranger that joins is told."""
         known = self._peers.get(peer)
         self._peers.complain("%s sent a %s", self._peers.name(peer), error)
         if known is not None:
             text = f"the server did not understand this site: {error}"
             self._link.send(peer, protocol.Refused(code="message", message=text[:4096]))
             self._lose(peer, f"it sent a {error}", left=True)
+        elif greeting is not None:
+            self._link.send(peer, other_version(greeting, error))
 
     def _admit(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message if its sender may say it."""

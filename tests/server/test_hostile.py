@@ -105,6 +105,30 @@ def test_a_site_of_another_version_is_told_so_and_costs_nobody_else_anything(
     assert result.ok
 
 
+def test_a_site_whose_join_has_what_this_version_does_not_know_is_told_both_versions(
+    tmp_path: Path,
+) -> None:
+    class Newer(protocol.Join):
+        protocol: int = 2
+        colour: str = "blue"
+
+    server = Server(run_config(tmp_path, sites=["a"], rounds=1))
+
+    def newer() -> int:
+        link = SiteLink(server.endpoint, uuid4().bytes)
+        link.send(Newer(version="9.9", site="b", instance=uuid4().hex))
+        raw = RawSite.__new__(RawSite)
+        raw.link = link
+        refused = raw.await_message(protocol.Refused)
+        link.close()
+        assert refused.code == "version"
+        assert "site 'b' speaks protocol 2 (fedcore 9.9)" in refused.message
+        return site(server.endpoint, "a", 1)
+
+    result, _ = run(server, newer)
+    assert result.ok
+
+
 def test_a_score_of_a_model_that_does_not_exist_counts_for_nothing(tmp_path: Path) -> None:
     server = Server(run_config(tmp_path, sites=["a", "b"], rounds=2, min_results=1))
 
