@@ -385,6 +385,11 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object)
     if kind == "missing":
         return f"{key}: missing; it must be given"
     text = message.removeprefix("Value error, ")
+    name, colon, rest = text.partition(": ")
+    if (
+        key and colon and name in _known_keys(loc)
+    ):  # a section's own check tells which of its keys it means
+        key, text = f"{key}.{name}", rest
     if kind == "string_pattern_mismatch" and key.endswith("listen"):
         text = "expected an address such as 'tcp://0.0.0.0:7733'"
     elif kind == "string_pattern_mismatch":
