@@ -108,6 +108,7 @@ class Aggregation:
         self._peers = [peers[p.site] for p in participants]
         self._left = set(participants)
         self._rejected: set[Participant] = set()
+        self._away: set[str] = set()
         exchange.start(self.collector)
 
     def reject(self, source: int) -> Participant:
@@ -115,6 +116,10 @@ class Aggregation:
         participant = self.participants[source]
         self._rejected.add(participant)
         return participant
+
+    def lost(self, site: str) -> None:
+        """Note that a site is gone: should it come back, it is asked anew, and its silence begins anew."""
+        self._away.add(site)
 
     def narrow(self, participants: tuple[Participant, ...], peers: Mapping[str, bytes]) -> bool:
         """Go on with these participants alone; False, and nothing done, if they are not among those it has.
@@ -128,10 +133,13 @@ class Aggregation:
             if participant not in participants:
                 if participant in self._left:
                     self._exchange.drop(self.collector, number)
-            elif peer is not None and peer != self._peers[number]:
+            elif peer is not None and (
+                peer != self._peers[number] or participant.site in self._away
+            ):
                 self._peers[number] = peer
                 self._exchange.retry(self.collector, number, peer)
         self._left = set(participants)
+        self._away.clear()
         return True
 
     def finish(self) -> tuple[ModelFile, list[int]]:

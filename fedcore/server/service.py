@@ -250,6 +250,8 @@ class Server:
         known = self._peers.remove(peer)
         assert known is not None
         self._link.exchange.forget(peer)
+        if self._aggregation is not None:
+            self._aggregation.lost(known.site)
         self._do(self._rounds.lost(known.site, reason, time.monotonic(), left=left))
 
     # --- messages ---

@@ -79,6 +79,41 @@ def test_a_participant_that_comes_back_as_another_process_goes_on_with_the_chunk
     assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
 
 
+def test_a_silent_participant_that_was_lost_and_comes_back_has_its_silence_begun_anew(
+    tmp_path: Path,
+) -> None:
+    sites, peers = Sites(), {"a": b"a", "b": b"b"}
+    running = Aggregation(
+        sites.server, LAYOUT, PARTICIPANTS, peers, scratch(tmp_path),
+        base=None, memory=8 * CHUNK, spill=None,
+    )  # fmt: skip
+    b, now = sites.exchanges[b"b"], 0
+    b.heartbeat(1000)
+
+    def silences(until: int) -> list[int]:
+        """Let heartbeats come and no chunk of ``b``; return for how long it was silent at each stall."""
+        nonlocal now
+        while now < until:
+            now += 500
+            b.tick(now)
+            while (ping := b.next_out(now)) is not None:
+                sites.server.deliver(now, b"b", ping[1], None)
+            sites.server.tick(now)
+            while sites.server.next_out(now) is not None:
+                pass
+        events = list(iter(sites.server.next_event, None))
+        return [event[3] for event in events if event[:3:2] == ("stalled", 1)]
+
+    before = silences(20_000)
+    assert before[-1] > 10_000
+    assert running.narrow(PARTICIPANTS, peers)
+    assert silences(25_000)[0] > 10_000
+    running.lost("b")
+    assert running.narrow(PARTICIPANTS, peers)
+    assert silences(30_000)[0] < 5000
+    running.cancel()
+
+
 def test_only_participants_that_it_has_and_were_not_rejected_can_go_on(tmp_path: Path) -> None:
     sites = Sites()
     peers = {"a": b"a", "b": b"b", "c": b"c"}
