@@ -31,6 +31,7 @@ _AFTER_SECONDS: Final = 600.0
 _CHECK_SECONDS: Final = 0.1
 _SERVER: Final = "server"
 _KEYS: Final = "keys"
+_WORK: Final = "sites"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,11 @@ def simulate(
     for override in given:
         command += ["--set", override]
     before = _summary_time(folder)
-    with _keys(keys, config.site_names), _Children(logs) as children:
+    with (
+        _keys(keys, config.site_names),
+        _removed_if_empty(folder / _WORK),
+        _Children(logs) as children,
+    ):
         children.start(_SERVER, command, {})
         address = _await_endpoint(children, endpoint_file)
         for site, start in starts.items():
@@ -129,6 +134,16 @@ def _keys(folder: Path | None, sites: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove ``folder`` after the block if nothing is kept there."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not there, or not empty
+            folder.rmdir()
 
 
 def _toml_text(path: Path) -> str:
@@ -168,7 +183,7 @@ def _site_env(config: RunConfig, site: str) -> dict[str, str]:
     own = config.simulate.site.get(site)
     return {
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "FEDCORE_WORK": os.environ.get("FEDCORE_WORK", str(config.run_folder / "sites")),
+        "FEDCORE_WORK": os.environ.get("FEDCORE_WORK", str(config.run_folder / _WORK)),
         **config.simulate.env,
         **(own.env if own else {}),
     }

@@ -294,9 +294,8 @@ class WorkFolder:
             return
         if not (keep and (self._record_path.exists() or self._residual_path.exists())):
             shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not empty: other sites and runs are there
+            with contextlib.suppress(OSError):  # not empty: other runs are there
                 self.folder.parent.rmdir()
-                self.folder.parent.parent.rmdir()
         _held.discard(self.folder)
         if self._lock is not None:
             os.close(self._lock)

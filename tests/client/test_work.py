@@ -267,7 +267,7 @@ def test_rounds_take_the_room_of_one_model_and_one_update(tmp_path: Path) -> Non
     assert len(places) == 2
     assert files(tmp_path) == {"update.safetensors"}
     work.close(keep=False)
-    assert not any(tmp_path.parent.glob(tmp_path.name)), "the folders go where they are empty"
+    assert list(tmp_path.iterdir()) == [], "the folders go where they are empty"
 
 
 HOLD = """
@@ -337,6 +337,16 @@ def test_a_folder_that_cannot_be_made_says_which_setting_to_change(tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="FEDCORE_WORK"):
         WorkFolder(tmp_path / "file", "a", RUN)
+
+
+def test_a_folder_that_was_named_stays_and_what_was_made_in_it_goes(tmp_path: Path) -> None:
+    root = tmp_path / "named"
+    root.mkdir(mode=0o750)
+    first, second = WorkFolder(root, "a", RUN), WorkFolder(root, "b", RUN)
+    first.close(keep=False)
+    assert [path.name for path in root.iterdir()] == ["b"]
+    second.close(keep=False)
+    assert list(root.iterdir()) == []
 
 
 def test_the_folder_outlives_the_process_unless_there_is_no_place_for_it(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ def finish(federation: Federation, a: Site, b: Site) -> None:
         site.go()
     assert federation.started[0].wait() == 0, (federation.folder / "server.log").read_text()
     assert "trained before this process was started" in b.log.read_text()
-    assert not (federation.folder / "work").exists(), "what a site keeps goes with the run"
+    left = list((federation.folder / "work").iterdir())
+    assert left == [], "what a site keeps goes with the run"
 
 
 def test_a_site_killed_before_its_update_is_asked_for_delivers_it_once_it_is_back(

@@ -27,7 +27,10 @@ def run(path: Path) -> SimulationResult:
     return simulate(path, load_run_file(path))
 
 
-def test_a_whole_run_with_real_processes(run_file: RunFile) -> None:
+def test_a_whole_run_with_real_processes(
+    run_file: RunFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDCORE_WORK")
     path = run_file()
     result = run(path)
     assert (result.status, result.message, result.failed) == (0, "", {})
@@ -40,6 +43,7 @@ def test_a_whole_run_with_real_processes(run_file: RunFile) -> None:
         "server.log",
     }
     assert find_server(result.folder) is None
+    assert not (result.folder / "sites").exists(), "nothing is kept there"
 
 
 def test_a_failing_site_is_reported_with_its_last_lines(run_file: RunFile) -> None:
