@@ -332,7 +332,7 @@ class Connection:
         """
         held = self._held
         interval = protocol.REPEAT_SECONDS if held is None else held.retry_seconds
-        if time.monotonic() - self._sent_at < interval or self.finish is not None:
+        if time.monotonic() - self._sent_at < interval or self.finish or self._error:
             return
         with self.changed:
             joined = held is None and self.welcome is not None
@@ -348,7 +348,8 @@ class Connection:
 
     def _handle(self, message: protocol.FromServer) -> None:
         if isinstance(message, protocol.Rejoin):
-            self._say_join()
+            if self._error is None:  # a site that was refused does not come again by itself
+                self._say_join()
             return
         with self.changed:
             if isinstance(message, protocol.Welcome):
@@ -357,14 +358,8 @@ class Connection:
                 self.accepted = message.layout_hash
                 if self._ready is not None:
                     self.send(self._ready)
-            elif isinstance(message, protocol.Refused) and message.code == "name-in-use":
-                self._on_name_in_use(message)
             elif isinstance(message, protocol.Refused):
-                self._error = (
-                    LayoutError(message.message)
-                    if message.code == "layout"
-                    else RefusedError(message.message, message.code)
-                )
+                self._on_refused(message)
             elif isinstance(message, protocol.Task):
                 self.task = message
                 if self._word is not None and self.open_task() is None:
@@ -391,6 +386,14 @@ class Connection:
                 "%s: the server at %s has stopped because %s; waiting for it to be started again, for up to %g s",
                 self._site, self._server, stopped.message, self._settings.idle_timeout,
             )  # fmt: skip
+
+    def _on_refused(self, refused: protocol.Refused) -> None:
+        if refused.code == "name-in-use":
+            self._on_name_in_use(refused)
+        elif refused.code == "layout":
+            self._error = LayoutError(refused.message)
+        else:
+            self._error = RefusedError(refused.message, refused.code)
 
     def _on_name_in_use(self, refused: protocol.Refused) -> None:
         """Go on asking: the server may not have noticed yet that this site's last process has died."""

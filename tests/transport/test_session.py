@@ -330,6 +330,35 @@ def test_a_layout_that_differs_is_a_layout_error(pump: str) -> None:
             begun.result(DEADLINE)
 
 
+def test_a_site_that_was_refused_does_not_come_again_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(p, "REPEAT_SECONDS", 0.01)
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 1, server.publish(1))
+        running.result(DEADLINE)
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.expect(p.Declare)
+        server.say(p.Refused(code="layout", message="other tensors"))
+        with pytest.raises(LayoutError, match="other tensors"):
+            begun.result(DEADLINE)
+        session.problem("refused")
+        server.expect(p.Problem)
+        server.heard.clear()
+        server.say(p.Rejoin())  # to its next PING
+        server.say(p.Finish(ok=True))
+        with session._connection.changed:
+            assert session._connection.changed.wait_for(
+                lambda: session._connection.finish is not None, DEADLINE
+            )
+        session.problem("heard")
+        server.expect(p.Problem)
+        assert not server.heard
+
+
 def test_a_server_that_is_not_there_is_named_after_the_connect_timeout(pump: str) -> None:
     probe = ServerLink("tcp://127.0.0.1:0")
     address = probe.endpoint
