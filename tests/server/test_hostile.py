@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,13 +16,16 @@ import zmq
 from safetensors.numpy import load_file, save_file
 
 from fedcore import protocol, transport
+from fedcore.client.session import Session
+from fedcore.client.settings import SiteSettings
 from fedcore.config import ModelSection
+from fedcore.errors import LayoutError
 from fedcore.server import service
 from fedcore.server.service import Server
 from fedcore.status import ask_status
 from fedcore.transport import Control, SiteLink, control_frames
 
-from .test_runs import run, run_config, site
+from .test_runs import SPECS, run, run_config, site, writer
 
 DEADLINE = 20.0
 
@@ -79,6 +83,49 @@ def test_tensors_that_cannot_be_are_refused_and_the_run_goes_on(
 
     result, _ = run(server, hostile)
     assert result.ok
+
+
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        (("w", "BF16", [5000]), "tensor 'w': site b has BF16 [5000], the global model has F32"),
+        (("w", "I32", [5000]), "tensor 'w': site b has I32 [5000], the global model has F32"),
+        (("w", "F32", [2500, 2]), "tensor 'w': site b has F32 [2500, 2], the global model has F32"),
+        (("w", "F32", [4999]), "tensor 'w': site b has F32 [4999], the global model has F32"),
+        (("W", "F32", [5000]), "tensor 'w': site b does not have it, the global model has F32"),
+        (None, "tensor 'w': site b does not have it, the global model has F32"),
+    ],
+    ids=["dtype", "dtype of the same size", "shape of the same size", "shape", "name", "missing"],
+)
+def test_a_site_whose_tensors_differ_is_refused_by_the_tensors_name_and_the_round_goes_on(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    declared: tuple[str, str, list[int]] | None,
+    said: str,
+) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1, min_results=1))
+    tensors = [SPECS[1]] if declared is None else [declared, SPECS[1]]
+
+    def right_one() -> int:
+        with closing(Session(SiteSettings(server=server.endpoint, site="a"))) as session:
+            assert session.is_running()
+            session.begin(SPECS, {}, writer(0))
+            other = closing(Session(SiteSettings(server=server.endpoint, site="b")))
+            with other as wrong:
+                assert wrong.is_running()
+                with pytest.raises(LayoutError) as refused:
+                    wrong.begin(tensors, {}, writer(0))
+            session.submit(writer(1), 1)
+            while session.is_running():
+                session.begin(SPECS, {}, writer(0))
+                session.end_task()
+        assert said + " [5000]" in str(refused.value)
+        return 1
+
+    result, _ = run(server, right_one)
+    assert (result.ok, result.version) == (True, 1)
+    (logged,) = [r.getMessage() for r in caplog.records if "refused b" in r.getMessage()]
+    assert said in logged
 
 
 def test_a_site_of_another_version_is_told_so_and_costs_nobody_else_anything(
