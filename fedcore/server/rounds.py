@@ -272,12 +272,12 @@ class Rounds:
             return [SendDropped(site, round_, member.message)]
         if self.sample is not None and site not in self._chosen:
             return [SendDropped(site, round_, f"it was not chosen for round {round_}")]
-        if self.phase is Phase.AGGREGATING:
-            if any(p.site == site for p in self.collecting):
-                return []
-            return self._late(member, round_)
+        if self.phase is Phase.AGGREGATING and any(p.site == site for p in self.collecting):
+            return []
         member.delivery = delivery
         member.state = SiteState.DELIVERED
+        if self.phase is Phase.AGGREGATING:  # it counts only if too few of the others are left
+            return []
         again = self._collect_decided()
         return [again] if again is not None else self._close_if_due()
 
@@ -509,15 +509,20 @@ class Rounds:
 
     def _recollect(self, now: float) -> list[Action]:
         """Reduce again without a participant, or go on waiting if the quorum no longer stands."""
+        before = {participant.site for participant in self.collecting}
         cancel: list[Action] = [CancelCollect()] if self.collecting else []
         self.collecting = ()
         if self.phase is Phase.AGGREGATING:
             self.phase = Phase.TRAINING
         for member in self._delivered():
             member.state = SiteState.DELIVERED
+        left = [member for member in self._delivered() if member.name in before]
+        if len(left) >= self.quorum:
+            return [*cancel, self._collect(left)]
         deadline = self.deadline
-        due = self.tick(now) if deadline is not None and now >= deadline else self._close_if_due()
-        return cancel + due
+        if deadline is not None and now >= deadline:
+            return cancel + self.tick(now)
+        return cancel + self._choose(now) + self._close_if_due()
 
     def _close_if_due(self) -> list[Action]:
         if self.phase is not Phase.TRAINING:

@@ -122,9 +122,7 @@ def test_a_participant_lost_in_mid_upload_is_left_out_entirely() -> None:
         StartCollect(1, (part("a"), part("c"))),
     ]
     assert rounds.joined("b", "again", 2) == [SendTask("b", "train", 1)]
-    assert rounds.ready("b", 1, update("b")) == [
-        SendDropped("b", 1, "the update for round 1 came after that round had closed")
-    ]
+    assert rounds.ready("b", 1, update("b")) == []
 
 
 def test_below_the_quorum_the_round_waits_for_the_lost_site_to_come_back() -> None:
@@ -202,6 +200,31 @@ def test_the_initial_model_goes_on_coming_when_another_site_is_lost() -> None:
     assert rounds.ready("a", 0, update("a")) == [StartCollect(0, (part("a"),))]
     assert rounds.lost("c", "its tensors differ", 2, left=True) == []
     assert rounds.reduced() == [Commit(0, (part("a"),))]
+
+
+def test_an_update_that_comes_while_others_are_collected_takes_the_place_of_a_lost_one() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2)
+    join_all(rounds, "a", "b", "c")
+    assert rounds.ready("a", 1, update("a")) == []
+    assert rounds.lost("b", "silent", 1) == []
+    assert rounds.ready("c", 1, update("c")) == [StartCollect(1, (part("a"), part("c")))]
+    assert rounds.joined("b", "b", 2) == [SendTask("b", "train", 1)]
+    assert rounds.ready("b", 1, update("b")) == []
+    assert rounds.lost("c", "silent", 3) == [
+        CancelCollect(),
+        StartCollect(1, (part("a"), part("b"))),
+    ]
+
+
+def test_a_collection_that_loses_a_site_goes_on_with_the_quorum_without_waiting_for_a_newcomer() -> (
+    None
+):
+    rounds = machine(["a", "b", "c"], quorum=1)
+    join_all(rounds, "a", "b", "c")
+    assert rounds.lost("b", "silent", 1) == rounds.ready("a", 1, update("a")) == []
+    assert rounds.ready("c", 1, update("c")) == [StartCollect(1, (part("a"), part("c")))]
+    assert rounds.joined("b", "b", 2) == [SendTask("b", "train", 1)]
+    assert rounds.lost("c", "silent", 3) == [CancelCollect(), StartCollect(1, (part("a"),))]
 
 
 def test_after_a_restart_a_site_that_had_joined_is_waited_for_as_long_as_a_lost_one() -> None:
