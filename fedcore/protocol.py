@@ -282,7 +282,7 @@ class Task(Message):
     ``round - 1``, score it, train, publish), ``"submit"`` (as "train", from version 0; the update becomes version
     ``round``), ``"evaluate"`` (pull version ``round``, score it) or ``"infer"`` (pull it, answer). ``set_id``
     names the published model to pull and ``tensors`` is its layout; both are empty for ``"initial"``.
-    ``included`` says whether that model holds this site's update, for one that missed the `Commit`.
+    ``included`` is the last version that holds an update of this site, for one that missed a `Commit`.
     """
 
     type: Literal["task"] = "task"
@@ -290,7 +290,7 @@ class Task(Message):
     round: Round
     rounds: Round
     version: Round
-    included: bool = False
+    included: Round | None = None
     set_id: SetId | None = None
     layout_hash: LayoutHash | None = None
     tensors: TensorTable | None = None

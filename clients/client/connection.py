@@ -376,8 +376,10 @@ class Connection:
             self._on_outcome(message)
 
     def _note_included(self, message: protocol.FromServer) -> None:
-        if isinstance(message, protocol.Task | protocol.Commit) and message.included:
+        if isinstance(message, protocol.Commit) and message.included:
             self.included = message.version
+        elif isinstance(message, protocol.Task) and message.included is not None:
+            self.included = message.included
 
     def _on_stopped(self, stopped: protocol.Stopped) -> None:
         """Only say so: as after a crash, all that this site waits for comes of the server that is started next."""

@@ -514,7 +514,7 @@ class Server:
             layout = self._versions.model.layout
             task = task.model_copy(
                 update={
-                    "included": action.site in self._versions.participants,
+                    "included": self._versions.included.get(action.site),
                     "set_id": self._set_id_for(action.site).hex(),
                     "layout_hash": layout_hash(layout),
                     "tensors": table(layout),

@@ -43,14 +43,14 @@ class Versions:
         cards: the small text files that describe the model, for the first commit.
         set_id: the id under which ``model`` is published.
         packed_id: the same for sites that can unpack chunks, where the run allows compressing them.
-        participants: the sites whose updates ``model`` holds.
+        included: the last version that holds an update of each site.
     """
 
     def __init__(self, config: RunConfig, store: Store, exchange: Exchange) -> None:
         self.model: ModelFile | None = None
         self.cards: dict[str, str] = {}
         self.set_id = self.packed_id = b""
-        self.participants: frozenset[str] = frozenset()
+        self.included: dict[str, int] = {}
         self._config = config
         self._store = store
         self._exchange = exchange
@@ -79,7 +79,8 @@ class Versions:
             if not row.sha256 and path.is_file():
                 self._hasher.add(row.version, path, open_model(path).data_offset)
         self._checksums = checksums
-        self.participants = frozenset(rows[version].participants)
+        for row in rows.values():
+            self.included |= dict.fromkeys(row.participants, row.version)
 
     def load_initial(self, path: Path) -> None:
         """Commit the model at ``path`` as version 0."""
@@ -123,7 +124,7 @@ class Versions:
         )
         self._store.commit(row, scratch, metrics, self.cards if row.version == 0 else None)
         self.model, self._checksums = model, checksums
-        self.participants = frozenset(row.participants)
+        self.included |= dict.fromkeys(row.participants, row.version)
         self._hasher.add(row.version, self._store.path(row.version), model.data_offset)
 
     def publish(self) -> None:

@@ -67,7 +67,7 @@ def pull(server: Stage, ready: p.Ready) -> bytes:
     raise AssertionError("the update did not arrive")
 
 
-def say_task(server: Stage, round_: int, included: bool) -> None:
+def say_task(server: Stage, round_: int, included: int | None) -> None:
     server.say(
         p.Task(
             kind="train",
@@ -94,16 +94,17 @@ def trains(server: Stage, session: Session, call: Callable[..., Future], running
 
 
 @pytest.mark.parametrize(
-    ("committed", "dropped", "included", "carried"),
+    ("committed", "dropped", "round_", "included", "carried"),
     [
-        (True, False, True, True),
-        (False, False, True, True),  # the commit was lost with a link
-        (False, False, False, False),
-        (False, True, False, False),
+        (True, False, 2, 1, True),
+        (False, False, 2, 1, True),  # the commit was lost with a link
+        (False, False, 3, 1, True),  # and the round after it was missed
+        (False, False, 2, None, False),
+        (False, True, 2, None, False),
     ],
 )
 def test_what_was_lost_is_sent_with_the_next_update_once_the_last_one_counts(
-    committed: bool, dropped: bool, included: bool, carried: bool
+    committed: bool, dropped: bool, round_: int, included: int | None, carried: bool
 ) -> None:
     with stage() as (server, session, call):
         running = call(session.is_running)
@@ -114,13 +115,13 @@ def test_what_was_lost_is_sent_with_the_next_update_once_the_last_one_counts(
                 transfer=TRANSFER,
             )
         )  # fmt: skip
-        say_task(server, 1, False)
+        say_task(server, 1, None)
         first = trains(server, session, call, running)
         if committed:
             server.say(p.Commit(version=1, included=True, participants=["north"]))
         if dropped:
             server.say(p.Dropped(round=1, message="too late"))
-        say_task(server, 2, included)
+        say_task(server, round_, included)
         second = trains(server, session, call, call(session.is_running))
         assert second == reference(carried)
         assert (second != first) == carried
