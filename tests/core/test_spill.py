@@ -229,6 +229,32 @@ def test_a_site_that_is_rejected_in_the_middle_is_named_and_left_out(tmp_path: P
     assert federation.result() == alone("ac")
 
 
+def test_a_disk_that_fills_up_in_mid_run_holds_sites_back_and_changes_no_bit(
+    tmp_path: Path,
+) -> None:
+    window, slots = 4, 32
+    spill = Spill(str(tmp_path / "spill"), CHUNK, extent_bytes=16 * CHUNK)
+    federation = Federation("abc", 3 * window * CHUNK, spill)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40 * CHUNK, hard))
+        federation.run("ac")
+        (event,) = federation.events()
+        assert event[0] == "no-room"
+        assert str(tmp_path / "spill") in str(event[2])
+        assert (spill.used, spill.file_bytes) == (slots, slots * CHUNK)
+        reduced, _, here = federation.collector.progress()
+        assert (reduced, here[1]) == (0, 0)
+        assert slots < here[0] + here[2] <= slots + 2 * window
+        federation.run("abc")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert federation.most <= window
+    assert federation.result() == alone("abc")
+    assert [event[0] for event in federation.events()] == ["done"]
+    assert set(federation.asked.values()) == {1}
+
+
 def test_what_was_reduced_gives_its_place_to_what_was_not(tmp_path: Path) -> None:
     spill = Spill(str(tmp_path / "spill"), CHUNK, extent_bytes=16 * CHUNK)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
