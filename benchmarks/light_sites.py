@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.light_sites ADDRESS SITES CHUNKS [LAGGARD]``: every site takes part in a run whose model is
 `layout(CHUNKS)`, pulls each global model, and offers an update that `expected` gives the mean of. A laggard
-keeps back the first chunk that it is asked for until nobody else has anything left to do, so that the server holds
-as much as it ever will.
+keeps back a chunk from the middle, when the server has come to ask for many ahead, until nobody else has anything
+left to do, so that the server holds as much as it ever will.
 Prints ``finished`` when every site was told of the end, and leaves when its input closes.
 """
 
@@ -127,10 +127,13 @@ class LightSite:
             self._came += 1
             self._pull()
         elif kind == Kind.GET:
-            if self.laggard:
+            half, end = self._chunks // 2, index + count
+            if self.laggard and end > half:
                 self.laggard = False
-                self.kept_back = set_id, index
-                index, count = index + 1, count - 1
+                kept = max(index, half)
+                self.kept_back = set_id, kept
+                self._send_chunks(set_id, index, kept - index)
+                index, count = kept + 1, end - kept - 1
             self._send_chunks(set_id, index, count)
         elif kind == Kind.REFUSE:
             raise AssertionError(f"site {self.number} was refused chunk {index}: {count}")

@@ -1,7 +1,8 @@
 """The server's peak memory against the number of sites and the size of the model, under a hard limit.
 
-The real server process runs one round with `light_sites`, one of which keeps back its first chunk until all have
-sent what they were asked for: what the server may hold, it holds. Then its peak is read, and the model is checked.
+The real server process runs one round with `light_sites`, one of which keeps back a chunk from the middle
+until all have sent what they were asked for: what the server may hold, it holds. Then its peak is read, and the
+model is checked.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Load:
     """What the server is given to do.
 
     Attributes:
-        laggard: whether the first site keeps its first chunk back.
+        laggard: whether the first site keeps a chunk from the middle back.
         spill: whether chunks of the others may go to a file.
         strangers: connections that are opened before the round and say nothing.
     """

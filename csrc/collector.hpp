@@ -15,7 +15,8 @@
 // they are, and send again only what was reduced with it and lies in no spill file.
 // Where the budget does not hold a chunk of each source, a chunk's sources are pulled and folded
 // one after the other, in order, into sums of that one chunk, with as many under way as the budget
-// holds beside the sums; nothing is spilled then. The bits are the same.
+// holds beside the sums. Nothing is spilled then: each chunk is asked for when its turn comes, so
+// no source is ever ahead. The bits are the same.
 // With a record of its progress, a collection of the same sources goes on where the one of a
 // process that was killed stood: with what is reduced, as far as the output holds it, and with what
 // was spilled of a source. Sans I/O: frames in, requests and events out, the clock is an argument.
