@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
+FUZZ_SECONDS := 30
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
@@ -13,7 +14,7 @@ CMAKE := $(BIN)/cmake
 NATIVE := $(wildcard csrc/*.h csrc/*.hpp csrc/*.cpp csrc/*.inl csrc/cuda/*.hpp csrc/cuda/*.cpp csrc/cuda/*.cu \
 	tests/cpp/*.hpp tests/cpp/*.cpp)
 
-.PHONY: help demo test test-slow lint format types native cuda bench clean
+.PHONY: help demo test test-slow lint format types native fuzz cuda bench clean
 
 help: ## Show this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -46,6 +47,14 @@ native: $(VENV)/.tools ## Run the native tests under address, undefined-behaviou
 	    -DFEDCORE_BUILD_TESTS=ON -DFEDCORE_SANITIZE=$$sanitizer && \
 	  $(CMAKE) --build build/$$sanitizer --parallel 2 && \
 	  $(BIN)/ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; done
+
+fuzz: $(VENV)/.tools ## Fuzz what a peer can send for FUZZ_SECONDS (30), with libFuzzer where clang++ is
+	$(CMAKE) -S . -B build/fuzz -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFEDCORE_BUILD_MODULES=OFF -DFEDCORE_CUDA=OFF \
+	  -DFEDCORE_BUILD_TESTS=ON -DFEDCORE_SANITIZE=address,undefined \
+	  $$(command -v clang++ >/dev/null && echo -DCMAKE_CXX_COMPILER=clang++ -DFEDCORE_LIBFUZZER=ON)
+	$(CMAKE) --build build/fuzz --parallel 2 --target frame_fuzz
+	if command -v clang++ >/dev/null; then build/fuzz/tests/cpp/frame_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=20000; \
+	  else build/fuzz/tests/cpp/frame_fuzz $(FUZZ_SECONDS) $$RANDOM; fi
 
 cuda: $(VENV)/.tools ## Compile the CUDA reducer with nvcc, check its code, and run it where there is a GPU
 	$(CMAKE) -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DFEDCORE_BUILD_MODULES=OFF -DFEDCORE_BUILD_TESTS=ON \

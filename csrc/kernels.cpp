@@ -8,6 +8,7 @@
 #include "error.hpp"
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -86,12 +87,18 @@ namespace avx512 {
 
 constexpr Table kTables[] = {FEDCORE_TABLE(baseline), FEDCORE_TABLE(avx2), FEDCORE_TABLE(avx512)};
 
+// clang++ before 19 does not know this one by name.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & (1u << 29)) != 0;
+}
+
 bool runs_here(std::string_view level) {
   if (level == "baseline") {
     return true;
   }
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (level == "avx2") {
     return has_avx2;
   }
