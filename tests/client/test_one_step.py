@@ -49,9 +49,12 @@ def test_one_local_step_with_all_sites_is_one_centralised_step(tmp_path: Path) -
     )
     server = Server(config)
     sessions = [Session(SiteSettings(server.endpoint, site)) for site in SIZES]
+    models = [net() for _ in SIZES]  # not in the threads, which share one random generator
 
-    def take_part(session: Session, shard: tuple[torch.Tensor, torch.Tensor]) -> None:
-        site, model = TorchSite(session), net()
+    def take_part(
+        session: Session, model: torch.nn.Module, shard: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        site = TorchSite(session)
         while site.is_running():
             task = site.receive(model)
             assert task is not None
@@ -64,7 +67,7 @@ def test_one_local_step_with_all_sites_is_one_centralised_step(tmp_path: Path) -
     with ThreadPoolExecutor(len(SIZES) + 1) as pool:
         serving = pool.submit(server.run)
         try:
-            list(pool.map(take_part, sessions, shards))
+            list(pool.map(take_part, sessions, models, shards))
             assert serving.result(30).ok
         finally:
             server.stop()
