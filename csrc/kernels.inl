@@ -71,129 +71,269 @@ FEDCORE_INLINE Vd divide(Vd sum, Vd total, Vd reciprocal) {
 #endif
 }
 
-// The integer lanes of means rounded to binary32 "to odd", as by arith::to_odd_float_bits. The bits
-// of a larger magnitude are the larger integer where signs are equal.
-#if FEDCORE_LANES == 8
-FEDCORE_INLINE __m256i odd_bits(const double* from) {
-  const auto value = load<__m512d>(from);
-  const auto nearest = bits_as<__m256>(__builtin_convertvector(load<Vd>(from), Vf));
-  const auto back = bits_as<__m512d>(__builtin_convertvector(bits_as<Vf>(nearest), Vd));
-  const __mmask8 grew =
-      _mm512_cmpgt_epi64_mask(_mm512_castpd_si512(back), _mm512_castpd_si512(value));
-  const __mmask8 inexact = _mm512_cmp_pd_mask(back, value, _CMP_NEQ_UQ);
-  const __m256i one = _mm256_set1_epi32(1);
-  __m256i bits = _mm256_castps_si256(nearest);
-  bits = _mm256_mask_sub_epi32(bits, grew, bits, one);
-  return _mm256_mask_or_epi32(bits, inexact, bits, one);
-}
-#elif FEDCORE_F16C
+#if FEDCORE_F16C && FEDCORE_LANES == 4
 FEDCORE_INLINE __m128i low_halves(__m256d lanes) {
   return _mm_castps_si128(_mm_shuffle_ps(_mm_castpd_ps(_mm256_castpd256_pd128(lanes)),
                                          _mm_castpd_ps(_mm256_extractf128_pd(lanes, 1)), 0x88));
 }
-
-FEDCORE_INLINE __m128i odd_bits(const double* from) {
-  const __m256d value = load<__m256d>(from);
-  const __m128 nearest = _mm256_cvtpd_ps(value);
-  const __m256d back = _mm256_cvtps_pd(nearest);
-  const __m256d grew = _mm256_castsi256_pd(
-      _mm256_cmpgt_epi64(_mm256_castpd_si256(back), _mm256_castpd_si256(value)));
-  const __m256d inexact = _mm256_cmp_pd(back, value, _CMP_NEQ_UQ);
-  const __m128i bits = _mm_add_epi32(_mm_castps_si128(nearest), low_halves(grew));
-  return _mm_or_si128(bits, _mm_and_si128(low_halves(inexact), _mm_set1_epi32(1)));
-}
 #endif
 
-// How elements of a dtype become floats, which hold each of them exactly, and how `n` means (a
-// multiple of kLanes) go back.
+// Rounded to binary32 "to odd", as by arith::to_odd_float_bits. The bits of a larger magnitude are
+// the larger integer where signs are equal.
+FEDCORE_INLINE Vu odd_bits(Vd value) {
+#if FEDCORE_LANES == 8
+  const auto nearest = bits_as<__m256>(__builtin_convertvector(value, Vf));
+  const auto back = bits_as<__m512d>(__builtin_convertvector(bits_as<Vf>(nearest), Vd));
+  const auto exact = bits_as<__m512d>(value);
+  const __mmask8 grew =
+      _mm512_cmpgt_epi64_mask(_mm512_castpd_si512(back), _mm512_castpd_si512(exact));
+  const __mmask8 inexact = _mm512_cmp_pd_mask(back, exact, _CMP_NEQ_UQ);
+  const __m256i one = _mm256_set1_epi32(1);
+  __m256i bits = _mm256_castps_si256(nearest);
+  bits = _mm256_mask_sub_epi32(bits, grew, bits, one);
+  return bits_as<Vu>(_mm256_mask_or_epi32(bits, inexact, bits, one));
+#elif FEDCORE_F16C
+  const auto exact = bits_as<__m256d>(value);
+  const __m128 nearest = _mm256_cvtpd_ps(exact);
+  const __m256d back = _mm256_cvtps_pd(nearest);
+  const __m256d grew = _mm256_castsi256_pd(
+      _mm256_cmpgt_epi64(_mm256_castpd_si256(back), _mm256_castpd_si256(exact)));
+  const __m256d inexact = _mm256_cmp_pd(back, exact, _CMP_NEQ_UQ);
+  const __m128i bits = _mm_add_epi32(_mm_castps_si128(nearest), low_halves(grew));
+  return bits_as<Vu>(_mm_or_si128(bits, _mm_and_si128(low_halves(inexact), _mm_set1_epi32(1))));
+#else
+  const Vf nearest = __builtin_convertvector(value, Vf);
+  const Vd back = __builtin_convertvector(nearest, Vd);
+  const Vl magnitude = Vl{} + INT64_MAX;
+  const auto grew =
+      bits_as<Vd>(bits_as<Vl>(back) & magnitude) > bits_as<Vd>(bits_as<Vl>(value) & magnitude);
+  const Vu bits = bits_as<Vu>(nearest) + __builtin_convertvector(grew, Vu);
+  return bits | (__builtin_convertvector(back != value, Vu) & 1);
+#endif
+}
+
+// A register of binary32 lanes, twice as many as binary64 ones, and of their bits.
+typedef float Wf __attribute__((vector_size(8 * FEDCORE_LANES)));
+typedef std::uint32_t Wu __attribute__((vector_size(8 * FEDCORE_LANES)));
+typedef std::uint16_t Wh __attribute__((vector_size(8 * FEDCORE_LANES)));
+
+FEDCORE_INLINE Wf both_of(Vf lower, Vf upper) {
+#if FEDCORE_LANES == 8
+  return bits_as<Wf>(_mm512_insertf32x8(_mm512_castps256_ps512(bits_as<__m256>(lower)),
+                                        bits_as<__m256>(upper), 1));
+#elif FEDCORE_F16C
+  return bits_as<Wf>(_mm256_set_m128(bits_as<__m128>(upper), bits_as<__m128>(lower)));
+#else
+  Wf both;
+  __builtin_memcpy(&both, &lower, sizeof lower);
+  __builtin_memcpy(reinterpret_cast<char*>(&both) + sizeof lower, &upper, sizeof upper);
+  return both;
+#endif
+}
+
+// What sums are made means with. A lane of `zero` stays 0 unless a mean of its own is not finite.
+struct Division {
+  Vd total;
+  Vd reciprocal;
+  Wf zero = Wf{};
+
+  FEDCORE_INLINE explicit Division(double sum_of_weights)
+      : total(Vd{} + sum_of_weights), reciprocal(1.0 / total) {}
+
+  FEDCORE_INLINE Vd exactly(Vd sum) const { return divide(sum, total, reciprocal); }
+
+  // Quotients in binary32, within half a unit in the last place and a hair of the exact ones. Where
+  // such a number is not on the border between two of a narrower format, it rounds as the exact
+  // one.
+  FEDCORE_INLINE Wf nearly(Vd lower, Vd upper) {
+    const Wf mean = both_of(__builtin_convertvector(lower * reciprocal, Vf),
+                            __builtin_convertvector(upper * reciprocal, Vf));
+    look_at(mean);
+    return mean;
+  }
+
+  // Exact quotients rounded "to odd", which round to a narrower format as the quotients do.
+  FEDCORE_INLINE Wf to_odd(Vd lower, Vd upper) const {
+    return both_of(bits_as<Vf>(odd_bits(exactly(lower))), bits_as<Vf>(odd_bits(exactly(upper))));
+  }
+
+  FEDCORE_INLINE void look_at(Wf mean) {
+#if FEDCORE_LANES == 8
+    zero = bits_as<Wf>(
+        _mm512_fmadd_ps(bits_as<__m512>(mean), _mm512_setzero_ps(), bits_as<__m512>(zero)));
+#elif FEDCORE_F16C
+    zero = bits_as<Wf>(
+        _mm256_fmadd_ps(bits_as<__m256>(mean), _mm256_setzero_ps(), bits_as<__m256>(zero)));
+#else
+    zero += mean * 0.0f;
+#endif
+  }
+
+  FEDCORE_INLINE bool all_finite() const {
+    float sum = 0;
+    for (std::size_t lane = 0; lane < 2 * kLanes; ++lane) {
+      sum += zero[lane];
+    }
+    return sum == 0;
+  }
+};
+
+FEDCORE_INLINE bool any_zero(Wh lanes) {
+#if FEDCORE_LANES == 8
+  const auto bits = bits_as<__m512i>(lanes);
+  return _mm512_testn_epi16_mask(bits, bits) != 0;
+#elif FEDCORE_F16C
+  return _mm256_movemask_epi8(
+             _mm256_cmpeq_epi16(bits_as<__m256i>(lanes), _mm256_setzero_si256())) != 0;
+#else
+  std::uint64_t parts[sizeof lanes / sizeof(std::uint64_t)];
+  const auto zeros = lanes == 0;
+  __builtin_memcpy(parts, &zeros, sizeof parts);
+  std::uint64_t found = 0;
+  for (const std::uint64_t part : parts) {
+    found |= part;
+  }
+  return found != 0;
+#endif
+}
+
+// To binary64 a register's halves convert in two operations, or one where they come from memory.
+FEDCORE_INLINE const void* in_memory(Wf* floats) {
+#if FEDCORE_F16C
+  asm("" : "+m"(*reinterpret_cast<Wf(*)[2]>(floats)));
+#endif
+  return floats;
+}
+
+// How the elements of a step become floats, which hold each of them exactly, and how a step's sums
+// become elements. The order of the sums is the dtype's own.
 struct F32 : arith::F32 {
   typedef UnalignedU32 Word;
-  static FEDCORE_INLINE Vf read(const Word* from) { return load<Vf>(from); }
-  static FEDCORE_INLINE void write(Word* to, const double* from, std::size_t n) {
-    for (std::size_t j = 0; j < n; j += kLanes) {
-      store(to + j, __builtin_convertvector(load<Vd>(from + j), Vf));
+  static FEDCORE_INLINE const void* read(const Word* from, Wf*) { return from; }
+  static FEDCORE_INLINE void write(Word* to, const Vd* sum, Division& by) {
+    for (std::size_t v = 0; v < 4; v += 2) {
+      const Wf mean = both_of(__builtin_convertvector(by.exactly(sum[v]), Vf),
+                              __builtin_convertvector(by.exactly(sum[v + 1]), Vf));
+      by.look_at(mean);
+      store(to + v * kLanes, mean);
     }
   }
 };
 
+// In the order of elements 0, 2, 4 and so on, then 1, 3, 5: the lower and the upper halves of
+// 32-bit lanes.
 struct Bf16 : arith::Bf16 {
   typedef UnalignedU16 Word;
-  static FEDCORE_INLINE Vf read(const Word* from) {
-#if FEDCORE_LANES == 8
-    return bits_as<Vf>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(from)), 16));
-#elif FEDCORE_F16C
-    return bits_as<Vf>(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadu_si64(from)), 16));
-#else
-    return bits_as<Vf>(__builtin_convertvector(load<Vh>(from), Vu) << 16);
-#endif
+  static constexpr std::uint32_t kUpper = 0xFFFF0000;
+  static FEDCORE_INLINE const void* read(const Word* from, Wf* to) {
+    const auto pairs = load<Wu>(from);
+    to[0] = bits_as<Wf>(pairs << 16);
+    to[1] = bits_as<Wf>(pairs & kUpper);
+    return in_memory(to);
   }
-  static FEDCORE_INLINE void write(Word* to, const double* from, std::size_t n) {
-    std::size_t j = 0;
-#if FEDCORE_LANES == 8
-    for (; j < n; j += 8) {
-      const __m256i bits = odd_bits(from + j);
-      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-      const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF));
-      store(to + j, _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_add_epi32(bits, up), 16)));
+  static FEDCORE_INLINE void write(Word* to, const Vd* sum, Division& by) {
+    // Half a unit more and cut off is rounded to nearest; where nothing is cut off, it may be a
+    // tie.
+    Wu even = bits_as<Wu>(by.nearly(sum[0], sum[1])) + 0x8000;
+    Wu odd = bits_as<Wu>(by.nearly(sum[2], sum[3])) + 0x8000;
+    if (any_zero(bits_as<Wh>((even & 0xFFFF) | (odd << 16)))) {
+      even = ties_to_even(bits_as<Wu>(by.to_odd(sum[0], sum[1])));
+      odd = ties_to_even(bits_as<Wu>(by.to_odd(sum[2], sum[3])));
     }
-#elif FEDCORE_F16C
-    for (; j < n; j += 4) {
-      const __m128i bits = odd_bits(from + j);
-      const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
-      const __m128i up = _mm_add_epi32(odd, _mm_set1_epi32(0x7FFF));
-      const __m128i wide = _mm_srli_epi32(_mm_add_epi32(bits, up), 16);
-      _mm_storeu_si64(to + j, _mm_packus_epi32(wide, wide));
-    }
-#endif
-    for (; j < n; ++j) {
-      to[j] = encode(from[j]);
-    }
+    store(to, (even >> 16) | (odd & kUpper));
   }
+
+ private:
+  static FEDCORE_INLINE Wu ties_to_even(Wu bits) { return bits + 0x7FFF + ((bits >> 16) & 1); }
 };
 
 struct F16 : arith::F16 {
   typedef UnalignedU16 Word;
-  static FEDCORE_INLINE Vf read(const Word* from) {
+#if FEDCORE_F16C
+  static FEDCORE_INLINE const void* read(const Word* from, Wf* to) {
+    to[0] = widen(from);
+    to[1] = widen(from + 2 * kLanes);
+    return in_memory(to);
+  }
+  static FEDCORE_INLINE void write(Word* to, const Vd* sum, Division& by) {
+    for (std::size_t v = 0; v < 4; v += 2) {
+      const Wf mean = by.nearly(sum[v], sum[v + 1]);
+      // No border lies between two numbers that round to the same one.
+      auto rounded = narrow(mean * (1 - 0x1p-23f));
+      if (differ(rounded, narrow(mean * (1 + 0x1p-23f)))) {
+        rounded = narrow(by.to_odd(sum[v], sum[v + 1]));
+      }
+      store(to + v * kLanes, rounded);
+    }
+  }
+
+ private:
 #if FEDCORE_LANES == 8
-    return bits_as<Vf>(_mm256_cvtph_ps(load<__m128i>(from)));
-#elif FEDCORE_F16C
-    return bits_as<Vf>(_mm_cvtph_ps(_mm_loadu_si64(from)));
+  static FEDCORE_INLINE Wf widen(const Word* from) {
+    return bits_as<Wf>(_mm512_maskz_cvtph_ps(0xFFFF, load<__m256i>(from)));
+  }
+  static FEDCORE_INLINE __m256i narrow(Wf values) {
+    return _mm512_maskz_cvtps_ph(0xFFFF, bits_as<__m512>(values), 0);
+  }
+  static FEDCORE_INLINE bool differ(__m256i a, __m256i b) {
+    return _mm256_cmpneq_epi16_mask(a, b) != 0;
+  }
 #else
-    const Vu half = __builtin_convertvector(load<Vh>(from), Vu);
-    const Vu magnitude = (half & 0x7FFF) << 13;
-    const Vu finite = bits_as<Vu>(bits_as<Vf>(magnitude) * 0x1p112f);
-    const Vu exponent = bits_as<Vu>(magnitude >= 0x0F800000) & 0x7F800000;
-    return bits_as<Vf>(finite | exponent | ((half & 0x8000) << 16));
-#endif
+  static FEDCORE_INLINE Wf widen(const Word* from) {
+    return bits_as<Wf>(_mm256_cvtph_ps(load<__m128i>(from)));
   }
-  static FEDCORE_INLINE void write(Word* to, const double* from, std::size_t n) {
-    std::size_t j = 0;
-#if FEDCORE_LANES == 8
-    for (; j < n; j += 8) {
-      store(to + j, _mm256_cvtps_ph(_mm256_castsi256_ps(odd_bits(from + j)), 0));
-    }
-#elif FEDCORE_F16C
-    for (; j < n; j += 4) {
-      _mm_storeu_si64(to + j, _mm_cvtps_ph(_mm_castsi128_ps(odd_bits(from + j)), 0));
-    }
+  static FEDCORE_INLINE __m128i narrow(Wf values) {
+    return _mm256_cvtps_ph(bits_as<__m256>(values), 0);
+  }
+  static FEDCORE_INLINE bool differ(__m128i a, __m128i b) {
+    return _mm_movemask_epi8(_mm_cmpeq_epi16(a, b)) != 0xFFFF;
+  }
 #endif
-    for (; j < n; ++j) {
-      to[j] = encode(from[j]);
+#else
+  static FEDCORE_INLINE const void* read(const Word* from, Wf* to) {
+    for (std::size_t v = 0; v < 4; ++v) {
+      const Vu half = __builtin_convertvector(load<Vh>(from + v * kLanes), Vu);
+      const Vu magnitude = (half & 0x7FFF) << 13;
+      const Vu finite = bits_as<Vu>(bits_as<Vf>(magnitude) * 0x1p112f);
+      const Vu exponent = bits_as<Vu>(magnitude >= 0x0F800000) & 0x7F800000;
+      store(reinterpret_cast<Vf*>(to) + v, finite | exponent | ((half & 0x8000) << 16));
+    }
+    return to;
+  }
+  static FEDCORE_INLINE void write(Word* to, const Vd* sum, Division& by) {
+    for (std::size_t v = 0; v < 4; v += 2) {
+      const Vd lower = by.exactly(sum[v]), upper = by.exactly(sum[v + 1]);
+      by.look_at(both_of(__builtin_convertvector(lower, Vf), __builtin_convertvector(upper, Vf)));
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        to[v * kLanes + lane] = encode(lower[lane]);
+        to[(v + 1) * kLanes + lane] = encode(upper[lane]);
+      }
     }
   }
+#endif
 };
+
+template <typename T>
+FEDCORE_INLINE void widen_step(const void* input, std::size_t at, Vd* x) {
+  Wf kept[2];
+  const auto* floats =
+      static_cast<const float*>(T::read(static_cast<const typename T::Word*>(input) + at, kept));
+  for (std::size_t v = 0; v < 4; ++v) {
+    x[v] = __builtin_convertvector(load<Vf>(floats + v * kLanes), Vd);
+  }
+}
 
 // sum[j] = or += the weighted inputs of one group, in order; the sums stay in registers meanwhile.
 template <typename T>
 FEDCORE_INLINE void add_group(double* sum, const void* const* inputs, const double* weights,
                               std::size_t group, std::size_t begin, std::size_t n, bool first) {
   for (std::size_t j = 0; j < n; j += kStep) {
-    Vd s[4];
+    Vd s[4], x[4];
     std::size_t i = 0;
     if (first) {
-      const auto* x = static_cast<const typename T::Word*>(inputs[0]) + begin + j;
+      widen_step<T>(inputs[0], begin + j, x);
       for (std::size_t v = 0; v < 4; ++v) {
-        s[v] = __builtin_convertvector(T::read(x + v * kLanes), Vd) * weights[0];
+        s[v] = x[v] * weights[0];
       }
       i = 1;
     } else {
@@ -202,15 +342,28 @@ FEDCORE_INLINE void add_group(double* sum, const void* const* inputs, const doub
       }
     }
     for (; i < group; ++i) {
-      const auto* x = static_cast<const typename T::Word*>(inputs[i]) + begin + j;
+      widen_step<T>(inputs[i], begin + j, x);
       const Vd w = Vd{} + weights[i];
       for (std::size_t v = 0; v < 4; ++v) {
-        s[v] = multiply_add(__builtin_convertvector(T::read(x + v * kLanes), Vd), w, s[v]);
+        s[v] = multiply_add(x[v], w, s[v]);
       }
     }
     for (std::size_t v = 0; v < 4; ++v) {
       store(sum + j + v * kLanes, s[v]);
     }
+  }
+}
+
+// The means of whole steps of sums.
+template <typename T>
+FEDCORE_INLINE void divide_sums(const double* sum, std::size_t n, typename T::Word* out,
+                                Division& by) {
+  for (std::size_t j = 0; j < n; j += kStep) {
+    Vd s[4];
+    for (std::size_t v = 0; v < 4; ++v) {
+      s[v] = load<Vd>(sum + j + v * kLanes);
+    }
+    T::write(out + j, s, by);
   }
 }
 
@@ -221,10 +374,8 @@ FEDCORE_INLINE bool mean_of(const void* const* inputs, const double* weights, st
                             double total, void* out, std::size_t count) {
   alignas(64) double sum[kBlock];
   auto* result = static_cast<typename T::Word*>(out);
-  const Vd divisor = Vd{} + total;
-  const Vd reciprocal = 1.0 / divisor;
-  Vd zero = Vd{};         // stays 0 unless a sum is not finite
-  std::uint64_t bad = 0;  // the same for the elements that fill no vector
+  Division by(total);
+  std::uint64_t bad = 0;  // an element that fills no step is not finite
   for (std::size_t begin = 0; begin < count; begin += kBlock) {
     const std::size_t n = count - begin < kBlock ? count - begin : kBlock;
     const std::size_t whole = n / kStep * kStep;
@@ -232,21 +383,12 @@ FEDCORE_INLINE bool mean_of(const void* const* inputs, const double* weights, st
       const std::size_t group = k - g < kGroup ? k - g : kGroup;
       add_group<T>(sum, inputs + g, weights + g, group, begin, whole, g == 0);
     }
-    for (std::size_t j = 0; j < whole; j += kLanes) {
-      const Vd s = load<Vd>(sum + j);
-      zero += s - s;
-      store(sum + j, divide(s, divisor, reciprocal));
-    }
-    T::write(result + begin, sum, whole);
+    divide_sums<T>(sum, whole, result + begin, by);
     for (std::size_t j = begin + whole; j < begin + n; ++j) {
       result[j] = T::encode(arith::mean_element<T>(inputs, weights, k, total, j, bad));
     }
   }
-  double lanes = 0;
-  for (std::size_t lane = 0; lane < kLanes; ++lane) {
-    lanes += zero[lane];
-  }
-  return lanes == 0 && bad == 0;
+  return by.all_finite() && bad == 0;
 }
 
 // One more input on sums that lie in memory: the additions of mean_of, one input at a time.
@@ -263,18 +405,12 @@ FEDCORE_INLINE void fold_of(const void* input, double weight, bool first, double
 
 template <typename T>
 FEDCORE_INLINE void finish_of(const double* sums, double total, void* out, std::size_t count) {
-  alignas(64) double mean[kBlock];
   auto* result = static_cast<typename T::Word*>(out);
-  for (std::size_t begin = 0; begin < count; begin += kBlock) {
-    const std::size_t n = count - begin < kBlock ? count - begin : kBlock;
-    for (std::size_t j = 0; j < n; ++j) {
-      mean[j] = sums[begin + j] / total;
-    }
-    const std::size_t whole = n / kStep * kStep;
-    T::write(result + begin, mean, whole);
-    for (std::size_t j = whole; j < n; ++j) {
-      result[begin + j] = T::encode(mean[j]);
-    }
+  Division by(total);
+  const std::size_t whole = count / kStep * kStep;
+  divide_sums<T>(sums, whole, result, by);
+  for (std::size_t j = whole; j < count; ++j) {
+    result[j] = T::encode(sums[j] / total);
   }
 }
 

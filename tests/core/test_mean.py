@@ -89,6 +89,45 @@ def test_a_hair_beside_a_tie_decides_it(dtype: str, level: str, side: int, half:
         assert Fraction(value) == rounded(exact / sum(weights), dtype), (dtype, j)
 
 
+def nearest(dtype: str, values: np.ndarray) -> np.ndarray:
+    """The 16 bits of binary64 values rounded once, ties to even."""
+    if dtype == "F16":
+        return values.astype(np.float16).view(np.uint16)
+    near = values.astype(np.float32)
+    bits = near.view(np.uint32) - (np.abs(near.astype(np.float64)) > np.abs(values))
+    odd = bits.astype(np.uint32) | (near.astype(np.float64) != values)  # so that no tie is lost
+    return ((odd + 0x7FFF + ((odd >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+@pytest.mark.parametrize("level", _core.simd_levels())
+@pytest.mark.parametrize("weights", [(1, 1), (1, 2), (3, 5), (1, 1, 1, 1), (16777215, 16777214)])
+def test_every_16_bit_number_is_averaged_with_others_far_and_near(
+    dtype: str, level: str, weights: tuple[int, ...]
+) -> None:
+    _core.set_simd_level(level)
+    exponent = {"F16": 0x7C00, "BF16": 0x7F80}[dtype]
+    every = np.arange(1 << 16, dtype=np.uint16)
+    every[every & exponent == exponent] &= 0x8000
+    dice = np.random.default_rng(len(weights))
+    others = [  # whatever there is, and what lies close enough for ties
+        np.concatenate([dice.permutation(every), every ^ dice.integers(0, 8, 1 << 16, np.uint16)])
+        for _ in weights[1:]
+    ]
+    inputs = [np.tile(every, 2), *others]
+    inputs = [np.where(x & exponent == exponent, x & 0x8000, x).astype(np.uint16) for x in inputs]
+    out = np.empty_like(inputs[0])
+    _core.mean(dtype, inputs, list(weights), out)
+    total = np.full(out.size, -0.0)
+    for weight, bits in zip(weights, inputs, strict=True):
+        if dtype == "F16":
+            wide = bits.view(np.float16).astype(np.float64)
+        else:
+            wide = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        total = total + weight * wide
+    assert np.array_equal(out, nearest(dtype, total / sum(weights)))
+
+
 @pytest.mark.parametrize("dtype", TORCH)
 def test_identical_models_average_to_themselves(dtype: str) -> None:
     bits = np.random.default_rng(1).integers(0, 256, 8 * 999, np.uint8).tobytes()
