@@ -189,13 +189,17 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 #include <chrono>
 #include <random>
 
+// Inputs among which one of a slow machine's few seconds is collected.
+constexpr std::uint64_t kLeast = 5000;
+
 // frame_fuzz [SECONDS [SEED]]
 int main(int argc, char** argv) {
   const std::chrono::seconds limit(argc > 1 ? std::atoi(argv[1]) : 5);
   std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
   const auto end = std::chrono::steady_clock::now() + limit;
   std::uint64_t played = 0;
-  for (; std::chrono::steady_clock::now() < end; ++seed, ++played) {
+  for (; std::chrono::steady_clock::now() < end || (collected == 0 && played < kLeast);
+       ++seed, ++played) {
     if (played % 1000 == 0) {
       std::printf("seeds from %llu\n", static_cast<unsigned long long>(seed));
       std::fflush(stdout);
