@@ -6,11 +6,22 @@
 #include <new>
 
 #include "error.hpp"
+#include "kernels.hpp"
 
 namespace fedcore {
 namespace {
 
 constexpr std::uint64_t kMaxWindow = 4096;
+
+// What the fp64 sums of a chunk take, at most, in chunks.
+std::uint64_t sum_chunks(const Layout& layout) {
+  std::uint64_t most = 0;
+  for (const Run& run : layout.runs({0, layout.total_bytes()})) {
+    const std::uint64_t bytes = kernels::sums_per_element(run.dtype) * sizeof(double);
+    most = std::max(most, bytes / item_size(run.dtype));
+  }
+  return most;
+}
 
 std::uint64_t next_id() {
   static std::atomic<std::uint64_t> counter{0};
@@ -52,15 +63,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
     pulls_.push_back(std::make_unique<Pull>());
   }
   use_sources();
-  // Encoded chunks are decoded onto pages of the base, which stay until the reduction has passed.
-  const bool differences = options_.codec && options_.codec->options().scheme != Scheme::kRaw;
-  const std::uint64_t per_step = layout_->chunk_bytes() * (sources_.size() + (differences ? 1 : 0));
-  if (options_.budget_bytes < per_step && sources_.size() > 1) {
-    const std::uint64_t chunks = options_.budget_bytes / layout_->chunk_bytes();
-    group_ = chunks > kSumChunks ? chunks - kSumChunks : 1;
-  }
-  window_ = std::clamp<std::uint64_t>(options_.budget_bytes / per_step, 1,
-                                      std::min(kMaxWindow, layout_->chunk_count()));
+  divide_budget();
   reduced_chunk_.resize(
       static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));
   if (!pass_on_) {
@@ -83,6 +86,26 @@ void Collector::use_sources() {
   }
   inputs_.assign(counted_.size(), nullptr);
   reducer_.emplace(weights);
+}
+
+// The same window for each source, and what is left over for the first ones, a chunk each.
+void Collector::divide_budget() {
+  // Encoded chunks are decoded onto pages of the base, which stay until the reduction has passed.
+  const bool differences = options_.codec && options_.codec->options().scheme != Scheme::kRaw;
+  const std::uint64_t chunks = options_.budget_bytes / layout_->chunk_bytes();
+  const std::uint64_t per_step = sources_.size() + (differences ? 1 : 0);
+  if (chunks < per_step && sources_.size() > 1) {
+    const std::uint64_t sums = sum_chunks(*layout_);
+    group_ = chunks > sums ? chunks - sums : 1;
+  }
+  const std::uint64_t most = std::min(kMaxWindow, layout_->chunk_count());
+  window_ = std::clamp<std::uint64_t>(chunks / per_step, 1, most);
+  std::uint64_t rest = chunks / per_step == window_ && window_ < most ? chunks % per_step : 0;
+  rest -= differences && rest > 0 ? 1 : 0;
+  for (const auto& pull : pulls_) {
+    pull->window = window_ + (rest > 0 ? 1 : 0);
+    rest -= rest > 0 ? 1 : 0;
+  }
 }
 
 std::optional<std::size_t> Collector::find(const std::string& peer,
@@ -145,7 +168,8 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   } else if (const char* why = decode(header, frame, chunk)) {
     fail(source, "encoding", "chunk " + std::to_string(header.index) + " can't be decoded: " + why);
     return false;
-  } else if (base_.file && *position >= next_ + window_) {  // the reduction comes there much later
+  } else if (base_.file &&
+             *position >= next_ + pull.window) {  // the reduction comes there much later
     const Range range = layout_->chunk_range(header.index);
     base_.file->release(base_.offset + range.offset, range.nbytes);
   }
@@ -184,7 +208,7 @@ const char* Collector::decode(const wire::Header& header, const Frame& frame, Fr
 void Collector::keep(std::size_t source, std::uint64_t position, Frame& frame) {
   Pull& pull = *pulls_[source];
   Frame mine = std::move(frame);
-  if (pull.ahead && pull.held.size() + spill_room() >= window_ && position != next_ &&
+  if (pull.ahead && pull.held.size() + spill_room(pull) >= pull.window && position != next_ &&
       spill(source, position, mine)) {
     return;
   }

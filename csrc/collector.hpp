@@ -3,8 +3,8 @@
 //
 // Owns the received frames that wait for their chunk to be complete, and the order in which chunks
 // are asked for. Invariants:
-//   - of each source at most `window` chunks are held in memory or under way; a source that is that
-//     far ahead waits for the others or, with a spill file, has its chunks put there;
+//   - of each source at most its window of chunks is held in memory or under way; a source that is
+//     that far ahead waits for the others or, with a spill file, has its chunks put there;
 //   - and at most about a second's worth under way (see pace.hpp);
 //   - a chunk counts only if its source, set, index, length and checksum are right and it was asked
 //     for; what is not right never changes state;
@@ -139,9 +139,9 @@ class Collector {
   // Chunks read from the spill file in one call, so that a long tail of them does not keep the
   // lock; tick() goes on with it.
   static constexpr int kMaxSpillReads = 16;
-  // The fp64 sums of a chunk take at most so many chunks' memory, and so do chunks that are read
-  // back from the spill file together.
-  static constexpr std::uint64_t kSumChunks = 4;
+  // So many chunks are read back from the spill file together; where there are more sources, they
+  // are summed one after the other.
+  static constexpr std::uint64_t kReadTogether = 4;
 
   // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, an output or base that is
   // too small, differences without a base, or a record of another collection. Reads what is
@@ -154,6 +154,8 @@ class Collector {
 
   std::uint64_t id() const noexcept { return id_; }
   const std::vector<Source>& sources() const noexcept { return sources_; }
+  // Chunks that each source may have in memory or under way; the first ones have one more each
+  // where the budget leaves room.
   std::uint64_t window() const noexcept { return window_; }
 
   // Which source a set from a peer is, if any.
@@ -210,6 +212,7 @@ class Collector {
     bool counts = true;                      // false: dropped
     bool failed = false;                     // rejected, and not dropped yet
     bool folded = false;                     // its chunk at the next position is in the sums
+    std::uint64_t window = 1;                // chunks in memory and under way, at most
     std::uint64_t next = 0;                  // first position that was never asked for
     std::uint64_t due = 0;                   // asked for and not come yet
     std::set<std::uint64_t> again;           // positions to ask for again; they are due
@@ -239,6 +242,7 @@ class Collector {
   bool is_pulled(const Pull& pull) const noexcept { return pull.counts && !pull.failed; }
 
   void use_sources();
+  void divide_budget();
   std::vector<bool> verified();
   void resume_reduced();
   void resume_spilled();
@@ -246,7 +250,7 @@ class Collector {
   void keep(std::size_t source, std::uint64_t position, Frame& frame);
   bool spill(std::size_t source, std::uint64_t position, const Frame& frame);
   bool recycle();
-  std::uint64_t spill_room() const noexcept;
+  std::uint64_t spill_room(const Pull& pull) const noexcept;
   bool start_spilling(std::size_t source, std::int64_t now_ms);
   void forget_chunks(Pull& pull) noexcept;
   bool fits(const wire::Header& header, std::size_t size) const;

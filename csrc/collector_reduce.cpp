@@ -28,7 +28,7 @@ bool Collector::gather() {
     work_left_ = true;
     return false;
   }
-  one_by_one_ = from_spill && counted_.size() > kSumChunks;
+  one_by_one_ = from_spill && counted_.size() > kReadTogether;
   if (one_by_one_) {
     return true;
   }
@@ -198,9 +198,9 @@ void Collector::advance() {
     }
     pull.held.erase(next_);
     pull.folded = false;
-    if (pull.next <= next_ + 1 + window_) {
+    if (pull.next <= next_ + 1 + pull.window) {
       pull.ahead = false;
-      if (pull.held.size() <= window_ / 2) {
+      if (pull.held.size() <= pull.window / 2) {
         pull.pressed_ms.reset();
       }
     }

@@ -15,7 +15,7 @@ constexpr std::int64_t kProbeMs = 1000;  // silence after which a source that is
 // The position up to which a source may be asked at present.
 std::uint64_t Collector::near_end(std::size_t source) const noexcept {
   if (group_ == 0) {
-    return std::min(end_, next_ + window_);
+    return std::min(end_, next_ + pulls_[source]->window);
   }
   const auto rank = static_cast<std::uint64_t>(
       std::lower_bound(counted_.begin(), counted_.end(), source) - counted_.begin());
@@ -70,12 +70,12 @@ std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64
   }
   const bool ahead = pull.ahead && !no_room_;
   const std::uint64_t limit = ahead ? end_ : near;
-  const std::uint64_t under_way = std::min(window_, pull.pace.ahead());
-  if (pull.next >= limit || pull.held.size() + pull.due >= window_ || pull.due >= under_way) {
+  const std::uint64_t under_way = std::min(pull.window, pull.pace.ahead());
+  if (pull.next >= limit || pull.held.size() + pull.due >= pull.window || pull.due >= under_way) {
     return std::nullopt;
   }
-  std::uint64_t free =
-      std::min({limit - pull.next, window_ - pull.held.size() - pull.due, under_way - pull.due});
+  std::uint64_t free = std::min(
+      {limit - pull.next, pull.window - pull.held.size() - pull.due, under_way - pull.due});
   // Small requests are saved up while others are under way.
   const std::uint64_t worth =
       std::min<std::uint64_t>(kMaxRange, std::max<std::uint64_t>(1, under_way / 2));

@@ -7,8 +7,8 @@
 namespace fedcore {
 
 // What stays free of a window for chunks that are under way to the spill file.
-std::uint64_t Collector::spill_room() const noexcept {
-  return std::clamp<std::uint64_t>(window_ / 2, 1, 2 * kMaxRange);
+std::uint64_t Collector::spill_room(const Pull& pull) const noexcept {
+  return std::clamp<std::uint64_t>(pull.window / 2, 1, 2 * kMaxRange);
 }
 
 bool Collector::spill(std::size_t source, std::uint64_t position, const Frame& frame) {
@@ -62,7 +62,7 @@ bool Collector::start_spilling(std::size_t source, std::int64_t now_ms) {
   if (now_ms - *pull.pressed_ms < options_.spill_after_ms) {
     return false;
   }
-  while (pull.held.size() + spill_room() > window_) {
+  while (pull.held.size() + spill_room(pull) > pull.window) {
     const auto last = std::prev(pull.held.end());
     if (!spill(source, last->first, last->second)) {
       return false;

@@ -15,7 +15,7 @@ __all__ = ["Budget", "raise_file_limit", "steady_heap"]
 
 logger = logging.getLogger("fedcore.server")
 
-SITE_BYTES: Final = 128 << 10
+SITE_BYTES: Final = 104 << 10
 """What a connection takes: its buffers in libzmq, the reply under way, what is known of the site."""
 _SUM_CHUNKS: Final = (
     4  # what the sums of a chunk in fp64 take, or the chunks that are read back together

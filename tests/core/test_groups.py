@@ -123,6 +123,21 @@ def test_sums_of_one_site_after_the_other_have_the_bits_of_the_direct_sum(
     assert federation.most <= max(1, chunks - SUMS)
 
 
+@pytest.mark.parametrize(("dtype", "sums"), [("F64", 4), ("F32", 2), ("BF16", 4), ("U8", 0)])
+def test_the_sums_leave_what_they_do_not_take_to_chunks_under_way(dtype: str, sums: int) -> None:
+    layout = Layout(
+        [("w", dtype, [3 * CHUNK // {"F64": 8, "F32": 4, "BF16": 2, "U8": 1}[dtype]])], CHUNK
+    )
+    server, out = Exchange(), create_model(None, layout)
+    sources = [(bytes([n]), bytes([n]) * 16, 1) for n in range(SITES)]
+    collector = Collector(layout, sources, out.file, out.data_offset, None, 9 * CHUNK)
+    server.start(collector)
+    asked = 0
+    while (request := server.next_out(0)) is not None:
+        asked += int.from_bytes(request[1][32:36], "little")
+    assert asked == 9 - sums
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_sites_lost_at_any_point_leave_the_sums_of_the_others(seed: int) -> None:
     dice = random.Random(seed)

@@ -152,6 +152,16 @@ def test_without_a_spill_file_a_site_that_is_ahead_is_held_back(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("rest", [0, 1, 2])
+def test_what_the_windows_leave_of_the_budget_goes_to_the_first_sites(rest: int) -> None:
+    federation = Federation("abc", (3 * 4 + rest) * CHUNK)
+    federation.run("ab")
+    here = [4 + (rest > 0), 4 + (rest > 1), 0]
+    assert federation.collector.progress() == (0, CHUNKS, here)
+    federation.run("abc")
+    assert federation.result() == alone("abc")
+
+
 def test_a_window_that_is_full_for_a_moment_spills_nothing(tmp_path: Path) -> None:
     federation = Federation("abc", 3 * 4 * CHUNK, spill := spill_file(tmp_path))
     dice, turns = random.Random(1), itertools.cycle("aaaabbbbcccc")
