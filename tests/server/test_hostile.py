@@ -268,9 +268,19 @@ def test_a_site_that_answers_but_sends_no_data_is_lost_and_the_round_closes(
 
 
 def test_a_site_that_floods_the_server_is_named_and_loses_its_part_alone(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(run_config(tmp_path, sites=["a", "b"], rounds=2, min_results=1))
+    reply, exchange = server._reply_status, server._link.exchange
+
+    def reply_slowly(peer: bytes) -> None:
+        """How fast a machine answers must not decide whether more comes than is answered."""
+        until = time.monotonic() + DEADLINE
+        while not exchange.stats()["dropped"] and time.monotonic() < until:
+            time.sleep(0.01)
+        reply(peer)
+
+    monkeypatch.setattr(server, "_reply_status", reply_slowly)
 
     def hostile() -> int:
         raw = RawSite(server.endpoint, "b")

@@ -79,7 +79,10 @@ def run(server: Server, *sites: Callable[[], int]) -> tuple[RunResult, list[int]
     with ThreadPoolExecutor(len(sites) + 1) as pool:
         result = pool.submit(server.run)
         done = [pool.submit(s) for s in sites]
-        return result.result(60), [d.result(60) for d in done]
+        try:
+            return result.result(60), [d.result(60) for d in done]
+        finally:
+            server.stop()  # it waits for sites that have failed
 
 
 def test_a_run_averages_by_weight_and_selects_the_best(tmp_path: Path) -> None:
