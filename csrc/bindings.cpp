@@ -14,6 +14,7 @@
 #include "crc32c.hpp"
 #include "error.hpp"
 #include "exchange.hpp"
+#include "flat_writer.hpp"
 #include "kernels.hpp"
 #include "layout.hpp"
 #include "mapped_file.hpp"
@@ -388,6 +389,25 @@ void bind_files(py::module_& m) {
       .def(
           "close", [](FileHandle& h) { h.file.reset(); },
           "Drop this handle; the memory goes with the last view or user.");
+  py::class_<FlatWriter>(m, "FlatWriter",
+                         "Writes flat bytes to a file from first to last, and takes the checksums "
+                         "of their chunks on the way.")
+      .def(py::init([](const FileHandle& h, std::uint64_t offset, std::uint64_t length,
+                       std::uint64_t chunk_bytes) {
+             return FlatWriter(h.share(), offset, length, chunk_bytes);
+           }),
+           py::arg("file"), py::arg("offset"), py::arg("length"), py::arg("chunk_bytes"))
+      .def(
+          "write",
+          [](FlatWriter& writer, const py::buffer& data) {
+            const Bytes bytes(data);
+            const py::gil_scoped_release release;
+            writer.write(bytes.data(), bytes.size());
+          },
+          py::arg("data"),
+          "Append bytes; LayoutError if they are more than the rest, StorageError if it fails.")
+      .def("checksums", &FlatWriter::checksums,
+           "CRC-32C of every chunk; LayoutError before the last byte.");
 }
 
 void bind_layout(py::module_& m) {

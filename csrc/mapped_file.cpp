@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "copy.hpp"
 #include "error.hpp"
 
 namespace fedcore {
@@ -48,6 +49,11 @@ MappedFile::MappedFile(std::string path, int fd, std::uint64_t size, bool writab
     fail("cannot map", path_.empty() ? std::to_string(size) + " bytes of memory" : path_, code);
   }
   data_ = static_cast<std::uint8_t*>(memory);
+#if defined(MADV_HUGEPAGE)
+  if (fd < 0) {
+    madvise(data_, size, MADV_HUGEPAGE);  // where it is refused, pages are small
+  }
+#endif
 }
 
 MappedFile::~MappedFile() {
@@ -140,7 +146,7 @@ void MappedFile::grow(std::uint64_t size) {
 void MappedFile::write(std::uint64_t offset, const void* data, std::uint64_t length) {
   check_range(offset, length);
   if (fd_ < 0) {
-    std::memcpy(data_ + offset, data, length);
+    stream_copy(data_ + offset, data, length);
     return;
   }
   const auto* from = static_cast<const std::uint8_t*>(data);

@@ -51,11 +51,11 @@ class EncodedUpdate:
         return self.offsets[-1] - self.offsets[0]
 
     @classmethod
-    def raw(cls, file: ModelFile) -> EncodedUpdate:
-        """Return a canonical model file as raw chunks."""
+    def raw(cls, file: ModelFile, checksums: list[int] | None = None) -> EncodedUpdate:
+        """Return a canonical model file as raw chunks; ``checksums`` are those that `fill` gave."""
         first, total, step = file.data_offset, file.layout.total_bytes, file.layout.chunk_bytes
         offsets = [*range(first, first + total, step), first + total]
-        return cls(file.file, offsets, bytes(len(offsets) - 1), file.checksums())
+        return cls(file.file, offsets, bytes(len(offsets) - 1), checksums or file.checksums())
 
 
 @dataclass(frozen=True)

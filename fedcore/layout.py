@@ -20,7 +20,7 @@ from typing import Final
 
 from typing_extensions import Buffer
 
-from ._core import Layout, MappedFile, chunk_checksums
+from ._core import FlatWriter, Layout, MappedFile, chunk_checksums
 from .errors import LayoutError, StorageError
 from .protocol import DEFAULT_CHUNK_BYTES
 
@@ -139,14 +139,18 @@ class ModelFile:
             for name, _, _, _, nbytes in self.layout.tensors
         }
 
-    def fill(self, read: Reader) -> None:
+    def fill(self, read: Reader) -> list[int]:
         """Write every tensor, one after the other, past the mapping: no page of it becomes resident.
+
+        The file must be canonical. Returns the CRC-32C of every chunk, as `checksums` would.
 
         Raises:
             LayoutError: ``read`` gave fewer or more bytes than a tensor has.
             StorageError: the file can't be written.
         """
-        for name, _, _, _, nbytes in self.layout.tensors:
+        layout = self.layout
+        writer = FlatWriter(self.file, self.data_offset, layout.total_bytes, layout.chunk_bytes)
+        for name, _, _, _, nbytes in layout.tensors:
             data = read(name)
             with memoryview(data) as given:
                 if given.nbytes != nbytes:
@@ -154,7 +158,8 @@ class ModelFile:
                         f"tensor {name!r} has {nbytes} bytes, but {given.nbytes} were given"
                     )
             if nbytes:
-                self.file.write(self.data_offset + self.offsets[name], data)
+                writer.write(data)
+        return writer.checksums()
 
     def checksums(self) -> list[int]:
         """Return the CRC-32C of every chunk of the layout's flat bytes; the file must be canonical."""

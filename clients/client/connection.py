@@ -28,6 +28,7 @@ from fedcore.errors import (
 )
 from fedcore.transport import HEARTBEAT_MS, OTHER_VERSION, Control, DataEvent, SiteLink, now_ms
 
+from .memory import keep_warm
 from .progress import Bar
 from .settings import SiteSettings
 
@@ -106,6 +107,7 @@ class Connection:
             )
         if self._link is not None:
             return False
+        keep_warm()
         self._link = SiteLink(self._server, self._instance.bytes, self._settings.credentials)
         self._thread = threading.Thread(target=self._serve, name="fedcore-site", daemon=True)
         self._thread.start()

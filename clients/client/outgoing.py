@@ -39,15 +39,20 @@ class Outgoing:
                 "fedcore-fl[lossless])"
             )
 
-    def initial(self, file: ModelFile) -> EncodedUpdate:
+    def initial(self, file: ModelFile, checksums: list[int]) -> EncodedUpdate:
         """Return the initial model as it is to be published: there is no base, so it is compressed at most."""
         if not self._lossless:
-            return EncodedUpdate.raw(file)
+            return EncodedUpdate.raw(file, checksums)
         encoder = self._make("raw", None)
         return encoder.encode(0, file.file, file.data_offset, file.file, file.data_offset)
 
     def encode(
-        self, round_: int, file: ModelFile, base: ModelFile, included: int | None
+        self,
+        round_: int,
+        file: ModelFile,
+        checksums: list[int],
+        base: ModelFile,
+        included: int | None,
     ) -> EncodedUpdate:
         """Return the update in ``file`` as it is to be published; what was returned before is overwritten.
 
@@ -55,11 +60,12 @@ class Outgoing:
 
         Args:
             round_, file, base: the round, the tensors after training, and the global model before it.
+            checksums: of the file's chunks.
             included: the last committed version that holds this site's update: its residual counts from now on.
         """
         scheme = self._transfer.update
         if scheme == "raw" and not self._lossless:
-            return EncodedUpdate.raw(file)
+            return EncodedUpdate.raw(file, checksums)
         if self._encoder is None:
             self._encoder = self._resume(scheme, included)
         encoder = self._encoder
@@ -73,7 +79,7 @@ class Outgoing:
             )
         except NonFiniteError as error:
             logger.warning("this update leaves as it is: %s", error)
-            return EncodedUpdate.raw(file)
+            return EncodedUpdate.raw(file, checksums)
         if scheme != "raw":
             self._work.record_residual(self._layout, encoder.state)
         return update

@@ -451,8 +451,7 @@ class Session:
     ) -> None:
         self._connection.withdraw()
         file = self._work_folder().update(layout)
-        file.fill(read)
-        update = self._encode(layout, file, round_)
+        update = self._encode(layout, file, file.fill(read), round_)
         ready = protocol.Ready(
             round=round_,
             set_id=uuid.uuid4().hex,
@@ -464,16 +463,18 @@ class Session:
             self._work_folder().record(ready, update, self._score)
         self._connection.publish(ready, update)
 
-    def _encode(self, layout: Layout, file: ModelFile, round_: int) -> EncodedUpdate:
+    def _encode(
+        self, layout: Layout, file: ModelFile, checksums: list[int], round_: int
+    ) -> EncodedUpdate:
         """Encode an update as the run wants it: the difference to the global model that this site trained from."""
         assert self._connection.welcome is not None
         work = self._work_folder()
         if self._outgoing is None:
             self._outgoing = Outgoing(layout, self._connection.welcome.transfer, work)
         if not round_:
-            return self._outgoing.initial(file)
+            return self._outgoing.initial(file, checksums)
         base = work.scratch(layout)
-        return self._outgoing.encode(round_, file, base, self._connection.included)
+        return self._outgoing.encode(round_, file, checksums, base, self._connection.included)
 
     def _work_folder(self) -> WorkFolder:
         if self._work is None:

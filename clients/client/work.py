@@ -27,10 +27,13 @@ from fedcore.encoding import EncodedUpdate, ResidualState
 from fedcore.errors import StorageError
 from fedcore.layout import ModelFile, create_model, layout_hash, open_model
 
+from .memory import available_memory
+
 __all__ = ["Kept", "Record", "WorkFolder"]
 
 _ATTEMPTS: Final = 5
 _ENCODED: Final = "encoded"
+_SHARE: Final = 8  # of the memory that is available, what the global model may take
 
 logger = logging.getLogger("fedcore.client")
 
@@ -137,7 +140,12 @@ class WorkFolder:
         return self.folder / "residual.json"
 
     def scratch(self, layout: Layout) -> ModelFile:
-        """Return the file for the global model, the same in every round. It goes with the process."""
+        """Return the place for the global model, the same in every round. It goes with the process.
+
+        It is in memory where it takes a small share of what is there, else in a file.
+        """
+        if "global" not in self._files and layout.total_bytes <= available_memory() // _SHARE:
+            self._files["global"] = create_model(None, layout)
         return self._file("global", layout, keep=False)
 
     def update(self, layout: Layout) -> ModelFile:

@@ -143,9 +143,9 @@ def encoded_rounds(root: Path, *, killed_after: int, damage: bool = False) -> li
     outgoing = Outgoing(LAYOUT, protocol.Transfer(update="int8"), work)
     for round_ in (1, 2, 3, 4, 5):
         file, base = work.update(LAYOUT), work.scratch(LAYOUT)
-        file.fill(lambda _: np.sin(VALUES).tobytes())
+        checksums = file.fill(lambda _: np.sin(VALUES).tobytes())
         included = {1: None, 2: 1, 3: 1, 4: 3, 5: 4}[round_]
-        update = outgoing.encode(round_, file, base, included)
+        update = outgoing.encode(round_, file, checksums, base, included)
         bodies.append(bytes(update.file.view(0, update.nbytes)))
         if round_ == killed_after:
             killed(work)

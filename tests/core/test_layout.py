@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedcore._core import Layout, MappedFile
+from fedcore._core import FlatWriter, Layout, MappedFile, crc32c
 from fedcore.errors import LayoutError, NonFiniteError, StorageError
 from fedcore.layout import create_model, layout_hash, open_model
 from fedcore.server.initial import load_initial
@@ -125,3 +125,46 @@ def test_an_initial_model_with_nan_or_infinity_is_named(
     save_file({"ok": np.ones(3, np.float64), "w": values}, tmp_path / "in.safetensors")
     with pytest.raises(NonFiniteError, match=r"in\.safetensors has NaN .* tensor 'w', element 42"):
         load_initial(tmp_path / "in.safetensors", tmp_path / "out.safetensors", {})
+
+
+@pytest.mark.parametrize("sizes", [[9000], [1, 4095, 4096, 808], [4096, 4904], [3] * 3000])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_flat_bytes_in_any_pieces_have_the_checksums_of_their_chunks(
+    tmp_path: Path, sizes: list[int], in_memory: bool
+) -> None:
+    data = np.random.default_rng(3).bytes(9000)
+    path = str(tmp_path / "f")
+    file = MappedFile.anonymous(9100) if in_memory else MappedFile.create(path, 9100)
+    writer = FlatWriter(file, 100, 9000, 4096)
+    at = 0
+    for size in sizes:
+        writer.write(data[at : at + size])
+        at += size
+    assert bytes(file.view(100, 9000)) == data
+    assert writer.checksums() == [crc32c(data[i : i + 4096]) for i in (0, 4096, 8192)]
+
+
+def test_bytes_beyond_the_end_are_not_written_and_missing_ones_have_no_checksum() -> None:
+    file = MappedFile.anonymous(200)
+    writer = FlatWriter(file, 0, 100, 64)
+    writer.write(b"\1" * 90)
+    with pytest.raises(LayoutError, match="11 bytes were given where 10 are left"):
+        writer.write(b"\1" * 11)
+    with pytest.raises(LayoutError, match="10 of 100 bytes were not written"):
+        writer.checksums()
+    assert bytes(file.view(90, 110)) == bytes(110)
+    with pytest.raises(StorageError):
+        FlatWriter(file, 101, 100, 64)
+    with pytest.raises(LayoutError):
+        FlatWriter(file, 0, 100, 0)
+
+
+@pytest.mark.parametrize("shift", range(0, 64, 7))
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65535, 65536, 65537, 300_001])
+def test_bytes_of_any_size_reach_memory_at_any_place(shift: int, size: int) -> None:
+    data = np.random.default_rng(4).bytes(size)
+    file = MappedFile.anonymous(size + 200)
+    file.write(shift, data)
+    assert bytes(file.view(shift, size)) == data
+    assert not any(file.view(0, shift))
+    assert not any(file.view(shift + size, 200 - shift))
