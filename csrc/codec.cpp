@@ -8,9 +8,10 @@
 #include <limits>
 #include <string>
 
-#include "arith.hpp"
+#include "element.hpp"
 #include "error.hpp"
 #include "kernels.hpp"
+#include "run_reader.hpp"
 #include "wire.hpp"
 
 namespace fedcore {
@@ -20,50 +21,6 @@ constexpr std::size_t kSample = 64 << 10;
 constexpr float kLargest = std::numeric_limits<float>::max();
 
 constexpr std::array<std::string_view, 6> kSchemes{"raw", "bf16", "fp16", "int8", "nf4", "top-k"};
-
-bool encodes(Scheme scheme, Dtype dtype) noexcept {
-  switch (scheme) {
-    case Scheme::kRaw:
-      return false;
-    case Scheme::kBf16:
-    case Scheme::kF16:
-      return dtype == Dtype::kF32 || dtype == Dtype::kF64;
-    default:
-      return is_float(dtype);
-  }
-}
-
-// A dtype's elements as binary64 numbers, and back, limited to its finite numbers.
-template <typename Format>
-struct Element : Format {
-  typedef typename Format::Word Word;
-  static double read(const std::uint8_t* from, std::size_t i) {
-    Word word;
-    std::memcpy(&word, from + i * sizeof(Word), sizeof word);
-    return Format::decode(word);
-  }
-  static void write(std::uint8_t* to, std::size_t i, double value, double limit) {
-    value = value > limit ? limit : value;
-    value = value < -limit ? -limit : value;
-    const Word word = Format::encode(value);
-    std::memcpy(to + i * sizeof(Word), &word, sizeof word);
-  }
-};
-
-// Calls `work` with the element type of a float dtype and its largest finite number.
-template <typename Work>
-void with_float(Dtype dtype, Work&& work) {
-  switch (dtype) {
-    case Dtype::kF64:
-      return work(Element<arith::F64>{}, std::numeric_limits<double>::max());
-    case Dtype::kF32:
-      return work(Element<arith::F32>{}, static_cast<double>(kLargest));
-    case Dtype::kF16:
-      return work(Element<arith::F16>{}, 65504.0);
-    default:
-      return work(Element<arith::Bf16>{}, 0x1.FEp127);
-  }
-}
 
 // Bytes of width w: all first bytes, then all second ones, and so on; a rest that fills no element
 // stays at the end.
@@ -290,8 +247,8 @@ const char* Codec::unpack(Scheme scheme, const Range& range, const std::uint8_t*
   return nullptr;
 }
 
-const char* Codec::decode(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
-                          std::size_t size, const std::uint8_t* base, std::uint8_t* out) {
+const char* Codec::check(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+                         std::size_t size, Body& checked) {
   const Range range = layout_->chunk_range(index);
   const bool packed = (encoding & wire::kPacked) != 0;
   const auto scheme = static_cast<Scheme>(encoding & ~wire::kPacked);
@@ -302,44 +259,46 @@ const char* Codec::decode(std::uint64_t index, std::uint8_t encoding, const std:
   if (size > range.nbytes) {
     return "it is too long";
   }
-  const std::uint8_t* plain = body;
+  checked = {body, size, scheme};
   if (packed) {
     if (const char* why = unpack(scheme, range, body, size)) {
       return why;
     }
-    plain = plain_.data();
-    size = plain_.size();
+    checked = {plain_.data(), plain_.size(), scheme};
   }
-  if (const char* why = plan(scheme, range, plain, size)) {
+  return plan(scheme, range, checked.data, checked.size);
+}
+
+const char* Codec::decode(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+                          std::size_t size, const std::uint8_t* base, std::uint8_t* out) {
+  Body checked;
+  if (const char* why = check(index, encoding, body, size, checked)) {
     return why;
   }
-  std::array<float, quantise::kTile> tile;
-  for (const Segment& segment : segments_) {
-    const std::size_t at = segment.run.offset - range.offset;
-    if (!segment.encoded) {
-      std::memcpy(out + at, plain + segment.offset, segment.size);
-      continue;
-    }
-    const std::size_t count = segment.run.nbytes / item_size(segment.run.dtype);
-    quantise::Reader reader(scheme, plain + segment.offset, count);
-    with_float(segment.run.dtype, [&]<typename T>(T, double limit) {
-      for (std::size_t first = 0; first < count; first += tile.size()) {
-        const std::size_t n = std::min(tile.size(), count - first);
-        reader.next(tile.data(), n);
-        const std::size_t from = at + first * sizeof(typename T::Word);
-        if (base != nullptr) {
-          for (std::size_t i = 0; i < n; ++i) {
-            T::write(out + from, i, T::read(base + from, i) + static_cast<double>(tile[i]), limit);
-          }
-        } else {
-          for (std::size_t i = 0; i < n; ++i) {
-            T::write(out + from, i, tile[i], limit);
-          }
-        }
-      }
-    });
-  }
+  decode(index, checked, base, out);
   return nullptr;
+}
+
+void Codec::decode(std::uint64_t index, const Body& checked, const std::uint8_t* base,
+                   std::uint8_t* out) const {
+  const Range range = layout_->chunk_range(index);
+  const std::uint8_t* body = checked.data;
+  for (const Run& run : layout_->runs(range)) {
+    const std::size_t at = run.offset - range.offset;
+    const std::size_t used = run_bytes(checked.scheme, run, body);
+    if (!encodes(checked.scheme, run.dtype)) {
+      std::memcpy(out + at, body, used);
+    } else {
+      const std::size_t width = item_size(run.dtype), count = run.nbytes / width;
+      RunReader reader(checked.scheme, run.dtype, body, count);
+      for (std::size_t first = 0; first < count; first += RunReader::kTile) {
+        const std::size_t from = at + first * width;
+        reader.next(base != nullptr ? base + from : nullptr, out + from,
+                    std::min(RunReader::kTile, count - first));
+      }
+    }
+    body += used;
+  }
 }
 
 void Codec::carry(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* residual,

@@ -36,6 +36,13 @@ struct CodecOptions {
   double top_k = 0.01;    // the share of each run that top-k keeps, above 0, at most 1
 };
 
+// A body that check() let pass, unpacked: what travelled, or its codec's scratch.
+struct Body {
+  const std::uint8_t* data = nullptr;
+  std::size_t size = 0;
+  Scheme scheme = Scheme::kRaw;
+};
+
 class Codec {
  public:
   // Throws Error{kConfig} for a share out of range, and for lossless without its functions, and
@@ -53,12 +60,19 @@ class Codec {
   std::uint8_t encode(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* base,
                       const std::uint8_t* residual, std::vector<std::uint8_t>& body);
 
+  // Looks at all of a body and unpacks it. Returns nullptr, or why the body is refused. What
+  // `checked` points at may be scratch, and is valid until the next call.
+  const char* check(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+                    std::size_t size, Body& checked);
+
   // Writes the chunk's flat bytes to `out`: base + the decoded difference, or the difference alone
   // where base is nullptr, each rounded once and limited to the dtype's finite numbers; raw runs as
   // they are. Returns nullptr, or why the body is refused, in which case nothing was written.
   // Throws Error{kLayout} for an index past the end. `out` may be `base` but not the body.
   const char* decode(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
                      std::size_t size, const std::uint8_t* base, std::uint8_t* out);
+  void decode(std::uint64_t index, const Body& checked, const std::uint8_t* base,
+              std::uint8_t* out) const;
 
   // residual = values + residual - decoded over the floats of a chunk, 0 elsewhere: what the
   // encoding lost, in the dtypes of the layout. All point at the chunk's flat bytes.

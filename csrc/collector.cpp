@@ -38,7 +38,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
       out_(std::move(out)),
       base_(std::move(base)),
       options_(std::move(options)),
-      pass_on_(!options_.check_finite && sources_.size() == 1),
+      pass_on_(!options_.check_finite && sources_.size() == 1 && !differences()),
       end_(layout_->chunk_count()) {
   if (layout_->total_bytes() == 0) {
     throw Error(Errc::kLayout, "there are no bytes to collect");
@@ -53,7 +53,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   if (base_.file) {
     base_.file->check_range(base_.offset, layout_->total_bytes());
   }
-  if (options_.codec && options_.codec->options().scheme != Scheme::kRaw && !base_.file) {
+  if (differences() && !base_.file) {
     throw Error(Errc::kLayout, "differences can't be decoded without the base that they are to");
   }
   if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
@@ -84,24 +84,23 @@ void Collector::use_sources() {
       weights.push_back(sources_[k].weight);
     }
   }
-  inputs_.assign(counted_.size(), nullptr);
+  inputs_.assign(counted_.size(), {});
   reducer_.emplace(weights);
 }
 
 // The same window for each source, and what is left over for the first ones, a chunk each.
 void Collector::divide_budget() {
-  // Encoded chunks are decoded onto pages of the base, which stay until the reduction has passed.
-  const bool differences = options_.codec && options_.codec->options().scheme != Scheme::kRaw;
-  const std::uint64_t chunks = options_.budget_bytes / layout_->chunk_bytes();
-  const std::uint64_t per_step = sources_.size() + (differences ? 1 : 0);
-  if (chunks < per_step && sources_.size() > 1) {
+  // Differences are added to pages of the base, which are given back in steps.
+  const std::uint64_t base = differences() ? release_step() + layout_->chunk_bytes() : 0;
+  const std::uint64_t budget = options_.budget_bytes - std::min(options_.budget_bytes, base);
+  const std::uint64_t chunks = budget / layout_->chunk_bytes(), sources = sources_.size();
+  if (chunks < sources && sources > 1) {
     const std::uint64_t sums = sum_chunks(*layout_);
     group_ = chunks > sums ? chunks - sums : 1;
   }
   const std::uint64_t most = std::min(kMaxWindow, layout_->chunk_count());
-  window_ = std::clamp<std::uint64_t>(chunks / per_step, 1, most);
-  std::uint64_t rest = chunks / per_step == window_ && window_ < most ? chunks % per_step : 0;
-  rest -= differences && rest > 0 ? 1 : 0;
+  window_ = std::clamp<std::uint64_t>(chunks / sources, 1, most);
+  std::uint64_t rest = chunks / sources == window_ && window_ < most ? chunks % sources : 0;
   for (const auto& pull : pulls_) {
     pull->window = window_ + (rest > 0 ? 1 : 0);
     rest -= rest > 0 ? 1 : 0;
@@ -162,22 +161,16 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   }
   pull.bad_in_a_row = 0;
   const std::size_t size = frame.size();
-  Frame chunk;
-  if (header.encoding == wire::kRaw) {
-    chunk = std::move(frame);
-  } else if (const char* why = decode(header, frame, chunk)) {
+  Held chunk;
+  if (const char* why = unpack(header, frame, chunk)) {
     fail(source, "encoding", "chunk " + std::to_string(header.index) + " can't be decoded: " + why);
     return false;
-  } else if (base_.file &&
-             *position >= next_ + pull.window) {  // the reduction comes there much later
-    const Range range = layout_->chunk_range(header.index);
-    base_.file->release(base_.offset + range.offset, range.nbytes);
   }
   pull.again.erase(*position);
   --pull.due;
   bytes_.fetch_add(size, std::memory_order_relaxed);
   pull.received.fetch_add(1, std::memory_order_relaxed);
-  keep(source, *position, chunk);
+  keep(source, *position, std::move(chunk));
   spill_reads_ = 0;
   reduce_ready();
   return true;
@@ -189,30 +182,41 @@ bool Collector::fits(const wire::Header& header, std::size_t size) const {
 }
 
 // Fills `chunk` with the flat bytes that an encoded body stands for; returns why it can't.
-const char* Collector::decode(const wire::Header& header, const Frame& frame, Frame& chunk) {
+// Fills `chunk` with what came, unpacked; returns why it can't be decoded, or nullptr.
+const char* Collector::unpack(const wire::Header& header, Frame& frame, Held& chunk) {
+  if (header.encoding == wire::kRaw) {
+    chunk.frame = std::move(frame);
+    return nullptr;
+  }
   if (!options_.codec) {
     return "its encoding was not agreed on";
   }
-  const Range range = layout_->chunk_range(header.index);
-  void* memory = std::malloc(range.nbytes);
+  Body body;
+  if (const char* why =
+          options_.codec->check(header.index, header.encoding, frame.data(), frame.size(), body)) {
+    return why;
+  }
+  chunk.scheme = body.scheme;
+  if (body.data == frame.data()) {
+    chunk.frame = std::move(frame);
+    return nullptr;
+  }
+  void* memory = std::malloc(std::max<std::size_t>(1, body.size));
   if (memory == nullptr) {
     throw std::bad_alloc();
   }
-  chunk = Frame(memory, range.nbytes, memory, std::free);
-  const std::uint8_t* base =
-      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
-  return options_.codec->decode(header.index, header.encoding, frame.data(), frame.size(), base,
-                                static_cast<std::uint8_t*>(memory));
+  std::memcpy(memory, body.data, body.size);
+  chunk.frame = Frame(memory, body.size, memory, std::free);
+  return nullptr;
 }
 
-void Collector::keep(std::size_t source, std::uint64_t position, Frame& frame) {
+void Collector::keep(std::size_t source, std::uint64_t position, Held chunk) {
   Pull& pull = *pulls_[source];
-  Frame mine = std::move(frame);
   if (pull.ahead && pull.held.size() + spill_room(pull) >= pull.window && position != next_ &&
-      spill(source, position, mine)) {
+      spill(source, position, chunk)) {
     return;
   }
-  pull.held.emplace(position, std::move(mine));
+  pull.held.emplace(position, std::move(chunk));
 }
 
 void Collector::on_refuse(std::size_t source, wire::Refusal reason) {

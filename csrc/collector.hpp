@@ -13,6 +13,8 @@
 // Chunks are reduced round and round: position p is chunk p % chunk_count. A source that is dropped
 // moves the end to one whole turn from where the reduction stands, so that the others go on where
 // they are, and send again only what was reduced with it and lies in no spill file.
+// An encoded chunk is checked when it comes, kept as it travelled, and decoded a piece at a time in
+// the pass that reduces it; only what is spilled is decoded before.
 // Where the budget does not hold a chunk of each source, a chunk's sources are pulled and folded
 // one after the other, in order, into sums of that one chunk, with as many under way as the budget
 // holds beside the sums. Nothing is spilled then: each chunk is asked for when its turn comes, so
@@ -23,6 +25,7 @@
 // Not thread-safe: Exchange holds the lock; progress counters may be read from any thread.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <deque>
@@ -107,8 +110,8 @@ struct CollectorOptions {
   // Where chunks go of a source whose window has been full for spill_after_ms; null: nowhere.
   std::shared_ptr<Spill> spill = nullptr;
   std::int64_t spill_after_ms = 250;
-  // What encoded chunks are decoded with, onto the base, as they come; null: all must be raw. It is
-  // the collector's alone.
+  // What encoded chunks are checked with as they come, and decoded onto the base; null: all must be
+  // raw. It is the collector's alone.
   std::shared_ptr<Codec> codec = nullptr;
   // Which chunks of the output are reduced, from the sources as they are given and in no other way;
   // null: nobody goes on after this process. It is the collector's alone.
@@ -208,6 +211,13 @@ class Collector {
  private:
   enum class State { kActive, kDone, kFailed };
 
+  // A chunk in memory: its flat bytes, or what they are decoded from when they are reduced.
+  struct Held {
+    Frame frame;
+    Scheme scheme = Scheme::kRaw;
+    Body body() const noexcept { return {frame.data(), frame.size(), scheme}; }
+  };
+
   struct Pull {
     bool counts = true;                      // false: dropped
     bool failed = false;                     // rejected, and not dropped yet
@@ -216,7 +226,7 @@ class Collector {
     std::uint64_t next = 0;                  // first position that was never asked for
     std::uint64_t due = 0;                   // asked for and not come yet
     std::set<std::uint64_t> again;           // positions to ask for again; they are due
-    std::map<std::uint64_t, Frame> held;     // chunks in memory, by position
+    std::map<std::uint64_t, Held> held;      // chunks in memory, by position
     std::vector<std::uint32_t> spilled;      // slot + 1 of each chunk, or 0; empty before the first
     bool ahead = false;                      // what it sends goes to the spill file
     std::optional<std::int64_t> pressed_ms;  // since when its window has been full
@@ -240,6 +250,13 @@ class Collector {
            (pull.folded && position == next_);
   }
   bool is_pulled(const Pull& pull) const noexcept { return pull.counts && !pull.failed; }
+  bool differences() const noexcept {
+    return options_.codec && options_.codec->options().scheme != Scheme::kRaw;
+  }
+  // Of what is reduced, pages are given back so many bytes at a time.
+  std::uint64_t release_step() const noexcept {
+    return std::min<std::uint64_t>(8u << 20, options_.budget_bytes / 16);
+  }
 
   void use_sources();
   void divide_budget();
@@ -247,14 +264,15 @@ class Collector {
   void resume_reduced();
   void resume_spilled();
   std::optional<std::uint64_t> position_of(const Pull& pull, std::uint64_t index) const noexcept;
-  void keep(std::size_t source, std::uint64_t position, Frame& frame);
-  bool spill(std::size_t source, std::uint64_t position, const Frame& frame);
+  void keep(std::size_t source, std::uint64_t position, Held chunk);
+  bool spill(std::size_t source, std::uint64_t position, const Held& chunk);
+  const std::uint8_t* flat_bytes(std::uint64_t index, const Held& chunk);
   bool recycle();
   std::uint64_t spill_room(const Pull& pull) const noexcept;
   bool start_spilling(std::size_t source, std::int64_t now_ms);
   void forget_chunks(Pull& pull) noexcept;
   bool fits(const wire::Header& header, std::size_t size) const;
-  const char* decode(const wire::Header& header, const Frame& frame, Frame& chunk);
+  const char* unpack(const wire::Header& header, Frame& frame, Held& chunk);
   void ask_again(Pull& pull);
   std::int64_t check_silence(std::size_t source, std::int64_t now_ms);
   void probe(std::size_t source, std::int64_t now_ms);
@@ -288,10 +306,11 @@ class Collector {
   std::vector<std::unique_ptr<Pull>> pulls_;
   std::vector<std::size_t> counted_;  // the sources that count, in order
   std::optional<Reducer> reducer_;    // of those
-  std::vector<const std::uint8_t*> inputs_;
+  std::vector<Body> inputs_;
   bool one_by_one_ = false;  // the next chunk is to be folded
   std::vector<std::uint32_t> checksums_;
   std::vector<std::uint8_t> reduced_chunk_;  // hot in the cache when it is written out
+  std::vector<std::uint8_t> flat_chunk_;     // the last that was decoded to be spilled
   std::uint64_t next_ = 0;                   // next position to reduce
   std::uint64_t end_ = 0;                    // where all is done
   std::uint64_t released_ = 0;               // positions up to which pages were given back

@@ -8,12 +8,6 @@
 #include "error.hpp"
 
 namespace fedcore {
-namespace {
-
-constexpr std::uint64_t kReleaseStep = 8u << 20;
-
-}  // namespace
-
 // Points at the next chunk of every source that has it in memory; false while one is missing.
 bool Collector::gather() {
   bool from_spill = false;
@@ -36,8 +30,9 @@ bool Collector::gather() {
   for (std::size_t j = 0; j < counted_.size(); ++j) {
     const Pull& pull = *pulls_[counted_[j]];
     const auto held = pull.held.find(next_);
-    inputs_[j] = held != pull.held.end() ? held->second.data() : spilled_chunk(counted_[j], size);
-    if (inputs_[j] == nullptr) {
+    inputs_[j] = held != pull.held.end() ? held->second.body()
+                                         : Body{spilled_chunk(counted_[j], size), size};
+    if (inputs_[j].data == nullptr) {
       return false;
     }
   }
@@ -84,7 +79,7 @@ void Collector::finish() {
 
 bool Collector::reduce_one(std::uint64_t index) {
   const Range range = layout_->chunk_range(index);
-  const std::uint8_t* result = inputs_[0];
+  const std::uint8_t* result = inputs_[0].data;
   if (!pass_on_) {
     const std::uint8_t* base =
         base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
@@ -130,9 +125,9 @@ bool Collector::fold_all(std::uint64_t index) {
     const Pull& pull = *pulls_[counted_[j]];
     const auto held = pull.held.find(next_);
     const bool here = held != pull.held.end();
-    const std::uint8_t* chunk =
-        here ? held->second.data() : spilled_chunk(counted_[j], range.nbytes);
-    if (chunk == nullptr) {
+    const Body chunk =
+        here ? held->second.body() : Body{spilled_chunk(counted_[j], range.nbytes), range.nbytes};
+    if (chunk.data == nullptr) {
       return false;
     }
     const auto bad = reducer_->fold(*layout_, range, j, chunk, base, reduced_chunk_.data());
@@ -163,7 +158,7 @@ bool Collector::fold_next() {
       return false;
     }
     const auto bad =
-        reducer_->fold(*layout_, range, folded_, held->second.data(), base, reduced_chunk_.data());
+        reducer_->fold(*layout_, range, folded_, held->second.body(), base, reduced_chunk_.data());
     if (bad) {
       reject_value(*bad);
       return false;
@@ -216,8 +211,7 @@ void Collector::advance() {
 void Collector::release_behind() {
   const std::uint64_t step = layout_->chunk_bytes();
   const bool last_of_turn = chunk_of(next_) == 0;
-  if ((next_ - released_) * step < std::min(kReleaseStep, options_.budget_bytes / 16) &&
-      !last_of_turn && next_ != end_) {
+  if ((next_ - released_) * step < release_step() && !last_of_turn && next_ != end_) {
     return;
   }
   const std::uint64_t begin = chunk_of(released_) * step;

@@ -11,13 +11,28 @@ std::uint64_t Collector::spill_room(const Pull& pull) const noexcept {
   return std::clamp<std::uint64_t>(pull.window / 2, 1, 2 * kMaxRange);
 }
 
-bool Collector::spill(std::size_t source, std::uint64_t position, const Frame& frame) {
+// A chunk's flat bytes, until the next call.
+const std::uint8_t* Collector::flat_bytes(std::uint64_t index, const Held& chunk) {
+  if (chunk.scheme == Scheme::kRaw) {
+    return chunk.frame.data();
+  }
+  const Range range = layout_->chunk_range(index);
+  const std::uint64_t at = base_.offset + range.offset;
+  flat_chunk_.resize(std::max<std::size_t>(flat_chunk_.size(), range.nbytes));
+  options_.codec->decode(index, chunk.body(), base_.file->data() + at, flat_chunk_.data());
+  base_.file->release(at, range.nbytes);  // the reduction comes there much later
+  return flat_chunk_.data();
+}
+
+bool Collector::spill(std::size_t source, std::uint64_t position, const Held& chunk) {
   if (no_room_) {
     return false;
   }
+  const std::uint64_t index = chunk_of(position);
+  const std::uint8_t* const bytes = flat_bytes(index, chunk);
   const auto put = [&] {
-    return options_.spill->put(sources_[source].set, chunk_of(position), frame.data(),
-                               frame.size());
+    return options_.spill->put(sources_[source].set, index, bytes,
+                               layout_->chunk_range(index).nbytes);
   };
   auto slot = put();
   if (!slot && recycle()) {
@@ -32,7 +47,7 @@ bool Collector::spill(std::size_t source, std::uint64_t position, const Frame& f
   if (pull.spilled.empty()) {
     pull.spilled.resize(static_cast<std::size_t>(layout_->chunk_count()));
   }
-  pull.spilled[chunk_of(position)] = *slot + 1;
+  pull.spilled[index] = *slot + 1;
   return true;
 }
 

@@ -195,16 +195,21 @@ std::vector<std::string> available() {
 
 bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
           double total, const void* base, void* out, std::uint64_t nbytes) {
-  const Table& table = active();
-  const std::size_t count = nbytes / item_size(dtype);
   const FcDevice* const device = chosen_device.load(std::memory_order_acquire);
   if (device != nullptr && is_float(dtype)) {
-    const int verdict =
-        device->mean(device->self, static_cast<int>(dtype), inputs, weights, k, total, out, count);
+    const int verdict = device->mean(device->self, static_cast<int>(dtype), inputs, weights, k,
+                                     total, out, nbytes / item_size(dtype));
     if (verdict != FC_MEAN_DECLINED) {
       return verdict == FC_MEAN_FINITE;
     }
   }
+  return mean_here(dtype, inputs, weights, k, total, base, out, nbytes);
+}
+
+bool mean_here(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
+               double total, const void* base, void* out, std::uint64_t nbytes) {
+  const Table& table = active();
+  const std::size_t count = nbytes / item_size(dtype);
   switch (dtype) {
     case Dtype::kF64:
       return table.f64(inputs, weights, k, total, out, count);

@@ -60,9 +60,15 @@ void use_device(const FcDevice* device) noexcept;
 bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
           double total, const void* base, void* out, std::uint64_t nbytes);
 
+// The same without the device, for pieces that are too small to send there.
+bool mean_here(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
+               double total, const void* base, void* out, std::uint64_t nbytes);
+
 // mean() with one input at a time: fold() adds an input of finite values to sums_per_element() sums
 // for each element (none for integers and booleans), and finish() writes their mean. The bits are
-// those of mean() on the same inputs in the same order.
+// those of mean() on the same inputs in the same order. An input may be added in pieces of kPiece
+// elements and a rest.
+inline constexpr std::size_t kPiece = 1024;
 std::size_t sums_per_element(Dtype dtype) noexcept;
 void fold(Dtype dtype, const void* input, double weight, bool first, double* sums,
           std::uint64_t nbytes);

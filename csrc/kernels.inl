@@ -19,6 +19,7 @@ typedef std::uint16_t Vh __attribute__((vector_size(2 * FEDCORE_LANES)));
 constexpr std::size_t kLanes = FEDCORE_LANES;
 constexpr std::size_t kStep = 4 * kLanes;  // elements per turn of the inner loop
 constexpr std::size_t kGroup = 8;          // inputs per pass over a block
+static_assert(kBlock % kStep == 0 && kPiece % kStep == 0);
 
 template <typename To, typename From>
 FEDCORE_INLINE To bits_as(From from) {

@@ -374,6 +374,13 @@ const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std
   return sound ? nullptr : "a value is NaN or infinite";
 }
 
+std::size_t used_bytes(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept {
+  return encoded_bytes(scheme, count) +
+         (scheme == Scheme::kTopK
+              ? std::size_t{4} * get<std::uint32_t>(data) + get<std::uint32_t>(data + 4)
+              : 0);
+}
+
 Reader::Reader(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept
     : scheme_(scheme), data_(data), count_(count) {
   if (scheme == Scheme::kTopK) {

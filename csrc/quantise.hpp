@@ -39,6 +39,9 @@ void encode(Scheme scheme, const float* values, std::size_t count, std::size_t k
 const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std::size_t count,
                   std::size_t& used) noexcept;
 
+// The length of a checked run.
+std::size_t used_bytes(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept;
+
 // Gives the values of a checked run from the first to the last.
 class Reader {
  public:

@@ -11,8 +11,10 @@
 #include <optional>
 #include <vector>
 
+#include "codec.hpp"
 #include "layout.hpp"
 #include "mapped_file.hpp"
+#include "run_reader.hpp"
 
 namespace fedcore {
 
@@ -29,25 +31,34 @@ class Reducer {
 
   std::size_t sources() const noexcept { return weights_.size(); }
 
-  // Averages the flat bytes of `range`. inputs[k], base (or nullptr) and out point at the range's
-  // first byte. Returns the first non-finite input value, in which case `out` is not to be used.
-  std::optional<BadValue> reduce(const Layout& layout, Range range,
-                                 const std::uint8_t* const* inputs, const std::uint8_t* base,
-                                 std::uint8_t* out);
+  // Averages the flat bytes of `range`, which inputs hold as they are or as an encoded body of one
+  // chunk, the difference to `base`. base (or nullptr) and out point at the range's first byte.
+  // What is encoded is decoded a piece at a time, into the cache. Returns a non-finite input value,
+  // in which case `out` is not to be used.
+  std::optional<BadValue> reduce(const Layout& layout, Range range, const Body* inputs,
+                                 const std::uint8_t* base, std::uint8_t* out);
 
   // The same with one input after the other, from input 0 on, for a range whose inputs are not
   // there together; `out` collects what is not averaged. A non-finite input changes nothing.
   // finish() follows the last input and writes the bits that reduce() gives.
   std::optional<BadValue> fold(const Layout& layout, Range range, std::size_t source,
-                               const std::uint8_t* input, const std::uint8_t* base,
-                               std::uint8_t* out);
+                               const Body& input, const std::uint8_t* base, std::uint8_t* out);
   void finish(const Layout& layout, Range range, std::uint8_t* out);
 
  private:
+  std::optional<BadValue> reduce_pieces(const Run& run, const Body* inputs,
+                                        const std::uint8_t* base, std::uint8_t* out);
+  std::optional<BadValue> find_bad(Dtype dtype, std::uint64_t offset, std::uint64_t nbytes) const;
+  void fold_pieces(const Run& run, std::size_t source, Scheme scheme, const std::uint8_t* body,
+                   const std::uint8_t* base, double* sums);
+
   std::vector<double> weights_;
   double total_ = 0;
-  std::vector<const void*> pointers_;
-  std::vector<double> sums_;  // of fold()
+  std::vector<const std::uint8_t*> bodies_;  // where the run at hand begins in each input
+  std::vector<const void*> pointers_;        // the block that is averaged
+  std::vector<RunReader> readers_;           // of the inputs that the run at hand is encoded in
+  std::vector<std::uint8_t> pieces_;         // what those hold, decoded
+  std::vector<double> sums_;                 // of fold()
 };
 
 // One tensor of a file-to-file reduction: where it lies in each input and in the output.

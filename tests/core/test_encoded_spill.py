@@ -114,8 +114,10 @@ def test_the_window_leaves_room_for_a_chunk_of_the_base(scheme: str) -> None:
     raw = Encoded("abc", scheme, 12 * CHUNK, raw=True)
     assert (raw.collector.window, Encoded("abc", scheme, 12 * CHUNK).collector.window) == (4, 3)
     federation = Encoded("abc", scheme, 12 * CHUNK)
-    federation.run("a")
-    assert federation.collector.progress()[2][0] == 3
+    federation.run("ab")
+    most = federation.collector.progress()[2]
+    assert most == [4, 3, 0]
+    assert sum(most) + most[1] + 1 <= 12
     federation.run("abc", random.Random(scheme).randrange(100))
     assert federation.result() == expected("abc", scheme)
 
@@ -135,56 +137,87 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+class Big:
+    """Two sites with the same 64 MiB update in 4 bits, the server's files, and what is resident."""
+
+    def __init__(self, folder: Path, budget: int, spill: Spill | None = None) -> None:
+        self.layout = Layout([("w", "F32", [16 * MIB])], MIB)
+        values = np.random.default_rng(0).standard_normal(MIB // 4).astype(np.float32).tobytes()
+
+        def file(name: str) -> MappedFile:
+            made = MappedFile.create(str(folder / name), self.layout.total_bytes)
+            for at in range(0, self.layout.total_bytes, MIB):
+                made.write(at, values if name == "local" else bytes(MIB))
+            return made
+
+        local, under, self.out = file("local"), file("base"), file("out")
+        encoder = UpdateEncoder(self.layout, "nf4", make_file=lambda name, _: file(name))
+        idle = resident()
+        self.sent = sent = encoder.encode(1, local, 0, under, 0)
+        assert resident() - idle < 8 * MIB
+        assert sent.nbytes < self.layout.total_bytes / 7.5
+        self.server, self.site = Exchange(), Exchange()
+        for name in (b"a", b"b"):
+            self.site.publish_encoded(
+                name * 16, sent.file, sent.offsets, sent.encodings, sent.checksums
+            )
+        self.collector = Collector(
+            self.layout, [(name, name * 16, 1) for name in (b"a", b"b")], self.out, 0, (under, 0),
+            budget, spill=spill, spill_after_ms=1, codec=Codec(self.layout, "nf4"),
+        )  # fmt: skip
+        self.server.start(self.collector)
+        self.held: list[tuple[bytes, bytes, bytes]] = []
+        self.idle = self.peak = resident()
+
+    def run(self, ahead: int) -> None:
+        """Keep b's chunks back until ``ahead`` of a's are here, or all are."""
+        for now in range(1000):
+            self.server.tick(now)
+            while (request := self.server.next_out(now)) is not None:
+                self.site.deliver(now, request[0], request[1], None)
+            while (reply := self.site.next_out(now)) is not None:
+                if reply[2] is None:
+                    continue  # it answers a ping
+                if reply[0] == b"b" and self.here < ahead:
+                    self.held.append((b"b", reply[1], bytes(reply[2])))
+                else:
+                    self.server.deliver(now, reply[0], reply[1], bytes(reply[2]))
+            while self.held and self.here >= ahead:
+                self.server.deliver(now, *self.held.pop(0))
+            self.sent.file.release(0, self.sent.file.size)  # the sites' part
+            self.peak = max(self.peak, resident())
+            if self.collector.done or self.here == 64 < ahead:
+                break
+
+    @property
+    def here(self) -> int:
+        return self.collector.progress()[2][0]
+
+    def check(self) -> None:
+        assert self.collector.done
+        assert crc32c(self.out.view()) == crc32c(spread(self.sent, self.layout))
+
+
 @pytest.mark.parametrize("use_spill", [False, True])
 def test_neither_the_server_nor_a_site_holds_more_than_some_chunks_of_an_encoded_update(
     tmp_path: Path, use_spill: bool
 ) -> None:
-    layout = Layout([("w", "F32", [16 * MIB])], MIB)
-    values = np.random.default_rng(0).standard_normal(MIB // 4).astype(np.float32).tobytes()
-
-    def file(name: str) -> MappedFile:
-        made = MappedFile.create(str(tmp_path / name), layout.total_bytes)
-        for at in range(0, layout.total_bytes, MIB):
-            made.write(at, values if name == "local" else bytes(MIB))
-        return made
-
-    local, under, out = file("local"), file("base"), file("out")
-    encoder = UpdateEncoder(layout, "nf4", make_file=lambda name, _: file(name))
-    idle = resident()
-    sent = encoder.encode(1, local, 0, under, 0)
-    assert resident() - idle < 8 * MIB
-    assert sent.nbytes < layout.total_bytes / 7.5
-    server, site = Exchange(), Exchange()
-    for name in (b"a", b"b"):
-        site.publish_encoded(name * 16, sent.file, sent.offsets, sent.encodings, sent.checksums)
     spill = Spill(str(tmp_path / "spill"), MIB, 0) if use_spill else None
-    collector = Collector(
-        layout, [(name, name * 16, 1) for name in (b"a", b"b")], out, 0, (under, 0), 9 * MIB,
-        spill=spill, spill_after_ms=1, codec=Codec(layout, "nf4"),
-    )  # fmt: skip
-    server.start(collector)
-    idle = peak = resident()
-    held: list[tuple[bytes, bytes, bytes]] = []
-    for now in range(1000):
-        server.tick(now)
-        while (request := server.next_out(now)) is not None:
-            site.deliver(now, request[0], request[1], None)
-        while (reply := site.next_out(now)) is not None:
-            if reply[2] is None:
-                continue  # it answers a ping
-            if reply[0] == b"b" and collector.progress()[2][0] < (64 if use_spill else 3):
-                held.append((b"b", reply[1], bytes(reply[2])))  # all of the other comes first
-            else:
-                server.deliver(now, reply[0], reply[1], bytes(reply[2]))
-        while held and collector.progress()[2][0] >= (64 if use_spill else 3):
-            server.deliver(now, *held.pop(0))
-        sent.file.release(0, sent.file.size)  # the sites' part
-        peak = max(peak, resident())
-        if collector.done:
-            break
-    assert collector.done
-    assert peak - idle < (9 + 4) * MIB
-    assert crc32c(out.view()) == crc32c(spread(sent, layout))
+    big = Big(tmp_path, 9 * MIB, spill)
+    big.run(64 if use_spill else 3)
+    assert big.peak - big.idle < (9 + 4) * MIB
+    big.check()
+
+
+def test_chunks_that_wait_are_kept_as_they_travelled_and_decoded_only_when_they_are_summed(
+    tmp_path: Path,
+) -> None:
+    big = Big(tmp_path, 1 << 30)
+    big.run(ahead=65)  # b sends nothing
+    assert (big.here, big.collector.progress()[0]) == (64, 0)
+    assert big.peak - big.idle < big.sent.nbytes + 4 * MIB
+    big.run(ahead=0)
+    big.check()
 
 
 def spread(sent: EncodedUpdate, layout: Layout) -> bytes:

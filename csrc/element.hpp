@@ -1,0 +1,61 @@
+// Elements of float dtypes as binary64 numbers, and which dtypes a scheme encodes. Pure functions
+// of the codec's parts (codec.cpp, run_reader.cpp), callable from any thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "arith.hpp"
+#include "layout.hpp"
+#include "quantise.hpp"
+
+namespace fedcore {
+
+// A dtype's elements as binary64 numbers, and back, limited to its finite numbers.
+template <typename Format>
+struct Element : Format {
+  typedef typename Format::Word Word;
+  static double read(const std::uint8_t* from, std::size_t i) {
+    Word word;
+    std::memcpy(&word, from + i * sizeof(Word), sizeof word);
+    return Format::decode(word);
+  }
+  static void write(std::uint8_t* to, std::size_t i, double value, double limit) {
+    value = value > limit ? limit : value;
+    value = value < -limit ? -limit : value;
+    const Word word = Format::encode(value);
+    std::memcpy(to + i * sizeof(Word), &word, sizeof word);
+  }
+};
+
+// Calls `work` with the element type of a float dtype and its largest finite number.
+template <typename Work>
+void with_float(Dtype dtype, Work&& work) {
+  switch (dtype) {
+    case Dtype::kF64:
+      return work(Element<arith::F64>{}, std::numeric_limits<double>::max());
+    case Dtype::kF32:
+      return work(Element<arith::F32>{}, static_cast<double>(std::numeric_limits<float>::max()));
+    case Dtype::kF16:
+      return work(Element<arith::F16>{}, 65504.0);
+    default:
+      return work(Element<arith::Bf16>{}, 0x1.FEp127);
+  }
+}
+
+// Whether runs of a dtype are encoded, or travel as they are.
+inline bool encodes(Scheme scheme, Dtype dtype) noexcept {
+  switch (scheme) {
+    case Scheme::kRaw:
+      return false;
+    case Scheme::kBf16:
+    case Scheme::kF16:
+      return dtype == Dtype::kF32 || dtype == Dtype::kF64;
+    default:
+      return is_float(dtype);
+  }
+}
+
+}  // namespace fedcore
