@@ -104,6 +104,22 @@ def test_a_site_that_never_came_is_waited_for_until_the_deadline() -> None:
     assert rounds.tick(100) == [StartCollect(1, (part("a"), part("b")))]
 
 
+@pytest.mark.parametrize("now", [99.9, 100, 250])
+def test_an_update_that_is_heard_before_the_deadlines_tick_makes_the_quorum(now: float) -> None:
+    rounds = machine(["a", "b", "c"], quorum=2)
+    join_all(rounds, "a", "b", "c")
+    rounds.ready("a", 1, update("a"))
+    assert rounds.ready("b", 1, update("b")) == []
+    assert rounds.tick(max(now, 100)) == [StartCollect(1, (part("a"), part("b")))]
+    late = machine(["a", "b", "c"], quorum=2)
+    join_all(late, "a", "b", "c")
+    late.ready("a", 1, update("a"))
+    (end,) = late.tick(max(now, 100))
+    assert isinstance(end, EndRun)
+    assert not end.ok
+    assert late.ready("b", 1, update("b")) == []
+
+
 def test_a_lost_site_closes_the_round_at_once_when_the_quorum_stands() -> None:
     rounds = machine(["a", "b", "c"], quorum=2)
     join_all(rounds, "a", "b", "c")
