@@ -40,6 +40,7 @@ class Fault(enum.Enum):
     RECONNECTED = "reconnected"
     RESTARTED = "restarted"
     SERVER_KILLED = "server-killed"
+    DISK_FULL = "disk-full"
     DENORMAL = "denormal"
     HUGE = "huge"
     NEGATIVE_ZERO = "negative-zero"
@@ -185,6 +186,11 @@ def _server_killed(world: World, site: Site, frame: Frame) -> list[Frame]:
     return [frame]
 
 
+def _disk_full(world: World, site: Site, frame: Frame) -> list[Frame]:
+    world.fill_disk()
+    return [frame]
+
+
 def _killed(world: World, site: Site, frame: Frame) -> list[Frame]:
     site.gone = True
     if site.name not in world.rejections:
@@ -222,6 +228,7 @@ _ONCE: dict[Fault, Interference] = {
     Fault.RECONNECTED: _reconnected,
     Fault.RESTARTED: _restarted,
     Fault.SERVER_KILLED: _server_killed,
+    Fault.DISK_FULL: _disk_full,
     Fault.KILLED: _killed,
     Fault.HALF_OPEN: _half_open,
 }

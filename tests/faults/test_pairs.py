@@ -9,16 +9,22 @@ from __future__ import annotations
 import itertools
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
 from .faults import LEFT_OUT, Fault, inject
 from .reference import CHUNK, flat, mean, random_layout, random_update
-from .world import Site, World
+from .world import Frame, Site, World
 
 CASES = int(os.environ.get("FEDCORE_FAULT_CASES", "2"))
 SEED = os.environ.get("FEDCORE_FAULT_SEED")
 PAIRS = list(itertools.combinations_with_replacement(Fault, 2))
+
+
+def held_back(world: World, site: Site, frame: Frame) -> list[Frame]:
+    """What a site sends arrives in the second second at the earliest."""
+    return [replace(frame, due=max(frame.due, 1000))]
 
 
 def play(faults: tuple[Fault, Fault], seed: int) -> None:
@@ -36,7 +42,11 @@ def play(faults: tuple[Fault, Fault], seed: int) -> None:
             codes.setdefault(site.name, set()).add(LEFT_OUT[fault])
     budget = dice.choice([1, 2 * CHUNK * len(sites), 5 * CHUNK * len(sites), 1 << 30])
     base = bytes(random_update(layout, 7)) if dice.random() < 0.5 else None
-    world = World(layout, sites, dice, budget, base)
+    spilling = dice.random() < 0.5
+    if spilling:  # the others are ahead of one site, by more than the budget holds
+        budget = dice.choice([1, 2]) * CHUNK * len(sites)
+        dice.choice(sites).interferences.append(held_back)
+    world = World(layout, sites, dice, budget, base, spilling=spilling)
     world.run()
     assert world.rejections.keys() == codes.keys()
     for name, (code, message) in world.rejections.items():

@@ -8,12 +8,14 @@ that is killed is followed by one that goes on with its files.
 from __future__ import annotations
 
 import random
+import resource
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcore._core import Collector, Exchange, Layout, Progress, crc32c
+from fedcore._core import Collector, Exchange, Layout, Progress, Spill, crc32c
 from fedcore.errors import WeightError
 from fedcore.layout import ModelFile, create_model, reopen_model
 from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
@@ -21,6 +23,7 @@ from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
 from .reference import CHUNK
 
 LOST_MS = 20_000
+SPILL_EXTENT = 4 * CHUNK
 MAX_STEPS = 20_000
 
 
@@ -124,6 +127,8 @@ class World:
         malformed: how many malformed frames reached the server.
         stalls: how often the server asked silent sites again.
         asked: chunk indices that were asked for, by set id.
+        spill: where chunks wait of sites that are ahead, if they may.
+        disk_full: from now on no file may grow beyond what a model and one extent of the spill file take.
     """
 
     def __init__(
@@ -133,6 +138,8 @@ class World:
         dice: random.Random,
         budget: int,
         base: bytes | None,
+        *,
+        spilling: bool = False,
     ) -> None:
         self.layout = layout
         self.dice = dice
@@ -148,10 +155,12 @@ class World:
         self.collector: Collector | None = None
         self.collecting: list[Site] = []
         self.kills = 0
+        self.disk_full = False
         self._folder = tempfile.TemporaryDirectory(prefix="fedcore-faults-")
         self._accepted: set[tuple[bytes, int]] = set()
         self._to_server: list[Frame] = []
         self._to_sites: list[tuple[bytes, bytes]] = []
+        self.spill = self._open_spill() if spilling else None
         self._base = None
         if base is not None:
             self._base = create_model(None, layout)
@@ -178,8 +187,21 @@ class World:
         self.server = Exchange()
         self.malformed = 0
         self._accepted.clear()
+        if self.spill is not None:
+            self.spill = self._open_spill()
         if self.collector is not None:
             self._pull(fresh=False)
+
+    def _open_spill(self) -> Spill:
+        """The spill file of this server, with what the one before left: its own would go with that object."""
+        old, new = (Path(self._folder.name) / f"spill-{n}" for n in (self.kills - 1, self.kills))
+        for end in ("", "-index"):
+            left = old.with_name(old.name + end)
+            if left.exists():
+                shutil.copyfile(left, new.with_name(new.name + end))
+        spill = Spill(str(new), CHUNK, 0, extent_bytes=SPILL_EXTENT)
+        spill.begin(bytes(64))
+        return spill
 
     def _files(self, *, fresh: bool) -> tuple[ModelFile, Progress]:
         out, record = Path(self._folder.name) / "out", Path(self._folder.name) / "record"
@@ -204,6 +226,7 @@ class World:
                 self.out.data_offset,
                 base,
                 self.budget,
+                spill=self.spill,
                 progress=progress,
             )
         except WeightError as error:
@@ -229,6 +252,8 @@ class World:
                 self.result = bytes(self.out.file.view(self.out.data_offset))
             elif event[0] == "rejected":
                 self.leave_out(self.collecting[event[2]], event[3], event[4])
+            elif event[0] == "no-room":
+                assert self.disk_full
             elif event[0] == "stalled":
                 self.stalls += 1
                 if event[3] >= LOST_MS:
@@ -252,6 +277,21 @@ class World:
 
     def run(self) -> None:
         """Run until the collection is done or no site is left."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            self._run()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    def fill_disk(self) -> None:
+        """No file may grow any more."""
+        self.disk_full = True
+        most = max(SPILL_EXTENT, self.layout.total_bytes + CHUNK)
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (most, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+        )
+
+    def _run(self) -> None:
         self.collect()
         for _ in range(MAX_STEPS):
             if self.result is not None or not self.collecting:

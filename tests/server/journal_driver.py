@@ -14,6 +14,7 @@ import shutil
 import sys
 import traceback
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,15 +138,15 @@ def check(folder: Path) -> dict[str, Any]:
     return {"version": max(rows), "exports": exports, "summary": summary}
 
 
-def attempt(folder: Path, n: int, mode: str, trace: int) -> int:
-    """Commit in a forked process whose n-th call goes wrong; returns its exit code."""
+def attempt(work: Callable[[], None], n: int, mode: str, trace: int) -> int:
+    """Do something in a forked process whose n-th call goes wrong; returns its exit code."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     code = 0
     try:
         ctypes.CDLL(None).fail_at(ctypes.c_long(n), ctypes.c_char(mode.encode()), trace)
-        round_one(folder)
+        work()
     except StorageError as error:
         code = REFUSED
         os.write(trace, f"|{error}".encode())
@@ -165,7 +166,7 @@ def main(work: Path, mode: str) -> None:
         folder = work / "run"
         shutil.copytree(template, folder)
         read, write = os.pipe()
-        code = attempt(folder, n, mode, write)
+        code = attempt(lambda: round_one(folder), n, mode, write)  # noqa: B023 - called at once
         os.close(write)
         with os.fdopen(read) as pipe:
             call, _, said = pipe.read().partition("|")

@@ -33,13 +33,15 @@ def failing_calls(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-def every_call(library: Path, folder: Path, mode: str) -> list[dict[str, Any]]:
-    """Commit once for each call that goes wrong; what came of it, call by call."""
+def every_call(
+    library: Path, folder: Path, mode: str, driver: str = "journal_driver.py"
+) -> list[dict[str, Any]]:
+    """Do a driver's work once for each call that goes wrong; what came of it, call by call."""
     done = subprocess.run(
         [
             sys.executable,
             "-P",
-            str(Path(__file__).with_name("journal_driver.py")),
+            str(Path(__file__).with_name(driver)),
             str(folder),
             mode,
         ],
@@ -49,7 +51,11 @@ def every_call(library: Path, folder: Path, mode: str) -> list[dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def every_call_of_a_commit(library: Path, folder: Path, mode: str) -> list[dict[str, Any]]:
+    found = every_call(library, folder, mode)
     assert {"rename", "fsync", "pwrite", "fallocate"} <= {attempt["call"] for attempt in found}
     return found
 
@@ -58,7 +64,7 @@ def every_call(library: Path, folder: Path, mode: str) -> list[dict[str, Any]]:
 def test_a_server_killed_at_any_write_or_rename_leaves_the_old_version_or_the_new(
     failing_calls: Path, tmp_path: Path, mode: str
 ) -> None:
-    found = every_call(failing_calls, tmp_path, mode)
+    found = every_call_of_a_commit(failing_calls, tmp_path, mode)
     assert {attempt["code"] for attempt in found} == {DIED}
     stages = [
         (a["version"], a["exports"]["final"], a["exports"]["best"], a["summary"]) for a in found
@@ -71,7 +77,7 @@ def test_a_server_killed_at_any_write_or_rename_leaves_the_old_version_or_the_ne
 def test_a_disk_that_is_full_at_any_call_is_named_and_costs_no_committed_version(
     failing_calls: Path, tmp_path: Path
 ) -> None:
-    found = every_call(failing_calls, tmp_path, "e")
+    found = every_call_of_a_commit(failing_calls, tmp_path, "e")
     assert {attempt["code"] for attempt in found} == {0, REFUSED}, [
         attempt for attempt in found if attempt["code"] not in (0, REFUSED)
     ]
@@ -84,8 +90,24 @@ def test_a_disk_that_is_full_at_any_call_is_named_and_costs_no_committed_version
 
 
 def test_a_short_write_is_completed(failing_calls: Path, tmp_path: Path) -> None:
-    for attempt in every_call(failing_calls, tmp_path, "s"):
+    for attempt in every_call_of_a_commit(failing_calls, tmp_path, "s"):
         assert (attempt["code"], attempt["version"]) == (0, 1), attempt
+
+
+@pytest.mark.parametrize(
+    ("mode", "codes"),
+    [("d", {DIED}), ("t", {DIED}), ("e", {0, REFUSED}), ("s", {0})],
+    ids=["killed before", "killed in the middle", "no space", "short write"],
+)
+def test_whatever_happens_to_a_call_on_the_spill_file_the_model_has_its_bytes_in_the_end(
+    failing_calls: Path, tmp_path: Path, mode: str, codes: set[int]
+) -> None:
+    found = every_call(failing_calls, tmp_path, mode, "spill_driver.py")
+    assert {attempt["code"] for attempt in found} == codes, [
+        attempt for attempt in found if attempt["code"] not in codes
+    ]
+    spilled = 2 * 8  # a slot's bytes and its entry, of what a is ahead with at the least
+    assert [attempt["call"] for attempt in found].count("pwrite") > 2 * 12 + spilled
 
 
 def test_a_run_is_finished_only_once_all_that_it_leaves_behind_is_written(
