@@ -11,10 +11,11 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedco
 	-not -name '*.pyc' -not -name '*.so')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CMAKE := $(BIN)/cmake
+TIDY := $(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)) csrc/cuda/staging.cpp
 NATIVE := $(wildcard csrc/*.h csrc/*.hpp csrc/*.cpp csrc/*.inl csrc/cuda/*.hpp csrc/cuda/*.cpp csrc/cuda/*.cu \
 	tests/cpp/*.hpp tests/cpp/*.cpp)
 
-.PHONY: help demo test test-slow lint format types native fuzz cuda bench clean
+.PHONY: help demo test test-slow lint tidy format types native fuzz cuda bench clean
 
 help: ## Show this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,6 +33,9 @@ lint: $(VENV)/.tools ## Check the style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+
+tidy: $(VENV)/.tools ## Check the native sources, but for the bindings, with clang-tidy
+	printf '%s\n' $(TIDY) | xargs -P 2 -I{} $(BIN)/clang-tidy --quiet --warnings-as-errors='*' {} -- -std=c++20 -Icsrc
 
 format: $(VENV)/.tools ## Put the style right
 	$(BIN)/ruff check --fix .
@@ -87,5 +91,5 @@ $(VENV)/.test: $(VENV)/.made $(SOURCES)
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.tools: $(VENV)/.made constraints.txt
-	$(PIP) clang-format cmake mypy ruff
+	$(PIP) clang-format clang-tidy cmake mypy ruff
 	touch $@

@@ -1,9 +1,7 @@
 #include "collector.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "error.hpp"
 #include "kernels.hpp"
@@ -85,7 +83,7 @@ void Collector::use_sources() {
     }
   }
   inputs_.assign(counted_.size(), {});
-  reducer_.emplace(weights);
+  reducer_ = std::make_unique<Reducer>(weights);
 }
 
 // The same window for each source, and what is left over for the first ones, a chunk each.
@@ -201,12 +199,11 @@ const char* Collector::unpack(const wire::Header& header, Frame& frame, Held& ch
     chunk.frame = std::move(frame);
     return nullptr;
   }
-  void* memory = std::malloc(std::max<std::size_t>(1, body.size));
-  if (memory == nullptr) {
-    throw std::bad_alloc();
-  }
-  std::memcpy(memory, body.data, body.size);
-  chunk.frame = Frame(memory, body.size, memory, std::free);
+  auto memory = std::make_unique_for_overwrite<std::uint8_t[]>(body.size);
+  std::memcpy(memory.get(), body.data, body.size);
+  std::uint8_t* const bytes = memory.release();
+  chunk.frame = Frame(bytes, body.size, bytes,
+                      [](void* owner) { delete[] static_cast<std::uint8_t*>(owner); });
   return nullptr;
 }
 

@@ -305,7 +305,7 @@ class Collector {
   std::size_t folded_ = 0;   // sources in the sums of the next chunk
   std::vector<std::unique_ptr<Pull>> pulls_;
   std::vector<std::size_t> counted_;  // the sources that count, in order
-  std::optional<Reducer> reducer_;    // of those
+  std::unique_ptr<Reducer> reducer_;  // of those
   std::vector<Body> inputs_;
   bool one_by_one_ = false;  // the next chunk is to be folded
   std::vector<std::uint32_t> checksums_;

@@ -8,7 +8,7 @@ namespace fedcore {
 
 // What stays free of a window for chunks that are under way to the spill file.
 std::uint64_t Collector::spill_room(const Pull& pull) const noexcept {
-  return std::clamp<std::uint64_t>(pull.window / 2, 1, 2 * kMaxRange);
+  return std::clamp<std::uint64_t>(pull.window / 2, 1, std::uint64_t{2} * kMaxRange);
 }
 
 // A chunk's flat bytes, until the next call.

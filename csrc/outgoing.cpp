@@ -94,8 +94,11 @@ void Outgoing::done(const Chunk& chunk) noexcept {
   {
     const std::lock_guard lock(mutex_);
     const auto peer = by_peer_.find(chunk.peer);
-    if (peer != by_peer_.end() && (peer->second -= std::min(peer->second, chunk.size)) == 0) {
-      by_peer_.erase(peer);
+    if (peer != by_peer_.end()) {
+      peer->second -= std::min(peer->second, chunk.size);
+      if (peer->second == 0) {
+        by_peer_.erase(peer);
+      }
     }
     const auto pages = pages_.find(chunk.data);
     if (pages != pages_.end() && --pages->second.users == 0) {

@@ -1,6 +1,7 @@
 #include "publisher.hpp"
 
 #include <algorithm>
+#include <string>
 
 #include "error.hpp"
 
@@ -124,10 +125,15 @@ std::optional<PublishedChunk> Publisher::find(const wire::SetId& id, std::uint64
 
 std::uint32_t Publisher::checksum(const wire::SetId& id, std::uint64_t index) {
   const auto chunk = find(id, index);
+  if (!chunk) {
+    throw Error(Errc::kProtocol, "there is no chunk " + std::to_string(index) + " of this set");
+  }
   Set& set = sets_.at(id);
   chunk->file->populate(static_cast<std::uint64_t>(chunk->data - chunk->file->data()), chunk->size);
   if (chunk->encoding != wire::kRaw && set.packer) {
-    return set.packer->get(index, nullptr)->crc;
+    if (const auto packed = set.packer->get(index, nullptr)) {
+      return packed->crc;
+    }
   }
   std::optional<std::uint32_t>& crc = set.crcs[static_cast<std::size_t>(index)];
   if (!crc) {

@@ -45,7 +45,7 @@ int Lane::mean(int dtype, const void* const* inputs, const double* weights, std:
     std::uint8_t* const device = slot.queue->device();
     for (std::size_t i = 0; i < k; ++i) {
       const void* const input = device + head + i * stride;
-      std::memcpy(host + i * sizeof input, &input, sizeof input);
+      std::memcpy(host + i * sizeof input, static_cast<const void*>(&input), sizeof input);
       std::memcpy(host + head + i * stride, static_cast<const std::uint8_t*>(inputs[i]) + at, n);
     }
     std::memcpy(host + k * sizeof(void*), weights, k * sizeof(double));
