@@ -182,6 +182,33 @@ def floor(
 
 
 @app.command()
+def adapter(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of the LoRA adapter (fp32).")] = "50MB",
+    rounds: Rounds = 6,
+    json_file: Json = None,
+) -> None:
+    """Time what a round costs a site beside its training, and measure its memory above the loaded model."""
+    from .adapter import measure
+
+    result = measure(parse_size(size), rounds)
+    names = ("round_samples_s", "receive_s", "submit_s", "wait_s", "site_cpu_samples_s")
+    show(
+        f"LoRA adapter of {size_text(result['bytes'])}, one site, {rounds} rounds without training",
+        ("round", "s", "receive s", "submit s", "wait s", "site's CPU s"),
+        [
+            [str(number), *values]
+            for number, values in enumerate(zip(*(result[n] for n in names), strict=True), 1)
+        ],
+    )
+    above = size_text(result["peak_bytes_above_held"])
+    typer.echo(
+        f"the same bytes over raw TCP: {result['limit_s']:.3f} s; peak memory above the model: {above}"
+    )
+    write(json_file, result)
+
+
+@app.command()
 def encodings(
     *,
     size: Annotated[str, typer.Option(help="Bytes of each kind of tensors.")] = "64MiB",

@@ -38,6 +38,7 @@ from fedcore.layout import (
 from .connection import Connection
 from .outgoing import Outgoing
 from .progress import Bar, State, TerminalHandler
+from .received import Received
 from .settings import SiteSettings
 from .unchanged import Unchanged
 from .work import WorkFolder
@@ -196,7 +197,7 @@ class Session:
                 version=task.version,
                 seed=task.seed,
                 specs=table(layout),
-                tensors={name: view.toreadonly() for name, view in file.views().items()},
+                tensors=Received(file),
             )
             self._at_hand = (task.round, task.version)
             return self._model
