@@ -26,7 +26,7 @@ demo: $(VENV)/.demo ## Fine-tune a real language model at three sites and compar
 test: $(VENV)/.test ## Run all tests but the slow ones
 	$(BIN)/pytest -m "not slow"
 
-test-slow: $(VENV)/.test ## Run the tests that need downloads or minutes
+test-slow: $(VENV)/.slow ## Run the tests that need downloads or minutes
 	$(BIN)/pytest -m slow
 
 lint: $(VENV)/.tools ## Check the style
@@ -89,6 +89,10 @@ $(VENV)/.demo: $(VENV)/.made $(SOURCES)
 $(VENV)/.test: $(VENV)/.made $(SOURCES)
 	$(PIP) ".[test]"
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.slow: $(VENV)/.made $(SOURCES)
+	$(PIP) ".[slow]"
+	touch $@ $(VENV)/.test $(VENV)/.demo
 
 $(VENV)/.tools: $(VENV)/.made constraints.txt
 	$(PIP) clang-format clang-tidy cmake mypy ruff

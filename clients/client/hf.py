@@ -103,6 +103,7 @@ class _Patch:
             return self._evaluate(*args, **kwargs)
         with self._site.reporting():
             task = self._site.receive(self._trainer.model)
+            self._shard()
             metrics = self._evaluate(*args, **kwargs)
             self._unprepare()
             if task is not None:
@@ -144,6 +145,19 @@ class _Patch:
                 self._schedule = self._trainer.lr_scheduler
             self._site.submit(self._trainer.model, self._examples, numbers(output.metrics or {}))
         return output
+
+    def _shard(self) -> None:
+        """Shard the model by FSDP2 as `train` will.
+
+        `evaluate`, called before it, would try that without the optimiser, which accelerate refuses.
+        """
+        trainer = self._trainer
+        if getattr(trainer.accelerator, "is_fsdp2", False) and not trainer.accelerator._models:
+            trainer.create_optimizer()
+            trainer.model, trainer.optimizer = trainer.accelerator.prepare(
+                trainer.model, trainer.optimizer
+            )
+            trainer.model_wrapped = trainer.model
 
     def _unprepare(self) -> None:
         """Undo that `evaluate`, called before the first `train`, leaves the model marked as prepared.

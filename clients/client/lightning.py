@@ -20,10 +20,12 @@ works as if it had not been patched.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fedcore.errors import ClosedError, ConfigError
 
@@ -63,9 +65,11 @@ def patch(
 
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
-        ConfigError: this is no Lightning trainer, or its strategy ends its processes after each call.
+        ConfigError: this is no Lightning trainer, or its strategy ends its processes after each call or keeps
+            copies of the weights.
     """
     package = check_trainer(trainer, __name__)
+    _refuse_strategy(trainer.strategy)
     if trainer.world_size > 1:
         _start_ranks(trainer)
     site = current_site()
@@ -78,18 +82,47 @@ def patch(
     trainer.callbacks.append(_make_callback(base, trainer._fedcore))
 
 
+def _refuse_strategy(strategy: Any) -> None:
+    """FSDP1 and DeepSpeed keep copies of the weights that the global model would not reach."""
+    names = {cls.__name__ for cls in type(strategy).__mro__}
+    for name in sorted(names & {"FSDPStrategy", "DeepSpeedStrategy"}):
+        raise ConfigError(
+            f"the trainer's strategy is {name}, which keeps copies of the weights that the global model would not "
+            "reach; use strategy='ddp', or FSDP2 by ModelParallelStrategy"
+        )
+
+
 def _start_ranks(trainer: Any) -> None:
     """Start the trainer's other processes now, and connect them; `fit` would do it after the loop has begun."""
     launcher = trainer.strategy.launcher
     if launcher is None:  # another launcher, such as torchrun, has started them
-        trainer.strategy.setup_environment()
+        _connect(trainer.strategy)
         return
     if not hasattr(launcher, "procs") or hasattr(launcher, "_start_method"):
         raise ConfigError(
             f"the trainer's strategy starts new processes in each call of fit ({type(launcher).__name__}), and so "
             "keeps nothing from round to round; use strategy='ddp', or start the script with torchrun"
         )
-    launcher.launch(trainer.strategy.setup_environment, trainer=trainer)
+    launcher.launch(_connect, trainer.strategy, trainer=trainer)
+
+
+def _connect(strategy: Any) -> None:
+    """Connect the processes.
+
+    `ModelParallelStrategy` would ask for the model, which comes with `fit` only; here it gets the same connection.
+    """
+    if not any(cls.__name__ == "ModelParallelStrategy" for cls in type(strategy).__mro__):
+        strategy.setup_environment()
+    elif not dist.is_initialized():
+        cluster, device = strategy.cluster_environment, strategy.root_device
+        os.environ["MASTER_ADDR"] = cluster.main_address
+        os.environ["MASTER_PORT"] = str(cluster.main_port)
+        dist.init_process_group(
+            strategy.process_group_backend or dist.get_default_backend_for_device(device),
+            rank=cluster.global_rank(),
+            world_size=cluster.world_size(),
+            device_id=device if device.type != "cpu" else None,
+        )
 
 
 class _Patch:

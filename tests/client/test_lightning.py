@@ -237,3 +237,15 @@ def test_a_strategy_that_ends_its_processes_after_each_fit_is_refused(
     trainer = make_trainer(package, strategy=strategy, devices=2)
     with pytest.raises(ConfigError, match=r"in each call of fit.*strategy='ddp'"):
         fl.patch(trainer)
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_a_strategy_that_keeps_copies_of_the_weights_is_refused(
+    name: str, run: Future[RunResult]
+) -> None:
+    package = importlib.import_module("lightning.pytorch")
+    # The real ones need accelerators.
+    strategy = type(name, (package.strategies.SingleDeviceStrategy,), {})(torch.device("cpu"))
+    trainer = make_trainer(package, strategy=strategy)
+    with pytest.raises(ConfigError, match=rf"{name}, which keeps copies.*ModelParallelStrategy"):
+        fl.patch(trainer)

@@ -20,6 +20,9 @@ from fedcore.server.outcome import RunResult
 ROUNDS = 3
 SCRIPTS = Path(__file__).parent / "ranked"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ACCELERATE = [  # without --multi_gpu it starts one process; the script says that there is no accelerator
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0",
+]  # fmt: skip
 SECONDS = 200  # what a busy machine needs at most
 
 
@@ -132,22 +135,55 @@ def test_two_processes_of_lightning_train_as_one(
     assert_as_alone(tmp_path, net, expected, "val_loss", 16 * 5)
 
 
-@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_two_processes_of_a_trainer_train_as_one(
-    torchrun: bool, run: Future[RunResult], tmp_path: Path
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+@pytest.mark.slow
+def test_a_model_that_lightning_shards_trains_as_one(
+    package: str, run: Future[RunResult], tmp_path: Path
 ) -> None:
-    if torchrun:
-        done = start("hf_ddp.py", tmp_path / "hf", launcher=TORCHRUN)
+    assert_both_took_part(start("lightning_fsdp2.py", package))
+    assert run.result(30).ok
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    expected = losses(net, torch.optim.Adam(net.parameters(), lr=1e-2))
+    assert_as_alone(tmp_path, net, expected, "val_loss", 16 * 5)
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        None,
+        pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.slow),
+        pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_of_a_trainer_train_as_one(
+    launcher: list[str] | None, run: Future[RunResult], tmp_path: Path
+) -> None:
+    if launcher:
+        done = start("hf_ddp.py", tmp_path / "hf", launcher=launcher)
     else:
         done = start_two("hf_ddp.py", tmp_path / "hf")
     assert_both_took_part(done)
     assert run.result(30).ok
+    assert_trainer_as_alone(tmp_path)
+
+
+def assert_trainer_as_alone(folder: Path) -> None:
     torch.manual_seed(0)
     net = torch.nn.Linear(4, 1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / (5 * ROUNDS))
     expected = losses(net, optimizer, schedule)
-    assert_as_alone(tmp_path, net, expected, "eval_loss", 16 * 5)
+    assert_as_alone(folder, net, expected, "eval_loss", 16 * 5)
+
+
+@pytest.mark.slow
+def test_a_model_that_accelerate_shards_trains_as_one(
+    run: Future[RunResult], tmp_path: Path
+) -> None:
+    assert_both_took_part(start("hf_fsdp2.py", tmp_path / "hf", launcher=TORCHRUN))
+    assert run.result(30).ok
+    assert_trainer_as_alone(tmp_path)
 
 
 def test_a_loop_of_its_own_runs_in_two_processes(run: Future[RunResult], tmp_path: Path) -> None:
