@@ -56,6 +56,48 @@ def test_arrays_travel_by_dlpack_or_by_numpys_protocol(
     assert np.array_equal(final["w"], start * 8)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_jax_loop_trains_as_it_does_alone(
+    dtype: str, run: Future[RunResult], tmp_path: Path
+) -> None:
+    jax = pytest.importorskip(
+        "jax", reason="JAX is not installed: it comes with the extra `slow`", exc_type=ImportError
+    )
+    jnp = jax.numpy
+    inputs = jax.random.normal(jax.random.key(0), (16, 4), dtype)
+    labels = inputs.sum(1)
+
+    def loss(params: Any) -> Any:
+        return ((inputs @ params["w"] + params["b"] - labels) ** 2).mean()
+
+    def step(params: Any) -> Any:
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(loss)(params))
+
+    start = {"w": jnp.arange(4, dtype=dtype) / 8, "b": jnp.zeros((), dtype)}
+    fl.init(start)
+    while fl.is_running():
+        params = jax.tree.map(jnp.asarray, fl.receive())
+        score = float(loss(params))
+        fl.send(step(params), weight=16, metrics={"val_loss": score})
+    assert run.result(30).ok
+    alone = start
+    for _ in range(3):
+        alone = step(alone)
+    last = stored(tmp_path / "runs/t/final/model.safetensors", dtype)
+    for name, value in alone.items():
+        assert np.array_equal(last[name], np.asarray(value, np.float32)), name
+
+
+def stored(path: Path, dtype: str) -> dict[str, Any]:
+    """Return a file's tensors as fp32; the dtype has to be the one expected."""
+    from safetensors.torch import load_file as load_torch
+
+    found = load_torch(path)
+    assert {str(value.dtype) for value in found.values()} == {f"torch.{dtype}"}
+    return {name: value.float().numpy() for name, value in found.items()}
+
+
 def test_bfloat16_arrays_keep_their_bits() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     arrays = _Arrays({"w": np.array([1.5, -2.0], ml_dtypes.bfloat16)})
