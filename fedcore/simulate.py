@@ -168,7 +168,9 @@ def site_commands(config: RunConfig) -> dict[str, list[str]]:
         )
     script = config.folder / config.simulate.script
     if not script.is_file():
-        raise ConfigError(f"simulate.script: {script} does not exist")
+        raise ConfigError(
+            f"simulate.script: {script} does not exist; it is a path from the run file's folder"
+        )
     commands = {}
     for site in config.site_names:
         own = config.simulate.site.get(site)

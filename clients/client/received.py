@@ -1,4 +1,4 @@
-"""The tensors of a downloaded model, of which this process's memory holds one at a time."""
+"""The tensors of a downloaded model; where it lies in a file, this process's memory holds one at a time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ __all__ = ["Received"]
 
 
 class Received(Mapping[str, memoryview]):
-    """Read-only raw bytes by name, in a mapped file.
+    """Read-only raw bytes by name.
 
     A look-up lets the pages of the tensor before it go: they stay in the file, and come back if they are read
-    again. So whoever reads one tensor after the other never has the whole model in memory beside its own.
+    again. So whoever reads one tensor after the other never has the whole model in memory beside its own. A model
+    that `WorkFolder.scratch` keeps in memory stays there.
     """
 
     def __init__(self, file: ModelFile) -> None:

@@ -101,12 +101,29 @@ class Outcome:
                 self._store.export("best", version)
                 if self._config.selection.metric is not None:
                     logger.warning(
-                        "no model was scored with %r by %d sites: best/ is the last model",
-                        self._config.selection.metric, self._config.participants.quorum,
+                        "no model was scored with %r by %d sites: best/ is the last model; %s",
+                        self._config.selection.metric, self._config.participants.quorum, self._reported(),
                     )  # fmt: skip
             best = self._store.folder / "best"
         self.best = chosen
         return RunResult(ok, version, chosen, best, final, message)
+
+    def _reported(self) -> str:
+        """Return what the sites reported in place of the metric that selects, and what to do."""
+        scores = (score for found in self._store.scores().values() for score in found)
+        names = sorted({name for score in scores for name in score.metrics})
+        if not names:
+            return (
+                "the sites reported no metric: call trainer.validate or trainer.evaluate first in each pass of "
+                "the loop, or give fl.send metrics"
+            )
+        metric = self._config.selection.metric
+        if metric in names:
+            return f"too few sites reported {metric} of the same model"
+        more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+        return (
+            f"the sites reported {', '.join(names[:12])}{more}: set selection.metric to one of them"
+        )
 
     def write_summary(self, result: RunResult, snapshot: protocol.StatusReply) -> None:
         """Write the run's summary file."""

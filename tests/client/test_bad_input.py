@@ -162,6 +162,26 @@ def test_an_update_of_a_plain_loop_that_is_all_zeros_is_warned_of(
     assert any("round 2" in text for text in said)
 
 
+@pytest.mark.parametrize("evaluates", [True, False])
+def test_a_metric_that_no_site_reports_is_told_with_those_that_they_do(
+    evaluates: bool,
+    run: Future[RunResult],
+    make_trainer: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = make_trainer()
+    fl_hf.patch(trainer)
+    while fl_hf.is_running():
+        if evaluates:
+            trainer.evaluate()
+        trainer.train()
+    assert run.result(30).ok
+    said = "\n".join(r.getMessage() for r in caplog.records if r.name == "fedcore.server")
+    assert "no model was scored with 'val_loss'" in said
+    what = "eval_loss: set selection.metric to one of them" if evaluates else "no metric: call "
+    assert f"the sites reported {what}" in said
+
+
 def test_values_that_a_loaded_model_would_not_reach_are_refused(
     run: Future[RunResult], make_trainer: Callable[..., Any]
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.config import load_run_file
+from fedcore.errors import ConfigError
 from fedcore.simulate import SimulationResult, simulate
 from fedcore.status import find_server, read_summary
 
@@ -53,6 +54,13 @@ def test_a_failing_site_is_reported_with_its_last_lines(run_file: RunFile) -> No
     assert result.status == 1
     assert "ended with status 3" in result.message
     assert "working as " in result.message
+
+
+def test_a_script_that_is_not_there_is_named_with_where_it_is_looked_for(run_file: RunFile) -> None:
+    path = run_file()
+    path.write_text(path.read_text().replace('"train.py"', '"trian.py"'))
+    with pytest.raises(ConfigError, match=r"trian\.py does not exist.*from the run file's folder"):
+        run(path)
 
 
 def test_the_run_goes_on_while_enough_sites_are_left(run_file: RunFile) -> None:
