@@ -230,7 +230,10 @@ def write_kit(folder: Path, kit: Kit) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
         write_secret(folder / SECRET_FILE, kit.credentials.pair)
-        (folder / KIT_FILE).write_text(
+        path = folder / KIT_FILE
+        path.touch(0o600)
+        path.chmod(0o600)
+        path.write_text(
             f'server = "{kit.server}"\nname = "{kit.name}"\nserver_key = "{kit.credentials.server_key}"\n',
             encoding="utf-8",
         )
@@ -250,6 +253,9 @@ def load_kit(folder: Path) -> Kit:
     """
     path = folder / KIT_FILE
     values = read_toml(path)
+    # Who writes there chooses the server that this key is shown to.
+    _check_writers(path)
+    _check_writers(folder)
     found = {key: values.pop(key, None) for key in ("server", "name", "server_key")}
     if values:
         raise ConfigError(
@@ -274,6 +280,12 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def _check_writers(path: Path) -> None:
+    """Raise ConfigError if others than the owner may write to a file, or change what is in a folder."""
+    if stat.S_IMODE(path.stat().st_mode) & 0o022:
+        raise ConfigError(f"{path} can be written by others; run `chmod go-w {path}`")
 
 
 # --- the allow-list ----------------------------------------------------------------------------------
@@ -301,8 +313,7 @@ class AllowList:
             ConfigError: it is not there or malformed; others may write to it; two entries contradict each other.
         """
         values = read_toml(path)
-        if stat.S_IMODE(path.stat().st_mode) & 0o022:
-            raise ConfigError(f"{path} can be written by others; run `chmod go-w {path}`")
+        _check_writers(path)
         listed = values.pop("key", [])
         if values or not isinstance(listed, list):
             raise ConfigError(f"{path}: expected [[key]] tables with name, role and public")

@@ -89,6 +89,15 @@ def test_a_kit_that_others_can_read_is_refused_and_says_how_to_mend_it(
         load_kit(made.kits["north"])
 
 
+@pytest.mark.parametrize("name", ["", "kit.toml"])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_a_kit_that_others_can_change_is_refused(made: Provisioned, name: str, mode: int) -> None:
+    path = made.kits["north"] / name
+    path.chmod(path.stat().st_mode | mode)
+    with pytest.raises(ConfigError, match=re.escape(f"run `chmod go-w {path}`")):
+        load_kit(made.kits["north"])
+
+
 def test_a_secret_is_a_plain_file_in_the_kit(made: Provisioned, tmp_path: Path) -> None:
     home = made.kits["north"]
     (home / "secret.key").rename(tmp_path / "elsewhere")
