@@ -313,6 +313,8 @@ py::object next_event(Exchange& exchange) {
       return py::make_tuple("no-room", event->collector, event->message);
     case Event::Kind::kStranger:
       return py::make_tuple("stranger", py::bytes(event->code));
+    case Event::Kind::kCrowded:
+      return py::make_tuple("crowded", py::bytes(event->code), event->message);
     case Event::Kind::kFlooded:
       return py::make_tuple("flooded", py::bytes(event->code), event->message);
     case Event::Kind::kMalformed:
@@ -321,8 +323,8 @@ py::object next_event(Exchange& exchange) {
   return py::make_tuple("malformed", py::bytes(event->code), event->message);
 }
 
-py::object next_control(Exchange& exchange) {
-  const auto message = exchange.next_control();
+py::object next_control(Exchange& exchange, std::int64_t now_ms) {
+  const auto message = exchange.next_control(now_ms);
   if (!message) {
     return py::none();
   }
@@ -533,7 +535,7 @@ void bind_exchange(py::module_& m) {
       .def("tick", &Exchange::tick, py::arg("now_ms"), py::call_guard<py::gil_scoped_release>(),
            "Run timers; milliseconds until the next one, or -1.")
       .def("next_event", &next_event, "The next event as a tuple, or None.")
-      .def("next_control", &next_control,
+      .def("next_control", &next_control, py::arg("now_ms"),
            "The next control message as (peer, body), peer by peer in turn; or None.")
       .def("has_event", &Exchange::has_event,
            "True if there is news that nobody was told of since `listening`.")
@@ -541,9 +543,13 @@ void bind_exchange(py::module_& m) {
       .def(
           "set_limits",
           [](Exchange& e, std::uint64_t outgoing, std::uint64_t control_per_peer,
-             std::uint64_t control) { e.set_limits({outgoing, control_per_peer, control}); },
+             std::uint64_t control,
+             bool paced) { e.set_limits({outgoing, control_per_peer, control, paced}); },
           py::arg("outgoing"), py::arg("control_per_peer"), py::arg("control"),
-          "Bound, in bytes: published chunks on their way, and control messages that wait.")
+          py::arg("paced") = false,
+          "Bound, in bytes: published chunks on their way, and control messages that wait; "
+          "`paced`: "
+          "their rate and the connections of one owner, too.")
       .def_property_readonly(
           "wake_fd", [](Exchange& e) { return e.outgoing().wake_fd(); },
           "Readable when `next_out`, which had nothing, may have something; -1: never.")
@@ -551,6 +557,13 @@ void bind_exchange(py::module_& m) {
       .def_property_readonly(
           "outgoing_bytes", [](Exchange& e) { return e.outgoing().bytes(); },
           "Bytes of published chunks that are resident because they are on their way.")
+      .def(
+          "mute",
+          [](Exchange& e, const py::bytes& peer, std::int64_t until_ms) {
+            e.mute(std::string(peer), until_ms);
+          },
+          py::arg("peer"), py::arg("until_ms"),
+          "Hear nothing from any peer of this one's owner before that time.")
       .def(
           "discard", [](Exchange& e, const py::bytes& peer) { e.discard(std::string(peer)); },
           py::arg("peer"), "Throw away what waits of a peer's control messages.")
@@ -588,6 +601,7 @@ void bind_exchange(py::module_& m) {
              out["frames_in"] = s.frames_in;
              out["frames_out"] = s.frames_out;
              out["dropped"] = s.dropped;
+             out["owners"] = s.owners;
              return out;
            })
       .def(

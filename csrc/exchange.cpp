@@ -8,6 +8,8 @@
 namespace fedcore {
 namespace {
 
+std::string_view owner_name(std::string_view peer) { return peer.substr(0, peer.find('\0')); }
+
 Exchange* self(void* pointer) { return static_cast<Exchange*>(pointer); }
 
 // The pump can't be thrown at. What can fail below is memory alone, and a lost frame is asked for
@@ -165,15 +167,22 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
   const std::lock_guard lock(mutex_);
   ++stats_.frames_in;
   stats_.bytes_in += header_size + body.size();
-  if (is_blocked(peer_view)) {
+  if (is_blocked(peer_view) || !is_within_rate(peer_view, now_ms)) {
     ++stats_.dropped;
-    return FC_DROP;
+    return FC_UNHEARD;
   }
   wire::Header header;
   if (const char* why = wire::parse(header_data, header_size, body.size(), header)) {
     return malformed(peer_view, why);
   }
   const std::string peer(peer_view);
+  if (limits_.paced && !may_speak(peer, now_ms)) {
+    ++stats_.dropped;
+    return FC_UNHEARD;
+  }
+  if (header.kind != wire::Kind::kChunk) {
+    charge(peer, 1);
+  }
   remember(peer, header.kind, now_ms);
   switch (header.kind) {
     case wire::Kind::kGet:
@@ -200,11 +209,74 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
 }
 
 bool Exchange::is_blocked(std::string_view peer) const {
-  if (blocked_.empty()) {
+  return !blocked_.empty() && blocked_.contains(std::string(owner_name(peer)));
+}
+
+Exchange::Owner& Exchange::owner_of(std::string_view peer) {
+  return owners_[std::string(owner_name(peer))];
+}
+
+void Exchange::refill(Owner& owner, std::int64_t now_ms) {
+  const double seconds = static_cast<double>(now_ms - owner.paced_ms) / 1000.0;
+  owner.messages = std::min(kControlBurst, owner.messages + kControlPerSecond * seconds);
+  owner.bytes = std::min(kControlBurstBytes, owner.bytes + kControlBytesPerSecond * seconds);
+  owner.frames = std::min(kFrameBurst, owner.frames + kFramesPerSecond * seconds);
+  owner.paced_ms = now_ms;
+}
+
+void Exchange::charge(std::string_view peer, double frames) {
+  if (limits_.paced) {
+    owner_of(peer).frames -= frames;
+  }
+}
+
+// Whether a peer's owner is heard at present: it is not muted, and has not sent too many frames.
+bool Exchange::is_within_rate(std::string_view peer, std::int64_t now_ms) {
+  Owner& owner = owner_of(peer);
+  refill(owner, now_ms);
+  if (now_ms < owner.muted_until_ms) {
     return false;
   }
-  const std::size_t end = peer.find('\0');
-  return end != std::string_view::npos && blocked_.contains(std::string(peer.substr(0, end)));
+  if (limits_.paced && owner.frames < 1) {
+    if (!std::exchange(owner.flooded, true)) {
+      report(Event::Kind::kFlooded, peer,
+             "more than " + std::to_string(static_cast<int>(kFramesPerSecond)) +
+                 " frames a second, or many malformed ones");
+    }
+    return false;
+  }
+  owner.flooded = owner.flooded && owner.waiting > 0;
+  return true;
+}
+
+// Whether a peer is heard: its owner has not too many others that speak.
+bool Exchange::may_speak(const std::string& peer, std::int64_t now_ms) {
+  const auto known = contacts_.find(peer);
+  if (known != contacts_.end() && known->second.counted) {
+    return true;
+  }
+  Owner& owner = owner_of(peer);
+  if (owner.peers.size() >= kMaxPeersPerOwner) {
+    std::erase_if(owner.peers, [&](const std::string& other) {
+      const auto found = contacts_.find(other);
+      if (found == contacts_.end()) {
+        return true;
+      }
+      found->second.counted = now_ms - found->second.heard_ms.value_or(0) <= kLivelyMs;
+      return !found->second.counted;
+    });
+  }
+  if (owner.peers.size() >= kMaxPeersPerOwner) {
+    if (!std::exchange(owner.crowded, true)) {
+      report(Event::Kind::kCrowded, peer,
+             "more than " + std::to_string(kMaxPeersPerOwner) + " connections at once");
+    }
+    return false;
+  }
+  owner.crowded = false;
+  owner.peers.push_back(peer);
+  contacts_[peer].counted = true;
+  return true;
 }
 
 void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms) {
@@ -231,78 +303,115 @@ void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t n
   std::erase_if(contacts_, [&](const auto& entry) {
     return now_ms - entry.second.heard_ms.value_or(0) > silent;
   });
+  std::erase_if(owners_, [&](const auto& entry) {
+    const Owner& owner = entry.second;
+    return owner.waiting == 0 && owner.muted_until_ms <= now_ms &&
+           std::none_of(owner.peers.begin(), owner.peers.end(),
+                        [&](const auto& other) { return contacts_.contains(other); });
+  });
 }
 
 int Exchange::on_control(const std::string& peer, const Frame& body) {
-  Waiting& waiting = controls_[peer];
+  Owner& owner = owner_of(peer);
   const std::uint64_t size = body.size();
-  const bool room = waiting.bodies.empty()
-                        ? control_bytes_ == 0 || control_bytes_ + size <= limits_.control
-                        : waiting.bodies.size() < kMaxControlPerPeer &&
-                              waiting.bytes + size <= limits_.control_per_peer &&
+  const bool room = owner.waiting == 0
+                        ? control_bytes_ == 0 || (limits_.paced && size <= kSmallControlBytes) ||
+                              control_bytes_ + size <= limits_.control
+                        : owner.waiting < kMaxControlPerPeer &&
+                              owner.waiting_bytes + size <= limits_.control_per_peer &&
                               control_bytes_ + size <= limits_.control;
   if (!room) {
     ++stats_.dropped;
-    if (!std::exchange(waiting.flooded, true)) {
+    if (!std::exchange(owner.flooded, true)) {
       report(Event::Kind::kFlooded, peer,
-             std::to_string(waiting.bodies.size()) + " control messages of " +
-                 std::to_string(waiting.bytes) + " bytes are waiting");
-    }
-    if (waiting.bodies.empty()) {
-      controls_.erase(peer);
+             std::to_string(owner.waiting) + " control messages of " +
+                 std::to_string(owner.waiting_bytes) + " bytes are waiting");
     }
     return FC_DROP;
   }
-  if (waiting.bodies.empty()) {
+  std::deque<std::string>& waiting = controls_[peer];
+  if (waiting.empty()) {
     control_turns_.push_back(peer);
   }
-  waiting.bodies.emplace_back(reinterpret_cast<const char*>(body.data()), body.size());
-  waiting.bytes += size;
+  waiting.emplace_back(reinterpret_cast<const char*>(body.data()), body.size());
+  ++owner.waiting;
+  owner.waiting_bytes += size;
   control_bytes_ += size;
   unsignalled_ = true;
   return FC_DONE;
 }
 
-std::optional<ControlMessage> Exchange::next_control() {
+// Whether a message of this owner may be handed out now.
+bool Exchange::is_due(Owner& owner, std::int64_t now_ms) const {
+  if (!limits_.paced) {
+    return true;
+  }
+  refill(owner, now_ms);
+  return owner.messages >= 1 && owner.bytes > 0;
+}
+
+std::optional<ControlMessage> Exchange::next_control(std::int64_t now_ms) {
   const std::lock_guard lock(mutex_);
-  if (control_turns_.empty()) {
-    return std::nullopt;
+  for (std::size_t left = control_turns_.size(); left > 0; --left) {
+    std::string peer = std::move(control_turns_.front());
+    control_turns_.pop_front();
+    Owner& owner = owner_of(peer);
+    if (!is_due(owner, now_ms)) {
+      control_turns_.push_back(std::move(peer));
+      continue;
+    }
+    const auto found = controls_.find(peer);
+    ControlMessage message{std::move(peer), std::move(found->second.front())};
+    found->second.pop_front();
+    const std::uint64_t size = message.body.size();
+    owner.messages -= 1;
+    owner.bytes -= static_cast<double>(size);
+    owner.waiting_bytes -= size;
+    control_bytes_ -= size;
+    owner.flooded = --owner.waiting > 0 && owner.flooded;
+    if (found->second.empty()) {
+      controls_.erase(found);
+    } else {
+      control_turns_.push_back(message.peer);
+    }
+    return message;
   }
-  ControlMessage message{std::move(control_turns_.front()), {}};
-  control_turns_.pop_front();
-  const auto found = controls_.find(message.peer);
-  Waiting& waiting = found->second;
-  message.body = std::move(waiting.bodies.front());
-  waiting.bodies.pop_front();
-  waiting.bytes -= message.body.size();
-  control_bytes_ -= message.body.size();
-  if (waiting.bodies.empty()) {
-    controls_.erase(found);
-  } else {
-    control_turns_.push_back(message.peer);
-  }
-  return message;
+  return std::nullopt;
 }
 
 void Exchange::discard(const std::string& peer) {
   const std::lock_guard lock(mutex_);
-  const auto found = controls_.find(peer);
-  if (found != controls_.end()) {
-    control_bytes_ -= found->second.bytes;
-    controls_.erase(found);
-    std::erase(control_turns_, peer);
-  }
+  discard_where([&](std::string_view other) { return other == peer; });
+}
+
+void Exchange::discard_where(const std::function<bool(std::string_view)>& which) {
+  std::erase_if(control_turns_, which);
+  std::erase_if(controls_, [&](const auto& entry) {
+    if (!which(entry.first)) {
+      return false;
+    }
+    Owner& owner = owner_of(entry.first);
+    for (const std::string& body : entry.second) {
+      --owner.waiting;
+      owner.waiting_bytes -= body.size();
+      control_bytes_ -= body.size();
+    }
+    owner.flooded = owner.waiting > 0 && owner.flooded;
+    return true;
+  });
 }
 
 int Exchange::malformed(std::string_view peer, const char* why) {
   ++stats_.dropped;
+  charge(peer, kMalformedFrames);
   report(Event::Kind::kMalformed, peer, why);
   return FC_DROP;
 }
 
 void Exchange::report(Event::Kind kind, std::string_view peer, std::string why) {
-  if (malformed_waiting_ < kMaxMalformedEvents) {
-    ++malformed_waiting_;
+  const bool once = kind == Event::Kind::kFlooded || kind == Event::Kind::kCrowded;
+  if (once || malformed_waiting_ < kMaxMalformedEvents) {
+    malformed_waiting_ += once ? 0 : 1;
     events_.push_back({kind, 0, 0, std::string(peer), std::move(why)});
     unsignalled_ = true;
   }
@@ -347,6 +456,7 @@ int Exchange::on_chunk(const std::string& peer, const wire::Header& header, Fram
       return kept ? FC_TAKEN : FC_DONE;
     }
   }
+  charge(peer, 1);
   return FC_DONE;  // of a collection that has ended
 }
 
@@ -496,8 +606,7 @@ std::optional<Event> Exchange::next_event() {
   }
   Event event = std::move(events_.front());
   events_.pop_front();
-  if (event.kind == Event::Kind::kMalformed || event.kind == Event::Kind::kStranger ||
-      event.kind == Event::Kind::kFlooded) {
+  if (event.kind == Event::Kind::kMalformed || event.kind == Event::Kind::kStranger) {
     --malformed_waiting_;
   }
   return event;
@@ -547,6 +656,7 @@ void Exchange::unreachable(std::string_view peer) {
 void Exchange::forget(const std::string& peer) {
   const std::lock_guard lock(mutex_);
   contacts_.erase(peer);
+  std::erase(owner_of(peer).peers, peer);
   requests_.erase(peer);
   std::erase(turns_, peer);
 }
@@ -561,16 +671,21 @@ void Exchange::block(const std::string& user, bool blocked) {
   std::erase_if(contacts_, [&](const auto& entry) { return is_blocked(entry.first); });
   std::erase_if(requests_, [&](const auto& entry) { return is_blocked(entry.first); });
   std::erase_if(turns_, [&](const auto& peer) { return is_blocked(peer); });
-  std::erase_if(control_turns_, [&](const auto& peer) { return is_blocked(peer); });
-  std::erase_if(controls_, [&](const auto& entry) {
-    control_bytes_ -= is_blocked(entry.first) ? entry.second.bytes : 0;
-    return is_blocked(entry.first);
-  });
+  discard_where([&](std::string_view peer) { return is_blocked(peer); });
+}
+
+void Exchange::mute(const std::string& peer, std::int64_t until_ms) {
+  const std::lock_guard lock(mutex_);
+  owner_of(peer).muted_until_ms = until_ms;
+  const std::string owner(owner_name(peer));
+  discard_where([&](std::string_view other) { return owner_name(other) == owner; });
 }
 
 ExchangeStats Exchange::stats() const {
   const std::lock_guard lock(mutex_);
-  return stats_;
+  ExchangeStats stats = stats_;
+  stats.owners = owners_.size();
+  return stats;
 }
 
 }  // namespace fedcore

@@ -6,16 +6,19 @@
 // pump (see sink.h) or a test delivers frames, asks for frames to send, and runs the timers; the
 // clock is an argument. All methods are thread-safe (one mutex, held for at most one chunk's
 // reduction). Every queue has a bound. Control messages are handed out peer by peer in turn, so
-// that one that sends more than is handled delays itself alone; beyond its share it loses them,
-// which is an event.
+// that one that sends more than is handled delays itself alone. What a peer's owner (its key, where
+// there is one) may have waiting, and have handled in a second, counts for all of its connections
+// together: beyond its rate its messages wait, beyond its share it loses them, which is an event.
 #pragma once
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
@@ -37,11 +40,12 @@ struct Event {
     kNoRoom,
     kMalformed,
     kStranger,
-    kFlooded
+    kFlooded,
+    kCrowded
   } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
-  std::string code;  // of a rejection; the peer of a malformed frame, of a stranger and of a flood
+  std::string code;  // of a rejection; the peer of a malformed frame, a stranger, a flood, a crowd
   std::string message;
   std::int64_t silent_ms = 0;  // of a stall: for how long the source answers without a chunk
 };
@@ -56,6 +60,7 @@ struct ExchangeLimits {
   std::uint64_t outgoing = Outgoing::kDefaultLimit;
   std::uint64_t control_per_peer = 16u << 20;  // waiting; a first message always may
   std::uint64_t control = 64u << 20;
+  bool paced = false;  // whether an owner's frames have a rate, and its connections a number
 };
 
 struct OutFrame {
@@ -68,6 +73,7 @@ struct OutFrame {
 
 struct ExchangeStats {
   std::uint64_t bytes_in = 0, bytes_out = 0, frames_in = 0, frames_out = 0, dropped = 0;
+  std::uint64_t owners = 0;  // that are known of at present
 };
 
 class Exchange {
@@ -80,8 +86,19 @@ class Exchange {
   static constexpr std::int64_t kForgetMs = 3'600'000;
   // Events of malformed frames and strangers kept for Python; beyond it they are only counted.
   static constexpr std::size_t kMaxMalformedEvents = 64;
-  // Control messages of one peer that wait for Python.
+  // Control messages of one owner that wait for Python.
   static constexpr std::size_t kMaxControlPerPeer = 1024;
+  // Where limits are paced, a first message of an owner that is no larger always has room.
+  static constexpr std::size_t kSmallControlBytes = 16 << 10;
+  // What is handed out of one owner's messages: at once, and over time.
+  static constexpr double kControlBurst = 2000, kControlPerSecond = 1000;
+  static constexpr double kControlBurstBytes = 32 << 20, kControlBytesPerSecond = 1 << 20;
+  // Frames of one owner, but for the chunks that were asked of it: at once, and over time. One that
+  // is malformed counts for several.
+  static constexpr double kFrameBurst = 20'000, kFramesPerSecond = 5000, kMalformedFrames = 4;
+  // Connections of one owner that were heard in the last kLivelyMs.
+  static constexpr std::size_t kMaxPeersPerOwner = 32;
+  static constexpr std::int64_t kLivelyMs = 10'000;
   // As kMaxRemembered, for those silent for a minute.
   static constexpr std::size_t kMaxStrangers = 65'536;
 
@@ -114,7 +131,7 @@ class Exchange {
   std::optional<OutFrame> next_out(std::int64_t now_ms);
   std::int64_t tick(std::int64_t now_ms);
   std::optional<Event> next_event();
-  std::optional<ControlMessage> next_control();
+  std::optional<ControlMessage> next_control(std::int64_t now_ms);
   // True if something came for Python that it was not told of. Not again before listening() says
   // that it heard.
   bool has_event();
@@ -129,6 +146,8 @@ class Exchange {
   void forget(const std::string& peer);
   // Hears nothing more from peers whose id begins with `user` and a NUL, or hears them again.
   void block(const std::string& user, bool blocked);
+  // Hears nothing from any peer of this one's owner before `until_ms`.
+  void mute(const std::string& peer, std::int64_t until_ms);
   // Throws away what waits of a peer's control messages.
   void discard(const std::string& peer);
   ExchangeStats stats() const;
@@ -141,8 +160,22 @@ class Exchange {
     std::optional<std::int64_t> heard_ms;
     std::int64_t busy_until_ms = 0;
     bool unreachable = false;
-    bool met = false;  // has sent a control message, or was reported as a stranger
+    bool met = false;      // has sent a control message, or was reported as a stranger
+    bool counted = false;  // among its owner's peers
     Pace::Known pace;
+  };
+  // Who is behind one or more peers: the part of a peer's id before the NUL, or all of it.
+  struct Owner {
+    std::vector<std::string> peers;  // those that were heard lately
+    std::size_t waiting = 0;         // control messages, and their bytes
+    std::uint64_t waiting_bytes = 0;
+    double messages = kControlBurst;  // what may be handed out now; bytes may be owed
+    double bytes = kControlBurstBytes;
+    double frames = kFrameBurst;
+    std::int64_t paced_ms = 0;
+    std::int64_t muted_until_ms = 0;
+    bool flooded = false;  // and that was told
+    bool crowded = false;
   };
   struct Request {
     wire::SetId set;
@@ -156,17 +189,19 @@ class Exchange {
   int on_refuse(const std::string& peer, const wire::Header& header);
   bool is_blocked(std::string_view peer) const;
   int on_control(const std::string& peer, const Frame& body);
+  Owner& owner_of(std::string_view peer);
+  bool is_within_rate(std::string_view peer, std::int64_t now_ms);
+  bool may_speak(const std::string& peer, std::int64_t now_ms);
+  bool is_due(Owner& owner, std::int64_t now_ms) const;
+  void charge(std::string_view peer, double frames);
+  static void refill(Owner& owner, std::int64_t now_ms);
   int malformed(std::string_view peer, const char* why);
   void report(Event::Kind kind, std::string_view peer, std::string why);
   void remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms);
   void push(const std::string& peer, const wire::Header& header);
   void collect_events(Collector& collector);
   void note_patience(const Collector& collector, std::size_t source, std::int64_t now_ms);
-  struct Waiting {
-    std::deque<std::string> bodies;
-    std::uint64_t bytes = 0;
-    bool flooded = false;
-  };
+  void discard_where(const std::function<bool(std::string_view)>& which);
 
   std::optional<OutFrame> next_chunk();
   std::optional<OutFrame> serve(const std::string& peer);
@@ -179,10 +214,11 @@ class Exchange {
   std::unordered_map<std::string, std::deque<Request>> requests_;  // GETs to serve, by peer
   std::deque<std::string> turns_;  // peers with requests, round robin
   std::unordered_map<std::string, Contact> contacts_;
+  std::unordered_map<std::string, Owner> owners_;
   std::unordered_set<std::string> blocked_;
   std::deque<Event> events_;
-  std::unordered_map<std::string, Waiting> controls_;  // by peer
-  std::deque<std::string> control_turns_;              // peers with control messages, round robin
+  std::unordered_map<std::string, std::deque<std::string>> controls_;  // by peer
+  std::deque<std::string> control_turns_;  // peers with control messages, round robin
   std::uint64_t control_bytes_ = 0;
   ExchangeLimits limits_;
   bool unsignalled_ = false;

@@ -16,12 +16,13 @@
 extern "C" {
 #endif
 
-#define FC_SINK_CAPSULE "fedcore.sink.v2"
+#define FC_SINK_CAPSULE "fedcore.sink.v3"
 
 enum {
-  FC_DONE = 0,  /* handled; the caller frees the owner */
-  FC_TAKEN = 1, /* the sink keeps the body and calls release(owner) later */
-  FC_DROP = 3   /* malformed, or too much; the caller frees the owner */
+  FC_DONE = 0,   /* handled; the caller frees the owner */
+  FC_TAKEN = 1,  /* the sink keeps the body and calls release(owner) later */
+  FC_DROP = 3,   /* malformed, or too much; the caller frees the owner */
+  FC_UNHEARD = 4 /* as FC_DROP, and the peer is not heard at present: its connection may go */
 };
 
 /* A frame to send. `peer` (empty at a site) and `header` (48 bytes) are valid until the next call

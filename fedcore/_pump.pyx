@@ -12,6 +12,9 @@ command from Python, or for a timer of the core; it never spins.
 Where connections are encrypted, the sink and the inbox know a peer as ``USER NUL ROUTING-ID``. The user is what
 the server's door gave the connection (ZeroMQ's "User-Id"), so that nothing a peer says can make it another.
 
+Of each connection it notes, by its file number, whether it was understood last or may go; the door reads that
+(`fedcore.connections`). libzmq tells the number with each message.
+
 Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
 Inbox (PUSH socket):     [b"E"] the core has events or control messages.
 """
@@ -21,7 +24,7 @@ import zmq.backend.cython._zmq as _backend
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.errno cimport EAGAIN, EHOSTUNREACH, EINTR
 from libc.stdint cimport int64_t, uint8_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport atoi, free, malloc
 from libc.string cimport memchr, memcpy, strlen
 
 
@@ -74,10 +77,18 @@ cdef enum:
     ZMQ_DONTWAIT = 1
     ZMQ_SNDMORE = 2
     SINK_TAKEN = 1
+    SINK_DROP = 3
+    SINK_UNHEARD = 4
+    NOTE_HEARD = 1
+    NOTE_CUT = 2
     BATCH = 64
     MAX_ID = 255
 
 ctypedef void (*free_fn)(void*, void*) noexcept nogil
+
+cdef struct Notes:  # of connections, by file number
+    uint8_t* of
+    size_t count
 
 cdef struct Zmq:
     int (*msg_init)(Msg*) noexcept nogil
@@ -219,7 +230,18 @@ cdef size_t _name_peer(char* name, Msg* peer, Msg* header) noexcept nogil:
     return user_len + 1 + id_len
 
 
-cdef int _pump_in(void* net, bint router, bint secure, FcSink* sink) noexcept nogil:
+cdef void _note(Notes notes, Msg* header, int verdict) noexcept nogil:
+    cdef const char* text
+    cdef int number
+    if notes.count == 0 or verdict == SINK_DROP:
+        return
+    text = z.msg_gets(header, b"__fd")
+    number = atoi(text) if text != NULL else -1
+    if 0 <= number < <int> notes.count:
+        notes.of[number] = NOTE_CUT if verdict == SINK_UNHEARD else NOTE_HEARD
+
+
+cdef int _pump_in(void* net, bint router, bint secure, Notes notes, FcSink* sink) noexcept nogil:
     """Receive and deliver one message: 1 done, 0 nothing there, -1 the socket is closed."""
     cdef Msg peer, header, body
     cdef Msg* kept
@@ -261,6 +283,7 @@ cdef int _pump_in(void* net, bint router, bint secure, FcSink* sink) noexcept no
                                    z.msg_data(kept), z.msg_size(kept), kept, _release_in)
             if verdict != SINK_TAKEN:
                 _release_in(kept)
+            _note(notes, &header, verdict)
     z.msg_close(&peer)
     z.msg_close(&header)
     z.msg_close(&body)
@@ -298,7 +321,7 @@ cdef int _command(void* net, void* commands, bint router) noexcept nogil:
     return result
 
 
-cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure,
+cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure, Notes notes,
                 FcSink* sink) noexcept nogil:
     cdef PollItem items[3]
     cdef FcOut out
@@ -329,14 +352,15 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
                 return
         if items[0].revents & ZMQ_POLLIN:
             for i in range(BATCH):
-                got = _pump_in(net, router, secure, sink)
+                got = _pump_in(net, router, secure, notes, sink)
                 if got < 0:
                     return
                 if got == 0:
                     break
 
 
-def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint secure):
+def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint secure,
+        unsigned char[::1] heard=None):
     """Pump frames until a quit command comes; blocks without the GIL.
 
     Args:
@@ -344,9 +368,13 @@ def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint se
         net, commands, inbox: ``Socket.underlying`` of the three sockets.
         router: whether ``net`` is a ROUTER, whose frames begin with the peer's routing id.
         secure: whether such a peer is known by its user as well; only with ``router``.
+        heard: where to note of each connection, by its file number, that it was understood or may go.
     """
     global release_out
-    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v2")
+    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v3")
     release_out = sink.out_done
+    cdef Notes notes
+    notes.count = 0 if heard is None else heard.shape[0]
+    notes.of = &heard[0] if notes.count else NULL
     with nogil:
-        _loop(<void*> net, <void*> commands, <void*> inbox, router, secure, sink)
+        _loop(<void*> net, <void*> commands, <void*> inbox, router, secure, notes, sink)

@@ -7,20 +7,25 @@ answers and counts. It sees handshakes only, never a frame of a connection that 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import resource
 import socket
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
+from .allowance import Allowance
+from .connections import Connections, Limits
 from .security import AllowList, KeyPair, fingerprint
 
 __all__ = ["DOMAIN", "Doorkeeper", "Limits", "Secured"]
@@ -28,29 +33,16 @@ __all__ = ["DOMAIN", "Doorkeeper", "Limits", "Secured"]
 DOMAIN: Final = b"fedcore"
 _ZAP: Final = "inproc://zeromq.zap.01"
 _LOG_SECONDS: Final = 1.0
+_SWEEP_SECONDS: Final = 0.05
+_WATCH_SECONDS: Final = 60.0
 _MAX_BUCKETS: Final = 4096
+_MAX_FILES: Final = 1 << 20
+_BATCH: Final = 256
+_TCP_INFO_RECEIVED: Final = 128  # where Linux tells the bytes received; a u64
 _EVENTS: Final = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _GONE: Final = (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED)
 
 logger = logging.getLogger("fedcore.server")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one key, one address and all together may ask of the door.
-
-    Attributes:
-        burst, per_second: handshakes of one key at once, and over time.
-        strangers_burst, strangers_per_second: the same of all unknown keys together.
-        connections: open connections in all; ``per_address`` of them from one address (loopback: no limit).
-    """
-
-    burst: int = 20
-    per_second: float = 2.0
-    strangers_burst: int = 50
-    strangers_per_second: float = 20.0
-    connections: int = 4096
-    per_address: int = 256
 
 
 @dataclass(frozen=True)
@@ -59,30 +51,18 @@ class Secured:
 
     pair: KeyPair
     allowed: AllowList
-    limits: Limits = Limits()
-
-
-class _Bucket:
-    """So many at once, so many a second."""
-
-    def __init__(self, burst: float, per_second: float, now: float) -> None:
-        self._burst, self._rate = burst, per_second
-        self._left, self._at = burst, now
-
-    def take(self, now: float) -> bool:
-        self._left = min(self._burst, self._left + (now - self._at) * self._rate)
-        self._at = now
-        if self._left < 1:
-            return False
-        self._left -= 1
-        return True
+    limits: Limits = field(default_factory=Limits)
 
 
 class Doorkeeper:
     """Answers for one context. Make it before the socket that it guards is bound; `watch` that socket.
 
     A key over its rate gets no answer, so that its connection hangs until the handshake's time is over (200 to go
-    in, 300 later, 400 never, in the words of ZAP). A connection over a limit is cut as soon as it is accepted.
+    in, 300 later, 400 never, in the words of ZAP). A connection over a limit is cut as soon as it is accepted, and
+    while there are connections that have not proved themselves, they are looked at every 50 ms.
+
+    Attributes:
+        heard: where the pump notes of each connection, by its file number, that it was understood or may go.
     """
 
     def __init__(
@@ -101,13 +81,13 @@ class Doorkeeper:
         self._asked.setsockopt(zmq.SNDHWM, 0)
         self._asked.bind(_ZAP)
         self._events: zmq.Socket[bytes] | None = None
-        self._buckets: dict[str, _Bucket] = {}
-        self._strangers = _Bucket(
-            secured.limits.strangers_burst, secured.limits.strangers_per_second, clock()
-        )
-        self._open: dict[int, str] = {}
-        self._from: dict[str, int] = {}
-        self._connections = min(secured.limits.connections, _file_limit() * 7 // 8)
+        limits = secured.limits
+        self._buckets: dict[str, Allowance] = {}
+        self._strangers = Allowance(limits.strangers_burst, limits.strangers_per_second, clock())
+        self.heard = bytearray(min(_file_limit(), _MAX_FILES))
+        most = min(limits.connections, _file_limit() * 7 // 8)
+        self._connections = Connections(limits, most, self.heard, received_bytes)
+        self._watch_until = 0.0
         self._said: dict[str, tuple[float, int]] = {}
         self._quit_read, self._quit_write = os.pipe()
         self._thread = threading.Thread(target=self._run, name="fedcore-door", daemon=True)
@@ -122,9 +102,14 @@ class Doorkeeper:
         self._events.connect(address)
         self._thread.start()
 
+    def look(self) -> None:
+        """For a while, look for connections that are not heard any more, and cut them."""
+        self._watch_until = self._clock() + _WATCH_SECONDS
+        os.write(self._quit_write, b"L")
+
     def close(self) -> None:
         """Stop answering; call it when the socket that is guarded is closed."""
-        os.write(self._quit_write, b"\0")
+        os.write(self._quit_write, b"Q")
         if self._thread.ident is not None:
             self._thread.join()
         self._asked.close()
@@ -140,15 +125,31 @@ class Doorkeeper:
         poller = zmq.Poller()
         for source in (self._asked, self._events, self._quit_read):
             poller.register(source, zmq.POLLIN)
+        swept = self._clock()
         while True:
-            ready = dict(poller.poll())
-            if self._quit_read in ready:
+            ready = dict(poller.poll(self._patience_ms()))
+            if self._quit_read in ready and b"Q" in os.read(self._quit_read, 4096):
                 return
             if self._events in ready:
-                event = parse_monitor_message(self._events.recv_multipart())
-                self._count(event["event"], event["value"])
+                self._take_events(self._events)
             if self._asked in ready:
                 self._answer(self._asked.recv_multipart())
+            now = self._clock()
+            if now >= swept + _SWEEP_SECONDS:
+                swept = now
+                for number, why in self._connections.sweep(now):
+                    self._cut(number, why)
+
+    def _patience_ms(self) -> int | None:
+        watched = self._connections.unproved or self._clock() < self._watch_until
+        return round(_SWEEP_SECONDS * 1000) if watched else None
+
+    def _take_events(self, events: zmq.Socket[bytes]) -> None:
+        """Count all that is told, so that a connection is known before its key is asked about."""
+        with contextlib.suppress(zmq.Again):
+            for _ in range(_BATCH):
+                event = parse_monitor_message(events.recv_multipart(zmq.DONTWAIT))
+                self._count(event["event"], event["value"])
 
     def _answer(self, frames: list[bytes]) -> None:
         """Answer one request: envelope, empty, version, id, domain, address, identity, mechanism, credentials."""
@@ -177,7 +178,7 @@ class Doorkeeper:
         if public not in self._buckets and len(self._buckets) >= _MAX_BUCKETS:
             self._buckets.clear()
         bucket = self._buckets.setdefault(
-            public, _Bucket(self._limits.burst, self._limits.per_second, now)
+            public, Allowance(self._limits.burst, self._limits.per_second, now)
         )
         if not bucket.take(now):
             self._say("%s knocks too often, from %s: it has to wait", who.name, address)
@@ -186,44 +187,25 @@ class Doorkeeper:
 
     def _count(self, event: int, number: int) -> None:
         if event in _GONE:
-            address = self._open.pop(number, None)
-            if address is not None:
-                self._from[address] -= 1
-                if not self._from[address]:
-                    del self._from[address]
+            self._connections.closed(number)
             return
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
             address = str(connection.getpeername()[0])
-            self._count_gone_by(number)
-            self._open[number] = address
-            self._from[address] = self._from.get(address, 0) + 1
-            if self.crowded(address):
-                connection.shutdown(socket.SHUT_RDWR)
+            surplus = self._connections.opened(number, address, self._clock())
+            if surplus is not None:
+                self._cut(*surplus)
 
-    def _count_gone_by(self, number: int) -> None:
-        """A number that is accepted again was closed before, though nothing said so."""
-        if number in self._open:
-            self._count(zmq.EVENT_CLOSED, number)
-
-    def crowded(self, address: str) -> bool:
-        """Whether the connection just counted is one too many, by its address or in all."""
-        local = address.startswith(("127.", "::ffff:127.")) or address == "::1"
-        if not local and self._from[address] > self._limits.per_address:
-            self._say(
-                "%s has %s connections: no more of them", address, str(self._limits.per_address)
-            )
-            return True
-        if len(self._open) > self._connections:
-            self._say(
-                "%s connections are open: no more, not from %s", str(self._connections), address
-            )
-            return True
-        return False
+    def _cut(self, number: int, why: str) -> None:
+        """End a connection; libzmq closes it then. Its number may have been taken by another one meanwhile."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            address = str(connection.getpeername()[0])
+            connection.shutdown(socket.SHUT_RDWR)
+            self._say("cut a connection from %s, which %s", address, why)
 
     def _say(self, text: str, *values: str) -> None:
         """Warn at most once a second of each kind: who knocks must not fill the disk."""
         now = self._clock()
-        due, left_out = self._said.get(text, (0.0, 0))
+        due, left_out = self._said.get(text, (-_LOG_SECONDS, 0))
         if now < due:
             self._said[text] = (due, left_out + 1)
             return
@@ -235,3 +217,22 @@ class Doorkeeper:
 def _file_limit() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def received_bytes(number: int) -> int:
+    """Return how many bytes a TCP connection has received; 0 where the system doesn't tell."""
+    if not sys.platform.startswith("linux"):
+        return 0
+    about = ctypes.create_string_buffer(_TCP_INFO_RECEIVED + 8)
+    size = ctypes.c_uint32(len(about))
+    # Not by a duplicate of the number: one that is closed meanwhile would stay open for as long.
+    failed = _LIBC.getsockopt(
+        number, socket.IPPROTO_TCP, socket.TCP_INFO, about, ctypes.byref(size)
+    )
+    if failed or size.value < len(about):
+        return 0
+    (received,) = struct.unpack_from("=Q", about, _TCP_INFO_RECEIVED)
+    return int(received)
+
+
+_LIBC = ctypes.CDLL(None)

@@ -264,7 +264,9 @@ def status(  # noqa: PLR0917
 
 def _print_status(reply: StatusReply, as_json: bool) -> None:
     if as_json:
-        typer.echo(reply.model_dump_json(indent=2))
+        from .protocol import strict_json
+
+        typer.echo(strict_json(reply.model_dump(), indent=2))
         return
     from rich.console import Console
 
@@ -284,9 +286,10 @@ def _watch(target: Target, timeout: float, as_json: bool) -> None:
         client = stack.enter_context(StatusClient(target.address, target.credentials))
         show: Callable[[StatusReply], object]
         if as_json:
+            from .protocol import strict_json
 
             def show(reply: StatusReply) -> None:
-                typer.echo(reply.model_dump_json())
+                typer.echo(strict_json(reply.model_dump()))
 
         elif sys.stdout.isatty():
             show = stack.enter_context(LiveView()).show

@@ -8,10 +8,14 @@ header. Both sides validate each field before they use it. ``docs/protocol.md`` 
 from __future__ import annotations
 
 import enum
+import json
+import math
 import struct
-from typing import Annotated, Final, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -32,6 +36,7 @@ MAX_CHUNK_BYTES: Final = 4 << 20
 DEFAULT_CHUNK_BYTES: Final = 1 << 20
 MAX_WEIGHT: Final = (1 << 24) - 1
 MAX_METRICS: Final = 64
+MAX_NAME: Final = 128
 MAX_ANSWER_BYTES: Final = 1 << 20
 REPEAT_SECONDS: Final = 5.0
 """A site says something at least this often, so that a server that does not know it can ask it to join again."""
@@ -56,14 +61,39 @@ class Kind(enum.IntEnum):
     CONTROL = 6
 
 
+def shown(text: str, limit: int) -> str:
+    """Return a text as a log or a terminal may show it, at most ``limit`` characters.
+
+    A line break or a tab becomes a space; whatever else is not printable (terminal escapes, marks that turn the
+    direction of writing) is spelled out as in Python.
+    """
+    if not text.isprintable():
+        spaced = (" " if c in "\n\r\t" else c for c in text[:limit])
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in spaced)
+    return text[:limit]
+
+
+def _shown_within(limit: int) -> AfterValidator:
+    return AfterValidator(lambda text: shown(text, limit))
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("expected printable characters")
+    return text
+
+
 SiteName = Annotated[str, StringConstraints(pattern=SITE_NAME)]
-MetricName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+MetricName = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_NAME), _shown_within(MAX_NAME)
+]
 Metrics = Annotated[
     dict[MetricName, Annotated[float, Field(allow_inf_nan=True)]], Field(max_length=MAX_METRICS)
 ]
 SetId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 LayoutHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Text = Annotated[str, StringConstraints(max_length=4096)]
+Text = Annotated[str, StringConstraints(max_length=4096), _shown_within(4096)]
+Version = Annotated[str, StringConstraints(max_length=64), _shown_within(64)]
 Round = Annotated[int, Field(ge=0, le=1_000_000)]
 Steer = Literal["pause", "resume", "stop", "evaluate"]
 Weight = Annotated[int, Field(ge=1, le=MAX_WEIGHT)]
@@ -75,8 +105,8 @@ Outputs = Annotated[
 ]
 """Numbers, texts and lists of them, by name."""
 TensorEntry = tuple[
-    Annotated[str, StringConstraints(min_length=1, max_length=1024)],
-    Annotated[str, StringConstraints(max_length=8)],
+    Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_printable)],
+    Annotated[str, StringConstraints(max_length=8), AfterValidator(_printable)],
     Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16)],
 ]
 TensorTable = Annotated[list[TensorEntry], Field(min_length=1, max_length=200_000)]
@@ -114,7 +144,7 @@ class Join(Message):
 
     type: Literal["join"] = "join"
     protocol: int = PROTOCOL_VERSION
-    version: Annotated[str, StringConstraints(max_length=64)]
+    version: Version
     site: SiteName
     instance: SetId
     lossless: bool = False
@@ -127,7 +157,7 @@ class Greeting(BaseModel):
 
     type: Literal["join"]
     protocol: int
-    version: Annotated[str, StringConstraints(max_length=64)]
+    version: Version
     site: SiteName
 
 
@@ -250,7 +280,7 @@ class Welcome(Message):
     rounds: Round
     chunk_bytes: Annotated[int, Field(ge=4096, le=MAX_CHUNK_BYTES)]
     has_model: bool
-    version: Annotated[str, StringConstraints(max_length=64)]
+    version: Version
     transfer: Transfer = Transfer()
 
 
@@ -266,7 +296,7 @@ class Refused(Message):
 
     type: Literal["refused"] = "refused"
     code: Annotated[str, StringConstraints(max_length=64)]
-    message: Annotated[str, StringConstraints(max_length=16384)]
+    message: Annotated[str, StringConstraints(max_length=16384), _shown_within(16384)]
 
 
 class Rejoin(Message):
@@ -449,10 +479,30 @@ def decode_from_server(body: bytes) -> FromServer:
     return _decode(_FROM_SERVER, body)
 
 
+def strict_json(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """Return values as JSON for other programs, which knows neither NaN nor infinity: null stands for them."""
+
+    def strict(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: strict(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [strict(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(strict(values), indent=indent, allow_nan=False)
+
+
+def first_metrics(metrics: Mapping[str, float], chosen: str | None) -> dict[str, float]:
+    """Return as many metrics as a message holds, ``chosen`` among them: each site may have names of its own."""
+    names = sorted(metrics, key=lambda name: (name != chosen, name))[:MAX_METRICS]
+    return {name: metrics[name] for name in sorted(names)}
+
+
 def _decode(adapter: TypeAdapter[_T], body: bytes) -> _T:
     try:
         return adapter.validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "message"
-        raise ProtocolError(f"bad control message: {where}: {first['msg']}") from None
+        # What the sender wrote can be in both: its keys are part of the place, its type of the message.
+        where = shown(".".join(str(part) for part in first["loc"]) or "message", 200)
+        raise ProtocolError(f"bad control message: {where}: {shown(first['msg'], 500)}") from None

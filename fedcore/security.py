@@ -93,10 +93,12 @@ class KeyPair:
 
     @classmethod
     def generate(cls) -> KeyPair:
-        """Make a new pair from the system's random numbers."""
+        """Make a new pair from the system's random numbers; its public half is no option of a command."""
         import zmq
 
         public, secret = zmq.curve_keypair()
+        while public.startswith(b"-"):
+            public, secret = zmq.curve_keypair()
         return cls(public.decode(), secret.decode())
 
     @classmethod

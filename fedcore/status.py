@@ -213,7 +213,7 @@ def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
     versions = [
         protocol.VersionStatus(
             version=row["version"],
-            metrics=row["metrics"],
+            metrics=protocol.first_metrics(row["metrics"], summary["metric"]),
             participants=list(row["participants"]),
             seconds=row["seconds"],
             bytes=row["bytes"],

@@ -28,6 +28,7 @@ import zmq
 
 from . import protocol
 from ._core import Exchange, crc32c
+from .connections import CUT, HEARD
 from .errors import BusyError, ClosedError, ConfigError
 from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
 
@@ -58,8 +59,11 @@ RECEIVE_QUEUE: Final = 16
 """Messages of one peer that a server's socket takes in before they are handled; then the peer has to wait."""
 UNREAD_MS: Final = 30_000
 """The system ends the connection of a peer that has read nothing for so long of what was sent to it."""
-_MAX_FRAME: Final = 16 << 20
+MUTE_MS: Final = 10_000
+"""For how long a key that sent too much is not heard."""
+_MAX_FRAME: Final = protocol.MAX_CONTROL_BYTES + 1024  # encryption adds 33 bytes
 _LINGER_MS: Final = 1000
+_DROP, _UNHEARD = 3, 4  # verdicts of the core, as in csrc/sink.h
 _IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
 _RECONNECT_MS: Final = (100, 2000)
 _HANDSHAKE_MS: Final = 10_000
@@ -128,6 +132,7 @@ class _Link:
 
     _router: bool
     _secure = False
+    _heard: bytearray | None = None
     _monitor: zmq.Socket[bytes] | None = None
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], net: zmq.Socket[bytes]) -> None:
@@ -171,14 +176,16 @@ class _Link:
                 inbox.underlying,
                 self._router,
                 self._router and self._secure,
+                self._heard,
             )
         else:
             _python_pump(
                 self.exchange,
                 self._net,
                 (commands, inbox),
-                self._router,
-                self._router and self._secure,
+                router=self._router,
+                secure=self._router and self._secure,
+                heard=self._heard,
             )
 
     def recv(self, timeout: float | None) -> Control | DataEvent | None:
@@ -217,7 +224,7 @@ class _Link:
                 if event is not None:
                     return event
             else:
-                control = self.exchange.next_control()
+                control = self.exchange.next_control(now_ms())
                 if control is not None:
                     return Control(*control)
         return None
@@ -299,6 +306,7 @@ class ServerLink(_Link):
             net.setsockopt(zmq.CURVE_SECRETKEY, secured.pair.secret.encode())
             net.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
             self._door = Doorkeeper(context, secured)
+            self._heard = self._door.heard
             self._door.watch(net)
         try:
             net.bind(listen)
@@ -330,8 +338,20 @@ class ServerLink(_Link):
         self._door.allowed = allowed
 
     def block(self, user: str, blocked: bool = True) -> None:
-        """Hear nothing more from the connections of a user, as `Identity.user` names it; or hear them again."""
+        """Hear nothing more from the connections of a user, as `Identity.user` names it, and cut them as they
+        speak; or hear them again."""
         self.exchange.block(user.encode(), blocked)
+        if blocked:
+            self._look()
+
+    def mute(self, peer: bytes) -> None:
+        """Hear nothing from a peer's key for `MUTE_MS`, and cut its connections as they speak."""
+        self.exchange.mute(peer, now_ms() + MUTE_MS)
+        self._look()
+
+    def _look(self) -> None:
+        if self._door is not None:
+            self._door.look()
 
     def send(self, peer: bytes, message: FromServer) -> None:
         """Queue a control message for ``peer``; a peer that is gone does not get it."""
@@ -442,8 +462,10 @@ def _python_pump(
     exchange: Exchange,
     net: zmq.Socket[bytes],
     ends: tuple[zmq.Socket[bytes], zmq.Socket[bytes]],
+    *,
     router: bool,
     secure: bool,
+    heard: bytearray | None,
 ) -> None:
     """Do what ``fedcore._pump.run`` does, in Python: the reference and the fallback."""
     commands, inbox = ends
@@ -477,7 +499,7 @@ def _python_pump(
         if commands in ready and not _python_commands(net, commands, router):
             return
         if net in ready:
-            _python_frames(exchange, net, router, secure)
+            _python_frames(exchange, net, router, secure, heard)
 
 
 def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router: bool) -> bool:
@@ -498,6 +520,7 @@ def _python_frames(
     net: zmq.Socket[bytes],
     router: bool,
     secure: bool,
+    heard: bytearray | None,
 ) -> None:
     for _ in range(64):
         try:
@@ -512,4 +535,8 @@ def _python_frames(
             exchange.deliver(now_ms(), peer, b"", None)  # counted and logged as malformed
             continue
         body = frames[1].buffer if len(frames) == 2 else None
-        exchange.deliver(now_ms(), peer, frames[0].bytes, body)
+        verdict = exchange.deliver(now_ms(), peer, frames[0].bytes, body)
+        if heard is not None and verdict != _DROP:
+            number = int(frames[0].get("__fd"))
+            if number < len(heard):
+                heard[number] = CUT if verdict == _UNHEARD else HEARD

@@ -100,7 +100,7 @@ def _site_table(reply: StatusReply) -> Table:
             site.site,
             Text(site.state, style=_STYLES.get(site.state, "")),
             "" if site.examples is None else f"{site.examples:,}",
-            _numbers(site),
+            Text(_numbers(site)),
             Text(site.message, overflow="ellipsis"),
         )
     return table
@@ -115,7 +115,9 @@ def _numbers(site: SiteStatus) -> str:
 
 def _model_table(reply: StatusReply) -> Table:
     names = _metric_names(reply)
-    table = Table("model", *names, "time", "sites")
+    table = Table()
+    for header in ("model", *names, "time", "sites"):
+        table.add_column(Text(header))
     hidden = len(reply.versions) - _SHOWN_VERSIONS
     for position, version in enumerate(reply.versions):
         best = version.version == reply.best_version

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 
 from fedcore import protocol
 from fedcore._core import Codec, Collector, Layout
+from fedcore.allowance import Allowance
 from fedcore.encoding import EncodedUpdate, can_pack
 from fedcore.errors import (
     ClosedError,
@@ -46,6 +48,8 @@ from .work import WorkFolder
 __all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
 
 _WINDOW_BYTES: Final = 32 << 20
+_LOGS: Final = 20
+_LOGS_PER_SECOND: Final = 5.0
 
 logger = logging.getLogger("fedcore.client")
 
@@ -94,6 +98,9 @@ class Session:
         self._at_hand = (0, 0)
         self._over = False
         self._score: protocol.Score | None = None
+        self._logs = Allowance(_LOGS, _LOGS_PER_SECOND, time.monotonic())
+        self._unsaid: dict[str, float] = {}
+        self._step = 0
 
     # --- what a script calls -----------------------------------------------------------------------
 
@@ -294,6 +301,7 @@ class Session:
                 f"{protocol.MAX_WEIGHT}"
             )
         assert self._layout is not None
+        self._say_metrics()
         checked = Unchanged(read, model.tensors)
         self._publish(self._layout, checked, model.round, weight, metrics or {})
         if checked.throughout:
@@ -316,16 +324,26 @@ class Session:
                 self._connection.say(self._score)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Show training metrics at the server while a round is under way."""
-        if self._connection.opened:
+        """Show training metrics at the server while a round is under way.
+
+        A script may call this at each step: where that is more often than `_LOGS_PER_SECOND`, the last value of
+        each metric goes with the next message, at the latest with the update.
+        """
+        if not self._connection.opened:
+            return
+        for name, value in metrics.items():
+            if str(name) in self._unsaid or len(self._unsaid) < protocol.MAX_METRICS:
+                self._unsaid[str(name)] = float(value)
+        self._step = step or 0
+        if self._logs.take(time.monotonic()):
+            self._say_metrics()
+
+    def _say_metrics(self) -> None:
+        if self._unsaid:
             at_hand = self._model or self._connection.task
-            self._connection.send(
-                protocol.Log(
-                    round=at_hand.round if at_hand else 0,
-                    step=step or 0,
-                    metrics={str(k): float(v) for k, v in metrics.items()},
-                )
-            )
+            round_ = at_hand.round if at_hand else 0
+            self._connection.send(protocol.Log(round=round_, step=self._step, metrics=self._unsaid))
+            self._unsaid = {}
 
     def problem(self, text: str) -> None:
         """Tell the server about a local error; ``text`` must hold no private paths or data."""

@@ -14,8 +14,9 @@ import time
 from typing import Final
 
 from fedcore import protocol
-from fedcore.admission import Limits, Secured
+from fedcore.admission import Secured
 from fedcore.config import RunConfig
+from fedcore.connections import Limits
 from fedcore.errors import ConfigError
 from fedcore.security import (
     ALLOW_FILE,
@@ -83,11 +84,10 @@ class Access:
         self._listed = AllowList.load(self._path)
         self._pair = KeyPair.generate()
         self._operator = Identity("run-folder", Role.OPERATOR, fingerprint(self._pair.public))
-        sites = config.participants.expected
         self.secured = Secured(
             read_secret(home / SECRET_FILE),
             self._with_operator(self._listed),
-            Limits(connections=max(4096, 4 * sites), per_address=max(256, 2 * sites)),
+            Limits.of(config.participants.expected),
         )
 
     def _with_operator(self, listed: AllowList) -> AllowList:
@@ -96,13 +96,20 @@ class Access:
     def opened(self, link: ServerLink) -> None:
         """Leave a kit in the run folder, for the commands of this server's own user."""
         self._link = link
-        shutil.rmtree(self._local, ignore_errors=True)
+        self._remove_local()
         if self.secured is not None:
             credentials = Credentials(self.secured.pair.public, self._pair)
             write_kit(self._local, Kit(self._operator.name, link.endpoint, credentials))
 
     def close(self) -> None:
         """Take that kit away."""
+        self._remove_local()
+
+    def _remove_local(self) -> None:
+        if (
+            self._local.is_symlink()
+        ):  # whoever put it there does not choose where a secret is written
+            self._local.unlink()
         shutil.rmtree(self._local, ignore_errors=True)
 
     # --- who may say what ---

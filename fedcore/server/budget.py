@@ -45,9 +45,18 @@ class Budget:
 
     @classmethod
     def of(
-        cls, memory: int, sites: int, *, spill: bool, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+        cls,
+        memory: int,
+        sites: int,
+        *,
+        spill: bool,
+        encrypted: bool = False,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ) -> Budget:
         """Divide ``memory`` for so many sites, of which some may have chunks in a spill file.
+
+        Of ``encrypted`` links each holds the encrypted copy of the chunk that it is sending: an eighth at most is
+        set aside for them.
 
         Raises:
             ConfigError: it is too little for them.
@@ -63,6 +72,8 @@ class Budget:
                 f"server.memory = {memory >> 20}MiB is too little for {sites} sites; it must be at least "
                 f"{-(-needed >> 20)}MiB"
             )
+        if encrypted:
+            chunks -= min(sites * chunk_bytes, memory // 8, chunks - least)
         read_back = _SUM_CHUNKS * chunk_bytes
         if spill and chunks >= sites * chunk_bytes + read_back:
             chunks -= read_back

@@ -150,7 +150,7 @@ class Outcome:
                         "participants": dict(row.participants),
                         "metrics": weighted_metrics(scores.get(row.version, [])),
                         "metrics_by_site": {
-                            s.site: {"examples": s.examples, **s.metrics}
+                            s.site: {**s.metrics, "examples": s.examples}
                             for s in scores.get(row.version, [])
                         },
                     }

@@ -6,14 +6,20 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from fedcore import __version__, protocol
+from fedcore.allowance import Allowance
 from fedcore.security import Identity
 from fedcore.transport import ServerLink
 
 from .participation import Roster
 
 __all__ = ["Peer", "Peers"]
+
+_LINES: Final = 100
+_LINES_PER_SECOND: Final = 0.5
+_MAX_NAMES: Final = 4096
 
 logger = logging.getLogger("fedcore.server")
 
@@ -28,6 +34,14 @@ class Peer:
     site: str
     lossless: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+class _Told:
+    """What was logged of one name."""
+
+    def __init__(self, now: float) -> None:
+        self.lines = Allowance(_LINES, _LINES_PER_SECOND, now)
+        self.left_out = 0
 
 
 def other_version(join: protocol.Greeting | protocol.Join, error: str = "") -> protocol.Refused:
@@ -48,6 +62,7 @@ class Peers:
         self._roster = roster
         self._known: dict[bytes, Peer] = {}
         self._turned_away = (b"", "")
+        self._told: dict[str, _Told] = {}
         self._next_complaint = 0.0
         self._complaints_left_out = 0
 
@@ -110,12 +125,8 @@ class Peers:
         # A site that is started again at once asks until its dead process is noticed: once is enough to read.
         again = (peer, refusal.code) == self._turned_away
         self._turned_away = (peer, refusal.code)
-        logger.log(
-            logging.DEBUG if again else logging.WARNING,
-            "refused %s: %s",
-            name,
-            refusal.message,
-        )
+        level = logging.DEBUG if again else logging.WARNING
+        self.tell(name, "refused %s: %s", refusal.message, level=level)
         self._link.send(peer, refusal)
 
     def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:
@@ -132,6 +143,20 @@ class Peers:
                     "(FEDCORE_SITE)",
                 )
         return None
+
+    def tell(self, name: str, text: str, *values: str, level: int = logging.WARNING) -> None:
+        """Log what a peer brought about; ``text`` begins with its name. Each name may have `_LINES` at once and
+        `_LINES_PER_SECOND` over time, what is beyond is counted: nobody fills the disk."""
+        if name not in self._told and len(self._told) >= _MAX_NAMES:
+            self._told.clear()
+        told = self._told.setdefault(name, _Told(time.monotonic()))
+        if not told.lines.take(time.monotonic()):
+            told.left_out += 1
+            return
+        if told.left_out:
+            text += f" (and {told.left_out} more lines of {name} were left out)"
+            told.left_out = 0
+        logger.log(level, text, name, *values)
 
     def complain(self, text: str, *values: str) -> None:
         """Warn at most once a second: what anyone can send must not fill the disk, nor keep the server busy."""

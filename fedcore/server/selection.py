@@ -27,7 +27,8 @@ class SiteScore:
 def weighted_metrics(scores: Iterable[SiteScore]) -> dict[str, float]:
     """Return the example-weighted mean of each metric over the sites that report a finite value of it.
 
-    Sites are summed in the order of their names, so that the result does not depend on arrival.
+    Sites are summed in the order of their names, so that the result does not depend on arrival. A metric whose sum
+    is beyond the numbers there are is left out.
     """
     sums: dict[str, tuple[float, int]] = {}
     for score in sorted(scores, key=lambda s: s.site):
@@ -35,7 +36,11 @@ def weighted_metrics(scores: Iterable[SiteScore]) -> dict[str, float]:
             if math.isfinite(value):
                 total, examples = sums.get(name, (0.0, 0))
                 sums[name] = total + score.examples * value, examples + score.examples
-    return {name: total / examples for name, (total, examples) in sorted(sums.items())}
+    return {
+        name: total / examples
+        for name, (total, examples) in sorted(sums.items())
+        if math.isfinite(total)
+    }
 
 
 def best_version(
@@ -43,15 +48,17 @@ def best_version(
 ) -> int | None:
     """Return the version with the best ``metric``, or None if none is eligible.
 
-    A version is eligible if at least ``quorum`` sites scored it with a finite value.
+    A version is eligible if at least ``quorum`` sites scored it with a finite value, and their mean is one.
     """
     best: tuple[float, int] | None = None
     for version in sorted(scores):
         finite = [s for s in scores[version] if math.isfinite(s.metrics.get(metric, math.nan))]
         if len(finite) < quorum:
             continue
-        value = weighted_metrics(finite)[metric]
-        value = value if mode == "min" else -value
+        mean = weighted_metrics(finite).get(metric)
+        if mean is None:
+            continue
+        value = mean if mode == "min" else -mean
         if best is None or value < best[0]:
             best = value, version
     return None if best is None else best[1]

@@ -42,7 +42,7 @@ from .rounds import (
 )
 from .scratch import Scratch
 from .selection import SiteScore
-from .status import StatusBuilder
+from .status import StatusBuilder, merge_metrics
 from .steering import steer
 from .store import Store, VersionRow
 from .tasks import make_rounds
@@ -87,7 +87,10 @@ class Server:
             )
         self._access = Access(config)
         self._budget = Budget.of(
-            config.server.memory, config.participants.expected, spill=config.server.spill
+            config.server.memory,
+            config.participants.expected,
+            spill=config.server.spill,
+            encrypted=self._access.secured is not None,
         )
         steady_heap()
         raise_file_limit(config.participants.expected)
@@ -107,7 +110,10 @@ class Server:
         self.endpoint = self._link.endpoint
         self._access.opened(self._link)
         self._link.exchange.set_limits(
-            self._budget.outgoing, self._budget.control_per_peer, self._budget.control
+            self._budget.outgoing,
+            self._budget.control_per_peer,
+            self._budget.control,
+            paced=self._link.secure,
         )
         self._versions = Versions(config, self._store, self._link.exchange)
         self._aggregation: Aggregation | None = None
@@ -294,13 +300,18 @@ class Server:
             self._peers.refuse(peer, self._peers.name(peer), refusal)
 
     def _on_flood(self, peer: bytes, waiting: str) -> None:
-        """A peer sends faster than it is answered: what waits of it is thrown away, and a site's part ends."""
+        """A key sends more than it may: what waits of it is thrown away, its site's part ends, and with keys it is
+        not heard for a while."""
         self._link.exchange.discard(peer)
         self._peers.complain("%s floods the server: %s", self._peers.name(peer), waiting)
-        if self._peers.get(peer) is not None:
-            text = f"this site floods the server: {waiting}"
-            self._link.send(peer, protocol.Refused(code="flood", message=text))
-            self._lose(peer, f"it floods the server: {waiting}", left=True)
+        who = Identity.of_peer(peer)
+        for other, _ in self._peers:
+            if other == peer or (who is not None and Identity.of_peer(other) == who):
+                text = f"this site floods the server: {waiting}"
+                self._link.send(other, protocol.Refused(code="flood", message=text))
+                self._lose(other, f"it floods the server: {waiting}", left=True)
+        if who is not None:
+            self._link.mute(peer)
 
     def _handle(self, peer: bytes, message: protocol.FromSite) -> None:
         if isinstance(message, protocol.StatusRequest):
@@ -326,13 +337,13 @@ class Server:
         elif isinstance(message, protocol.Answer):
             self._on_answer(peer, site, message)
         elif isinstance(message, protocol.Log):
-            known.metrics.update(message.metrics)
+            merge_metrics(known.metrics, message.metrics)
             self._status.note_metrics(site, message.metrics)
         elif isinstance(message, protocol.Problem):
-            logger.warning("%s reports: %s", site, message.message)
+            self._peers.tell(site, "%s reports: %s", message.message)
             self._status.note(site, message.message)
         elif isinstance(message, protocol.Leave):
-            logger.info("%s left: %s", site, message.reason)
+            self._peers.tell(site, "%s left: %s", message.reason, level=logging.INFO)
             self._lose(peer, message.reason, left=True)
 
     def _on_command(self, peer: bytes, command: protocol.Command) -> None:
@@ -342,7 +353,13 @@ class Server:
             reply = protocol.CommandReply(ok=True, message="the run ends with what is committed")
         else:
             reply, actions = steer(self._rounds, command.action, time.monotonic())
-        logger.info("%s says %s: %s", self._peers.name(peer), command.action, reply.message)
+        self._peers.tell(
+            self._peers.name(peer),
+            "%s says %s: %s",
+            command.action,
+            reply.message,
+            level=logging.INFO,
+        )
         self._link.send(peer, reply)
         self._do(actions)
 
@@ -350,7 +367,7 @@ class Server:
         if self._peers.turn_away(peer, join):
             return
         if peer not in self._peers:
-            logger.info("%s joined", join.site)
+            self._peers.tell(join.site, "%s joined", level=logging.INFO)
             self._store.add_member(join.site)
             self._peers.add(peer, join.site, lossless=join.lossless)
         self._link.send(
@@ -396,7 +413,7 @@ class Server:
 
     def _put_out(self, peer: bytes, site: str, code: str, text: str) -> None:
         """Refuse a site that has joined."""
-        logger.error("refused %s: %s", site, text)
+        self._peers.tell(site, "refused %s: %s", text, level=logging.ERROR)
         self._link.send(peer, protocol.Refused(code=code, message=text[:4096]))
         self._lose(peer, text, left=True)
 
@@ -413,12 +430,13 @@ class Server:
     def _on_score(self, site: str, score: protocol.Score) -> None:
         last = self._store.last_version
         if last is None or score.version > last:
-            logger.warning("%s scored model %d, which does not exist", site, score.version)
+            self._peers.tell(site, "%s scored model %s, which does not exist", str(score.version))
             return
         bad = [name for name, value in score.metrics.items() if not math.isfinite(value)]
         if bad:
-            logger.warning(
-                "%s: metric %s of model %d is not finite", site, ", ".join(bad), score.version
+            named = ", ".join(bad)
+            self._peers.tell(
+                site, "%s: metric %s of model %s is not finite", named, str(score.version)
             )
         if score.metrics:
             self._store.add_score(score.version, SiteScore(site, score.examples, score.metrics))
@@ -430,7 +448,7 @@ class Server:
             self._on_invalid(peer, "answer that nobody asked for")
             return
         self._store.add_answer(answer.version, site, answer.examples, answer.outputs)
-        logger.info("%s answered: %s", site, ", ".join(answer.outputs))
+        self._peers.tell(site, "%s answered: %s", ", ".join(answer.outputs), level=logging.INFO)
         self._do(self._rounds.scored(site, answer.version))
 
     def _handle_event(self, event: DataEvent) -> None:
@@ -451,6 +469,11 @@ class Server:
             return
         if event[0] == "flooded":
             self._on_flood(event[1], event[2])
+            return
+        if event[0] == "crowded":
+            self._peers.complain(
+                "%s has %s: the others are cut", self._peers.name(event[1]), event[2]
+            )
             return
         running = self._aggregation
         if running is not None and event[1] == running.collector.id:

@@ -14,11 +14,18 @@ from .rounds import Phase, Rounds
 from .selection import weighted_metrics
 from .store import Store
 
-__all__ = ["StatusBuilder"]
+__all__ = ["StatusBuilder", "merge_metrics"]
 
 
 # Of a long run only the latest versions are shown; the run folder has all of them.
 _MAX_VERSIONS: Final = 200
+
+
+def merge_metrics(known: dict[str, float], news: Mapping[str, float]) -> None:
+    """Put new values into a site's metrics, of which there are never more than a message holds."""
+    for name, value in news.items():
+        if name in known or len(known) < protocol.MAX_METRICS:
+            known[name] = value
 
 
 class StatusBuilder:
@@ -46,7 +53,7 @@ class StatusBuilder:
 
     def note_metrics(self, site: str, metrics: Mapping[str, float]) -> None:
         """Show training metrics with a site."""
-        self._metrics.setdefault(site, {}).update(metrics)
+        merge_metrics(self._metrics.setdefault(site, {}), metrics)
 
     def refresh(self) -> None:
         """Read the versions again when they are next shown."""
@@ -82,9 +89,7 @@ class StatusBuilder:
                     site=member.name,
                     state=member.state.value,
                     examples=self.examples.get(member.name),
-                    metrics=dict(
-                        list(self._metrics.get(member.name, {}).items())[: protocol.MAX_METRICS]
-                    ),
+                    metrics=dict(self._metrics.get(member.name, {})),
                     message=(member.message or self._messages.get(member.name, ""))[:4096],
                 )
                 for member in rounds.roster
@@ -99,7 +104,9 @@ class StatusBuilder:
             self._versions = [
                 protocol.VersionStatus(
                     version=row.version,
-                    metrics=weighted_metrics(scores.get(row.version, [])),
+                    metrics=protocol.first_metrics(
+                        weighted_metrics(scores.get(row.version, [])), self._config.selection.metric
+                    ),
                     participants=list(row.participants),
                     seconds=row.seconds,
                     bytes=row.nbytes,

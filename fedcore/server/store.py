@@ -23,6 +23,7 @@ from typing import Any, Final
 
 from fedcore.errors import BusyError, ConfigError, FedcoreError, StorageError
 from fedcore.layout import sync_folder
+from fedcore.protocol import strict_json
 
 from .selection import SiteScore
 
@@ -456,7 +457,7 @@ class Store:
         path = self.folder / name
         partial = self.folder / f".{name}.partial"
         with _storing(path):
-            _write_durably(partial, json.dumps(values, indent=2) + "\n")
+            _write_durably(partial, strict_json(values, indent=2) + "\n")
             partial.rename(path)
         return path
 

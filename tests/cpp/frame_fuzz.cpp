@@ -158,23 +158,48 @@ void send_one(Input& input, World& world, std::int64_t now) {
                          (how & 0xC0) == 0xC0 ? input.byte() : bytes.size(), frame);
 }
 
+// What a server does now and then with a peer.
+void decide_one(Input& input, World& world, std::int64_t now) {
+  const std::uint8_t what = input.byte();
+  const std::string peer = (what & 1) != 0 ? "north" : "stranger";
+  switch (what >> 1) {
+    case 0:
+      world.exchange.mute(peer, now + 50);
+      break;
+    case 1:
+      world.exchange.discard(peer);
+      break;
+    case 2:
+      world.exchange.forget(peer);
+      break;
+    case 3:
+      world.exchange.block(peer, input.byte() % 2 != 0);
+      break;
+    default:
+      break;
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Input input(data, size);
   constexpr Scheme kSchemes[] = {Scheme::kRaw,  Scheme::kBf16, Scheme::kF16,
                                  Scheme::kInt8, Scheme::kNf4,  Scheme::kTopK};
-  World world(kSchemes[input.byte() % 6]);
+  const std::uint8_t first = input.byte();
+  World world(kSchemes[first % 6]);
+  world.exchange.set_limits({.paced = first >= 128});
   std::int64_t now = 0;
   while (!input.empty()) {
     send_one(input, world, now);
+    decide_one(input, world, now);
     now += input.byte();
     world.exchange.tick(now);
     while (world.exchange.next_out(now)) {
     }
     while (world.exchange.next_event()) {
     }
-    while (world.exchange.next_control()) {
+    while (world.exchange.next_control(now)) {
     }
   }
   const std::vector<std::uint64_t> received = world.collector->chunks_received();

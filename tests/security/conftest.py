@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fedcore.admission import Limits, Secured
+from fedcore.admission import Secured
+from fedcore.connections import Limits
 from fedcore.security import AllowList, Credentials, KeyPair, Role
 from fedcore.transport import ServerLink, SiteLink
 
@@ -106,10 +107,17 @@ def refusal(link: SiteLink) -> str:
 
 @dataclass
 class Wire:
-    """What went over a relay, in both directions together."""
+    """What went over a relay: in both directions together, and to the server alone."""
 
     address: str
     seen: bytearray = field(default_factory=bytearray)
+    to_server: bytearray = field(default_factory=bytearray)
+    servers_end: socket.socket | None = None
+
+    def inject(self, data: bytes) -> None:
+        """Send something to the server as if it came from the last site that dialled."""
+        assert self.servers_end is not None
+        self.servers_end.sendall(data)
 
 
 @contextmanager
@@ -119,12 +127,15 @@ def relay(target: str) -> Iterator[Wire]:
     listener = socket.create_server(("127.0.0.1", 0))
     wire = Wire(f"tcp://127.0.0.1:{listener.getsockname()[1]}")
     ends: list[socket.socket] = []
+    far_ends: list[socket.socket] = []
     threads: list[threading.Thread] = []
 
     def copy(source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 wire.seen.extend(data)
+                if sink in far_ends:
+                    wire.to_server.extend(data)
                 sink.sendall(data)
         with suppress(OSError):
             sink.shutdown(socket.SHUT_RDWR)
@@ -135,6 +146,8 @@ def relay(target: str) -> Iterator[Wire]:
                 near, _ = listener.accept()
                 far = socket.create_connection((host, int(port)))
                 ends.extend([near, far])
+                far_ends.append(far)
+                wire.servers_end = far
                 for pair in ((near, far), (far, near)):
                     threads.append(threading.Thread(target=copy, args=pair, daemon=True))
                     threads[-1].start()

@@ -1,9 +1,9 @@
-"""How often a key may knock, how many connections an address may hold, and what the log says of it."""
+"""How often a key may knock, what a stranger may send, and what the log says of it."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import re
 import socket
 import time
 from collections.abc import Iterator
@@ -12,7 +12,8 @@ import pytest
 import zmq
 
 from fedcore import admission, protocol
-from fedcore.admission import Doorkeeper, Limits
+from fedcore.admission import Doorkeeper
+from fedcore.connections import Limits
 from fedcore.security import KeyPair
 from fedcore.transport import Control
 
@@ -65,16 +66,6 @@ def test_strangers_are_refused_then_left_to_wait_and_cost_a_log_line_a_second(
     assert door.knock(parties.keys["north"].public) == b"200"
 
 
-def test_an_address_holds_no_more_than_its_share_and_this_machine_what_it_likes(
-    door: Door, caplog: pytest.LogCaptureFixture
-) -> None:
-    limit = Limits().per_address
-    door.keeper._from |= {"192.0.2.7": limit + 1, "192.0.2.8": limit, "127.0.0.1": limit + 1}
-    crowded = [a for a in door.keeper._from if door.keeper.crowded(a)]
-    assert crowded == ["192.0.2.7"]
-    assert f"192.0.2.7 has {limit} connections" in caplog.text
-
-
 def test_what_is_remembered_of_keys_is_bounded(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "_MAX_BUCKETS", 2)
     everyone = Parties()
@@ -85,28 +76,117 @@ def test_what_is_remembered_of_keys_is_bounded(door: Door, monkeypatch: pytest.M
     assert len(door.keeper._buckets) <= 2
 
 
+def dial(endpoint: str) -> socket.socket:
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    connection = socket.create_connection((host, int(port)))
+    connection.settimeout(0.2)
+    return connection
+
+
+def until_over(connections: list[socket.socket], count: int) -> int:
+    """Wait until so many of the connections have been ended by the other side; returns how many have."""
+    until = time.monotonic() + DEADLINE
+    while (ended := sum(map(over, connections))) < count and time.monotonic() < until:
+        pass
+    return ended
+
+
 def test_connections_over_the_limit_are_cut_and_the_others_go_on(
-    links: Links, parties: Parties, caplog: pytest.LogCaptureFixture
+    pump: str, links: Links, parties: Parties, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = links.server(parties.secured(Limits(connections=5)))
-    host, _, port = server.endpoint.removeprefix("tcp://").rpartition(":")
     north = links.site(server.endpoint, parties.credentials("north"))
     north.send(protocol.Problem(message="first"))
     wait(server, lambda m: isinstance(m, Control))
     with caplog.at_level(logging.WARNING, "fedcore.server"):
-        idle = [socket.create_connection((host, int(port))) for _ in range(12)]
-        ended = 0
-        until = time.monotonic() + DEADLINE
-        for connection in idle:
-            connection.settimeout(0.2)
-        while ended < 8 and time.monotonic() < until:
-            ended = sum(map(over, idle))
-    assert ended == 8
-    assert re.search("5 connections are open: no more, not from 127.0.0.1", caplog.text)
+        idle = [dial(server.endpoint) for _ in range(12)]
+        assert until_over(idle, 8) == 8
+    assert "cut a connection from 127.0.0.1, which is one of more than 5 connections" in caplog.text
     north.send(protocol.Problem(message="still here"))
     wait(server, lambda m: isinstance(m, Control) and b"still here" in m.body)
+    south = links.site(server.endpoint, parties.credentials("south"))  # while the door is full
+    south.send(protocol.Problem(message="let in"))
+    wait(server, lambda m: isinstance(m, Control) and b"let in" in m.body)
     for connection in idle:
         connection.close()
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
+MIB = 1 << 20
+
+
+def test_a_stranger_can_not_fill_the_servers_memory(
+    pump: str, links: Links, parties: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    """libzmq takes in whatever length is announced before it knows who speaks."""
+    server = links.server(parties.secured())
+    north = links.site(server.endpoint, parties.credentials("north"))
+    north.send(protocol.Problem(message="first"))
+    wait(server, lambda m: isinstance(m, Control))
+    with caplog.at_level(logging.WARNING, "fedcore.server"):
+        taken = 0
+        for _ in range(20):
+            stranger = dial(server.endpoint)
+            stranger.sendall(GREETING + b"\x06" + (7 * MIB).to_bytes(8, "big"))
+            time.sleep(0.01)
+            with contextlib.suppress(OSError):
+                for _ in range(7 * 16):
+                    stranger.sendall(bytes(MIB // 16))
+                    taken += MIB // 16
+                    time.sleep(0.01)  # a line of 50 Mbit/s
+            stranger.close()
+    assert "sent 16384 bytes without a valid key" in caplog.text
+    assert taken < 20 * 2 * MIB, taken
+    north.send(protocol.Problem(message="still here"))
+    wait(server, lambda m: isinstance(m, Control) and b"still here" in m.body)
+
+
+@pytest.mark.parametrize("length", [2 << 30, (1 << 63) - 1, (1 << 64) - 1])
+def test_a_length_that_no_frame_has_ends_the_connection(
+    links: Links, parties: Parties, length: int
+) -> None:
+    server = links.server(parties.secured())
+    stranger = dial(server.endpoint)
+    stranger.sendall(GREETING + b"\x06" + length.to_bytes(8, "big"))
+    assert until_over([stranger], 1) == 1
+
+
+def test_a_connection_that_never_says_who_it_is_is_cut(
+    links: Links, parties: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = links.server(parties.secured(Limits(unproved_seconds=0.3)))
+    north = links.site(server.endpoint, parties.credentials("north"))
+    north.send(protocol.Problem(message="first"))
+    wait(server, lambda m: isinstance(m, Control))
+    with caplog.at_level(logging.WARNING, "fedcore.server"):
+        half_open = [dial(server.endpoint) for _ in range(3)]
+        half_open[1].sendall(GREETING[:10])
+        half_open[2].sendall(GREETING)
+        assert until_over(half_open, 3) == 3
+    assert "proved no key in 0.3 s" in caplog.text
+    assert "127.0.0.1" in caplog.text
+    north.send(protocol.Problem(message="still here"))
+    wait(server, lambda m: isinstance(m, Control) and b"still here" in m.body)
+
+
+def test_a_key_that_is_muted_is_cut_and_heard_again_later(
+    pump: str, links: Links, parties: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = links.server(parties.secured())
+    north = links.site(server.endpoint, parties.credentials("north"))
+    north.send(protocol.Problem(message="first"))
+    arrived = wait(server, lambda m: isinstance(m, Control))
+    assert isinstance(arrived, Control)
+    with caplog.at_level(logging.WARNING, "fedcore.server"):
+        server.mute(arrived.peer)
+        north.send(protocol.Problem(message="not heard"))
+        until = time.monotonic() + DEADLINE
+        while "is not heard any more" not in caplog.text:
+            assert time.monotonic() < until
+            assert server.recv(0.05) is None
+    server.exchange.mute(arrived.peer, 0)
+    north.send(protocol.Problem(message="heard"))
+    wait(server, lambda m: isinstance(m, Control) and b'"heard"' in m.body)
 
 
 def over(connection: socket.socket) -> bool:

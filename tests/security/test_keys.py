@@ -178,6 +178,14 @@ def test_a_key_pair_does_not_show_its_secret() -> None:
     assert pair.secret not in repr(Credentials(KEY, pair))
 
 
+def test_a_public_key_is_never_taken_for_an_option_of_a_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pairs = iter([(b"-" + b"a" * 39, b"s" * 40), (b"b" * 40, b"t" * 40)])
+    monkeypatch.setattr("zmq.curve_keypair", lambda: next(pairs))
+    assert KeyPair.generate() == KeyPair("b" * 40, "t" * 40)
+
+
 def test_a_key_made_at_the_site_is_admitted_by_its_public_half(
     made: Provisioned, tmp_path: Path
 ) -> None:

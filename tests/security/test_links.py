@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import uuid
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -143,3 +145,49 @@ def test_tensor_bytes_and_messages_are_on_the_wire_only_without_encryption(
         assert (arrived.body in wire.seen) is not encrypted
         site.close()
     assert len(wire.seen) > len(sent)
+
+
+def heard_again(server: ServerLink, text: bytes, seconds: float) -> bool:
+    """Whether a message with this text arrives once more."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        arrived = server.recv(left)
+        if isinstance(arrived, Control) and text in arrived.body:
+            return True
+    return False
+
+
+def flipped(data: bytes) -> bytes:
+    changed = bytearray(data)
+    changed[-1] ^= 1
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("change", [bytes, flipped], ids=["replayed", "changed"])
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_a_replayed_or_changed_message_is_not_taken(
+    links: Links, parties: Parties, encrypted: bool, change: Callable[[bytes], bytes]
+) -> None:
+    server = links.server(parties.secured() if encrypted else None)
+    with relay(server.endpoint) as wire:
+        site = links.site(wire.address, parties.credentials("north") if encrypted else None)
+        hello(server, site)
+        before = len(wire.to_server)
+        text = hello(server, site).body
+        wire.inject(change(bytes(wire.to_server[before:])))
+        taken_twice = not encrypted and change is bytes  # so that this test can fail
+        assert heard_again(server, text, 0.5) is taken_twice
+        hello(server, site)  # over a new connection, where the old one was ended
+        site.close()
+
+
+def test_a_recorded_connection_is_of_no_use_later(links: Links, parties: Parties) -> None:
+    server = links.server(parties.secured())
+    with relay(server.endpoint) as wire:
+        site = links.site(wire.address, parties.credentials("north"))
+        text = hello(server, site).body
+        site.close()
+    host, _, port = server.endpoint.removeprefix("tcp://").rpartition(":")
+    with socket.create_connection((host, int(port))) as again:
+        again.sendall(wire.to_server)
+        assert not heard_again(server, text, 1.0)

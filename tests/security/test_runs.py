@@ -22,7 +22,7 @@ from fedcore import protocol
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.config import parse_run
-from fedcore.errors import ConfigError, RefusedError
+from fedcore.errors import ConfigError, RefusedError, TransferTimeout
 from fedcore.provision import Project, Provisioned, admit, make_key, provision, revoke
 from fedcore.security import KeyPair, Role, load_kit
 from fedcore.server.access import Access
@@ -50,18 +50,18 @@ def kits(tmp_path: Path) -> Provisioned:
     return provision(Project("tcp://127.0.0.1:7733", PARTIES), tmp_path / "kits")
 
 
-def server_of(tmp_path: Path, rounds: int = 2, **people: Any) -> Server:
+def server_of(tmp_path: Path, rounds: int = 2, keys: str = "kits/server", **people: Any) -> Server:
     values = {
         "run": {"name": "t", "rounds": rounds},
         "participants": {"sites": ["a", "b"], "round_deadline": "30s", **people},
-        "server": {"listen": "tcp://127.0.0.1:0", "keys": "kits/server"},
+        "server": {"listen": "tcp://127.0.0.1:0", "keys": keys},
     }
     return Server(parse_run(values, folder=tmp_path))
 
 
-def settings(kit: Path, address: str) -> SiteSettings:
+def settings(kit: Path, address: str, connect_timeout: float = 15) -> SiteSettings:
     found = load_kit(kit)
-    return SiteSettings(address, found.name, found.credentials, connect_timeout=15)
+    return SiteSettings(address, found.name, found.credentials, connect_timeout=connect_timeout)
 
 
 def site(kit: Path, address: str, step: float, hold: Callable[[int], None] = lambda _: None) -> int:
@@ -181,6 +181,41 @@ def test_a_revoked_key_is_not_heard_on_the_connection_that_it_still_has(
     answer(links, waiting, kits.kits["b"], join("b"))
     assert link.recv(0.3) is None
     assert "a is taken out of the run" in caplog.text
+
+
+def test_a_run_goes_on_under_another_key_of_the_server(tmp_path: Path, kits: Provisioned) -> None:
+    reached = threading.Barrier(3, timeout=DEADLINE)
+
+    def leave(round_: int) -> None:
+        if round_ == 2:
+            reached.wait()
+            raise KeyboardInterrupt
+
+    server = server_of(tmp_path, rounds=3)
+    with running(server) as (pool, result):
+        sites = [
+            pool.submit(site, kits.kits[name], server.endpoint, step, leave)
+            for name, step in (("a", 1), ("b", 3))
+        ]
+        reached.wait()
+        server.stop()
+        assert not result.result(60).ok
+        for done in sites:
+            with pytest.raises(KeyboardInterrupt):
+                done.result(60)
+    assert models(tmp_path) == [0, 2]
+    new = provision(Project("tcp://127.0.0.1:7733", PARTIES), tmp_path / "new")
+    server = server_of(tmp_path, rounds=3, keys="new/server")
+    with running(server) as (pool, result):
+        with pytest.raises((RefusedError, TransferTimeout)):  # the old server's key
+            Session(settings(kits.kits["a"], server.endpoint, connect_timeout=1)).is_running()
+        sites = [
+            pool.submit(site, new.kits[name], server.endpoint, step)
+            for name, step in (("a", 1), ("b", 3))
+        ]
+        assert [done.result(60) for done in sites] == [2, 2]
+        assert result.result(60).ok
+    assert models(tmp_path) == [0, 2, 4, 6]
 
 
 def train_on(session: Session) -> None:
@@ -306,6 +341,21 @@ def test_the_servers_own_user_needs_no_kit_beside_the_run_folder(waiting: Server
         time.sleep(0.02)
 
 
+def test_the_servers_own_key_is_written_nowhere_but_in_the_run_folder(
+    tmp_path: Path, kits: Provisioned
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "runs/t").mkdir(parents=True)
+    (tmp_path / "runs/t/local").symlink_to(tmp_path / "elsewhere")
+    server = server_of(tmp_path)
+    try:
+        assert list((tmp_path / "elsewhere").iterdir()) == []
+        assert load_kit(tmp_path / "runs/t/local").name == "run-folder"
+    finally:
+        server.stop()
+        server.run()
+
+
 def test_a_damaged_allow_list_leaves_the_old_one_in_force(
     waiting: Server, kits: Provisioned, links: Links, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -345,7 +395,7 @@ def test_the_door_is_wide_enough_for_all_sites_at_one_address(
     }
     secured = Access(parse_run(values, folder=tmp_path)).secured
     assert secured is not None
-    assert min(secured.limits.connections, secured.limits.per_address) >= 2 * 5000
+    assert min(secured.limits.connections, secured.limits.per_network) >= 2 * 5000
 
 
 def test_a_secret_that_others_can_read_stops_the_server(tmp_path: Path, kits: Provisioned) -> None:

@@ -115,3 +115,14 @@ def test_every_test_that_the_security_pages_name_is_there() -> None:
     for path, test in named:
         source = (ROOT / "tests" / path).read_text(encoding="utf-8")
         assert f"def {test}(" in source if test else source, f"{path}::{test}"
+
+
+def test_every_attempt_on_the_security_page_names_a_test() -> None:
+    rows = re.findall(r"^\| attempt \|.*?\n\n", text("docs/security.md"), re.MULTILINE | re.DOTALL)
+    attempts = [line for table in rows for line in table.splitlines()[2:] if line]
+    assert len(rows) == 3
+    assert len(attempts) >= 30
+    for line in attempts:
+        assert re.search(
+            r"`[a-z_/]+\.py(::test_\w+)?` \|$|`, `[a-z_/]+\.py::test_\w+` \|$", line
+        ), line

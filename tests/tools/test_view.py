@@ -62,6 +62,14 @@ def test_markup_in_a_sites_message_is_shown_as_it_is(reply: StatusReply) -> None
     assert "[red]/x[/y]" in drawn(reply.model_copy(update={"sites": [site]}))
 
 
+def test_markup_in_the_name_of_a_metric_is_shown_as_it_is(reply: StatusReply) -> None:
+    odd = {"[/loss]": 0.5}
+    site = reply.sites[0].model_copy(update={"metrics": odd})
+    version = VersionStatus(version=0, metrics=odd)
+    text = drawn(reply.model_copy(update={"sites": [site], "versions": [version]}))
+    assert text.count("[/loss]") == 2
+
+
 def test_plain_lines_come_once_for_each_change(reply: StatusReply) -> None:
     lines: list[str] = []
     plain = PlainLines(lines.append)

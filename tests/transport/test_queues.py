@@ -33,12 +33,16 @@ def frames(exchange: Exchange) -> list[tuple[bytes, bytes, memoryview | None]]:
     return list(iter(lambda: exchange.next_out(0), None))
 
 
+def handed_out(exchange: Exchange, now_ms: int = 0) -> list[tuple[bytes, bytes]]:
+    return list(iter(lambda: exchange.next_control(now_ms), None))
+
+
 def test_a_peer_that_sends_more_than_is_handled_delays_itself_alone() -> None:
     exchange = Exchange()
     for number in range(50):
         exchange.deliver(0, b"eager", *control_frames(protocol.Problem(message=str(number))))
     exchange.deliver(0, b"calm", *control_frames(protocol.StatusRequest()))
-    order = [peer for peer, _ in iter(exchange.next_control, None)]
+    order = [peer for peer, _ in handed_out(exchange)]
     assert order[:3] == [b"eager", b"calm", b"eager"]
     assert order.count(b"eager") == 50
 
@@ -55,9 +59,9 @@ def test_control_messages_beyond_the_bounds_are_lost_and_that_is_told_once() -> 
     assert exchange.next_event() is None
     for peer in (b"one", b"two", b"three"):
         exchange.deliver(0, peer, *message)
-    assert len(list(iter(exchange.next_control, None))) == 5  # of 5000 bytes in all
+    assert len(handed_out(exchange)) == 5  # of 5000 bytes in all
     exchange.deliver(0, b"eager", *message)
-    assert exchange.next_control() is not None
+    assert exchange.next_control(0) is not None
 
 
 def test_what_waits_of_a_peer_can_be_thrown_away() -> None:
@@ -65,7 +69,7 @@ def test_what_waits_of_a_peer_can_be_thrown_away() -> None:
     for peer in (b"a", b"b", b"a"):
         exchange.deliver(0, peer, *control_frames(protocol.Alive()))
     exchange.discard(b"a")
-    assert [peer for peer, _ in iter(exchange.next_control, None)] == [b"b"]
+    assert [peer for peer, _ in handed_out(exchange)] == [b"b"]
 
 
 def test_a_peer_that_does_not_read_leaves_room_for_the_others(tmp_path: Path) -> None:
@@ -139,3 +143,140 @@ def test_the_system_ends_the_connection_of_a_peer_that_reads_nothing(
         peer.close(linger=0)
         context.term()
         link.close()
+
+
+def paced() -> Exchange:
+    exchange = Exchange()
+    exchange.set_limits(outgoing=1 << 20, control_per_peer=8 << 20, control=16 << 20, paced=True)
+    return exchange
+
+
+def ping() -> bytes:
+    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.PING, 0, 0, bytes(16), 0, 0, 0, 0, 0)[:44]
+    return head + crc32c(head).to_bytes(4, "little")
+
+
+def events(exchange: Exchange) -> list[tuple[Any, ...]]:
+    return [e for e in iter(exchange.next_event, None) if e[0] != "stranger"]
+
+
+UNHEARD = 4
+BURST, RATE = 2000, 1000
+
+
+def test_a_key_that_says_more_than_its_rate_waits_and_others_do_not() -> None:
+    exchange = paced()
+    message = control_frames(protocol.Alive())
+    handled = 0
+    for _ in range(3):  # its connections share one rate
+        for number in range(800):
+            exchange.deliver(0, b"site/a/1\0%d" % (number % 3), *message)
+        handled += len(handed_out(exchange))
+    assert handled == BURST
+    exchange.deliver(0, b"site/b/2\0x", *message)
+    assert [peer for peer, _ in handed_out(exchange)] == [b"site/b/2\0x"]
+    assert len(handed_out(exchange, 100)) == RATE // 10
+    assert len(handed_out(exchange, 10_000)) == 400 - RATE // 10
+    assert events(exchange) == []
+
+
+def test_a_key_that_says_much_at_once_waits_by_its_bytes() -> None:
+    exchange = paced()
+    message = control_frames(protocol.Declare(tensors=[("w" * 1000, "F32", [1])] * 4000))
+    size = len(message[1])
+    assert 4_000_000 < size < protocol.MAX_CONTROL_BYTES
+    seconds = 0
+    handled = []
+    for _ in range(20):
+        exchange.deliver(seconds * 1000, b"site/a/1\0x", *message)
+        handled += handed_out(exchange, seconds * 1000)
+    assert len(handled) == (32 << 20) // size + 1
+    assert not handed_out(exchange, 1000)
+    assert handed_out(exchange, 10_000)
+
+
+def test_what_waits_counts_for_a_key_and_not_for_each_connection() -> None:
+    exchange = paced()
+    message = control_frames(protocol.Alive())
+    for number in range(5000):
+        exchange.deliver(0, b"site/a/1\0%d" % (number % 30), *message)
+    ((kind, peer, waiting),) = events(exchange)
+    assert (kind, peer.partition(b"\0")[0]) == ("flooded", b"site/a/1")
+    assert "1024 control messages" in waiting
+
+
+def test_keys_that_fill_the_queue_leave_room_for_a_first_message_of_another() -> None:
+    exchange = paced()
+    big = control_frames(protocol.Declare(tensors=[("w" * 1000, "F32", [1])] * 4000))
+    for key in range(20):
+        exchange.deliver(0, b"site/k%d/1\0x" % key, *big)
+    exchange.deliver(0, b"site/a/1\0x", *control_frames(protocol.StatusRequest()))
+    assert b"site/a/1\0x" in [peer for peer, _ in handed_out(exchange)]
+
+
+def test_a_key_has_so_many_connections_and_no_more_and_silent_ones_make_room() -> None:
+    exchange = paced()
+    verdicts = [exchange.deliver(0, b"site/a/1\0%d" % number, ping(), None) for number in range(40)]
+    assert verdicts == [0] * 32 + [UNHEARD] * 8
+    ((kind, peer, text),) = events(exchange)
+    assert (kind, peer, text) == ("crowded", b"site/a/1\x0032", "more than 32 connections at once")
+    assert exchange.deliver(0, b"site/b/2\0x", ping(), None) == 0
+    assert exchange.deliver(9000, b"site/a/1\x000", ping(), None) == 0
+    assert exchange.deliver(11_000, b"site/a/1\x0050", ping(), None) == 0
+    assert exchange.deliver(11_000, b"site/a/1\x000", ping(), None) == 0
+
+
+@pytest.mark.parametrize(
+    ("frame", "count"),
+    [(ping(), 20_000), (get(0, 1), 20_000), (b"x" * 48, 5000)],
+    ids=["pings", "requests", "malformed frames"],
+)
+def test_a_key_that_sends_frames_without_end_is_named_and_not_heard(
+    frame: bytes, count: int
+) -> None:
+    exchange = paced()
+    verdicts = [exchange.deliver(0, b"site/a/1\0x", frame, None) for _ in range(count + 1000)]
+    while exchange.next_out(0) is not None:
+        pass
+    assert verdicts.index(UNHEARD) == count
+    assert set(verdicts[count:]) == {UNHEARD}
+    assert exchange.deliver(0, b"site/b/2\0x", ping(), None) == 0
+    assert exchange.deliver(1000, b"site/a/1\0x", frame, None) != UNHEARD
+    floods = [event for event in events(exchange) if event[0] == "flooded"]
+    assert [event[1] for event in floods] == [b"site/a/1\0x"]
+
+
+def test_a_muted_key_is_heard_on_none_of_its_connections_until_its_time_is_over() -> None:
+    exchange = paced()
+    alive = control_frames(protocol.Alive())
+    for peer in (b"site/a/1\0x", b"site/a/1\0y", b"site/b/2\0x"):
+        exchange.deliver(0, peer, *alive)
+    exchange.mute(b"site/a/1\0x", 500)
+    assert [peer for peer, _ in handed_out(exchange)] == [b"site/b/2\0x"]
+    assert exchange.deliver(499, b"site/a/1\0y", *alive) == UNHEARD
+    assert exchange.deliver(499, b"site/b/2\0x", *alive) == 0
+    assert exchange.deliver(500, b"site/a/1\0y", *alive) == 0
+
+
+def test_what_is_known_of_owners_is_forgotten_with_their_connections() -> None:
+    exchange = paced()
+    most = 0
+    for number in range(100_000):  # a hundred a second
+        exchange.deliver(number * 10, b"site/%d/1\0x" % number, ping(), None)
+        exchange.next_out(0)
+        if number % 1000 == 0:
+            most = max(most, exchange.stats()["owners"])
+    assert 60_000 < most < 75_000
+    assert exchange.stats()["owners"] < 40_000
+
+
+def test_requests_beyond_those_that_may_wait_are_refused_as_busy(tmp_path: Path) -> None:
+    exchange = Exchange()
+    publish(exchange, tmp_path / "set", 4)
+    for _ in range(1024 + 76):
+        exchange.deliver(0, b"eager", get(0, 1), None)
+    exchange.deliver(0, b"calm", get(1, 1), None)
+    replies = [(peer, header[5], header[32]) for peer, header, _ in frames(exchange)]
+    busy = [reply for reply in replies if reply[1] == Kind.REFUSE]
+    assert busy == [(b"eager", Kind.REFUSE, 3)] * 76
+    assert replies.index((b"calm", Kind.CHUNK, 0)) < 80

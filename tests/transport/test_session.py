@@ -21,6 +21,7 @@ from fedcore.errors import (
     ClosedError,
     ConfigError,
     LayoutError,
+    ProtocolError,
     RefusedError,
     TransferTimeout,
     WeightError,
@@ -86,7 +87,7 @@ class Stage:
         )
         return set_id.hex
 
-    def task(self, kind: str, round_: int, set_id: str) -> None:
+    def task(self, kind: str, round_: int, set_id: str, layout: Layout = LAYOUT) -> None:
         self.say(
             p.Task.model_validate(
                 {
@@ -95,8 +96,8 @@ class Stage:
                     "rounds": 2,
                     "version": round_ - (kind == "train"),
                     "set_id": set_id,
-                    "layout_hash": layout_hash(LAYOUT),
-                    "tensors": table(LAYOUT),
+                    "layout_hash": layout_hash(layout),
+                    "tensors": table(layout),
                 },
                 strict=False,
             )
@@ -330,6 +331,41 @@ def test_a_layout_that_differs_is_a_layout_error(pump: str) -> None:
             begun.result(DEADLINE)
 
 
+def test_a_site_takes_tensors_of_its_own_names_dtypes_and_shapes_alone() -> None:
+    other = Layout([("__class__", "F64", [999]), ("head.bias", "I32", [1])], 4096)
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 1, server.publish(3), other)
+        running.result(DEADLINE)
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.accept()
+        model = begun.result(DEADLINE)
+        assert {name: len(data) for name, data in model.tensors.items()} == {
+            "head.weight": 8000,
+            "head.bias": 200,
+        }
+        assert [tuple(spec)[:2] for spec in model.specs] == [
+            (name, dtype) for name, dtype, _ in sorted(SPECS)
+        ]
+
+
+def test_a_server_that_accepts_another_layout_is_not_worked_with() -> None:
+    other = Layout([("head.weight", "F32", [2000])], 4096)
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 1, server.publish(0))
+        running.result(DEADLINE)
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.expect(p.Declare)
+        server.say(p.Accepted(layout_hash=layout_hash(other)))
+        with pytest.raises(ProtocolError, match="another layout"):
+            begun.result(DEADLINE)
+
+
 def test_a_site_that_was_refused_does_not_come_again_by_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -505,3 +541,18 @@ def test_plain_text_to_another_machine_is_insisted_on_twice() -> None:
     environ = {"FEDCORE_SERVER": "tcp://192.0.2.1:1", "FEDCORE_SITE": "a", "FEDCORE_INSECURE": "1"}
     found = SiteSettings.from_environment({**environ, "FEDCORE_INSECURE_NETWORK": "1"})
     assert found.credentials is None
+
+
+def test_metrics_of_every_step_go_out_a_few_times_a_second_and_the_last_before_the_update() -> None:
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        for step in range(5000):
+            session.log({"train_loss": float(step), f"other-{step}": 1.0}, step=step)
+        session.submit(fill(0), 1, {})
+        said = []
+        while not said or said[-1].metrics["train_loss"] != 4999.0:
+            said.append(server.expect(p.Log))
+        server.expect(p.Ready)
+        assert 20 <= len(said) < 500
+        assert said[-1].step == 4999
+        assert max(len(message.metrics) for message in said) <= p.MAX_METRICS

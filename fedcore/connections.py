@@ -1,0 +1,203 @@
+"""The open connections of an encrypted server: from where, since when, and which of them have proved themselves.
+
+A connection is *unproved* until a message of it was understood, which takes a key on the allow-list. Unproved ones
+are few, short-lived and may send little: libzmq takes in whatever length a stranger announces. Sans I/O: numbers,
+addresses and the clock come in, and what to cut goes out.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from .allowance import Allowance
+
+__all__ = ["CUT", "HEARD", "Connections", "Limits"]
+
+HEARD: Final = 1
+"""What the pump notes of a connection: a message of it was understood."""
+CUT: Final = 2
+"""What the pump notes of a connection: its peer is not heard any more, so that it may go."""
+_MAX_NETWORKS: Final = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one key, one network and all together may ask of the door. A network is an IPv4 address or an IPv6 /64;
+    for this machine's own there are no limits per network, as a relay on it speaks for others.
+
+    Attributes:
+        burst, per_second: handshakes of one key at once, and over time.
+        strangers_burst, strangers_per_second: the same of all unknown keys together.
+        connections: open connections in all; ``per_network`` of them from one network.
+        arrivals, arrivals_per_second: connections that one network may open at once, and over time.
+        unproved: connections of which nothing was understood yet, in all.
+        unproved_bytes, unproved_seconds: what such a connection may send, and how long it may be there.
+        unproved_spared: for how many seconds at least one makes no room for a newcomer, which is cut then: a
+            handshake costs more than to refuse it.
+    """
+
+    burst: int = 20
+    per_second: float = 2.0
+    strangers_burst: int = 50
+    strangers_per_second: float = 20.0
+    connections: int = 4096
+    per_network: int = 256
+    arrivals: int = 128
+    arrivals_per_second: float = 16.0
+    unproved: int = 256
+    unproved_bytes: int = 16 << 10
+    unproved_seconds: float = 15.0
+    unproved_spared: float = 2.0
+
+    @classmethod
+    def of(cls, sites: int) -> Limits:
+        """Return limits that so many sites never meet, even if all of them come from one network at once."""
+        return cls(
+            connections=max(4096, 4 * sites),
+            per_network=max(256, 2 * sites),
+            arrivals=max(128, 4 * sites),
+            arrivals_per_second=max(16.0, sites / 2),
+            unproved=max(256, 2 * sites),
+        )
+
+
+@dataclass
+class _Open:
+    address: str
+    network: str
+    since: float
+
+
+class Connections:
+    """Which connections are open, and which must be cut.
+
+    Args:
+        limits: see `Limits`.
+        most: open connections in all.
+        heard: a byte for each file number, `HEARD` or `CUT`, which the pump writes.
+        received: how many bytes a connection has received.
+    """
+
+    def __init__(
+        self, limits: Limits, most: int, heard: bytearray, received: Callable[[int], int]
+    ) -> None:
+        self._limits = limits
+        self._most = most
+        self._heard = heard
+        self._received = received
+        self._open: dict[int, _Open] = {}
+        self._networks: Counter[str] = Counter()
+        self._unproved: dict[int, _Open] = {}  # the oldest first
+        self._arrivals: dict[str, Allowance] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    @property
+    def unproved(self) -> int:
+        """How many have proved nothing, as of the last look."""
+        return len(self._unproved)
+
+    def opened(self, number: int, address: str, now: float) -> tuple[int, str] | None:
+        """Note a connection that was accepted; returns which one has to go for it, and why."""
+        self.closed(number)  # a number that is accepted again was closed before
+        network, local = network_of(address)
+        if number < len(self._heard):
+            self._heard[number] = 0
+        self._open[number] = self._unproved[number] = _Open(address, network, now)
+        self._networks[network] += 1
+        limits = self._limits
+        if not local:
+            if not self._may_arrive(network, now):
+                return self._cut(number, "opens connections too often")
+            if self._networks[network] > limits.per_network:
+                return self._cut_for(
+                    number, network, f"has more than {limits.per_network} connections"
+                )
+        if len(self._unproved) > limits.unproved:
+            return self._cut_for(
+                number, None, f"is one of more than {limits.unproved} that prove no key"
+            )
+        if len(self._open) > self._most:
+            return self._cut_for(number, None, f"is one of more than {self._most} connections")
+        return None
+
+    def closed(self, number: int) -> None:
+        """Note a connection that is gone, whoever ended it."""
+        gone = self._open.pop(number, None)
+        self._unproved.pop(number, None)
+        if gone is not None:
+            self._networks[gone.network] -= 1
+            if not self._networks[gone.network]:
+                del self._networks[gone.network]
+
+    def address(self, number: int) -> str | None:
+        """Return where a connection comes from, if it is open."""
+        found = self._open.get(number)
+        return None if found is None else found.address
+
+    def sweep(self, now: float) -> Iterator[tuple[int, str]]:
+        """Look at all; yields what to cut, and why."""
+        limits = self._limits
+        for number, found in list(self._unproved.items()):
+            if self._note(number) == HEARD:
+                del self._unproved[number]
+            elif self._received(number) > limits.unproved_bytes:
+                yield self._cut(number, f"sent {limits.unproved_bytes} bytes without a valid key")
+            elif now - found.since > limits.unproved_seconds:
+                yield self._cut(number, f"proved no key in {limits.unproved_seconds:g} s")
+        for number in [n for n in self._open if self._note(n) == CUT]:
+            yield self._cut(number, "is not heard any more")
+
+    # --- deciding ---
+
+    def _note(self, number: int) -> int:
+        """Return what the pump noted; numbers beyond its notes are taken for proved."""
+        return self._heard[number] if number < len(self._heard) else HEARD
+
+    def _may_arrive(self, network: str, now: float) -> bool:
+        if network not in self._arrivals and len(self._arrivals) >= _MAX_NETWORKS:
+            self._arrivals.clear()
+        limits = self._limits
+        return self._arrivals.setdefault(
+            network, Allowance(limits.arrivals, limits.arrivals_per_second, now)
+        ).take(now)
+
+    def _cut_for(self, newcomer: int, network: str | None, why: str) -> tuple[int, str] | None:
+        """Cut the oldest unproved connection of a network, or of the one that has the most, or else the newcomer.
+
+        None if it turns out that some have proved themselves meanwhile, and there is room.
+        """
+        for number in [n for n in self._unproved if self._note(n) == HEARD]:
+            del self._unproved[number]
+        if network is None:
+            if len(self._unproved) <= self._limits.unproved and len(self._open) <= self._most:
+                return None
+            of = Counter(found.network for found in self._unproved.values())
+            network = max(of, key=lambda name: of[name])
+        oldest = next(n for n, found in self._unproved.items() if found.network == network)
+        now = self._unproved[newcomer].since
+        spared = now - self._unproved[oldest].since < self._limits.unproved_spared
+        return self._cut(newcomer if spared else oldest, why)
+
+    def _cut(self, number: int, why: str) -> tuple[int, str]:
+        self.closed(number)
+        return number, why
+
+
+def network_of(address: str) -> tuple[str, bool]:
+    """Return the network that an address counts for, and whether it is this machine's own."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return address, False
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is None:
+            network = ipaddress.ip_network((found, 64), strict=False)
+            return str(network), found.is_loopback
+        found = found.ipv4_mapped
+    return str(found), found.is_loopback

@@ -1,0 +1,194 @@
+"""Which connections are cut, decided without sockets: by number, by network, and while they prove no key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from fedcore.connections import CUT, HEARD, Connections, Limits, network_of
+
+
+@dataclass
+class World:
+    """Connections with a clock, numbers and bytes that the test makes up."""
+
+    limits: Limits
+    most: int = 1000
+    now: float = 0.0
+    heard: bytearray = field(default_factory=lambda: bytearray(100_000))
+    received: dict[int, int] = field(default_factory=dict)
+    last: int = 9
+    cut: list[int] = field(default_factory=list)
+    why: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.connections = Connections(
+            self.limits, self.most, self.heard, lambda number: self.received.get(number, 0)
+        )
+
+    def open(self, address: str = "192.0.2.7", *, proved: bool = False) -> int:
+        self.last += 1
+        surplus = self.connections.opened(self.last, address, self.now)
+        if proved:
+            self.heard[self.last] = HEARD
+        self._note([surplus] if surplus else [])
+        return self.last
+
+    def sweep(self) -> None:
+        self._note(list(self.connections.sweep(self.now)))
+
+    def _note(self, cut: list[tuple[int, str]]) -> None:
+        self.cut += [number for number, _ in cut]
+        self.why += [why for _, why in cut]
+
+
+def test_a_stranger_that_sends_much_is_cut_and_a_key_holder_that_sends_as_much_is_not() -> None:
+    world = World(Limits(unproved_bytes=1000))
+    loud, site, calm = world.open(), world.open(proved=True), world.open()
+    world.received = {loud: 1001, site: 1 << 40, calm: 1000}
+    world.sweep()
+    assert world.cut == [loud]
+    assert "1000 bytes without a valid key" in world.why[0]
+
+
+def test_a_connection_that_proves_no_key_is_cut_in_time() -> None:
+    world = World(Limits(unproved_seconds=15))
+    silent, site = world.open(), world.open()
+    world.now += 14
+    world.heard[site] = HEARD
+    world.sweep()
+    assert world.cut == []
+    world.now += 2
+    world.sweep()
+    assert world.cut == [silent]
+    assert world.connections.unproved == 0
+
+
+def test_the_oldest_stranger_makes_room_for_a_newcomer() -> None:
+    world = World(Limits(unproved=3))
+    site = world.open(proved=True)
+    strangers = [world.open() for _ in range(3)]
+    world.now += 2
+    newcomer = world.open()
+    assert world.cut == [strangers[0]]
+    assert site != newcomer
+    assert len(world.connections) == 4
+
+
+def test_strangers_without_end_cost_a_bounded_number_of_handshakes() -> None:
+    world = World(Limits(unproved=256), most=10_000)
+    opened = 0
+    for _ in range(10_000):  # a thousand a second
+        world.now += 0.001
+        world.open(f"198.51.{opened % 100}.{opened % 250}")
+        opened += 1
+    lived = opened - len([n for n, why in zip(world.cut, world.why, strict=True) if why])
+    spared = [n for n in world.cut if n > 9 + 256]
+    assert lived == 256
+    assert opened - len(spared) <= 256 * (1 + 10 / 2)
+
+
+def test_the_network_with_the_most_strangers_pays_for_a_newcomer() -> None:
+    world = World(Limits(unproved=4, per_network=100))
+    other = world.open("198.51.100.1")
+    crowd = [world.open(f"2001:db8::{i}") for i in range(3)]
+    world.now += 2
+    world.open("198.51.100.2")
+    assert world.cut == [crowd[0]]
+    assert world.connections.address(other) == "198.51.100.1"
+
+
+def test_strangers_never_crowd_out_a_newcomer_with_a_key_for_long() -> None:
+    world = World(Limits(), most=5)
+    sites = [world.open(f"198.51.100.{i}", proved=True) for i in range(3)]
+    for _ in range(50):
+        world.open()
+    assert len(world.connections) == 5
+    world.now += 2
+    newcomer = world.open("198.51.100.9", proved=True)
+    world.sweep()
+    assert all(world.connections.address(n) for n in (*sites, newcomer))
+
+
+def test_a_key_holder_that_came_since_the_last_look_is_not_counted_as_a_stranger() -> None:
+    world = World(Limits(unproved=2))
+    for _ in range(10):
+        world.open(proved=True)
+    assert world.cut == []
+
+
+def test_a_network_has_its_share_of_connections_and_of_arrivals() -> None:
+    world = World(Limits(per_network=3, arrivals=5, arrivals_per_second=1, unproved=50))
+    for _ in range(3):
+        world.open(proved=True)
+    assert world.cut == []
+    fourth = world.open()
+    assert world.cut == [fourth]
+    fifth = world.open("192.0.2.7")
+    assert world.cut == [fourth, fifth]
+    sixth = world.open()
+    assert (world.cut[-1], world.why[-1]) == (sixth, "opens connections too often")
+    assert world.open("192.0.2.8") not in world.cut
+    world.now += 1
+    seventh = world.open()
+    assert (world.cut[-1], world.why[-1]) == (seventh, "has more than 3 connections")
+    assert len(world.connections) == 4
+
+
+def test_this_machines_own_connections_have_no_limits_of_a_network() -> None:
+    world = World(Limits(per_network=3, arrivals=3, unproved=1000))
+    for _ in range(100):
+        world.open("127.0.0.1")
+        world.open("::1")
+    assert world.cut == []
+
+
+def test_a_connection_whose_peer_is_not_heard_any_more_is_cut() -> None:
+    world = World(Limits())
+    muted, other = world.open(proved=True), world.open(proved=True)
+    world.sweep()
+    world.heard[muted] = CUT
+    world.sweep()
+    assert world.cut == [muted]
+    assert world.connections.address(other) is not None
+
+
+def test_a_number_that_is_used_again_is_another_connection() -> None:
+    world = World(Limits(unproved_seconds=10))
+    first = world.open(proved=True)
+    world.sweep()
+    world.connections.closed(first)
+    assert len(world.connections) == 0
+    world.last = first - 1
+    assert world.open("198.51.100.1") == first
+    world.now += 11
+    world.sweep()
+    assert world.cut == [first]
+    assert len(world.connections) == 0
+
+
+@pytest.mark.parametrize("sites", [1, 3, 128, 5000])
+def test_all_sites_may_come_from_one_network_at_once(sites: int) -> None:
+    world = World(Limits.of(sites), most=10**6)
+    opened = [world.open() for _ in range(2 * sites)]
+    world.received = dict.fromkeys(opened, 2000)  # a handshake
+    world.sweep()
+    assert world.cut == []
+
+
+@pytest.mark.parametrize(
+    ("address", "network", "local"),
+    [
+        ("192.0.2.7", "192.0.2.7", False),
+        ("127.9.9.9", "127.9.9.9", True),
+        ("::1", "::/64", True),
+        ("::ffff:127.0.0.1", "127.0.0.1", True),
+        ("::ffff:192.0.2.7", "192.0.2.7", False),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64", False),
+        ("fe80::1%eth0", "fe80::/64", False),
+        ("nonsense", "nonsense", False),
+    ],
+)
+def test_an_ipv6_network_counts_as_one_address(address: str, network: str, local: bool) -> None:
+    assert network_of(address) == (network, local)
