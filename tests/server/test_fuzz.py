@@ -59,8 +59,12 @@ class Fuzzer:
         socket.setsockopt(zmq.ROUTING_ID, f"fuzzer {self.name}".encode().ljust(16, b"."))
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 100)  # no more is ahead of the server than this
+        self._prepare(socket)
         socket.connect(self._address)
         return socket
+
+    def _prepare(self, socket: zmq.Socket[bytes]) -> None:
+        """Give the socket what it needs besides, before it dials."""
 
     def close(self) -> None:
         self._socket.close(linger=0)
