@@ -27,7 +27,9 @@ _CHUNK_ELEMENTS: Final = DEFAULT_CHUNK_BYTES // 4
 _STEP: Final = 7  # elements between the first values of one chunk and the next
 _RANGE: Final = 16
 _WINDOW: Final = 32
-_QUIET_SECONDS: Final = 0.3
+_QUIET_SECONDS: Final = (
+    1.0  # a server begins to spill after a quarter of it; others may have the cores
+)
 _WEIGHTS: Final = (3, 5)  # of sites with an even and an odd number
 
 
