@@ -106,9 +106,8 @@ class Access:
         self._remove_local()
 
     def _remove_local(self) -> None:
-        if (
-            self._local.is_symlink()
-        ):  # whoever put it there does not choose where a secret is written
+        # Whoever put a link there does not choose where a secret is written.
+        if self._local.is_symlink():
             self._local.unlink()
         shutil.rmtree(self._local, ignore_errors=True)
 
