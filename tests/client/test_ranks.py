@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from fedcore.server.outcome import RunResult
@@ -184,6 +185,28 @@ def test_a_model_that_accelerate_shards_trains_as_one(
     assert_both_took_part(start("hf_fsdp2.py", tmp_path / "hf", launcher=TORCHRUN))
     assert run.result(30).ok
     assert_trainer_as_alone(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_adapter_that_accelerate_shards_trains_as_one(
+    run: Future[RunResult], tmp_path: Path
+) -> None:
+    assert_both_took_part(start("hf_fsdp2.py", tmp_path / "hf", "lora", launcher=TORCHRUN))
+    assert run.result(30).ok
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 1))
+    net = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1 - n / (5 * ROUNDS))
+    expected = losses(net, optimizer, schedule)
+    versions = json.loads((tmp_path / "runs/t/summary.json").read_text())["versions"]
+    scores = [version["metrics_by_site"]["a"]["eval_loss"] for version in versions]
+    assert scores == pytest.approx(expected, rel=1e-5)
+    sent = load_file(tmp_path / "runs/t/final/adapter_model.safetensors")
+    for name, value in get_peft_model_state_dict(net).items():
+        torch.testing.assert_close(sent[name.replace(".0.", ".net.")], value, rtol=1e-4, atol=1e-5)
+    assert len(sent) == 2
 
 
 def test_a_loop_of_its_own_runs_in_two_processes(run: Future[RunResult], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
+from peft import LoraConfig, get_peft_model
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainingArguments
 
@@ -45,7 +46,10 @@ def main() -> None:
         output_dir=sys.argv[1], max_steps=5, per_device_train_batch_size=8, learning_rate=0.1, max_grad_norm=0.0,
         report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", lr_scheduler_type="linear",
     )  # fmt: skip
-    trainer = Trainer(Model(), arguments, train_dataset=data, eval_dataset=data)
+    model: Any = Model()
+    if sys.argv[2:] == ["lora"]:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["net"]))
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
     shard(trainer)
     fl.patch(trainer)
     passes = 0
