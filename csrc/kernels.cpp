@@ -25,7 +25,11 @@
    level::finish_f64,        \
    level::finish_f32,        \
    level::finish_f16,        \
-   level::finish_bf16}
+   level::finish_bf16,       \
+   level::add_f64,           \
+   level::add_f32,           \
+   level::add_f16,           \
+   level::add_bf16}
 
 namespace fedcore::kernels {
 namespace {
@@ -261,6 +265,20 @@ void finish(Dtype dtype, const double* sums, double total, void* out, std::uint6
       return table.finish_bf16(sums, total, out, count);
     default:
       return;
+  }
+}
+
+void add(Dtype dtype, const void* base, const float* differences, void* out, std::size_t count) {
+  const Table& table = active();
+  switch (dtype) {
+    case Dtype::kF64:
+      return table.add_f64(base, differences, out, count);
+    case Dtype::kF32:
+      return table.add_f32(base, differences, out, count);
+    case Dtype::kF16:
+      return table.add_f16(base, differences, out, count);
+    default:
+      return table.add_bf16(base, differences, out, count);
   }
 }
 

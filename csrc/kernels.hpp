@@ -35,6 +35,9 @@ using FoldFn = void (*)(const void* input, double weight, bool first, double* su
                         std::size_t count);
 using FinishFn = void (*)(const double* sums, double total, void* out, std::size_t count);
 
+// Elements and differences to them, added.
+using AddFn = void (*)(const void* base, const float* differences, void* out, std::size_t count);
+
 struct Table {
   const char* name;
   MeanFn f64;
@@ -43,6 +46,7 @@ struct Table {
   MeanFn bf16;
   FoldFn fold_f64, fold_f32, fold_f16, fold_bf16;
   FinishFn finish_f64, finish_f32, finish_f16, finish_bf16;
+  AddFn add_f64, add_f32, add_f16, add_bf16;
 };
 
 // The chosen table: FEDCORE_SIMD ("baseline", "avx2", "avx512") or the best one that this CPU runs.
@@ -73,6 +77,10 @@ std::size_t sums_per_element(Dtype dtype) noexcept;
 void fold(Dtype dtype, const void* input, double weight, bool first, double* sums,
           std::uint64_t nbytes);
 void finish(Dtype dtype, const double* sums, double total, void* out, std::uint64_t nbytes);
+
+// out[j] = base[j] + differences[j] for `count` elements of a float dtype, rounded once and limited
+// to its finite numbers; without a base (nullptr), the differences alone. `out` may be `base`.
+void add(Dtype dtype, const void* base, const float* differences, void* out, std::size_t count);
 
 // Index of the first NaN or infinity among the elements of a float block, or -1.
 std::int64_t find_non_finite(Dtype dtype, const void* data, std::uint64_t nbytes) noexcept;

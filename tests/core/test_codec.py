@@ -341,6 +341,43 @@ def test_every_simd_level_and_a_second_codec_give_the_same_bytes() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("scheme", ["int8", "nf4", "top-k"])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_every_simd_level_adds_differences_to_the_base_with_the_same_bits(
+    dtype: str, scheme: str
+) -> None:
+    from fedcore import _core
+
+    size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}[dtype]
+    count = (1 << 16) + 13
+    dice = np.random.default_rng(count)
+    if size == 2:  # every number there is, and a rest that fills no register
+        exponent = {"F16": 0x7C00, "BF16": 0x7F80}[dtype]
+        bits = (np.arange(count) & 0xFFFF).astype(np.uint16)
+        base = np.where(bits & exponent == exponent, bits & 0x83FF, bits).astype(np.uint16)
+        near = (base ^ dice.integers(0, 64, count).astype(np.uint16)).astype(np.uint16)
+        local = np.where(near & exponent == exponent, near & 0x83FF, near).astype(np.uint16)
+    else:
+        kind = {"F64": np.float64, "F32": np.float32}[dtype]
+        base = (dice.standard_normal(count) * 10.0 ** dice.integers(-38, 38, count)).astype(kind)
+        local = (base * (1 + dice.standard_normal(count) / 8)).astype(kind)
+        base[:3] = np.finfo(np.float32).max
+        local[:3] = -np.finfo(np.float32).max
+    layout = Layout([("w", dtype, [count])], -(-count * size // 4096) * 4096)
+    codec = Codec(layout, scheme, top_k=0.5)
+    body, encoding = codec.encode(0, local.tobytes(), base.tobytes())
+    assert encoding != 0
+    before, seen = _core.simd_level(), set()
+    for level in _core.simd_levels():
+        _core.set_simd_level(level)
+        out = bytearray(count * size)
+        codec.decode(0, body, encoding, out, base.tobytes())
+        seen.add(bytes(out))
+    _core.set_simd_level(before)
+    assert len(seen) == 1
+    assert seen != {base.tobytes()}
+
+
 def span(layout: Layout, index: int) -> tuple[int, int]:
     offset, nbytes = layout.chunk_range(index)
     return offset, offset + nbytes
