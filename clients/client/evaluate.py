@@ -6,6 +6,7 @@ standard error of each accuracy. Nothing here changes what it reports.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,12 +88,8 @@ def evaluate(
             "scoring needs lm-eval; install it with: pip install 'fedcore-fl[evaluate]'"
         )
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=None if include is None else str(include))
-    unknown = [task for task in tasks if task not in manager.all_tasks]
-    if unknown:
-        raise ConfigError(f"lm-eval has no task {', '.join(unknown)}")
+    manager = _manager(tuple(tasks), include)
     results: Any = simple_evaluate(
         model="hf",
         model_args=arguments,
@@ -105,6 +102,27 @@ def evaluate(
         log_samples=False,
     )
     return scores_of(results, tasks)
+
+
+@functools.cache
+def _manager(tasks: tuple[str, ...], include: Path | None) -> Any:
+    """Return an index that holds the tasks; the harness's own, of thousands of files, is read only where needed.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    from lm_eval.tasks import TaskManager
+
+    manager: Any = None
+    if include is not None:
+        manager = TaskManager(include_path=str(include), include_defaults=False)
+    # A group of one's own may have members among the harness's tasks.
+    if manager is None or not set(tasks) <= set(manager.all_subtasks):
+        manager = TaskManager(include_path=None if include is None else str(include))
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        raise ConfigError(f"lm-eval has no task {', '.join(unknown)}")
+    return manager
 
 
 def scores_of(results: dict[str, Any], tasks: Sequence[str]) -> list[TaskScore]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from fedcore.cli import app
-from fedcore.client.evaluate import TaskScore, model_arguments, scores_of
+from fedcore.client.evaluate import TaskScore, _manager, model_arguments, scores_of
 from fedcore.demo.choices import CHOICES, LOCAL_TASKS, write_tasks
 from fedcore.errors import ConfigError
 
@@ -111,6 +113,37 @@ def test_options_of_the_scorer_without_tasks_are_refused_by_name() -> None:
     result = CliRunner().invoke(app, ["evaluate", "--tasks", "piqa"])
     assert result.exit_code == 2
     assert "name the model" in result.output
+
+
+def test_the_scorers_own_tasks_are_read_only_where_one_is_asked_for_and_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read: list[bool] = []
+
+    class TaskManager:
+        def __init__(self, *, include_path: str | None, include_defaults: bool = True) -> None:
+            read.append(include_defaults)
+            self.all_subtasks = ["local_piqa"] if include_path else []
+            self.all_subtasks += ["hellaswag"] if include_defaults else []
+            groups = ["mine"] if include_path else []
+            self.all_tasks = [*self.all_subtasks, *groups]
+
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    tasks = ModuleType("lm_eval.tasks")
+    tasks.TaskManager = TaskManager  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    _manager.cache_clear()
+    _manager(("local_piqa",), tmp_path)
+    assert read == [False]
+    for _ in range(2):
+        _manager(("local_piqa", "hellaswag"), tmp_path)
+    assert read == [False, False, True]
+    _manager(("mine",), tmp_path)  # its members may be the scorer's
+    _manager(("hellaswag",), None)
+    assert read[3:] == [False, True, True]
+    with pytest.raises(ConfigError, match="lm-eval has no task hela, swag"):
+        _manager(("hela", "hellaswag", "swag"), tmp_path)
+    _manager.cache_clear()
 
 
 @pytest.mark.slow
