@@ -70,7 +70,7 @@ def peft(
     methods: Annotated[
         str,
         typer.Option(
-            help="lora, p-tuning, ia3: the first on every split, the others on the natural one."
+            help="lora, p-tuning, ia3: the first on every split, the others on the natural one and at alpha 1."
         ),
     ] = "lora,p-tuning,ia3",
     alphas: Annotated[str, typer.Option(help="Dirichlet skews.")] = "10,5,1,0.3",
@@ -102,8 +102,8 @@ def peft(
 ) -> None:
     """Sentiment at four sites with LoRA, p-tuning and IA3: each site alone, federated, all texts in one place.
 
-    The default takes about 20 s of CPU time for each of 42 cells, a method and a split from one seed; --quick
-    a few seconds in all, for one seed, two rounds and few rows.
+    The default takes about 30 s of CPU time for each of 48 cells, a method and a split from one seed, and half an
+    hour in all; --quick a few seconds, for one seed, two rounds and few rows.
     """
     import torch
 
@@ -133,7 +133,7 @@ def peft(
     if report:
         wanted = [cell for cell in wanted if (out / "cells" / f"{cell.name}.json").is_file()]
         confirm = confirm and (out / "confirmed.json").is_file()
-    notice(f"{len(wanted)} cells; --quick took seconds, the default about 20 s of CPU time each")
+    notice(f"{len(wanted)} cells; --quick took seconds, the default about 30 s of CPU time each")
     found = run_cells(out, settings, source, wanted, notice)
     confirmed = None
     if confirm:
@@ -164,7 +164,9 @@ def sft(
         _LOCAL
     ),
     limit: Annotated[int, typer.Option(min=1, help="Rows of each task, from its first.")] = 25,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="With more of them, a run that has ended goes on.")
+    ] = 3,
     steps: Annotated[int, typer.Option(min=1, help="Of a round at each site.")] = 3,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     quick: Quick = False,

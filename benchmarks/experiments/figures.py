@@ -11,7 +11,7 @@ from typing import Any, Final
 from .peft import STEADY
 from .summary import steady_cells
 
-__all__ = ["draw_peft", "draw_sft"]
+__all__ = ["draw_peft", "draw_sft", "draw_steady"]
 
 _COLOURS: Final = {"federated": "#1f77b4", "centralised": "#2ca02c", "combined": "#2ca02c"}
 _SITE: Final = "#9a9a9a"
@@ -22,12 +22,10 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=80, bbox_inches="tight", metadata={"Software": None})
 
 
-def _band(
-    axes: Any, curves: Sequence[Sequence[float]], colour: str, label: str, steps: int = 1
-) -> None:
+def _band(axes: Any, curves: Sequence[Sequence[float]], colour: str, label: str) -> None:
     """Draw the mean of curves over the seeds, and the range between the least and the greatest."""
     columns = list(zip(*curves, strict=True))
-    at = [place * steps for place in range(len(columns))]
+    at = range(len(columns))
     axes.plot(at, [statistics.fmean(c) for c in columns], color=colour, label=label, linewidth=1.6)
     axes.fill_between(
         at,
@@ -52,32 +50,67 @@ def _split_title(split: str) -> str:
     return "natural domains" if split == "natural" else f"Dirichlet alpha {split}"
 
 
-def draw_peft(cells: Mapping[str, Any], path: Path) -> None:
-    """Draw a panel for each method and split, and one for what steadies averaging."""
+def _grid(panels: int, columns: int) -> tuple[Any, list[Any]]:
+    """Return a figure and its panels, row by row, all with the same scale of accuracy."""
     from matplotlib.figure import Figure
 
+    columns = min(columns, panels)
+    rows = -(-panels // columns)
+    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).ravel())
+    for axes in grid[panels:]:
+        axes.set_visible(False)
+    for number, axes in enumerate(grid[:panels]):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelleft=True)
+        if number % columns == 0:
+            axes.set_ylabel("accuracy on all sites' test rows")
+    return figure, grid[:panels]
+
+
+def draw_peft(cells: Mapping[str, Any], path: Path) -> None:
+    """Draw a panel for each method and split."""
     pairs = dict.fromkeys(
         (r["cell"]["method"], r["cell"]["split"])
         for r in cells.values()
         if r["cell"]["split"] != "pooled" and r["cell"]["steady"] == "plain"
     )
-    tried = dict.fromkeys(r["cell"]["steady"] for r in cells.values())
-    panels = len(pairs) + (len(tried) > 1)
-    columns = min(3, panels)
-    rows = -(-panels // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axes, (method, split) in zip(grid, pairs, strict=False):
+    figure, grid = _grid(len(pairs), 3)
+    for axes, (method, split) in zip(grid, pairs, strict=True):
         _panel(axes, cells, method, split)
-    if len(tried) > 1:
-        _steady_panel(grid[len(pairs)], cells)
-    for axes in grid[panels:]:
-        axes.set_visible(False)
-    for axes in grid[:panels]:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelleft=True)
+        axes.legend(frameon=False, fontsize=7, loc="lower right")
+    low, high = grid[0].get_ylim()
+    grid[0].set_ylim(bottom=low - 0.4 * (high - low))  # room for the keys
+    _save(figure, path)
+
+
+def draw_steady(cells: Mapping[str, Any], split: str, path: Path) -> bool:
+    """Draw plain averaging beside each of what was tried against its swings: a thin line for a seed, a thick mean.
+
+    Returns:
+        Whether anything was tried; nothing is drawn if not.
+    """
+    found = steady_cells(cells, split)
+    tried = [name for name in STEADY if name in found and name != "plain"]
+    if not tried:
+        return False
+    figure, grid = _grid(len(tried), 2)
+    for axes, name in zip(grid, tried, strict=True):
+        for steady, colour in (("plain", _SITE), (name, _COLOURS["federated"])):
+            steps = found[steady][0]["steps_per_round"]
+            curves = [result["curves"]["federated"]["accuracy"] for result in found[steady]]
+            at = [place * steps for place in range(len(curves[0]))]
+            for curve in curves:
+                axes.plot(at, curve, color=colour, linewidth=0.7, alpha=0.7)
+            means = [statistics.fmean(column) for column in zip(*curves, strict=True)]
+            label = f"{steady}: {len(at) - 1} rounds of {steps} steps"
+            axes.plot(at, means, color=colour, linewidth=2.2, label=label)
+        method = found[name][0]["cell"]["method"]
+        axes.set_title(f"{method}, {_split_title(split)}: {name}", fontsize=9, loc="left")
+        axes.set_xlabel("steps at each site")
         axes.legend(frameon=False, fontsize=7, loc="lower right")
     _save(figure, path)
+    return True
 
 
 def _panel(axes: Any, cells: Mapping[str, Any], method: str, split: str) -> None:
@@ -101,19 +134,7 @@ def _panel(axes: Any, cells: Mapping[str, Any], method: str, split: str) -> None
         "federated",
     )
     axes.set_title(f"{method}, {_split_title(split)}", fontsize=9, loc="left")
-    axes.set(xlabel="round", ylabel="accuracy on all sites' test rows")
-
-
-def _steady_panel(axes: Any, cells: Mapping[str, Any]) -> None:
-    tried = next(r["cell"] for r in cells.values() if r["cell"]["steady"] != "plain")
-    found = steady_cells(cells, tried["split"])
-    for name, colour in zip(STEADY, (_COLOURS["federated"], *_ARMS), strict=False):
-        if name in found:
-            curves = [result["curves"]["federated"]["accuracy"] for result in found[name]]
-            _band(axes, curves, colour, name, found[name][0]["steps_per_round"])
-    title = f"{tried['method']}, {_split_title(tried['split'])}: what steadies"
-    axes.set_title(title, fontsize=9, loc="left")
-    axes.set(xlabel="local steps")
+    axes.set_xlabel("round")
 
 
 def draw_sft(curves: Mapping[str, Any], path: Path) -> None:

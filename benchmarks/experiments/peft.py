@@ -18,11 +18,23 @@ if TYPE_CHECKING:
     from .classifier import Encoder, Rows
     from .sentiment import Pool, Text
 
-__all__ = ["STEADY", "Cell", "Settings", "Source", "Steadier", "cells", "run_cell", "run_cells"]
+__all__ = [
+    "SKEWED",
+    "STEADY",
+    "Cell",
+    "Settings",
+    "Source",
+    "Steadier",
+    "cells",
+    "run_cell",
+    "run_cells",
+]
 
 _SITES: Final = 4
 #: The skew at which plain averaging swings.
-_SKEWED: Final = "0.3"
+SKEWED: Final = "0.3"
+#: The skew at which all methods are tried.
+_MILD: Final = "1"
 
 
 @dataclass(frozen=True)
@@ -32,11 +44,11 @@ class Settings:
     layers: int = 6
     frozen: int = 5
     max_tokens: int = 32
-    train_rows: int = 160
-    test_rows: int = 60
+    train_rows: int = 32
+    test_rows: int = 150
     rounds: int = 6
-    steps: int = 5
-    batch_size: int = 16
+    steps: int = 10
+    batch_size: int = 8
     learning_rate: tuple[tuple[str, float], ...] = (
         ("lora", 2e-3),
         ("p-tuning", 1e-2),
@@ -81,8 +93,8 @@ STEADY: Final[Mapping[str, Steadier]] = MappingProxyType(
     {
         "plain": Steadier(),
         "rate/4": Steadier(rate=0.25),
-        "half rounds": Steadier(steps=0.5),
-        "proximal": Steadier(prox=0.1),
+        "short rounds": Steadier(steps=0.2),
+        "proximal": Steadier(prox=1.0),
         "momentum": Steadier(momentum=0.5),
     }
 )
@@ -120,18 +132,22 @@ def cells(
 ) -> list[Cell]:
     """Return the cells of an experiment, the first method's before the others'.
 
-    The first method is trained on every split, the others on the natural one; what steadies is tried with the
-    first method at the greatest skew.
+    The first method is trained on every split, the others on the natural one and at alpha 1 (the last alpha, if
+    that is none of them); what steadies is tried with the first method at alpha 0.3.
     """
     first, *others = methods
     skews = [f"{alpha:g}" for alpha in alphas]
+    mild = [_MILD] if _MILD in skews else skews[-1:]
     found = [Cell(first, split, seed) for seed in seeds for split in ("pooled", "natural", *skews)]
     found += [
-        Cell(m, split, seed) for m in others for seed in seeds for split in ("pooled", "natural")
+        Cell(m, split, seed)
+        for m in others
+        for seed in seeds
+        for split in ("pooled", "natural", *mild)
     ]
-    if steady and _SKEWED in skews:
+    if steady and SKEWED in skews:
         found += [
-            Cell(first, _SKEWED, seed, name) for seed in seeds for name in STEADY if name != "plain"
+            Cell(first, SKEWED, seed, name) for seed in seeds for name in STEADY if name != "plain"
         ]
     return found
 

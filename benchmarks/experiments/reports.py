@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from fedcore.errors import ConfigError
 
 from ..report import console, write
-from .figures import draw_peft, draw_sft
+from .figures import draw_peft, draw_sft, draw_steady
+from .peft import SKEWED
 from .summary import peft_rows, steady_rows
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ def _spread(found: Mapping[str, Any] | None) -> str:
     return f"{found['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
+def _lead(row: Mapping[str, Any]) -> list[str]:
+    beaten = f"{row['seeds_beaten']} of {len(row['seeds'])}"
+    return [f"{row['lead']:+.3f} ± {row['lead_error']:.3f}", beaten]
+
+
 def _peft_tables(rows: Sequence[Mapping[str, Any]], steady: Sequence[Mapping[str, Any]]) -> str:
     head = [
         "method, sites",
@@ -53,8 +59,7 @@ def _peft_tables(rows: Sequence[Mapping[str, Any]], steady: Sequence[Mapping[str
         split = "natural" if row["split"] == "natural" else f"alpha {row['split']}"
         cells = [f"{row['method']}, {split}", str(len(row["seeds"]))]
         cells += [_spread(row[key]) for key in ("alone", "best_alone", "federated", "centralised")]
-        cells.append(f"{row['lead']:+.3f} ± {row['lead_error']:.3f}")
-        cells.append(f"{row['seeds_beaten']} of {len(row['seeds'])}")
+        cells += _lead(row)
         lines.append(cells)
     text = markdown(head, lines)
     if len(steady) > 1:
@@ -65,6 +70,8 @@ def _peft_tables(rows: Sequence[Mapping[str, Any]], steady: Sequence[Mapping[str
             "last round",
             "lowest after round 1",
             "lost on the way",
+            "lead over the best site alone",
+            "seeds in which it beats every site",
         ]
         lines = [
             [
@@ -72,6 +79,7 @@ def _peft_tables(rows: Sequence[Mapping[str, Any]], steady: Sequence[Mapping[str
                 str(len(row["seeds"])),
                 f"{row['rounds']} of {row['steps_per_round']}",
                 *(_spread(row[k]) for k in ("federated", "lowest", "swing")),
+                *_lead(row),
             ]
             for row in steady
         ]
@@ -86,8 +94,8 @@ def peft_report(
     source: Source,
     confirmed: Mapping[str, Any] | None,
 ) -> None:
-    """Write ``peft.json``, ``peft.png`` and ``peft.md``, and print the tables."""
-    rows, steady = peft_rows(cells), steady_rows(cells, "0.3")
+    """Write ``peft.json``, ``peft.png``, ``steady.png`` and ``peft.md``, and print the tables."""
+    rows, steady = peft_rows(cells), steady_rows(cells, SKEWED)
     tables = _peft_tables(rows, steady)
     (folder / "peft.md").write_text(tables, encoding="utf-8")
     console.print(tables, highlight=False, soft_wrap=True)
@@ -95,6 +103,7 @@ def peft_report(
         same = "bit for bit" if confirmed["equal"] else f"to {confirmed['largest_difference']:.2g}"
         console.print(f"with a real server and a process for each site, the same model {same}")
     draw_peft(cells, folder / "peft.png")
+    draw_steady(cells, SKEWED, folder / "steady.png")
     kept = {name: {k: v for k, v in cell.items() if k != "right"} for name, cell in cells.items()}
     write(
         folder / "peft.json",

@@ -95,8 +95,12 @@ class School:
         }
         self._train = {name: train for name, (train, _) in rows.items()}
         self._val = {name: val for name, (_, val) in rows.items()}
-        self.model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        # Over rows this short, plain attention costs a processor less than the fused one's backward pass.
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, attn_implementation="eager"
+        )
         self._base = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._base_loss: dict[str, float] | None = None
 
     def train(self, names: Sequence[str], key: str, done: int) -> None:
         """Take one round's steps on some sites' rows, with an optimiser that starts anew.
@@ -113,7 +117,7 @@ class School:
         for _ in range(done * settings.steps):
             next(order)
         optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0
+            self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
         )
         self.model.train()
         for _ in range(settings.steps):
@@ -126,11 +130,22 @@ class School:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    def base_score(self) -> dict[str, float]:
+        """Return what `score` gives for the pretrained weights, computed once; they are in the model."""
+        if self._base_loss is None:
+            self._base_loss = self.score()
+        return dict(self._base_loss)
+
     def score(self) -> dict[str, float]:
         """Return the validation loss on each site's rows: the mean over rows of a response's mean loss."""
         self.model.eval()
+        size = self.settings.batch_size
+        found = {}
         with torch.inference_mode():
-            return {name: float(self._loss(rows).mean()) for name, rows in self._val.items()}
+            for name, rows in self._val.items():
+                parts = [self._loss(rows[at : at + size]) for at in range(0, len(rows), size)]
+                found[name] = float(torch.cat(parts).mean())
+        return found
 
     def _loss(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         width = max(len(tokens) for tokens, _ in rows)
@@ -205,44 +220,50 @@ def train_arms(
 ) -> dict[str, Any]:
     """Train each site alone, all texts together and federated, from where the folder stands; return the curves.
 
+    All arms take a round before any takes the next one, and the number of rounds is no part of what an arm was
+    made with: a run that was stopped early is whole with fewer rounds, and one that ended goes on with more.
+
     Raises:
-        ConfigError: the folder holds arms of other settings.
+        ConfigError: the folder holds arms of other settings, or of more rounds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mark = {**asdict(settings), "sites": list(sites)}
-    school: School | None = None
+    del mark["rounds"]
+    fresh = {"settings": mark, "points": [], "seconds": 0.0, "cpu_seconds": 0.0, "rounds": 0}
     curves: dict[str, Any] = {}
     for arm in ("federated", *sites, "combined"):
-        curve = _curve(folder / arm) or {
-            "settings": mark,
-            "points": [],
-            "seconds": 0.0,
-            "rounds": 0,
-        }
-        if curve["settings"] != mark:
+        curves[arm] = _curve(folder / arm) or {**fresh, "points": []}
+        if curves[arm]["settings"] != mark:
             raise ConfigError(
                 f"{folder / arm} was made with other settings; remove it or choose another folder with --out"
             )
-        while curve["rounds"] < settings.rounds:
+        if curves[arm]["rounds"] > settings.rounds:
+            raise ConfigError(
+                f"{folder / arm} holds {curves[arm]['rounds']} rounds, more than {settings.rounds}: give --rounds"
+            )
+    school: School | None = None
+    for done in range(settings.rounds):
+        for arm, curve in curves.items():
+            if curve["rounds"] != done:
+                continue
             school = school or School(base, sites, settings)
             begun = time.monotonic()
-            if curve["rounds"]:
-                school.load(folder / arm / _WEIGHTS)
-            else:
-                school.begin()
-                curve["points"].append({"step": 0, "who": arm, "loss": school.score()})
             _one_round(school, folder, arm, curve)
             notice(
-                f"{arm}: round {curve['rounds']} of {settings.rounds}, {time.monotonic() - begun:.0f} s"
+                f"{arm}: round {done + 1} of {settings.rounds}, {time.monotonic() - begun:.0f} s"
             )
-        curves[arm] = curve
     return curves
 
 
 def _one_round(school: School, folder: Path, arm: str, curve: dict[str, Any]) -> None:
-    begun, done = time.monotonic(), curve["rounds"]
+    begun, cpu, done = time.monotonic(), time.process_time(), curve["rounds"]
     step = (done + 1) * school.settings.steps
     weights: Path | None = None
+    if done:
+        school.load(folder / arm / _WEIGHTS)
+    else:
+        school.begin()
+        curve["points"].append({"step": 0, "who": arm, "loss": school.base_score()})
     if arm == "federated":
         weights = _federated(school, folder, curve, step)
     else:
@@ -251,6 +272,7 @@ def _one_round(school: School, folder: Path, arm: str, curve: dict[str, Any]) ->
     curve["points"].append({"step": step, "who": arm, "loss": school.score()})
     curve["rounds"] = done + 1
     curve["seconds"] += time.monotonic() - begun
+    curve["cpu_seconds"] += time.process_time() - cpu
     school.keep(folder / arm, curve, weights)
 
 

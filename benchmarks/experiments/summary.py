@@ -37,12 +37,35 @@ def _last(result: Any, name: str) -> float:
     return float(result["curves"][name]["accuracy"][-1])
 
 
+def _best_alone(result: Any) -> str:
+    """Return the site whose own model is the best on the test rows, chosen after the fact."""
+    sites = [name for name in result["curves"] if name != "federated"]
+    return max(sites, key=lambda name: _last(result, name))
+
+
+def _lead(federated: Sequence[Any], alone: Sequence[Any]) -> dict[str, Any]:
+    """Return the lead of federated models over the best site alone of the same seed, and how many of them lead.
+
+    The standard error is that of the mean of paired differences, row by row over all seeds.
+    """
+    differences, beaten = [], 0
+    for result, rivals in zip(federated, alone, strict=True):
+        best = _best_alone(rivals)
+        pairs = zip(result["right"]["federated"], rivals["right"][best], strict=True)
+        differences += [a - b for a, b in pairs]
+        beaten += _last(result, "federated") > _last(rivals, best)
+    return {
+        "lead": statistics.fmean(differences),
+        "lead_error": statistics.stdev(differences) / math.sqrt(len(differences)),
+        "seeds_beaten": beaten,
+    }
+
+
 def peft_rows(cells: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a row for every method and split: last-round accuracies, and the lead over the best site alone.
 
-    The best site is another one in every seed: the one with the highest accuracy on the same test rows, chosen
-    after the fact, so that the federated model has to beat them all. The standard error of the lead is that of
-    the mean of paired differences, row by row over all seeds.
+    The best site may be another one in every seed: the one with the highest accuracy on the same test rows,
+    chosen after the fact, so that the federated model has to beat them all.
     """
     groups = _groups(cells)
     rows = []
@@ -50,16 +73,11 @@ def peft_rows(cells: Mapping[str, Any]) -> list[dict[str, Any]]:
         if split == "pooled" or steady != "plain":
             continue
         pooled = groups.get((method, "pooled", "plain"), [])
-        best, alone, differences, beaten = [], [], [], 0
-        for result in results:
-            sites = [name for name in result["curves"] if name != "federated"]
-            top = max(sites, key=lambda name: _last(result, name))
-            best.append(_last(result, top))
-            alone.append(statistics.fmean(_last(result, name) for name in sites))
-            pairs = zip(result["right"]["federated"], result["right"][top], strict=True)
-            differences += [a - b for a, b in pairs]
-            beaten += _last(result, "federated") > best[-1]
-        lead = statistics.fmean(differences)
+        alone = [
+            statistics.fmean(_last(r, name) for name in r["curves"] if name != "federated")
+            for r in results
+        ]
+        best = [_last(result, _best_alone(result)) for result in results]
         rows.append(
             {
                 "method": method,
@@ -72,19 +90,23 @@ def peft_rows(cells: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "centralised": spread([_last(r, "centralised") for r in pooled])
                 if pooled
                 else None,
-                "lead": lead,
-                "lead_error": statistics.stdev(differences) / math.sqrt(len(differences)),
-                "seeds_beaten": beaten,
+                **_lead(results, results),
             }
         )
     return rows
 
 
 def steady_cells(cells: Mapping[str, Any], split: str) -> dict[str, list[Any]]:
-    """Return the cells of plain averaging and of all that was tried, from the seeds that all of them have."""
-    groups = {key[2]: results for key, results in _groups(cells).items() if key[1] == split}
+    """Return the cells of plain averaging and of all that was tried with the same method, from common seeds."""
+    everything = _groups(cells)
+    tried = [method for method, at, steady in everything if at == split and steady != "plain"]
+    groups = {
+        steady: results
+        for (method, at, steady), results in everything.items()
+        if at == split and method in tried
+    }
     seeds = [{result["cell"]["seed"] for result in results} for results in groups.values()]
-    common = set.intersection(*seeds) if seeds else set()
+    common = set.intersection(*seeds) if "plain" in groups else set()
     return {
         steady: [result for result in results if result["cell"]["seed"] in common]
         for steady, results in groups.items()
@@ -93,7 +115,12 @@ def steady_cells(cells: Mapping[str, Any], split: str) -> dict[str, list[Any]]:
 
 
 def steady_rows(cells: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
-    """Return a row for plain averaging and for all that was tried against its swings."""
+    """Return a row for plain averaging and for all that was tried against its swings.
+
+    The lead is over the sites alone of the plain cells: what steadies changes the federation alone.
+    """
+    found = steady_cells(cells, split)
+    plain = found.get("plain", [])
     return [
         {
             "steady": steady,
@@ -107,6 +134,7 @@ def steady_rows(cells: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
             "swing": spread(
                 [swing(result["curves"]["federated"]["accuracy"]) for result in results]
             ),
+            **_lead(results, plain),
         }
-        for steady, results in steady_cells(cells, split).items()
+        for steady, results in found.items()
     ]

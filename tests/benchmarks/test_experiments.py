@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.confirm import confirm
 from benchmarks.experiments.dictionaries import DEVIL, FOLDOC
 from benchmarks.experiments.federation import load_state, mean, state_of
+from benchmarks.experiments.figures import draw_steady
 from benchmarks.experiments.peft import (
     STEADY,
     Cell,
@@ -32,40 +32,13 @@ from benchmarks.experiments.sentiment import Text, _vader_rows, make_pool
 from benchmarks.experiments.summary import peft_rows, steady_rows, swing
 from fedcore.errors import ConfigError
 
+from .conftest import SOURCES, WORDS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = Settings(
-    layers=2, frozen=1, train_rows=12, test_rows=5, rounds=2, steps=2, batch_size=4, max_tokens=8
+    layers=2, frozen=1, train_rows=12, test_rows=5, rounds=2, steps=5, batch_size=4, max_tokens=8
 )
-SOURCES = ("movie", "amazon", "nyt", "tweets")
-WORDS = ("good", "fine", "bad", "awful", *SOURCES, "film", "day")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-    (folder / "vocab.txt").write_text("\n".join([*special, *WORDS, "##s", "."]) + "\n")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(special) + len(WORDS) + 2,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
 
 
 def texts(rows: int = 40) -> list[Text]:
@@ -172,7 +145,7 @@ def test_what_steadies_changes_the_run_and_momentum_carries_half_of_the_last_ste
     for steady in STEADY:
         result, found[steady] = run_cell(lab, Cell("lora", "0.3", 0, steady), lambda _: None)
         assert len(result["curves"]["federated"]["accuracy"]) == (
-            5 if steady == "half rounds" else 3
+            11 if steady == "short rounds" else 3
         )
     flat = {k: torch.cat([t.ravel() for t in state.values()]) for k, state in found.items()}
     for steady in STEADY:
@@ -220,15 +193,38 @@ def test_the_lead_is_over_the_best_site_of_each_seed_and_a_tie_beats_nobody() ->
 
 def test_a_swing_is_what_a_curve_loses_after_its_first_round() -> None:
     assert swing([0.9, 0.5, 0.7, 0.6, 0.8, 0.5]) == pytest.approx(0.4)
+    other = cell("0.3", 0, federated=[1, 1], a=[1, 1])
+    other["cell"]["method"] = "ia3"
     found = {
-        "1": cell("0.3", 0, federated=[1, 0]),
+        "1": cell("0.3", 0, federated=[1, 0], a=[1, 0], b=[0, 0]),
         "2": cell("0.3", 0, "rate/4", federated=[1, 1]),
-        "3": cell("0.3", 1, federated=[0, 0]),  # no fellow of this seed to compare it with
+        "3": cell(
+            "0.3", 1, federated=[0, 0], a=[1, 1]
+        ),  # no fellow of this seed to compare it with
+        "4": other,  # with this method nothing was tried
     }
     plain, slow = steady_rows(found, "0.3")
     assert (plain["steady"], slow["steady"]) == ("plain", "rate/4")
     assert plain["swing"]["mean"] == pytest.approx(0.4)
     assert slow["swing"]["mean"] == 0
+    assert (plain["seeds"], slow["seeds"]) == ([0], [0])
+    # Beside the best site alone of the plain cell: what steadies has none of its own.
+    assert (plain["lead"], plain["seeds_beaten"]) == (0, 0)
+    assert (slow["lead"], slow["seeds_beaten"]) == (0.5, 1)
+    del found["1"]
+    assert steady_rows(found, "0.3") == []
+
+
+def test_the_first_method_meets_every_split_and_the_others_the_natural_one_and_alpha_1() -> None:
+    wanted = cells(["lora", "ia3"], [10, 1, 0.3], [0, 1], steady=True)
+    plain = {(c.method, c.split) for c in wanted if c.steady == "plain"}
+    first = {("lora", split) for split in ("pooled", "natural", "10", "1", "0.3")}
+    assert plain == first | {("ia3", split) for split in ("pooled", "natural", "1")}
+    assert {(c.method, c.split) for c in wanted if c.steady != "plain"} == {("lora", "0.3")}
+    assert len(wanted) == len(set(wanted)) == 2 * (len(plain) + len(STEADY) - 1)
+    without = cells(["lora", "ia3"], [5], [0], steady=True)
+    assert Cell("ia3", "5", 0) in without
+    assert {c.steady for c in without} == {"plain"}
 
 
 def test_dictionary_entries_become_questions_and_answers() -> None:
@@ -281,10 +277,14 @@ def test_the_quick_form_leaves_tables_a_figure_and_json(
         ("lora", "natural"),
         ("lora", "0.3"),
         ("ia3", "natural"),
+        ("ia3", "0.3"),
     }
     assert len(found["steady"]) == len(STEADY)
     assert "machine" in found
-    assert (out / "peft.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("peft.png", "steady.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert not draw_steady(found["cells"], "natural", tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()  # at the natural sites, nothing was tried
     assert (out / "peft.md").read_text().startswith("| method, sites |")
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from benchmarks.experiments import sft
 from benchmarks.experiments.__main__ import main
@@ -20,42 +19,11 @@ from benchmarks.experiments.sft import Settings, load_exchanges, share_out, trai
 from fedcore.demo.causal import Exchange
 from fedcore.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = Settings(
     train_rows=8, val_rows=3, max_tokens=40, rounds=2, steps=2, batch_size=4, learning_rate=1e-2
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    folder = tmp_path_factory.mktemp("causal")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: n for n, c in enumerate(letters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    fast.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(letters) + 2,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 def exchanges(word: str, rows: int = 11) -> list[Exchange]:
@@ -145,6 +113,46 @@ def test_a_run_that_is_stopped_after_any_round_ends_as_one_that_is_not(
     other = dataclasses.replace(SETTINGS, steps=1)
     with pytest.raises(ConfigError, match="made with other settings"):
         train_arms(tmp_path / "parts", base, sites, other, stop)
+
+
+def test_a_run_that_ended_goes_on_with_more_rounds_as_one_that_was_asked_for_them(
+    base: Path, tmp_path: Path
+) -> None:
+    sites = share_out(SOURCES, SETTINGS)
+    one = dataclasses.replace(SETTINGS, rounds=1)
+    whole = train_arms(tmp_path / "whole", base, sites, SETTINGS, lambda _: None)
+    first = train_arms(tmp_path / "parts", base, sites, one, lambda _: None)
+    assert {arm: curve["rounds"] for arm, curve in first.items()} == dict.fromkeys(whole, 1)
+    parts = train_arms(tmp_path / "parts", base, sites, SETTINGS, lambda _: None)
+    assert {a: c["points"] for a, c in parts.items()} == {a: c["points"] for a, c in whole.items()}
+    assert all(curve["cpu_seconds"] > 0 for curve in parts.values())
+    with pytest.raises(ConfigError, match="federated holds 2 rounds, more than 1"):
+        train_arms(tmp_path / "parts", base, sites, one, lambda _: None)
+
+
+def test_all_arms_take_a_round_before_any_takes_the_next(base: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    train_arms(tmp_path, base, share_out(SOURCES, SETTINGS), SETTINGS, told.append)
+    rounds = [line.split(",")[0] for line in told]
+    arms = ("federated", "north", "south", "combined")
+    assert rounds == [f"{arm}: round {number} of 2" for number in (1, 2) for arm in arms]
+
+
+def test_the_loss_of_the_validation_rows_does_not_depend_on_how_they_are_batched(
+    base: Path,
+) -> None:
+    found = []
+    for size in (1, 2, 3):
+        settings = dataclasses.replace(SETTINGS, batch_size=size, mixed=False)
+        school = sft.School(base, share_out(SOURCES, settings), settings)
+        found.append(school.score())
+        school.model.eval()
+        with torch.inference_mode():
+            rows = school._val["north"]
+            each = [float(school._loss([row])[0]) for row in rows]
+        assert found[-1]["north"] == pytest.approx(sum(each) / len(rows), rel=1e-5)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
 
 
 def test_an_arm_that_was_stopped_between_two_renames_is_found(base: Path, tmp_path: Path) -> None:
