@@ -62,6 +62,8 @@ UNREAD_MS: Final = 30_000
 MUTE_MS: Final = 10_000
 """For how long a key that sent too much is not heard."""
 _MAX_FRAME: Final = protocol.MAX_CONTROL_BYTES + 1024  # encryption adds 33 bytes
+_SITE_LIMITS: Final = (32 << 20, 16 << 20, 64 << 20)
+"""Bytes of a site: its update's on their way, of which its one peer may have half, and of control messages."""
 _LINGER_MS: Final = 1000
 _DROP, _UNHEARD = 3, 4  # verdicts of the core, as in csrc/sink.h
 _IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
@@ -408,6 +410,7 @@ class SiteLink(_Link):
             ) from None
         self.server = server
         super().__init__(context, net)
+        self.exchange.set_limits(*_SITE_LIMITS)
         self.exchange.heartbeat(HEARTBEAT_MS)
         self._thread.start()
 

@@ -47,7 +47,7 @@ from .work import WorkFolder
 
 __all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
 
-_WINDOW_BYTES: Final = 32 << 20
+_WINDOW_BYTES: Final = 16 << 20
 _LOGS: Final = 20
 _LOGS_PER_SECOND: Final = 5.0
 
