@@ -60,9 +60,10 @@ def plot_memory(result: dict[str, Any], path: Path) -> None:
     over = [row["peak_rss_bytes"] / MIB - idle for row in result["rows"]]
     drawn = axes.bar(names, over, bottom=idle, color=_OURS, label="over that")
     axes.bar_label(drawn, labels=[f"{idle + x:.0f}" for x in over])
-    axes.axhline(idle + result["memory_bytes"] / MIB, color="black", linewidth=0.8, linestyle="--")
+    bound = idle + result["memory_bytes"] / MIB
+    axes.axhline(bound, color="black", linewidth=0.8, linestyle="--", label="idle + budget")
     axes.tick_params(axis="x", labelsize=7)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 

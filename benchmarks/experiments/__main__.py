@@ -218,7 +218,7 @@ def sft(
     scores = {}
     if names:
         scores = score_arms(
-            out, base, list(curves), tasks=names, limit=limit, cache=folder, notice=notice
+            out, base, curves, tasks=names, limit=limit, cache=folder, notice=notice
         )
     sft_report(out, curves, scores, str(base), limit)
 

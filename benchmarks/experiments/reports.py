@@ -119,17 +119,23 @@ def peft_report(
     )
 
 
+def _rounds(path: Path) -> int | None:
+    """Return after how many rounds an arm was scored; older files of scores do not say."""
+    rounds: int | None = json.loads(path.read_text(encoding="utf-8")).get("rounds")
+    return rounds
+
+
 def score_arms(
     folder: Path,
     base: Path | str,
-    arms: Sequence[str],
+    curves: Mapping[str, Any],
     *,
     tasks: Sequence[str],
     limit: int,
     cache: Path,
     notice: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Score the base model and every arm as ``fedcore evaluate`` does, each one once.
+    """Score the base model and every arm as ``fedcore evaluate`` does, an arm again once it has other rounds.
 
     Raises:
         ConfigError: the folder holds scores of other tasks or another limit.
@@ -140,9 +146,10 @@ def score_arms(
     kept = folder / "scores"
     kept.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
-    for arm in ("base", *arms):
+    for arm in ("base", *curves):
         path = kept / f"{arm}.json"
-        if not path.is_file():
+        rounds = 0 if arm == "base" else curves[arm]["rounds"]
+        if not path.is_file() or (arm != "base" and _rounds(path) != rounds):
             local = any(task.startswith("local_") for task in tasks)
             model = str(base) if arm == "base" else str(folder / "arms" / arm)
             begun, cpu = time.monotonic(), time.process_time()
@@ -155,6 +162,7 @@ def score_arms(
             content = {
                 "tasks": list(tasks),
                 "limit": limit,
+                "rounds": rounds,
                 "dtype": "bfloat16",
                 "scores": [asdict(score) for score in scores],
                 "seconds": time.monotonic() - begun,

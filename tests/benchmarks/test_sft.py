@@ -16,6 +16,7 @@ from benchmarks.experiments import sft
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.reports import score_arms, sft_report
 from benchmarks.experiments.sft import Settings, load_exchanges, share_out, train_arms
+from fedcore.client.evaluate import TaskScore
 from fedcore.demo.causal import Exchange
 from fedcore.errors import ConfigError
 
@@ -204,11 +205,13 @@ def test_scores_of_other_tasks_are_not_mixed_in_and_columns_that_were_not_run_st
     (tmp_path / "scores").mkdir()
     for arm in ("base", "federated"):
         kept = {"tasks": ["local_piqa"], "limit": 4, "scores": [score]}
+        kept |= {} if arm == "base" else {"rounds": 2}
         (tmp_path / "scores" / f"{arm}.json").write_text(json.dumps(kept))
     given: dict[str, Any] = {"cache": tmp_path, "notice": lambda _: None, "tasks": ["local_piqa"]}
-    found = score_arms(tmp_path, "base", ["federated"], limit=4, **given)
+    trained = {"federated": {"rounds": 2}}
+    found = score_arms(tmp_path, "base", trained, limit=4, **given)
     with pytest.raises(ConfigError, match="other tasks or another limit"):
-        score_arms(tmp_path, "base", ["federated"], limit=5, **given)
+        score_arms(tmp_path, "base", trained, limit=5, **given)
     points = [{"step": s, "who": "federated", "loss": {"north": 3.0 - s}} for s in (0, 1)]
     points.insert(1, {"step": 1, "who": "north", "loss": {"north": 2.5}})
     curves = {"federated": {"settings": {"sites": ["north"]}, "points": points}}
@@ -217,3 +220,37 @@ def test_scores_of_other_tasks_are_not_mixed_in_and_columns_that_were_not_run_st
     assert "hellaswag: not run | winogrande: not run" in text
     assert "| federated | 0.50 ± 0.25 | 0.25 |  |  |" in text
     assert "| federated | 2.000 | 2.000 |" in text
+
+
+def test_arms_are_scored_again_after_more_rounds_and_the_base_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[str] = []
+
+    def count(arguments: dict[str, Any], *_: Any, **__: Any) -> list[TaskScore]:
+        scored.append(Path(arguments["pretrained"]).name)
+        return [TaskScore("piqa", 4, len(scored) / 10, None, None, None)]
+
+    monkeypatch.setattr("fedcore.client.evaluate.evaluate", count)
+
+    def score(rounds: int, limit: int = 4) -> list[str]:
+        before = len(scored)
+        curves = {arm: {"rounds": rounds} for arm in ("federated", "north")}
+        found = score_arms(
+            tmp_path, "hub/base", curves, tasks=["piqa"], limit=limit, cache=tmp_path, notice=len
+        )
+        for arm, result in found.items():
+            last = max(number for number, made in enumerate(scored, 1) if made == arm)
+            assert result["scores"][0]["acc"] == last / 10, arm
+        return scored[before:]
+
+    assert score(3) == ["base", "federated", "north"]
+    assert score(3) == []
+    assert score(5) == ["federated", "north"]
+    assert score(5) == []
+    for arm in ("base", "north"):  # as files of scores were before they had the number of rounds
+        path = tmp_path / "scores" / f"{arm}.json"
+        kept = json.loads(path.read_text())
+        del kept["rounds"]
+        path.write_text(json.dumps(kept))
+    assert score(5) == ["north"]

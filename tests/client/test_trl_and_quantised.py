@@ -25,7 +25,6 @@ from .tiny_llama import llama, tokenizer, write_rows
 
 pytestmark = pytest.mark.slow
 ROUNDS = 3
-WORDS = ["<pad>", "<eos>", *["the", "cat", "dog", "sat", "ran", "on", "to", "mat", "house", "."]]
 OPTIONS: Any = {
     "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 3e-2,
     "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16, "lr_scheduler_type": "linear",
