@@ -39,6 +39,7 @@ class Member:
 
     Attributes:
         delivery: its update for the round under way, once announced.
+        counted: its update that the last version holds.
         dropped_round: the last round that this site was taken out of, or -1.
         declared: whether it has shown a model with the run's layout.
         returning: whether it was there before the server was started again and is still waited for.
@@ -51,6 +52,7 @@ class Member:
     declared: bool = False
     returning: bool = False
     delivery: Delivery | None = None
+    counted: Delivery | None = None
     dropped_round: int = -1
     message: str = ""
     scored: set[int] = field(default_factory=set)

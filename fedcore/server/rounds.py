@@ -263,6 +263,8 @@ class Rounds:
             return []
         if member.delivery == delivery:
             return []
+        if round_ == self.version and member.counted == delivery:
+            return []  # said again before the site heard of the commit
         if self.phase is Phase.INITIAL and round_ == 0 and member.state is SiteState.TRAINING:
             member.delivery = delivery
             return [self._collect([member])]
@@ -337,6 +339,7 @@ class Rounds:
     def committed(self, version: int, now: float) -> list[Action]:
         """Model ``version`` is durable: the next round begins, or the last evaluation."""
         self.version = version
+        counted = {p.site: Delivery(p.set_id, p.weight) for p in self.collecting}
         self.collecting = ()
         self._decided = ()
         self._started = None
@@ -345,6 +348,7 @@ class Rounds:
         present = [member for member in self.roster if member.alive]
         for member in self.roster:
             member.delivery = None
+            member.counted = counted.get(member.name)
         for member in present:
             member.state = SiteState.JOINED
         return self._begin(now)

@@ -66,6 +66,23 @@ def join_all(rounds: Rounds, *sites: str) -> None:
         assert rounds.joined(site, site, 0) == [SendTask(site, "train", 1)]
 
 
+def test_an_update_that_counted_and_is_announced_again_is_not_called_late() -> None:
+    rounds = machine(["a", "b"], version=None, quorum=1)
+    assert rounds.joined("a", "a", 0) == rounds.joined("b", "b", 0) == []
+    assert rounds.declared("a", 1) == [SendTask("a", "initial", 0)]
+    assert rounds.ready("a", 0, update("a")) == [StartCollect(0, (part("a"),))]
+    rounds.reduced()
+    assert trained(rounds.committed(0, 2)) == ["a", "b"]
+    assert rounds.ready("a", 0, update("a")) == []
+    assert rounds.ready("a", 1, update("a")) == []
+    assert rounds.ready("b", 1, update("b")) == [StartCollect(1, (part("a"), part("b")))]
+    rounds.reduced()
+    rounds.committed(1, 4)
+    assert rounds.ready("a", 1, update("a")) == []
+    assert isinstance(rounds.ready("a", 1, Delivery("e" * 32, 5))[0], SendDropped)
+    assert isinstance(rounds.ready("a", 0, update("a"))[0], SendDropped)
+
+
 def test_a_site_that_owes_the_initial_model_past_the_deadline_is_passed_over() -> None:
     rounds = machine(["a", "b"], version=None)
     late = "it gave no initial model before the deadline"
