@@ -102,8 +102,8 @@ class _Patch:
         if self._training or self._site.over:
             return self._evaluate(*args, **kwargs)
         with self._site.reporting():
-            task = self._site.receive(self._trainer.model)
             self._shard()
+            task = self._site.receive(self._trainer.model)
             metrics = self._evaluate(*args, **kwargs)
             self._unprepare()
             if task is not None:
@@ -125,6 +125,7 @@ class _Patch:
             self._trainer.accelerator.dataloader_config.data_seed = self._trainer.args.data_seed
             return self._train(*args, **kwargs)
         with self._site.reporting():
+            self._shard()
             task = self._site.receive(self._trainer.model)
             if task is None:
                 raise ClosedError(
@@ -147,9 +148,9 @@ class _Patch:
         return output
 
     def _shard(self) -> None:
-        """Shard the model by FSDP2 as `train` will.
+        """Shard the model by FSDP2 as `train` will, before its tensors are shown: sharding may change their dtype.
 
-        `evaluate`, called before it, would try that without the optimiser, which accelerate refuses.
+        `evaluate`, called before `train`, would try it without the optimiser, which accelerate refuses.
         """
         trainer = self._trainer
         if getattr(trainer.accelerator, "is_fsdp2", False) and not trainer.accelerator._models:

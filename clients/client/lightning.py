@@ -22,7 +22,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,9 @@ from .torch import (
 )
 
 __all__ = ["is_running", "log", "patch", "system_info"]
+
+_CONVERTING: Final = ("HalfPrecision", "DoublePrecision")
+"""Lightning's precision plugins that change the dtype of a module's own weights."""
 
 
 def patch(
@@ -196,6 +199,9 @@ class _Patch:
             raise ConfigError(
                 "pass the model: trainer.validate(model, data), trainer.fit(model, data)"
             )
+        precision = self._trainer.precision_plugin
+        if type(precision).__name__ in _CONVERTING:  # as fit will, before the tensors are shown
+            precision.convert_module(module)
         return module
 
     def _set_budget(self, rounds: int, epochs: int = 0, steps: int = 0) -> None:

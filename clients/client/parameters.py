@@ -29,6 +29,7 @@ from fedcore.layout import TensorSpec, compare_layouts
 
 from .choice import travelling
 from .prompts import is_computed, load_prompt
+from .received import Received
 from .sharding import address, is_sharded, put, whole
 
 __all__ = ["ModelParameters", "dtype_name", "from_view", "raw_bytes", "to_dtype"]
@@ -156,6 +157,8 @@ class ModelParameters:
                 return
             for spec in self.specs:
                 put(self._tensors[spec[0]], from_view(tensors[spec[0]], spec))
+        if isinstance(tensors, Received):
+            tensors.release()
 
 
 def _refuse_flat(model: nn.Module) -> None:

@@ -272,6 +272,7 @@ class Session:
                 f"answer: {name}{': ' if name else ''}{found['msg']}; outputs are numbers, texts and lists of "
                 "them, by name"
             ) from None
+        self._say_metrics()
         self._connection.say(answer)
         self._model = None
         self._end(model.kind, model.round)
@@ -316,6 +317,7 @@ class Session:
 
     def end_task(self) -> None:
         """End an evaluation task."""
+        self._say_metrics()
         model, self._model = self._model, None
         if model is not None:
             self._connection.end_task(model.kind, model.round)
@@ -327,23 +329,24 @@ class Session:
         """Show training metrics at the server while a round is under way.
 
         A script may call this at each step: where that is more often than `_LOGS_PER_SECOND`, the last value of
-        each metric goes with the next message, at the latest with the update.
+        each metric goes with the next message, at the latest at the end of the task.
         """
         if not self._connection.opened:
             return
         for name, value in metrics.items():
-            if str(name) in self._unsaid or len(self._unsaid) < protocol.MAX_METRICS:
-                self._unsaid[str(name)] = float(value)
+            short = str(name)[: protocol.MAX_NAME] or "unnamed"
+            if short in self._unsaid or len(self._unsaid) < protocol.MAX_METRICS:
+                self._unsaid[short] = float(value)
         self._step = step or 0
         if self._logs.take(time.monotonic()):
             self._say_metrics()
 
     def _say_metrics(self) -> None:
-        if self._unsaid:
+        said, self._unsaid = self._unsaid, {}
+        if said:
             at_hand = self._model or self._connection.task
             round_ = at_hand.round if at_hand else 0
-            self._connection.send(protocol.Log(round=round_, step=self._step, metrics=self._unsaid))
-            self._unsaid = {}
+            self._connection.send(protocol.Log(round=round_, step=self._step, metrics=said))
 
     def problem(self, text: str) -> None:
         """Tell the server about a local error; ``text`` must hold no private paths or data."""

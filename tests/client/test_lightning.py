@@ -100,10 +100,11 @@ def federated(trainer: Any, model: Any, fit: Callable[..., Any] | None = None) -
         ("manual", {}),
         ("manual", {"max_epochs": -1, "max_steps": 20}),
         ("automatic", {"precision": "bf16-mixed"}),
+        ("automatic", {"precision": "bf16-true"}),
         ("automatic", {"accumulate_grad_batches": 2}),
         ("automatic", {"gradient_clip_val": 0.1, "max_epochs": 5, "max_steps": 10}),
     ],
-    ids=["manual", "manual-steps", "bf16", "accumulation", "clipping"],
+    ids=["manual", "manual-steps", "bf16", "bf16-true", "accumulation", "clipping"],
 )
 def test_rounds_are_one_unbroken_training(
     name: str, kind: str, options: dict[str, Any], run: Future[RunResult], tmp_path: Path

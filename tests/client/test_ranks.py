@@ -188,6 +188,16 @@ def test_a_model_that_accelerate_shards_trains_as_one(
 
 
 @pytest.mark.slow
+def test_a_model_whose_weights_accelerate_makes_fp32_takes_part(
+    run: Future[RunResult], tmp_path: Path
+) -> None:
+    assert_both_took_part(start("hf_fsdp2.py", tmp_path / "hf", "bf16", launcher=TORCHRUN))
+    assert run.result(30).ok
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")
+    assert {value.dtype for value in final.values()} == {torch.float32}
+
+
+@pytest.mark.slow
 def test_an_adapter_that_accelerate_shards_trains_as_one(
     run: Future[RunResult], tmp_path: Path
 ) -> None:

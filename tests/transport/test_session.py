@@ -556,3 +556,16 @@ def test_metrics_of_every_step_go_out_a_few_times_a_second_and_the_last_before_t
         assert 20 <= len(said) < 500
         assert said[-1].step == 4999
         assert max(len(message.metrics) for message in said) <= p.MAX_METRICS
+
+
+def test_a_metric_with_a_name_that_no_message_has_costs_neither_the_others_nor_the_update() -> None:
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        for step in range(100):
+            session.log({"n" * 500: 1.0, "": 2.0, "loss": float(step)}, step=step)
+        session.submit(fill(0), 1, {})
+        said = server.expect(p.Log)
+        assert said.metrics == {"n" * p.MAX_NAME: 1.0, "unnamed": 2.0, "loss": 0.0}
+        while said.metrics["loss"] != 99.0:
+            said = server.expect(p.Log)
+        server.expect(p.Ready)

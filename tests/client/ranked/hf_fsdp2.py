@@ -47,6 +47,8 @@ def main() -> None:
         report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", lr_scheduler_type="linear",
     )  # fmt: skip
     model: Any = Model()
+    if sys.argv[2:] == ["bf16"]:  # accelerate makes the weights fp32 when it shards them
+        model, arguments.bf16 = model.to(torch.bfloat16), True
     if sys.argv[2:] == ["lora"]:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["net"]))
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
