@@ -529,7 +529,8 @@ void bind_exchange(py::module_& m) {
           py::arg("collector"), py::arg("source"),
           "Take a source out of a collection; its result becomes that of the others alone.")
       .def("deliver", &deliver, py::arg("now_ms"), py::arg("peer"), py::arg("header"),
-           py::arg("body"), "Hand over a received frame: 0 handled, 3 malformed or too much.")
+           py::arg("body"),
+           "Hand over a received frame: 0 handled, 1 kept, 3 malformed or too much, 4 not heard.")
       .def("next_out", &next_out, py::arg("now_ms"),
            "The next frame to send: (peer, header, body or None), or None.")
       .def("tick", &Exchange::tick, py::arg("now_ms"), py::call_guard<py::gil_scoped_release>(),

@@ -179,7 +179,6 @@ bool Collector::fits(const wire::Header& header, std::size_t size) const {
   return header.encoding == wire::kRaw ? size == nbytes : size <= nbytes;
 }
 
-// Fills `chunk` with the flat bytes that an encoded body stands for; returns why it can't.
 // Fills `chunk` with what came, unpacked; returns why it can't be decoded, or nullptr.
 const char* Collector::unpack(const wire::Header& header, Frame& frame, Held& chunk) {
   if (header.encoding == wire::kRaw) {

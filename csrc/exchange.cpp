@@ -26,6 +26,9 @@ int sink_deliver(void* pointer, std::int64_t now_ms, const void* peer, std::size
     }
     return verdict;
   } catch (const std::exception&) {
+    if (!frame) {
+      return FC_TAKEN;  // whoever it was moved to has it, or has released it
+    }
     frame.disown();
     return FC_DROP;
   }
@@ -232,6 +235,9 @@ void Exchange::charge(std::string_view peer, double frames) {
 
 // Whether a peer's owner is heard at present: it is not muted, and has not sent too many frames.
 bool Exchange::is_within_rate(std::string_view peer, std::int64_t now_ms) {
+  if (!limits_.paced && !owners_.contains(std::string(owner_name(peer)))) {
+    return true;  // in plain text anybody has any number of names: what is no message keeps none
+  }
   Owner& owner = owner_of(peer);
   refill(owner, now_ms);
   if (now_ms < owner.muted_until_ms) {
@@ -274,6 +280,7 @@ bool Exchange::may_speak(const std::string& peer, std::int64_t now_ms) {
     return false;
   }
   owner.crowded = false;
+  std::erase(owner.peers, peer);
   owner.peers.push_back(peer);
   contacts_[peer].counted = true;
   return true;
@@ -314,15 +321,22 @@ void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t n
 int Exchange::on_control(const std::string& peer, const Frame& body) {
   Owner& owner = owner_of(peer);
   const std::uint64_t size = body.size();
+  // Who has said more than its rate leaves half for the others.
+  const std::uint64_t total =
+      limits_.paced && owner.bytes <= 0 ? limits_.control / 2 : limits_.control;
   const bool room = owner.waiting == 0
                         ? control_bytes_ == 0 || (limits_.paced && size <= kSmallControlBytes) ||
-                              control_bytes_ + size <= limits_.control
+                              control_bytes_ + size <= total
                         : owner.waiting < kMaxControlPerPeer &&
                               owner.waiting_bytes + size <= limits_.control_per_peer &&
-                              control_bytes_ + size <= limits_.control;
+                              control_bytes_ + size <= total;
   if (!room) {
     ++stats_.dropped;
-    if (!std::exchange(owner.flooded, true)) {
+    // Where the others fill the queue nobody is to blame: what is lost is said again.
+    const bool its_own =
+        owner.waiting >= kMaxControlPerPeer ||
+        (owner.waiting > 0 && owner.waiting_bytes + size > limits_.control_per_peer);
+    if (its_own && !std::exchange(owner.flooded, true)) {
       report(Event::Kind::kFlooded, peer,
              std::to_string(owner.waiting) + " control messages of " +
                  std::to_string(owner.waiting_bytes) + " bytes are waiting");
@@ -451,6 +465,9 @@ int Exchange::on_chunk(const std::string& peer, const wire::Header& header, Fram
   for (const auto& collector : collectors_) {
     if (const auto source = collector->find(peer, header.set)) {
       const bool kept = collector->on_chunk(*source, header, body, now_ms);
+      if (!kept) {
+        charge(peer, 1);  // as what nobody asked for
+      }
       note_patience(*collector, *source, now_ms);
       collect_events(*collector);
       return kept ? FC_TAKEN : FC_DONE;

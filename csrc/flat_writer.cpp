@@ -33,11 +33,10 @@ void FlatWriter::write(const void* data, std::uint64_t size) {
   while (size > 0) {
     const std::uint64_t in_chunk = at_ % chunk_bytes_;
     const std::uint64_t piece = std::min({size, kPiece, chunk_bytes_ - in_chunk});
-    if (in_chunk == 0) {
-      crcs_.push_back(0);
-    }
-    crcs_.back() = crc32c(from, piece, crcs_.back());
+    crcs_.resize(static_cast<std::size_t>(at_ / chunk_bytes_ + 1));
+    const std::uint32_t crc = crc32c(from, piece, crcs_.back());
     file_->write(offset_ + at_, from, piece);
+    crcs_.back() = crc;
     from += piece;
     at_ += piece;
     size -= piece;

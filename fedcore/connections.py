@@ -147,7 +147,10 @@ class Connections:
             if self._note(number) == HEARD:
                 del self._unproved[number]
             elif self._received(number) > limits.unproved_bytes:
-                yield self._cut(number, f"sent {limits.unproved_bytes} bytes without a valid key")
+                yield self._cut(
+                    number,
+                    f"sent {limits.unproved_bytes} bytes before a message of it was understood",
+                )
             elif now - found.since > limits.unproved_seconds:
                 yield self._cut(number, f"proved no key in {limits.unproved_seconds:g} s")
         for number in [n for n in self._open if self._note(n) == CUT]:
@@ -172,7 +175,8 @@ class Connections:
 
         None if it turns out that some have proved themselves meanwhile, and there is room.
         """
-        for number in [n for n in self._unproved if self._note(n) == HEARD]:
+        # The number may be noted for the connection that had it before: the newcomer stays.
+        for number in [n for n in self._unproved if n != newcomer and self._note(n) == HEARD]:
             del self._unproved[number]
         if network is None:
             if len(self._unproved) <= self._limits.unproved and len(self._open) <= self._most:

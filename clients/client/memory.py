@@ -18,7 +18,8 @@ _WARM_BYTES: Final = 8 << 20  # half of what glibc keeps then
 def available_memory(meminfo: Path = _MEMINFO, cgroups: Path = _CGROUPS) -> int:
     """Return the bytes that can be taken without swapping; 0 where the system does not say.
 
-    The least of what the machine has left and what each control group (version 2) around this process has left.
+    The least of what the machine has left and what each control group (version 2) around this process has left,
+    where a group's cached files count as taken.
     """
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text("ascii").splitlines())

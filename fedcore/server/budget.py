@@ -32,7 +32,7 @@ class Budget:
     """How ``server.memory`` is divided; all in bytes.
 
     Attributes:
-        chunks: updates' chunks: under way, waiting, decoded, and the sums that they are folded into.
+        chunks: updates' chunks: under way, waiting, and the sums that they are folded into.
         outgoing: pages of the global model that are on their way to sites.
         control: control messages that wait to be handled, of all sites together.
         control_per_peer: the same of one peer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -49,7 +50,7 @@ def test_a_stranger_that_sends_much_is_cut_and_a_key_holder_that_sends_as_much_i
     world.received = {loud: 1001, site: 1 << 40, calm: 1000}
     world.sweep()
     assert world.cut == [loud]
-    assert "1000 bytes without a valid key" in world.why[0]
+    assert "1000 bytes before a message of it was understood" in world.why[0]
 
 
 def test_a_connection_that_proves_no_key_is_cut_in_time() -> None:
@@ -116,6 +117,19 @@ def test_a_key_holder_that_came_since_the_last_look_is_not_counted_as_a_stranger
     for _ in range(10):
         world.open(proved=True)
     assert world.cut == []
+
+
+def test_a_newcomer_whose_number_is_noted_as_proved_by_the_connection_before_it_is_dealt_with() -> (
+    None
+):
+    class AlwaysHeard(bytearray):
+        def __getitem__(self, number: Any) -> Any:
+            return HEARD
+
+    for limits, most in ((Limits(per_network=1), 1000), (Limits(unproved=50), 1)):
+        world = World(limits, most=most, heard=AlwaysHeard(100))
+        first, second = world.open(), world.open()
+        assert (first, world.cut) == (10, [second])
 
 
 def test_a_network_has_its_share_of_connections_and_of_arrivals() -> None:

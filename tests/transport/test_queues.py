@@ -12,7 +12,7 @@ import pytest
 import zmq
 
 from fedcore import protocol, transport
-from fedcore._core import Exchange, MappedFile, crc32c
+from fedcore._core import Collector, Exchange, Layout, MappedFile, crc32c
 from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
 from fedcore.transport import ServerLink, control_frames
 
@@ -214,6 +214,38 @@ def test_keys_that_fill_the_queue_leave_room_for_a_first_message_of_another() ->
     assert b"site/a/1\0x" in [peer for peer, _ in handed_out(exchange)]
 
 
+def declared(size: int) -> tuple[bytes, bytes]:
+    """Return a message of nearly so many bytes."""
+    per_tensor = (
+        len(control_frames(protocol.Declare(tensors=[("w" * 1000, "F32", [1])] * 9))[1]) / 9
+    )
+    return control_frames(
+        protocol.Declare(tensors=[("w" * 1000, "F32", [1])] * int(size / per_tensor))
+    )
+
+
+def test_a_key_whose_message_finds_the_queue_filled_by_others_is_not_blamed() -> None:
+    exchange = paced()
+    for key in range(300):
+        exchange.deliver(0, b"site/k%d/1\0x" % key, *declared(110_000))
+    assert 140 < len(handed_out(exchange)) < 160
+    assert events(exchange) == []
+
+
+def test_keys_beyond_their_rate_leave_half_of_the_queue_to_those_who_keep_to_it() -> None:
+    exchange = paced()
+    big = declared((4 << 20) - 2000)
+    for peer in (b"site/a/1\0x", b"site/b/2\0x"):
+        for _ in range(9):
+            exchange.deliver(0, peer, *big)
+            handed_out(exchange)
+        for _ in range(2):
+            exchange.deliver(0, peer, *big)
+    assert handed_out(exchange) == []
+    exchange.deliver(0, b"site/c/3\0x", *declared(40_000))
+    assert [peer for peer, _ in handed_out(exchange)] == [b"site/c/3\0x"]
+
+
 def test_a_key_has_so_many_connections_and_no_more_and_silent_ones_make_room() -> None:
     exchange = paced()
     verdicts = [exchange.deliver(0, b"site/a/1\0%d" % number, ping(), None) for number in range(40)]
@@ -244,6 +276,26 @@ def test_a_key_that_sends_frames_without_end_is_named_and_not_heard(
     assert exchange.deliver(1000, b"site/a/1\0x", frame, None) != UNHEARD
     floods = [event for event in events(exchange) if event[0] == "flooded"]
     assert [event[1] for event in floods] == [b"site/a/1\0x"]
+
+
+def test_chunks_that_nobody_asked_for_have_the_rate_of_other_frames() -> None:
+    exchange = paced()
+    layout = Layout([("w", "F32", [CHUNK // 2])], CHUNK)
+    out = MappedFile.anonymous(layout.total_bytes)
+    exchange.start(Collector(layout, [(b"site/a/1\0x", SET, 1)], out, 0, None, 64 << 20))
+    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.CHUNK, 0, 0, SET, 1000, 0, 1, crc32c(b"x"), 0)[
+        :44
+    ]
+    head += crc32c(head).to_bytes(4, "little")
+    verdicts = [exchange.deliver(0, b"site/a/1\0x", head, b"x") for _ in range(21_000)]
+    assert verdicts.index(UNHEARD) == 20_000
+
+
+def test_in_plain_text_frames_of_any_number_of_names_leave_nothing_behind() -> None:
+    exchange = Exchange()
+    for number in range(10_000):
+        exchange.deliver(0, b"%d" % number, b"x" * 48, None)
+    assert exchange.stats()["owners"] == 0
 
 
 def test_a_muted_key_is_heard_on_none_of_its_connections_until_its_time_is_over() -> None:

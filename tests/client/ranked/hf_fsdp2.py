@@ -42,13 +42,15 @@ def shard(trainer: Any) -> None:
 def main() -> None:
     rows = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
     data: Any = [{"inputs": row, "labels": row.sum(0, keepdim=True)} for row in rows]
+    half = sys.argv[2:] == ["bf16"]
     arguments = TrainingArguments(
         output_dir=sys.argv[1], max_steps=5, per_device_train_batch_size=8, learning_rate=0.1, max_grad_norm=0.0,
         report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", lr_scheduler_type="linear",
+        bf16=half,
     )  # fmt: skip
     model: Any = Model()
-    if sys.argv[2:] == ["bf16"]:  # accelerate makes the weights fp32 when it shards them
-        model, arguments.bf16 = model.to(torch.bfloat16), True
+    if half:  # accelerate makes the weights fp32 when it shards them
+        model.to(torch.bfloat16)
     if sys.argv[2:] == ["lora"]:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["net"]))
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
