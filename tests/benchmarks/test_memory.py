@@ -25,7 +25,7 @@ def peaks(*loads: Load) -> list[int]:
 
 
 def least_peaks(*loads: Load) -> list[int]:
-    """Return the peaks; where they differ, the lesser ones of two runs, as other work on the machine adds to a peak."""
+    """Return the peaks; where they differ, the lesser ones of two runs, as other work adds to a peak."""
     found = peaks(*loads)
     if max(found) <= SPREAD * min(found):
         return found
