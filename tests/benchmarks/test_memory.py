@@ -24,16 +24,8 @@ def peaks(*loads: Load) -> list[int]:
     return [row["peak_rss_bytes"] for row in found]
 
 
-def least_peaks(*loads: Load) -> list[int]:
-    """Return the peaks; where they differ, the lesser ones of two runs, as other work adds to a peak."""
-    found = peaks(*loads)
-    if max(found) <= SPREAD * min(found):
-        return found
-    return [min(pair) for pair in zip(found, peaks(*loads), strict=True)]
-
-
 def test_the_peak_is_the_same_for_more_sites_and_a_larger_model() -> None:
-    found = least_peaks(
+    found = peaks(
         Load(SIZE, 2, BUDGET),
         Load(SIZE, 8, BUDGET),
         Load(SIZE, 32, BUDGET),
