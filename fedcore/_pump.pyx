@@ -16,7 +16,7 @@ Of each connection it notes, by its file number, whether it was understood last 
 (`fedcore.connections`). libzmq tells the number with each message.
 
 Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
-Inbox (PUSH socket):     [b"E"] the core has events or control messages.
+Inbox (PUSH socket):     [b"E"] the core has events or control messages; the first one says that the pump runs.
 """
 
 import zmq.backend.cython._zmq as _backend
@@ -327,6 +327,7 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
     cdef FcOut out
     cdef int64_t wait
     cdef int got, i
+    _send_copy(inbox, b"E", 1, 0)
     while True:
         wait = sink.tick(sink.self, _now_ms())
         while sink.next_out(sink.self, _now_ms(), &out):

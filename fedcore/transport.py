@@ -137,8 +137,11 @@ class _Link:
     _heard: bytearray | None = None
     _monitor: zmq.Socket[bytes] | None = None
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], net: zmq.Socket[bytes]) -> None:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], net: zmq.Socket[bytes], pump: Any | None
+    ) -> None:
         self.exchange = Exchange()
+        self._pump = pump
         self._context = context
         self._net = net
         self._lock = threading.Lock()
@@ -167,11 +170,18 @@ class _Link:
         ends[0].connect(address)
         return ends
 
+    def _start(self) -> None:
+        """Start the pump and wait until it runs: from then on it needs nothing of the interpreter."""
+        self._thread.start()
+        while not self._inbox.poll(1000):
+            if not self._thread.is_alive():
+                raise RuntimeError("the frame pump ended before it began")
+        self._inbox.recv()
+
     def _run(self) -> None:
         commands, inbox = self._pump_sockets
-        compiled = _compiled_pump()
-        if compiled is not None:
-            compiled.run(
+        if self._pump is not None:
+            self._pump.run(
                 self.exchange.capsule(),
                 self._net.underlying,
                 commands.underlying,
@@ -290,6 +300,7 @@ class ServerLink(_Link):
     _router = True
 
     def __init__(self, listen: str, secured: Secured | None = None) -> None:
+        pump = _compiled_pump()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=_IO_THREADS)
         net = context.socket(zmq.ROUTER)
         _set_common(net, listen)
@@ -326,8 +337,8 @@ class ServerLink(_Link):
                 "address of this machine, such as tcp://0.0.0.0:7733"
             ) from None
         self.endpoint: str = net.getsockopt_string(zmq.LAST_ENDPOINT)
-        super().__init__(context, net)
-        self._thread.start()
+        super().__init__(context, net, pump)
+        self._start()
 
     @property
     def secure(self) -> bool:
@@ -381,6 +392,7 @@ class SiteLink(_Link):
     def __init__(
         self, server: str, identity: bytes, credentials: Credentials | None = None
     ) -> None:
+        pump = _compiled_pump()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         net = context.socket(zmq.DEALER)
         _set_common(net, server)
@@ -409,10 +421,10 @@ class SiteLink(_Link):
                 f"cannot dial {server!r}: {error.strerror}; expected tcp://HOST:PORT"
             ) from None
         self.server = server
-        super().__init__(context, net)
+        super().__init__(context, net, pump)
         self.exchange.set_limits(*_SITE_LIMITS)
         self.exchange.heartbeat(HEARTBEAT_MS)
-        self._thread.start()
+        self._start()
 
     def send(self, message: FromSite) -> None:
         """Queue a control message for the server."""
@@ -477,6 +489,7 @@ def _python_pump(
     poller.register(commands, zmq.POLLIN)
     if exchange.wake_fd >= 0:
         poller.register(exchange.wake_fd, zmq.POLLIN)
+    inbox.send(b"E")  # it runs
     while True:
         wait = exchange.tick(now_ms())
         while (out := exchange.next_out(now_ms())) is not None:

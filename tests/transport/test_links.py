@@ -210,9 +210,11 @@ def test_frames_of_a_stranger_do_no_harm(pump: str, frames: list[bytes]) -> None
 def test_the_server_hears_a_site_whose_interpreter_is_busy() -> None:
     """A site computes for seconds without giving the GIL away; its heartbeat must go on."""
     program = (
-        "import sys, uuid\n"
+        "import sys, time\n"
         "from fedcore.transport import SiteLink\n"
         "from fedcore import protocol\n"
+        "run = SiteLink._run\n"
+        "SiteLink._run = lambda self: (time.sleep(0.5), run(self))\n"  # a thread that is slow to start
         "link = SiteLink(sys.argv[1], bytes.fromhex(sys.argv[2]))\n"
         "link.send(protocol.Leave(reason='before'))\n"
         "import re\n"
@@ -256,6 +258,10 @@ def test_an_unknown_pump_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDCORE_PUMP", "fast")
     with pytest.raises(ConfigError, match="FEDCORE_PUMP='fast'"):
         pump_name()
+    with pytest.raises(ConfigError, match="FEDCORE_PUMP='fast'"):
+        ServerLink("tcp://127.0.0.1:0")
+    with pytest.raises(ConfigError, match="FEDCORE_PUMP='fast'"):
+        SiteLink("tcp://127.0.0.1:9", uuid.uuid4().bytes)
 
 
 def test_a_process_with_an_open_link_exits(pump: str) -> None:
