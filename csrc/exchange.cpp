@@ -170,9 +170,13 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
   const std::lock_guard lock(mutex_);
   ++stats_.frames_in;
   stats_.bytes_in += header_size + body.size();
-  if (is_blocked(peer_view) || !is_within_rate(peer_view, now_ms)) {
+  if (is_blocked(peer_view)) {
     ++stats_.dropped;
     return FC_UNHEARD;
+  }
+  if (!is_within_rate(peer_view, now_ms)) {
+    ++stats_.dropped;
+    return FC_MUTED;
   }
   wire::Header header;
   if (const char* why = wire::parse(header_data, header_size, body.size(), header)) {

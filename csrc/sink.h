@@ -16,13 +16,14 @@
 extern "C" {
 #endif
 
-#define FC_SINK_CAPSULE "fedcore.sink.v3"
+#define FC_SINK_CAPSULE "fedcore.sink.v4"
 
 enum {
-  FC_DONE = 0,   /* handled; the caller frees the owner */
-  FC_TAKEN = 1,  /* the sink keeps the body and calls release(owner) later */
-  FC_DROP = 3,   /* malformed, or too much; the caller frees the owner */
-  FC_UNHEARD = 4 /* as FC_DROP, and the peer is not heard at present: its connection may go */
+  FC_DONE = 0,    /* handled; the caller frees the owner */
+  FC_TAKEN = 1,   /* the sink keeps the body and calls release(owner) later */
+  FC_DROP = 3,    /* malformed, or too much; the caller frees the owner */
+  FC_UNHEARD = 4, /* as FC_DROP, and the peer is not heard at present: its connection may go */
+  FC_MUTED = 5    /* as FC_UNHEARD, but the peer is being told why: its connection may go soon */
 };
 
 /* A frame to send. `peer` (empty at a site) and `header` (48 bytes) are valid until the next call

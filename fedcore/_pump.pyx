@@ -12,8 +12,8 @@ command from Python, or for a timer of the core; it never spins.
 Where connections are encrypted, the sink and the inbox know a peer as ``USER NUL ROUTING-ID``. The user is what
 the server's door gave the connection (ZeroMQ's "User-Id"), so that nothing a peer says can make it another.
 
-Of each connection it notes, by its file number, whether it was understood last or may go; the door reads that
-(`fedcore.connections`). libzmq tells the number with each message.
+Of each connection it notes, by its file number, whether it was understood last or may go, at once or soon; the door
+reads that (`fedcore.connections`). libzmq tells the number with each message.
 
 Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
 Inbox (PUSH socket):     [b"E"] the core has events or control messages; the first one says that the pump runs.
@@ -79,8 +79,10 @@ cdef enum:
     SINK_TAKEN = 1
     SINK_DROP = 3
     SINK_UNHEARD = 4
+    SINK_MUTED = 5
     NOTE_HEARD = 1
     NOTE_CUT = 2
+    NOTE_MUTED = 3
     BATCH = 64
     MAX_ID = 255
 
@@ -238,7 +240,12 @@ cdef void _note(Notes notes, Msg* header, int verdict) noexcept nogil:
     text = z.msg_gets(header, b"__fd")
     number = atoi(text) if text != NULL else -1
     if 0 <= number < <int> notes.count:
-        notes.of[number] = NOTE_CUT if verdict == SINK_UNHEARD else NOTE_HEARD
+        if verdict == SINK_MUTED and notes.of[number] in (NOTE_HEARD, NOTE_MUTED):
+            notes.of[number] = NOTE_MUTED
+        elif verdict in (SINK_UNHEARD, SINK_MUTED):  # who was never heard there is told nothing there
+            notes.of[number] = NOTE_CUT
+        else:
+            notes.of[number] = NOTE_HEARD
 
 
 cdef int _pump_in(void* net, bint router, bint secure, Notes notes, FcSink* sink) noexcept nogil:
@@ -372,7 +379,7 @@ def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint se
         heard: where to note of each connection, by its file number, that it was understood or may go.
     """
     global release_out
-    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v3")
+    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v4")
     release_out = sink.out_done
     cdef Notes notes
     notes.count = 0 if heard is None else heard.shape[0]

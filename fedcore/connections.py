@@ -15,12 +15,17 @@ from typing import Final
 
 from .allowance import Allowance
 
-__all__ = ["CUT", "HEARD", "Connections", "Limits"]
+__all__ = ["CUT", "HEARD", "MUTED", "Connections", "Limits", "note"]
 
 HEARD: Final = 1
 """What the pump notes of a connection: a message of it was understood."""
 CUT: Final = 2
 """What the pump notes of a connection: its peer is not heard any more, so that it may go."""
+MUTED: Final = 3
+"""What the pump notes of a connection: it was heard and said too much, which its peer is being told."""
+_DROP, _UNHEARD, _MUTED = 3, 4, 5  # verdicts of the core, as in csrc/sink.h
+_GRACE_LOOKS: Final = 20
+"""So often a muted connection is looked at before it is cut; the door looks every 50 ms."""
 _MAX_NETWORKS: Final = 4096
 
 
@@ -65,6 +70,18 @@ class Limits:
         )
 
 
+def note(notes: bytearray, number: int, verdict: int) -> None:
+    """Note of a connection what the core made of a frame of it, as the compiled pump does."""
+    if verdict == _DROP or not 0 <= number < len(notes):
+        return
+    if verdict == _MUTED and notes[number] in (HEARD, MUTED):
+        notes[number] = MUTED
+    elif verdict in (_UNHEARD, _MUTED):  # who was never heard there is told nothing there
+        notes[number] = CUT
+    else:
+        notes[number] = HEARD
+
+
 @dataclass
 class _Open:
     address: str
@@ -78,7 +95,7 @@ class Connections:
     Args:
         limits: see `Limits`.
         most: open connections in all.
-        heard: a byte for each file number, `HEARD` or `CUT`, which the pump writes.
+        heard: a byte for each file number, `HEARD`, `CUT` or `MUTED`, which the pump writes.
         received: how many bytes a connection has received.
     """
 
@@ -92,6 +109,7 @@ class Connections:
         self._open: dict[int, _Open] = {}
         self._networks: Counter[str] = Counter()
         self._unproved: dict[int, _Open] = {}  # the oldest first
+        self._muted: dict[int, int] = {}  # how often each was found so
         self._arrivals: dict[str, Allowance] = {}
 
     def __len__(self) -> int:
@@ -130,6 +148,7 @@ class Connections:
         """Note a connection that is gone, whoever ended it."""
         gone = self._open.pop(number, None)
         self._unproved.pop(number, None)
+        self._muted.pop(number, None)
         if gone is not None:
             self._networks[gone.network] -= 1
             if not self._networks[gone.network]:
@@ -144,7 +163,7 @@ class Connections:
         """Look at all; yields what to cut, and why."""
         limits = self._limits
         for number, found in list(self._unproved.items()):
-            if self._note(number) == HEARD:
+            if self._note(number) in (HEARD, MUTED):
                 del self._unproved[number]
             elif self._received(number) > limits.unproved_bytes:
                 yield self._cut(
@@ -153,10 +172,20 @@ class Connections:
                 )
             elif now - found.since > limits.unproved_seconds:
                 yield self._cut(number, f"proved no key in {limits.unproved_seconds:g} s")
-        for number in [n for n in self._open if self._note(n) == CUT]:
-            yield self._cut(number, "is not heard any more")
+        for number in list(self._open):
+            noted = self._note(number)
+            if noted != MUTED:
+                self._muted.pop(number, None)
+            if noted == CUT or (noted == MUTED and self._is_told(number)):
+                yield self._cut(number, "is not heard any more")
 
     # --- deciding ---
+
+    def _is_told(self, number: int) -> bool:
+        """Whether what a muted peer is told had its time to leave; in looks, as a machine that stands still for a
+        second sends nothing in it."""
+        looks = self._muted[number] = self._muted.get(number, 0) + 1
+        return looks > _GRACE_LOOKS
 
     def _note(self, number: int) -> int:
         """Return what the pump noted; numbers beyond its notes are taken for proved."""
@@ -176,7 +205,9 @@ class Connections:
         None if it turns out that some have proved themselves meanwhile, and there is room.
         """
         # The number may be noted for the connection that had it before: the newcomer stays.
-        for number in [n for n in self._unproved if n != newcomer and self._note(n) == HEARD]:
+        for number in [
+            n for n in self._unproved if n != newcomer and self._note(n) in (HEARD, MUTED)
+        ]:
             del self._unproved[number]
         if network is None:
             if len(self._unproved) <= self._limits.unproved and len(self._open) <= self._most:

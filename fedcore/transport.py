@@ -28,7 +28,7 @@ import zmq
 
 from . import protocol
 from ._core import Exchange, crc32c
-from .connections import CUT, HEARD
+from .connections import note
 from .errors import BusyError, ClosedError, ConfigError
 from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
 
@@ -65,7 +65,6 @@ _MAX_FRAME: Final = protocol.MAX_CONTROL_BYTES + 1024  # encryption adds 33 byte
 _SITE_LIMITS: Final = (32 << 20, 16 << 20, 64 << 20)
 """Bytes of a site: its update's on their way, of which its one peer may have half, and of control messages."""
 _LINGER_MS: Final = 1000
-_DROP, _UNHEARD = 3, 4  # verdicts of the core, as in csrc/sink.h
 _IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
 _RECONNECT_MS: Final = (100, 2000)
 _HANDSHAKE_MS: Final = 10_000
@@ -552,7 +551,5 @@ def _python_frames(
             continue
         body = frames[1].buffer if len(frames) == 2 else None
         verdict = exchange.deliver(now_ms(), peer, frames[0].bytes, body)
-        if heard is not None and verdict != _DROP:
-            number = int(frames[0].get("__fd"))
-            if number < len(heard):
-                heard[number] = CUT if verdict == _UNHEARD else HEARD
+        if heard is not None:
+            note(heard, int(frames[0].get("__fd")), verdict)

@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from fedcore.connections import CUT, HEARD, Connections, Limits, network_of
+from fedcore.connections import (
+    _GRACE_LOOKS,
+    CUT,
+    HEARD,
+    MUTED,
+    Connections,
+    Limits,
+    network_of,
+    note,
+)
 
 
 @dataclass
@@ -64,6 +73,54 @@ def test_a_connection_that_proves_no_key_is_cut_in_time() -> None:
     world.sweep()
     assert world.cut == [silent]
     assert world.connections.unproved == 0
+
+
+def test_a_key_that_said_too_much_is_cut_when_it_was_told_so_and_one_that_is_revoked_at_once() -> (
+    None
+):
+    world = World(Limits())
+    loud, calmed, gone = (world.open(proved=True) for _ in range(3))
+    world.heard[loud] = world.heard[calmed] = world.heard[gone] = MUTED
+    world.sweep()
+    assert world.connections.unproved == 0
+    world.heard[calmed] = HEARD
+    world.heard[gone] = CUT
+    world.sweep()
+    assert world.cut == [gone]
+    world.heard[calmed] = MUTED
+    looks = 2
+    while len(world.cut) == 1:
+        world.sweep()
+        looks += 1
+    assert (world.cut, looks) == ([gone, loud], _GRACE_LOOKS + 1)
+
+
+HANDLED, TAKEN, DROP, UNHEARD, TOO_MUCH = 0, 1, 3, 4, 5
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "noted"),
+    [
+        ([DROP], 0),
+        ([HANDLED], HEARD),
+        ([TAKEN, DROP], HEARD),
+        ([HANDLED, TOO_MUCH], MUTED),
+        ([HANDLED, TOO_MUCH, TOO_MUCH], MUTED),
+        ([HANDLED, TOO_MUCH, HANDLED], HEARD),
+        ([HANDLED, TOO_MUCH, UNHEARD], CUT),
+        ([TOO_MUCH], CUT),
+        ([TOO_MUCH, TOO_MUCH], CUT),
+        ([UNHEARD], CUT),
+    ],
+)
+def test_a_connection_that_was_never_heard_has_no_time_to_be_told(
+    verdicts: list[int], noted: int
+) -> None:
+    notes = bytearray(3)
+    for verdict in verdicts:
+        note(notes, 1, verdict)
+        note(notes, 3, verdict)
+    assert list(notes) == [0, noted, 0]
 
 
 def test_the_oldest_stranger_makes_room_for_a_newcomer() -> None:

@@ -160,7 +160,7 @@ def events(exchange: Exchange) -> list[tuple[Any, ...]]:
     return [e for e in iter(exchange.next_event, None) if e[0] != "stranger"]
 
 
-UNHEARD = 4
+UNHEARD, MUTED = 4, 5
 BURST, RATE = 2000, 1000
 
 
@@ -270,10 +270,10 @@ def test_a_key_that_sends_frames_without_end_is_named_and_not_heard(
     verdicts = [exchange.deliver(0, b"site/a/1\0x", frame, None) for _ in range(count + 1000)]
     while exchange.next_out(0) is not None:
         pass
-    assert verdicts.index(UNHEARD) == count
-    assert set(verdicts[count:]) == {UNHEARD}
+    assert verdicts.index(MUTED) == count
+    assert set(verdicts[count:]) == {MUTED}
     assert exchange.deliver(0, b"site/b/2\0x", ping(), None) == 0
-    assert exchange.deliver(1000, b"site/a/1\0x", frame, None) != UNHEARD
+    assert exchange.deliver(1000, b"site/a/1\0x", frame, None) != MUTED
     floods = [event for event in events(exchange) if event[0] == "flooded"]
     assert [event[1] for event in floods] == [b"site/a/1\0x"]
 
@@ -288,7 +288,7 @@ def test_chunks_that_nobody_asked_for_have_the_rate_of_other_frames() -> None:
     ]
     head += crc32c(head).to_bytes(4, "little")
     verdicts = [exchange.deliver(0, b"site/a/1\0x", head, b"x") for _ in range(21_000)]
-    assert verdicts.index(UNHEARD) == 20_000
+    assert verdicts.index(MUTED) == 20_000
 
 
 def test_in_plain_text_frames_of_any_number_of_names_leave_nothing_behind() -> None:
@@ -305,9 +305,18 @@ def test_a_muted_key_is_heard_on_none_of_its_connections_until_its_time_is_over(
         exchange.deliver(0, peer, *alive)
     exchange.mute(b"site/a/1\0x", 500)
     assert [peer for peer, _ in handed_out(exchange)] == [b"site/b/2\0x"]
-    assert exchange.deliver(499, b"site/a/1\0y", *alive) == UNHEARD
+    assert exchange.deliver(499, b"site/a/1\0y", *alive) == MUTED
     assert exchange.deliver(499, b"site/b/2\0x", *alive) == 0
     assert exchange.deliver(500, b"site/a/1\0y", *alive) == 0
+
+
+def test_a_key_that_is_muted_and_then_revoked_has_no_more_time() -> None:
+    exchange = paced()
+    alive = control_frames(protocol.Alive())
+    exchange.mute(b"site/a/1\0x", 500)
+    assert exchange.deliver(1, b"site/a/1\0x", *alive) == MUTED
+    exchange.block(b"site/a/1", True)
+    assert exchange.deliver(2, b"site/a/1\0x", *alive) == UNHEARD
 
 
 def test_what_is_known_of_owners_is_forgotten_with_their_connections() -> None:
