@@ -183,6 +183,7 @@ class Doorkeeper:
         if not bucket.take(now):
             self._say("%s knocks too often, from %s: it has to wait", who.name, address)
             return b"300", ""
+        self._connections.shown(address, now)
         return b"200", who.user
 
     def _count(self, event: int, number: int) -> None:

@@ -1,8 +1,10 @@
 """The open connections of an encrypted server: from where, since when, and which of them have proved themselves.
 
 A connection is *unproved* until a message of it was understood, which takes a key on the allow-list. Unproved ones
-are few, short-lived and may send little: libzmq takes in whatever length a stranger announces. Sans I/O: numbers,
-addresses and the clock come in, and what to cut goes out.
+are few, short-lived and may send little: libzmq takes in whatever length a stranger announces. After a link broke,
+an honest site's first message is the chunk that was under way: for each key of the list that was shown from a
+network, one connection from there may send so much. Sans I/O: numbers, addresses and the clock come in, and what
+to cut goes out.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ class Limits:
         arrivals, arrivals_per_second: connections that one network may open at once, and over time.
         unproved: connections of which nothing was understood yet, in all.
         unproved_bytes, unproved_seconds: what such a connection may send, and how long it may be there.
+        admitted: of these, how many may send a chunk first, after a key of the list was shown from their network,
+            which may have a quarter of them; ``admitted_bytes`` in ``admitted_seconds``.
         unproved_spared: for how many seconds at least one makes no room for a newcomer, which is cut then: a
             handshake costs more than to refuse it.
     """
@@ -56,6 +60,9 @@ class Limits:
     unproved: int = 256
     unproved_bytes: int = 16 << 10
     unproved_seconds: float = 15.0
+    admitted: int = 32
+    admitted_bytes: int = 4 << 20
+    admitted_seconds: float = 75.0
     unproved_spared: float = 2.0
 
     @classmethod
@@ -86,7 +93,9 @@ def note(notes: bytearray, number: int, verdict: int) -> None:
 class _Open:
     address: str
     network: str
+    local: bool
     since: float
+    admitted: bool = False
 
 
 class Connections:
@@ -111,6 +120,7 @@ class Connections:
         self._unproved: dict[int, _Open] = {}  # the oldest first
         self._muted: dict[int, int] = {}  # how often each was found so
         self._arrivals: dict[str, Allowance] = {}
+        self._shown: dict[str, list[float]] = {}  # when a key of the list was shown, by network
 
     def __len__(self) -> int:
         return len(self._open)
@@ -126,7 +136,7 @@ class Connections:
         network, local = network_of(address)
         if number < len(self._heard):
             self._heard[number] = 0
-        self._open[number] = self._unproved[number] = _Open(address, network, now)
+        self._open[number] = self._unproved[number] = _Open(address, network, local, now)
         self._networks[network] += 1
         limits = self._limits
         if not local:
@@ -159,19 +169,32 @@ class Connections:
         found = self._open.get(number)
         return None if found is None else found.address
 
+    def shown(self, address: str, now: float) -> None:
+        """Note that a key of the list was shown from there, by a connection of which no number is known."""
+        network, _ = network_of(address)
+        if network not in self._shown and len(self._shown) >= _MAX_NETWORKS:
+            self._shown.clear()
+        self._shown.setdefault(network, []).append(now)
+        del self._shown[network][: -self._limits.admitted]
+
     def sweep(self, now: float) -> Iterator[tuple[int, str]]:
         """Look at all; yields what to cut, and why."""
         limits = self._limits
         for number, found in list(self._unproved.items()):
             if self._note(number) in (HEARD, MUTED):
                 del self._unproved[number]
-            elif self._received(number) > limits.unproved_bytes:
-                yield self._cut(
-                    number,
-                    f"sent {limits.unproved_bytes} bytes before a message of it was understood",
-                )
-            elif now - found.since > limits.unproved_seconds:
-                yield self._cut(number, f"proved no key in {limits.unproved_seconds:g} s")
+                continue
+            if self._received(number) > limits.unproved_bytes and not found.admitted:
+                found.admitted = self._may_send_more(found, now)
+            most, seconds = (
+                (limits.admitted_bytes, limits.admitted_seconds)
+                if found.admitted
+                else (limits.unproved_bytes, limits.unproved_seconds)
+            )
+            if self._received(number) > most:
+                yield self._cut(number, f"sent {most} bytes before a message of it was understood")
+            elif now - found.since > seconds:
+                yield self._cut(number, f"proved no key in {seconds:g} s")
         for number in list(self._open):
             noted = self._note(number)
             if noted != MUTED:
@@ -186,6 +209,23 @@ class Connections:
         second sends nothing in it."""
         looks = self._muted[number] = self._muted.get(number, 0) + 1
         return looks > _GRACE_LOOKS
+
+    def _may_send_more(self, found: _Open, now: float) -> bool:
+        """Whether a connection may be the one that a key was shown by; no other one may be it then."""
+        limits = self._limits
+        shown = self._shown.get(found.network, [])
+        while shown and now - shown[0] > limits.unproved_seconds:
+            del shown[0]
+        admitted = [other for other in self._unproved.values() if other.admitted]
+        share = sum(other.network == found.network for other in admitted)
+        if (
+            not shown
+            or len(admitted) >= limits.admitted
+            or (share >= limits.admitted // 4 and not found.local)
+        ):
+            return False
+        del shown[0]
+        return True
 
     def _note(self, number: int) -> int:
         """Return what the pump noted; numbers beyond its notes are taken for proved."""
@@ -212,9 +252,13 @@ class Connections:
         if network is None:
             if len(self._unproved) <= self._limits.unproved and len(self._open) <= self._most:
                 return None
-            of = Counter(found.network for found in self._unproved.values())
+            of = Counter(found.network for found in self._unproved.values() if not found.admitted)
             network = max(of, key=lambda name: of[name])
-        oldest = next(n for n, found in self._unproved.items() if found.network == network)
+        oldest = next(
+            n
+            for n, found in self._unproved.items()
+            if found.network == network and not found.admitted
+        )
         now = self._unproved[newcomer].since
         spared = now - self._unproved[oldest].since < self._limits.unproved_spared
         return self._cut(newcomer if spared else oldest, why)

@@ -62,6 +62,62 @@ def test_a_stranger_that_sends_much_is_cut_and_a_key_holder_that_sends_as_much_i
     assert "1000 bytes before a message of it was understood" in world.why[0]
 
 
+def test_for_each_key_that_was_shown_one_connection_from_there_may_send_a_chunk_first() -> None:
+    world = World(Limits(unproved_bytes=1000, admitted_bytes=50_000, admitted_seconds=75))
+    site, stranger = world.open(), world.open()
+    elsewhere = world.open("198.51.100.1")
+    world.connections.shown("192.0.2.7", world.now)
+    world.received = dict.fromkeys((site, stranger, elsewhere), 2000)
+    world.sweep()
+    assert world.cut == [stranger, elsewhere]
+    world.received[site] = 50_000
+    world.now += 74
+    world.sweep()
+    assert world.cut == [stranger, elsewhere]
+    world.received[site] = 50_001
+    world.sweep()
+    assert world.cut == [stranger, elsewhere, site]
+    assert "50000 bytes before" in world.why[-1]
+
+
+def test_a_chunk_that_comes_first_has_its_time_and_a_key_that_was_shown_is_forgotten() -> None:
+    world = World(Limits())
+    slow, late = world.open(), world.open("198.51.100.1")
+    world.connections.shown("192.0.2.7", world.now)
+    world.connections.shown("198.51.100.1", world.now - 16)
+    world.received = {slow: 1 << 20, late: 1 << 20}
+    world.sweep()
+    assert world.cut == [late]
+    world.now += 76
+    world.sweep()
+    assert world.cut == [late, slow]
+
+
+def test_what_connections_may_send_first_is_bounded_in_all_and_for_each_network() -> None:
+    world = World(Limits())
+    opened = [world.open(f"192.0.2.{1 + i // 10}") for i in range(50)]
+    for i in range(50):
+        world.connections.shown(f"192.0.2.{1 + i // 10}", world.now)
+    world.received = dict.fromkeys(opened, 1 << 20)
+    world.sweep()
+    stayed = [number for number in opened if number not in world.cut]
+    assert len(stayed) == 32
+    assert {(number - opened[0]) // 10 for number in stayed} == {0, 1, 2, 3}
+
+
+def test_strangers_take_no_room_from_a_connection_that_may_be_a_keys() -> None:
+    world = World(Limits(unproved=3))
+    site = world.open()
+    world.connections.shown("192.0.2.7", world.now)
+    world.received = {site: 1 << 20}
+    world.sweep()
+    for _ in range(6):
+        world.now += 3
+        world.open()
+    assert len(world.cut) == 4
+    assert site not in world.cut
+
+
 def test_a_connection_that_proves_no_key_is_cut_in_time() -> None:
     world = World(Limits(unproved_seconds=15))
     silent, site = world.open(), world.open()

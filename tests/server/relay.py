@@ -56,12 +56,16 @@ class Relay:
     Args:
         up, down: bytes per second towards the server and back; None: as fast as they come. What waits in between
             is kept small, as on a slow link.
+
+    Attributes:
+        dials: connections so far.
     """
 
     def __init__(self, server: str, up: float | None = None, down: float | None = None) -> None:
         host, port = server.removeprefix("tcp://").split(":")
         self._server = (host, int(port))
         self.up, self.down = Flow(up), Flow(down)
+        self.dials = 0
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -82,6 +86,7 @@ class Relay:
             except OSError:
                 near.close()
                 continue
+            self.dials += 1
             self._pairs.append((near, far))
             for source, target, flow in ((near, far, self.up), (far, near, self.down)):
                 threading.Thread(target=_pass, args=(source, target, flow), daemon=True).start()
