@@ -206,7 +206,7 @@ def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> 
     from .simulate import simulate as run
 
     log = config.run_folder / "logs" / "server.log"
-    position = log.stat().st_size if log.exists() else 0
+    position = 0
 
     def tick() -> None:
         nonlocal position
@@ -217,7 +217,10 @@ def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> 
         typer.echo(text.decode(errors="replace"), nl=False)
 
     result = run(run_file, config, overrides=overrides, tick=tick)
-    tick()
+    if (
+        result.status == 0
+    ):  # else the result says what failed; that the server was ended then is no news
+        tick()
     return result
 
 

@@ -227,8 +227,11 @@ class _Children:
         return self._logs / f"{name}.log"
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
-        """Start a process in a group of its own, with its output at the end of its log."""
-        with self.log(name).open("ab") as out:
+        """Start a process in a group of its own, with its output in a new log; the last one is kept beside it."""
+        log = self.log(name)
+        with contextlib.suppress(FileNotFoundError):
+            log.replace(log.with_name(f"{log.name}.1"))
+        with log.open("wb") as out:
             child = subprocess.Popen(
                 list(command),
                 stdout=out,

@@ -124,6 +124,7 @@ def _connect(strategy: Any) -> None:
             strategy.process_group_backend or dist.get_default_backend_for_device(device),
             rank=cluster.global_rank(),
             world_size=cluster.world_size(),
+            timeout=strategy._timeout,
             device_id=device if device.type != "cpu" else None,
         )
 

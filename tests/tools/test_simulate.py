@@ -56,6 +56,32 @@ def test_a_failing_site_is_reported_with_its_last_lines(run_file: RunFile) -> No
     assert "working as " in result.message
 
 
+def test_what_a_site_said_is_the_first_and_only_error(
+    run_file: RunFile, fedcore: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    path = run_file("raise SystemExit('no data here')")
+    path.write_text(path.read_text().replace('sites = ["a", "b"]', 'sites = ["a"]'))
+    done = fedcore("simulate", path)
+    assert done.returncode == 1
+    assert done.stderr == "error: site a ended with status 1:\n    no data here\n"
+    assert "error" not in done.stdout.casefold()
+    assert "waiting for 1 site" in done.stdout, "the server's log"
+
+
+def test_each_simulation_has_its_own_logs_and_the_last_ones_are_kept(run_file: RunFile) -> None:
+    path = run_file("raise SystemExit('first')")
+    first = run(path)
+    (path.parent / "train.py").write_text("raise SystemExit('second')")
+    second = run(path)
+    assert "first" in first.message
+    assert "second" in second.message
+    assert "first" not in second.message
+    for name in ("a", "b"):
+        assert (second.folder / "logs" / f"{name}.log").read_text() in ("second\n", "")
+        assert (second.folder / "logs" / f"{name}.log.1").read_text() in ("first\n", "")
+    assert (second.folder / "logs/server.log").read_text().count("listening on") == 1
+
+
 def test_a_script_that_is_not_there_is_named_with_where_it_is_looked_for(run_file: RunFile) -> None:
     path = run_file()
     path.write_text(path.read_text().replace('"train.py"', '"trian.py"'))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -48,10 +49,15 @@ def loader() -> Any:
 def main() -> None:
     trainer = package.Trainer(
         accelerator="cpu", devices=2, max_epochs=5, logger=False, enable_checkpointing=False,
-        strategy=strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1),
+        strategy=strategies.ModelParallelStrategy(
+            data_parallel_size=2, tensor_parallel_size=1, timeout=timedelta(seconds=123)
+        ),
         enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     fl.patch(trainer)
+    group: Any = torch.distributed.group.WORLD
+    given = group._get_backend(torch.device("cpu")).options._timeout
+    assert given == timedelta(seconds=123), given
     model = Model()
     passes = 0
     while fl.is_running():
