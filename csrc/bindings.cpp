@@ -236,25 +236,44 @@ py::object py_reduce_files(const std::vector<FileHandle*>& inputs,
 
 using PySource = std::tuple<py::bytes, py::bytes, py::int_>;
 
+using PyPlace = std::optional<std::tuple<FileHandle*, std::uint64_t>>;
+
+Source to_source(const py::bytes& peer, const py::bytes& set, const py::int_& weight) {
+  return {std::string(peer), to_set_id(set), to_weights({weight})[0]};
+}
+
+Place to_place(const PyPlace& place) {
+  return place ? Place{std::get<0>(*place)->share(), std::get<1>(*place)} : Place{};
+}
+
+std::shared_ptr<Collector> open_collector(const PyLayout& layout, std::size_t expected,
+                                          const PyPlace& base, std::uint64_t budget_bytes,
+                                          bool write_behind, std::shared_ptr<Spill> spill,
+                                          std::int64_t spill_after_ms, const py::object& codec) {
+  return std::make_shared<Collector>(layout, expected, to_place(base),
+                                     CollectorOptions{.budget_bytes = budget_bytes,
+                                                      .write_behind = write_behind,
+                                                      .spill = std::move(spill),
+                                                      .spill_after_ms = spill_after_ms,
+                                                      .codec = codec_of(codec)});
+}
+
 std::shared_ptr<Collector> make_collector(
     const PyLayout& layout, const std::vector<PySource>& sources, const FileHandle& out,
-    std::uint64_t out_offset, const std::optional<std::tuple<FileHandle*, std::uint64_t>>& base,
-    std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite, bool write_behind,
-    std::shared_ptr<Spill> spill, std::int64_t spill_after_ms, const py::object& codec,
-    std::shared_ptr<Progress> progress) {
+    std::uint64_t out_offset, const PyPlace& base, std::uint64_t budget_bytes,
+    std::int64_t stall_ms, bool check_finite, bool write_behind, std::shared_ptr<Spill> spill,
+    std::int64_t spill_after_ms, const py::object& codec, std::shared_ptr<Progress> progress) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
-    checked.push_back({std::string(peer), to_set_id(set), to_weights({weight})[0]});
+    checked.push_back(to_source(peer, set, weight));
   }
-  Place from;
-  if (base) {
-    from = {std::get<0>(*base)->share(), std::get<1>(*base)};
-  }
-  CollectorOptions options{budget_bytes,     stall_ms,       check_finite,    write_behind,
-                           std::move(spill), spill_after_ms, codec_of(codec), std::move(progress)};
+  const Place from = to_place(base);
+  CollectorOptions options{budget_bytes,     stall_ms,       check_finite,   write_behind,
+                           std::move(spill), spill_after_ms, codec_of(codec)};
   const Place to{out.share(), out_offset};
   const py::gil_scoped_release release;  // it reads what is reduced
-  return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(options));
+  return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(options),
+                                     std::move(progress));
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
@@ -449,6 +468,12 @@ void bind_exchange(py::module_& m) {
            py::arg("write_behind") = false, py::arg("spill") = nullptr,
            py::arg("spill_after_ms") = 250, py::arg("codec") = py::none(),
            py::arg("progress") = nullptr)
+      .def_static("open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
+                  py::arg("budget_bytes"), py::arg("write_behind") = false,
+                  py::arg("spill") = nullptr, py::arg("spill_after_ms") = 250,
+                  py::arg("codec") = py::none(),
+                  "One whose sources are added as they are ready, about `expected` of them: see "
+                  "Exchange.add and Exchange.close.")
       .def_property_readonly("id", &Collector::id)
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)
@@ -512,6 +537,22 @@ void bind_exchange(py::module_& m) {
              return ids;
            })
       .def("start", &Exchange::start, py::arg("collector"))
+      .def(
+          "add",
+          [](Exchange& e, const Collector& c, const py::bytes& peer, const py::bytes& set,
+             const py::int_& weight) { return e.add(c.id(), to_source(peer, set, weight)); },
+          py::arg("collector"), py::arg("peer"), py::arg("set_id"), py::arg("weight"),
+          "Pull another source into an open collector; returns its number.")
+      .def(
+          "close",
+          [](Exchange& e, const Collector& c, const std::vector<std::size_t>& sources,
+             const FileHandle& out, std::uint64_t out_offset, std::shared_ptr<Progress> progress) {
+            e.close(c.id(), sources, Place{out.share(), out_offset}, std::move(progress));
+          },
+          py::arg("collector"), py::arg("sources"), py::arg("out"), py::arg("out_offset"),
+          py::arg("progress") = nullptr,
+          "Reduce these sources of an open collector, in this order, into the output; the others "
+          "are dropped. The record, if any, is a new one.")
       .def(
           "cancel", [](Exchange& e, const Collector& c) { e.cancel(c.id()); }, py::arg("collector"),
           "Forget a collector; running or done.")

@@ -28,25 +28,19 @@ std::uint64_t next_id() {
 
 }  // namespace
 
-Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
-                     Place base, CollectorOptions options)
+Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected, Place base,
+                     CollectorOptions options)
     : id_(next_id()),
       layout_(std::move(layout)),
-      sources_(std::move(sources)),
-      out_(std::move(out)),
+      expected_(expected),
       base_(std::move(base)),
       options_(std::move(options)),
-      pass_on_(!options_.check_finite && sources_.size() == 1 && !differences()),
       end_(layout_->chunk_count()) {
   if (layout_->total_bytes() == 0) {
     throw Error(Errc::kLayout, "there are no bytes to collect");
   }
   if (layout_->chunk_bytes() > wire::kMaxChunkBytes) {
     throw Error(Errc::kLayout, "chunks of more than 4 MiB can't be sent");
-  }
-  out_.file->check_range(out_.offset, layout_->total_bytes());
-  if (!out_.file->writable()) {
-    throw Error(Errc::kStorage, "the output " + out_.file->path() + " is not writable");
   }
   if (base_.file) {
     base_.file->check_range(base_.offset, layout_->total_bytes());
@@ -57,9 +51,88 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
     throw Error(Errc::kStorage, "the spill file's slots are smaller than a chunk");
   }
-  for (std::size_t k = 0; k < sources_.size(); ++k) {
+  divide_budget();
+}
+
+Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
+                     Place base, CollectorOptions options, std::shared_ptr<Progress> progress)
+    : Collector(std::move(layout), sources.size(), std::move(base), std::move(options)) {
+  std::vector<std::size_t> order;
+  for (Source& source : sources) {
+    order.push_back(order.size());
+    sources_.push_back(std::move(source));
     pulls_.push_back(std::make_unique<Pull>());
   }
+  check_order(order, out);
+  begin(order, std::move(out), std::move(progress));
+  resume_reduced();
+  for (const std::size_t k : order_) {
+    take_spilled(k);
+  }
+  if (options_.spill) {
+    options_.spill->free_unclaimed();
+  }
+}
+
+Collector::~Collector() { stop(); }
+
+std::size_t Collector::add(Source source) {
+  if (!open_ || state_ != State::kActive) {
+    throw Error(Errc::kProtocol, "this collection takes no more sources");
+  }
+  sources_.push_back(std::move(source));
+  pulls_.push_back(std::make_unique<Pull>());
+  divide_budget();
+  const std::size_t added = sources_.size() - 1;
+  take_spilled(added);
+  return added;
+}
+
+void Collector::check_order(const std::vector<std::size_t>& order, const Place& out) const {
+  out.file->check_range(out.offset, layout_->total_bytes());
+  if (!out.file->writable()) {
+    throw Error(Errc::kStorage, "the output " + out.file->path() + " is not writable");
+  }
+  std::vector<std::uint32_t> weights;
+  std::set<std::size_t> seen;
+  for (const std::size_t k : order) {
+    if (k >= sources_.size() || !pulls_[k]->counts || !seen.insert(k).second) {
+      throw Error(Errc::kProtocol, "source " + std::to_string(k) + " can't count");
+    }
+    weights.push_back(sources_[k].weight);
+  }
+  Reducer{weights};  // throws what is wrong with them
+}
+
+void Collector::close(const std::vector<std::size_t>& order, Place out,
+                      std::shared_ptr<Progress> progress) {
+  if (!open_ || state_ != State::kActive) {
+    throw Error(Errc::kProtocol, "this collection is closed");
+  }
+  check_order(order, out);
+  for (std::size_t k = 0; k < pulls_.size(); ++k) {
+    if (std::find(order.begin(), order.end(), k) == order.end()) {
+      pulls_[k]->counts = false;
+      forget_chunks(*pulls_[k]);
+    }
+  }
+  begin(order, std::move(out), std::move(progress));
+  if (group_ > 0) {
+    rewind();
+  }
+  if (options_.spill) {
+    options_.spill->free_unclaimed();
+  }
+  work_left_ = true;
+}
+
+void Collector::begin(const std::vector<std::size_t>& order, Place out,
+                      std::shared_ptr<Progress> progress) {
+  open_ = false;
+  order_ = order;
+  out_ = std::move(out);
+  progress_ = std::move(progress);
+  pass_on_ = !options_.check_finite && order_.size() == 1 && !differences();
   use_sources();
   divide_budget();
   reduced_chunk_.resize(
@@ -67,17 +140,14 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
   if (!pass_on_) {
     checksums_.resize(static_cast<std::size_t>(layout_->chunk_count()));
   }
-  resume_reduced();
-  resume_spilled();
 }
-
-Collector::~Collector() { stop(); }
 
 void Collector::use_sources() {
   counted_.clear();
   std::vector<std::uint32_t> weights;
-  for (std::size_t k = 0; k < sources_.size(); ++k) {
+  for (const std::size_t k : order_) {
     if (pulls_[k]->counts) {
+      pulls_[k]->rank = counted_.size();
       counted_.push_back(k);
       weights.push_back(sources_[k].weight);
     }
@@ -91,7 +161,11 @@ void Collector::divide_budget() {
   // Differences are added to pages of the base, which are given back in steps.
   const std::uint64_t base = differences() ? release_step() + layout_->chunk_bytes() : 0;
   const std::uint64_t budget = options_.budget_bytes - std::min(options_.budget_bytes, base);
-  const std::uint64_t chunks = budget / layout_->chunk_bytes(), sources = sources_.size();
+  const auto live = static_cast<std::uint64_t>(
+      std::count_if(pulls_.begin(), pulls_.end(), [](const auto& pull) { return pull->counts; }));
+  const std::uint64_t sources = open_ ? std::max<std::uint64_t>({1, expected_, live}) : live;
+  const std::uint64_t chunks = budget / layout_->chunk_bytes();
+  group_ = 0;
   if (chunks < sources && sources > 1) {
     const std::uint64_t sums = sum_chunks(*layout_);
     group_ = chunks > sums ? chunks - sums : 1;
@@ -100,8 +174,10 @@ void Collector::divide_budget() {
   window_ = std::clamp<std::uint64_t>(chunks / sources, 1, most);
   std::uint64_t rest = chunks / sources == window_ && window_ < most ? chunks % sources : 0;
   for (const auto& pull : pulls_) {
-    pull->window = window_ + (rest > 0 ? 1 : 0);
-    rest -= rest > 0 ? 1 : 0;
+    if (pull->counts) {
+      pull->window = window_ + (rest > 0 ? 1 : 0);
+      rest -= rest > 0 ? 1 : 0;
+    }
   }
 }
 
@@ -230,7 +306,7 @@ void Collector::fail(std::size_t source, std::string code, std::string message) 
   events_.push_back({CollectorEvent::Kind::kRejected, source, std::move(code), std::move(message)});
   pulls_[source]->failed = true;
   forget_chunks(*pulls_[source]);
-  if (counted_.size() == 1) {
+  if (!open_ && counted_.size() == 1) {
     stop();
   }
 }
@@ -243,15 +319,19 @@ void Collector::drop(std::size_t source) {
   if (state_ == State::kFailed || !pull.counts) {
     return;
   }
-  if (counted_.size() == 1) {
+  if (!open_ && counted_.size() == 1) {
     stop();
     return;
   }
-  if (options_.progress) {
-    options_.progress->narrow(sources_[source].set);  // before anything is reduced without it
+  if (progress_) {
+    progress_->narrow(sources_[source].set);  // before anything is reduced without it
   }
   pull.counts = false;
   forget_chunks(pull);
+  if (open_) {
+    divide_budget();
+    return;
+  }
   use_sources();
   if (group_ > 0) {
     rewind();

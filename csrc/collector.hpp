@@ -19,6 +19,9 @@
 // one after the other, in order, into sums of that one chunk, with as many under way as the budget
 // holds beside the sums. Nothing is spilled then: each chunk is asked for when its turn comes, so
 // no source is ever ahead. The bits are the same.
+// A collection may be open at first: sources are added as they are ready and pulled ahead, as far
+// as their windows and then the spill file go, and nothing is reduced until close() says which of
+// them count. The order of the reduction is the one given there.
 // With a record of its progress, a collection of the same sources goes on where the one of a
 // process that was killed stood: with what is reduced, as far as the output holds it, and with what
 // was spilled of a source. Sans I/O: frames in, requests and events out, the clock is an argument.
@@ -113,9 +116,6 @@ struct CollectorOptions {
   // What encoded chunks are checked with as they come, and decoded onto the base; null: all must be
   // raw. It is the collector's alone.
   std::shared_ptr<Codec> codec = nullptr;
-  // Which chunks of the output are reduced, from the sources as they are given and in no other way;
-  // null: nobody goes on after this process. It is the collector's alone.
-  std::shared_ptr<Progress> progress = nullptr;
 };
 
 struct GetRequest {
@@ -146,17 +146,30 @@ class Collector {
   // are summed one after the other.
   static constexpr std::uint64_t kReadTogether = 4;
 
-  // Throws Error{kWeight, kLayout, kStorage} for no source, a bad weight, an output or base that is
-  // too small, differences without a base, or a record of another collection. Reads what is
-  // reduced.
+  // Open, for about `expected` sources, among which the budget is divided. Throws
+  // Error{kLayout, kStorage} for a base that is too small, or differences without a base.
+  Collector(std::shared_ptr<const Layout> layout, std::size_t expected, Place base,
+            CollectorOptions options);
+  // Closed. Throws what close() throws, too, and Error{kStorage} for a record of another
+  // collection. Reads what is reduced.
   Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
-            Place base, CollectorOptions options);
+            Place base, CollectorOptions options, std::shared_ptr<Progress> progress = nullptr);
   ~Collector();
   Collector(const Collector&) = delete;
   Collector& operator=(const Collector&) = delete;
 
   std::uint64_t id() const noexcept { return id_; }
   const std::vector<Source>& sources() const noexcept { return sources_; }
+  bool open() const noexcept { return open_; }
+
+  // While open: pulls another source from now on, and returns which it is.
+  std::size_t add(Source source);
+  // While open: these sources count, reduced in this order into the output; the others are dropped.
+  // The work that this makes possible is done by tick(). Throws Error{kWeight, kLayout, kStorage,
+  // kProtocol}, and changes nothing, for no source, a bad weight, one that can't count, or an
+  // output that is too small. `progress`: a new record, or null.
+  void close(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Progress> progress);
+
   // Chunks that each source may have in memory or under way; the first ones have one more each
   // where the budget leaves room.
   std::uint64_t window() const noexcept { return window_; }
@@ -223,6 +236,7 @@ class Collector {
     bool failed = false;                     // rejected, and not dropped yet
     bool folded = false;                     // its chunk at the next position is in the sums
     std::uint64_t window = 1;                // chunks in memory and under way, at most
+    std::uint64_t rank = 0;                  // of those that count, how many are before it
     std::uint64_t next = 0;                  // first position that was never asked for
     std::uint64_t due = 0;                   // asked for and not come yet
     std::set<std::uint64_t> again;           // positions to ask for again; they are due
@@ -258,11 +272,14 @@ class Collector {
     return std::min<std::uint64_t>(8u << 20, options_.budget_bytes / 16);
   }
 
+  void check_order(const std::vector<std::size_t>& order, const Place& out) const;
   void use_sources();
   void divide_budget();
+  void begin(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Progress> progress);
   std::vector<bool> verified();
   void resume_reduced();
-  void resume_spilled();
+  void take_spilled(std::size_t source);
+  std::int64_t spill_after_ms() const noexcept;
   std::optional<std::uint64_t> position_of(const Pull& pull, std::uint64_t index) const noexcept;
   void keep(std::size_t source, std::uint64_t position, Held chunk);
   bool spill(std::size_t source, std::uint64_t position, const Held& chunk);
@@ -296,15 +313,21 @@ class Collector {
   const std::uint64_t id_;
   const std::shared_ptr<const Layout> layout_;
   std::vector<Source> sources_;
-  const Place out_;
+  const std::size_t expected_;
+  bool open_ = true;
+  Place out_;
   const Place base_;
   const CollectorOptions options_;
-  const bool pass_on_;  // the one source's chunks go to the output as they are
+  // Which chunks of the output are reduced, from the sources as they are given and in no other way;
+  // null: nobody goes on after this process. It is the collector's alone.
+  std::shared_ptr<Progress> progress_;
+  bool pass_on_ = false;  // the one source's chunks go to the output as they are
   std::uint64_t window_ = 1;
   std::uint64_t group_ = 0;  // chunks under way at a time where sources are folded; 0: they are not
   std::size_t folded_ = 0;   // sources in the sums of the next chunk
   std::vector<std::unique_ptr<Pull>> pulls_;
-  std::vector<std::size_t> counted_;  // the sources that count, in order
+  std::vector<std::size_t> order_;    // the sources as they were given at the close
+  std::vector<std::size_t> counted_;  // those of them that count
   std::unique_ptr<Reducer> reducer_;  // of those
   std::vector<Body> inputs_;
   bool one_by_one_ = false;  // the next chunk is to be folded

@@ -57,6 +57,9 @@ const std::uint8_t* Collector::spilled_chunk(std::size_t source, std::uint64_t s
 
 void Collector::reduce_ready() {
   work_left_ = false;
+  if (open_) {
+    return;
+  }
   while (state_ == State::kActive && next_ < end_) {
     const bool done = group_ > 0 ? fold_next()
                                  : gather() && (one_by_one_ ? fold_all(chunk_of(next_))
@@ -110,8 +113,8 @@ bool Collector::write(std::uint64_t index, const std::uint8_t* result) {
     stop();
     return false;
   }
-  if (options_.progress) {
-    options_.progress->put(index, checksums_[index]);
+  if (progress_) {
+    progress_->put(index, checksums_[index]);
   }
   return true;
 }

@@ -17,8 +17,10 @@ std::uint64_t Collector::near_end(std::size_t source) const noexcept {
   if (group_ == 0) {
     return std::min(end_, next_ + pulls_[source]->window);
   }
-  const auto rank = static_cast<std::uint64_t>(
-      std::lower_bound(counted_.begin(), counted_.end(), source) - counted_.begin());
+  if (open_) {
+    return next_;
+  }
+  const std::uint64_t rank = pulls_[source]->rank;
   const std::uint64_t reach = folded_ + group_;
   const std::uint64_t chunks =
       reach > rank ? (reach - rank + counted_.size() - 1) / counted_.size() : 0;
@@ -119,7 +121,7 @@ std::int64_t Collector::tick(std::int64_t now_ms) {
   for (std::size_t k = 0; k < pulls_.size(); ++k) {
     Pull& pull = *pulls_[k];
     if (pull.pressed_ms && !pull.ahead && !no_room_) {
-      const std::int64_t left = *pull.pressed_ms + options_.spill_after_ms - now_ms;
+      const std::int64_t left = *pull.pressed_ms + spill_after_ms() - now_ms;
       if (left > 0) {
         sooner(left);
       }

@@ -28,12 +28,12 @@ std::pair<std::uint64_t, std::uint64_t> longest_run(const std::vector<bool>& mar
 
 // Which chunks are recorded as reduced and lie in the output; fills in their checksums.
 std::vector<bool> Collector::verified() {
-  const Progress& progress = *options_.progress;
+  const Progress& progress = *progress_;
   const bool same =
       progress.chunk_count() == layout_->chunk_count() && !pass_on_ &&
-      std::equal(sources_.begin(), sources_.end(), progress.sources().begin(),
-                 progress.sources().end(), [](const Source& a, const Progress::Source& b) {
-                   return a.set == b.set && a.weight == b.weight;
+      std::equal(order_.begin(), order_.end(), progress.sources().begin(), progress.sources().end(),
+                 [this](std::size_t k, const Progress::Source& b) {
+                   return sources_[k].set == b.set && sources_[k].weight == b.weight;
                  });
   if (!same) {
     throw Error(Errc::kStorage, "the record of progress is of another collection");
@@ -57,7 +57,7 @@ std::vector<bool> Collector::verified() {
 // Begins behind the chunks that are reduced. They are one stretch, unless the machine itself went
 // down: then the longest counts, and the others are reduced again.
 void Collector::resume_reduced() {
-  if (!options_.progress) {
+  if (!progress_) {
     return;
   }
   const auto [begin, length] = longest_run(verified());
@@ -76,29 +76,27 @@ void Collector::resume_reduced() {
   work_left_ = true;
 }
 
-void Collector::resume_spilled() {
-  if (!options_.spill) {
+// Takes up what was spilled of a source.
+void Collector::take_spilled(std::size_t source) {
+  if (!options_.spill || group_ > 0) {
     return;
   }
   const std::uint64_t count = layout_->chunk_count();
-  for (std::size_t k = 0; k < sources_.size() && group_ == 0; ++k) {
-    Pull& pull = *pulls_[k];
-    for (const auto& [index, slot] : options_.spill->claim(sources_[k].set)) {
-      pull.spilled.resize(static_cast<std::size_t>(count));
-      if (index >= count || pull.spilled[index] != 0) {
-        options_.spill->free(slot);
-        continue;
-      }
-      pull.spilled[index] = slot + 1;
-      if ((index + count - chunk_of(next_)) % count < end_ - next_) {
-        pull.received.fetch_add(1, std::memory_order_relaxed);
-      } else {
-        used_.emplace_back(k, index);
-      }
-      work_left_ = true;
+  Pull& pull = *pulls_[source];
+  for (const auto& [index, slot] : options_.spill->claim(sources_[source].set)) {
+    pull.spilled.resize(static_cast<std::size_t>(count));
+    if (index >= count || pull.spilled[index] != 0) {
+      options_.spill->free(slot);
+      continue;
     }
+    pull.spilled[index] = slot + 1;
+    if ((index + count - chunk_of(next_)) % count < end_ - next_) {
+      pull.received.fetch_add(1, std::memory_order_relaxed);
+    } else {
+      used_.emplace_back(source, index);
+    }
+    work_left_ = true;
   }
-  options_.spill->free_unclaimed();
 }
 
 }  // namespace fedcore

@@ -65,6 +65,12 @@ bool Collector::recycle() {
   return false;
 }
 
+// While it is open, no other source is behind: they may all be ready at any moment, and nothing
+// would have to be spilled.
+std::int64_t Collector::spill_after_ms() const noexcept {
+  return open_ ? 4 * options_.spill_after_ms : options_.spill_after_ms;
+}
+
 // A window that stays full means that another source is behind. Its farthest chunks make room.
 bool Collector::start_spilling(std::size_t source, std::int64_t now_ms) {
   Pull& pull = *pulls_[source];
@@ -74,7 +80,7 @@ bool Collector::start_spilling(std::size_t source, std::int64_t now_ms) {
   if (!pull.pressed_ms) {
     pull.pressed_ms = now_ms;
   }
-  if (now_ms - *pull.pressed_ms < options_.spill_after_ms) {
+  if (now_ms - *pull.pressed_ms < spill_after_ms()) {
     return false;
   }
   while (pull.held.size() + spill_room(pull) > pull.window) {

@@ -121,12 +121,39 @@ void Exchange::start(std::shared_ptr<Collector> collector) {
     }
   }
   for (std::size_t k = 0; k < collector->sources().size(); ++k) {
-    const auto found = contacts_.find(collector->sources()[k].peer);
-    if (found != contacts_.end()) {
-      collector->set_pace(k, found->second.pace);
-    }
+    know_pace(*collector, k);
   }
   collectors_.push_back(std::move(collector));
+}
+
+void Exchange::know_pace(Collector& collector, std::size_t source) const {
+  const auto found = contacts_.find(collector.sources()[source].peer);
+  if (found != contacts_.end()) {
+    collector.set_pace(source, found->second.pace);
+  }
+}
+
+Collector& Exchange::running(std::uint64_t collector_id) const {
+  for (const auto& collector : collectors_) {
+    if (collector->id() == collector_id) {
+      return *collector;
+    }
+  }
+  throw Error(Errc::kProtocol, "this collector is not running");
+}
+
+std::size_t Exchange::add(std::uint64_t collector_id, Source source) {
+  const std::lock_guard lock(mutex_);
+  Collector& collector = running(collector_id);
+  const std::size_t added = collector.add(std::move(source));
+  know_pace(collector, added);
+  return added;
+}
+
+void Exchange::close(std::uint64_t collector_id, const std::vector<std::size_t>& order, Place out,
+                     std::shared_ptr<Progress> progress) {
+  const std::lock_guard lock(mutex_);
+  running(collector_id).close(order, std::move(out), std::move(progress));
 }
 
 void Exchange::cancel(std::uint64_t collector_id) {

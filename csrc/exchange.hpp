@@ -117,6 +117,10 @@ class Exchange {
   std::vector<wire::SetId> published() const;
 
   void start(std::shared_ptr<Collector> collector);
+  // Adds a source to a running collector that is open, or closes it; see Collector.
+  std::size_t add(std::uint64_t collector_id, Source source);
+  void close(std::uint64_t collector_id, const std::vector<std::size_t>& order, Place out,
+             std::shared_ptr<Progress> progress);
   void cancel(std::uint64_t collector_id);
   void retry(std::uint64_t collector_id, std::size_t source,
              const std::optional<std::string>& peer);
@@ -199,6 +203,8 @@ class Exchange {
   void report(Event::Kind kind, std::string_view peer, std::string why);
   void remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms);
   void push(const std::string& peer, const wire::Header& header);
+  Collector& running(std::uint64_t collector_id) const;
+  void know_pace(Collector& collector, std::size_t source) const;
   void collect_events(Collector& collector);
   void note_patience(const Collector& collector, std::size_t source, std::int64_t now_ms);
   void discard_where(const std::function<bool(std::string_view)>& which);

@@ -4,6 +4,8 @@
 with actions for the process around it. The same calls with the same times give the same answers, so that any
 fault can be replayed exactly in a test.
 
+An update is pulled as soon as it is ready, ahead of those of sites that still train.
+
 How a round closes: when every expected site has delivered, was taken out, or is gone, and at least ``quorum``
 have delivered; at the deadline, when at least ``quorum`` have. A site that never joined is waited for until the
 deadline; one that had joined before the server was started again, for as long as `Rounds.restarted` was told.
@@ -31,6 +33,7 @@ __all__ = [
     "GiveUp",
     "Participant",
     "Phase",
+    "PullAhead",
     "Rounds",
     "SendDropped",
     "SendTask",
@@ -89,6 +92,14 @@ class GiveUp:
 
 
 @dataclass(frozen=True)
+class PullAhead:
+    """Pull a site's update for model ``version`` while others still train."""
+
+    version: int
+    participant: Participant
+
+
+@dataclass(frozen=True)
 class StartCollect:
     """Pull and reduce the participants' updates into model ``version``; they are in canonical order."""
 
@@ -117,7 +128,9 @@ class EndRun:
     message: str
 
 
-Action = SendTask | SendDropped | GiveUp | StartCollect | CancelCollect | Commit | EndRun
+Action = (
+    SendTask | SendDropped | GiveUp | PullAhead | StartCollect | CancelCollect | Commit | EndRun
+)
 
 
 class Rounds:
@@ -170,6 +183,11 @@ class Rounds:
         if self.version is None:
             return 0
         return min(self.version + 1, self.rounds)
+
+    @property
+    def most(self) -> int:
+        """How many updates a round's aggregate may hold."""
+        return self.roster.expected if self.sample is None else self.sample
 
     @property
     def over(self) -> bool:
@@ -281,7 +299,9 @@ class Rounds:
         if self.phase is Phase.AGGREGATING:  # it counts only if too few of the others are left
             return []
         again = self._collect_decided()
-        return [again] if again is not None else self._close_if_due()
+        if again is not None:
+            return [again]
+        return self._close_if_due() or self._pull_ahead([member])
 
     def scored(self, site: str, version: int) -> list[Action]:
         """A site has scored a global model."""
@@ -451,9 +471,10 @@ class Rounds:
                 given_up.append(GiveUp(member.name, member.message))
         if self.over:
             return []
-        self._decided = ()
+        withheld, self._decided = bool(self._decided), ()
         given_up += self._choose_first(now) if self.version is None else self._choose(now)
-        return given_up + (self._end_if_evaluated() or self._close_if_due())
+        decided = self._end_if_evaluated() or self._close_if_due()
+        return given_up + (decided or self._pull_ahead(self._delivered() if withheld else []))
 
     def _start_clock(self, now: float) -> None:
         if self._started is None:
@@ -488,6 +509,12 @@ class Rounds:
     def _delivered(self) -> list[Member]:
         return [m for m in self.roster if m.alive and m.delivery is not None]
 
+    def _pull_ahead(self, members: Sequence[Member]) -> list[Action]:
+        """Pull what is ready; not while the collection of a server that was killed may be gone on with."""
+        if self.phase is not Phase.TRAINING or self._decided or self.version is None:
+            return []
+        return [PullAhead(self.version + 1, offer) for offer in _offers(members)]
+
     def _collect_decided(self) -> StartCollect | None:
         """Go on with the collection of the server before this one, once all of its updates are offered again."""
         members = [self.roster.get(participant.site) for participant in self._decided]
@@ -504,9 +531,7 @@ class Rounds:
         if self.phase is not Phase.INITIAL:
             self.phase = Phase.AGGREGATING
         self._decided = ()
-        self.collecting = tuple(
-            Participant(m.name, m.delivery.set_id, m.delivery.weight) for m in members if m.delivery
-        )
+        self.collecting = _offers(members)
         for member in members:
             member.state = SiteState.UPLOADING
         return StartCollect(0 if self.version is None else self.version + 1, self.collecting)
@@ -580,3 +605,9 @@ class Rounds:
             f"{len(delivered)} of the {self.quorum} updates that a round needs (participants.min_results) "
             f"were there {when}; delivered: {names(delivered)}; not delivered: {names(others)}{never}"
         )
+
+
+def _offers(members: Sequence[Member]) -> tuple[Participant, ...]:
+    return tuple(
+        Participant(m.name, m.delivery.set_id, m.delivery.weight) for m in members if m.delivery
+    )

@@ -23,7 +23,7 @@ from fedcore.security import Identity
 from fedcore.transport import OTHER_VERSION, Control, DataEvent, ServerLink, now_ms
 
 from .access import Access
-from .aggregation import Aggregation, open_spill, update_codec
+from .aggregation import Aggregation, Setting, open_spill, update_codec
 from .agreement import Agreement
 from .budget import Budget, raise_file_limit, steady_heap
 from .outcome import Outcome, RunResult
@@ -36,6 +36,7 @@ from .rounds import (
     EndRun,
     GiveUp,
     Phase,
+    PullAhead,
     SendDropped,
     SendTask,
     StartCollect,
@@ -487,7 +488,11 @@ class Server:
                 logger.warning("sites that are ahead are held back: %s", event[2])
             self._said_no_room = True
         elif event[0] == "rejected":
-            site = running.reject(event[2]).site
+            rejected = running.source(event[2])
+            if rejected is None:
+                return
+            running.reject(rejected)
+            site = rejected.site
             if self._parked:  # found again once it is decided who takes part
                 return
             logger.warning(
@@ -499,7 +504,9 @@ class Server:
         elif event[0] == "done" and running.collector.done:
             self._do(self._rounds.reduced())
         elif event[0] == "stalled":
-            self._on_stalled(running.participants[event[2]].site, event[3])
+            silent = running.source(event[2])
+            if silent is not None:
+                self._on_stalled(silent.site, event[3])
 
     def _on_stalled(self, site: str, silent_ms: int) -> None:
         """Nothing came of what was asked for: a site that is there but sends nothing must not hold the round."""
@@ -528,6 +535,8 @@ class Server:
             logger.debug("%s: %s", action.site, action.message)
         elif isinstance(action, GiveUp):
             logger.warning("%s is lost: %s", action.site, action.message)
+        elif isinstance(action, PullAhead):
+            self._pull_ahead(action)
         elif isinstance(action, StartCollect):
             self._start_collect(action)
         elif isinstance(action, CancelCollect):
@@ -583,9 +592,22 @@ class Server:
             self._aggregation.cancel()
             self._aggregation = None
 
+    def _pull_ahead(self, action: PullAhead) -> None:
+        running = self._aggregation
+        if running is None:
+            running = Aggregation(self._setting(action.version), self._rounds.most)
+            self._aggregation = self._status.aggregation = running
+        if running.open:
+            running.offer(action.participant, self._peers.addresses()[action.participant.site])
+            self._link.kick()
+
     def _start_collect(self, action: StartCollect) -> None:
         peers = self._peers.addresses()
         running = self._aggregation
+        if running is not None and running.open:
+            running.close(action.participants, peers)
+            self._link.kick()
+            return
         if running is not None and running.narrow(action.participants, peers):
             self._parked = False
             self._link.kick()
@@ -593,9 +615,16 @@ class Server:
                 self._do(self._rounds.reduced())
             return
         self._cancel_collect()
+        setting = self._setting(action.version, first=action.participants[0].site)
+        self._aggregation = Aggregation.of(setting, action.participants, peers)
+        self._status.aggregation = self._aggregation
+        self._link.kick()
+
+    def _setting(self, version: int, first: str = "") -> Setting:
+        """Return what the collection of a version works with; ``first`` is the site of the initial one."""
         base = self._versions.model
         if base is None:
-            declare = self._status.declared[action.participants[0].site]
+            declare = self._status.declared[first]
             layout = declared_layout(declare)
             self._versions.cards = dict(declare.files)
         else:
@@ -603,19 +632,15 @@ class Server:
         self._versions.release_superseded()
         if self._spill is None:
             self._spill = open_spill(self.config, self._store.run_id, layout)
-        self._aggregation = Aggregation(
+        return Setting(
             self._link.exchange,
             layout,
-            action.participants,
-            peers,
-            self._scratch(action.version),
+            self._scratch(version),
             base=base,
             codec=update_codec(self.config.transfer, layout, initial=base is None),
             memory=self._budget.chunks,
             spill=self._spill,
         )
-        self._status.aggregation = self._aggregation
-        self._link.kick()
 
     def _commit(self, action: Commit) -> None:
         running, self._aggregation = self._aggregation, None

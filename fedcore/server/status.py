@@ -65,8 +65,9 @@ class StatusBuilder:
         if rounds.over and self._ended is None:
             self._ended = time.monotonic()
         elapsed = (self._ended or time.monotonic()) - self._started
+        running = self.aggregation
         reduced, chunks = (
-            (0, 0) if self.aggregation is None else self.aggregation.collector.progress()[:2]
+            (0, 0) if running is None or running.open else running.collector.progress()[:2]
         )
         versions = self._read_versions()
         return protocol.StatusReply(

@@ -83,16 +83,33 @@ struct World {
   Exchange exchange;
   std::shared_ptr<Collector> collector;
   Codec codec;  // of the sites
+  const Source north{"north", set_id(1), 1}, south{"south", set_id(2), 3};
 
-  explicit World(Scheme scheme) : codec(layout, CodecOptions{scheme, false, 0.1}) {
+  // `ahead`: north is pulled ahead, and open_further() does what comes next.
+  World(Scheme scheme, bool ahead) : codec(layout, CodecOptions{scheme, false, 0.1}) {
     exchange.publish(set_id(9), base, 0, layout->total_bytes(), kChunk);
     CollectorOptions options{.budget_bytes = 256 << 10};
     options.codec =
         std::make_shared<Codec>(layout, CodecOptions{scheme, true, 0.1}, Lz4{compress, decompress});
-    collector = std::make_shared<Collector>(
-        layout, std::vector<Source>{{"north", set_id(1), 1}, {"south", set_id(2), 3}},
-        Place{out, 0}, Place{base, 0}, options);
+    if (ahead) {
+      collector = std::make_shared<Collector>(layout, 2, Place{base, 0}, options);
+    } else {
+      collector = std::make_shared<Collector>(layout, std::vector<Source>{north, south},
+                                              Place{out, 0}, Place{base, 0}, options);
+    }
     exchange.start(collector);
+    if (ahead) {
+      exchange.add(collector->id(), north);
+    }
+  }
+
+  // Adds the source that is missing from an open collection, or closes it.
+  void open_further() {
+    if (collector->active() && collector->open() && collector->sources().size() == 1) {
+      exchange.add(collector->id(), south);
+    } else if (collector->active() && collector->open()) {
+      exchange.close(collector->id(), {0, 1}, Place{out, 0}, nullptr);
+    }
   }
 };
 
@@ -176,6 +193,9 @@ void decide_one(Input& input, World& world, std::int64_t now) {
       world.exchange.block(peer, input.byte() % 2 != 0);
       break;
     default:
+      if (what >> 1 < 12) {
+        world.open_further();
+      }
       break;
   }
 }
@@ -187,7 +207,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   constexpr Scheme kSchemes[] = {Scheme::kRaw,  Scheme::kBf16, Scheme::kF16,
                                  Scheme::kInt8, Scheme::kNf4,  Scheme::kTopK};
   const std::uint8_t first = input.byte();
-  World world(kSchemes[first % 6]);
+  World world(kSchemes[first % 6], first % 64 >= 32);
   world.exchange.set_limits({.paced = first >= 128});
   std::int64_t now = 0;
   while (!input.empty()) {

@@ -59,10 +59,9 @@ struct Server {
     CollectorOptions options{2 * kWindow * kChunk};
     options.spill = std::make_shared<Spill>(folder + "/spill", kChunk, 0, 8 * kChunk);
     options.spill_after_ms = 0;
-    options.progress = progress;
     collector = std::make_unique<Collector>(
         layout, std::vector<Source>{{"a", set_of(0), 1}, {"b", set_of(1), 3}}, Place{out, 0},
-        Place{}, options);
+        Place{}, options, std::move(progress));
   }
 
   bool deliver(std::size_t source, std::uint64_t index) {

@@ -46,7 +46,8 @@ def play(faults: tuple[Fault, Fault], seed: int) -> None:
     if spilling:  # the others are ahead of one site, by more than the budget holds
         budget = dice.choice([1, 2]) * CHUNK * len(sites)
         dice.choice(sites).interferences.append(held_back)
-    world = World(layout, sites, dice, budget, base, spilling=spilling)
+    ahead = dice.random() < 0.5
+    world = World(layout, sites, dice, budget, base, spilling=spilling, ahead=ahead)
     world.run()
     assert world.rejections.keys() == codes.keys()
     for name, (code, message) in world.rejections.items():

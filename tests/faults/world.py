@@ -128,6 +128,7 @@ class World:
         stalls: how often the server asked silent sites again.
         asked: chunk indices that were asked for, by set id.
         spill: where chunks wait of sites that are ahead, if they may.
+        ahead: whether sites are added to an open collection one by one, which is closed some time later.
         disk_full: from now on no file may grow beyond what a model and one extent of the spill file take.
     """
 
@@ -140,7 +141,9 @@ class World:
         base: bytes | None,
         *,
         spilling: bool = False,
+        ahead: bool = False,
     ) -> None:
+        self.ahead = ahead
         self.layout = layout
         self.dice = dice
         self.budget = budget
@@ -154,6 +157,8 @@ class World:
         self.result: bytes | None = None
         self.collector: Collector | None = None
         self.collecting: list[Site] = []
+        self.added: list[Site] = []
+        self.is_open = False
         self.kills = 0
         self.disk_full = False
         self._folder = tempfile.TemporaryDirectory(prefix="fedcore-faults-")
@@ -179,7 +184,38 @@ class World:
         self.collecting = [s for s in self.sites if s.name not in self.rejections]
         if not self.collecting:
             return
-        self._pull(fresh=True)
+        self._begin(fresh=True)
+
+    def _begin(self, *, fresh: bool) -> None:
+        if not self.ahead or not (fresh or self.is_open):
+            self._pull(fresh=fresh)
+            return
+        self.added, self.is_open = [], True
+        base = None if self._base is None else (self._base.file, self._base.data_offset)
+        self.collector = Collector.open(
+            self.layout, len(self.collecting), base, self.budget, spill=self.spill
+        )
+        self.server.start(self.collector)
+
+    def _open_further(self) -> None:
+        """Add another site to the open collection, or close it once all are there."""
+        assert self.collector is not None
+        waiting = [site for site in self.collecting if site not in self.added]
+        if waiting:
+            site = self.dice.choice(waiting)
+            try:
+                number = self.server.add(self.collector, site.peer, site.set_id, site.weight)
+            except WeightError as error:
+                self.leave_out(site, "weight", str(error))
+                return
+            assert number == len(self.added)
+            self.added.append(site)
+            return
+        self.out, progress = self._files(fresh=True)
+        order = [self.added.index(site) for site in self.collecting]
+        self.server.close(self.collector, order, self.out.file, self.out.data_offset, progress)
+        self.server.tick(self.now)
+        self.is_open = False
 
     def kill_server(self) -> None:
         """Another server goes on with the collection; what is on its way reaches that one."""
@@ -190,7 +226,7 @@ class World:
         if self.spill is not None:
             self.spill = self._open_spill()
         if self.collector is not None:
-            self._pull(fresh=False)
+            self._begin(fresh=False)
 
     def _open_spill(self) -> Spill:
         """The spill file of this server, with what the one before left: its own would go with that object."""
@@ -216,6 +252,7 @@ class World:
         return file, Progress.create(str(record), bytes(64), sources, self.layout.chunk_count)
 
     def _pull(self, *, fresh: bool) -> None:
+        self.added, self.is_open = list(self.collecting), False
         base = None if self._base is None else (self._base.file, self._base.data_offset)
         try:
             self.out, progress = self._files(fresh=fresh)
@@ -251,13 +288,13 @@ class World:
                 assert self.collector.done
                 self.result = bytes(self.out.file.view(self.out.data_offset))
             elif event[0] == "rejected":
-                self.leave_out(self.collecting[event[2]], event[3], event[4])
+                self.leave_out(self.added[event[2]], event[3], event[4])
             elif event[0] == "no-room":
                 assert self.disk_full
             elif event[0] == "stalled":
                 self.stalls += 1
                 if event[3] >= LOST_MS:
-                    self.leave_out(self.collecting[event[2]], "lost", "")
+                    self.leave_out(self.added[event[2]], "lost", "")
             else:
                 raise AssertionError(event)
         if self.result is None:
@@ -304,8 +341,12 @@ class World:
                 self.arrive(self._to_server.pop(due[choice]))
             elif self._to_sites:
                 self._ask(*self._to_sites.pop(choice - len(due)))
-            elif self.collecting:
+            elif self.collecting and not self.is_open:
                 self._wait()
+            if self.collector is not None and self.is_open and self.dice.random() < 0.2:
+                self.now += self.dice.choice([0, 50, 2000])
+                self.server.tick(self.now)
+                self._open_further()
             self._events()
         assert self.result is not None or not self.collecting, "the collection never ended"
         assert self.server.stats()["dropped"] == self.malformed
@@ -382,5 +423,5 @@ class World:
         """The same update under another routing id; what was under way to the server is lost."""
         self._to_server = [frame for frame in self._to_server if frame.peer != site.peer]
         site.process += 1
-        if self.collector is not None and site in self.collecting:
-            self.server.retry(self.collector, self.collecting.index(site), site.peer)
+        if self.collector is not None and site in self.added:
+            self.server.retry(self.collector, self.added.index(site), site.peer)

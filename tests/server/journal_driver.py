@@ -21,7 +21,7 @@ from typing import Any
 from fedcore._core import Exchange, Layout
 from fedcore.errors import StorageError
 from fedcore.layout import create_model, open_model
-from fedcore.server.aggregation import Aggregation
+from fedcore.server.aggregation import Aggregation, Setting
 from fedcore.server.rounds import Participant
 from fedcore.server.scratch import Scratch
 from fedcore.server.selection import SiteScore
@@ -75,16 +75,14 @@ def commit_one(store: Store) -> None:
     participants = tuple(
         Participant(site, site.encode().hex() * 16, w) for site, w in SITES.items()
     )
-    running = Aggregation(
+    setting = Setting(
         server,
         LAYOUT,
-        participants,
-        {site: site.encode() for site in SITES},
         Scratch(store.scratch(1), store.record(1), {}, {"fedcore.version": "1"}),
-        base=base,
         memory=1 << 20,
-        spill=None,
+        base=base,
     )
+    running = Aggregation.of(setting, participants, {site: site.encode() for site in SITES})
     sites = {}
     for site, weight in SITES.items():
         update = create_model(None, LAYOUT)

@@ -23,7 +23,7 @@ from journal_driver import attempt
 from fedcore._core import Exchange, Layout
 from fedcore.errors import StorageError
 from fedcore.layout import create_model
-from fedcore.server.aggregation import Aggregation, open_spill
+from fedcore.server.aggregation import Aggregation, Setting, open_spill
 from fedcore.server.rounds import Participant
 from fedcore.server.scratch import Scratch
 
@@ -52,16 +52,17 @@ def collect(folder: Path) -> None:
         exchange.publish(
             name.encode() * 16, update.file, update.data_offset, LAYOUT.total_bytes, CHUNK
         )
-    running = Aggregation(
+    setting = Setting(
         server,
         LAYOUT,
-        tuple(Participant(name, name.encode().hex() * 16, w) for name, w in SITES.items()),
-        {name: name.encode() for name in SITES},
         Scratch(folder / "model", folder / "record", {}, {}),
-        base=None,
         memory=WINDOW * len(SITES) * CHUNK,
         spill=open_spill(config, "t", LAYOUT),
     )
+    participants = tuple(
+        Participant(name, name.encode().hex() * 16, w) for name, w in SITES.items()
+    )
+    running = Aggregation.of(setting, participants, {name: name.encode() for name in SITES})
     waiting: list[tuple[bytes, bytes, bytes]] = []
     for now in range(0, 100_000, 50):
         server.tick(now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedcore._core import Exchange, Layout
+from fedcore._core import Exchange, Layout, Spill
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.layout import create_model
-from fedcore.server.aggregation import Aggregation
+from fedcore.server.aggregation import Aggregation, Setting
 from fedcore.server.rounds import Participant
 from fedcore.server.scratch import Scratch
 from fedcore.server.service import Server
@@ -56,18 +58,18 @@ class Sites:
                     chunks -= 1
 
 
-def scratch(folder: Path) -> Scratch:
-    return Scratch(folder / "m", folder / "record", {}, {})
+def setting(
+    sites: Sites, folder: Path, memory: int = 8 * CHUNK, spill: Spill | None = None
+) -> Setting:
+    scratch = Scratch(folder / "m", folder / "record", {}, {})
+    return Setting(sites.server, LAYOUT, scratch, memory, spill=spill)
 
 
 def test_a_participant_that_comes_back_as_another_process_goes_on_with_the_chunks_it_has_left(
     tmp_path: Path,
 ) -> None:
     sites = Sites()
-    running = Aggregation(
-        sites.server, LAYOUT, PARTICIPANTS, {"a": b"a", "b": b"b"}, scratch(tmp_path),
-        base=None, memory=8 * CHUNK, spill=None,
-    )  # fmt: skip
+    running = Aggregation.of(setting(sites, tmp_path), PARTICIPANTS, {"a": b"a", "b": b"b"})
     sites.carry(20)
     assert 0 < running.collector.progress()[0] < LAYOUT.chunk_count
     assert running.narrow(PARTICIPANTS, {"a": b"a", "b": b"b, started again"})
@@ -83,10 +85,7 @@ def test_a_silent_participant_that_was_lost_and_comes_back_has_its_silence_begun
     tmp_path: Path,
 ) -> None:
     sites, peers = Sites(), {"a": b"a", "b": b"b"}
-    running = Aggregation(
-        sites.server, LAYOUT, PARTICIPANTS, peers, scratch(tmp_path),
-        base=None, memory=8 * CHUNK, spill=None,
-    )  # fmt: skip
+    running = Aggregation.of(setting(sites, tmp_path), PARTICIPANTS, peers)
     b, now = sites.exchanges[b"b"], 0
     b.heartbeat(1000)
 
@@ -117,21 +116,202 @@ def test_a_silent_participant_that_was_lost_and_comes_back_has_its_silence_begun
 def test_only_participants_that_it_has_and_were_not_rejected_can_go_on(tmp_path: Path) -> None:
     sites = Sites()
     peers = {"a": b"a", "b": b"b", "c": b"c"}
-    running = Aggregation(
-        sites.server, LAYOUT, PARTICIPANTS, peers, scratch(tmp_path),
-        base=None, memory=8 * CHUNK, spill=None,
-    )  # fmt: skip
+    running = Aggregation.of(setting(sites, tmp_path), PARTICIPANTS, peers)
     a, b = PARTICIPANTS
     assert not running.narrow((a, Participant("c", "00" * 16, 1)), peers)
     assert not running.narrow((Participant("a", a.set_id, 2),), peers)
     assert not running.narrow((Participant("a", "00" * 16, 1), b), peers)
-    assert running.reject(1) == b
+    assert running.source(1) == b
+    running.reject(b)
     assert not running.narrow((a, b), peers)
     assert running.narrow((a,), peers)
     assert not running.narrow((b,), peers)
     sites.carry(1000)
     running.finish()
     assert load_file(tmp_path / "m")["w"].tolist() == [1.0] * 20_000
+
+
+PEERS = {"a": b"a", "b": b"b"}
+
+
+@pytest.mark.parametrize("spilling", [True, False])
+def test_an_update_is_pulled_ahead_and_each_chunk_of_it_asked_for_once(
+    tmp_path: Path, spilling: bool
+) -> None:
+    sites = Sites()
+    spill = Spill(str(tmp_path / "spill"), CHUNK) if spilling else None
+    running = Aggregation(setting(sites, tmp_path, spill=spill), expected=2)
+    a, b = PARTICIPANTS
+    running.offer(b, b"b")
+    for now in range(0, 30_000, 100):
+        sites.carry(1000, now)
+    here = running.collector.progress()[2]
+    assert here == [LAYOUT.chunk_count if spilling else 4]  # its half of the memory
+    assert not running.collector.done
+    assert not (tmp_path / "m").exists()
+    running.close((a, b), PEERS)
+    for now in range(30_000, 60_000, 100):
+        sites.carry(1000, now)
+    assert running.collector.done
+    assert set(sites.asked.values()) == {1}
+    assert len(sites.asked) == 2 * LAYOUT.chunk_count
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+
+
+def test_what_was_pulled_ahead_of_a_site_that_does_not_count_leaves_no_trace(
+    tmp_path: Path,
+) -> None:
+    sites = Sites()
+    spill = Spill(str(tmp_path / "spill"), CHUNK)
+    running = Aggregation(setting(sites, tmp_path, spill=spill), expected=2)
+    a, b = PARTICIPANTS
+    running.offer(b, b"b")
+    for now in range(0, 30_000, 100):
+        sites.carry(1000, now)
+    assert spill.used > 0
+    running.close((a,), PEERS)
+    assert spill.used == 0
+    assert [running.source(0), running.source(1)] == [None, a]
+    for now in range(30_000, 60_000, 100):
+        sites.carry(1000, now)
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.0] * 20_000
+
+
+def test_a_process_that_takes_the_place_of_one_that_was_pulled_ahead_counts_instead(
+    tmp_path: Path,
+) -> None:
+    sites = Sites()
+    running = Aggregation(setting(sites, tmp_path), expected=2)
+    a, b = PARTICIPANTS
+    running.offer(Participant("a", b.set_id, 3), b"b, not a")  # a's first process has b's values
+    running.offer(b, b"b")
+    sites.carry(5)
+    running.offer(a, b"a")
+    running.offer(a, b"a")
+    running.close((a, b), PEERS)
+    assert [running.source(n) for n in range(3)] == [None, b, a]
+    sites.carry(1000, 5000)
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+
+
+def test_a_site_that_comes_back_while_it_is_pulled_ahead_is_asked_under_its_new_address(
+    tmp_path: Path,
+) -> None:
+    sites = Sites()
+    running = Aggregation(setting(sites, tmp_path), expected=2)
+    a, b = PARTICIPANTS
+    running.offer(b, b"b")
+    sites.carry(2)
+    running.lost("b")
+    running.offer(b, b"b, again")
+    running.close((a, b), {"a": b"a", "b": b"b, again"})
+    sites.carry(1000)
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert {peer for peer, _ in sites.asked} == {b"a", b"b", b"b, again"}
+
+
+def test_what_a_killed_server_had_pulled_ahead_is_not_asked_for_again(tmp_path: Path) -> None:
+    sites = Sites()
+    first = Aggregation(
+        setting(sites, tmp_path, spill=Spill(str(tmp_path / "spill"), CHUNK)), expected=2
+    )
+    a, b = PARTICIPANTS
+    first.offer(b, b"b")
+    for now in range(0, 30_000, 100):
+        sites.carry(1000, now)
+    for name in ("spill", "spill-index"):  # what the disk holds when the process is killed
+        shutil.copy(tmp_path / name, tmp_path / f"left-{name}")
+    sites.server = Exchange()
+    again = Aggregation(
+        setting(sites, tmp_path, spill=Spill(str(tmp_path / "left-spill"), CHUNK)), expected=2
+    )
+    again.offer(b, b"b")
+    for now in range(30_000, 60_000, 100):
+        sites.carry(1000, now)
+    again.close((a, b), PEERS)
+    for now in range(60_000, 90_000, 100):
+        sites.carry(1000, now)
+    twice = sum(count - 1 for count in sites.asked.values())
+    assert twice <= 4  # what was in memory: its window
+    again.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+
+
+def test_nothing_is_pulled_ahead_where_memory_does_not_hold_a_chunk_of_each_site(
+    tmp_path: Path,
+) -> None:
+    sites = Sites()
+    running = Aggregation(setting(sites, tmp_path, memory=3 * CHUNK), expected=4)
+    running.offer(PARTICIPANTS[1], b"b")
+    for now in range(0, 30_000, 100):
+        sites.carry(1000, now)
+    assert not sites.asked
+    running.close(PARTICIPANTS, PEERS)
+    for now in range(30_000, 60_000, 100):
+        sites.carry(1000, now)
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+
+
+@pytest.mark.parametrize("spill", [True, False])
+def test_an_update_is_pulled_while_another_site_trains(tmp_path: Path, spill: bool) -> None:
+    chunks, mib = 24, 1 << 20
+    config = run_config(tmp_path, sites=["a", "b"], rounds=2)
+    memory = config.server.model_copy(update={"memory": 16 * mib, "spill": spill})
+    server = Server(config.model_copy(update={"server": memory}))
+    here: list[int] = []
+
+    def pulled() -> int:
+        """Return how many chunks of a's update are at the server."""
+        running = server._aggregation
+        return running.collector.progress()[2][0] if running is not None and running.open else 0
+
+    def wait() -> None:
+        """Train until as much of a's update is there as may be, and no more has come for half a second."""
+        deadline, since = time.monotonic() + 30, time.monotonic()
+        before = 0
+        while time.monotonic() < deadline:
+            now = pulled()
+            if now != before:
+                before, since = now, time.monotonic()
+            if before == chunks or (before and not spill and time.monotonic() > since + 0.5):
+                break
+            time.sleep(0.01)
+        here.append(before)
+
+    def site(name: str, step: float) -> Callable[[], int]:
+        def part() -> int:
+            session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=15))
+            size = chunks * mib
+            while session.is_running():
+                specs = [("w", "F32", [size // 4])]
+                model = session.begin(specs, {}, lambda _: bytes(size))
+                if model.kind == "evaluate":
+                    session.end_task()
+                    continue
+                values = np.frombuffer(model.tensors["w"], np.float32) + np.float32(step)
+                if name == "b":
+                    wait()
+                session.submit(lambda _, values=values: values.tobytes(), 1)
+            session.close()
+            return 0
+
+        return part
+
+    result, _ = run(server, site("a", 1), site("b", 2))
+    assert result.ok
+    assert len(here) == 2
+    if spill:
+        assert here == [chunks, chunks]
+    else:
+        assert all(0 < count < chunks for count in here)
+    model = load_file(tmp_path / "runs/t/final/model.safetensors")
+    assert set(model["w"].tolist()) == {3.0}
+    assert server._link.exchange.stats()["bytes_in"] < (5 * chunks + 4) * mib  # nothing came twice
 
 
 @pytest.mark.parametrize("spill", [True, False])

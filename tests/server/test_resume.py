@@ -15,7 +15,7 @@ import pytest
 from fedcore._core import Codec, Exchange, Layout, Progress, Spill
 from fedcore.encoding import UpdateEncoder
 from fedcore.layout import ModelFile, create_model
-from fedcore.server.aggregation import Aggregation
+from fedcore.server.aggregation import Aggregation, Setting
 from fedcore.server.rounds import Participant
 from fedcore.server.scratch import Scratch
 
@@ -80,16 +80,17 @@ class Server:
         self.spill = (
             Spill(str(folder / "spill"), CHUNK, extent_bytes=16 * CHUNK) if spilling else None
         )
-        self.running = Aggregation(
+        setting = Setting(
             self.exchange,
             LAYOUT,
-            participants(names, weights),
-            {name: name.encode() for name in names},
             Scratch(folder / "model", folder / "record", of, {}),
             base=None if sites.scheme == "raw" else sites.base,
             codec=None if sites.scheme == "raw" else Codec(LAYOUT, sites.scheme),
             memory=window * len(names) * CHUNK,
             spill=self.spill,
+        )
+        self.running = Aggregation.of(
+            setting, participants(names, weights), {name: name.encode() for name in names}
         )
         assert self.running.collector.window <= min(window, CHUNKS)
         self.now = 0

@@ -15,6 +15,7 @@ from fedcore.server.rounds import (
     GiveUp,
     Participant,
     Phase,
+    PullAhead,
     Rounds,
     SendDropped,
     SendTask,
@@ -61,6 +62,18 @@ def part(site: str) -> Participant:
     return Participant(site, update(site).set_id, 5)
 
 
+def ahead(site: str, version: int = 1) -> list[Action]:
+    return [PullAhead(version, part(site))]
+
+
+def pulls_ahead(rounds: Rounds, action: PullAhead, version: int) -> bool:
+    """Whether it is the update of a site that is there, for the version after this one."""
+    members = [(m.name, m.delivery) for m in rounds.roster if m.alive]
+    offered = [Participant(name, d.set_id, d.weight) for name, d in members if d is not None]
+    training = rounds.phase is Phase.TRAINING
+    return training and action.version == version + 1 and action.participant in offered
+
+
 def join_all(rounds: Rounds, *sites: str) -> None:
     for site in sites:
         assert rounds.joined(site, site, 0) == [SendTask(site, "train", 1)]
@@ -74,7 +87,7 @@ def test_an_update_that_counted_and_is_announced_again_is_not_called_late() -> N
     rounds.reduced()
     assert trained(rounds.committed(0, 2)) == ["a", "b"]
     assert rounds.ready("a", 0, update("a")) == []
-    assert rounds.ready("a", 1, update("a")) == []
+    assert rounds.ready("a", 1, update("a")) == ahead("a")
     assert rounds.ready("b", 1, update("b")) == [StartCollect(1, (part("a"), part("b")))]
     rounds.reduced()
     rounds.committed(1, 4)
@@ -100,7 +113,7 @@ def test_a_site_that_owes_the_initial_model_past_the_deadline_is_passed_over() -
 def test_a_round_closes_when_all_have_delivered_in_the_order_of_names() -> None:
     rounds = machine(["b", "a"])
     join_all(rounds, "b", "a")
-    assert rounds.ready("b", 1, update("b")) == []
+    assert rounds.ready("b", 1, update("b")) == ahead("b")
     assert rounds.ready("a", 1, update("a")) == [StartCollect(1, (part("a"), part("b")))]
     assert rounds.reduced() == [Commit(1, (part("a"), part("b")))]
     assert rounds.committed(1, 5) == [SendTask("a", "train", 2), SendTask("b", "train", 2)]
@@ -109,14 +122,15 @@ def test_a_round_closes_when_all_have_delivered_in_the_order_of_names() -> None:
 def test_the_same_announcement_twice_is_heard_once() -> None:
     rounds = machine(["a", "b"])
     join_all(rounds, "a", "b")
-    assert rounds.ready("a", 1, update("a")) == rounds.ready("a", 1, update("a")) == []
+    assert rounds.ready("a", 1, update("a")) == ahead("a")
+    assert rounds.ready("a", 1, update("a")) == []
 
 
 def test_a_site_that_never_came_is_waited_for_until_the_deadline() -> None:
     rounds = machine(["a", "b", "c"], quorum=2)
     join_all(rounds, "a", "b")
     rounds.ready("a", 1, update("a"))
-    assert rounds.ready("b", 1, update("b")) == []
+    assert rounds.ready("b", 1, update("b")) == ahead("b")
     assert rounds.tick(99.9) == []
     assert rounds.tick(100) == [StartCollect(1, (part("a"), part("b")))]
 
@@ -126,7 +140,7 @@ def test_an_update_that_is_heard_before_the_deadlines_tick_makes_the_quorum(now:
     rounds = machine(["a", "b", "c"], quorum=2)
     join_all(rounds, "a", "b", "c")
     rounds.ready("a", 1, update("a"))
-    assert rounds.ready("b", 1, update("b")) == []
+    assert rounds.ready("b", 1, update("b")) == ahead("b")
     assert rounds.tick(max(now, 100)) == [StartCollect(1, (part("a"), part("b")))]
     late = machine(["a", "b", "c"], quorum=2)
     join_all(late, "a", "b", "c")
@@ -238,7 +252,7 @@ def test_the_initial_model_goes_on_coming_when_another_site_is_lost() -> None:
 def test_an_update_that_comes_while_others_are_collected_takes_the_place_of_a_lost_one() -> None:
     rounds = machine(["a", "b", "c"], quorum=2)
     join_all(rounds, "a", "b", "c")
-    assert rounds.ready("a", 1, update("a")) == []
+    assert rounds.ready("a", 1, update("a")) == ahead("a")
     assert rounds.lost("b", "silent", 1) == []
     assert rounds.ready("c", 1, update("c")) == [StartCollect(1, (part("a"), part("c")))]
     assert rounds.joined("b", "b", 2) == [SendTask("b", "train", 1)]
@@ -254,7 +268,8 @@ def test_a_collection_that_loses_a_site_goes_on_with_the_quorum_without_waiting_
 ):
     rounds = machine(["a", "b", "c"], quorum=1)
     join_all(rounds, "a", "b", "c")
-    assert rounds.lost("b", "silent", 1) == rounds.ready("a", 1, update("a")) == []
+    assert rounds.lost("b", "silent", 1) == []
+    assert rounds.ready("a", 1, update("a")) == ahead("a")
     assert rounds.ready("c", 1, update("c")) == [StartCollect(1, (part("a"), part("c")))]
     assert rounds.joined("b", "b", 2) == [SendTask("b", "train", 1)]
     assert rounds.lost("c", "silent", 3) == [CancelCollect(), StartCollect(1, (part("a"),))]
@@ -265,7 +280,7 @@ def test_after_a_restart_a_site_that_had_joined_is_waited_for_as_long_as_a_lost_
     rounds.restarted(["a", "b", "c"], [], 15)
     for site in "ab":
         assert rounds.joined(site, site, 1) == [SendTask(site, "train", 2)]
-        assert rounds.ready(site, 2, update(site)) == []
+        assert rounds.ready(site, 2, update(site)) == ahead(site, 2)
     assert rounds.tick(14.9) == []
     assert rounds.tick(15) == [GiveUp("c", NOT_BACK), StartCollect(2, (part("a"), part("b")))]
     assert rounds.tick(15.1) == []
@@ -283,7 +298,7 @@ def test_after_a_restart_the_round_closes_at_once_when_all_are_back() -> None:
     rounds.restarted(["a", "b"], [], 15)
     for site in "ab":
         rounds.joined(site, site, 1)
-    assert rounds.ready("a", 2, update("a")) == []
+    assert rounds.ready("a", 2, update("a")) == ahead("a", 2)
     assert rounds.ready("b", 2, update("b")) == [StartCollect(2, (part("a"), part("b")))]
     assert rounds.tick(15) == []
 
@@ -293,7 +308,7 @@ def test_after_a_restart_a_site_that_had_never_joined_is_waited_for_until_the_de
     rounds.restarted(["a", "b"], [], 15)
     for site in "ab":
         rounds.joined(site, site, 1)
-        assert rounds.ready(site, 2, update(site)) == []
+        assert rounds.ready(site, 2, update(site)) == ahead(site, 2)
     assert rounds.tick(15) == []
     assert rounds.tick(101) == [StartCollect(2, (part("a"), part("b")))]
 
@@ -302,7 +317,7 @@ def test_after_a_restart_a_round_below_the_quorum_goes_on_waiting() -> None:
     rounds = machine(["a", "b"], version=1)
     rounds.restarted(["a", "b"], [], 15)
     rounds.joined("a", "a", 1)
-    assert rounds.ready("a", 2, update("a")) == []
+    assert rounds.ready("a", 2, update("a")) == ahead("a", 2)
     assert rounds.tick(15) == [GiveUp("b", NOT_BACK)]
     assert rounds.joined("b", "b", 60) == [SendTask("b", "train", 2)]
     assert rounds.ready("b", 2, update("b")) == [StartCollect(2, (part("a"), part("b")))]
@@ -360,6 +375,15 @@ def test_where_a_site_of_it_offers_another_update_the_round_closes_as_any_other(
     assert rounds.ready("c", 2, update("c")) == [StartCollect(2, everyone)]
 
 
+def test_updates_are_pulled_ahead_once_no_collection_is_gone_on_with() -> None:
+    rounds = machine(["a", "b", "c", "d"], version=1)
+    rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
+    for site in "ac":
+        rounds.joined(site, site, 1)
+        assert rounds.ready(site, 2, update(site)) == []
+    assert rounds.tick(15) == [GiveUp("b", NOT_BACK), *ahead("a", 2), *ahead("c", 2)]
+
+
 def test_where_a_site_of_it_does_not_come_back_the_round_closes_as_any_other() -> None:
     rounds = machine(["a", "b", "c"], quorum=2, version=1)
     rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
@@ -400,8 +424,9 @@ def test_a_chosen_site_that_does_not_come_back_is_replaced() -> None:
     for site in "abc":
         rounds.joined(site, site, 1)
     assert rounds.ready("c", 1, update("c")) == []
-    (given_up, task) = rounds.tick(15)
+    (given_up, task, *rest) = rounds.tick(15)
     assert given_up == GiveUp("d", NOT_BACK)
+    assert rest == ahead("c")
     assert isinstance(task, SendTask)
     assert task.site in ("a", "b")
     assert rounds.ready(task.site, 1, update(task.site)) == [
@@ -431,7 +456,9 @@ def test_no_history_breaks_the_rules(seed: int) -> None:
     def follow(actions: list[Action]) -> None:
         nonlocal collecting
         for action in actions:
-            if isinstance(action, StartCollect):
+            if isinstance(action, PullAhead):
+                assert pulls_ahead(rounds, action, versions[-1]), "what nobody offers"
+            elif isinstance(action, StartCollect):
                 assert collecting is None, "two collections at once"
                 assert len(action.participants) >= 2
                 assert list(action.participants) == sorted(
@@ -514,10 +541,11 @@ def play_sampled(rounds: Rounds, order: str) -> list[list[str]]:
     history = []
     while rounds.round < 50:
         history.append(trained(actions))
-        closing = [
-            a for site in history[-1] for a in rounds.ready(site, rounds.round, update(site))
+        heard = [a for site in history[-1] for a in rounds.ready(site, rounds.round, update(site))]
+        assert heard == [
+            *ahead(history[-1][0], rounds.round),
+            StartCollect(rounds.round, tuple(part(s) for s in history[-1])),
         ]
-        assert closing == [StartCollect(rounds.round, tuple(part(s) for s in history[-1]))]
         rounds.reduced()
         actions = rounds.committed(rounds.round, 1)
     return history
@@ -538,7 +566,7 @@ def test_the_first_sample_waits_for_all_sites_but_not_for_ever() -> None:
     assert rounds.tick(29) == []
     assert trained(rounds.tick(30)) == ["a", "b"]
     assert rounds.joined("c", "c", 31) == []
-    assert rounds.ready("a", 1, update("a")) == []
+    assert rounds.ready("a", 1, update("a")) == ahead("a")
     assert rounds.ready("b", 1, update("b")) == [StartCollect(1, (part("a"), part("b")))]
 
 
@@ -554,7 +582,7 @@ def test_a_chosen_site_that_is_lost_is_replaced() -> None:
     actions = [a for site in "abc" for a in rounds.joined(site, site, 0)]
     first, second = trained(actions)
     (third,) = set("abc") - {first, second}
-    assert rounds.ready(first, 1, update(first)) == []
+    assert rounds.ready(first, 1, update(first)) == ahead(first)
     assert rounds.lost(second, "gone", 5) == [SendTask(third, "train", 1)]
     assert rounds.ready(third, 1, update(third)) == [
         StartCollect(1, tuple(part(site) for site in sorted([first, third])))

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ pytestmark = pytest.mark.timeout(60)
 CHUNK = 1 << 20
 FLOATS = 4_000_000
 UPDATE = 4 * FLOATS
+LESS_THAN_A_CHUNK = 64 << 10  # its announcement passes
+ENCODED = 300_000  # int8 values of an update in an encoded run; their scales come on top
 WINDOW = 6  # chunks: three quarters of 16 MiB for two sites
 SCRIPT = SITE.replace("300_000", f"{FLOATS:_}")
 
@@ -76,22 +79,26 @@ def finish(federation: Federation, a: Site, b: Site) -> None:
     assert left == [], "what a site keeps goes with the run"
 
 
-def test_a_site_killed_before_its_update_is_asked_for_delivers_it_once_it_is_back(
+def test_a_site_killed_before_a_chunk_of_its_update_has_come_delivers_it_once_it_is_back(
     federation: Federation, undisturbed: dict[str, bytes]
 ) -> None:
     federation.server()
-    a, b = federation.site("a"), federation.site("b")
-    for site in (a, b):
-        site.reached(1)
-    b.go()
-    federation.until(lambda states: states["b"].state == "delivered")
-    kill(b)
-    again = federation.site("b")
-    federation.until(lambda states: states["b"].state == "delivered")
-    a.go()
-    for site in (a, again):
-        site.reached(2)
-    finish(federation, a, again)
+    with Relay(federation.address) as relay:
+        a, b = federation.site("a"), through(federation, relay, "b")
+        for site in (a, b):
+            site.reached(1)
+        relay.up.hold_after(LESS_THAN_A_CHUNK)
+        b.go()
+        federation.until(lambda states: states["b"].state == "delivered")
+        kill(b)
+        relay.cut()  # what its system would still send is lost, too
+        relay.up.release()
+        again = through(federation, relay, "b")
+        federation.until(lambda states: states["b"].state == "delivered")
+        a.go()
+        for site in (a, again):
+            site.reached(2)
+        finish(federation, a, again)
     assert federation.models() == undisturbed
 
 
@@ -120,6 +127,13 @@ def test_a_site_killed_in_mid_upload_sends_at_most_a_window_twice(
 
 
 @contextmanager
+def started_relay(made: Federation) -> Iterator[tuple[Any, Relay]]:
+    server = made.server()
+    with Relay(made.address) as relay:
+        yield server, relay
+
+
+@contextmanager
 def encoded(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Federation]:
     folder.mkdir()
     patch.setenv("FEDCORE_WORK", str(folder / "work"))
@@ -133,32 +147,42 @@ def encoded(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Federation]:
         made.end()
 
 
+@pytest.mark.parametrize("pulled", [False, True])
 def test_a_site_killed_in_a_run_with_encoded_updates_changes_no_byte_of_any_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pulled: bool
 ) -> None:
+    """It is killed before a chunk of its update has come, or once all of it was pulled ahead."""
     with encoded(tmp_path / "undisturbed", monkeypatch) as made:
         server = made.server()
         for name in ("a", "b"):
             made.site(name).go(3)
         assert server.wait() == 0, (made.folder / "server.log").read_text()
         undisturbed = made.models()
-    with encoded(tmp_path / "killed", monkeypatch) as made:
-        server = made.server()
-        a, b = made.site("a"), made.site("b")
+    with (
+        encoded(tmp_path / "killed", monkeypatch) as made,
+        started_relay(made) as (server, relay),
+    ):
+        a, b = made.site("a"), through(made, relay, "b")
         for site in (a, b):
             site.reached(1)
             site.go()
         for site in (a, b):
             site.reached(2)
+        if not pulled:
+            relay.up.hold_after(LESS_THAN_A_CHUNK)
+        before = relay.up.passed
         b.go()
         made.until(lambda states: states["b"].state == "delivered")
+        if pulled:
+            relay.up.until(lambda passed: passed > before + ENCODED)
         kill(b)
-        b = made.site("b")
-        made.until(lambda states: states["b"].state == "delivered")
+        relay.cut()  # what its system would still send is lost, too
+        relay.up.release()
+        b = through(made, relay, "b")
         a.go()
         for site in (a, b):
             site.reached(3)
             site.go()
         assert server.wait() == 0, (made.folder / "server.log").read_text()
-        assert "trained before this process was started" in b.log.read_text()
+        assert pulled or "trained before this process was started" in b.log.read_text()
         assert made.models() == undisturbed
