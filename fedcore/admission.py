@@ -16,7 +16,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -190,7 +190,7 @@ class Doorkeeper:
         if event in _GONE:
             self._connections.closed(number)
             return
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+        with contextlib.suppress(OSError), _connection(number) as connection:
             address = str(connection.getpeername()[0])
             surplus = self._connections.opened(number, address, self._clock())
             if surplus is not None:
@@ -198,7 +198,7 @@ class Doorkeeper:
 
     def _cut(self, number: int, why: str) -> None:
         """End a connection; libzmq closes it then. Its number may have been taken by another one meanwhile."""
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+        with contextlib.suppress(OSError), _connection(number) as connection:
             address = str(connection.getpeername()[0])
             connection.shutdown(socket.SHUT_RDWR)
             self._say("cut a connection from %s, which %s", address, why)
@@ -213,6 +213,19 @@ class Doorkeeper:
         self._said[text] = (now + _LOG_SECONDS, 0)
         more = f" (and {left_out} more since the last such line)" if left_out else ""
         logger.warning(text + more, *values)
+
+
+@contextlib.contextmanager
+def _connection(number: int) -> Iterator[socket.socket]:
+    """A connection of libzmq's by its number; OSError if that is no connection any more."""
+    own = os.dup(number)
+    try:
+        connection = socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise
+    with connection:
+        yield connection
 
 
 def _file_limit() -> int:

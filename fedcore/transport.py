@@ -354,14 +354,15 @@ class ServerLink(_Link):
         speak; or hear them again."""
         self.exchange.block(user.encode(), blocked)
         if blocked:
-            self._look()
+            self.look()
 
     def mute(self, peer: bytes) -> None:
         """Hear nothing from a peer's key for `MUTE_MS`, and cut its connections as they speak."""
         self.exchange.mute(peer, now_ms() + MUTE_MS)
-        self._look()
+        self.look()
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """For a while, look for connections that are not heard any more, and cut them."""
         if self._door is not None:
             self._door.look()
 

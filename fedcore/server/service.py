@@ -475,6 +475,7 @@ class Server:
             self._peers.complain(
                 "%s has %s: the others are cut", self._peers.name(event[1]), event[2]
             )
+            self._link.look()
             return
         running = self._aggregation
         if running is not None and event[1] == running.collector.id:

@@ -295,6 +295,14 @@ def test_a_number_that_is_used_again_is_another_connection() -> None:
     assert len(world.connections) == 0
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_this_machines_own_addresses_have_no_limits_of_a_network(address: str) -> None:
+    world = World(Limits(per_network=3, arrivals=5, arrivals_per_second=1, unproved=50))
+    for _ in range(20):
+        world.open(address, proved=True)
+    assert world.cut == []
+
+
 @pytest.mark.parametrize("sites", [1, 3, 128, 5000])
 def test_all_sites_may_come_from_one_network_at_once(sites: int) -> None:
     world = World(Limits.of(sites), most=10**6)

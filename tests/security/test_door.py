@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import zmq
@@ -74,6 +76,19 @@ def test_what_is_remembered_of_keys_is_bounded(door: Door, monkeypatch: pytest.M
     door.keeper.allowed = everyone.allowed
     assert {door.knock(pair.public) for pair in everyone.keys.values()} == {b"200"}
     assert len(door.keeper._buckets) <= 2
+
+
+def test_a_number_that_is_no_connection_any_more_leaves_no_file_open(
+    door: Door, tmp_path: Path
+) -> None:
+    with (tmp_path / "file").open("wb") as other:
+        lowest = os.dup(other.fileno())
+        os.close(lowest)
+        door.keeper._count(zmq.EVENT_ACCEPTED, other.fileno())
+        door.keeper._cut(other.fileno(), "is a file")
+        again = os.dup(other.fileno())
+        os.close(again)
+    assert again == lowest
 
 
 def dial(endpoint: str) -> socket.socket:

@@ -29,7 +29,7 @@ from fedcore.server.access import Access
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
 from fedcore.status import ask_status, find_server
-from fedcore.transport import Control
+from fedcore.transport import Control, control_frames, now_ms
 
 from .conftest import DEADLINE, Links, wait
 
@@ -181,6 +181,30 @@ def test_a_revoked_key_is_not_heard_on_the_connection_that_it_still_has(
     answer(links, waiting, kits.kits["b"], join("b"))
     assert link.recv(0.3) is None
     assert "a is taken out of the run" in caplog.text
+
+
+def test_a_connection_that_was_silent_and_is_one_too_many_is_cut_though_the_door_sleeps(
+    waiting: Server, kits: Provisioned, links: Links, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = links.site(waiting.endpoint, load_kit(kits.kits["a"]).credentials)
+    link.send(join("a"))
+    assert wait(link, lambda m: isinstance(m, Control))
+    door, exchange = waiting._link._door, waiting._link.exchange
+    assert door is not None
+    until = time.monotonic() + DEADLINE
+    while door._connections.unproved:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    ((peer, _),) = list(waiting._peers)
+    exchange.forget(peer)  # as if it had been silent for long
+    for number in range(32):
+        other = peer.partition(b"\0")[0] + b"\0%d" % number
+        exchange.deliver(now_ms(), other, *control_frames(protocol.Alive()))
+    while "is not heard any more" not in caplog.text:
+        link.send(protocol.Alive())
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert "more than 32 connections at once: the others are cut" in caplog.text
 
 
 def test_a_run_goes_on_under_another_key_of_the_server(tmp_path: Path, kits: Provisioned) -> None:
