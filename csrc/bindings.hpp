@@ -7,9 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "codec.hpp"
+#include "error.hpp"
+#include "layout.hpp"
+#include "mapped_file.hpp"
 #include "wire.hpp"
 
 namespace fedcore {
@@ -34,6 +38,35 @@ class Bytes {
   Py_buffer view_{};
 };
 
+// The handle that Python holds. close() drops it; views and the core keep the mapping for
+// themselves.
+struct FileHandle {
+  std::shared_ptr<MappedFile> file;
+  MappedFile& get() const {
+    if (!file) {
+      throw Error(Errc::kClosed, "the mapped file is closed");
+    }
+    return *file;
+  }
+  std::shared_ptr<MappedFile> share() const {
+    get();
+    return file;
+  }
+};
+
+// Exports a range through the buffer protocol and keeps its mapping alive.
+struct FileView {
+  std::shared_ptr<MappedFile> file;
+  std::uint64_t offset;
+  std::uint64_t length;
+};
+
+// A view of a range, to the file's end without a length; throws Error{kStorage} beyond the file.
+py::memoryview view_of(std::shared_ptr<MappedFile> file, std::uint64_t offset,
+                       std::optional<std::uint64_t> length);
+
+using PyLayout = std::shared_ptr<Layout>;
+
 // Throw Error{kProtocol, kWeight} for an id that has not 16 bytes, and a weight out of range.
 wire::SetId to_set_id(const py::bytes& id);
 py::bytes from_set_id(const wire::SetId& id);
@@ -44,6 +77,8 @@ std::shared_ptr<Codec> codec_of(const py::object& codec);
 
 // Adds the class Codec; Layout must be there.
 void bind_codec(py::module_& m);
+// Adds the classes Collector and Exchange; those of their arguments must be there.
+void bind_exchange(py::module_& m);
 // Adds the classes Spill and Progress.
 void bind_resume(py::module_& m);
 
