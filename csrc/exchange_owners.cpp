@@ -52,7 +52,9 @@ bool Exchange::is_within_rate(std::string_view peer, std::int64_t now_ms) {
     }
     return false;
   }
-  owner.flooded = owner.flooded && owner.waiting > 0;
+  // Told again only when it was calm in between: else each frame that its rate allows would be a
+  // flood.
+  owner.flooded = owner.flooded && (owner.waiting > 0 || owner.frames < kFrameBurst / 2);
   return true;
 }
 

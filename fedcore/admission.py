@@ -34,6 +34,8 @@ DOMAIN: Final = b"fedcore"
 _ZAP: Final = "inproc://zeromq.zap.01"
 _LOG_SECONDS: Final = 1.0
 _SWEEP_SECONDS: Final = 0.05
+_SILENCE_SECONDS: Final = 10.0
+"""So often all connections are looked at, for those that are silent."""
 _WATCH_SECONDS: Final = 60.0
 _MAX_BUCKETS: Final = 4096
 _MAX_FILES: Final = 1 << 20
@@ -59,7 +61,8 @@ class Doorkeeper:
 
     A key over its rate gets no answer, so that its connection hangs until the handshake's time is over (200 to go
     in, 300 later, 400 never, in the words of ZAP). A connection over a limit is cut as soon as it is accepted, and
-    while there are connections that have not proved themselves, they are looked at every 50 ms.
+    while there are connections that have not proved themselves, they are looked at every 50 ms; all are looked at
+    every 10 s.
 
     Attributes:
         heard: where the pump notes of each connection, by its file number, that it was understood or may go.
@@ -125,7 +128,7 @@ class Doorkeeper:
         poller = zmq.Poller()
         for source in (self._asked, self._events, self._quit_read):
             poller.register(source, zmq.POLLIN)
-        swept = self._clock()
+        swept = looked = self._clock()
         while True:
             ready = dict(poller.poll(self._patience_ms()))
             if self._quit_read in ready and b"Q" in os.read(self._quit_read, 4096):
@@ -139,10 +142,16 @@ class Doorkeeper:
                 swept = now
                 for number, why in self._connections.sweep(now):
                     self._cut(number, why)
+            if now >= looked + _SILENCE_SECONDS:
+                looked = now
+                for number, why in self._connections.sweep_silent(now):
+                    self._cut(number, why)
 
     def _patience_ms(self) -> int | None:
         watched = self._connections.unproved or self._clock() < self._watch_until
-        return round(_SWEEP_SECONDS * 1000) if watched else None
+        if not watched and not len(self._connections):
+            return None
+        return round((_SWEEP_SECONDS if watched else _SILENCE_SECONDS) * 1000)
 
     def _take_events(self, events: zmq.Socket[bytes]) -> None:
         """Count all that is told, so that a connection is known before its key is asked about."""
@@ -234,9 +243,9 @@ def _file_limit() -> int:
 
 
 def received_bytes(number: int) -> int:
-    """Return how many bytes a TCP connection has received; 0 where the system doesn't tell."""
+    """Return how many bytes a TCP connection has received; negative where the system doesn't tell."""
     if not sys.platform.startswith("linux"):
-        return 0
+        return -1
     about = ctypes.create_string_buffer(_TCP_INFO_RECEIVED + 8)
     size = ctypes.c_uint32(len(about))
     # Not by a duplicate of the number: one that is closed meanwhile would stay open for as long.
@@ -244,7 +253,7 @@ def received_bytes(number: int) -> int:
         number, socket.IPPROTO_TCP, socket.TCP_INFO, about, ctypes.byref(size)
     )
     if failed or size.value < len(about):
-        return 0
+        return -1
     (received,) = struct.unpack_from("=Q", about, _TCP_INFO_RECEIVED)
     return int(received)
 

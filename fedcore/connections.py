@@ -43,6 +43,7 @@ class Limits:
         arrivals, arrivals_per_second: connections that one network may open at once, and over time.
         unproved: connections of which nothing was understood yet, in all.
         unproved_bytes, unproved_seconds: what such a connection may send, and how long it may be there.
+        silent_seconds: for how long any connection may send nothing; a site says something each second.
         admitted: of these, how many may send a chunk first, after a key of the list was shown from their network,
             which may have a quarter of them; ``admitted_bytes`` in ``admitted_seconds``.
         unproved_spared: for how many seconds at least one makes no room for a newcomer, which is cut then: a
@@ -60,6 +61,7 @@ class Limits:
     unproved: int = 256
     unproved_bytes: int = 16 << 10
     unproved_seconds: float = 15.0
+    silent_seconds: float = 60.0
     admitted: int = 32
     admitted_bytes: int = 4 << 20
     admitted_seconds: float = 75.0
@@ -95,6 +97,8 @@ class _Open:
     network: str
     local: bool
     since: float
+    heard: float
+    received: int = 0
     admitted: bool = False
 
 
@@ -105,7 +109,7 @@ class Connections:
         limits: see `Limits`.
         most: open connections in all.
         heard: a byte for each file number, `HEARD`, `CUT` or `MUTED`, which the pump writes.
-        received: how many bytes a connection has received.
+        received: how many bytes a connection has received; negative where that is not known.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class Connections:
         network, local = network_of(address)
         if number < len(self._heard):
             self._heard[number] = 0
-        self._open[number] = self._unproved[number] = _Open(address, network, local, now)
+        self._open[number] = self._unproved[number] = _Open(address, network, local, now, now)
         self._networks[network] += 1
         limits = self._limits
         if not local:
@@ -201,6 +205,15 @@ class Connections:
                 self._muted.pop(number, None)
             if noted == CUT or (noted == MUTED and self._is_told(number)):
                 yield self._cut(number, "is not heard any more")
+
+    def sweep_silent(self, now: float) -> Iterator[tuple[int, str]]:
+        """Look for those that send nothing any more, of which one key could collect any number."""
+        for number, found in list(self._open.items()):
+            received = self._received(number)
+            if received != found.received:
+                found.received, found.heard = received, now
+            elif received >= 0 and now - found.heard > self._limits.silent_seconds:
+                yield self._cut(number, f"was silent for {self._limits.silent_seconds:g} s")
 
     # --- deciding ---
 

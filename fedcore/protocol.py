@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import json
 import math
+import re
 import struct
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
@@ -38,6 +40,12 @@ MAX_WEIGHT: Final = (1 << 24) - 1
 MAX_METRICS: Final = 64
 MAX_NAME: Final = 128
 MAX_ANSWER_BYTES: Final = 1 << 20
+MAX_TENSORS: Final = 100_000
+SMALL_BYTES: Final = 128 << 10
+"""What a message may have that neither declares tensors nor answers, with room for text that is spelled out."""
+MAX_DECLARE_BYTES: Final = MAX_CONTROL_BYTES - SMALL_BYTES
+_TEXT_MARKS: Final = 50_000
+"""So many commas and colons, and a fifth as many brackets, may be in a declaration's files and names."""
 REPEAT_SECONDS: Final = 5.0
 """A site says something at least this often, so that a server that does not know it can ask it to join again."""
 RETURN_SECONDS: Final = 12.0
@@ -99,17 +107,38 @@ Steer = Literal["pause", "resume", "stop", "evaluate"]
 Weight = Annotated[int, Field(ge=1, le=MAX_WEIGHT)]
 UpdateEncoding = Literal["raw", "bf16", "fp16", "int8", "nf4", "top-k"]
 """How the floats of an update travel; the encodings of ``docs/protocol.md``."""
-Scalar = bool | int | float | str
+
+
+def _scalars(value: Any) -> Any:
+    """Check an output by hand: each of a million wrong ones would have an error of its own, and several kinds."""
+    for one in value if isinstance(value, list) else (value,):
+        if type(one) not in (bool, int, float, str):
+            raise ValueError("expected a number, a text or a list of them")
+    return value
+
+
 Outputs = Annotated[
-    dict[MetricName, Scalar | list[Scalar]], Field(min_length=1, max_length=MAX_METRICS)
+    dict[MetricName, Annotated[Any, AfterValidator(_scalars)]],
+    Field(min_length=1, max_length=MAX_METRICS),
 ]
 """Numbers, texts and lists of them, by name."""
+
+
+def _few(value: Any) -> Any:
+    """Count what a dict has before each of its entries is looked at, and has an error of its own."""
+    if isinstance(value, dict) and len(value) > 16:
+        raise ValueError("expected at most 16 entries")
+    return value
+
+
 TensorEntry = tuple[
     Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_printable)],
     Annotated[str, StringConstraints(max_length=8), AfterValidator(_printable)],
-    Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16)],
+    Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16, fail_fast=True)],
 ]
-TensorTable = Annotated[list[TensorEntry], Field(min_length=1, max_length=200_000)]
+TensorTable = Annotated[
+    list[TensorEntry], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True)
+]
 
 
 class Message(BaseModel):
@@ -176,15 +205,22 @@ class Declare(Message):
             Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.json$")],
             Annotated[str, StringConstraints(max_length=1 << 20)],
         ],
-        Field(max_length=16),
+        BeforeValidator(_few),
     ] = {}
     fingerprints: Annotated[
         dict[
             Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")],
             Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")],
         ],
-        Field(max_length=16),
+        BeforeValidator(_few),
     ] = {}
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Declare:
+        """What a site declares comes back in each `Task`, with a little more beside it."""
+        if len(self.model_dump_json()) > MAX_DECLARE_BYTES:
+            raise ValueError("tensors and files are too large")
+        return self
 
 
 class Ready(Message):
@@ -442,6 +478,11 @@ FromServer = (
 )
 
 _FROM_SITE: TypeAdapter[FromSite] = TypeAdapter(Annotated[FromSite, Field(discriminator="type")])
+_LARGE: Final[dict[str, TypeAdapter[FromSite]]] = {
+    "declare": TypeAdapter(Declare),
+    "answer": TypeAdapter(Answer),
+}
+_LARGE_TYPE: Final = re.compile(rb'\s{0,9}\{\s{0,9}"type"\s{0,9}:\s{0,9}"(declare|answer)"')
 _FROM_SERVER: TypeAdapter[FromServer] = TypeAdapter(
     Annotated[FromServer, Field(discriminator="type")]
 )
@@ -457,17 +498,46 @@ def encode(message: FromSite | FromServer) -> bytes:
     return body
 
 
-def decode_from_site(body: bytes) -> FromSite:
+def decode_from_site(body: bytes, tensors: int = MAX_TENSORS) -> FromSite:
     """Parse and validate a site's message.
+
+    What takes memory and time to parse is counted first, and a large message is of the type that it begins with: a
+    bracket takes a kilobyte, and each wrong value an error of its own.
+
+    Args:
+        tensors: how many a `Declare` may name.
 
     Raises:
         ProtocolError: names the field, what was expected and what came.
     """
-    return _decode(_FROM_SITE, body)
+    if len(body) <= SMALL_BYTES:
+        return _decode(_FROM_SITE, body)
+    found = _LARGE_TYPE.match(body)
+    kind = found[1].decode() if found else ""
+    if kind == "declare":
+        most, brackets, commas = MAX_CONTROL_BYTES, 2 * tensors, 5 * tensors
+    elif kind == "answer":
+        most, brackets, commas = MAX_ANSWER_BYTES + SMALL_BYTES, 0, MAX_ANSWER_BYTES
+    else:
+        most, brackets, commas = SMALL_BYTES, 0, 0
+    if len(body) > most:
+        raise ProtocolError(
+            f"bad control message: {len(body)} bytes; one that begins with its type may have {MAX_CONTROL_BYTES} "
+            f"if it declares tensors, {MAX_ANSWER_BYTES} if it answers, others {SMALL_BYTES}"
+        )
+    if (
+        body.count(b"[") + body.count(b"{") > brackets + _TEXT_MARKS // 5
+        or body.count(b",") > commas + _TEXT_MARKS
+        or body.count(b":") > brackets // 2 + _TEXT_MARKS
+    ):
+        raise ProtocolError(f"bad control message: {kind}: more than {tensors} tensors or values")
+    return _decode(_LARGE[kind], body, kind)
 
 
 def greeting(body: bytes) -> Greeting | None:
     """Return who speaks in a message that `decode_from_site` can't read; None if it is no `Join`."""
+    if len(body) > SMALL_BYTES:
+        return None
     try:
         return Greeting.model_validate_json(body)
     except ValidationError:
@@ -498,11 +568,12 @@ def first_metrics(metrics: Mapping[str, float], chosen: str | None) -> dict[str,
     return {name: metrics[name] for name in sorted(names)}
 
 
-def _decode(adapter: TypeAdapter[_T], body: bytes) -> _T:
+def _decode(adapter: TypeAdapter[_T], body: bytes, kind: str = "") -> _T:
     try:
         return adapter.validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         # What the sender wrote can be in both: its keys are part of the place, its type of the message.
-        where = shown(".".join(str(part) for part in first["loc"]) or "message", 200)
+        place = [kind] * bool(kind) + [str(part) for part in first["loc"]]
+        where = shown(".".join(place) or "message", 200)
         raise ProtocolError(f"bad control message: {where}: {shown(first['msg'], 500)}") from None

@@ -20,6 +20,7 @@ _FREE: Final = frozenset(
     {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
 )
 _SHOWN: Final = 60
+_DEEPEST: Final = 20
 
 
 class Agreement:
@@ -36,9 +37,10 @@ class Agreement:
         for other, known in [*self._configs.items(), ("", _config(self._files()))]:
             key = None if other == site else _differs(config, known)
             if key is not None:
+                named = repr(protocol.shown(key, _SHOWN))
                 there = f"site {other!r}" if other else "the run's initial model"
                 return (
-                    f"the PEFT config of site {site!r} differs from that of {there} in {key!r}: "
+                    f"the PEFT config of site {site!r} differs from that of {there} in {named}: "
                     f"{_short(config.get(key))} at site {site!r}, {_short(known.get(key))} at {there}; give all "
                     "sites the same config"
                 )
@@ -58,9 +60,22 @@ class Agreement:
 def _config(files: Mapping[str, str]) -> dict[str, Any]:
     try:
         values = json.loads(files.get(_CONFIG, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    return values if isinstance(values, dict) else {}
+    return values if isinstance(values, dict) and _is_shallow(values) else {}
+
+
+def _is_shallow(value: Any) -> bool:
+    """Whether a value is nested no deeper than any that means something: comparing it takes the stack, too."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return not level
 
 
 def _differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:

@@ -43,7 +43,7 @@ from .rounds import (
 )
 from .scratch import Scratch
 from .selection import SiteScore
-from .status import StatusBuilder, merge_metrics
+from .status import StatusBuilder, merge_metrics, within_a_message
 from .steering import steer
 from .store import Store, VersionRow
 from .tasks import make_rounds
@@ -231,7 +231,7 @@ class Server:
             self._handle_event(arrived)
             return
         try:
-            message = protocol.decode_from_site(arrived.body)
+            message = protocol.decode_from_site(arrived.body, self._versions.most_tensors())
         except ProtocolError as error:
             self._on_invalid(arrived.peer, str(error), protocol.greeting(arrived.body))
         else:
@@ -291,6 +291,8 @@ class Server:
             self._lose(peer, f"it sent a {error}", left=True)
         elif greeting is not None:
             self._link.send(peer, other_version(greeting, error))
+        if Identity.of_peer(peer) is not None:
+            self._link.mute(peer)  # to find the fault takes the server's time
 
     def _admit(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message if its sender may say it."""
@@ -414,8 +416,9 @@ class Server:
 
     def _put_out(self, peer: bytes, site: str, code: str, text: str) -> None:
         """Refuse a site that has joined."""
+        text = text[:4096]
         self._peers.tell(site, "refused %s: %s", text, level=logging.ERROR)
-        self._link.send(peer, protocol.Refused(code=code, message=text[:4096]))
+        self._link.send(peer, protocol.Refused(code=code, message=text))
         self._lose(peer, text, left=True)
 
     def _on_ready(self, peer: bytes, known: Peer, ready: protocol.Ready) -> None:
@@ -727,12 +730,7 @@ class Server:
                 self._peers.remove(arrived.peer)
 
     def _reply_status(self, peer: bytes) -> None:
-        reply = self._snapshot()
-        try:
-            self._link.send(peer, reply)
-        except ProtocolError:  # more sites and rounds than one message holds
-            short = {"versions": reply.versions[-1:], "sites": reply.sites[:1000]}
-            self._link.send(peer, reply.model_copy(update=short))
+        self._link.send(peer, within_a_message(self._snapshot()))
 
     def _snapshot(self) -> protocol.StatusReply:
         stats = self._link.exchange.stats()

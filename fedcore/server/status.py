@@ -14,11 +14,13 @@ from .rounds import Phase, Rounds
 from .selection import weighted_metrics
 from .store import Store
 
-__all__ = ["StatusBuilder", "merge_metrics"]
+__all__ = ["StatusBuilder", "merge_metrics", "within_a_message"]
 
 
 # Of a long run only the latest versions are shown; the run folder has all of them.
 _MAX_VERSIONS: Final = 200
+_MAX_SITES: Final = 1000
+"""Of so many that they fill a message, these are shown; fewer if they say much."""
 
 
 def merge_metrics(known: dict[str, float], news: Mapping[str, float]) -> None:
@@ -26,6 +28,23 @@ def merge_metrics(known: dict[str, float], news: Mapping[str, float]) -> None:
     for name, value in news.items():
         if name in known or len(known) < protocol.MAX_METRICS:
             known[name] = value
+
+
+def within_a_message(reply: protocol.StatusReply) -> protocol.StatusReply:
+    """Return a snapshot that one message holds: of many sites and rounds, the last round and the first sites."""
+    if _fits(reply):
+        return reply
+    sites = reply.sites[:_MAX_SITES]
+    short = reply.model_copy(update={"versions": reply.versions[-1:], "sites": sites})
+    while not _fits(short):
+        sites = sites[: len(sites) // 2]
+        named = [v.model_copy(update={"participants": []}) for v in short.versions]
+        short = short.model_copy(update={"sites": sites, "versions": named})
+    return short
+
+
+def _fits(reply: protocol.StatusReply) -> bool:
+    return len(reply.model_dump_json().encode()) <= protocol.MAX_CONTROL_BYTES
 
 
 class StatusBuilder:

@@ -181,6 +181,12 @@ class Versions:
             return layout_hash(self.model.layout)
         return None if declare is None else layout_hash(declared_layout(declare))
 
+    def most_tensors(self) -> int:
+        """Return how many tensors a site may declare: where there is a model, few more than it has."""
+        if self.model is None:
+            return protocol.MAX_TENSORS
+        return max(10_000, 2 * len(self.model.layout.tensors))
+
     @property
     def checksum(self) -> str:
         """The checksum of the last model; empty before the first."""

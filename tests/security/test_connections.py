@@ -179,6 +179,30 @@ def test_a_connection_that_was_never_heard_has_no_time_to_be_told(
     assert list(notes) == [0, noted, 0]
 
 
+def test_connections_of_a_key_that_are_silent_are_cut_and_a_slow_one_is_not() -> None:
+    world = World(Limits(silent_seconds=60))
+    slow, silent, gone = (world.open(proved=True) for _ in range(3))
+    world.connections.closed(gone)
+    world.received = {silent: 500}
+    for second in range(0, 71, 10):
+        world.now = second
+        world.received[slow] = second  # a byte a second
+        world._note(list(world.connections.sweep_silent(world.now)))
+    assert world.cut == [silent]
+    assert world.why == ["was silent for 60 s"]
+
+
+def test_where_the_system_does_not_tell_what_came_nothing_is_taken_for_silent() -> None:
+    world = World(Limits(silent_seconds=60))
+    site = world.open(proved=True)
+    world.received = {site: -1}
+    for _ in range(20):
+        world.now += 10
+        world.sweep()
+        world._note(list(world.connections.sweep_silent(world.now)))
+    assert world.cut == []
+
+
 def test_the_oldest_stranger_makes_room_for_a_newcomer() -> None:
     world = World(Limits(unproved=3))
     site = world.open(proved=True)

@@ -17,7 +17,7 @@ from fedcore import admission, protocol
 from fedcore.admission import Doorkeeper
 from fedcore.connections import Limits
 from fedcore.security import KeyPair
-from fedcore.transport import Control
+from fedcore.transport import Control, control_frames
 
 from .conftest import DEADLINE, Links, Parties, wait
 
@@ -202,6 +202,33 @@ def test_a_key_that_is_muted_is_cut_and_heard_again_later(
     server.exchange.mute(arrived.peer, 0)
     north.send(protocol.Problem(message="heard"))
     wait(server, lambda m: isinstance(m, Control) and b'"heard"' in m.body)
+
+
+def test_a_connection_with_a_key_that_says_nothing_any_more_is_cut(
+    links: Links,
+    parties: Parties,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(admission, "_SILENCE_SECONDS", 0.05)
+    server = links.server(parties.secured(Limits(silent_seconds=0.3)))
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    silent = context.socket(zmq.DEALER)
+    keys = parties.credentials("north")
+    silent.setsockopt(zmq.CURVE_SERVERKEY, keys.server_key.encode())
+    silent.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair.public.encode())
+    silent.setsockopt(zmq.CURVE_SECRETKEY, keys.pair.secret.encode())
+    silent.connect(server.endpoint)
+    try:
+        silent.send_multipart(control_frames(protocol.Alive()))
+        wait(server, lambda m: isinstance(m, Control))
+        until = time.monotonic() + DEADLINE
+        while "was silent for 0.3 s" not in caplog.text:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+    finally:
+        silent.close(linger=0)
+        context.term()
 
 
 def over(connection: socket.socket) -> bool:

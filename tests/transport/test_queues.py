@@ -278,6 +278,21 @@ def test_a_key_that_sends_frames_without_end_is_named_and_not_heard(
     assert [event[1] for event in floods] == [b"site/a/1\0x"]
 
 
+def test_a_flood_that_goes_on_is_told_once_and_another_one_later_again() -> None:
+    exchange = paced()
+    for _ in range(20_000):
+        exchange.deliver(0, b"site/a/1\0x", ping(), None)
+    for now in range(1, 3000):
+        for _ in range(10):  # twice the rate
+            exchange.deliver(now, b"site/a/1\0x", ping(), None)
+        while exchange.next_out(now) is not None:
+            pass
+    assert [event[0] for event in events(exchange)] == ["flooded"]
+    for _ in range(20_001):
+        exchange.deliver(60_000, b"site/a/1\0x", ping(), None)
+    assert [event[0] for event in events(exchange)] == ["flooded"]
+
+
 def test_chunks_that_nobody_asked_for_have_the_rate_of_other_frames() -> None:
     exchange = paced()
     layout = Layout([("w", "F32", [CHUNK // 2])], CHUNK)

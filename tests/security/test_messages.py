@@ -1,0 +1,236 @@
+"""What a message costs the server before it is refused, and those that would end it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from fedcore import protocol
+from fedcore._core import crc32c
+from fedcore.errors import ProtocolError
+from fedcore.provision import Provisioned
+from fedcore.security import load_kit
+from fedcore.server.service import Server
+from fedcore.server.status import within_a_message
+from fedcore.transport import Control, SiteLink, control_frames
+
+from .conftest import DEADLINE, Links, wait
+from .test_runs import join, kits, waiting  # noqa: F401  (fixtures)
+
+pytestmark = pytest.mark.timeout(120)
+
+MIB = 1 << 20
+
+# Each body as large as a message may be; they run in a process of its own, whose memory is bounded.
+COSTLY = """
+import resource, sys, time
+from fedcore import protocol
+from fedcore.errors import ProtocolError
+
+MOST = protocol.MAX_CONTROL_BYTES
+
+
+def filled(begin, each, end, most=MOST):
+    size, parts = len(begin) + len(end), []
+    while size < most - 40:
+        parts.append(each.replace(b"%d", b"%d" % len(parts)))
+        size += len(parts[-1]) + 1
+    return begin + b",".join(parts) + end
+
+
+DECLARE = b'{"type":"declare","tensors":['
+ONE = DECLARE + b'["w","F32",[1]]],'
+ANSWER = b'{"type":"answer","version":0,"examples":1,"outputs":{"a":['
+LOG = b'{"type":"log","round":0,"step":0,"metrics":{'
+bodies = {
+    "tensors that are none": filled(DECLARE, b"[%d,1,1]", b"]}"),
+    "tensors": filled(DECLARE, b'["w%d","F32",[1]]', b"]}"),
+    "as many wrong tensors as it may have": filled(DECLARE, b"[%d,1,1]", b"]}", 900_000),
+    "shapes": filled(DECLARE + b'["w","F32",[', b"-%d", b"]]]}"),
+    "numbers": filled(DECLARE, b"%d", b"]}"),
+    "outputs": filled(ANSWER, b"[%d]", b"]}}"),
+    "empty outputs": filled(ANSWER, b"{}", b"]}}"),
+    "as many outputs as it may have": filled(ANSWER, b"{}", b"]}}", 1 << 20),
+    "brackets": b"[" * MOST,
+    "metrics": filled(LOG, b'"m%d":"x"', b"}}"),
+    "fields": filled(b'{"type":"alive",', b'"m%d":0', b"}"),
+    "fields of a declaration": filled(ONE, b'"m%d":0', b"}"),
+    "as many of them as it may have": filled(ONE, b'"m%d":0', b"}", 1_400_000),
+    "files": filled(ONE + b'"files":{', b'"m%d.json":"x"', b"}}"),
+    "fingerprints": filled(ONE + b'"fingerprints":{', b'"m%d":"x"', b"}}"),
+    "two types": filled(ONE + b'"type":"log","round":0,"step":0,"metrics":{', b'"m%d":"x"', b"}}"),
+    "a type that comes last": filled(b'{"metrics":{', b'"m%d":"x"', b'},"type":"log"}'),
+}
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+before = peak()
+for name, body in bodies.items():
+    print(name, end=": ", flush=True)
+    assert len(body) <= MOST
+    began = time.process_time()
+    try:
+        protocol.decode_from_site(body)
+        raise SystemExit("it was taken")
+    except ProtocolError:
+        assert protocol.greeting(body) is None
+    print(round(time.process_time() - began, 2), "s,", (peak() - before) >> 10, "MiB", flush=True)
+    assert time.process_time() - began < 10
+    assert (peak() - before) >> 10 < 200
+print("done")
+"""
+
+
+def test_no_message_costs_more_memory_or_time_than_few_times_what_it_holds() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", COSTLY], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        protocol.Declare(tensors=[(f"layer.{i}.weight", "F32", [8, 8]) for i in range(100_000)]),
+        protocol.Declare(
+            tensors=[("w", "F32", [1])],
+            files={"config.json": json.dumps({"a": [{"b": "c,:"}] * 9000})},
+            fingerprints={"tokenizer": "0" * 64},
+        ),
+        protocol.Log(round=1, step=1, metrics={f"m{i}".ljust(128, "x"): 1.0 for i in range(64)}),
+        protocol.Answer(version=1, examples=1, outputs={"a": [0] * 500_000}),
+        protocol.Answer(version=1, examples=1, outputs={"a": [1, 2.5, "x", True], "b": "text"}),
+        protocol.Problem(message="\U0001f600" * 4096),
+    ],
+    ids=["tensors", "files", "metrics", "outputs", "kinds of outputs", "text"],
+)
+def test_messages_as_large_as_they_may_be_are_taken(message: protocol.FromSite) -> None:
+    assert protocol.decode_from_site(protocol.encode(message)) == message
+
+
+def test_where_there_is_a_model_few_more_tensors_than_it_has_are_looked_at() -> None:
+    tensors: Any = [(f"layer.{i}.weight", "F32", [8, 8]) for i in range(30_000)]
+    body = protocol.encode(protocol.Declare(tensors=tensors))
+    assert protocol.decode_from_site(body, 30_000)
+    with pytest.raises(ProtocolError, match="more than 10000 tensors"):
+        protocol.decode_from_site(body, 10_000)
+
+
+def test_what_a_site_declares_leaves_room_for_the_task_that_repeats_it() -> None:
+    tensors: Any = [(f"w{i}" + "x" * 1000, "F32", [1]) for i in range(8000)]
+    with pytest.raises(ProtocolError, match="too large"):
+        protocol.decode_from_site(
+            protocol.encode(
+                protocol.Declare.model_construct(
+                    type="declare", tensors=tensors, files={"a.json": "x" * (180 << 10)}
+                )
+            )
+        )
+
+
+@pytest.mark.parametrize("value", [{}, None, [[]], [None], [{"a": 1}]])
+def test_an_output_is_a_number_a_text_or_a_list_of_them(value: Any) -> None:
+    body = {"type": "answer", "version": 0, "examples": 1, "outputs": {"a": value}}
+    with pytest.raises(ProtocolError, match="expected a number, a text or a list of them"):
+        protocol.decode_from_site(json.dumps(body).encode())
+
+
+def test_the_status_of_any_number_of_talkative_sites_fits_into_a_message() -> None:
+    metrics = {f"{i}".ljust(128, "\u6f22"): 1.0 for i in range(64)}
+    sites = [
+        protocol.SiteStatus(site=f"s{i}", state="joined", metrics=metrics, message="\u6f22" * 4096)
+        for i in range(1200)
+    ]
+    names = [f"s{i}".ljust(63, "x") for i in range(100_000)]
+    reply = protocol.StatusReply(
+        run="t", phase="training", round=1, rounds=2, metric=None, mode=None, sites=sites,
+        versions=[protocol.VersionStatus(version=0, participants=names)] * 3,
+    )  # fmt: skip
+    short = within_a_message(reply)
+    protocol.encode(short)
+    assert 0 < len(short.sites) < 1000
+    few = reply.model_copy(update={"sites": sites[:3], "versions": []})
+    assert within_a_message(few) is few
+
+
+def say(link: SiteLink, body: bytes) -> None:
+    """Send a message that the site's own library would refuse to make."""
+    head = control_frames(protocol.Alive())[0][:36]
+    head += len(body).to_bytes(4, "little") + crc32c(body).to_bytes(4, "little")
+    link._command([b"S", b"", head + crc32c(head).to_bytes(4, "little"), body])
+
+
+def told(link: SiteLink, kind: type[Any]) -> Any:
+    def is_kind(arrived: object) -> bool:
+        return isinstance(arrived, Control) and isinstance(
+            protocol.decode_from_server(arrived.body), kind
+        )
+
+    arrived = wait(link, is_kind)
+    assert isinstance(arrived, Control)
+    return protocol.decode_from_server(arrived.body)
+
+
+@pytest.mark.parametrize("depth", [30, 900, 100_000])
+def test_a_config_that_is_nested_without_end_ends_no_server(
+    waiting: Server,  # noqa: F811
+    kits: Provisioned,  # noqa: F811
+    links: Links,
+    depth: int,
+) -> None:
+    nested = '{"a": ' + "[" * depth + "]" * depth + "}"
+    for name in ("a", "b"):
+        link = links.site(waiting.endpoint, load_kit(kits.kits[name]).credentials)
+        link.send(join(name))
+        told(link, protocol.Welcome)
+        tensors = [("w", "F32", [4])]
+        link.send(protocol.Declare(tensors=tensors, files={"adapter_config.json": nested}))
+        told(link, protocol.Accepted)
+
+
+def test_a_key_whose_message_is_none_is_told_and_not_heard_for_a_while(
+    waiting: Server,  # noqa: F811
+    kits: Provisioned,  # noqa: F811
+    links: Links,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    link = links.site(waiting.endpoint, load_kit(kits.kits["a"]).credentials)
+    link.send(join("a"))
+    told(link, protocol.Welcome)
+    say(link, b'{"type":"nothing"}')
+    refused = told(link, protocol.Refused)
+    assert refused.code == "message"
+    until = time.monotonic() + DEADLINE
+    while "is not heard any more" not in caplog.text:
+        say(link, b'{"type":"nothing"}')
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    assert caplog.text.count("a sent a bad control message") == 1
+    other = links.site(waiting.endpoint, load_kit(kits.kits["b"]).credentials)
+    other.send(join("b"))
+    told(other, protocol.Welcome)
+
+
+def test_a_site_whose_config_has_an_endless_name_fills_no_log(
+    waiting: Server,  # noqa: F811
+    kits: Provisioned,  # noqa: F811
+    links: Links,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, scale in (("a", 1), ("b", 2)):
+        link = links.site(waiting.endpoint, load_kit(kits.kits[name]).credentials)
+        link.send(join(name))
+        told(link, protocol.Welcome)
+        config = json.dumps({"\x1b" * 100_000: scale})
+        tensors = [("w", "F32", [4])]
+        link.send(protocol.Declare(tensors=tensors, files={"adapter_config.json": config}))
+    refused = told(link, protocol.Refused)
+    assert "differs from that of site 'a'" in refused.message
+    lines = [r.getMessage() for r in caplog.records if "refused b" in r.getMessage()]
+    assert len(lines) == 1
+    assert len(lines[0]) < 1000
+    assert lines[0].isprintable()
