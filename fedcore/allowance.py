@@ -22,3 +22,7 @@ class Allowance:
             return False
         self._left -= 1
         return True
+
+    def owe(self, cost: float) -> None:
+        """Take what may be more than there is: nothing is left until it has filled up again."""
+        self._left -= cost

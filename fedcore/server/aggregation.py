@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill
 from fedcore.config import RunConfig, TransferSection
@@ -16,6 +17,8 @@ from .rounds import Participant
 from .scratch import Scratch
 
 __all__ = ["Aggregation", "Setting", "open_spill", "update_codec"]
+
+_MOST_AHEAD: Final = 8
 
 logger = logging.getLogger("fedcore.server")
 
@@ -157,6 +160,10 @@ class Aggregation:
     def open(self) -> bool:
         """Whether updates may still be offered."""
         return self.file is None
+
+    def wants(self, site: str) -> bool:
+        """Whether another update of a site is pulled ahead; one that makes them without end waits for `close`."""
+        return self.open and sum(p.site == site for p in self.participants) < _MOST_AHEAD
 
     def offer(self, participant: Participant, peer: bytes) -> None:
         """Pull an update ahead; what another process of the same site had offered counts no longer."""

@@ -20,6 +20,8 @@ __all__ = ["Peer", "Peers"]
 _LINES: Final = 100
 _LINES_PER_SECOND: Final = 0.5
 _MAX_NAMES: Final = 4096
+_ANSWER_BURST: Final = 16 << 20
+_ANSWER_PER_SECOND: Final = 1 << 20
 
 logger = logging.getLogger("fedcore.server")
 
@@ -63,6 +65,7 @@ class Peers:
         self._known: dict[bytes, Peer] = {}
         self._turned_away = (b"", "")
         self._told: dict[str, _Told] = {}
+        self._answered: dict[object, Allowance] = {}
         self._next_complaint = 0.0
         self._complaints_left_out = 0
 
@@ -143,6 +146,24 @@ class Peers:
                     "(FEDCORE_SITE)",
                 )
         return None
+
+    def may_have(self, peer: bytes, answer: int) -> bool:
+        """Whether a key may have another answer, of about so many bytes.
+
+        What is beyond `_ANSWER_BURST` at once and `_ANSWER_PER_SECOND` over time is asked for in vain: who does not
+        read leaves it all with the server.
+        """
+        now = time.monotonic()
+        owner = Identity.of_peer(peer) or peer
+        if owner not in self._answered and len(self._answered) >= _MAX_NAMES:
+            self._answered.clear()
+        allowance = self._answered.setdefault(
+            owner, Allowance(_ANSWER_BURST, _ANSWER_PER_SECOND, now)
+        )
+        if not allowance.take(now):
+            return False
+        allowance.owe(answer)
+        return True
 
     def tell(self, name: str, text: str, *values: str, level: int = logging.WARNING) -> None:
         """Log what a peer brought about; ``text`` begins with its name. Each name may have `_LINES` at once and

@@ -367,7 +367,9 @@ class Server:
         self._do(actions)
 
     def _on_join(self, peer: bytes, join: protocol.Join) -> None:
-        if self._peers.turn_away(peer, join):
+        if self._peers.turn_away(peer, join) or not self._peers.may_have(
+            peer, self._versions.table_bytes
+        ):
             return
         if peer not in self._peers:
             self._peers.tell(join.site, "%s joined", level=logging.INFO)
@@ -601,7 +603,7 @@ class Server:
         if running is None:
             running = Aggregation(self._setting(action.version), self._rounds.most)
             self._aggregation = self._status.aggregation = running
-        if running.open:
+        if running.wants(action.participant.site):
             running.offer(action.participant, self._peers.addresses()[action.participant.site])
             self._link.kick()
 
@@ -730,7 +732,9 @@ class Server:
                 self._peers.remove(arrived.peer)
 
     def _reply_status(self, peer: bytes) -> None:
-        self._link.send(peer, within_a_message(self._snapshot()))
+        if self._peers.may_have(peer, self._status.reply_bytes):
+            reply, self._status.reply_bytes = within_a_message(self._snapshot())
+            self._link.send(peer, reply)
 
     def _snapshot(self) -> protocol.StatusReply:
         stats = self._link.exchange.stats()

@@ -30,21 +30,18 @@ def merge_metrics(known: dict[str, float], news: Mapping[str, float]) -> None:
             known[name] = value
 
 
-def within_a_message(reply: protocol.StatusReply) -> protocol.StatusReply:
-    """Return a snapshot that one message holds: of many sites and rounds, the last round and the first sites."""
-    if _fits(reply):
-        return reply
-    sites = reply.sites[:_MAX_SITES]
-    short = reply.model_copy(update={"versions": reply.versions[-1:], "sites": sites})
-    while not _fits(short):
-        sites = sites[: len(sites) // 2]
-        named = [v.model_copy(update={"participants": []}) for v in short.versions]
-        short = short.model_copy(update={"sites": sites, "versions": named})
-    return short
-
-
-def _fits(reply: protocol.StatusReply) -> bool:
-    return len(reply.model_dump_json().encode()) <= protocol.MAX_CONTROL_BYTES
+def within_a_message(reply: protocol.StatusReply) -> tuple[protocol.StatusReply, int]:
+    """Return a snapshot that one message holds, and its bytes: of many sites and rounds, the last round and the
+    first sites."""
+    sites, versions = reply.sites, reply.versions
+    while (size := len(reply.model_dump_json().encode())) > protocol.MAX_CONTROL_BYTES:
+        if versions is reply.versions and len(versions) > 1:
+            versions, sites = versions[-1:], sites[:_MAX_SITES]
+        else:
+            versions = [version.model_copy(update={"participants": []}) for version in versions]
+            sites = sites[: len(sites) // 2]
+        reply = reply.model_copy(update={"sites": sites, "versions": versions})
+    return reply, size
 
 
 class StatusBuilder:
@@ -65,6 +62,8 @@ class StatusBuilder:
         self.aggregation: Aggregation | None = None
         self.best: int | None = None
         self.round_shown = -1
+        self.reply_bytes = 0
+        """How large the last reply was."""
 
     def note(self, site: str, message: str) -> None:
         """Show a message with a site."""

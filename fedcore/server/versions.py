@@ -181,6 +181,11 @@ class Versions:
             return layout_hash(self.model.layout)
         return None if declare is None else layout_hash(declared_layout(declare))
 
+    @property
+    def table_bytes(self) -> int:
+        """About how large a message is that names the model's tensors."""
+        return 0 if self.model is None else 128 * len(self.model.layout.tensors)
+
     def most_tensors(self) -> int:
         """Return how many tensors a site may declare: where there is a model, few more than it has."""
         if self.model is None:

@@ -15,6 +15,7 @@ from fedcore._core import crc32c
 from fedcore.errors import ProtocolError
 from fedcore.provision import Provisioned
 from fedcore.security import load_kit
+from fedcore.server import peers
 from fedcore.server.service import Server
 from fedcore.server.status import within_a_message
 from fedcore.transport import Control, SiteLink, control_frames
@@ -150,11 +151,60 @@ def test_the_status_of_any_number_of_talkative_sites_fits_into_a_message() -> No
         run="t", phase="training", round=1, rounds=2, metric=None, mode=None, sites=sites,
         versions=[protocol.VersionStatus(version=0, participants=names)] * 3,
     )  # fmt: skip
-    short = within_a_message(reply)
-    protocol.encode(short)
+    short, size = within_a_message(reply)
+    assert len(protocol.encode(short)) == size
     assert 0 < len(short.sites) < 1000
     few = reply.model_copy(update={"sites": sites[:3], "versions": []})
-    assert within_a_message(few) is few
+    assert within_a_message(few)[0] is few
+    long = few.model_copy(update={"versions": reply.versions[:1]})
+    assert len(within_a_message(long)[0].sites) == 3
+
+
+def test_answers_that_are_not_read_are_bounded_for_each_key_and_those_of_others_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
+    found = peers.Peers(None, None)  # type: ignore[arg-type]
+    mib = 1 << 20
+    eager = [b"observer/eye/0\0%d" % number for number in range(30)]
+    assert sum(found.may_have(peer, mib) for peer in eager) == 16
+    assert found.may_have(b"observer/other/0\0x", mib)
+    now[0] += 5.0
+    assert sum(found.may_have(peer, mib) for peer in eager) == 5
+    now[0] += 1000.0
+    assert found.may_have(eager[0], 100 * mib)
+    now[0] += 50.0
+    assert not found.may_have(eager[0], 0)
+
+
+@pytest.mark.parametrize("what", ["join", "status"])
+def test_who_asks_without_end_for_large_answers_has_few(
+    waiting: Server,  # noqa: F811
+    kits: Provisioned,  # noqa: F811
+    links: Links,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    monkeypatch.setattr(peers, "_ANSWER_PER_SECOND", 0)
+    monkeypatch.setattr(type(waiting._versions), "table_bytes", property(lambda _: 1 << 20))
+    name, message, reply = {
+        "join": ("a", join("a"), b'"welcome"'),
+        "status": ("eye", protocol.StatusRequest(), b'"status-reply"'),
+    }[what]
+    link = links.site(waiting.endpoint, load_kit(kits.kits[name]).credentials)
+    link.send(message)
+    wait(link, lambda m: isinstance(m, Control) and reply in m.body)
+    waiting._status.reply_bytes = 16 << 20
+    for _ in range(100):
+        link.send(message)
+    other = links.site(waiting.endpoint, load_kit(kits.kits["b"]).credentials)
+    other.send(join("b"))
+    told(other, protocol.Welcome)
+    answers = 1
+    while (arrived := link.recv(0.5)) is not None:
+        answers += isinstance(arrived, Control) and reply in arrived.body
+    assert answers <= 18
 
 
 def say(link: SiteLink, body: bytes) -> None:

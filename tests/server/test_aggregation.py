@@ -197,6 +197,24 @@ def test_a_process_that_takes_the_place_of_one_that_was_pulled_ahead_counts_inst
     assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
 
 
+def test_of_a_site_that_makes_new_updates_without_end_few_are_pulled_and_the_last_one_counts(
+    tmp_path: Path,
+) -> None:
+    sites, peers = Sites(), {"a": b"a", "b": b"b"}
+    running = Aggregation(setting(sites, tmp_path), 2)
+    for number in range(1000):
+        if running.wants("a"):
+            running.offer(Participant("a", f"{number:032x}", 1), b"a")
+    assert running.wants("b")
+    running.offer(PARTICIPANTS[1], b"b")
+    assert len(running.participants) < 20
+    running.close(PARTICIPANTS, peers)
+    sites.carry(1000)
+    assert running.collector.done
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+
+
 def test_a_site_that_comes_back_while_it_is_pulled_ahead_is_asked_under_its_new_address(
     tmp_path: Path,
 ) -> None:
