@@ -150,8 +150,8 @@ class Peers:
     def may_have(self, peer: bytes, answer: int) -> bool:
         """Whether a key may have another answer, of about so many bytes.
 
-        What is beyond `_ANSWER_BURST` at once and `_ANSWER_PER_SECOND` over time is asked for in vain: who does not
-        read leaves it all with the server.
+        What is beyond `_ANSWER_BURST` at once and `_ANSWER_PER_SECOND` over time is asked for in vain: who does
+        not read leaves it all with the server.
         """
         now = time.monotonic()
         owner = Identity.of_peer(peer) or peer

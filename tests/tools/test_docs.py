@@ -12,8 +12,9 @@ import pytest
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
-from fedcore import protocol
+from fedcore import protocol, transport
 from fedcore.config import RunConfig, load_run_file
+from fedcore.connections import Limits
 from fedcore.transport import control_frames
 
 ROOT = Path(__file__).parents[2]
@@ -126,3 +127,49 @@ def test_every_attempt_on_the_security_page_names_a_test() -> None:
         assert re.search(
             r"`[a-z_/]+\.py(::test_\w+)?` \|$|`, `[a-z_/]+\.py::test_\w+` \|$", line
         ), line
+
+
+def test_every_claim_in_the_security_pages_prose_names_a_test() -> None:
+    """A paragraph names a test, says what is not stopped, or is one of those that only tell what to do."""
+    page = re.sub(r"```.*?```", "", text("docs/security.md"), flags=re.DOTALL)
+    bare = [
+        paragraph
+        for paragraph in page.split("\n\n")
+        if not re.match(r"#|\||    |$", paragraph.strip("\n"))
+        and not re.search(r"`[a-z_/]+\.py(::test_\w+)?`", paragraph)
+    ]
+    assert [paragraph.strip()[:40] for paragraph in bare] == [
+        "What is protected, against whom, by what",
+        "Across machines, write a project file",
+        "and then",
+        "A kit holds `kit.toml` (`server`, `name`",
+        "**Somebody on the network** can read, ch",
+        "**A site that breaks the rules** has a v",
+        "**A malicious file**: a model, a run fil",
+        "Not stopped: a run file's `[simulate] sc",
+        "Everybody who can act as the server's us",
+    ]
+
+
+def test_the_limits_of_the_door_are_those_of_the_code() -> None:
+    limits, page = Limits(), text("docs/security.md")
+    for row in (
+        f"| {limits.burst} at once, then {limits.per_second:g} a second; the connection waits |",
+        f"| {limits.strangers_burst} at once, then {limits.strangers_per_second:g} a second are answered;",
+        f"| time for a handshake | {transport._HANDSHAKE_MS // 1000} s,",
+        f"| open connections in all | {limits.connections},",
+        f"an IPv6 /64) | {limits.per_network},",
+        f"| {limits.arrivals} at once, then {limits.arrivals_per_second:g} a second; with more than 32",
+        f"was understood yet | {limits.unproved}, with more than 128 sites two for each; then the oldest makes "
+        f"room if it is {limits.unproved_spared:g} s old",
+        f"| {limits.unproved_bytes >> 10} KiB, {limits.unproved_seconds:g} s |",
+        f"| {limits.admitted_bytes >> 20} MiB, {limits.admitted_seconds:g} s; {limits.admitted} connections, "
+        f"{limits.admitted // 4} of a network |",
+        f"may send nothing | {limits.silent_seconds:g} s,",
+    ):
+        assert row in page, row
+    assert Limits.of(32) == limits
+    many = Limits.of(5000)
+    assert (many.connections, many.per_network, many.unproved) == (20_000, 10_000, 10_000)
+    assert (many.arrivals, many.arrivals_per_second) == (20_000, 2500)
+    assert Limits.of(1024).connections == 4096 < Limits.of(1025).connections

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,30 @@ def test_the_run_goes_on_while_enough_sites_are_left(run_file: RunFile) -> None:
         ["a", "b"],
         ["a", "b"],
     ]
+
+
+def test_a_simulation_is_encrypted_with_keys_that_are_thrown_away(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    tell = """
+    import os, pathlib
+    from fedcore.security import load_kit
+    kit = load_kit(pathlib.Path(os.environ["FEDCORE_KIT"]))
+    said = f"{os.environ['FEDCORE_KIT']} {kit.name} {kit.credentials.pair.public}"
+    (pathlib.Path(FOLDER) / f"{kit.name}.said").write_text(said)
+    """
+    script = textwrap.dedent(tell.replace("FOLDER", repr(str(tmp_path)))) + textwrap.dedent(ADD_ONE)
+    seen = []
+    for _ in range(2):
+        result = run(run_file(script, rounds=1))
+        assert result.status == 0, result.message
+        for name in "ab":
+            home, told, public = (tmp_path / f"{name}.said").read_text().split(" ", 2)
+            assert told == name
+            assert not Path(home).exists()
+            seen.append(public)
+        shutil.rmtree(result.folder)
+    assert len(set(seen)) == 4
 
 
 def test_what_a_script_does_after_the_run_is_waited_for(run_file: RunFile, tmp_path: Path) -> None:
