@@ -254,6 +254,11 @@ def load_kit(folder: Path) -> Kit:
         ConfigError: something is missing, unknown, malformed, or open to others.
     """
     path = folder / KIT_FILE
+    if not path.is_file():
+        there = "is no kit: it holds no kit.toml" if folder.is_dir() else "does not exist"
+        raise ConfigError(
+            f"{folder} {there}; a kit is one of the folders that `fedcore provision` made, handed over whole"
+        )
     values = read_toml(path)
     # Who writes there chooses the server that this key is shown to.
     _check_writers(path)

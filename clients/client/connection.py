@@ -174,8 +174,9 @@ class Connection:
             ):
                 noticed = now
                 logger.warning(
-                    "%s: waiting for %s: nothing heard from %s for %.0f s, still trying",
+                    "%s: waiting for %s: nothing heard from %s for %.0f s, still trying%s",
                     self._site, what, self._server, (now - started) if silent is None else silent / 1000,
+                    self._why_silent() if silent is None else "",
                 )  # fmt: skip
             if not connecting and (silent or 0) / 1000 > self._settings.idle_timeout:
                 raise TransferTimeout(

@@ -68,6 +68,13 @@ def test_a_kit_says_all_that_a_site_needs_and_the_server_knows_its_key(made: Pro
     assert {who.name: who.role for who in allowed.keys.values()}["ops"] is Role.OPERATOR
 
 
+def test_a_folder_that_is_no_kit_is_named_with_what_a_kit_is(made: Provisioned) -> None:
+    kits = made.server.parent
+    for folder, said in ((kits / "nrth", "does not exist"), (made.server, "holds no kit.toml")):
+        with pytest.raises(ConfigError, match=rf"{folder.name} .*{said}.*`fedcore provision` made"):
+            load_kit(folder)
+
+
 def test_provisioning_again_makes_kits_for_new_names_alone(made: Provisioned) -> None:
     before = {p: p.read_bytes() for p in made.server.parent.rglob("secret.key")}
     parties = {"north": Role.SITE, "west": Role.SITE}

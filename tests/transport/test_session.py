@@ -395,7 +395,10 @@ def test_a_site_that_was_refused_does_not_come_again_by_itself(
         assert not server.heard
 
 
-def test_a_server_that_is_not_there_is_named_after_the_connect_timeout(pump: str) -> None:
+def test_a_server_that_is_not_there_is_named_while_waiting_and_after_the_connect_timeout(
+    pump: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fedcore.client.connection._NOTICE_SECONDS", 0.1)
     probe = ServerLink("tcp://127.0.0.1:0")
     address = probe.endpoint
     probe.close()
@@ -405,6 +408,9 @@ def test_a_server_that_is_not_there_is_named_after_the_connect_timeout(pump: str
             session.is_running()
     finally:
         session.close()
+    waits = [record.getMessage() for record in caplog.records]
+    assert any(f"nothing heard from {address}" in text for text in waits)
+    assert all("still trying; is fedcore-server running there" in text for text in waits)
 
 
 def test_a_server_that_falls_silent_is_given_up_after_the_idle_timeout(pump: str) -> None:
@@ -518,7 +524,7 @@ def test_a_site_that_ends_says_so() -> None:
             {"FEDCORE_SERVER": "tcp://192.0.2.1:1", "FEDCORE_SITE": "a", "FEDCORE_INSECURE": "1"},
             "insist with FEDCORE_INSECURE_NETWORK=1",
         ),
-        ({"FEDCORE_KIT": "nowhere"}, "cannot read nowhere"),
+        ({"FEDCORE_KIT": "nowhere"}, "nowhere does not exist.*`fedcore provision` made"),
     ],
 )
 def test_settings_that_are_wrong_say_what_to_set(environ: dict[str, str], said: str) -> None:
