@@ -12,10 +12,14 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedco
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CMAKE := $(BIN)/cmake
 TIDY := $(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)) csrc/cuda/staging.cpp
+# The first clang++ that has libFuzzer; looked for when it is used.
+FUZZER = $(shell for c in clang++ clang++-{20,19,18,17,16,15,14}; do command -v $$c >/dev/null && \
+	echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' | \
+	$$c -x c++ - -fsanitize=fuzzer,address,undefined -o /dev/null 2>/dev/null && echo $$c && break; done)
 NATIVE := $(wildcard csrc/*.h csrc/*.hpp csrc/*.cpp csrc/*.inl csrc/cuda/*.hpp csrc/cuda/*.cpp csrc/cuda/*.cu \
 	tests/cpp/*.hpp tests/cpp/*.cpp)
 
-.PHONY: help demo test test-slow lint tidy format types native fuzz cuda bench clean
+.PHONY: help demo test test-slow lint tidy format types native fuzz has-libfuzzer cuda bench clean
 
 help: ## Show this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -53,12 +57,16 @@ native: $(VENV)/.tools ## Run the native tests under address, undefined-behaviou
 	  $(BIN)/ctest --test-dir build/$$sanitizer --output-on-failure || exit 1; done
 
 fuzz: $(VENV)/.tools ## Fuzz what a peer can send for FUZZ_SECONDS (30), with libFuzzer where clang++ is
-	$(CMAKE) -S . -B build/fuzz -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFEDCORE_BUILD_MODULES=OFF -DFEDCORE_CUDA=OFF \
+	clang=$(FUZZER); into=build/fuzz$${clang:+-libfuzzer} && \
+	$(CMAKE) -S . -B $$into -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFEDCORE_BUILD_MODULES=OFF -DFEDCORE_CUDA=OFF \
 	  -DFEDCORE_BUILD_TESTS=ON -DFEDCORE_SANITIZE=address,undefined \
-	  $$(command -v clang++ >/dev/null && echo -DCMAKE_CXX_COMPILER=clang++ -DFEDCORE_LIBFUZZER=ON)
-	$(CMAKE) --build build/fuzz --parallel 2 --target frame_fuzz
-	if command -v clang++ >/dev/null; then build/fuzz/tests/cpp/frame_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=20000; \
-	  else build/fuzz/tests/cpp/frame_fuzz $(FUZZ_SECONDS) $$RANDOM; fi
+	  $${clang:+-DCMAKE_CXX_COMPILER=$$clang -DFEDCORE_LIBFUZZER=ON} && \
+	$(CMAKE) --build $$into --parallel 2 --target frame_fuzz && \
+	if [ -n "$$clang" ]; then $$into/tests/cpp/frame_fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=20000; \
+	  else $$into/tests/cpp/frame_fuzz $(FUZZ_SECONDS) $$RANDOM; fi
+
+has-libfuzzer:
+	@[ -n "$(FUZZER)" ] && echo yes || echo no
 
 cuda: $(VENV)/.tools ## Compile the CUDA reducer with nvcc, check its code, and run it where there is a GPU
 	$(CMAKE) -S . -B build/cuda -DCMAKE_BUILD_TYPE=Release -DFEDCORE_BUILD_MODULES=OFF -DFEDCORE_BUILD_TESTS=ON \
