@@ -221,7 +221,16 @@ def encodings(
     rows = sweep(parse_size(size), repeats)
     show(
         f"Encodings of {size_text(rows[0]['bytes'])} of each kind of tensors, CPU time of one core",
-        ("tensors", "update", "lossless", "ratio", "error", "encode GB/s", "decode GB/s"),
+        (
+            "tensors",
+            "update",
+            "lossless",
+            "ratio",
+            "error",
+            "encode GB/s",
+            "decode GB/s",
+            "reduce GB/s",
+        ),
         [
             [
                 row["tensors"],
@@ -231,6 +240,7 @@ def encodings(
                 row["relative_rms_error"] or None,
                 row["encode_gb_s"],
                 row["decode_gb_s"],
+                row["reduce_gb_s"],
             ]
             for row in rows
         ],

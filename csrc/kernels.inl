@@ -295,9 +295,12 @@ struct F16 : arith::F16 {
     for (std::size_t v = 0; v < 4; ++v) {
       const Vu half = __builtin_convertvector(load<Vh>(from + v * kLanes), Vu);
       const Vu magnitude = (half & 0x7FFF) << 13;
-      const Vu finite = bits_as<Vu>(bits_as<Vf>(magnitude) * 0x1p112f);
-      const Vu exponent = bits_as<Vu>(magnitude >= 0x0F800000) & 0x7F800000;
-      store(reinterpret_cast<Vf*>(to) + v, finite | exponent | ((half & 0x8000) << 16));
+      const Vu small = bits_as<Vu>(bits_as<Vf>(magnitude + 0x38800000) - 0x1p-14f);
+      const Vu special = bits_as<Vu>(magnitude >= 0x0F800000) & 0x38000000;
+      const Vu subnormal = bits_as<Vu>(magnitude < 0x00800000);
+      const Vu wide = magnitude + 0x38000000 + special;
+      store(reinterpret_cast<Vf*>(to) + v,
+            (small & subnormal) | (wide & ~subnormal) | ((half & 0x8000) << 16));
     }
     return to;
   }
