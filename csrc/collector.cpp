@@ -80,10 +80,17 @@ std::size_t Collector::add(Source source) {
   if (!open_ || state_ != State::kActive) {
     throw Error(Errc::kProtocol, "this collection takes no more sources");
   }
-  sources_.push_back(std::move(source));
-  pulls_.push_back(std::make_unique<Pull>());
+  std::size_t added = 0;
+  while (added < pulls_.size() && pulls_[added]->counts) {
+    ++added;
+  }
+  if (added == pulls_.size()) {
+    sources_.emplace_back();
+    pulls_.emplace_back();
+  }
+  sources_[added] = std::move(source);
+  pulls_[added] = std::make_unique<Pull>();
   divide_budget();
-  const std::size_t added = sources_.size() - 1;
   take_spilled(added);
   return added;
 }
@@ -184,7 +191,7 @@ void Collector::divide_budget() {
 std::optional<std::size_t> Collector::find(const std::string& peer,
                                            const wire::SetId& set) const noexcept {
   for (std::size_t k = 0; k < sources_.size(); ++k) {
-    if (sources_[k].set == set && sources_[k].peer == peer) {
+    if (pulls_[k]->counts && sources_[k].set == set && sources_[k].peer == peer) {
       return k;
     }
   }
@@ -245,7 +252,6 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   bytes_.fetch_add(size, std::memory_order_relaxed);
   pull.received.fetch_add(1, std::memory_order_relaxed);
   keep(source, *position, std::move(chunk));
-  spill_reads_ = 0;
   reduce_ready();
   return true;
 }

@@ -139,9 +139,9 @@ class Collector {
  public:
   static constexpr std::uint32_t kMaxRange = 16;
   static constexpr int kMaxBadChunks = 3;
-  // Chunks read from the spill file in one call, so that a long tail of them does not keep the
-  // lock; tick() goes on with it.
-  static constexpr int kMaxSpillReads = 16;
+  // Chunks reduced in one call, so that a long tail of them does not keep the lock and the frames
+  // that wait; tick() goes on with it.
+  static constexpr int kMaxAtOnce = 16;
   // So many chunks are read back from the spill file together; where there are more sources, they
   // are summed one after the other.
   static constexpr std::uint64_t kReadTogether = 4;
@@ -162,7 +162,8 @@ class Collector {
   const std::vector<Source>& sources() const noexcept { return sources_; }
   bool open() const noexcept { return open_; }
 
-  // While open: pulls another source from now on, and returns which it is.
+  // While open: pulls another source from now on, and returns which it is: the first that was
+  // dropped, whose place it takes, or a new one.
   std::size_t add(Source source);
   // While open: these sources count, reduced in this order into the output; the others are dropped.
   // The work that this makes possible is done by tick(). Throws Error{kWeight, kLayout, kStorage,
@@ -174,7 +175,7 @@ class Collector {
   // where the budget leaves room.
   std::uint64_t window() const noexcept { return window_; }
 
-  // Which source a set from a peer is, if any.
+  // Which source a set from a peer is, if any that was not dropped.
   std::optional<std::size_t> find(const std::string& peer, const wire::SetId& set) const noexcept;
 
   // True if the frame was kept (moved from); otherwise it is untouched.
@@ -340,8 +341,7 @@ class Collector {
   // Spilled chunks that were reduced: kept for a turn without a source, recycled for want of room.
   std::deque<std::pair<std::size_t, std::uint64_t>> used_;
   bool no_room_ = false;
-  int spill_reads_ = 0;     // in this call
-  bool work_left_ = false;  // stopped by kMaxSpillReads, or a source was dropped
+  bool work_left_ = false;  // stopped by kMaxAtOnce, or a source was dropped
   std::size_t turn_ = 0;    // whose request comes next
   State state_ = State::kActive;
   std::vector<CollectorEvent> events_;

@@ -18,10 +18,6 @@ bool Collector::gather() {
     }
     from_spill = from_spill || !pull.held.contains(next_);
   }
-  if (from_spill && spill_reads_++ >= kMaxSpillReads) {
-    work_left_ = true;
-    return false;
-  }
   one_by_one_ = from_spill && counted_.size() > kReadTogether;
   if (one_by_one_) {
     return true;
@@ -60,7 +56,11 @@ void Collector::reduce_ready() {
   if (open_) {
     return;
   }
-  while (state_ == State::kActive && next_ < end_) {
+  for (int reduced = 0; state_ == State::kActive && next_ < end_; ++reduced) {
+    if (reduced == kMaxAtOnce) {
+      work_left_ = true;
+      return;
+    }
     const bool done = group_ > 0 ? fold_next()
                                  : gather() && (one_by_one_ ? fold_all(chunk_of(next_))
                                                             : reduce_one(chunk_of(next_)));

@@ -110,7 +110,6 @@ void Collector::ask_again(Pull& pull) {
 
 std::int64_t Collector::tick(std::int64_t now_ms) {
   if (state_ == State::kActive && work_left_) {
-    spill_reads_ = 0;
     reduce_ready();
   }
   if (state_ != State::kActive) {

@@ -188,6 +188,11 @@ void Exchange::drop(std::uint64_t collector_id, std::size_t source) {
       collector->drop(source);
     }
   }
+  std::erase_if(events_, [&](const Event& event) {
+    const bool of_source =
+        event.kind == Event::Kind::kRejected || event.kind == Event::Kind::kStalled;
+    return of_source && event.collector == collector_id && event.source == source;
+  });
 }
 
 int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const void* header_data,

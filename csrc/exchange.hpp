@@ -4,11 +4,12 @@
 // messages that wait for Python, and what is known of each peer's speed and last sign of
 // life. Sans I/O: a
 // pump (see sink.h) or a test delivers frames, asks for frames to send, and runs the timers; the
-// clock is an argument. All methods are thread-safe (one mutex, held for at most one chunk's
-// reduction). Every queue has a bound. Control messages are handed out peer by peer in turn, so
-// that one that sends more than is handled delays itself alone. What a peer's owner (its key, where
-// there is one) may have waiting, and have handled in a second, counts for all of its connections
-// together: beyond its rate its messages wait, beyond its share it loses them, which is an event.
+// clock is an argument. All methods are thread-safe (one mutex, held for the reduction of a few
+// chunks at most). Every queue has a bound. Control messages are handed out peer by peer in turn,
+// so that one that sends more than is handled delays itself alone. What a peer's owner (its key,
+// where there is one) may have waiting, and have handled in a second, counts for all of its
+// connections together: beyond its rate its messages wait, beyond its share it loses them, which is
+// an event.
 #pragma once
 
 #include <cstdint>
@@ -124,7 +125,8 @@ class Exchange {
   void cancel(std::uint64_t collector_id);
   void retry(std::uint64_t collector_id, std::size_t source,
              const std::optional<std::string>& peer);
-  // Takes a source out of a collection, whose result becomes that of the others alone.
+  // Takes a source out of a collection, whose result becomes that of the others alone. Events of
+  // it that wait are forgotten: the number may be another source's from now on.
   void drop(std::uint64_t collector_id, std::size_t source);
 
   void set_limits(const ExchangeLimits& limits);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -95,7 +96,7 @@ class Aggregation:
     """
 
     def __init__(self, setting: Setting, expected: int) -> None:
-        self._begin(setting)
+        self._begin(setting, expected)
         self.collector = Collector.open(
             setting.layout,
             expected,
@@ -116,9 +117,8 @@ class Aggregation:
         Where a killed server was collecting the same, it goes on with what that one had reduced.
         """
         made = cls.__new__(cls)
-        made._begin(setting)
-        made.participants = list(participants)
-        made._left = set(participants)
+        made._begin(setting, len(participants))
+        made._sources = list(participants)
         made._peers = [peers[p.site] for p in participants]
         made.file, progress = setting.scratch.open(setting.layout, participants)
         made.collector = Collector(
@@ -142,17 +142,18 @@ class Aggregation:
         made._exchange.start(made.collector)
         return made
 
-    def _begin(self, setting: Setting) -> None:
+    def _begin(self, setting: Setting, expected: int) -> None:
         self.scratch = setting.scratch
         self.file: ModelFile | None = None
-        self.participants: list[Participant] = []
         self.started = time.monotonic()
+        self._expected = expected
+        self._sources: list[Participant | None] = []  # by the collector's numbers; None: dropped
         self._layout = setting.layout
         self._exchange = setting.exchange
         self._peers: list[bytes] = []
-        self._left: set[Participant] = set()
         self._rejected: set[Participant] = set()
         self._away: set[str] = set()
+        self._pulled: Counter[str] = Counter()
         if setting.spill is not None:
             setting.spill.begin(self.scratch.key(setting.layout))
 
@@ -163,35 +164,51 @@ class Aggregation:
 
     def wants(self, site: str) -> bool:
         """Whether another update of a site is pulled ahead; one that makes them without end waits for `close`."""
-        return self.open and sum(p.site == site for p in self.participants) < _MOST_AHEAD
+        return self.open and self._pulled[site] < _MOST_AHEAD
 
-    def offer(self, participant: Participant, peer: bytes) -> None:
-        """Pull an update ahead; what another process of the same site had offered counts no longer."""
-        for number, known in enumerate(self.participants):
-            if known not in self._left or known.site != participant.site:
+    def offer(self, participant: Participant, peer: bytes) -> bool:
+        """Pull an update ahead; what another process of the same site had offered counts no longer.
+
+        Beyond as many sites as expected it takes the place of one whose site is gone. False, and not pulled, where
+        there is none: memory is divided among so many.
+        """
+        for number, known in self._known():
+            if known.site != participant.site:
                 continue
             if known == participant and known not in self._rejected:
-                self._reach(number, peer)
-                return
-            self._exchange.drop(self.collector, number)
-            self._left.discard(known)
+                self._reach(number, known, peer)
+                return True
+            self._drop(number)
+        if len(self._known()) >= self._expected:
+            gone = [number for number, known in self._known() if known.site in self._away]
+            if not gone:
+                return False
+            self._drop(gone[0])
         self._rejected.discard(participant)
+        self._away.discard(participant.site)
+        self._pulled[participant.site] += 1
         set_id = bytes.fromhex(participant.set_id)
         number = self._exchange.add(self.collector, peer, set_id, participant.weight)
-        assert number == len(self.participants)
-        self.participants.append(participant)
-        self._peers.append(peer)
-        self._left.add(participant)
+        self._sources[number:] = [participant, *self._sources[number + 1 :]]
+        self._peers[number:] = [peer, *self._peers[number + 1 :]]
+        return True
 
-    def close(self, participants: tuple[Participant, ...], peers: Mapping[str, bytes]) -> None:
+    def close(self, participants: tuple[Participant, ...], peers: Mapping[str, bytes]) -> bool:
         """Reduce the updates of these participants, in canonical order, and of nobody else.
+
+        False if they are more than expected: nothing that was pulled ahead is of use then.
 
         Raises:
             StorageError: the version's file can't be made.
         """
-        for participant in participants:
-            self.offer(participant, peers[participant.site])
-        numbers = {self.participants[n]: n for n in self._numbers()}
+        for number, known in self._known():
+            if known not in participants:
+                self._drop(number)
+        if not all(
+            self.offer(participant, peers[participant.site]) for participant in participants
+        ):
+            return False
+        numbers = {known: number for number, known in self._known()}
         self.scratch.remove()  # whatever a killed server left: nothing of this collection is reduced yet
         file, progress = self.scratch.open(self._layout, participants)
         self._exchange.close(
@@ -203,24 +220,26 @@ class Aggregation:
         )
         self.file = file
         self.started = time.monotonic()
-        self._left = set(participants)
+        return True
 
-    def _numbers(self) -> list[int]:
-        """Return the numbers of the sources that are not dropped."""
-        latest = {participant: number for number, participant in enumerate(self.participants)}
-        return [number for participant, number in latest.items() if participant in self._left]
+    def _known(self) -> list[tuple[int, Participant]]:
+        """Return the sources that are not dropped: the collector's number, and whose update it is."""
+        return [(number, known) for number, known in enumerate(self._sources) if known is not None]
 
-    def _reach(self, number: int, peer: bytes) -> None:
+    def _drop(self, number: int) -> None:
+        self._exchange.drop(self.collector, number)
+        self._sources[number] = None
+
+    def _reach(self, number: int, participant: Participant, peer: bytes) -> None:
         """Ask a participant anew if it is known under another address, or was gone."""
-        site = self.participants[number].site
-        if peer != self._peers[number] or site in self._away:
+        if peer != self._peers[number] or participant.site in self._away:
             self._peers[number] = peer
             self._exchange.retry(self.collector, number, peer)
-            self._away.discard(site)
+            self._away.discard(participant.site)
 
     def source(self, number: int) -> Participant | None:
         """Return whose update a source of the collector is; None if it was dropped."""
-        return self.participants[number] if number in self._numbers() else None
+        return self._sources[number]
 
     def reject(self, participant: Participant) -> None:
         """Note that a participant's update is invalid."""
@@ -235,15 +254,13 @@ class Aggregation:
 
         The chunks that are here of them are kept; those of the others count no longer.
         """
-        if not set(participants) <= self._left - self._rejected:
+        if not set(participants) <= {known for _, known in self._known()} - self._rejected:
             return False
-        for number in self._numbers():
-            participant = self.participants[number]
-            if participant not in participants:
-                self._exchange.drop(self.collector, number)
-            elif participant.site in peers:
-                self._reach(number, peers[participant.site])
-        self._left = set(participants)
+        for number, known in self._known():
+            if known not in participants:
+                self._drop(number)
+            elif known.site in peers:
+                self._reach(number, known, peers[known.site])
         self._away.clear()
         return True
 

@@ -338,9 +338,11 @@ class Rounds:
         return self._choose(now) + self._close_if_due()
 
     def rejected(self, site: str, reason: str, now: float) -> list[Action]:
-        """A site's update is invalid: the round goes on without it."""
+        """The update that a site offers is invalid: the round goes on without it."""
         member = self._member(site)
-        if member is None or self.over:
+        if (
+            member is None or self.over or member.delivery is None
+        ):  # what is gone is no longer offered
             return []
         member.delivery = None
         member.message = reason

@@ -498,13 +498,15 @@ class Server:
             if rejected is None:
                 return
             running.reject(rejected)
-            site = rejected.site
             if self._parked:  # found again once it is decided who takes part
                 return
-            logger.warning(
-                "the update of %s is left out of round %d: %s", site, self._rounds.round, event[4]
-            )
-            self._do(self._rounds.rejected(site, event[4], time.monotonic()))
+            round_ = self._rounds.round
+            actions = self._rounds.rejected(rejected.site, event[4], time.monotonic())
+            if actions:
+                logger.warning(
+                    "the update of %s is left out of round %d: %s", rejected.site, round_, event[4]
+                )
+            self._do(actions)
         elif self._parked:
             return
         elif event[0] == "done" and running.collector.done:
@@ -611,10 +613,10 @@ class Server:
         peers = self._peers.addresses()
         running = self._aggregation
         if running is not None and running.open:
-            running.close(action.participants, peers)
-            self._link.kick()
-            return
-        if running is not None and running.narrow(action.participants, peers):
+            if running.close(action.participants, peers):
+                self._link.kick()
+                return
+        elif running is not None and running.narrow(action.participants, peers):
             self._parked = False
             self._link.kick()
             if running.collector.done:  # while it was parked

@@ -201,6 +201,10 @@ class Comparing(Rounds):
     def _close_if_due(self) -> list[Action]:
         return [] if self._closed else super()._close_if_due()
 
+    def _pull_ahead(self, members: Sequence[Member]) -> list[Action]:  # noqa: ARG002
+        """They are pulled one after the other."""
+        return []
+
     def _recollect(self, now: float) -> list[Action]:  # noqa: ARG002
         cancel: list[Action] = [CancelCollect()] if self.collecting else []
         self.collecting = ()

@@ -172,7 +172,7 @@ def test_what_was_pulled_ahead_of_a_site_that_does_not_count_leaves_no_trace(
     assert spill.used > 0
     running.close((a,), PEERS)
     assert spill.used == 0
-    assert [running.source(0), running.source(1)] == [None, a]
+    assert running.source(0) == a
     for now in range(30_000, 60_000, 100):
         sites.carry(1000, now)
     running.finish()
@@ -191,7 +191,7 @@ def test_a_process_that_takes_the_place_of_one_that_was_pulled_ahead_counts_inst
     running.offer(a, b"a")
     running.offer(a, b"a")
     running.close((a, b), PEERS)
-    assert [running.source(n) for n in range(3)] == [None, b, a]
+    assert [running.source(n) for n in range(2)] == [a, b]
     sites.carry(1000, 5000)
     running.finish()
     assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
@@ -201,13 +201,14 @@ def test_of_a_site_that_makes_new_updates_without_end_few_are_pulled_and_the_las
     tmp_path: Path,
 ) -> None:
     sites, peers = Sites(), {"a": b"a", "b": b"b"}
-    running = Aggregation(setting(sites, tmp_path), 2)
+    running, pulled = Aggregation(setting(sites, tmp_path), 2), 0
     for number in range(1000):
         if running.wants("a"):
             running.offer(Participant("a", f"{number:032x}", 1), b"a")
+            pulled += 1
     assert running.wants("b")
     running.offer(PARTICIPANTS[1], b"b")
-    assert len(running.participants) < 20
+    assert pulled < 20
     running.close(PARTICIPANTS, peers)
     sites.carry(1000)
     assert running.collector.done
@@ -230,6 +231,89 @@ def test_a_site_that_comes_back_while_it_is_pulled_ahead_is_asked_under_its_new_
     running.finish()
     assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
     assert {peer for peer, _ in sites.asked} == {b"a", b"b", b"b, again"}
+
+
+def test_an_update_that_failed_while_its_site_was_gone_is_pulled_again_once_it_is_back(
+    tmp_path: Path,
+) -> None:
+    sites = Sites()
+    running = Aggregation(setting(sites, tmp_path), expected=2)
+    a, b = PARTICIPANTS
+    running.offer(b, b"b")
+    sites.carry(1)
+    running.lost("b")
+    as_it_was = sites.exchanges[b"b"]
+    sites.exchanges[b"b"] = Exchange()  # which says that it has no such set
+    for now in range(0, 10_000, 100):
+        sites.carry(1000, now)
+    (rejected,) = (e for e in iter(sites.server.next_event, None) if e[0] == "rejected")
+    assert running.source(rejected[2]) == b
+    running.reject(b)
+    sites.exchanges[b"b"] = as_it_was
+    for _ in range(2):
+        assert running.offer(b, b"b")
+    assert running.close((a, b), PEERS)
+    for now in range(10_000, 40_000, 100):
+        sites.carry(1000, now)
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+
+
+def test_a_site_that_offers_one_update_after_another_takes_one_place_and_the_last_counts(
+    tmp_path: Path,
+) -> None:
+    sites = Sites()
+    running = Aggregation(setting(sites, tmp_path), expected=2)
+    a, b = PARTICIPANTS
+    for number in range(100):
+        assert running.offer(Participant("b", f"{number:032x}", 1), b"b")
+        assert running.offer(Participant("b", b.set_id, 3), b"b")
+    assert running.offer(b, b"b")
+    assert running.offer(b, b"b, elsewhere")
+    assert len(running.collector.progress()[2]) == 1
+    assert running.close((a, b), {"a": b"a", "b": b"b, elsewhere"})
+    for now in range(0, 10_000, 100):
+        sites.carry(1000, now)
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert {peer for peer, _ in sites.asked} == {b"a", b"b, elsewhere"}
+
+
+def test_sites_that_are_gone_make_room_for_those_that_take_their_places(tmp_path: Path) -> None:
+    sites, budget = Sites(), 8
+    running = Aggregation(setting(sites, tmp_path, memory=budget * CHUNK), expected=2)
+    a, b = PARTICIPANTS
+    for number in range(10):
+        running.offer(Participant(f"{number}", b.set_id, 1), b"b%d" % number)
+        for now in range(0, 3000, 100):
+            sites.carry(1000, now)
+        assert sum(running.collector.progress()[2]) <= budget
+        if number:
+            running.lost(f"{number}")
+    still_there = Participant("0", b.set_id, 1)
+    assert running.offer(a, b"a")
+    assert not running.offer(b, b"b")
+    assert not running.close((a, b, still_there), {"a": b"a", "b": b"b", "0": b"b0"})
+    assert running.open
+    running.cancel()
+
+
+def test_of_all_that_is_here_a_few_chunks_are_reduced_at_a_time(tmp_path: Path) -> None:
+    sites = Sites()
+    running = Aggregation(setting(sites, tmp_path, memory=2 * 20 * CHUNK), expected=2)
+    for participant in PARTICIPANTS:
+        running.offer(participant, participant.site.encode())
+    sites.carry(1000)
+    assert running.collector.progress()[2] == [LAYOUT.chunk_count] * 2
+    running.close(PARTICIPANTS, PEERS)
+    at_once = []
+    while not running.collector.done:
+        before = running.collector.progress()[0]
+        assert sites.server.tick(0) == (-1 if running.collector.done else 0)
+        at_once.append(running.collector.progress()[0] - before)
+    assert at_once == [16, 4]
+    running.finish()
+    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
 
 
 def test_what_a_killed_server_had_pulled_ahead_is_not_asked_for_again(tmp_path: Path) -> None:

@@ -126,6 +126,23 @@ def test_the_same_announcement_twice_is_heard_once() -> None:
     assert rounds.ready("a", 1, update("a")) == []
 
 
+def test_an_update_that_is_invalid_once_its_site_is_gone_brings_the_site_neither_back_nor_out() -> (
+    None
+):
+    rounds = machine(["a", "b"], quorum=1)
+    join_all(rounds, "a", "b")
+    assert rounds.ready("b", 1, update("b")) == ahead("b")
+    rounds.lost("b", "it left", 1, left=True)
+    assert rounds.rejected("b", "its chunks were wrong", 1) == []
+    assert rounds.roster.get("b").state is SiteState.LEFT  # type: ignore[union-attr]
+    assert rounds.joined("b", "started again", 2) == [SendTask("b", "train", 1)]
+    assert rounds.rejected("b", "its chunks were wrong", 2) == []
+    assert rounds.ready("a", 1, update("a")) == ahead("a")
+    rounds.lost("b", "silent", 3)
+    rounds.reduced()
+    assert rounds.committed(1, 4) == [SendTask("a", "train", 2)]
+
+
 def test_a_site_that_never_came_is_waited_for_until_the_deadline() -> None:
     rounds = machine(["a", "b", "c"], quorum=2)
     join_all(rounds, "a", "b")
@@ -502,6 +519,29 @@ def test_no_history_breaks_the_rules(seed: int) -> None:
         assert (collecting is not None) == (rounds.phase is Phase.AGGREGATING)
         for p in rounds.collecting:
             assert rounds.roster.get(p.site).state is SiteState.UPLOADING  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_who_joined_and_was_not_lost_is_there_whosever_update_is_invalid(seed: int) -> None:
+    dice = random.Random(seed)
+    rounds, there = machine(["a", "b", "c"], quorum=1, rounds=9), set[str]()
+    for number in range(200):
+        site, event = dice.choice("abc"), dice.randrange(4)
+        if event == 0:
+            there.add(site)
+            rounds.joined(site, dice.choice("xy"), number)
+        elif event == 1 and site in there:
+            rounds.ready(site, rounds.round, Delivery(f"{number:032x}", 1))
+        elif event == 2:
+            there.discard(site)
+            rounds.lost(site, "silent", number)
+        elif rounds.phase is Phase.TRAINING:
+            rounds.rejected(site, "length", number)
+        if rounds.phase is Phase.AGGREGATING and dice.random() < 0.3:
+            rounds.committed(rounds.round, number)
+        if rounds.over:
+            break
+        assert {member.name for member in rounds.roster if member.alive} == there
 
 
 def scores(*values: tuple[str, int, float]) -> list[SiteScore]:

@@ -20,6 +20,7 @@ from fedcore.server.rounds import (
     CancelCollect,
     Commit,
     EndRun,
+    GiveUp,
     Participant,
     Phase,
     SendDropped,
@@ -111,6 +112,15 @@ def test_a_comparison_goes_on_without_a_site_that_is_lost_or_invalid() -> None:
     rounds.committed(3, 2.0)
     rounds.scored("b", 3)
     assert rounds.scored("c", 3) == [EndRun(True, "")]
+
+
+def test_a_comparison_that_was_killed_pulls_one_model_after_the_other_and_none_ahead() -> None:
+    rounds = comparing()
+    rounds.restarted(SITES, (), 15.0, collect("a").participants)
+    join(rounds, "b", "c")
+    assert deliver(rounds, "b") == []
+    assert [type(action) for action in rounds.tick(15.0)] == [GiveUp]
+    assert deliver(rounds, "c") == [collect("b")]
 
 
 def test_a_comparison_closes_at_the_deadline_and_its_steps_have_deadlines_too() -> None:
