@@ -12,8 +12,8 @@ command from Python, or for a timer of the core; it never spins.
 Where connections are encrypted, the sink and the inbox know a peer as ``USER NUL ROUTING-ID``. The user is what
 the server's door gave the connection (ZeroMQ's "User-Id"), so that nothing a peer says can make it another.
 
-Of each connection it notes, by its file number, whether it was understood last or may go, at once or soon; the door
-reads that (`fedcore.connections`). libzmq tells the number with each message.
+Of each connection it notes, by its file number, whether it was understood last or may go, at once or soon, and that a
+message of it was whole; the door reads that (`fedcore.connections`). libzmq tells the number with each message.
 
 Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
 Inbox (PUSH socket):     [b"E"] the core has events or control messages; the first one says that the pump runs.
@@ -90,6 +90,7 @@ ctypedef void (*free_fn)(void*, void*) noexcept nogil
 
 cdef struct Notes:  # of connections, by file number
     uint8_t* of
+    uint8_t* moved
     size_t count
 
 cdef struct Zmq:
@@ -235,11 +236,14 @@ cdef size_t _name_peer(char* name, Msg* peer, Msg* header) noexcept nogil:
 cdef void _note(Notes notes, Msg* header, int verdict) noexcept nogil:
     cdef const char* text
     cdef int number
-    if notes.count == 0 or verdict == SINK_DROP:
+    if notes.count == 0:
         return
     text = z.msg_gets(header, b"__fd")
     number = atoi(text) if text != NULL else -1
     if 0 <= number < <int> notes.count:
+        notes.moved[number] = 1
+        if verdict == SINK_DROP:
+            return
         if verdict == SINK_MUTED and notes.of[number] in (NOTE_HEARD, NOTE_MUTED):
             notes.of[number] = NOTE_MUTED
         elif verdict in (SINK_UNHEARD, SINK_MUTED):  # who was never heard there is told nothing there
@@ -280,6 +284,7 @@ cdef int _pump_in(void* net, bint router, bint secure, Notes notes, FcSink* sink
         who = name
     if not well_formed:  # told to the sink as a frame without a header, which it counts and logs
         sink.deliver(sink.self, _now_ms(), who, who_len, NULL, 0, NULL, 0, NULL, NULL)
+        _note(notes, &header, SINK_DROP)
     else:
         kept = <Msg*> malloc(sizeof(Msg))
         if kept != NULL:
@@ -368,7 +373,7 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
 
 
 def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint secure,
-        unsigned char[::1] heard=None):
+        unsigned char[::1] heard=None, unsigned char[::1] moved=None):
     """Pump frames until a quit command comes; blocks without the GIL.
 
     Args:
@@ -377,12 +382,15 @@ def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint se
         router: whether ``net`` is a ROUTER, whose frames begin with the peer's routing id.
         secure: whether such a peer is known by its user as well; only with ``router``.
         heard: where to note of each connection, by its file number, that it was understood or may go.
+        moved: where to note that a message of it was whole; as long as ``heard``.
     """
     global release_out
     cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v4")
     release_out = sink.out_done
     cdef Notes notes
     notes.count = 0 if heard is None else heard.shape[0]
+    assert notes.count == 0 or moved.shape[0] == heard.shape[0]
     notes.of = &heard[0] if notes.count else NULL
+    notes.moved = &moved[0] if notes.count else NULL
     with nogil:
         _loop(<void*> net, <void*> commands, <void*> inbox, router, secure, notes, sink)

@@ -17,7 +17,7 @@ from typing import Final
 
 from .allowance import Allowance
 
-__all__ = ["CUT", "HEARD", "MUTED", "Connections", "Limits", "note"]
+__all__ = ["CUT", "DROP", "HEARD", "MUTED", "Connections", "Limits", "Notes", "note"]
 
 HEARD: Final = 1
 """What the pump notes of a connection: a message of it was understood."""
@@ -25,7 +25,7 @@ CUT: Final = 2
 """What the pump notes of a connection: its peer is not heard any more, so that it may go."""
 MUTED: Final = 3
 """What the pump notes of a connection: it was heard and said too much, which its peer is being told."""
-_DROP, _UNHEARD, _MUTED = 3, 4, 5  # verdicts of the core, as in csrc/sink.h
+DROP, _UNHEARD, _MUTED = 3, 4, 5  # verdicts of the core, as in csrc/sink.h
 _GRACE_LOOKS: Final = 20
 """So often a muted connection is looked at before it is cut; the door looks every 50 ms."""
 _MAX_NETWORKS: Final = 4096
@@ -44,6 +44,8 @@ class Limits:
         unproved: connections of which nothing was understood yet, in all.
         unproved_bytes, unproved_seconds: what such a connection may send, and how long it may be there.
         silent_seconds: for how long any connection may send nothing; a site says something each second.
+        unfinished_bytes: what a connection may send of a message that is not whole yet, and what waits before it;
+            ``unfinished`` of all together, more than what is asked of all sites.
         admitted: of these, how many may send a chunk first, after a key of the list was shown from their network,
             which may have a quarter of them; ``admitted_bytes`` in ``admitted_seconds``.
         unproved_spared: for how many seconds at least one makes no room for a newcomer, which is cut then: a
@@ -62,33 +64,56 @@ class Limits:
     unproved_bytes: int = 16 << 10
     unproved_seconds: float = 15.0
     silent_seconds: float = 60.0
+    unfinished_bytes: int = 64 << 20
+    unfinished: int = 384 << 20
     admitted: int = 32
     admitted_bytes: int = 4 << 20
     admitted_seconds: float = 75.0
     unproved_spared: float = 2.0
 
     @classmethod
-    def of(cls, sites: int) -> Limits:
-        """Return limits that so many sites never meet, even if all of them come from one network at once."""
+    def of(cls, sites: int, memory: int = 256 << 20) -> Limits:
+        """Return limits that so many sites never meet, even if all of them come from one network at once.
+
+        ``memory`` is what a server may ask of all sites together.
+        """
         return cls(
             connections=max(4096, 4 * sites),
             per_network=max(256, 2 * sites),
             arrivals=max(128, 4 * sites),
             arrivals_per_second=max(16.0, sites / 2),
             unproved=max(256, 2 * sites),
+            unfinished=memory + (128 << 20),
         )
 
 
-def note(notes: bytearray, number: int, verdict: int) -> None:
-    """Note of a connection what the core made of a frame of it, as the compiled pump does."""
-    if verdict == _DROP or not 0 <= number < len(notes):
+@dataclass(frozen=True)
+class Notes:
+    """What the pump notes of each connection, by its file number; equally long.
+
+    Attributes:
+        heard: `HEARD`, `CUT` or `MUTED`.
+        moved: 1 when a message of it was whole, until the door has seen that.
+    """
+
+    heard: bytearray
+    moved: bytearray
+
+
+def note(notes: Notes, number: int, verdict: int) -> None:
+    """Note of a connection what the core made of a message of it, as the compiled pump does."""
+    heard = notes.heard
+    if not 0 <= number < len(heard):
         return
-    if verdict == _MUTED and notes[number] in (HEARD, MUTED):
-        notes[number] = MUTED
+    notes.moved[number] = 1
+    if verdict == DROP:
+        return
+    if verdict == _MUTED and heard[number] in (HEARD, MUTED):
+        heard[number] = MUTED
     elif verdict in (_UNHEARD, _MUTED):  # who was never heard there is told nothing there
-        notes[number] = CUT
+        heard[number] = CUT
     else:
-        notes[number] = HEARD
+        heard[number] = HEARD
 
 
 @dataclass
@@ -99,6 +124,9 @@ class _Open:
     since: float
     heard: float
     received: int = 0
+    whole_at: int = (
+        -1
+    )  # bytes received when it was seen that a message was whole; negative: not known yet
     admitted: bool = False
 
 
@@ -108,16 +136,16 @@ class Connections:
     Args:
         limits: see `Limits`.
         most: open connections in all.
-        heard: a byte for each file number, `HEARD`, `CUT` or `MUTED`, which the pump writes.
+        notes: what the pump writes.
         received: how many bytes a connection has received; negative where that is not known.
     """
 
     def __init__(
-        self, limits: Limits, most: int, heard: bytearray, received: Callable[[int], int]
+        self, limits: Limits, most: int, notes: Notes, received: Callable[[int], int]
     ) -> None:
         self._limits = limits
         self._most = most
-        self._heard = heard
+        self._heard, self._moved = notes.heard, notes.moved
         self._received = received
         self._open: dict[int, _Open] = {}
         self._networks: Counter[str] = Counter()
@@ -139,7 +167,7 @@ class Connections:
         self.closed(number)  # a number that is accepted again was closed before
         network, local = network_of(address)
         if number < len(self._heard):
-            self._heard[number] = 0
+            self._heard[number] = self._moved[number] = 0
         self._open[number] = self._unproved[number] = _Open(address, network, local, now, now)
         self._networks[network] += 1
         limits = self._limits
@@ -214,6 +242,29 @@ class Connections:
                 found.received, found.heard = received, now
             elif received >= 0 and now - found.heard > self._limits.silent_seconds:
                 yield self._cut(number, f"was silent for {self._limits.silent_seconds:g} s")
+
+    def sweep_unfinished(self) -> Iterator[tuple[int, str]]:
+        """Look at what came of each connection since a message of it was whole.
+
+        libzmq keeps the parts of a message, however many, until the last one has come.
+        """
+        waiting: dict[int, int] = {}
+        for number, found in self._open.items():
+            if number >= len(self._moved) or self._moved[number]:
+                if number < len(self._moved):
+                    self._moved[number] = 0
+                found.whole_at = -1
+            elif found.whole_at < 0:
+                found.whole_at = self._received(number)
+            else:
+                waiting[number] = self._received(number) - found.whole_at
+        total = sum(waiting.values())
+        for number in sorted(waiting, key=lambda number: -waiting[number]):
+            size = waiting[number]
+            if size <= self._limits.unfinished_bytes and total <= self._limits.unfinished:
+                return
+            total -= size
+            yield self._cut(number, f"sent {size >> 20} MiB of a message that has no end")
 
     # --- deciding ---
 

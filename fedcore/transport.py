@@ -28,7 +28,7 @@ import zmq
 
 from . import protocol
 from ._core import Exchange, crc32c
-from .connections import note
+from .connections import DROP, Notes, note
 from .errors import BusyError, ClosedError, ConfigError
 from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
 
@@ -133,7 +133,7 @@ class _Link:
 
     _router: bool
     _secure = False
-    _heard: bytearray | None = None
+    _notes: Notes | None = None
     _monitor: zmq.Socket[bytes] | None = None
 
     def __init__(
@@ -187,7 +187,7 @@ class _Link:
                 inbox.underlying,
                 self._router,
                 self._router and self._secure,
-                self._heard,
+                *((self._notes.heard, self._notes.moved) if self._notes else ()),
             )
         else:
             _python_pump(
@@ -196,7 +196,7 @@ class _Link:
                 (commands, inbox),
                 router=self._router,
                 secure=self._router and self._secure,
-                heard=self._heard,
+                notes=self._notes,
             )
 
     def recv(self, timeout: float | None) -> Control | DataEvent | None:
@@ -318,7 +318,7 @@ class ServerLink(_Link):
             net.setsockopt(zmq.CURVE_SECRETKEY, secured.pair.secret.encode())
             net.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
             self._door = Doorkeeper(context, secured)
-            self._heard = self._door.heard
+            self._notes = self._door.notes
             self._door.watch(net)
         try:
             net.bind(listen)
@@ -480,7 +480,7 @@ def _python_pump(
     *,
     router: bool,
     secure: bool,
-    heard: bytearray | None,
+    notes: Notes | None,
 ) -> None:
     """Do what ``fedcore._pump.run`` does, in Python: the reference and the fallback."""
     commands, inbox = ends
@@ -515,7 +515,7 @@ def _python_pump(
         if commands in ready and not _python_commands(net, commands, router):
             return
         if net in ready:
-            _python_frames(exchange, net, router, secure, heard)
+            _python_frames(exchange, net, router, secure, notes)
 
 
 def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router: bool) -> bool:
@@ -536,7 +536,7 @@ def _python_frames(
     net: zmq.Socket[bytes],
     router: bool,
     secure: bool,
-    heard: bytearray | None,
+    notes: Notes | None,
 ) -> None:
     for _ in range(64):
         try:
@@ -549,8 +549,10 @@ def _python_frames(
             peer = user.encode() + b"\0" + peer
         if not 1 <= len(frames) <= 2:
             exchange.deliver(now_ms(), peer, b"", None)  # counted and logged as malformed
+            if notes is not None and frames:
+                note(notes, int(frames[0].get("__fd")), DROP)
             continue
         body = frames[1].buffer if len(frames) == 2 else None
         verdict = exchange.deliver(now_ms(), peer, frames[0].bytes, body)
-        if heard is not None:
-            note(heard, int(frames[0].get("__fd")), verdict)
+        if notes is not None:
+            note(notes, int(frames[0].get("__fd")), verdict)

@@ -87,7 +87,7 @@ class Access:
         self.secured = Secured(
             read_secret(home / SECRET_FILE),
             self._with_operator(self._listed),
-            Limits.of(config.participants.expected),
+            Limits.of(config.participants.expected, config.server.memory),
         )
 
     def _with_operator(self, listed: AllowList) -> AllowList:

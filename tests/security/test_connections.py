@@ -14,6 +14,7 @@ from fedcore.connections import (
     MUTED,
     Connections,
     Limits,
+    Notes,
     network_of,
     note,
 )
@@ -33,8 +34,9 @@ class World:
     why: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.notes = Notes(self.heard, bytearray(len(self.heard)))
         self.connections = Connections(
-            self.limits, self.most, self.heard, lambda number: self.received.get(number, 0)
+            self.limits, self.most, self.notes, lambda number: self.received.get(number, 0)
         )
 
     def open(self, address: str = "192.0.2.7", *, proved: bool = False) -> int:
@@ -172,11 +174,12 @@ HANDLED, TAKEN, DROP, UNHEARD, TOO_MUCH = 0, 1, 3, 4, 5
 def test_a_connection_that_was_never_heard_has_no_time_to_be_told(
     verdicts: list[int], noted: int
 ) -> None:
-    notes = bytearray(3)
+    notes = Notes(bytearray(3), bytearray(3))
     for verdict in verdicts:
         note(notes, 1, verdict)
         note(notes, 3, verdict)
-    assert list(notes) == [0, noted, 0]
+    assert list(notes.heard) == [0, noted, 0]
+    assert list(notes.moved) == [0, 1, 0]
 
 
 def test_connections_of_a_key_that_are_silent_are_cut_and_a_slow_one_is_not() -> None:
@@ -192,6 +195,29 @@ def test_connections_of_a_key_that_are_silent_are_cut_and_a_slow_one_is_not() ->
     assert world.why == ["was silent for 60 s"]
 
 
+def test_a_message_that_has_no_end_is_cut_and_those_that_come_one_after_the_other_are_not() -> None:
+    world = World(Limits(unfinished_bytes=1000, unfinished=2500))
+    endless, site = world.open(proved=True), world.open(proved=True)
+    for look in range(11):
+        world.received = {endless: 100 * look, site: 900 * look}
+        world.notes.moved[site] = look % 2
+        world._note(list(world.connections.sweep_unfinished()))
+    assert world.cut == []
+    world.received[endless] += 1
+    world._note(list(world.connections.sweep_unfinished()))
+    assert world.cut == [endless]
+    assert "of a message that has no end" in world.why[0]
+
+
+def test_messages_without_end_are_bounded_in_all_and_the_longest_goes_first() -> None:
+    world = World(Limits(unfinished_bytes=1000, unfinished=2500))
+    opened = [world.open(proved=True) for _ in range(5)]
+    world._note(list(world.connections.sweep_unfinished()))
+    world.received = dict(zip(opened, (600, 700, 900, 800, 500), strict=True))
+    world._note(list(world.connections.sweep_unfinished()))
+    assert world.cut == [opened[2], opened[3]]
+
+
 def test_where_the_system_does_not_tell_what_came_nothing_is_taken_for_silent() -> None:
     world = World(Limits(silent_seconds=60))
     site = world.open(proved=True)
@@ -200,6 +226,7 @@ def test_where_the_system_does_not_tell_what_came_nothing_is_taken_for_silent() 
         world.now += 10
         world.sweep()
         world._note(list(world.connections.sweep_silent(world.now)))
+        world._note(list(world.connections.sweep_unfinished()))
     assert world.cut == []
 
 

@@ -16,7 +16,7 @@ import zmq
 from fedcore import admission, protocol
 from fedcore.admission import Doorkeeper
 from fedcore.connections import Limits
-from fedcore.security import KeyPair
+from fedcore.security import Credentials, KeyPair
 from fedcore.transport import Control, control_frames
 
 from .conftest import DEADLINE, Links, Parties, wait
@@ -212,23 +212,51 @@ def test_a_connection_with_a_key_that_says_nothing_any_more_is_cut(
 ) -> None:
     monkeypatch.setattr(admission, "_SILENCE_SECONDS", 0.05)
     server = links.server(parties.secured(Limits(silent_seconds=0.3)))
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    silent = context.socket(zmq.DEALER)
-    keys = parties.credentials("north")
-    silent.setsockopt(zmq.CURVE_SERVERKEY, keys.server_key.encode())
-    silent.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair.public.encode())
-    silent.setsockopt(zmq.CURVE_SECRETKEY, keys.pair.secret.encode())
-    silent.connect(server.endpoint)
-    try:
+    with dealer(server.endpoint, parties.credentials("north")) as silent:
         silent.send_multipart(control_frames(protocol.Alive()))
         wait(server, lambda m: isinstance(m, Control))
         until = time.monotonic() + DEADLINE
         while "was silent for 0.3 s" not in caplog.text:
             assert time.monotonic() < until
             time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def dealer(endpoint: str, keys: Credentials) -> Iterator[zmq.Socket[bytes]]:
+    """A socket that speaks with a key and does what it is told to alone."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    found = context.socket(zmq.DEALER)
+    found.setsockopt(zmq.CURVE_SERVERKEY, keys.server_key.encode())
+    found.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair.public.encode())
+    found.setsockopt(zmq.CURVE_SECRETKEY, keys.pair.secret.encode())
+    found.connect(endpoint)
+    try:
+        yield found
     finally:
-        silent.close(linger=0)
+        found.close(linger=0)
         context.term()
+
+
+def test_a_message_of_any_number_of_parts_does_not_fill_the_servers_memory(
+    pump: str, links: Links, parties: Parties, caplog: pytest.LogCaptureFixture
+) -> None:
+    """libzmq keeps all parts of a message until the last one has come."""
+    server = links.server(parties.secured(Limits(unfinished_bytes=4 * MIB)))
+    south = links.site(server.endpoint, parties.credentials("south"))
+    south.send(protocol.Problem(message="first"))
+    wait(server, lambda m: isinstance(m, Control))
+    with dealer(server.endpoint, parties.credentials("north")) as hostile:
+        hostile.send_multipart(control_frames(protocol.Alive()))
+        wait(server, lambda m: isinstance(m, Control))
+        part = zmq.Frame(bytes(MIB), copy=False)
+        hostile.send_multipart([part] * 1500, copy=False)
+        until = time.monotonic() + DEADLINE
+        while "of a message that has no end" not in caplog.text:
+            assert time.monotonic() < until
+            arrived = server.recv(0.05)
+            assert not (isinstance(arrived, tuple) and arrived[0] == "malformed"), "it came whole"
+    south.send(protocol.Problem(message="still here"))
+    wait(server, lambda m: isinstance(m, Control) and b"still here" in m.body)
 
 
 def over(connection: socket.socket) -> bool:

@@ -165,10 +165,12 @@ def test_the_limits_of_the_door_are_those_of_the_code() -> None:
         f"| {limits.unproved_bytes >> 10} KiB, {limits.unproved_seconds:g} s |",
         f"| {limits.admitted_bytes >> 20} MiB, {limits.admitted_seconds:g} s; {limits.admitted} connections, "
         f"{limits.admitted // 4} of a network |",
+        f"times a second | {limits.unfinished_bytes >> 20} MiB; all together 128 MiB more than `server.memory` |",
         f"may send nothing | {limits.silent_seconds:g} s,",
     ):
         assert row in page, row
     assert Limits.of(32) == limits
+    assert Limits.of(3, memory=1 << 30).unfinished == (1 << 30) + (128 << 20)
     many = Limits.of(5000)
     assert (many.connections, many.per_network, many.unproved) == (20_000, 10_000, 10_000)
     assert (many.arrivals, many.arrivals_per_second) == (20_000, 2500)
