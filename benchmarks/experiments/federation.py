@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedcore.aggregate import aggregate_files
 
-__all__ = ["State", "load_state", "mean", "state_of"]
+__all__ = ["State", "Stride", "load_state", "mean", "state_of"]
 
 #: Trained tensors by name.
 State = dict[str, Tensor]
@@ -48,3 +48,26 @@ def mean(states: Sequence[State], weights: Sequence[int]) -> State:
         out = Path(folder) / "mean.safetensors"
         aggregate_files(paths, weights, out)
         return {name: tensor.clone() for name, tensor in load_file(out).items()}
+
+
+class Stride:
+    """How far the global model goes towards a new mean, with a share of its last step carried on (FedAvgM).
+
+    Args:
+        momentum: the share; the new mean counts for the rest. Without any, the mean is the new model.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self._momentum = momentum
+        self._step: State = {}
+
+    def take(self, last: State, new: State) -> State:
+        """Return the next global model."""
+        if not self._momentum:
+            return new
+        for name, tensor in new.items():
+            step = (1 - self._momentum) * (tensor - last[name])
+            if name in self._step:
+                step += self._momentum * self._step[name]
+            self._step[name] = step
+        return {name: tensor + self._step[name] for name, tensor in last.items()}

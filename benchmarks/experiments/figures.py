@@ -11,7 +11,7 @@ from typing import Any, Final
 from .peft import STEADY
 from .summary import steady_cells
 
-__all__ = ["draw_peft", "draw_sft", "draw_steady"]
+__all__ = ["draw_peft", "draw_sft", "draw_steady", "draw_swing"]
 
 _COLOURS: Final = {"federated": "#1f77b4", "centralised": "#2ca02c", "combined": "#2ca02c"}
 _SITE: Final = "#9a9a9a"
@@ -99,18 +99,44 @@ def draw_steady(cells: Mapping[str, Any], split: str, path: Path) -> bool:
         for steady, colour in (("plain", _SITE), (name, _COLOURS["federated"])):
             steps = found[steady][0]["steps_per_round"]
             curves = [result["curves"]["federated"]["accuracy"] for result in found[steady]]
-            at = [place * steps for place in range(len(curves[0]))]
-            for curve in curves:
-                axes.plot(at, curve, color=colour, linewidth=0.7, alpha=0.7)
-            means = [statistics.fmean(column) for column in zip(*curves, strict=True)]
-            label = f"{steady}: {len(at) - 1} rounds of {steps} steps"
-            axes.plot(at, means, color=colour, linewidth=2.2, label=label)
+            label = f"{steady}: {len(curves[0]) - 1} rounds of {steps} steps"
+            _seeds(axes, curves, steps, colour, label)
         method = found[name][0]["cell"]["method"]
         axes.set_title(f"{method}, {_split_title(split)}: {name}", fontsize=9, loc="left")
         axes.set_xlabel("steps at each site")
         axes.legend(frameon=False, fontsize=7, loc="lower right")
     _save(figure, path)
     return True
+
+
+def _seeds(
+    axes: Any, curves: Sequence[Sequence[float]], steps: int, colour: str, label: str
+) -> None:
+    """Draw a thin line for each seed, and a thick one for their mean; ``steps`` lie between two points."""
+    at = [place * steps for place in range(len(curves[0]))]
+    for curve in curves:
+        axes.plot(at, curve, color=colour, linewidth=0.7, alpha=0.7)
+    means = [statistics.fmean(column) for column in zip(*curves, strict=True)]
+    axes.plot(at, means, color=colour, linewidth=2.2, label=label)
+
+
+def draw_swing(found: Mapping[str, Sequence[Any]], path: Path) -> None:
+    """Draw plain averaging beside each other way."""
+    plain, *others = found
+    figure, grid = _grid(len(others), 3)
+    for axes, name in zip(grid, others, strict=True):
+        for way, colour in ((plain, _SITE), (name, _COLOURS["federated"])):
+            first = found[way][0]
+            curves = [result["accuracy"] for result in found[way]]
+            steps = first["rounds"] * first["steps_per_round"] // (len(curves[0]) - 1)
+            label = (
+                f"{way}: {first['sampled']} sites a round, {first['steps_per_round']} steps each"
+            )
+            _seeds(axes, curves, steps, colour, label)
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_xlabel("steps of a site that always takes part")
+        axes.legend(frameon=False, fontsize=7, loc="lower right")
+    _save(figure, path)
 
 
 def _panel(axes: Any, cells: Mapping[str, Any], method: str, split: str) -> None:
@@ -137,23 +163,34 @@ def _panel(axes: Any, cells: Mapping[str, Any], method: str, split: str) -> None
     axes.set_xlabel("round")
 
 
-def draw_sft(curves: Mapping[str, Any], path: Path) -> None:
-    """Draw the validation loss of every arm over steps; a federated site's curve jumps where a round starts."""
+def draw_sft(runs: Mapping[int, Mapping[str, Any]], path: Path) -> None:
+    """Draw the validation loss of every arm over steps; a panel for each seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(4.6 * len(runs) + 1.6, 3.6), layout="constrained")
+    row = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    for axes, (seed, curves) in zip(row, runs.items(), strict=True):
+        _sft_panel(axes, curves)
+        axes.set_title(f"seed {seed}", fontsize=9, loc="left")
+        axes.set_xlabel("steps at each site")
+        axes.spines[["top", "right"]].set_visible(False)
+    row[0].set_ylabel("validation loss, mean of the sites' sets")
+    row[-1].legend(frameon=False, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    _save(figure, path)
+
+
+def _sft_panel(axes: Any, curves: Mapping[str, Any]) -> None:
+    """Draw the arms of one seed; a federated site's curve jumps where a round starts."""
     sites = [name for name in curves if name not in ("federated", "combined")]
     colours = dict(zip(sites, _ARMS, strict=False)) | _COLOURS
     for name, curve in curves.items():
         points = [(p["step"], _mean(p)) for p in curve["points"] if p["who"] == name]
-        style = "-" if name in ("federated", "combined") else "--"
-        label = name if name in ("federated", "combined") else f"{name} alone"
+        whole = name in ("federated", "combined")
         axes.plot(
             *zip(*points, strict=True),
-            style,
+            "-" if whole else "--",
             color=colours[name],
-            label=label,
+            label=name if whole else f"{name} alone",
             marker="o",
             markersize=3,
         )
@@ -170,10 +207,6 @@ def draw_sft(curves: Mapping[str, Any], path: Path) -> None:
                 linewidth=1,
                 label="_" if number else f"{site} in the federation",
             )
-    axes.set(xlabel="steps at each site", ylabel="validation loss, mean of the sites' sets")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    _save(figure, path)
 
 
 def _mean(point: Mapping[str, Any]) -> float:

@@ -22,10 +22,14 @@ __all__ = [
     "SKEWED",
     "STEADY",
     "Cell",
+    "Lab",
     "Settings",
     "Source",
     "Steadier",
+    "Trainee",
     "cells",
+    "keep",
+    "read_kept",
     "run_cell",
     "run_cells",
 ]
@@ -204,19 +208,17 @@ class Lab:
 class Trainee:
     """One site's rows, its order of batches and its optimiser, which live on from round to round."""
 
-    def __init__(self, model: Any, rows: Rows, settings: Settings, cell: Cell, name: str) -> None:
+    def __init__(
+        self, model: Any, rows: Rows, *, rate: float, prox: float, size: int, key: str
+    ) -> None:
         import torch
 
         from fedcore.demo.tasks import batch_order
 
-        how = STEADY[cell.steady]
-        self._model, self._rows, self._prox = model, rows, how.prox
+        self._model, self._rows, self._prox = model, rows, prox
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        rate = dict(settings.learning_rate)[cell.method] * how.rate
         self._optimizer = torch.optim.AdamW(self._trained, lr=rate, weight_decay=0.0)
-        # All texts in one place: as many rows a step as all sites have together.
-        size = settings.batch_size * (_SITES if cell.split == "pooled" else 1)
-        self._order: Iterator[list[int]] = batch_order(len(rows), size, f"{cell.seed}/{name}")
+        self._order: Iterator[list[int]] = batch_order(len(rows), size, key)
 
     @property
     def weight(self) -> int:
@@ -239,7 +241,7 @@ class Trainee:
 def run_cell(lab: Lab, cell: Cell, notice: Callable[[str], None]) -> tuple[dict[str, Any], Any]:
     """Train the arms of a cell; return their accuracy over the rounds, and the last federated or pooled state."""
     from .classifier import accuracy
-    from .federation import load_state, mean, state_of
+    from .federation import Stride, load_state, mean, state_of
 
     settings, how = lab.settings, STEADY[cell.steady]
     steps = max(1, round(settings.steps * how.steps))
@@ -250,7 +252,15 @@ def run_cell(lab: Lab, cell: Cell, notice: Callable[[str], None]) -> tuple[dict[
     begin = state_of(model)
 
     def trainee(name: str) -> Trainee:
-        return Trainee(model, train.pick(held[name]), settings, cell, name)
+        return Trainee(
+            model,
+            train.pick(held[name]),
+            rate=dict(settings.learning_rate)[cell.method] * how.rate,
+            prox=how.prox,
+            # All texts in one place: as many rows a step as all sites have together.
+            size=settings.batch_size * (_SITES if cell.split == "pooled" else 1),
+            key=f"{cell.seed}/{name}",
+        )
 
     def scored() -> dict[str, Any]:
         loss, right = accuracy(model, test)
@@ -275,7 +285,7 @@ def run_cell(lab: Lab, cell: Cell, notice: Callable[[str], None]) -> tuple[dict[
     if cell.split != "pooled":
         load_state(model, begin)
         sites = [trainee(name) for name in sorted(held)]
-        last, step = begin, {name: tensor * 0 for name, tensor in begin.items()}
+        last, stride = begin, Stride(how.momentum)
         curves["federated"] = [first]
         for _ in range(rounds):
             states = []
@@ -283,14 +293,7 @@ def run_cell(lab: Lab, cell: Cell, notice: Callable[[str], None]) -> tuple[dict[
                 load_state(model, last)
                 site.train(steps)
                 states.append(state_of(model))
-            new = mean(states, [site.weight for site in sites])
-            if how.momentum:
-                for name, tensor in new.items():
-                    step[name] = how.momentum * step[name] + (1 - how.momentum) * (
-                        tensor - last[name]
-                    )
-                    new[name] = last[name] + step[name]
-            last = new
+            last = stride.take(last, mean(states, [site.weight for site in sites]))
             load_state(model, last)
             curves["federated"].append(scored())
         notice(f"{cell.name}: federated {curves['federated'][-1]['accuracy']:.3f}")
@@ -329,12 +332,9 @@ def run_cells(
     labs: dict[int, Lab] = {}
     for number, cell in enumerate(wanted):
         path, mark = kept / f"{cell.name}.json", fingerprint(settings, source, cell)
-        if path.is_file():
-            found[cell.name] = json.loads(path.read_text(encoding="utf-8"))
-            if found[cell.name]["settings"] != mark:
-                raise ConfigError(
-                    f"{path} was made with other settings; remove it or choose another folder with --out"
-                )
+        earlier = read_kept(path, mark)
+        if earlier is not None:
+            found[cell.name] = earlier
             continue
         begun, cpu = time.monotonic(), time.process_time()
         if cell.seed not in labs:
@@ -350,12 +350,33 @@ def run_cells(
             {name: tensor.contiguous() for name, tensor in state.items()},
             path.with_suffix(".safetensors"),
         )
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-        part.replace(path)
+        keep(path, result)
         found[cell.name] = result
         notice(f"{number + 1} of {len(wanted)}: {cell.name}, {result['seconds']:.0f} s")
     return found
+
+
+def read_kept(path: Path, mark: str) -> dict[str, Any] | None:
+    """Return what is kept of an earlier run.
+
+    Raises:
+        ConfigError: it was made with other settings.
+    """
+    if not path.is_file():
+        return None
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found["settings"] != mark:
+        raise ConfigError(
+            f"{path} was made with other settings; remove it or choose another folder with --out"
+        )
+    return found
+
+
+def keep(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result, whole or not at all."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def fingerprint(settings: Settings, source: Source, cell: Cell) -> str:

@@ -6,24 +6,33 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedcore.errors import ConfigError
 
 from ..report import console, write
-from .figures import draw_peft, draw_sft, draw_steady
+from .figures import draw_peft, draw_sft, draw_steady, draw_swing
 from .peft import SKEWED
-from .summary import peft_rows, steady_rows
+from .summary import peft_rows, spread, steady_rows, swing_rows
 
 if TYPE_CHECKING:
     from .peft import Settings, Source
+    from .swing import SwingSettings
 
-__all__ = ["markdown", "peft_report", "score_arms", "sft_report"]
+__all__ = ["SftRun", "markdown", "peft_report", "score_arms", "sft_report", "swing_report"]
 
 #: Tasks of which no package holds rows with gold labels; their columns stay empty where no hub is reached.
 _NOT_HERE: Final = ("hellaswag", "winogrande")
+
+
+@dataclass
+class SftRun:
+    """The arms of one seed: their curves, and the scores of base and arms where they were scored."""
+
+    curves: Mapping[str, Any]
+    scores: Mapping[str, Any] = field(default_factory=dict)
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -119,6 +128,40 @@ def peft_report(
     )
 
 
+def swing_report(
+    folder: Path,
+    found: Mapping[str, Sequence[Any]],
+    settings: SwingSettings,
+    source: Source,
+) -> None:
+    """Write ``swing.json``, ``swing.png`` and ``swing.md``, and print the table."""
+    rows = swing_rows(found)
+    head = ["averaging", "seeds", "sites a round", "rounds of steps", "last"]
+    head += ["mean of the second half", "mean move", "largest drop"]
+    lines = [
+        [
+            row["way"],
+            str(len(row["seeds"])),
+            str(row["sampled"]),
+            f"{row['rounds']} of {row['steps_per_round']}",
+            *(_spread(row[key]) for key in ("last", "mean", "move", "drop")),
+        ]
+        for row in rows
+    ]
+    table = markdown(head, lines)
+    (folder / "swing.md").write_text(table, encoding="utf-8")
+    console.print(table, highlight=False, soft_wrap=True)
+    draw_swing(found, folder / "swing.png")
+    content = {
+        "settings": asdict(settings),
+        "model": Path(str(source.model)).name,
+        "data": source.name,
+        "rows": rows,
+        "runs": found,
+    }
+    write(folder / "swing.json", content)
+
+
 def _rounds(path: Path) -> int | None:
     """Return after how many rounds an arm was scored; older files of scores do not say."""
     rounds: int | None = json.loads(path.read_text(encoding="utf-8")).get("rounds")
@@ -127,6 +170,7 @@ def _rounds(path: Path) -> int | None:
 
 def score_arms(
     folder: Path,
+    seed: int,
     base: Path | str,
     curves: Mapping[str, Any],
     *,
@@ -137,21 +181,22 @@ def score_arms(
 ) -> dict[str, Any]:
     """Score the base model and every arm as ``fedcore evaluate`` does, an arm again once it has other rounds.
 
+    The base has no seed: it is scored once for all of them.
+
     Raises:
         ConfigError: the folder holds scores of other tasks or another limit.
     """
     from fedcore.client.evaluate import evaluate, model_arguments
     from fedcore.demo.choices import write_tasks
 
-    kept = folder / "scores"
-    kept.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {}
     for arm in ("base", *curves):
-        path = kept / f"{arm}.json"
+        path = folder / ("" if arm == "base" else f"seed-{seed}") / "scores" / f"{arm}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
         rounds = 0 if arm == "base" else curves[arm]["rounds"]
         if not path.is_file() or (arm != "base" and _rounds(path) != rounds):
             local = any(task.startswith("local_") for task in tasks)
-            model = str(base) if arm == "base" else str(folder / "arms" / arm)
+            model = str(base) if arm == "base" else str(folder / f"seed-{seed}" / "arms" / arm)
             begun, cpu = time.monotonic(), time.process_time()
             scores = evaluate(
                 model_arguments(model, str(base), "bfloat16"),
@@ -176,8 +221,17 @@ def score_arms(
     return found
 
 
-def _score_table(scores: Mapping[str, Any]) -> str:
-    tasks = [(s["task"], s["acc_norm"] is not None) for s in scores["base"]["scores"]]
+def _arm_label(arm: str) -> str:
+    return arm if arm in ("base", "combined", "federated") else f"{arm} alone"
+
+
+def _score_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the scores of base and arms, the mean over the seeds that were scored.
+
+    The error is lm-eval's own, over the rows of a task. All seeds are scored on the same rows, so that more seeds
+    do not make it smaller.
+    """
+    tasks = [(s["task"], s["acc_norm"] is not None) for s in runs[0]["base"]["scores"]]
     columns = [
         (task, key) for task, norm in tasks for key in ("acc", "acc_norm") if key == "acc" or norm
     ]
@@ -188,38 +242,45 @@ def _score_table(scores: Mapping[str, Any]) -> str:
         *(f"{task}: not run" for task in empty),
     ]
     lines = []
-    for arm, result in scores.items():
-        by_task = {score["task"]: score for score in result["scores"]}
-        cells = [arm if arm in ("base", "combined", "federated") else f"{arm} alone"]
+    for arm in runs[0]:
+        by_task = [{score["task"]: score for score in run[arm]["scores"]} for run in runs]
+        cells = [_arm_label(arm)]
         for task, key in columns:
-            value, error = by_task[task][key], by_task[task][f"{key}_stderr"]
-            cells.append(f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}"))
+            value = statistics.fmean(found[task][key] for found in by_task)
+            errors = [found[task][f"{key}_stderr"] for found in by_task]
+            error = "" if None in errors else f" ± {statistics.fmean(errors):.2f}"
+            cells.append(f"{value:.2f}{error}")
         lines.append([*cells, *("" for _ in empty)])
     return markdown(head, lines)
 
 
-def _loss_table(curves: Mapping[str, Any]) -> str:
-    sites = list(curves["federated"]["settings"]["sites"])
+def _loss_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the losses of all arms, mean and standard deviation over the seeds."""
+    sites = list(runs[0]["federated"]["settings"]["sites"])
+    begin = [curves["federated"]["points"][0]["loss"] for curves in runs]
+    ends = {arm: [curves[arm]["points"][-1]["loss"] for curves in runs] for arm in runs[0]}
     lines = []
-    begin = curves["federated"]["points"][0]["loss"]
-    for name, loss in [("base", begin), *((n, c["points"][-1]["loss"]) for n, c in curves.items())]:
-        label = name if name in ("base", "combined", "federated") else f"{name} alone"
-        mean = statistics.fmean(loss.values())
-        lines.append([label, *(f"{loss[site]:.3f}" for site in sites), f"{mean:.3f}"])
+    for arm, losses in {"base": begin, **ends}.items():
+        means = [statistics.fmean(loss.values()) for loss in losses]
+        cells = [_spread(spread([loss[site] for loss in losses])) for site in sites]
+        lines.append([_arm_label(arm), *cells, _spread(spread(means))])
     return markdown(["validation loss after the last round", *sites, "mean"], lines)
 
 
-def sft_report(
-    folder: Path, curves: Mapping[str, Any], scores: Mapping[str, Any], base: str, limit: int
-) -> None:
+def sft_report(folder: Path, runs: Mapping[int, SftRun], base: str, limit: int) -> None:
     """Write ``sft.json``, ``sft.png`` and ``sft.md``, and print the tables."""
-    tables = _loss_table(curves)
-    if scores:
-        tables += "\n" + _score_table(scores)
+    tables = _loss_table([run.curves for run in runs.values()])
+    scored = [run.scores for run in runs.values() if run.scores]
+    if scored:
+        tables += "\n" + _score_table(scored)
     (folder / "sft.md").write_text(tables, encoding="utf-8")
     console.print(tables, highlight=False, soft_wrap=True)
-    draw_sft(curves, folder / "sft.png")
+    draw_sft({seed: run.curves for seed, run in runs.items()}, folder / "sft.png")
     write(
         folder / "sft.json",
-        {"model": Path(base).name, "limit": limit, "curves": curves, "scores": scores},
+        {
+            "model": Path(base).name if Path(base).is_dir() else base,
+            "limit": limit,
+            "seeds": {seed: asdict(run) for seed, run in runs.items()},
+        },
     )

@@ -6,6 +6,7 @@ replaced after each round, so that a run goes on after the last round of each ar
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -43,10 +44,10 @@ class Settings:
 
     seed: int = 0
     train_rows: int = 200
-    val_rows: int = 8
+    val_rows: int = 16
     max_tokens: int = 96
-    rounds: int = 3
-    steps: int = 3
+    rounds: int = 5
+    steps: int = 8
     batch_size: int = 4
     learning_rate: float = 1e-4
     mixed: bool = True
@@ -215,6 +216,21 @@ def _curve(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def _mark(base: Path | str, sites: Sites, settings: Settings) -> dict[str, Any]:
+    """Return all that an arm depends on, but for the number of rounds: the rows as a hash."""
+    rows = json.dumps(
+        {name: [asdict(row) for part in parts for row in part] for name, parts in sites.items()}
+    )
+    mark = {
+        **asdict(settings),
+        "sites": list(sites),
+        "model": Path(base).name if Path(base).is_dir() else str(base),
+        "rows": hashlib.sha256(rows.encode()).hexdigest()[:16],
+    }
+    del mark["rounds"]
+    return mark
+
+
 def train_arms(
     folder: Path, base: Path | str, sites: Sites, settings: Settings, notice: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -227,8 +243,7 @@ def train_arms(
         ConfigError: the folder holds arms of other settings, or of more rounds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    mark = {**asdict(settings), "sites": list(sites)}
-    del mark["rounds"]
+    mark = _mark(base, sites, settings)
     fresh = {"settings": mark, "points": [], "seconds": 0.0, "cpu_seconds": 0.0, "rounds": 0}
     curves: dict[str, Any] = {}
     for arm in ("federated", *sites, "combined"):

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["peft_rows", "spread", "steady_cells", "steady_rows", "swing"]
+__all__ = ["peft_rows", "spread", "steady_cells", "steady_rows", "swing", "swing_rows"]
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -138,3 +138,26 @@ def steady_rows(cells: Mapping[str, Any], split: str) -> list[dict[str, Any]]:
         }
         for steady, results in found.items()
     ]
+
+
+def swing_rows(found: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return a row for every way of averaging: how far accuracy moves from place to place in the second half.
+
+    A curve's first half is left out: there accuracy moves because the model learns.
+    """
+    rows = []
+    for way, results in found.items():
+        halves = [result["accuracy"][len(result["accuracy"]) // 2 :] for result in results]
+        moves = [[b - a for a, b in itertools.pairwise(half)] for half in halves]
+        rows.append(
+            {
+                "way": way,
+                "seeds": [result["seed"] for result in results],
+                **{key: results[0][key] for key in ("rounds", "steps_per_round", "sampled")},
+                "last": spread([half[-1] for half in halves]),
+                "mean": spread([statistics.fmean(half) for half in halves]),
+                "move": spread([statistics.fmean(map(abs, move)) for move in moves]),
+                "drop": spread([max(0.0, -min(move)) for move in moves]),
+            }
+        )
+    return rows

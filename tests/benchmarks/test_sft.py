@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.experiments import sft
 from benchmarks.experiments.__main__ import main
-from benchmarks.experiments.reports import score_arms, sft_report
+from benchmarks.experiments.reports import SftRun, score_arms, sft_report
 from benchmarks.experiments.sft import Settings, load_exchanges, share_out, train_arms
 from fedcore.client.evaluate import TaskScore
 from fedcore.demo.causal import Exchange
@@ -114,6 +115,12 @@ def test_a_run_that_is_stopped_after_any_round_ends_as_one_that_is_not(
     other = dataclasses.replace(SETTINGS, steps=1)
     with pytest.raises(ConfigError, match="made with other settings"):
         train_arms(tmp_path / "parts", base, sites, other, stop)
+    model = tmp_path / "another"
+    shutil.copytree(base, model)
+    rows = {**sites, "north": (sites["north"][0], sites["south"][1])}
+    for given, held in ((model, sites), (base, rows)):
+        with pytest.raises(ConfigError, match="made with other settings"):
+            train_arms(tmp_path / "parts", given, held, SETTINGS, stop)
 
 
 def test_a_run_that_ended_goes_on_with_more_rounds_as_one_that_was_asked_for_them(
@@ -193,7 +200,8 @@ def test_the_quick_form_trains_every_arm_and_draws_the_curves(
     shown = capsys.readouterr().out
     assert "north alone" in shown
     found = json.loads((out / "sft.json").read_text())
-    assert list(found["curves"]) == ["federated", "north", "south", "combined"]
+    assert list(found["seeds"]) == ["1"]
+    assert list(found["seeds"]["1"]["curves"]) == ["federated", "north", "south", "combined"]
     assert (out / "sft.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -202,24 +210,28 @@ def test_scores_of_other_tasks_are_not_mixed_in_and_columns_that_were_not_run_st
 ) -> None:
     score: dict[str, Any] = {"task": "local_piqa", "rows": 4, "acc": 0.5, "acc_stderr": 0.25}
     score |= {"acc_norm": 0.25, "acc_norm_stderr": None}
-    (tmp_path / "scores").mkdir()
-    for arm in ("base", "federated"):
+    for arm, folder in (("base", tmp_path), ("federated", tmp_path / "seed-7")):
+        (folder / "scores").mkdir(parents=True)
         kept = {"tasks": ["local_piqa"], "limit": 4, "scores": [score]}
         kept |= {} if arm == "base" else {"rounds": 2}
-        (tmp_path / "scores" / f"{arm}.json").write_text(json.dumps(kept))
+        (folder / "scores" / f"{arm}.json").write_text(json.dumps(kept))
     given: dict[str, Any] = {"cache": tmp_path, "notice": lambda _: None, "tasks": ["local_piqa"]}
     trained = {"federated": {"rounds": 2}}
-    found = score_arms(tmp_path, "base", trained, limit=4, **given)
+    found = score_arms(tmp_path, 7, "base", trained, limit=4, **given)
     with pytest.raises(ConfigError, match="other tasks or another limit"):
-        score_arms(tmp_path, "base", trained, limit=5, **given)
+        score_arms(tmp_path, 7, "base", trained, limit=5, **given)
     points = [{"step": s, "who": "federated", "loss": {"north": 3.0 - s}} for s in (0, 1)]
     points.insert(1, {"step": 1, "who": "north", "loss": {"north": 2.5}})
     curves = {"federated": {"settings": {"sites": ["north"]}, "points": points}}
-    sft_report(tmp_path, curves, found, "base", 4)
+    points_of_8 = [{**p, "loss": {"north": p["loss"]["north"] + p["step"]}} for p in points]
+    other = {"federated": {**curves["federated"], "points": points_of_8}}
+    runs = {7: SftRun(curves, found), 8: SftRun(other)}
+    sft_report(tmp_path, runs, "base", 4)
     text = (tmp_path / "sft.md").read_text()
     assert "hellaswag: not run | winogrande: not run" in text
     assert "| federated | 0.50 ± 0.25 | 0.25 |  |  |" in text
-    assert "| federated | 2.000 | 2.000 |" in text
+    assert "| federated | 2.500 ± 0.707 | 2.500 ± 0.707 |" in text, "2 and 3"
+    assert "| base | 3.000 ± 0.000 |" in text
 
 
 def test_arms_are_scored_again_after_more_rounds_and_the_base_is_not(
@@ -237,7 +249,7 @@ def test_arms_are_scored_again_after_more_rounds_and_the_base_is_not(
         before = len(scored)
         curves = {arm: {"rounds": rounds} for arm in ("federated", "north")}
         found = score_arms(
-            tmp_path, "hub/base", curves, tasks=["piqa"], limit=limit, cache=tmp_path, notice=len
+            tmp_path, 7, "hub/base", curves, tasks=["piqa"], limit=limit, cache=tmp_path, notice=len
         )
         for arm, result in found.items():
             last = max(number for number, made in enumerate(scored, 1) if made == arm)
@@ -248,8 +260,8 @@ def test_arms_are_scored_again_after_more_rounds_and_the_base_is_not(
     assert score(3) == []
     assert score(5) == ["federated", "north"]
     assert score(5) == []
-    for arm in ("base", "north"):  # as files of scores were before they had the number of rounds
-        path = tmp_path / "scores" / f"{arm}.json"
+    for name in ("scores/base", "seed-7/scores/north"):  # as files were before they had the rounds
+        path = tmp_path / f"{name}.json"
         kept = json.loads(path.read_text())
         del kept["rounds"]
         path.write_text(json.dumps(kept))
