@@ -43,6 +43,7 @@ class Member:
         dropped_round: the last round that this site was taken out of, or -1.
         declared: whether it has shown a model with the run's layout.
         returning: whether it was there before the server was started again and is still waited for.
+        unfit: why the initial model that its process gave is not usable; empty if it gave none.
         message: the last notice about it.
     """
 
@@ -54,6 +55,7 @@ class Member:
     delivery: Delivery | None = None
     counted: Delivery | None = None
     dropped_round: int = -1
+    unfit: str = ""
     message: str = ""
     scored: set[int] = field(default_factory=set)
 
@@ -93,6 +95,7 @@ class Roster:
         if member.instance != instance:
             member.declared = False
             member.delivery = None
+            member.unfit = ""
         member.instance = instance
         return member
 

@@ -347,7 +347,7 @@ class Rounds:
         member.delivery = None
         member.message = reason
         if self.phase is Phase.INITIAL:
-            return [*self._fail(f"the initial model of site {site!r} is not usable: {reason}")]
+            return self._pass_over(member, reason, now)
         member.state = SiteState.DROPPED
         member.dropped_round = self.round
         return [SendDropped(site, self.round, reason), *self._recollect(now)]
@@ -491,13 +491,28 @@ class Rounds:
         ):
             return []
         for member in sorted(self.roster, key=lambda m: m.name not in before):
-            if member.alive and member.declared:
+            if member.alive and member.declared and not member.unfit:
                 self.phase = Phase.INITIAL
                 self._started = now
                 member.state = SiteState.TRAINING
                 return self._assign(member, now)
         self._started = None
         return []
+
+    def _pass_over(self, member: Member, reason: str, now: float) -> list[Action]:
+        """A site's initial model is invalid: another site is asked, and the run ends once none is left to ask."""
+        member.unfit = reason
+        member.state = SiteState.JOINED
+        self.phase = Phase.WAITING
+        self.collecting = ()
+        actions: list[Action] = [
+            CancelCollect(),
+            SendDropped(member.name, 0, f"the initial model is not usable: {reason}"),
+        ]
+        if self.roster.missing == 0 and all(m.unfit for m in self.roster):
+            reasons = "; ".join(f"{m.name}: {m.unfit}" for m in self.roster)
+            return actions + self._fail(f"no site has a usable initial model: {reasons}")
+        return actions + self._choose_first(now)
 
     def _ask_another(self, now: float) -> list[Action]:
         """The site that was asked for the initial model has not given it in time."""

@@ -494,19 +494,7 @@ class Server:
                 logger.warning("sites that are ahead are held back: %s", event[2])
             self._said_no_room = True
         elif event[0] == "rejected":
-            rejected = running.source(event[2])
-            if rejected is None:
-                return
-            running.reject(rejected)
-            if self._parked:  # found again once it is decided who takes part
-                return
-            round_ = self._rounds.round
-            actions = self._rounds.rejected(rejected.site, event[4], time.monotonic())
-            if actions:
-                logger.warning(
-                    "the update of %s is left out of round %d: %s", rejected.site, round_, event[4]
-                )
-            self._do(actions)
+            self._on_rejected(running, event[2], event[4])
         elif self._parked:
             return
         elif event[0] == "done" and running.collector.done:
@@ -515,6 +503,24 @@ class Server:
             silent = running.source(event[2])
             if silent is not None:
                 self._on_stalled(silent.site, event[3])
+
+    def _on_rejected(self, running: Aggregation, number: int, reason: str) -> None:
+        """What a site sends is not a valid update, or initial model."""
+        source = running.source(number)
+        if source is None:
+            return
+        running.reject(source)
+        if self._parked:  # found again once it is decided who takes part
+            return
+        round_ = self._rounds.round
+        actions = self._rounds.rejected(source.site, reason, time.monotonic())
+        if actions and round_ == 0:
+            logger.warning("the initial model of %s is not usable: %s", source.site, reason)
+        elif actions:
+            logger.warning(
+                "the update of %s is left out of round %d: %s", source.site, round_, reason
+            )
+        self._do(actions)
 
     def _on_stalled(self, site: str, silent_ms: int) -> None:
         """Nothing came of what was asked for: a site that is there but sends nothing must not hold the round."""

@@ -96,6 +96,35 @@ def test_an_update_that_counted_and_is_announced_again_is_not_called_late() -> N
     assert isinstance(rounds.ready("a", 0, update("a"))[0], SendDropped)
 
 
+def test_a_site_whose_initial_model_is_invalid_is_passed_over_until_none_is_left() -> None:
+    rounds = machine(["a", "b"], version=None)
+    rounds.joined("a", "a", 0)
+    rounds.joined("b", "b", 0)
+    assert rounds.declared("a", 1) == [SendTask("a", "initial", 0)]
+    assert rounds.declared("b", 1) == []
+    rounds.ready("a", 0, update("a"))
+    not_usable = "the initial model is not usable: NaN"
+    passed = [CancelCollect(), SendDropped("a", 0, not_usable), SendTask("b", "initial", 0)]
+    assert rounds.rejected("a", "NaN", 2) == passed
+    assert rounds.ready("b", 0, update("b")) == [StartCollect(0, (part("b"),))]
+    assert rounds.rejected("b", "empty", 3) == [
+        CancelCollect(),
+        SendDropped("b", 0, "the initial model is not usable: empty"),
+        EndRun(False, "no site has a usable initial model: a: NaN; b: empty"),
+    ]
+
+
+def test_another_process_of_a_site_that_was_passed_over_may_give_the_initial_model() -> None:
+    rounds = machine(["a", "b"], version=None)
+    rounds.joined("a", "a", 0)
+    rounds.declared("a", 1)
+    rounds.ready("a", 0, update("a"))
+    assert rounds.rejected("a", "NaN", 2)[2:] == []
+    assert rounds.declared("a", 3) == []
+    assert rounds.joined("a", "again", 4) == []
+    assert rounds.declared("a", 4) == [SendTask("a", "initial", 0)]
+
+
 def test_a_site_that_owes_the_initial_model_past_the_deadline_is_passed_over() -> None:
     rounds = machine(["a", "b"], version=None)
     late = "it gave no initial model before the deadline"

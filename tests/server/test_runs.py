@@ -112,6 +112,40 @@ def test_an_update_with_nan_is_left_out_and_the_round_goes_on(tmp_path: Path) ->
     assert values == [0, 3, 5, 8]
 
 
+def test_a_site_whose_initial_model_is_invalid_is_passed_over(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=2))
+    asked = threading.Event()
+
+    def broken() -> int:
+        session = Session(SiteSettings(server=server.endpoint, site="a", connect_timeout=15))
+        trained = 0
+
+        def not_a_number(name: str) -> bytes:
+            asked.set()
+            return writer(np.nan)(name)
+
+        try:
+            while session.is_running():
+                model = session.begin(SPECS, {"config.json": "{}"}, not_a_number)
+                if model.kind == "evaluate":
+                    session.end_task()
+                    continue
+                value = float(np.frombuffer(model.tensors["w"], np.float32)[0])
+                session.submit(writer(value + 1), 1)
+                trained += 1
+        finally:
+            session.close()
+        return trained
+
+    def whole() -> int:
+        assert asked.wait(30)
+        return site(server.endpoint, "b", 3)
+
+    result, trained = run(server, broken, whole)
+    assert (result.ok, result.version, trained) == (True, 2, [2, 2])
+    assert load_file(tmp_path / "runs/t/final/model.safetensors")["w"].tolist() == [4.0] * 5000
+
+
 def test_a_site_that_dies_does_not_stop_the_others(tmp_path: Path) -> None:
     server = Server(run_config(tmp_path, sites=["a", "b", "c"], min_results=2))
     at = server.endpoint
