@@ -85,6 +85,7 @@ class Connection:
         self._ready: protocol.Ready | None = None
         self._word: protocol.Score | protocol.Answer | None = None
         self._upload = (0, 0, 0.0)
+        self._uploaded = False
         self._download: tuple[Collector, str] | None = None
         self.settled: Callable[[protocol.Ready, bool], None] = lambda *_: None
 
@@ -229,6 +230,7 @@ class Connection:
         with self.changed:
             self._ready = ready
             self._upload = (self._bytes_out(), update.nbytes, time.monotonic())
+            self._uploaded = False
         self.send(ready)
 
     def withdraw(self) -> None:
@@ -248,13 +250,19 @@ class Connection:
         self.settled(ready, ready.round == included_in)
 
     def upload(self) -> tuple[int, int] | None:
-        """Return about how many bytes of the published update were sent, and how many it has."""
+        """Return about how many bytes of the published update were sent, and how many it has.
+
+        All of them once only some headers are missing, and from then on: how many heartbeats went out is a guess.
+        """
         if self._ready is None:
             return None
         before, total, since = self._upload
         beats = int((time.monotonic() - since) * 1000 / HEARTBEAT_MS) + 2
         sent = self._bytes_out() - before - beats * protocol.HEADER_BYTES
-        return max(0, min(sent, total)), total
+        if self._uploaded or sent + 4 * protocol.HEADER_BYTES >= total:
+            self._uploaded = True
+            return total, total
+        return max(0, sent), total
 
     def _bytes_out(self) -> int:
         assert self._link is not None
