@@ -1,7 +1,8 @@
 """SHA-256 of committed model files, computed beside the run.
 
 A digest of 50 GB takes half a minute that no site should wait for. The files are complete and never change,
-so they are read in the background, past the mapping, in time that no other thread wants: while the sites train.
+so they are read in the background, past the mapping, while the sites train: at the lowest priority, and not while
+chunks move fast, as reading and hashing take memory bandwidth and cache from them at any priority.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ import hashlib
 import os
 import queue
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 __all__ = ["Hasher"]
 
 _BLOCK: Final = 1 << 20
+_LOOK_AFTER: Final = 16 << 20  # bytes between two looks at the traffic: 10 ms of hashing
+_LOOK_SECONDS: Final = 0.25
+_STALE_SECONDS: Final = 1.0  # what moved since an older look says nothing of now
+_FAST: Final = 100e6  # bytes a second; slower traffic leaves the machine enough
 
 
 class _File:
@@ -29,13 +36,25 @@ class _File:
         self._offset = offset
         self._digest = hashlib.sha256()
 
-    def hash(self, stopped: threading.Event) -> str | None:
-        """Go on to the end and return the digest in hex; None if it was stopped before, or the file is gone."""
+    def hash(
+        self, stopped: threading.Event, wait: Callable[[], object] = lambda: None
+    ) -> str | None:
+        """Go on to the end and return the digest in hex; None if it was stopped before, or the file is gone.
+
+        ``wait`` is called now and then, before the next bytes are read.
+        """
         block = bytearray(_BLOCK)
+        until_look = 0
         try:
             with self._path.open("rb", buffering=0) as file:
                 file.seek(self._offset)
-                while got := file.readinto(block):
+                while True:
+                    if until_look <= 0:
+                        wait()
+                        until_look = _LOOK_AFTER
+                    if not (got := file.readinto(block)):
+                        break
+                    until_look -= got
                     self._digest.update(memoryview(block)[:got])
                     self._offset += got
                     if stopped.is_set():
@@ -46,9 +65,17 @@ class _File:
 
 
 class Hasher:
-    """One background thread. All methods belong to the thread that made it."""
+    """One background thread. All methods belong to the thread that made it.
 
-    def __init__(self) -> None:
+    Args:
+        moved: returns the bytes that have been sent and received so far, from any thread.
+        behind: with more files than this left to hash, it goes on whatever moves.
+    """
+
+    def __init__(self, moved: Callable[[], int] = lambda: 0, behind: int = 8) -> None:
+        self._moved = moved
+        self._behind = behind
+        self._seen, self._looked_at = 0, float("-inf")
         self._waiting: deque[_File] = deque()
         self._done: queue.Queue[tuple[int, str]] = queue.Queue()
         self._added = threading.Semaphore(0)
@@ -89,11 +116,21 @@ class Hasher:
             self._added.acquire()
             if self._stopped.is_set():
                 return
-            self._next(self._stopped)
+            self._next(self._stopped, self._wait_for_quiet)
 
-    def _next(self, stopped: threading.Event) -> None:
+    def _wait_for_quiet(self) -> None:
+        """Return once little moves, or too many files wait, or it is to stop."""
+        while len(self._waiting) <= self._behind:
+            moved, now = self._moved(), time.monotonic()
+            spent = now - self._looked_at
+            quiet = spent < _STALE_SECONDS and moved - self._seen < _FAST * spent
+            self._seen, self._looked_at = moved, now
+            if quiet or self._stopped.wait(_LOOK_SECONDS):
+                return
+
+    def _next(self, stopped: threading.Event, wait: Callable[[], object] = lambda: None) -> None:
         file = self._waiting[0]
-        digest = file.hash(stopped)
+        digest = file.hash(stopped, wait)
         if digest is not None:
             self._done.put((file.version, digest))
         if digest is not None or not stopped.is_set():

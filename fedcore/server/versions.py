@@ -56,7 +56,9 @@ class Versions:
         self._exchange = exchange
         self._checksums: list[int] = []
         self._superseded: ModelFile | None = None
-        self._hasher = Hasher()
+        # A model that is to be removed is hashed before: what waits takes disk space.
+        behind = 8 if config.server.keep_versions is None else 2
+        self._hasher = Hasher(self._moved, behind)
 
     # --- the first one of this process ---
 
@@ -204,6 +206,10 @@ class Versions:
         return f"{len(layout.tensors)} tensors, {layout.total_bytes:,} bytes"
 
     # --- digests, which are computed beside the run ---
+
+    def _moved(self) -> int:
+        stats = self._exchange.stats()
+        return stats["bytes_in"] + stats["bytes_out"]
 
     def keep_digests(self) -> None:
         """Store the digests that have become known."""

@@ -71,6 +71,58 @@ def test_a_file_that_was_removed_does_not_keep_the_others_from_their_digest(hash
     assert hasher.results() == [(2, digest)]
 
 
+class Traffic:
+    """Bytes that move as fast as this is set to, by the look; notes when it was looked at twice."""
+
+    def __init__(self, step):
+        self.step = step
+        self.moved = 0
+        self.looks = 0
+        self.looked_again = threading.Event()
+
+    def __call__(self):
+        self.looks += 1
+        if self.looks > 2:
+            self.looked_again.set()
+        self.moved += self.step
+        return self.moved
+
+
+@pytest.fixture
+def gated():
+    made = []
+
+    def make(traffic, behind):
+        made.append(Hasher(traffic, behind))
+        return made[-1]
+
+    yield make
+    for hasher in made:
+        hasher.stop()
+
+
+def test_nothing_is_hashed_while_chunks_move_fast_and_all_is_once_they_do_not(gated, tmp_path):
+    traffic = Traffic(1 << 40)
+    hasher = gated(traffic, 8)
+    path, digest = written(tmp_path, "model", 3 << 20)
+    hasher.add(1, path, HEADER)
+    assert traffic.looked_again.wait(60)
+    assert hasher.results() == []
+    traffic.step = 0
+    assert hasher._done.get(timeout=60) == (1, digest)
+
+
+def test_no_more_files_wait_for_a_quiet_moment_than_may(gated, tmp_path):
+    hasher = gated(Traffic(1 << 40), 2)
+    files = [written(tmp_path, "x" * (version + 1), 1 << 20) for version in range(3)]
+    for version, (path, _) in enumerate(files):
+        hasher.add(version, path, HEADER)
+    assert hasher._done.get(timeout=60) == (0, files[0][1])
+    assert hasher.results() == []
+    hasher.finish()
+    assert hasher.results() == [(1, files[1][1]), (2, files[2][1])]
+
+
 def test_after_stop_nothing_is_hashed_any_more(hasher, tmp_path):
     hasher.stop()
     path, _ = written(tmp_path, "late", 1 << 20)
