@@ -228,6 +228,8 @@ def write_kit(folder: Path, kit: Kit) -> None:
         StorageError: the folder holds a secret key already, or can't be written.
     """
     check_name(kit.name, "kit")
+    check_address(kit.server, "kit")
+    check_key(kit.credentials.server_key, "kit: key of the server")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
@@ -251,7 +253,7 @@ def load_kit(folder: Path) -> Kit:
     """Read a kit folder: ``kit.toml`` and, beside it, ``secret.key``; it can name no other file.
 
     Raises:
-        ConfigError: something is missing, unknown, malformed, or open to others.
+        ConfigError: something is missing, unknown, malformed, open to others, or theirs.
     """
     path = folder / KIT_FILE
     if not path.is_file():
@@ -260,9 +262,7 @@ def load_kit(folder: Path) -> Kit:
             f"{folder} {there}; a kit is one of the folders that `fedcore provision` made, handed over whole"
         )
     values = read_toml(path)
-    # Who writes there chooses the server that this key is shown to.
-    _check_writers(path)
-    _check_writers(folder)
+    _check_writers(path)  # who writes there chooses the server that this key is shown to
     found = {key: values.pop(key, None) for key in ("server", "name", "server_key")}
     if values:
         raise ConfigError(
@@ -290,9 +290,13 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _check_writers(path: Path) -> None:
-    """Raise ConfigError if others than the owner may write to a file, or change what is in a folder."""
-    if stat.S_IMODE(path.stat().st_mode) & 0o022:
-        raise ConfigError(f"{path} can be written by others; run `chmod go-w {path}`")
+    """Raise ConfigError if another user than this one or root may write to a file, or put another in its place."""
+    for part in (path, path.parent):
+        about = part.stat()
+        if stat.S_IMODE(about.st_mode) & 0o022:
+            raise ConfigError(f"{part} can be written by others; run `chmod go-w {part}`")
+        if about.st_uid not in (os.geteuid(), 0):
+            raise ConfigError(f"{part} belongs to another user, who can change it")
 
 
 # --- the allow-list ----------------------------------------------------------------------------------
@@ -317,7 +321,7 @@ class AllowList:
         """Read ``allow.toml``.
 
         Raises:
-            ConfigError: it is not there or malformed; others may write to it; two entries contradict each other.
+            ConfigError: it is not there or malformed; others may change it; two entries contradict each other.
         """
         values = read_toml(path)
         _check_writers(path)

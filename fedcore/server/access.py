@@ -158,7 +158,7 @@ class Access:
             self._link.block(who.user)
             logger.warning("the key %s of %s (%s) was revoked", who.fingerprint, who.name, who.role)
         for key, who in listed.keys.items():
-            if key not in before.keys:
+            if before.keys.get(key) != who:
                 self._link.block(who.user, False)
                 logger.info(
                     "the key %s of %s (%s) is admitted", who.fingerprint, who.name, who.role

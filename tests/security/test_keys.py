@@ -202,6 +202,23 @@ def test_a_key_made_at_the_site_is_admitted_by_its_public_half(
     assert load_kit(tmp_path / "west") == kit
 
 
+@pytest.mark.parametrize(
+    ("server", "key", "said"),
+    [
+        ("", KEY, "address ''"),
+        ('tcp://a:1"\nname = "x', KEY, "expected tcp://HOST:PORT"),
+        (ADDRESS, "", "expected a public key of 40 characters"),
+    ],
+    ids=["no address", "no address but more", "no key"],
+)
+def test_a_key_made_for_a_server_that_is_none_leaves_no_kit(
+    tmp_path: Path, server: str, key: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        make_key(tmp_path / "west", None, server, key, "west")
+    assert not (tmp_path / "west").exists()
+
+
 def test_a_key_is_replaced_without_a_moment_in_which_none_is_valid(
     made: Provisioned, tmp_path: Path
 ) -> None:
@@ -231,11 +248,31 @@ def test_an_allow_list_that_contradicts_itself_is_refused(made: Provisioned) -> 
         AllowList.load(path)
 
 
-def test_an_allow_list_that_others_can_write_is_refused(made: Provisioned) -> None:
-    path = made.server / "allow.toml"
-    path.chmod(0o666)
-    with pytest.raises(ConfigError, match="can be written by others"):
-        AllowList.load(path)
+@pytest.mark.parametrize("name", ["", "allow.toml"])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_an_allow_list_that_others_can_change_is_refused(
+    made: Provisioned, name: str, mode: int
+) -> None:
+    path = made.server / name
+    path.chmod(path.stat().st_mode | mode)
+    with pytest.raises(ConfigError, match=re.escape(f"run `chmod go-w {path}`")):
+        AllowList.load(made.server / "allow.toml")
+
+
+@pytest.mark.parametrize("place", ["north", "north/kit.toml", "server", "server/allow.toml"])
+def test_what_belongs_to_another_user_is_not_trusted(
+    made: Provisioned, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made.server.parent / place
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+    else:  # all of it is another user's then
+        path = made.server.parent / place.partition("/")[0]
+        path /= "allow.toml" if path == made.server else "kit.toml"
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    server = place.startswith("server")
+    with pytest.raises(ConfigError, match=re.escape(f"{path} belongs to another user")):
+        AllowList.load(made.server / "allow.toml") if server else load_kit(made.kits["north"])
 
 
 def test_the_commands_make_kits_admit_and_revoke(

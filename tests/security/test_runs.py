@@ -24,7 +24,7 @@ from fedcore.client.settings import SiteSettings
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, RefusedError, TransferTimeout
 from fedcore.provision import Project, Provisioned, admit, make_key, provision, revoke
-from fedcore.security import KeyPair, Role, load_kit
+from fedcore.security import KeyPair, Role, edited, load_kit
 from fedcore.server.access import Access
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
@@ -181,6 +181,22 @@ def test_a_revoked_key_is_not_heard_on_the_connection_that_it_still_has(
     answer(links, waiting, kits.kits["b"], join("b"))
     assert link.recv(0.3) is None
     assert "a is taken out of the run" in caplog.text
+
+
+def test_a_key_whose_role_was_changed_and_changed_back_is_heard_again(
+    waiting: Server, kits: Provisioned, links: Links
+) -> None:
+    key = load_kit(kits.kits["a"]).credentials.pair.public
+    door = waiting._link._door
+    assert door is not None
+    for role in (Role.OBSERVER, Role.SITE):
+        with edited(kits.server / "allow.toml") as cell:  # in one step: the key is always listed
+            cell[0] = cell[0].revoke("a").admit("a", role, key)
+        deadline = time.monotonic() + DEADLINE
+        while door.allowed.keys[key].role != role:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert isinstance(answer(links, waiting, kits.kits["a"], join("a")), protocol.Welcome)
 
 
 def test_a_connection_that_was_silent_and_is_one_too_many_is_cut_though_the_door_sleeps(
