@@ -93,9 +93,11 @@ FEDCORE_HD double divide_pair(double sum, double rest, double total) {
   return remainder == 0 ? quotient : quotient + remainder / total;
 }
 
-// The formats: the word that holds an element, its value, which is exact, and the word of a mean.
+// The formats: the word that holds an element, the largest finite number, an element's value, which
+// is exact, and the word of a mean.
 struct F64 {
   typedef std::uint64_t Word;
+  static FEDCORE_HD constexpr double largest() { return 0x1.FFFFFFFFFFFFFp1023; }
   static FEDCORE_HD double decode(std::uint64_t word) { return __builtin_bit_cast(double, word); }
   static FEDCORE_HD std::uint64_t encode(double value) {
     return __builtin_bit_cast(std::uint64_t, value);
@@ -104,6 +106,7 @@ struct F64 {
 
 struct F32 {
   typedef std::uint32_t Word;
+  static FEDCORE_HD constexpr double largest() { return 0x1.FFFFFEp127; }
   static FEDCORE_HD double decode(std::uint32_t word) { return __builtin_bit_cast(float, word); }
   static FEDCORE_HD std::uint32_t encode(double value) {
     return __builtin_bit_cast(std::uint32_t, static_cast<float>(value));
@@ -112,15 +115,24 @@ struct F32 {
 
 struct F16 {
   typedef std::uint16_t Word;
+  static FEDCORE_HD constexpr double largest() { return 65504; }
   static FEDCORE_HD double decode(std::uint16_t word) { return half_to_float(word); }
   static FEDCORE_HD std::uint16_t encode(double value) { return to_half(value); }
 };
 
 struct Bf16 {
   typedef std::uint16_t Word;
+  static FEDCORE_HD constexpr double largest() { return 0x1.FEp127; }
   static FEDCORE_HD double decode(std::uint16_t word) { return bf16_to_float(word); }
   static FEDCORE_HD std::uint16_t encode(double value) { return to_bf16(value); }
 };
+
+// A value limited to the finite numbers of format T.
+template <typename T>
+FEDCORE_HD double limited(double value) {
+  value = value > T::largest() ? T::largest() : value;
+  return value < -T::largest() ? -T::largest() : value;
+}
 
 // One element's value in input i. T is a format or derives from one; its Word is how elements lie
 // in memory (on the host: with no alignment).
@@ -129,32 +141,41 @@ FEDCORE_HD double element(const void* const* inputs, std::size_t i, std::size_t 
   return T::decode(static_cast<const typename T::Word*>(inputs[i])[j]);
 }
 
-// The mean of F64 with every value scaled by a power of two, and not scaled back.
+// The same as a function of i and j, which is what a mean is computed of.
 template <typename T>
-FEDCORE_HD double mean_of_doubles(const void* const* inputs, const double* weights, std::size_t k,
+struct Elements {
+  const void* const* inputs;
+  FEDCORE_HD double operator()(std::size_t i, std::size_t j) const {
+    return element<T>(inputs, i, j);
+  }
+};
+
+// The mean of F64 with every value scaled by a power of two, and not scaled back.
+template <typename Values>
+FEDCORE_HD double mean_of_doubles(const Values& values, const double* weights, std::size_t k,
                                   double total, std::size_t j, double scale) {
   double sum = -0.0, rest = -0.0;
   for (std::size_t i = 0; i < k; ++i) {
-    add_exact(sum, rest, weights[i], element<T>(inputs, i, j) * scale);
+    add_exact(sum, rest, weights[i], values(i, j) * scale);
   }
   return divide_pair(sum, rest, total);
 }
 
-// The mean of element j over k >= 1 inputs in their order; kernels.hpp tells the rule. Sets `bad`
-// if the result is not finite.
-template <typename T>
-FEDCORE_HD double mean_element(const void* const* inputs, const double* weights, std::size_t k,
+// The mean in format T of element j over k >= 1 inputs in their order; kernels.hpp tells the rule.
+// values(i, j) is the element's value in input i. Sets `bad` if the result is not finite.
+template <typename T, typename Values>
+FEDCORE_HD double mean_element(const Values& values, const double* weights, std::size_t k,
                                double total, std::size_t j, std::uint64_t& bad) {
   double mean;
   if constexpr (sizeof(typename T::Word) == 8) {
-    mean = mean_of_doubles<T>(inputs, weights, k, total, j, 1.0);
+    mean = mean_of_doubles(values, weights, k, total, j, 1.0);
     if (non_finite(mean)) {  // an input is, or the sum left the range: 2^-100 leaves room for any
-      mean = mean_of_doubles<T>(inputs, weights, k, total, j, 0x1p-100) * 0x1p100;
+      mean = mean_of_doubles(values, weights, k, total, j, 0x1p-100) * 0x1p100;
     }
   } else {
-    double sum = weights[0] * element<T>(inputs, 0, j);
+    double sum = weights[0] * values(0, j);
     for (std::size_t i = 1; i < k; ++i) {
-      sum += weights[i] * element<T>(inputs, i, j);
+      sum += weights[i] * values(i, j);
     }
     mean = sum / total;
   }

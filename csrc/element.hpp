@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "arith.hpp"
 #include "layout.hpp"
@@ -35,13 +34,13 @@ template <typename Work>
 void with_float(Dtype dtype, Work&& work) {
   switch (dtype) {
     case Dtype::kF64:
-      return work(Element<arith::F64>{}, std::numeric_limits<double>::max());
+      return work(Element<arith::F64>{}, arith::F64::largest());
     case Dtype::kF32:
-      return work(Element<arith::F32>{}, static_cast<double>(std::numeric_limits<float>::max()));
+      return work(Element<arith::F32>{}, arith::F32::largest());
     case Dtype::kF16:
-      return work(Element<arith::F16>{}, 65504.0);
+      return work(Element<arith::F16>{}, arith::F16::largest());
     default:
-      return work(Element<arith::Bf16>{}, 0x1.FEp127);
+      return work(Element<arith::Bf16>{}, arith::Bf16::largest());
   }
 }
 

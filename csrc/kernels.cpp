@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "arith.hpp"
+#include "decode.hpp"
 #include "error.hpp"
 
 #if defined(__x86_64__)
@@ -138,6 +139,12 @@ std::atomic<const FcDevice*> chosen_device{nullptr};
 
 static_assert(static_cast<int>(Dtype::kF64) == FC_F64 && static_cast<int>(Dtype::kF32) == FC_F32 &&
               static_cast<int>(Dtype::kF16) == FC_F16 && static_cast<int>(Dtype::kBF16) == FC_BF16);
+static_assert(static_cast<int>(Scheme::kRaw) == FC_RAW &&
+              static_cast<int>(Scheme::kBf16) == FC_CAST_BF16 &&
+              static_cast<int>(Scheme::kF16) == FC_CAST_F16 &&
+              static_cast<int>(Scheme::kInt8) == FC_INT8 &&
+              static_cast<int>(Scheme::kNf4) == FC_NF4 &&
+              static_cast<int>(Scheme::kTopK) == FC_TOP_K);
 
 const Table& choose() {
   if (const char* forced = std::getenv("FEDCORE_SIMD"); forced != nullptr && *forced != '\0') {
@@ -199,15 +206,19 @@ std::vector<std::string> available() {
 
 bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
           double total, const void* base, void* out, std::uint64_t nbytes) {
-  const FcDevice* const device = chosen_device.load(std::memory_order_acquire);
-  if (device != nullptr && is_float(dtype)) {
-    const int verdict = device->mean(device->self, static_cast<int>(dtype), inputs, weights, k,
-                                     total, out, nbytes / item_size(dtype));
+  if (is_float(dtype)) {
+    const int verdict = mean_on_device({static_cast<int>(dtype), k, inputs, nullptr, weights, total,
+                                        nullptr, out, nbytes / item_size(dtype)});
     if (verdict != FC_MEAN_DECLINED) {
       return verdict == FC_MEAN_FINITE;
     }
   }
   return mean_here(dtype, inputs, weights, k, total, base, out, nbytes);
+}
+
+int mean_on_device(const FcMean& mean) noexcept {
+  const FcDevice* const device = chosen_device.load(std::memory_order_acquire);
+  return device != nullptr ? device->mean(device->self, &mean) : int{FC_MEAN_DECLINED};
 }
 
 bool mean_here(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,

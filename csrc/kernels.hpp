@@ -64,7 +64,11 @@ void use_device(const FcDevice* device) noexcept;
 bool mean(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
           double total, const void* base, void* out, std::uint64_t nbytes);
 
-// The same without the device, for pieces that are too small to send there.
+// On the device alone: FC_MEAN_DECLINED where there is none. Encoded inputs are those that
+// quantise::check let pass.
+int mean_on_device(const FcMean& mean) noexcept;
+
+// mean() without the device, for pieces that are too small to send there.
 bool mean_here(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
                double total, const void* base, void* out, std::uint64_t nbytes);
 

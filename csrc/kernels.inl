@@ -389,7 +389,8 @@ FEDCORE_INLINE bool mean_of(const void* const* inputs, const double* weights, st
     }
     divide_sums<T>(sum, whole, result + begin, by);
     for (std::size_t j = begin + whole; j < begin + n; ++j) {
-      result[j] = T::encode(arith::mean_element<T>(inputs, weights, k, total, j, bad));
+      result[j] =
+          T::encode(arith::mean_element<T>(arith::Elements<T>{inputs}, weights, k, total, j, bad));
     }
   }
   return by.all_finite() && bad == 0;
@@ -483,7 +484,8 @@ bool mean_f64(const void* const* inputs, const double* weights, std::size_t k, d
     for (std::size_t j = 0; j < n; ++j) {
       double value = arith::divide_pair(sum[j], rest[j], total);
       if (arith::non_finite(value)) {
-        value = arith::mean_element<F64>(inputs, weights, k, total, begin + j, bad);
+        value = arith::mean_element<F64>(arith::Elements<F64>{inputs}, weights, k, total, begin + j,
+                                         bad);
       }
       result[begin + j] = F64::encode(value);
     }
@@ -518,21 +520,14 @@ void finish_f64(const double* sums, double total, void* out, std::size_t count) 
 
 // --- Differences ---
 
-constexpr double kLargestF64 = 0x1.FFFFFFFFFFFFFp1023;
-constexpr double kLargestF32 = 0x1.FFFFFEp127;
-constexpr double kLargestF16 = 65504;
-constexpr double kLargestBf16 = 0x1.FEp127;
-
 // One element after the other; what vectors there are, the compiler finds.
 template <typename T>
 FEDCORE_INLINE void add_rest(const void* base, const float* differences, void* out,
-                             std::size_t begin, std::size_t count, double limit) {
+                             std::size_t begin, std::size_t count) {
   for (std::size_t j = begin; j < count; ++j) {
     double value = differences[j];
     value = base != nullptr ? arith::element<T>(&base, 0, j) + value : value;
-    value = value > limit ? limit : value;
-    value = value < -limit ? -limit : value;
-    const auto word = T::encode(value);
+    const auto word = T::encode(arith::limited<T>(value));
     __builtin_memcpy(static_cast<char*>(out) + j * sizeof word, &word, sizeof word);
   }
 }
@@ -581,7 +576,7 @@ FEDCORE_INLINE Vd limited(Vd value, double limit) {
 #endif
 
 void add_f64(const void* base, const float* differences, void* out, std::size_t count) {
-  add_rest<F64>(base, differences, out, 0, count, kLargestF64);
+  add_rest<F64>(base, differences, out, 0, count);
 }
 
 // A sum of two binary32 numbers that is rounded to binary64 first has the same bits: that format is
@@ -589,7 +584,7 @@ void add_f64(const void* base, const float* differences, void* out, std::size_t 
 void add_f32(const void* base, const float* differences, void* out, std::size_t count) {
   constexpr std::size_t kFloats = 2 * kLanes;
   const auto* from = static_cast<const F32::Word*>(base);
-  const Wf most = Wf{} + static_cast<float>(kLargestF32);
+  const Wf most = Wf{} + static_cast<float>(F32::largest());
   std::size_t j = 0;
   for (; from != nullptr && j + kFloats <= count; j += kFloats) {
     Wf sum = load<Wf>(from + j) + load<Wf>(differences + j);
@@ -597,7 +592,7 @@ void add_f32(const void* base, const float* differences, void* out, std::size_t 
     sum = sum < -most ? -most : sum;
     store(static_cast<F32::Word*>(out) + j, sum);
   }
-  add_rest<F32>(base, differences, out, j, count, kLargestF32);
+  add_rest<F32>(base, differences, out, j, count);
 }
 
 void add_bf16(const void* base, const float* differences, void* out, std::size_t count) {
@@ -607,10 +602,10 @@ void add_bf16(const void* base, const float* differences, void* out, std::size_t
   for (; from != nullptr && j + kLanes <= count; j += kLanes) {
     const Vd sum = __builtin_convertvector(lanes_of(from + j), Vd) +
                    __builtin_convertvector(load<Vf>(differences + j), Vd);
-    store_bf16(static_cast<Bf16::Word*>(out) + j, odd_bits(limited(sum, kLargestBf16)));
+    store_bf16(static_cast<Bf16::Word*>(out) + j, odd_bits(limited(sum, Bf16::largest())));
   }
 #endif
-  add_rest<Bf16>(base, differences, out, j, count, kLargestBf16);
+  add_rest<Bf16>(base, differences, out, j, count);
 }
 
 void add_f16(const void* base, const float* differences, void* out, std::size_t count) {
@@ -620,8 +615,8 @@ void add_f16(const void* base, const float* differences, void* out, std::size_t 
   for (; from != nullptr && j + kLanes <= count; j += kLanes) {
     const Vd sum = __builtin_convertvector(half_lanes_of(from + j), Vd) +
                    __builtin_convertvector(load<Vf>(differences + j), Vd);
-    store_f16(static_cast<F16::Word*>(out) + j, odd_bits(limited(sum, kLargestF16)));
+    store_f16(static_cast<F16::Word*>(out) + j, odd_bits(limited(sum, F16::largest())));
   }
 #endif
-  add_rest<F16>(base, differences, out, j, count, kLargestF16);
+  add_rest<F16>(base, differences, out, j, count);
 }

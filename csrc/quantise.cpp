@@ -26,43 +26,22 @@ constexpr float kMaxNf4Scale = 0x1p127f;
 // The largest number that the 8 bits of a scale of nf4 stand for.
 constexpr float kMaxMini = 1.9375f;
 
-// Quantiles of a normal distribution (Dettmers et al. 2023, appendix E).
-constexpr std::array<float, 16> kBook{
-    -1.0f,
-    -0.6961928009986877f,
-    -0.5250730514526367f,
-    -0.39491748809814453f,
-    -0.28444138169288635f,
-    -0.18477343022823334f,
-    -0.09105003625154495f,
-    0.0f,
-    0.07958029955625534f,
-    0.16093020141124725f,
-    0.24611230194568634f,
-    0.33791524171829224f,
-    0.44070982933044434f,
-    0.5626170039176941f,
-    0.7229568362236023f,
-    1.0f,
-};
+constexpr Nf4Levels kLevels = nf4_levels();
 constexpr std::uint8_t kZeroCode = 7;
 
 constexpr std::array<float, 15> kMiddles = [] {
   std::array<float, 15> middles{};
   for (std::size_t i = 0; i < middles.size(); ++i) {
-    const double low = kBook[i], high = kBook[i + 1];
+    const double low = kLevels.at[i], high = kLevels.at[i + 1];
     middles[i] = static_cast<float>((low + high) / 2);
   }
   return middles;
 }();
 
-// What the 8 bits of a scale stand for: no sign, 4 bits of exponent with bias 15, 4 of fraction,
-// subnormal numbers, neither infinity nor NaN.
 constexpr std::array<float, 256> kMinis = [] {
   std::array<float, 256> minis{};
   for (std::uint32_t code = 0; code < 256; ++code) {
-    minis[code] = code < 16 ? static_cast<float>(code) * 0x1p-18f
-                            : std::bit_cast<float>((code + (112u << 4)) << 19);
+    minis[code] = nf4_mini(code);
   }
   return minis;
 }();
@@ -73,7 +52,7 @@ struct Pair {
 constexpr std::array<Pair, 256> kPairs = [] {
   std::array<Pair, 256> pairs{};
   for (std::size_t code = 0; code < 256; ++code) {
-    pairs[code] = {kBook[code & 15], kBook[code >> 4]};
+    pairs[code] = {kLevels.at[code & 15], kLevels.at[code >> 4]};
   }
   return pairs;
 }();
@@ -381,6 +360,17 @@ std::size_t used_bytes(Scheme scheme, const std::uint8_t* data, std::size_t coun
               : 0);
 }
 
+std::array<Array, 3> arrays(Scheme scheme, std::size_t count) noexcept {
+  if (scheme == Scheme::kInt8) {
+    return {{{4 * over(count, kInt8Block), 1, 1}, {0, kInt8Block, 4}, {0, 1, 0}}};
+  }
+  if (scheme == Scheme::kNf4) {
+    const std::size_t blocks = over(count, kNf4Block), outers = 4 * over(blocks, kNf4Group);
+    return {{{outers + blocks, 2, 1}, {0, kNf4Block * kNf4Group, 4}, {outers, kNf4Block, 1}}};
+  }
+  return {{{0, 1, 2}, {0, 1, 0}, {0, 1, 0}}};
+}
+
 Reader::Reader(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept
     : scheme_(scheme), data_(data), count_(count) {
   if (scheme == Scheme::kTopK) {
@@ -406,7 +396,7 @@ void Reader::next_int8(float* out, std::size_t n) const noexcept {
     const auto scale = get<float>(data_ + (at_ + begin) / kInt8Block * 4);
     const std::size_t end = std::min(n, begin + kInt8Block);
     for (std::size_t i = begin; i < end; ++i) {
-      out[i] = static_cast<float>(static_cast<std::int8_t>(codes[i])) * scale;
+      out[i] = int8_value(codes[i], scale);
     }
   }
 }

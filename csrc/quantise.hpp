@@ -12,20 +12,26 @@
 // Heafield 2017).
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-namespace fedcore {
+#include "decode.hpp"
 
-enum class Scheme : std::uint8_t { kRaw = 0, kBf16 = 1, kF16 = 2, kInt8 = 3, kNf4 = 4, kTopK = 5 };
+namespace fedcore::quantise {
 
-namespace quantise {
+inline constexpr std::size_t kTile = 4096;  // values that a Reader gives at most in one call
 
-inline constexpr std::size_t kInt8Block = 128;  // values per scale
-inline constexpr std::size_t kNf4Block = 64;    // values per scale
-inline constexpr std::size_t kNf4Group = 256;   // scales per scale of scales
-inline constexpr std::size_t kTile = 4096;      // values that a Reader gives at most in one call
+// An array of an encoded run: from byte `offset` on, one entry of `width` bytes for each `per`
+// values.
+struct Array {
+  std::size_t offset, per, width;
+};
+
+// What a run of `count` > 0 values consists of: codes, then scales, then nf4's scales of blocks; of
+// width 0 what its scheme has not. Not for kRaw and kTopK.
+std::array<Array, 3> arrays(Scheme scheme, std::size_t count) noexcept;
 
 // Bytes of `count` encoded values, count > 0; of top-k the fewest there can be. Not for kRaw.
 std::size_t encoded_bytes(Scheme scheme, std::size_t count) noexcept;
@@ -65,5 +71,4 @@ class Reader {
   std::size_t kept_ = 0, given_ = 0, place_ = 0;
 };
 
-}  // namespace quantise
-}  // namespace fedcore
+}  // namespace fedcore::quantise

@@ -21,7 +21,7 @@ constexpr std::uint64_t kFileBlock = 1u << 20;
 }  // namespace
 
 Reducer::Reducer(const std::vector<std::uint32_t>& weights)
-    : bodies_(weights.size()), pointers_(weights.size()) {
+    : bodies_(weights.size()), pointers_(weights.size()), encodings_(weights.size()) {
   if (weights.empty()) {
     throw Error(Errc::kWeight, "a mean needs at least one input");
   }
@@ -45,12 +45,19 @@ std::optional<BadValue> Reducer::reduce(const Layout& layout, Range range, const
     const std::uint8_t* const run_base = base != nullptr ? base + at : nullptr;
     bool encoded = false;
     for (std::size_t k = 0; k < weights_.size(); ++k) {
+      const bool here = encodes(inputs[k].scheme, run.dtype);
       pointers_[k] = bodies_[k];
-      encoded = encoded || encodes(inputs[k].scheme, run.dtype);
+      encodings_[k] = static_cast<std::uint8_t>(here ? inputs[k].scheme : Scheme::kRaw);
+      encoded = encoded || here;
     }
     std::optional<BadValue> bad;
     if (encoded) {
-      bad = reduce_pieces(run, inputs, run_base, out + at);
+      const int verdict = kernels::mean_on_device(
+          {static_cast<int>(run.dtype), weights_.size(), pointers_.data(), encodings_.data(),
+           weights_.data(), total_, run_base, out + at, run.nbytes / item_size(run.dtype)});
+      if (verdict != FC_MEAN_FINITE) {  // the CPU finds what is not finite
+        bad = reduce_pieces(run, inputs, run_base, out + at);
+      }
     } else if (!kernels::mean(run.dtype, pointers_.data(), weights_.data(), weights_.size(), total_,
                               run_base, out + at, run.nbytes)) {
       bad = find_bad(run.dtype, run.offset, run.nbytes);

@@ -33,8 +33,8 @@ class Reducer {
 
   // Averages the flat bytes of `range`, which inputs hold as they are or as an encoded body of one
   // chunk, the difference to `base`. base (or nullptr) and out point at the range's first byte.
-  // What is encoded is decoded a piece at a time, into the cache. Returns a non-finite input value,
-  // in which case `out` is not to be used.
+  // What is encoded is decoded on the device, if one is in use that can, else a piece at a time,
+  // into the cache. Returns a non-finite input value, in which case `out` is not to be used.
   std::optional<BadValue> reduce(const Layout& layout, Range range, const Body* inputs,
                                  const std::uint8_t* base, std::uint8_t* out);
 
@@ -56,6 +56,7 @@ class Reducer {
   double total_ = 0;
   std::vector<const std::uint8_t*> bodies_;  // where the run at hand begins in each input
   std::vector<const void*> pointers_;        // the block that is averaged
+  std::vector<std::uint8_t> encodings_;      // of the run at hand in each input
   std::vector<RunReader> readers_;           // of the inputs that the run at hand is encoded in
   std::vector<std::uint8_t> pieces_;         // what those hold, decoded
   std::vector<double> sums_;                 // of fold()

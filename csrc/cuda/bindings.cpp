@@ -18,9 +18,8 @@ namespace {
 constexpr std::size_t kPieceBytes = 8u << 20;
 constexpr unsigned kLanes = 2;
 
-int mean(void* self, int dtype, const void* const* inputs, const double* weights, std::size_t k,
-         double total, void* out, std::size_t count) {
-  return static_cast<cuda::StagedDevice*>(self)->mean(dtype, inputs, weights, k, total, out, count);
+int mean(void* self, const FcMean* block) {
+  return static_cast<cuda::StagedDevice*>(self)->mean(*block);
 }
 
 struct Opened {

@@ -5,6 +5,7 @@
 
 #include "arith.hpp"
 #include "cuda/reduce.hpp"
+#include "decode.hpp"
 #include "error.hpp"
 
 namespace fedcore::cuda {
@@ -21,16 +22,16 @@ void check(cudaError_t status, const char* what) {
 }
 
 template <typename T>
-__global__ void mean_kernel(const void* const* inputs, const double* weights, std::size_t k,
-                            double total, typename T::Word* out, std::size_t count,
-                            std::uint32_t* bad) {
+__global__ void mean_kernel(Job job) {
+  const quantise::MixedElements<T> values{job.inputs, job.base, job.first};
+  auto* const out = static_cast<typename T::Word*>(job.out);
   const std::size_t step = static_cast<std::size_t>(gridDim.x) * blockDim.x;
-  for (std::size_t j = static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x; j < count;
-       j += step) {
+  for (std::size_t j = static_cast<std::size_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+       j < job.count; j += step) {
     std::uint64_t found = 0;
-    out[j] = T::encode(arith::mean_element<T>(inputs, weights, k, total, j, found));
+    out[j] = T::encode(arith::mean_element<T>(values, job.weights, job.k, job.total, j, found));
     if (found != 0) {
-      *bad = 1;  // whoever writes it, writes the same
+      *job.bad = 1;  // whoever writes it, writes the same
     }
   }
 }
@@ -39,9 +40,7 @@ template <typename T>
 void launch_mean(const Job& job, cudaStream_t stream) {
   const auto blocks =
       static_cast<unsigned>(std::min<std::size_t>((job.count + kThreads - 1) / kThreads, kBlocks));
-  mean_kernel<T><<<blocks, kThreads, 0, stream>>>(job.inputs, job.weights, job.k, job.total,
-                                                  static_cast<typename T::Word*>(job.out),
-                                                  job.count, job.bad);
+  mean_kernel<T><<<blocks, kThreads, 0, stream>>>(job);
   check(cudaGetLastError(), "start a kernel");
 }
 

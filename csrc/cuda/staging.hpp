@@ -3,14 +3,16 @@
 // A Queue is what the device's library gives: a block of pinned host memory, one of the same size
 // on the device, and operations that run in order while the host goes on. A Lane owns two of them
 // and works on one piece while the next is being filled; a StagedDevice owns the lanes and lends
-// each to one caller at a time. Nothing asynchronous ever touches a caller's memory: after an error
-// in mid-block the caller may go on with the same buffers. Nothing here knows CUDA, so the tests
-// run it on the host.
+// each to one caller at a time. Encoded inputs go up as they travelled, and are decoded there;
+// top-k is declined, because its values are found one after the other. Nothing asynchronous ever
+// touches a caller's memory: after an error in mid-block the caller may go on with the same
+// buffers. Nothing here knows CUDA, so the tests run it on the host.
 //
 // Threads: StagedDevice::mean from any; the rest belongs to it. Cost: 2 x lanes x bytes of pinned
 // memory and as much on the device; one copy of every byte on the host, in each direction.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
@@ -21,17 +23,22 @@
 #include <string>
 #include <vector>
 
+#include "decode.hpp"
 #include "device.h"
+#include "quantise.hpp"
 
 namespace fedcore::cuda {
 
-// One launch; every pointer is the device's. `bad` is set to 1 if a result is not finite.
+// One launch, for elements from `first` of a run on; every pointer is the device's. `base` is
+// nullptr if differences are added to nothing. `bad` is set to 1 if a result is not finite.
 struct Job {
   int dtype;
-  const void* const* inputs;
+  const quantise::Input* inputs;
   const double* weights;
   std::size_t k;
   double total;
+  const void* base;
+  std::size_t first;
   void* out;
   std::size_t count;
   std::uint32_t* bad;
@@ -51,12 +58,18 @@ class Queue {
 
 using OpenQueue = std::function<std::unique_ptr<Queue>(std::size_t bytes)>;
 
+// An input of the block at hand, and the arrays that it consists of: raw elements are one.
+struct Source {
+  Scheme scheme;
+  const std::uint8_t* data;
+  std::array<quantise::Array, 3> arrays;
+};
+
 class Lane {
  public:
   Lane(const OpenQueue& open, std::size_t bytes);
   // As FcDevice::mean, but throws Error if the device fails.
-  int mean(int dtype, const void* const* inputs, const double* weights, std::size_t k, double total,
-           void* out, std::size_t count);
+  int mean(const FcMean& mean);
 
  private:
   struct Slot {
@@ -65,9 +78,11 @@ class Lane {
     std::size_t nbytes = 0;
     std::size_t bad_at = 0;
   };
+  void start(Slot& slot, const FcMean& mean, std::size_t first, std::size_t count);
   bool finish(Slot& slot);  // false: the piece holds a value that is not finite
 
   std::size_t bytes_;
+  std::vector<Source> sources_;  // of the block at hand
   Slot slots_[2];
 };
 
@@ -77,8 +92,7 @@ class StagedDevice {
   StagedDevice(OpenQueue open, std::size_t bytes, unsigned lanes);
 
   // As FcDevice::mean. The first error of the device is its last: it declines from then on.
-  int mean(int dtype, const void* const* inputs, const double* weights, std::size_t k, double total,
-           void* out, std::size_t count) noexcept;
+  int mean(const FcMean& mean) noexcept;
 
   std::uint64_t blocks() const noexcept { return blocks_.load(); }  // computed so far
   std::string failure() const;                                      // empty: there was none

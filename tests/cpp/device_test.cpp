@@ -3,88 +3,21 @@
 
 #include <atomic>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
-#include "arith.hpp"
 #include "check.hpp"
 #include "cuda/staging.hpp"
 #include "error.hpp"
 #include "kernels.hpp"
+#include "late_queue.hpp"
 
 using namespace fedcore;
 using cuda::Job;
 
 namespace {
-
-// What one thread of mean_kernel (cuda/reduce.cu) does, for every element.
-template <typename T>
-void mean_kernel(const Job& job) {
-  auto* const out = static_cast<typename T::Word*>(job.out);
-  for (std::size_t j = 0; j < job.count; ++j) {
-    std::uint64_t found = 0;
-    out[j] = T::encode(arith::mean_element<T>(job.inputs, job.weights, job.k, job.total, j, found));
-    if (found != 0) {
-      *job.bad = 1;
-    }
-  }
-}
-
-void run(const Job& job) {
-  switch (job.dtype) {
-    case FC_F64:
-      return mean_kernel<arith::F64>(job);
-    case FC_F32:
-      return mean_kernel<arith::F32>(job);
-    case FC_F16:
-      return mean_kernel<arith::F16>(job);
-    default:
-      return mean_kernel<arith::Bf16>(job);
-  }
-}
-
-// Does nothing until wait(), which is as late as a device may be; a piece that was read or
-// overwritten before its wait() is wrong.
-class LateQueue final : public cuda::Queue {
- public:
-  explicit LateQueue(std::size_t bytes) : host_(bytes), device_(bytes) {}
-  std::uint8_t* host() noexcept override { return host_.data(); }
-  std::uint8_t* device() noexcept override { return device_.data(); }
-  void upload(std::size_t bytes) override {
-    CHECK(bytes <= host_.size());
-    later_.push_back([=, this] { std::memcpy(device_.data(), host_.data(), bytes); });
-  }
-  void launch(const Job& job) override {
-    later_.push_back([=] { run(job); });
-  }
-  void download(std::size_t offset, std::size_t bytes) override {
-    CHECK(offset + bytes <= host_.size());
-    later_.push_back(
-        [=, this] { std::memcpy(host_.data() + offset, device_.data() + offset, bytes); });
-  }
-  void wait() override {
-    for (const auto& step : later_) {
-      step();
-    }
-    later_.clear();
-  }
-
- private:
-  std::vector<std::uint8_t> host_, device_;
-  std::vector<std::function<void()>> later_;
-};
-
-std::unique_ptr<cuda::Queue> open_late(std::size_t bytes) {
-  return std::make_unique<LateQueue>(bytes);
-}
-
-int as_device(void* self, int dtype, const void* const* inputs, const double* weights,
-              std::size_t k, double total, void* out, std::size_t count) {
-  return static_cast<cuda::StagedDevice*>(self)->mean(dtype, inputs, weights, k, total, out, count);
-}
 
 constexpr Dtype kDtypes[] = {Dtype::kF64, Dtype::kF32, Dtype::kF16, Dtype::kBF16};
 

@@ -1,5 +1,5 @@
-// The CUDA reducer on a real GPU: every dtype, bit for bit what the CPU's loops give. Exits with
-// 77, which ctest counts as skipped, where there is no GPU.
+// The CUDA reducer on a real GPU: every dtype and every encoding, bit for bit what the CPU's loops
+// give. Exits with 77, which ctest counts as skipped, where there is no GPU.
 
 #include <cstdio>
 #include <cstring>
@@ -9,6 +9,7 @@
 
 #include "check.hpp"
 #include "cuda/reduce.hpp"
+#include "encoded_inputs.hpp"
 #include "kernels.hpp"
 
 using namespace fedcore;
@@ -41,14 +42,52 @@ void the_gpu_gives_the_bits_of_the_cpu(cuda::StagedDevice& gpu) {
         std::vector<std::uint8_t> expected(count * size), out(count * size);
         CHECK(kernels::mean(dtype, pointers.data(), weights.data(), k, total, nullptr,
                             expected.data(), expected.size()));
-        CHECK(gpu.mean(static_cast<int>(dtype), pointers.data(), weights.data(), k, total,
-                       out.data(), count) == FC_MEAN_FINITE);
+        const FcMean mean{static_cast<int>(dtype),
+                          k,
+                          pointers.data(),
+                          nullptr,
+                          weights.data(),
+                          total,
+                          nullptr,
+                          out.data(),
+                          count};
+        CHECK(gpu.mean(mean) == FC_MEAN_FINITE);
         CHECK(out == expected);
         std::memset(inputs[k - 1].data() + (count - 1) * size, 0xFF, size);  // NaN
-        CHECK(gpu.mean(static_cast<int>(dtype), pointers.data(), weights.data(), k, total,
-                       out.data(), count) == FC_MEAN_NON_FINITE);
+        CHECK(gpu.mean(mean) == FC_MEAN_NON_FINITE);
         blocks += 2;
         CHECK(gpu.blocks() == blocks && gpu.failure().empty());
+      }
+    }
+  }
+}
+
+int as_device(void* self, const FcMean* mean) {
+  return static_cast<cuda::StagedDevice*>(self)->mean(*mean);
+}
+
+void the_gpu_decodes_to_the_bits_of_the_cpu(cuda::StagedDevice& gpu) {
+  const FcDevice table{&gpu, as_device};
+  const std::vector<std::vector<Scheme>> updates{
+      {Scheme::kBf16},
+      {Scheme::kF16},
+      {Scheme::kInt8},
+      {Scheme::kNf4},
+      {Scheme::kRaw, Scheme::kNf4, Scheme::kInt8, Scheme::kF16, Scheme::kBf16}};
+  for (const Dtype dtype : kFloats) {
+    for (const std::vector<Scheme>& schemes : updates) {
+      for (const std::size_t count : {1u, 129u, 16'385u, 300'007u}) {
+        for (const bool has_base : {true, false}) {
+          EncodedInputs block(dtype, 5, count, schemes, has_base, static_cast<unsigned>(count));
+          std::vector<std::uint8_t> expected;
+          CHECK(!block.reduce(expected));
+          const std::uint64_t before = gpu.blocks();
+          kernels::use_device(&table);
+          CHECK(!block.reduce(block.out));
+          kernels::use_device(nullptr);
+          CHECK(block.out == expected);
+          CHECK(gpu.blocks() == before + 1 && gpu.failure().empty());
+        }
       }
     }
   }
@@ -65,5 +104,6 @@ int main() {
   const cuda::OpenDevice gpu = cuda::open_device(0, 1 << 20, 2);
   std::printf("%s\n", gpu.name.c_str());
   the_gpu_gives_the_bits_of_the_cpu(*gpu.device);
+  the_gpu_decodes_to_the_bits_of_the_cpu(*gpu.device);
   return 0;
 }
