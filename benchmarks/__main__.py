@@ -249,6 +249,52 @@ def encodings(
 
 
 @app.command()
+def device(
+    *,
+    device: Annotated[
+        str, typer.Option(help="cuda, or cpu: the CPU beside itself, as a check.")
+    ] = "cuda",
+    size: Annotated[str, typer.Option(help="Bytes of each update (flat).")] = "64MiB",
+    inputs: Annotated[int, typer.Option(min=1, max=16, help="Updates that are averaged.")] = 4,
+    repeats: Repeats = 7,
+    json_file: Json = None,
+) -> None:
+    """Time means of raw and of encoded updates on a GPU beside the CPU, once both gave the same bits.
+
+    Ends with status 1 and what is missing where there is no GPU.
+    """
+    from .device import sweep
+
+    result = sweep(parse_size(size), inputs, device, repeats)
+    rows = result["rows"]
+    show(
+        f"Mean of {inputs} updates of {size_text(rows[0]['bytes_each'])} on {result['device']}, one thread",
+        (
+            "tensors",
+            "update",
+            "CPU GB/s",
+            "device GB/s",
+            "device / CPU",
+            "processor s/GB",
+            "with it",
+        ),
+        [
+            [
+                row["tensors"],
+                row["update"],
+                row["cpu_gb_s"],
+                row["device_gb_s"],
+                row["device_over_cpu"],
+                row["cpu_processor_s_per_gb"],
+                row["device_processor_s_per_gb"],
+            ]
+            for row in rows
+        ],
+    )
+    write(json_file, result)
+
+
+@app.command()
 def memory(
     *,
     budget: Budget = "64MiB",

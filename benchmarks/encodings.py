@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +21,7 @@ _BOUND: Final = {"bf16": 2.0**-8, "fp16": 2.0**-11, "int8": 0.5 / 127 * 1.001, "
 
 Flat = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Chunks = list[tuple[int, bytes]]
 
 
 def _bf16(values: Floats) -> Flat:
@@ -88,22 +89,29 @@ class Work:
             for at, nbytes in map(self.layout.chunk_range, range(self.layout.chunk_count))
         ]
 
-    def encode(self, codec: Codec) -> list[tuple[int, bytes]]:
-        """Return every chunk's encoding and body."""
-        return [codec.encode(i, self.local[p], self.base[p]) for i, p in enumerate(self.parts)]
+    def trained(self, seed: int) -> Flat:
+        """Return what another site has after training: the base with changes of its own."""
+        base = _floats(self.base, self.dtype)
+        _, change = TENSORS[self.name][1](len(base), seed)
+        return _bf16(base + change) if self.dtype == "BF16" else (base + change).view(np.uint8)
+
+    def encode(self, codec: Codec, local: Flat | None = None) -> Chunks:
+        """Return every chunk's encoding and body, of ``local`` or of what one site has."""
+        values = self.local if local is None else local
+        return [codec.encode(i, values[p], self.base[p]) for i, p in enumerate(self.parts)]
 
     def encode_only(self, codec: Codec) -> None:
         """Encode every chunk and let go of it, as one that is written to a file."""
         for index, part in enumerate(self.parts):
             codec.encode(index, self.local[part], self.base[part])
 
-    def decode(self, codec: Codec, chunks: list[tuple[int, bytes]], out: Flat) -> None:
+    def decode(self, codec: Codec, chunks: Chunks, out: Flat) -> None:
         """Write what the chunks stand for."""
         for index, (part, (encoding, body)) in enumerate(zip(self.parts, chunks, strict=True)):
             codec.decode(index, encoding, body, out[part], self.base[part])
 
 
-def validate(work: Work, scheme: str, chunks: list[tuple[int, bytes]], out: Flat) -> None:
+def validate(work: Work, scheme: str, chunks: Chunks, out: Flat) -> None:
     """Compare what the chunks stand for with the tensors, and see that a damaged chunk is refused.
 
     Raises:
@@ -137,34 +145,35 @@ def validate(work: Work, scheme: str, chunks: list[tuple[int, bytes]], out: Flat
 
 
 class Reduction:
-    """The server's work for two sites that send these chunks: check, decode and reduce, all but the sockets.
+    """The server's work for sites that send these chunks: check, decode and reduce, all but the sockets."""
 
-    Both send the same update, so their mean is what the chunks stand for.
-    """
-
-    PEERS: Final = (b"a", b"b")
-
-    def __init__(self, work: Work, chunks: list[tuple[int, bytes]], scheme: str) -> None:
+    def __init__(self, work: Work, updates: Sequence[Chunks], scheme: str) -> None:
+        self.weights: Final = range(1, len(updates) + 1)
         self._work = work
         self._scheme = scheme
         self._base, self.out = (MappedFile.anonymous(len(work.base)) for _ in range(2))
         self._base.view()[:] = work.base.tobytes()
         self._frames: dict[tuple[bytes, int], tuple[bytes, bytes]] = {}
-        body = b"".join(body for _, body in chunks)
-        file = MappedFile.anonymous(len(body))
-        file.view()[:] = body
-        offsets = np.cumsum([0] + [len(body) for _, body in chunks]).tolist()
-        encodings = bytes(encoding for encoding, _ in chunks)
-        self._sites = {peer: Exchange() for peer in self.PEERS}
-        for peer, site in self._sites.items():
-            site.publish_encoded(peer * 16, file, offsets, encodings)
+        self._sites: dict[bytes, Exchange] = {}
+        for weight, chunks in zip(self.weights, updates, strict=True):
+            peer = bytes([weight])
+            body = b"".join(body for _, body in chunks)
+            file = MappedFile.anonymous(len(body))
+            file.view()[:] = body
+            offsets = np.cumsum([0] + [len(body) for _, body in chunks]).tolist()
+            encodings = bytes(encoding for encoding, _ in chunks)
+            self._sites[peer] = Exchange()
+            self._sites[peer].publish_encoded(peer * 16, file, offsets, encodings)
         self.run()  # and so makes the frames
 
     def run(self) -> None:
-        """Collect both updates into ``out``."""
+        """Collect the updates into ``out``."""
         work = self._work
         codec = Codec(work.layout, self._scheme, True, TOP_K)
-        sources = [(peer, peer * 16, weight) for weight, peer in enumerate(self.PEERS, 1)]
+        sources = [
+            (peer, peer * 16, weight)
+            for peer, weight in zip(self._sites, self.weights, strict=True)
+        ]
         collector = Collector(
             work.layout, sources, self.out, 0, (self._base, 0), 64 * MIB, codec=codec
         )
@@ -216,7 +225,7 @@ def measure(work: Work, scheme: str, lossless: bool, repeats: int) -> dict[str, 
         _floats(f, work.dtype).astype(np.float64) for f in (work.local, out, work.base)
     )
     size = len(work.local)
-    reduction = Reduction(work, chunks, scheme)
+    reduction = Reduction(work, [chunks, chunks], scheme)  # whose mean is what the chunks stand for
     reduce_s = _best(reduction.run, repeats)
     if bytes(reduction.out.view()) != out.tobytes():
         raise ArithmeticError(f"{scheme}: the mean of {work.name} is not what both sites sent")
@@ -232,7 +241,7 @@ def measure(work: Work, scheme: str, lossless: bool, repeats: int) -> dict[str, 
         "packed_chunks": sum(encoding >= 0x80 for encoding, _ in chunks) / len(chunks),
         "encode_gb_s": size / _best(lambda: work.encode_only(codec), repeats) / 1e9,
         "decode_gb_s": size / _best(lambda: work.decode(codec, chunks, out), repeats) / 1e9,
-        "reduce_gb_s": len(reduction.PEERS) * size / reduce_s / 1e9,
+        "reduce_gb_s": len(reduction.weights) * size / reduce_s / 1e9,
     }
 
 

@@ -333,6 +333,11 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def(
       "set_device",
       [](const std::optional<py::capsule>& device) {
+        if (device &&
+            (device->name() == nullptr || std::string_view(device->name()) != FC_DEVICE_CAPSULE)) {
+          throw Error(Errc::kConfig, "a device must be a capsule of " FC_DEVICE_CAPSULE
+                                     ", as this version has it");
+        }
         kernels::use_device(device ? device->get_pointer<const FcDevice>() : nullptr);
       },
       py::arg("device").none(true),

@@ -2,7 +2,8 @@
 
 Both give the same bits. ``auto`` is the CPU: a mean reads every byte once, and bytes that come from a network
 card or a file are in the host's memory, so a GPU would have to be sent all of them over a bus that is slower
-than the memory itself (docs/numerics.md).
+than the memory itself. Of encoded updates, which go there as they travelled, no GPU's time was measured
+(docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from ._cuda import Device
 
-__all__ = ["CHOICES", "device_failure", "use_device"]
+__all__ = ["CHOICES", "device_blocks", "device_failure", "use_device"]
 
 CHOICES: Final = ("auto", "cpu", "cuda")
 
@@ -50,6 +51,11 @@ def use_device(choice: str | None = None) -> str:
 def device_failure() -> str:
     """Return what ended the use of the GPU, after which the CPU went on; empty if nothing did."""
     return "" if _in_use is None else _in_use.failure
+
+
+def device_blocks() -> int:
+    """Return how many blocks the GPU in use has averaged in this process; 0 on the CPU."""
+    return 0 if _in_use is None else _in_use.blocks
 
 
 def _open_gpu(source: str) -> Device:

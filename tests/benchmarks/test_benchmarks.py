@@ -42,7 +42,16 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_help_names_every_benchmark() -> None:
     result = command("--help")
     assert result.returncode == 0
-    names = ("kernels", "reduce", "round-trip", "memory", "floor", "encodings", "experiments")
+    names = (
+        "kernels",
+        "reduce",
+        "round-trip",
+        "memory",
+        "floor",
+        "encodings",
+        "device",
+        "experiments",
+    )
     for name in names:
         assert name in result.stdout
 
