@@ -86,25 +86,33 @@ class _Patch:
         self._site = site
         self._spans = lr_schedule == "all_rounds"
         self._training = self._trained = False
-        self._examples = 0
+        self._examples = self._scored = 0
+        self._scoring = False
         self._schedule: Any = None
         self._created = False
         self._rounds = 1
         self._train, self._evaluate = trainer.train, trainer.evaluate
         self._step, self._scheduler = trainer.training_step, trainer.create_scheduler
+        self._loop = trainer.evaluation_loop
         trainer.train = self.train
         trainer.evaluate = self.evaluate
+        trainer.evaluation_loop = self.evaluation_loop
         trainer.training_step = self.training_step
         trainer.create_scheduler = self.create_scheduler
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Score the global model; inside `train` and after it, evaluate the local one as ever."""
-        if self._training or self._site.over:
+        # Of several sets of rows, `evaluate` calls itself for each: they are one score.
+        if self._training or self._scoring or self._site.over:
             return self._evaluate(*args, **kwargs)
         with self._site.reporting():
             self._shard()
             task = self._site.receive(self._trainer.model)
-            metrics = self._evaluate(*args, **kwargs)
+            self._scoring, self._scored = True, 0
+            try:
+                metrics = self._evaluate(*args, **kwargs)
+            finally:
+                self._scoring = False
             self._unprepare()
             if task is not None:
                 found = {
@@ -112,10 +120,14 @@ class _Patch:
                     for k, v in metrics.items()
                     if k != "epoch" and not k.endswith(_NOT_METRICS)
                 }
-                data = kwargs.get("eval_dataset") or (args[0] if args else None)
-                data = self._trainer.eval_dataset if data is None else data
-                self._site.score(numbers(found), _length(data))
+                self._site.score(numbers(found), self._scored)
         return metrics
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Count the examples that the global model is scored on, also those of a stream."""
+        output = self._loop(*args, **kwargs)
+        self._scored += output.num_samples or 0
+        return output
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train from the global model and send the update; in an evaluation task, end that."""
@@ -125,6 +137,11 @@ class _Patch:
             self._trainer.accelerator.dataloader_config.data_seed = self._trainer.args.data_seed
             return self._train(*args, **kwargs)
         with self._site.reporting():
+            if (args and args[0]) or kwargs.get("resume_from_checkpoint"):
+                raise ConfigError(
+                    "resume_from_checkpoint: train() trains from the global model and not from a checkpoint, so "
+                    "leave it out; a site that is started again goes on with the round at hand"
+                )
             self._shard()
             task = self._site.receive(self._trainer.model)
             if task is None:
@@ -206,12 +223,3 @@ class _Patch:
         args = self._trainer.args
         base = args.seed if args.data_seed is None else args.data_seed
         self._trainer.accelerator.dataloader_config.data_seed = base + round_ - 1
-
-
-def _length(data: Any) -> int:
-    if isinstance(data, dict):
-        return sum(_length(part) for part in data.values())
-    try:
-        return max(1, len(data))
-    except TypeError:
-        return 1

@@ -8,13 +8,13 @@
         trainer.validate(model, data)      # scores the global model: the server selects on it
         trainer.fit(model, data)           # trains from the global model, sends the update
 
-Each ``fit`` runs for the trainer's own budget (``max_epochs``, ``max_steps``), counted from where the round
-before stopped. Lightning makes new optimisers for each ``fit``; their state and that of the learning-rate
-schedules is carried over in memory, unless ``patch(trainer, keep_optimizer=False)`` asks for fresh ones. While
-they are made, ``trainer.max_epochs``, ``trainer.max_steps`` and ``trainer.estimated_stepping_batches`` are those
-of the whole run, so that a schedule laid out with them spans all rounds; for fresh ones, those of one round.
-Sanity checks and validation inside ``fit`` never score the global model. Once the run is over, the trainer
-works as if it had not been patched.
+Each ``fit`` runs for the trainer's own budget (``max_epochs``, ``max_steps``, ``max_time``), counted from where
+the round before stopped. Lightning makes new optimisers for each ``fit``; their state and that of the
+learning-rate schedules is carried over in memory, unless ``patch(trainer, keep_optimizer=False)`` asks for fresh
+ones. While they are made, ``trainer.max_epochs``, ``trainer.max_steps`` and
+``trainer.estimated_stepping_batches`` are those of the whole run, so that a schedule laid out with them spans all
+rounds; for fresh ones, those of one round. Sanity checks and validation inside ``fit`` never score the global
+model. Once the run is over, the trainer works as if it had not been patched.
 """
 
 from __future__ import annotations
@@ -182,6 +182,7 @@ class _Patch:
             self._set_budget(task.rounds if self._keep else 1)
             self._trainer.should_stop = False
             self._forget_early_stops()
+            self._reset_timers()
             self.examples, self._resumed = 0, None
             self._fit(module, *args, **kwargs)
             if getattr(self._trainer, "interrupted", False):
@@ -193,6 +194,14 @@ class _Patch:
         for callback in self._trainer.early_stopping_callbacks:
             callback.wait_count = callback.stopped_epoch = 0
             callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+
+    def _reset_timers(self) -> None:
+        """Have a limit of time (`max_time`) count within this round; a timer would go on with its first `fit`."""
+        for callback in self._trainer.callbacks:
+            if any(cls.__name__ == "Timer" for cls in type(callback).__mro__):
+                for times in (callback._start_time, callback._end_time):
+                    times.update(dict.fromkeys(times))
+                callback._offset = 0
 
     def _module(self, model: Any) -> Any:
         module = model if model is not None else self._trainer.lightning_module
@@ -217,6 +226,10 @@ class _Patch:
         """End the training with this round, now that the optimisers and schedules are made."""
         if self._site.over:
             return
+        if self._resumed is not None:
+            # A timer's state came with the checkpoint, and may have stopped the training by now.
+            self._reset_timers()
+            self._trainer.should_stop = False
         epoch, step = self._resumed or (self._trainer.current_epoch, self._trainer.global_step)
         self._set_budget(1, epoch, step)
 

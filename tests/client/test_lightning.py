@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,49 @@ def test_early_stopping_looks_at_each_round_by_itself(run: Future[RunResult]) ->
         epochs.append(trainer.current_epoch - before)
     assert run.result(30).ok
     assert epochs == [3, 3, 3, 0], "the first epoch of a round is its best, then two are waited for"
+
+
+@pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
+def test_a_limit_of_time_is_for_each_round(
+    name: str, run: Future[RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = importlib.import_module(name)
+    clock = [0.0]
+    monkeypatch.setattr(
+        package.callbacks.timer, "time", SimpleNamespace(monotonic=lambda: clock[0])
+    )
+
+    class Slow(module_class(package)["automatic"]):
+        """Three seconds a step."""
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock[0] += 3.0
+
+    def trainer_of_a_process() -> Any:
+        trainer = make_trainer(package, max_epochs=4, max_time={"seconds": 10})
+        fl.patch(trainer)
+        return trainer
+
+    def steps_of_a_round(checkpoint: Path | None = None) -> int:
+        before = trainer.global_step
+        trainer.fit(model, loader(), ckpt_path=checkpoint)
+        clock[0] += 100.0
+        return trainer.global_step - before
+
+    model, trainer = Slow(), trainer_of_a_process()
+    for _ in range(2):
+        assert fl.is_running()
+        assert steps_of_a_round() == 4
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    assert fl.is_running()
+    forget_site()
+
+    model, trainer = Slow(), trainer_of_a_process()
+    assert fl.is_running()
+    assert steps_of_a_round(tmp_path / "kept.ckpt") == 8 + 4, "those of the checkpoint too"
+    while fl.is_running():
+        assert steps_of_a_round() == 0
+    assert run.result(30).ok
 
 
 def test_checkpoints_are_written_in_each_round_and_a_restarted_site_resumes_from_one(

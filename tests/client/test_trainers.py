@@ -144,6 +144,41 @@ def test_rounds_of_a_trainer_are_one_unbroken_training(
     assert [v["participants"].get("a") for v in summary["versions"]] == [None, 80, 80, 80]
 
 
+def test_several_sets_of_rows_are_one_score(run: Future[RunResult], tmp_path: Path) -> None:
+    import json
+
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        """Rows whose number nobody knows beforehand."""
+
+        def __iter__(self) -> Any:
+            return iter(rows[:5])
+
+    trainer = hf_trainer(tmp_path, 1)
+    rows = trainer.train_dataset
+    trainer.eval_dataset = {"all": rows, "streamed": Stream()}
+    fl_hf.patch(trainer)
+    while fl_hf.is_running():
+        found = trainer.evaluate()
+        trainer.train()
+    assert run.result(30).ok
+    last = json.loads((tmp_path / "runs/t/summary.json").read_text())["versions"][-1]
+    scored = {name: found[name] for name in ("eval_all_loss", "eval_streamed_loss")}
+    assert last["metrics_by_site"]["a"] == pytest.approx({**scored, "examples": 16 + 5})
+
+
+def test_a_checkpoint_is_no_place_to_train_from(run: Future[RunResult], tmp_path: Path) -> None:
+    trainer = hf_trainer(tmp_path, 1)
+    fl_hf.patch(trainer)
+    assert fl_hf.is_running()
+    for given, named in (((True,), {}), ((), {"resume_from_checkpoint": str(tmp_path)})):
+        with pytest.raises(ConfigError, match=r"resume_from_checkpoint.*global model"):
+            trainer.train(*given, **named)
+    trainer.train(resume_from_checkpoint=None)
+    while fl_hf.is_running():
+        trainer.train()
+    assert run.result(30).ok
+
+
 def test_a_model_with_nothing_to_train_is_refused(run: Future[RunResult], tmp_path: Path) -> None:
     trainer = hf_trainer(tmp_path, 1)
     trainer.model.requires_grad_(False)
