@@ -112,6 +112,7 @@ _model: Any = None
 _arrays: _Arrays | None = None
 _tokenizer: Any = None
 _sent = False
+_listener: Session | RankedSession | None = None
 
 
 def init(
@@ -129,10 +130,10 @@ def init(
         tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
     """
-    global _model, _arrays, _tokenizer  # noqa: PLW0603 - one session per process is the contract
+    global _model, _arrays, _tokenizer, _listener  # noqa: PLW0603 - one session per process is the contract
     choose(include, exclude)
+    _listener = _get_session()
     report_uncaught(_tell)
-    _get_session()
     _tokenizer = tokenizer
     if model is None or isinstance(model, Mapping):
         arrays = {} if model is None else {name: model[name] for name in travelling(list(model))}
@@ -150,9 +151,8 @@ def init(
 
 
 def _tell(text: str) -> None:
-    session = _get_session()
-    if not session.over:
-        session.problem(text)
+    if _listener is not None and not _listener.over:
+        _listener.problem(text)
 
 
 def is_running() -> bool:
@@ -387,8 +387,8 @@ def system_info() -> dict[str, str | int]:
 
 def shutdown() -> None:
     """Leave the run; the next `init` starts over."""
-    global _model, _arrays, _tokenizer, _sent  # noqa: PLW0603
-    _model = _arrays = _tokenizer = None
+    global _model, _arrays, _tokenizer, _sent, _listener  # noqa: PLW0603
+    _model = _arrays = _tokenizer = _listener = None
     _sent = False
     forget_choice()
     if "fedcore.client.ranks" in sys.modules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -188,3 +189,17 @@ def test_an_error_that_ends_a_plain_script_is_shown_at_the_server_without_its_pa
     assert (
         "jane" in (tmp_path / "runs/t/logs/north.log").read_text()
     )  # at the site it is shown in full
+
+
+def test_a_script_that_does_not_know_its_server_says_what_to_set_once() -> None:
+    program = "import fedcore.client as fl\nfl.init({})\n"
+    known = ("FEDCORE_KIT", "FEDCORE_SERVER", "FEDCORE_SITE")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False,
+        env={name: value for name, value in os.environ.items() if name not in known},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("fedcore.errors.ConfigError: ")
+    assert "Set FEDCORE_KIT to the kit folder" in last
