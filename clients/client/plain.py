@@ -43,6 +43,11 @@ _NUMPY: Final = {
     "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
     "bfloat16": "BF16",  # of ml_dtypes, which JAX brings along
 }  # fmt: skip
+_SAME_NAMES: Final = "send it under the names that fl.receive() gives"
+_OWN_NAMES: Final = (
+    "where a module is wrapped or has an adapter, fl.load(params) takes the global model, and fl.send(weight=...) "
+    "without tensors sends the module's own"
+)
 _TO_NUMPY: Final = {name: dtype for dtype, name in _NUMPY.items()}
 
 
@@ -326,8 +331,19 @@ def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
             )
         read: Reader = _model.read
         return read
+    if not isinstance(params, Mapping):
+        raise LayoutError(
+            f"send() was given {type(params).__name__}: expected a mapping of names to arrays, such as "
+            "model.state_dict()"
+        )
     wanted = {spec[0] for spec in task.specs}
-    given = _Arrays({name: value for name, value in params.items() if name in wanted})
+    chosen = {name: value for name, value in params.items() if name in wanted}
+    if params and not chosen:
+        raise LayoutError(
+            f"the update has other names than the global model: {next(iter(params))!r} where that has "
+            f"{task.specs[0][0]!r}; {_SAME_NAMES if _model is None else _OWN_NAMES}"
+        )
+    given = _Arrays(chosen)
     difference = compare_layouts(given.specs, task.specs, "this update", "the global model")
     if difference is not None:
         raise LayoutError(f"the update does not fit the global model: {difference}")

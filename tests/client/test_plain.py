@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fedcore.client as fl
-from fedcore.errors import ClosedError, WeightError
+from fedcore.errors import ClosedError, LayoutError, WeightError
 from fedcore.server.outcome import RunResult
 
 ROUNDS = 3
@@ -78,6 +78,26 @@ def test_a_send_that_was_refused_may_be_repeated(run: Future[RunResult]) -> None
     fl.send(fl.receive(), weight=1)
     go_through()
     assert run.result(30).ok
+
+
+def test_an_update_under_other_names_is_told_how_to_send_it(run: Future[RunResult]) -> None:
+    module = torch.nn.Linear(4, 1)
+    wrapped = {f"module.{name}": value for name, value in module.state_dict().items()}
+    fl.init(module)
+    assert fl.is_running()
+    with pytest.raises(
+        LayoutError, match=r"'module\.weight' where that has 'bias'.*fl\.load.*without tensors"
+    ):
+        fl.send(wrapped, weight=1)
+    for other in (module, module.parameters()):
+        with pytest.raises(LayoutError, match="expected a mapping of names to arrays"):
+            fl.send(other, weight=1)  # type: ignore[arg-type]
+    fl.send(weight=1)
+    fl.shutdown()
+    fl.init({"weight": np.zeros((1, 4), np.float32), "bias": np.zeros(1, np.float32)})
+    assert fl.is_running()
+    with pytest.raises(LayoutError, match=r"'w'.*under the names that fl\.receive\(\) gives"):
+        fl.send({"w": np.zeros((1, 4), np.float32)}, weight=1)
 
 
 @pytest.mark.parametrize("weight", [np.int64(3), np.uint8(3), torch.tensor(3)], ids=repr)
