@@ -257,7 +257,8 @@ def load_kit(folder: Path) -> Kit:
     """
     path = folder / KIT_FILE
     if not path.is_file():
-        there = "is no kit: it holds no kit.toml" if folder.is_dir() else "does not exist"
+        here = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        there = "is no kit: it holds no kit.toml" if folder.is_dir() else f"does not exist{here}"
         raise ConfigError(
             f"{folder} {there}; a kit is one of the folders that `fedcore provision` made, handed over whole"
         )

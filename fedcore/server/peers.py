@@ -142,8 +142,8 @@ class Peers:
             if known.site == join.site and other != peer:
                 return protocol.Refused(
                     code="name-in-use",
-                    message=f"another process takes part as {join.site!r}; every site needs a name of its own "
-                    "(FEDCORE_SITE)",
+                    message=f"another process takes part as {join.site!r}; every site needs a name of its own: "
+                    "that of its kit, or without keys FEDCORE_SITE",
                 )
         return None
 

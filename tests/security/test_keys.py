@@ -75,6 +75,16 @@ def test_a_folder_that_is_no_kit_is_named_with_what_a_kit_is(made: Provisioned) 
             load_kit(folder)
 
 
+def test_a_kit_that_is_not_in_this_folder_says_which_folder_that_is(
+    made: Provisioned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(ConfigError, match=rf"kits/north does not exist in {elsewhere};"):
+        load_kit(Path("kits/north"))
+
+
 def test_provisioning_again_makes_kits_for_new_names_alone(made: Provisioned) -> None:
     before = {p: p.read_bytes() for p in made.server.parent.rglob("secret.key")}
     parties = {"north": Role.SITE, "west": Role.SITE}
