@@ -32,6 +32,7 @@ __all__ = [
     "read_kept",
     "run_cell",
     "run_cells",
+    "site_of",
 ]
 
 _SITES: Final = 4
@@ -238,6 +239,20 @@ class Trainee:
             self._optimizer.step()
 
 
+def site_of(settings: Settings, cell: Cell, name: str, model: Any, rows: Rows) -> Trainee:
+    """Return a cell's site of that name, which trains ``model`` on its own ``rows``."""
+    how = STEADY[cell.steady]
+    return Trainee(
+        model,
+        rows,
+        rate=dict(settings.learning_rate)[cell.method] * how.rate,
+        prox=how.prox,
+        # All texts in one place: as many rows a step as all sites have together.
+        size=settings.batch_size * (_SITES if cell.split == "pooled" else 1),
+        key=f"{cell.seed}/{name}",
+    )
+
+
 def run_cell(lab: Lab, cell: Cell, notice: Callable[[str], None]) -> tuple[dict[str, Any], Any]:
     """Train the arms of a cell; return their accuracy over the rounds, and the last federated or pooled state."""
     from .classifier import accuracy
@@ -252,15 +267,7 @@ def run_cell(lab: Lab, cell: Cell, notice: Callable[[str], None]) -> tuple[dict[
     begin = state_of(model)
 
     def trainee(name: str) -> Trainee:
-        return Trainee(
-            model,
-            train.pick(held[name]),
-            rate=dict(settings.learning_rate)[cell.method] * how.rate,
-            prox=how.prox,
-            # All texts in one place: as many rows a step as all sites have together.
-            size=settings.batch_size * (_SITES if cell.split == "pooled" else 1),
-            key=f"{cell.seed}/{name}",
-        )
+        return site_of(settings, cell, name, model, train.pick(held[name]))
 
     def scored() -> dict[str, Any]:
         loss, right = accuracy(model, test)

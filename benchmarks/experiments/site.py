@@ -16,7 +16,7 @@ import fedcore.client as fl
 
 from .classifier import accuracy
 from .federation import load_state, state_of
-from .peft import Cell, Lab, Settings, Source, Trainee, shares
+from .peft import Cell, Lab, Settings, Source, shares, site_of
 from .sentiment import Text
 
 
@@ -34,7 +34,7 @@ def main() -> None:
     # Every row goes through the lower layers by itself, so a site's own rows are enough.
     own = [lab.pool.train[row] for row in held[site]]
     rows = lab.encoder.rows(own, lab.pool.labels)
-    trainee = Trainee(model, rows, settings, cell, site)
+    trainee = site_of(settings, cell, site, model, rows)
     fl.init(state_of(model))
     while fl.is_running():
         load_state(model, fl.receive())

@@ -288,7 +288,6 @@ def test_the_quick_form_leaves_tables_a_figure_and_json(
     assert (out / "peft.md").read_text().startswith("| method, sites |")
 
 
-@pytest.mark.slow
 def test_real_processes_make_the_same_model_bit_for_bit(source: Source, tmp_path: Path) -> None:
     one = Cell("lora", "natural", 0)
     run_cells(tmp_path, SETTINGS, source, [one], lambda _: None)
