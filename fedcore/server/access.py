@@ -130,6 +130,10 @@ class Access:
             return protocol.Refused(code="name", message=text)
         return None
 
+    def knows(self, name: str) -> bool:
+        """Whether a key of this name is on the list; without keys every name is."""
+        return self.secured is None or any(who.name == name for who in self._listed.keys.values())
+
     # --- revocation ---
 
     def revoked(self) -> list[Identity]:

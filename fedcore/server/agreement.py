@@ -56,6 +56,11 @@ class Agreement:
         self._fingerprints[site] = dict(declare.fingerprints)
         return None
 
+    def forget(self, site: str) -> None:
+        """Compare nobody with a site any more, as it must keep nobody out when its key is revoked."""
+        self._configs.pop(site, None)
+        self._fingerprints.pop(site, None)
+
 
 def _config(files: Mapping[str, str]) -> dict[str, Any]:
     try:

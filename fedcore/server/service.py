@@ -248,6 +248,8 @@ class Server:
     def _check_access(self) -> None:
         """Take out whose key was revoked, in the middle of a round too."""
         for who in self._access.revoked():
+            if not self._access.knows(who.name):  # where a key was replaced, the site is the same
+                self._agreement.forget(who.name)
             for peer, known in self._peers:
                 if Identity.of_peer(peer) == who:
                     self._link.send(peer, protocol.Refused(code="revoked", message=_REVOKED))
@@ -308,10 +310,12 @@ class Server:
         self._link.exchange.discard(peer)
         self._peers.complain("%s floods the server: %s", self._peers.name(peer), waiting)
         who = Identity.of_peer(peer)
+        refusal = protocol.Refused(code="flood", message=f"this key floods the server: {waiting}")
+        if who is not None and peer not in self._peers:
+            self._link.send(peer, refusal)
         for other, _ in self._peers:
             if other == peer or (who is not None and Identity.of_peer(other) == who):
-                text = f"this site floods the server: {waiting}"
-                self._link.send(other, protocol.Refused(code="flood", message=text))
+                self._link.send(other, refusal)
                 self._lose(other, f"it floods the server: {waiting}", left=True)
         if who is not None:
             self._link.mute(peer)

@@ -89,6 +89,8 @@ def test_an_observer_that_floods_is_named_and_dropped_and_the_others_are_answere
         frames = [b"S", b"", *control_frames(protocol.StatusRequest())]
         for _ in range(20_000):
             eye._command(frames)
+        refused = message(eye, lambda m: isinstance(m, protocol.Refused))
+        assert (refused.code, "floods the server" in refused.message) == ("flood", True)
         until = time.monotonic() + DEADLINE
         while not lines(caplog, "eye (observer) floods the server"):
             assert time.monotonic() < until

@@ -199,6 +199,31 @@ def test_a_key_whose_role_was_changed_and_changed_back_is_heard_again(
     assert isinstance(answer(links, waiting, kits.kits["a"], join("a")), protocol.Welcome)
 
 
+def test_what_a_key_declared_keeps_nobody_out_once_it_is_revoked(
+    waiting: Server, kits: Provisioned, links: Links
+) -> None:
+    def declare(name: str, tokenizer: str) -> Any:
+        link = links.site(waiting.endpoint, load_kit(kits.kits[name]).credentials)
+        link.send(join(name))
+        link.send(protocol.Declare(tensors=SPECS, fingerprints={"tokenizer": tokenizer * 64}))
+        decided = (b'"accepted"', b'"refused"')
+        told = wait(
+            link, lambda m: isinstance(m, Control) and any(kind in m.body for kind in decided)
+        )
+        assert isinstance(told, Control)
+        return protocol.decode_from_server(told.body)
+
+    assert declare("a", "1").type == "accepted"
+    refused = declare("b", "2")
+    assert (refused.code, "tokenizer of site 'b'" in refused.message) == ("unlike", True)
+    revoke(kits.server, "a")
+    deadline = time.monotonic() + DEADLINE
+    while waiting._access.knows("a"):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert declare("b", "2").type == "accepted"
+
+
 def test_a_connection_that_was_silent_and_is_one_too_many_is_cut_though_the_door_sleeps(
     waiting: Server, kits: Provisioned, links: Links, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -69,6 +69,14 @@ def test_a_site_may_come_again_with_another_config_while_no_other_differs() -> N
     assert agreement.difference("b", declared("2", r=4)) is None
 
 
+def test_a_site_that_is_forgotten_is_compared_with_nobody() -> None:
+    agreement = Agreement(dict)
+    assert agreement.difference("a", declared("1", r=8)) is None
+    assert agreement.difference("b", declared("2", r=4)) is not None
+    agreement.forget("a")
+    assert agreement.difference("b", declared("2", r=4)) is None
+
+
 def test_the_config_of_the_initial_model_counts_too() -> None:
     agreement = Agreement(lambda: {"adapter_config.json": json.dumps(CONFIG)})
     said = agreement.difference("a", declared(r=2))
