@@ -263,13 +263,14 @@ void bind_exchange(py::module_& m) {
       .def(
           "set_limits",
           [](Exchange& e, std::uint64_t outgoing, std::uint64_t control_per_peer,
-             std::uint64_t control,
-             bool paced) { e.set_limits({outgoing, control_per_peer, control, paced}); },
+             std::uint64_t control, bool paced, std::uint64_t unasked) {
+            e.set_limits({outgoing, control_per_peer, control, paced, unasked});
+          },
           py::arg("outgoing"), py::arg("control_per_peer"), py::arg("control"),
-          py::arg("paced") = false,
+          py::arg("paced") = false, py::arg("unasked") = ExchangeLimits{}.unasked,
           "Bound, in bytes: published chunks on their way, and control messages that wait; "
-          "`paced`: "
-          "their rate and the connections of one owner, too.")
+          "`paced`: their rate and the connections of one owner, too, and `unasked`: what it may "
+          "send at once that nobody asked for.")
       .def_property_readonly(
           "wake_fd", [](Exchange& e) { return e.outgoing().wake_fd(); },
           "Readable when `next_out`, which had nothing, may have something; -1: never.")

@@ -210,7 +210,7 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
   }
   wire::Header header;
   if (const char* why = wire::parse(header_data, header_size, body.size(), header)) {
-    return malformed(peer_view, why);
+    return malformed(peer_view, body.size(), why);
   }
   const std::string peer(peer_view);
   if (limits_.paced && !may_speak(peer, now_ms)) {
@@ -238,7 +238,7 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
       return FC_DONE;
     case wire::Kind::kControl:
       if (crc32c(body.data(), body.size()) != header.body_crc) {
-        return malformed(peer_view, "a control message's checksum does not match");
+        return malformed(peer_view, body.size(), "a control message's checksum does not match");
       }
       return on_control(peer, body);
   }
@@ -277,9 +277,9 @@ void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t n
   });
 }
 
-int Exchange::malformed(std::string_view peer, const char* why) {
+int Exchange::malformed(std::string_view peer, std::size_t bytes, const char* why) {
   ++stats_.dropped;
-  charge(peer, kMalformedFrames);
+  charge(peer, kMalformedFrames, bytes);
   report(Event::Kind::kMalformed, peer, why);
   return FC_DROP;
 }
@@ -326,16 +326,17 @@ int Exchange::on_chunk(const std::string& peer, const wire::Header& header, Fram
                        std::int64_t now_ms) {
   for (const auto& collector : collectors_) {
     if (const auto source = collector->find(peer, header.set)) {
+      const std::size_t size = body.size();
       const bool kept = collector->on_chunk(*source, header, body, now_ms);
       if (!kept) {
-        charge(peer, 1);  // as what nobody asked for
+        charge(peer, 1, size);  // as what nobody asked for
       }
       note_patience(*collector, *source, now_ms);
       collect_events(*collector);
       return kept ? FC_TAKEN : FC_DONE;
     }
   }
-  charge(peer, 1);
+  charge(peer, 1, body.size());
   return FC_DONE;  // of a collection that has ended
 }
 

@@ -62,6 +62,9 @@ struct ExchangeLimits {
   std::uint64_t control_per_peer = 16u << 20;  // waiting; a first message always may
   std::uint64_t control = 64u << 20;
   bool paced = false;  // whether an owner's frames have a rate, and its connections a number
+  // Where paced: what an owner may send at once that nobody asked for. More than what may be under
+  // way to it, as that is not asked for any more when a collection ends.
+  std::uint64_t unasked = 256u << 20;
 };
 
 struct OutFrame {
@@ -97,6 +100,8 @@ class Exchange {
   // Frames of one owner, but for the chunks that were asked of it: at once, and over time. One that
   // is malformed counts for several.
   static constexpr double kFrameBurst = 20'000, kFramesPerSecond = 5000, kMalformedFrames = 4;
+  // Bytes of one owner that nobody asked for, malformed ones too, over time.
+  static constexpr double kUnaskedBytesPerSecond = 16 << 20;
   // Connections of one owner that were heard in the last kLivelyMs.
   static constexpr std::size_t kMaxPeersPerOwner = 32;
   static constexpr std::int64_t kLivelyMs = 10'000;
@@ -178,6 +183,7 @@ class Exchange {
     double messages = kControlBurst;  // what may be handed out now; bytes may be owed
     double bytes = kControlBurstBytes;
     double frames = kFrameBurst;
+    double unasked = 0;  // bytes that were sent of what nobody asked for, lately
     std::int64_t paced_ms = 0;
     std::int64_t muted_until_ms = 0;
     bool flooded = false;  // and that was told
@@ -199,9 +205,9 @@ class Exchange {
   bool is_within_rate(std::string_view peer, std::int64_t now_ms);
   bool may_speak(const std::string& peer, std::int64_t now_ms);
   bool is_due(Owner& owner, std::int64_t now_ms) const;
-  void charge(std::string_view peer, double frames);
+  void charge(std::string_view peer, double frames, std::size_t bytes = 0);
   static void refill(Owner& owner, std::int64_t now_ms);
-  int malformed(std::string_view peer, const char* why);
+  int malformed(std::string_view peer, std::size_t bytes, const char* why);
   void report(Event::Kind kind, std::string_view peer, std::string why);
   void remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms);
   void push(const std::string& peer, const wire::Header& header);

@@ -25,12 +25,15 @@ void Exchange::refill(Owner& owner, std::int64_t now_ms) {
   owner.messages = std::min(kControlBurst, owner.messages + kControlPerSecond * seconds);
   owner.bytes = std::min(kControlBurstBytes, owner.bytes + kControlBytesPerSecond * seconds);
   owner.frames = std::min(kFrameBurst, owner.frames + kFramesPerSecond * seconds);
+  owner.unasked = std::max(0.0, owner.unasked - kUnaskedBytesPerSecond * seconds);
   owner.paced_ms = now_ms;
 }
 
-void Exchange::charge(std::string_view peer, double frames) {
+void Exchange::charge(std::string_view peer, double frames, std::size_t bytes) {
   if (limits_.paced) {
-    owner_of(peer).frames -= frames;
+    Owner& owner = owner_of(peer);
+    owner.frames -= frames;
+    owner.unasked += static_cast<double>(bytes);
   }
 }
 
@@ -44,17 +47,21 @@ bool Exchange::is_within_rate(std::string_view peer, std::int64_t now_ms) {
   if (now_ms < owner.muted_until_ms) {
     return false;
   }
-  if (limits_.paced && owner.frames < 1) {
+  const bool unasked = owner.unasked > static_cast<double>(limits_.unasked);
+  if (limits_.paced && (owner.frames < 1 || unasked)) {
     if (!std::exchange(owner.flooded, true)) {
       report(Event::Kind::kFlooded, peer,
-             "more than " + std::to_string(static_cast<int>(kFramesPerSecond)) +
-                 " frames a second, or many malformed ones");
+             unasked ? "more than " + std::to_string(limits_.unasked >> 20) +
+                           " MiB that nobody asked for"
+                     : "more than " + std::to_string(static_cast<int>(kFramesPerSecond)) +
+                           " frames a second, or many malformed ones");
     }
     return false;
   }
   // Told again only when it was calm in between: else each frame that its rate allows would be a
   // flood.
-  owner.flooded = owner.flooded && (owner.waiting > 0 || owner.frames < kFrameBurst / 2);
+  owner.flooded = owner.flooded && (owner.waiting > 0 || owner.frames < kFrameBurst / 2 ||
+                                    owner.unasked > static_cast<double>(limits_.unasked / 2));
   return true;
 }
 

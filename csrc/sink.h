@@ -26,7 +26,9 @@ enum {
   FC_MUTED = 5    /* as FC_UNHEARD, but the peer is being told why: its connection may go soon */
 };
 
-/* A frame to send. `peer` (empty at a site) and `header` (48 bytes) are valid until the next call
+/* A message that is no frame is delivered with header_len 0, no body, and its bytes as body_len.
+ *
+ * A frame to send. `peer` (empty at a site) and `header` (48 bytes) are valid until the next call
  * of next_out; `body` until out_done(owner). A frame without a body has body_len 0. */
 typedef struct FcOut {
   const uint8_t* peer;

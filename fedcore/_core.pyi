@@ -198,7 +198,12 @@ class Exchange:
     def has_event(self) -> bool: ...
     def listening(self) -> None: ...
     def set_limits(
-        self, outgoing: int, control_per_peer: int, control: int, paced: bool = False
+        self,
+        outgoing: int,
+        control_per_peer: int,
+        control: int,
+        paced: bool = False,
+        unasked: int = 268435456,
     ) -> None: ...
     @property
     def wake_fd(self) -> int: ...

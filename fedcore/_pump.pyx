@@ -12,8 +12,8 @@ command from Python, or for a timer of the core; it never spins.
 Where connections are encrypted, the sink and the inbox know a peer as ``USER NUL ROUTING-ID``. The user is what
 the server's door gave the connection (ZeroMQ's "User-Id"), so that nothing a peer says can make it another.
 
-Of each connection it notes, by its file number, whether it was understood last or may go, at once or soon, and that a
-message of it was whole; the door reads that (`fedcore.connections`). libzmq tells the number with each message.
+Of each connection it notes, by its file number, whether it was understood last or may go, at once or soon, whose it is,
+and that a message of it was whole; the door reads that (`fedcore.connections`). libzmq tells the number with each message.
 
 Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
 Inbox (PUSH socket):     [b"E"] the core has events or control messages; the first one says that the pump runs.
@@ -23,7 +23,7 @@ import zmq.backend.cython._zmq as _backend
 
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.errno cimport EAGAIN, EHOSTUNREACH, EINTR
-from libc.stdint cimport int64_t, uint8_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.stdlib cimport atoi, free, malloc
 from libc.string cimport memchr, memcpy, strlen
 
@@ -91,6 +91,7 @@ ctypedef void (*free_fn)(void*, void*) noexcept nogil
 cdef struct Notes:  # of connections, by file number
     uint8_t* of
     uint8_t* moved
+    uint32_t* owners
     size_t count
 
 cdef struct Zmq:
@@ -212,10 +213,14 @@ cdef int _recv_frame(Msg* msg, void* socket, int flags) noexcept nogil:
     return 0
 
 
-cdef void _discard_rest(void* socket, Msg* last) noexcept nogil:
+cdef size_t _discard_rest(void* socket, Msg* last) noexcept nogil:
+    """Receive what is left of a message; returns its bytes."""
+    cdef size_t size = 0
     while z.msg_more(last):
         if _recv_frame(last, socket, 0) != 0:
-            return
+            return size
+        size += z.msg_size(last)
+    return size
 
 
 cdef size_t _name_peer(char* name, Msg* peer, Msg* header) noexcept nogil:
@@ -233,6 +238,16 @@ cdef size_t _name_peer(char* name, Msg* peer, Msg* header) noexcept nogil:
     return user_len + 1 + id_len
 
 
+cdef uint32_t _owner(Msg* header) noexcept nogil:
+    """Return a checksum (FNV-1a) of the user that a message is of."""
+    cdef const char* user = z.msg_gets(header, b"User-Id")
+    cdef uint32_t found = 2166136261u
+    while user != NULL and user[0] != 0:
+        found = (found ^ <uint8_t> user[0]) * 16777619u
+        user += 1
+    return found
+
+
 cdef void _note(Notes notes, Msg* header, int verdict) noexcept nogil:
     cdef const char* text
     cdef int number
@@ -242,6 +257,7 @@ cdef void _note(Notes notes, Msg* header, int verdict) noexcept nogil:
     number = atoi(text) if text != NULL else -1
     if 0 <= number < <int> notes.count:
         notes.moved[number] = 1
+        notes.owners[number] = _owner(header)
         if verdict == SINK_DROP:
             return
         if verdict == SINK_MUTED and notes.of[number] in (NOTE_HEARD, NOTE_MUTED):
@@ -258,6 +274,7 @@ cdef int _pump_in(void* net, bint router, bint secure, Notes notes, FcSink* sink
     cdef Msg* kept
     cdef int verdict
     cdef bint well_formed
+    cdef size_t rest = 0
     cdef char name[2 * 255 + 1]
     cdef const void* who
     cdef size_t who_len
@@ -276,14 +293,16 @@ cdef int _pump_in(void* net, bint router, bint secure, Notes notes, FcSink* sink
     if well_formed and z.msg_more(&header):
         well_formed = _recv_frame(&body, net, 0) == 0
         if well_formed and z.msg_more(&body):
-            _discard_rest(net, &body)
+            rest = z.msg_size(&body)
+            rest += _discard_rest(net, &body)
             well_formed = False
     who, who_len = z.msg_data(&peer), z.msg_size(&peer)
     if secure:
         who_len = _name_peer(name, &peer, &header)
         who = name
     if not well_formed:  # told to the sink as a frame without a header, which it counts and logs
-        sink.deliver(sink.self, _now_ms(), who, who_len, NULL, 0, NULL, 0, NULL, NULL)
+        rest += z.msg_size(&header)
+        sink.deliver(sink.self, _now_ms(), who, who_len, NULL, 0, NULL, rest, NULL, NULL)
         _note(notes, &header, SINK_DROP)
     else:
         kept = <Msg*> malloc(sizeof(Msg))
@@ -373,7 +392,7 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
 
 
 def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint secure,
-        unsigned char[::1] heard=None, unsigned char[::1] moved=None):
+        unsigned char[::1] heard=None, unsigned char[::1] moved=None, unsigned int[::1] owners=None):
     """Pump frames until a quit command comes; blocks without the GIL.
 
     Args:
@@ -383,14 +402,16 @@ def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint se
         secure: whether such a peer is known by its user as well; only with ``router``.
         heard: where to note of each connection, by its file number, that it was understood or may go.
         moved: where to note that a message of it was whole; as long as ``heard``.
+        owners: where to note whose it is; as long as ``heard``.
     """
     global release_out
     cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v4")
     release_out = sink.out_done
     cdef Notes notes
     notes.count = 0 if heard is None else heard.shape[0]
-    assert notes.count == 0 or moved.shape[0] == heard.shape[0]
+    assert notes.count == 0 or moved.shape[0] == owners.shape[0] == heard.shape[0]
     notes.of = &heard[0] if notes.count else NULL
     notes.moved = &moved[0] if notes.count else NULL
+    notes.owners = &owners[0] if notes.count else NULL
     with nogil:
         _loop(<void*> net, <void*> commands, <void*> inbox, router, secure, notes, sink)

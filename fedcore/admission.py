@@ -90,7 +90,7 @@ class Doorkeeper:
         self._buckets: dict[str, Allowance] = {}
         self._strangers = Allowance(limits.strangers_burst, limits.strangers_per_second, clock())
         files = min(_file_limit(), _MAX_FILES)
-        self.notes = Notes(bytearray(files), bytearray(files))
+        self.notes = Notes.of(files)
         most = min(limits.connections, _file_limit() * 7 // 8)
         self._connections = Connections(limits, most, self.notes, received_bytes)
         self._watch_until = 0.0

@@ -10,10 +10,13 @@ to cut goes out.
 from __future__ import annotations
 
 import ipaddress
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Final
+from zlib import crc32
 
 from .allowance import Allowance
 
@@ -44,8 +47,8 @@ class Limits:
         unproved: connections of which nothing was understood yet, in all.
         unproved_bytes, unproved_seconds: what such a connection may send, and how long it may be there.
         silent_seconds: for how long any connection may send nothing; a site says something each second.
-        unfinished_bytes: what a connection may send of a message that is not whole yet, and what waits before it;
-            ``unfinished`` of all together, more than what is asked of all sites.
+        unfinished_bytes: what the connections of a key may send of messages that are not whole yet, and what waits
+            before them; ``unfinished`` of all together, more than what is asked of all sites.
         admitted: of these, how many may send a chunk first, after a key of the list was shown from their network,
             which may have a quarter of them; ``admitted_bytes`` in ``admitted_seconds``.
         unproved_spared: for how many seconds at least one makes no room for a newcomer, which is cut then: a
@@ -94,18 +97,26 @@ class Notes:
     Attributes:
         heard: `HEARD`, `CUT` or `MUTED`.
         moved: 1 when a message of it was whole, until the door has seen that.
+        owners: a checksum of the user whose connection it is.
     """
 
     heard: bytearray
     moved: bytearray
+    owners: memoryview | array[int]
+
+    @classmethod
+    def of(cls, count: int) -> Notes:
+        """Make them for so many connections; the owners' pages take memory as they are used."""
+        return cls(bytearray(count), bytearray(count), memoryview(mmap(-1, 4 * count)).cast("I"))
 
 
-def note(notes: Notes, number: int, verdict: int) -> None:
+def note(notes: Notes, number: int, user: bytes, verdict: int) -> None:
     """Note of a connection what the core made of a message of it, as the compiled pump does."""
     heard = notes.heard
     if not 0 <= number < len(heard):
         return
     notes.moved[number] = 1
+    notes.owners[number] = crc32(user)
     if verdict == DROP:
         return
     if verdict == _MUTED and heard[number] in (HEARD, MUTED):
@@ -145,7 +156,7 @@ class Connections:
     ) -> None:
         self._limits = limits
         self._most = most
-        self._heard, self._moved = notes.heard, notes.moved
+        self._heard, self._moved, self._owners = notes.heard, notes.moved, notes.owners
         self._received = received
         self._open: dict[int, _Open] = {}
         self._networks: Counter[str] = Counter()
@@ -167,7 +178,7 @@ class Connections:
         self.closed(number)  # a number that is accepted again was closed before
         network, local = network_of(address)
         if number < len(self._heard):
-            self._heard[number] = self._moved[number] = 0
+            self._heard[number] = self._moved[number] = self._owners[number] = 0
         self._open[number] = self._unproved[number] = _Open(address, network, local, now, now)
         self._networks[network] += 1
         limits = self._limits
@@ -259,11 +270,15 @@ class Connections:
             else:
                 waiting[number] = self._received(number) - found.whole_at
         total = sum(waiting.values())
+        shares = Counter[int]()
+        for number, size in waiting.items():
+            shares[self._owner(number)] += size
         for number in sorted(waiting, key=lambda number: -waiting[number]):
-            size = waiting[number]
-            if size <= self._limits.unfinished_bytes and total <= self._limits.unfinished:
-                return
+            size, owner = waiting[number], self._owner(number)
+            if shares[owner] <= self._limits.unfinished_bytes and total <= self._limits.unfinished:
+                continue
             total -= size
+            shares[owner] -= size
             yield self._cut(number, f"sent {size >> 20} MiB of a message that has no end")
 
     # --- deciding ---
@@ -294,6 +309,10 @@ class Connections:
     def _note(self, number: int) -> int:
         """Return what the pump noted; numbers beyond its notes are taken for proved."""
         return self._heard[number] if number < len(self._heard) else HEARD
+
+    def _owner(self, number: int) -> int:
+        """Return whose a connection is, as a number; one of which nothing was understood is its own."""
+        return self._owners[number] or -1 - number
 
     def _may_arrive(self, network: str, now: float) -> bool:
         if network not in self._arrivals and len(self._arrivals) >= _MAX_NETWORKS:

@@ -187,7 +187,11 @@ class _Link:
                 inbox.underlying,
                 self._router,
                 self._router and self._secure,
-                *((self._notes.heard, self._notes.moved) if self._notes else ()),
+                *(
+                    (self._notes.heard, self._notes.moved, self._notes.owners)
+                    if self._notes
+                    else ()
+                ),
             )
         else:
             _python_pump(
@@ -544,15 +548,16 @@ def _python_frames(
         except zmq.Again:
             return
         peer = frames.pop(0).bytes if router else b""
+        user = b""
         if secure:
-            user = str(frames[0].get("User-Id")) if frames else ""
-            peer = user.encode() + b"\0" + peer
-        if not 1 <= len(frames) <= 2:
-            exchange.deliver(now_ms(), peer, b"", None)  # counted and logged as malformed
+            user = str(frames[0].get("User-Id")).encode() if frames else b""
+            peer = user + b"\0" + peer
+        if not 1 <= len(frames) <= 2:  # counted by its bytes and logged as malformed
+            exchange.deliver(now_ms(), peer, b"", b"".join(frame.bytes for frame in frames))
             if notes is not None and frames:
-                note(notes, int(frames[0].get("__fd")), DROP)
+                note(notes, int(frames[0].get("__fd")), user, DROP)
             continue
         body = frames[1].buffer if len(frames) == 2 else None
         verdict = exchange.deliver(now_ms(), peer, frames[0].bytes, body)
         if notes is not None:
-            note(notes, int(frames[0].get("__fd")), verdict)
+            note(notes, int(frames[0].get("__fd")), user, verdict)

@@ -57,6 +57,7 @@ _LOOK_SECONDS: Final = 0.25
 _MOST_AT_ONCE: Final = 4096
 """Messages that are read at a deadline before it is acted on: nobody can put it off by sending more."""
 _GOODBYE_SECONDS: Final = 3.0
+_UNASKED: Final = 64 << 20
 # Of a site that still answers: what is on its way on a slow link keeps its answers back, too.
 _DATA_SILENCE_MS: Final = 10_000
 
@@ -115,6 +116,8 @@ class Server:
             self._budget.control_per_peer,
             self._budget.control,
             paced=self._link.secure,
+            unasked=config.server.memory
+            + _UNASKED,  # all that may be under way when it is given up
         )
         self._versions = Versions(config, self._store, self._link.exchange)
         self._aggregation: Aggregation | None = None

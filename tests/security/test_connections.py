@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +35,8 @@ class World:
     why: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.notes = Notes(self.heard, bytearray(len(self.heard)))
+        count = len(self.heard)
+        self.notes = Notes(self.heard, bytearray(count), array("I", bytes(4 * count)))
         self.connections = Connections(
             self.limits, self.most, self.notes, lambda number: self.received.get(number, 0)
         )
@@ -174,12 +176,13 @@ HANDLED, TAKEN, DROP, UNHEARD, TOO_MUCH = 0, 1, 3, 4, 5
 def test_a_connection_that_was_never_heard_has_no_time_to_be_told(
     verdicts: list[int], noted: int
 ) -> None:
-    notes = Notes(bytearray(3), bytearray(3))
+    notes = Notes.of(3)
     for verdict in verdicts:
-        note(notes, 1, verdict)
-        note(notes, 3, verdict)
+        note(notes, 1, b"site/a/1", verdict)
+        note(notes, 3, b"site/b/2", verdict)
     assert list(notes.heard) == [0, noted, 0]
     assert list(notes.moved) == [0, 1, 0]
+    assert [owner > 0 for owner in notes.owners] == [False, True, False]
 
 
 def test_connections_of_a_key_that_are_silent_are_cut_and_a_slow_one_is_not() -> None:
@@ -216,6 +219,29 @@ def test_messages_without_end_are_bounded_in_all_and_the_longest_goes_first() ->
     world.received = dict(zip(opened, (600, 700, 900, 800, 500), strict=True))
     world._note(list(world.connections.sweep_unfinished()))
     assert world.cut == [opened[2], opened[3]]
+
+
+def test_messages_without_end_are_bounded_for_each_key_whatever_its_connections() -> None:
+    world = World(Limits(unfinished_bytes=1000, unfinished=100_000))
+    opened = [world.open(proved=True) for _ in range(6)]
+    for number, owner in zip(opened, (7, 7, 7, 7, 8, 0), strict=True):
+        world.notes.owners[number] = owner
+    world._note(list(world.connections.sweep_unfinished()))
+    world.received = dict(zip(opened, (400, 300, 500, 200, 1000, 1000), strict=True))
+    world._note(list(world.connections.sweep_unfinished()))
+    assert world.cut == [opened[2]]
+    world.received[opened[1]] += 101
+    world._note(list(world.connections.sweep_unfinished()))
+    assert world.cut == [opened[2], opened[1]]
+
+
+def test_a_number_that_is_used_again_is_another_keys() -> None:
+    world = World(Limits(unfinished_bytes=1000))
+    first = world.open(proved=True)
+    world.notes.owners[first] = 7
+    world.connections.closed(first)
+    world.last = first - 1
+    assert (world.open(), world.notes.owners[first]) == (first, 0)
 
 
 def test_where_the_system_does_not_tell_what_came_nothing_is_taken_for_silent() -> None:

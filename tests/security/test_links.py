@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -64,6 +65,22 @@ def test_a_peer_is_known_by_the_name_of_its_key(pump: str, links: Links, parties
     assert isinstance(reply, Control)
     assert protocol.decode_from_server(reply.body) == protocol.Finish(ok=True, message="bye")
     pulled(server, north, peer, 50_001)
+
+
+def test_the_door_knows_which_connections_are_of_one_key(
+    pump: str, links: Links, parties: Parties
+) -> None:
+    server = links.server(parties.secured())
+    for name in ("north", "north", "south"):
+        hello(server, links.site(server.endpoint, parties.credentials(name)))
+    assert server._notes is not None
+    until = time.monotonic() + 10
+    while True:  # a message is noted after it was handed over
+        owners = sorted(Counter(owner for owner in server._notes.owners if owner).values())
+        if owners == [1, 2]:
+            break
+        assert time.monotonic() < until, owners
+        time.sleep(0.02)
 
 
 def test_an_unknown_key_is_refused_and_told_so(links: Links, parties: Parties) -> None:

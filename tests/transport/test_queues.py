@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import zmq
 
 from fedcore import protocol, transport
 from fedcore._core import Collector, Exchange, Layout, MappedFile, crc32c
+from fedcore.admission import Secured
 from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
-from fedcore.transport import ServerLink, control_frames
+from fedcore.security import AllowList, Credentials, KeyPair
+from fedcore.transport import ServerLink, SiteLink, control_frames
 
 CHUNK = 64 << 10
 SET = bytes(range(16))
@@ -304,6 +307,72 @@ def test_chunks_that_nobody_asked_for_have_the_rate_of_other_frames() -> None:
     head += crc32c(head).to_bytes(4, "little")
     verdicts = [exchange.deliver(0, b"site/a/1\0x", head, b"x") for _ in range(21_000)]
     assert verdicts.index(MUTED) == 20_000
+
+
+def chunk(size: int) -> tuple[bytes, bytes]:
+    body = bytes(size)
+    fields = (MAGIC, PROTOCOL_VERSION, Kind.CHUNK, 0, 0, SET, 0, 0, size, crc32c(body), 0)
+    head = HEADER.pack(*fields)[:44]
+    return head + crc32c(head).to_bytes(4, "little"), body
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [chunk(1 << 20), (b"x" * 48, bytes(1 << 20)), (b"", bytes(1 << 20))],
+    ids=["chunks", "malformed frames", "messages that are none"],
+)
+def test_what_nobody_asked_for_is_counted_by_its_bytes(frame: tuple[bytes, bytes]) -> None:
+    exchange = Exchange()
+    exchange.set_limits(1 << 20, 1 << 20, 1 << 20, paced=True, unasked=64 << 20)
+    verdicts = [exchange.deliver(0, b"site/a/1\0x", *frame) for _ in range(70)]
+    assert verdicts.index(MUTED) == 65
+    assert exchange.deliver(0, b"site/a/1\0y", ping(), None) == MUTED
+    assert exchange.deliver(0, b"site/b/2\0x", ping(), None) == 0
+    (flood,) = [event for event in events(exchange) if event[0] == "flooded"]
+    assert flood[1:] == (b"site/a/1\0x", "more than 64 MiB that nobody asked for")
+    verdicts = [exchange.deliver(1000, b"site/a/1\0x", *frame) for _ in range(20)]
+    assert verdicts.index(MUTED) == 16  # a second's worth
+
+
+def test_chunks_that_were_asked_for_have_no_bound_of_bytes() -> None:
+    exchange = Exchange()
+    exchange.set_limits(1 << 20, 1 << 20, 1 << 20, paced=True, unasked=1 << 20)
+    layout = Layout([("w", "I8", [16 << 20])], 1 << 20)
+    out = MappedFile.anonymous(layout.total_bytes)
+    exchange.start(Collector(layout, [(b"site/a/1\0x", SET, 1)], out, 0, None, 64 << 20))
+    verdicts = []
+    while (request := exchange.next_out(0)) is not None:
+        first, count = struct.unpack_from("<QI", request[1], 24)
+        for index in range(first, first + count):
+            head, body = chunk(1 << 20)
+            head = head[:24] + index.to_bytes(8, "little") + head[32:44]
+            head += crc32c(head).to_bytes(4, "little")
+            verdicts.append(exchange.deliver(0, b"site/a/1\0x", head, body))
+    assert (len(verdicts), MUTED in verdicts) == (16, False)
+
+
+@pytest.mark.parametrize("pump", ["compiled", "python"])
+def test_a_message_of_too_many_parts_is_counted_by_its_bytes(
+    pump: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDCORE_PUMP", pump)
+    pair, own = KeyPair.generate(), KeyPair.generate()
+    allowed = AllowList.of([("a", "site", own.public)])
+    server = ServerLink("tcp://127.0.0.1:0", Secured(pair, allowed))
+    server.exchange.set_limits(1 << 20, 1 << 20, 1 << 20, paced=True, unasked=4 << 20)
+    site = SiteLink(server.endpoint, bytes(16), Credentials(pair.public, own))
+    try:
+        for _ in range(8):
+            site._command([b"S", b"", ping(), *[bytes(1 << 18)] * 4])
+        arrived: Any = None
+        until = time.monotonic() + 20
+        while (arrived is None or arrived[0] != "flooded") and time.monotonic() < until:
+            arrived = server.recv(0.5)
+        assert arrived is not None
+        assert (arrived[0], arrived[2]) == ("flooded", "more than 4 MiB that nobody asked for")
+    finally:
+        site.close()
+        server.close()
 
 
 def test_in_plain_text_frames_of_any_number_of_names_leave_nothing_behind() -> None:
