@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from ._core import Layout
 from .errors import ConfigError
 from .layout import DEFAULT_CHUNK_BYTES, FLOATS, ITEMSIZE, TensorSpec, open_model, table
-from .protocol import Transfer
+from .protocol import Transfer, shown
 
 __all__ = ["Inspection", "describe", "inspect_file", "lines"]
 
@@ -82,7 +82,7 @@ def lines(found: Inspection, transfer: Transfer | None = None) -> Iterator[str]:
     """
     transfer = Transfer() if transfer is None else transfer
     rows = [
-        (name, dtype, "x".join(map(str, shape)) or "scalar", f"{_size(dtype, shape):,}",
+        (shown(name, 1024), dtype, "x".join(map(str, shape)) or "scalar", f"{_size(dtype, shape):,}",
          transfer.update if _is_encoded(dtype, transfer) else "raw")
         for name, dtype, shape in found.tensors
     ]  # fmt: skip
@@ -100,7 +100,9 @@ def lines(found: Inspection, transfer: Transfer | None = None) -> Iterator[str]:
     if transfer.lossless:
         size += ", less where compression pays"
     yield f"each round: {unit}, {size}; the number of examples; metrics by name; texts of errors"
-    beside = [f"{name} ({len(text.encode()):,} bytes)" for name, text in found.files.items()]
+    beside = [
+        f"{shown(name, 200)} ({len(text.encode()):,} bytes)" for name, text in found.files.items()
+    ]
     beside += [f"the digest of the {name}" for name in found.fingerprints]
     yield f"once: names, dtypes and shapes of the tensors{''.join(', ' + part for part in beside)}"
     yield "nothing else leaves; no server was contacted"

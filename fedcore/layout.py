@@ -22,7 +22,7 @@ from typing_extensions import Buffer
 
 from ._core import FlatWriter, Layout, MappedFile, chunk_checksums
 from .errors import LayoutError, StorageError
-from .protocol import DEFAULT_CHUNK_BYTES
+from .protocol import DEFAULT_CHUNK_BYTES, shown
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES",
@@ -309,7 +309,7 @@ def _parse_entry(path: Path, name: str, entry: object) -> tuple[str, list[int], 
         dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
         if isinstance(dtype, str) and dtype not in ITEMSIZE:
             raise LayoutError(
-                f"{path}: tensor {name!r} has dtype {dtype}, which cannot be averaged; "
+                f"{path}: tensor {name!r} has dtype {shown(dtype, 40)}, which cannot be averaged; "
                 f"expected one of {', '.join(ITEMSIZE)}"
             )
         if (

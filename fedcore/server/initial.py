@@ -69,7 +69,7 @@ def _find(path: Path) -> list[Path]:
     try:
         shards = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         names = sorted({str(name) for name in shards})
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LayoutError(f"{path / _INDEX}: not a shard index ({error})") from None
     for name in names:
         if Path(name).name != name or not (path / name).is_file():

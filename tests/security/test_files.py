@@ -13,7 +13,9 @@ import pytest
 
 from fedcore.config import load_run_file
 from fedcore.errors import ConfigError, LayoutError
+from fedcore.inspection import inspect_file, lines
 from fedcore.layout import open_model
+from fedcore.server.initial import load_initial
 
 
 def run_file(folder: Path, extra: str) -> Path:
@@ -104,6 +106,26 @@ def test_a_hostile_model_file_is_refused(tmp_path: Path, kind: str) -> None:
     path.write_bytes(HOSTILE[kind]())
     with pytest.raises(LayoutError, match="model.safetensors|dimensions|tensor"):
         open_model(path)
+
+
+def test_a_model_file_steers_no_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    name = "\x1b[31mw\n"
+    path.write_bytes(safetensors(entries(**{name: ("F32", [1], 0, 4)}), 4))
+    assert any("\\x1b[31mw " in line for line in lines(inspect_file(path)))
+    assert all(line.isprintable() for line in lines(inspect_file(path)))
+    path.write_bytes(safetensors(entries(w=("\x1b[31m", [1], 0, 4)), 4))
+    with pytest.raises(LayoutError) as refused:
+        open_model(path)
+    assert str(refused.value).isprintable()
+
+
+def test_files_that_are_nested_without_end_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(LayoutError, match="not a shard index"):
+        load_initial(tmp_path, tmp_path / "new", {})
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_run_file(run_file(tmp_path, f"seed = {'[' * 100_000}"))
 
 
 def test_a_header_of_two_gigabytes_is_refused_though_the_file_has_them(tmp_path: Path) -> None:
