@@ -213,12 +213,16 @@ def encodings(
     *,
     size: Annotated[str, typer.Option(help="Bytes of each kind of tensors.")] = "64MiB",
     repeats: Annotated[int, typer.Option(min=1, help="Of which the fastest counts.")] = 3,
+    threads: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="Of the reduction; more than one are timed by the clock."),
+    ] = 1,
     json_file: Json = None,
 ) -> None:
     """Measure what each encoding of updates saves, loses and costs, on weights, adapters and their changes."""
     from .encodings import sweep
 
-    rows = sweep(parse_size(size), repeats)
+    rows = sweep(parse_size(size), repeats, threads)
     show(
         f"Encodings of {size_text(rows[0]['bytes'])} of each kind of tensors, CPU time of one core",
         (

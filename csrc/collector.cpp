@@ -51,6 +51,10 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
     throw Error(Errc::kStorage, "the spill file's slots are smaller than a chunk");
   }
+  const std::uint64_t spare = options_.budget_bytes / 8 / layout_->chunk_bytes();
+  const std::uint64_t most = std::min(1 + spare, layout_->chunk_count());
+  parts_.resize(std::clamp<std::uint64_t>(options_.threads, 1, most));
+  workers_ = std::make_unique<Workers>(static_cast<unsigned>(parts_.size()));
   divide_budget();
 }
 
@@ -142,8 +146,10 @@ void Collector::begin(const std::vector<std::size_t>& order, Place out,
   pass_on_ = !options_.check_finite && order_.size() == 1 && !differences();
   use_sources();
   divide_budget();
-  reduced_chunk_.resize(
-      static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));
+  for (Part& part : parts_) {
+    part.out.resize(
+        static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));
+  }
   if (!pass_on_) {
     checksums_.resize(static_cast<std::size_t>(layout_->chunk_count()));
   }
@@ -159,15 +165,18 @@ void Collector::use_sources() {
       weights.push_back(sources_[k].weight);
     }
   }
-  inputs_.assign(counted_.size(), {});
-  reducer_ = std::make_unique<Reducer>(weights);
+  for (Part& part : parts_) {
+    part.inputs.assign(counted_.size(), {});
+    part.reducer = std::make_unique<Reducer>(weights);
+  }
 }
 
 // The same window for each source, and what is left over for the first ones, a chunk each.
 void Collector::divide_budget() {
   // Differences are added to pages of the base, which are given back in steps.
   const std::uint64_t base = differences() ? release_step() + layout_->chunk_bytes() : 0;
-  const std::uint64_t budget = options_.budget_bytes - std::min(options_.budget_bytes, base);
+  const std::uint64_t beside = base + (parts_.size() - 1) * layout_->chunk_bytes();
+  const std::uint64_t budget = options_.budget_bytes - std::min(options_.budget_bytes, beside);
   const auto live = static_cast<std::uint64_t>(
       std::count_if(pulls_.begin(), pulls_.end(), [](const auto& pull) { return pull->counts; }));
   const std::uint64_t sources = open_ ? std::max<std::uint64_t>({1, expected_, live}) : live;
@@ -252,7 +261,11 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   bytes_.fetch_add(size, std::memory_order_relaxed);
   pull.received.fetch_add(1, std::memory_order_relaxed);
   keep(source, *position, std::move(chunk));
-  reduce_ready();
+  if (enough_held()) {
+    reduce_ready();
+  } else {
+    work_left_ = true;  // after the frames that have come by then
+  }
   return true;
 }
 

@@ -9,7 +9,8 @@
 //   - a chunk counts only if its source, set, index, length and checksum are right and it was asked
 //     for; what is not right never changes state;
 //   - chunk i is reduced when all sources have it, always in source order, into the output and
-//     nowhere else; the end is reached when each chunk was reduced with the sources that are left.
+//     nowhere else; with several threads, chunks that are there are reduced at the same time; the
+//     end is reached when each chunk was reduced with the sources that are left.
 // Chunks are reduced round and round: position p is chunk p % chunk_count. A source that is dropped
 // moves the end to one whole turn from where the reduction stands, so that the others go on where
 // they are, and send again only what was reduced with it and lies in no spill file.
@@ -48,6 +49,7 @@
 #include "reducer.hpp"
 #include "spill.hpp"
 #include "wire.hpp"
+#include "workers.hpp"
 
 namespace fedcore {
 
@@ -116,6 +118,9 @@ struct CollectorOptions {
   // What encoded chunks are checked with as they come, and decoded onto the base; null: all must be
   // raw. It is the collector's alone.
   std::shared_ptr<Codec> codec = nullptr;
+  // Chunks that are reduced at the same time, each by a thread and into a buffer of its own; fewer
+  // where the buffers would take more than an eighth of the budget.
+  unsigned threads = 1;
 };
 
 struct GetRequest {
@@ -178,7 +183,8 @@ class Collector {
   // Which source a set from a peer is, if any that was not dropped.
   std::optional<std::size_t> find(const std::string& peer, const wire::SetId& set) const noexcept;
 
-  // True if the frame was kept (moved from); otherwise it is untouched.
+  // True if the frame was kept (moved from); otherwise it is untouched. What it completes is
+  // reduced here or, with several threads, by the next tick().
   bool on_chunk(std::size_t source, const wire::Header& header, Frame& frame, std::int64_t now_ms);
   void on_refuse(std::size_t source, wire::Refusal reason);
   // Another frame has come from a peer. As frames come in order, chunks that it was to send long
@@ -254,6 +260,16 @@ class Collector {
     std::atomic<std::uint64_t> received{0};
   };
 
+  // A chunk that is reduced: what of, with what, and what came out.
+  struct Part {
+    std::uint64_t index = 0;
+    std::vector<Body> inputs;
+    std::unique_ptr<Reducer> reducer;
+    std::vector<std::uint8_t> out;  // hot in the cache when it is written out
+    std::uint32_t crc = 0;
+    std::optional<BadValue> bad;
+  };
+
   std::uint64_t chunk_of(std::uint64_t position) const noexcept {
     return position % layout_->chunk_count();
   }
@@ -294,7 +310,10 @@ class Collector {
   void ask_again(Pull& pull);
   std::int64_t check_silence(std::size_t source, std::int64_t now_ms);
   void probe(std::size_t source, std::int64_t now_ms);
-  bool gather();
+  bool gather(Part& part);
+  unsigned gather_more();
+  bool all_held(std::uint64_t position) const noexcept;
+  bool enough_held() const noexcept;
   bool fold_all(std::uint64_t index);
   const std::uint8_t* spilled_chunk(std::size_t source, std::uint64_t size);
   bool fold_next();
@@ -303,7 +322,9 @@ class Collector {
   void rewind();
   std::uint64_t near_end(std::size_t source) const noexcept;
   void reduce_ready();
-  bool reduce_one(std::uint64_t index);
+  bool reduce_some();
+  void reduce(Part& part) const;
+  bool reduce_parts(unsigned count);
   void advance();
   void finish();
   void release_behind();
@@ -329,19 +350,18 @@ class Collector {
   std::vector<std::unique_ptr<Pull>> pulls_;
   std::vector<std::size_t> order_;    // the sources as they were given at the close
   std::vector<std::size_t> counted_;  // those of them that count
-  std::unique_ptr<Reducer> reducer_;  // of those
-  std::vector<Body> inputs_;
+  std::vector<Part> parts_;           // the next chunk, and those after it that are reduced with it
+  std::unique_ptr<Workers> workers_;
   bool one_by_one_ = false;  // the next chunk is to be folded
   std::vector<std::uint32_t> checksums_;
-  std::vector<std::uint8_t> reduced_chunk_;  // hot in the cache when it is written out
-  std::vector<std::uint8_t> flat_chunk_;     // the last that was decoded to be spilled
-  std::uint64_t next_ = 0;                   // next position to reduce
-  std::uint64_t end_ = 0;                    // where all is done
-  std::uint64_t released_ = 0;               // positions up to which pages were given back
+  std::vector<std::uint8_t> flat_chunk_;  // the last that was decoded to be spilled
+  std::uint64_t next_ = 0;                // next position to reduce
+  std::uint64_t end_ = 0;                 // where all is done
+  std::uint64_t released_ = 0;            // positions up to which pages were given back
   // Spilled chunks that were reduced: kept for a turn without a source, recycled for want of room.
   std::deque<std::pair<std::size_t, std::uint64_t>> used_;
   bool no_room_ = false;
-  bool work_left_ = false;  // stopped by kMaxAtOnce, or a source was dropped
+  bool work_left_ = false;  // stopped by kMaxAtOnce, a source was dropped, or more is awaited
   std::size_t turn_ = 0;    // whose request comes next
   State state_ = State::kActive;
   std::vector<CollectorEvent> events_;

@@ -8,8 +8,9 @@
 #include "error.hpp"
 
 namespace fedcore {
-// Points at the next chunk of every source that has it in memory; false while one is missing.
-bool Collector::gather() {
+// Points at the next chunk of every source that has it in memory or its slot; false while one is
+// missing.
+bool Collector::gather(Part& part) {
   bool from_spill = false;
   for (const std::size_t k : counted_) {
     const Pull& pull = *pulls_[k];
@@ -22,17 +23,46 @@ bool Collector::gather() {
   if (one_by_one_) {
     return true;
   }
-  const std::uint64_t size = layout_->chunk_range(chunk_of(next_)).nbytes;
+  part.index = chunk_of(next_);
+  const std::uint64_t size = layout_->chunk_range(part.index).nbytes;
   for (std::size_t j = 0; j < counted_.size(); ++j) {
     const Pull& pull = *pulls_[counted_[j]];
     const auto held = pull.held.find(next_);
-    inputs_[j] = held != pull.held.end() ? held->second.body()
-                                         : Body{spilled_chunk(counted_[j], size), size};
-    if (inputs_[j].data == nullptr) {
+    part.inputs[j] = held != pull.held.end() ? held->second.body()
+                                             : Body{spilled_chunk(counted_[j], size), size};
+    if (part.inputs[j].data == nullptr) {
       return false;
     }
   }
   return true;
+}
+
+bool Collector::all_held(std::uint64_t position) const noexcept {
+  return position < end_ && std::all_of(
+                                counted_.begin(), counted_.end(),
+                                [&](std::size_t k) {
+                                  return !pulls_[k]->failed && pulls_[k]->held.contains(position);
+                                });
+}
+
+// Whether to reduce now: more than one chunk at a time is worth waiting for until tick().
+bool Collector::enough_held() const noexcept {
+  return parts_.size() == 1 || group_ > 0 || open_ || all_held(next_ + parts_.size() - 1);
+}
+
+// Points at the chunks after the next one that are in memory, too, as many as there are threads;
+// returns how many there are with that one.
+unsigned Collector::gather_more() {
+  unsigned count = 1;
+  while (count < parts_.size() && all_held(next_ + count)) {
+    Part& part = parts_[count];
+    part.index = chunk_of(next_ + count);
+    for (std::size_t j = 0; j < counted_.size(); ++j) {
+      part.inputs[j] = pulls_[counted_[j]]->held.at(next_ + count).body();
+    }
+    ++count;
+  }
+  return count;
 }
 
 // The next chunk of a source, from its slot; null if the slot does not hold it any more. It is
@@ -56,22 +86,38 @@ void Collector::reduce_ready() {
   if (open_) {
     return;
   }
-  for (int reduced = 0; state_ == State::kActive && next_ < end_; ++reduced) {
-    if (reduced == kMaxAtOnce) {
+  int reduced = 0;
+  while (state_ == State::kActive && next_ < end_) {
+    if (reduced >= kMaxAtOnce) {
       work_left_ = true;
       return;
     }
-    const bool done = group_ > 0 ? fold_next()
-                                 : gather() && (one_by_one_ ? fold_all(chunk_of(next_))
-                                                            : reduce_one(chunk_of(next_)));
-    if (!done) {
+    const std::uint64_t before = next_;
+    if (!reduce_some()) {
       return;
     }
-    advance();
+    reduced += static_cast<int>(next_ - before);
   }
   if (state_ == State::kActive) {
     finish();
   }
+}
+
+// Reduces the next chunk, and with it those after it that are there; false if it can't yet.
+bool Collector::reduce_some() {
+  if (group_ == 0) {
+    if (!gather(parts_[0])) {
+      return false;
+    }
+    if (!one_by_one_) {
+      return reduce_parts(gather_more());
+    }
+  }
+  if (!(group_ > 0 ? fold_next() : fold_all(chunk_of(next_)))) {
+    return false;
+  }
+  advance();
+  return true;
 }
 
 void Collector::finish() {
@@ -80,21 +126,40 @@ void Collector::finish() {
   events_.push_back({CollectorEvent::Kind::kDone, 0, "", ""});
 }
 
-bool Collector::reduce_one(std::uint64_t index) {
-  const Range range = layout_->chunk_range(index);
-  const std::uint8_t* result = inputs_[0].data;
-  if (!pass_on_) {
-    const std::uint8_t* base =
-        base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
-    const auto bad = reducer_->reduce(*layout_, range, inputs_.data(), base, reduced_chunk_.data());
-    if (bad) {
-      reject_value(*bad);
+void Collector::reduce(Part& part) const {
+  const Range range = layout_->chunk_range(part.index);
+  const std::uint8_t* base =
+      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+  part.bad = part.reducer->reduce(*layout_, range, part.inputs.data(), base, part.out.data());
+  if (!part.bad) {
+    part.crc = crc32c(part.out.data(), range.nbytes);
+  }
+}
+
+// Reduces the first `count` parts, at the same time, and writes them one after the other; false if
+// one can't be.
+bool Collector::reduce_parts(unsigned count) {
+  if (pass_on_) {
+    if (!write(parts_[0].index, parts_[0].inputs[0].data)) {
       return false;
     }
-    result = reduced_chunk_.data();
-    checksums_[index] = crc32c(result, range.nbytes);
+    advance();
+    return true;
   }
-  return write(index, result);
+  workers_->run(count, [this](unsigned i) { reduce(parts_[i]); });
+  for (unsigned i = 0; i < count; ++i) {
+    const Part& part = parts_[i];
+    if (part.bad) {
+      reject_value(*part.bad);
+      return false;
+    }
+    checksums_[part.index] = part.crc;
+    if (!write(part.index, part.out.data())) {
+      return false;
+    }
+    advance();
+  }
+  return true;
 }
 
 void Collector::reject_value(const BadValue& bad) {
@@ -133,7 +198,7 @@ bool Collector::fold_all(std::uint64_t index) {
     if (chunk.data == nullptr) {
       return false;
     }
-    const auto bad = reducer_->fold(*layout_, range, j, chunk, base, reduced_chunk_.data());
+    const auto bad = parts_[0].reducer->fold(*layout_, range, j, chunk, base, parts_[0].out.data());
     if (!here) {
       options_.spill->drop_pages(pull.spilled[index] - 1);
     }
@@ -142,9 +207,9 @@ bool Collector::fold_all(std::uint64_t index) {
       return false;
     }
   }
-  reducer_->finish(*layout_, range, reduced_chunk_.data());
-  checksums_[index] = crc32c(reduced_chunk_.data(), range.nbytes);
-  return write(index, reduced_chunk_.data());
+  parts_[0].reducer->finish(*layout_, range, parts_[0].out.data());
+  checksums_[index] = crc32c(parts_[0].out.data(), range.nbytes);
+  return write(index, parts_[0].out.data());
 }
 
 // Adds what is there of the next chunk to its sums, in the order of the sources; true once it is
@@ -160,8 +225,8 @@ bool Collector::fold_next() {
     if (held == pull.held.end()) {
       return false;
     }
-    const auto bad =
-        reducer_->fold(*layout_, range, folded_, held->second.body(), base, reduced_chunk_.data());
+    const auto bad = parts_[0].reducer->fold(*layout_, range, folded_, held->second.body(), base,
+                                             parts_[0].out.data());
     if (bad) {
       reject_value(*bad);
       return false;
@@ -169,9 +234,9 @@ bool Collector::fold_next() {
     pull.held.erase(held);
     pull.folded = true;
   }
-  reducer_->finish(*layout_, range, reduced_chunk_.data());
-  checksums_[index] = crc32c(reduced_chunk_.data(), range.nbytes);
-  return write(index, reduced_chunk_.data());
+  parts_[0].reducer->finish(*layout_, range, parts_[0].out.data());
+  checksums_[index] = crc32c(parts_[0].out.data(), range.nbytes);
+  return write(index, parts_[0].out.data());
 }
 
 // Begins the next chunk again: its sums hold a source that counts no longer. What is on its way

@@ -124,6 +124,7 @@ class Collector:
         spill_after_ms: int = 250,
         codec: Codec | None = None,
         progress: Progress | None = None,
+        threads: int = 1,
     ) -> None: ...
     @staticmethod
     def open(
@@ -135,6 +136,7 @@ class Collector:
         spill: Spill | None = None,
         spill_after_ms: int = 250,
         codec: Codec | None = None,
+        threads: int = 1,
     ) -> Collector: ...
     @property
     def id(self) -> int: ...

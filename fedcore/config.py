@@ -7,6 +7,7 @@ Relative paths in a run file are relative to the file.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 import types
@@ -192,7 +193,7 @@ class SelectionSection(_Section):
 
 class ServerSection(_Section):
     """``[server]``: where to listen, the server's keys or plain text instead, the memory budget for chunks, the
-    spill file beyond it, and how many models are kept."""
+    spill file beyond it, the threads that reduce, and how many models are kept."""
 
     listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:(\d{1,5}|\*)$")] = "tcp://127.0.0.1:7733"
     keys: str | None = None
@@ -201,6 +202,7 @@ class ServerSection(_Section):
     memory: Size = 256 << 20
     spill: bool = True
     spill_dir: str | None = None
+    threads: Annotated[int, Field(ge=1, le=64)] | None = None
     keep_versions: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
@@ -281,6 +283,11 @@ class RunConfig(_Section):
         """Where the spill file goes: ``[server] spill_dir``, or the run folder."""
         named = self.server.spill_dir
         return self.run_folder if named is None else self.folder / named
+
+    @property
+    def reducer_threads(self) -> int:
+        """Chunks that the server reduces at the same time: ``[server] threads``, or half its cores, at most 4."""
+        return self.server.threads or max(1, min(4, (os.cpu_count() or 1) // 2))
 
     @property
     def keys_folder(self) -> Path | None:

@@ -67,6 +67,7 @@ class Setting:
             decoded onto; None for the initial one.
         codec: what encoded chunks are decoded with, as they come; None: all must be raw.
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
+        threads: how many chunks are reduced at the same time.
     """
 
     exchange: Exchange
@@ -76,6 +77,7 @@ class Setting:
     base: ModelFile | None = None
     codec: Codec | None = None
     spill: Spill | None = None
+    threads: int = 1
 
     @property
     def place(self) -> tuple[MappedFile, int] | None:
@@ -105,6 +107,7 @@ class Aggregation:
             write_behind=True,
             spill=setting.spill,
             codec=setting.codec,
+            threads=setting.threads,
         )
         self._exchange.start(self.collector)
 
@@ -132,6 +135,7 @@ class Aggregation:
             spill=setting.spill,
             codec=setting.codec,
             progress=progress,
+            threads=setting.threads,
         )
         reduced, total, here = made.collector.progress()
         if any(here):

@@ -661,6 +661,7 @@ class Server:
             codec=update_codec(self.config.transfer, layout, initial=base is None),
             memory=self._budget.chunks,
             spill=self._spill,
+            threads=self.config.reducer_threads,
         )
 
     def _commit(self, action: Commit) -> None:

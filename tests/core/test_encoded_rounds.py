@@ -54,12 +54,13 @@ def run_to_end(
                 if reply[2] is None:
                     continue  # it answers a ping
                 waiting.append((peer, reply[1], bytes(reply[2])))
+        server.tick(0)
         if not waiting:
             break
         server.deliver(0, *waiting.pop(dice.randrange(len(waiting))))
 
 
-def reduce_encoded(scheme: str, budget: int, seed: int) -> tuple[bytes, int]:
+def reduce_encoded(scheme: str, budget: int, seed: int, threads: int = 1) -> tuple[bytes, int]:
     """Reduce three encoded updates that arrive in a random order; the bytes, and how many travelled."""
     sites, sent = {}, 0
     for number in (1, 2, 3):
@@ -71,7 +72,9 @@ def reduce_encoded(scheme: str, budget: int, seed: int) -> tuple[bytes, int]:
     out = MappedFile.anonymous(LAYOUT.total_bytes)
     sources = [(peer, peer * 16, w) for peer, w in zip(sites, WEIGHTS, strict=True)]
     codec = Codec(LAYOUT, scheme)
-    collector = Collector(LAYOUT, sources, out, 0, (mapped(BASE), 0), budget, codec=codec)
+    collector = Collector(
+        LAYOUT, sources, out, 0, (mapped(BASE), 0), budget, codec=codec, threads=threads
+    )
     run_to_end(Exchange(), sites, collector, seed)
     assert collector.done
     assert collector.bytes_received == sent
@@ -82,7 +85,11 @@ def reduce_encoded(scheme: str, budget: int, seed: int) -> tuple[bytes, int]:
 def test_the_aggregate_is_the_mean_of_base_and_decoded_difference_in_any_order(
     scheme: str,
 ) -> None:
-    results = {reduce_encoded(scheme, budget, seed) for seed in range(3) for budget in (1, 1 << 20)}
+    results = {
+        reduce_encoded(scheme, budget, seed, threads)
+        for seed in range(3)
+        for budget, threads in ((1, 1), (1 << 20, 1), (1 << 20, 4))
+    }
     assert len(results) == 1
     data, sent = results.pop()
     assert sent < 3 * LAYOUT.total_bytes

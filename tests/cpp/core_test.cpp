@@ -79,7 +79,7 @@ struct World {
     }
     collector = std::make_shared<Collector>(
         layout, std::vector<Source>{{"north", set_id(1), 1}, {"south", set_id(2), 3}},
-        Place{out, 0}, Place{}, CollectorOptions{64 << 10, 2000, true});
+        Place{out, 0}, Place{}, CollectorOptions{.budget_bytes = 64 << 10, .threads = 3});
     server.start(collector);
   }
 
@@ -153,6 +153,7 @@ void threads_may_use_one_exchange_at_the_same_time() {
   std::thread north(site, std::ref(world.north), "north"),
       south(site, std::ref(world.south), "south");
   while (!world.collector->done()) {
+    world.server.tick(0);
     while (auto frame = world.server.next_out(0)) {
       Frame none;
       Exchange& target = frame->peer == "north" ? world.north : world.south;

@@ -48,7 +48,9 @@ def test_a_hundred_orders_of_arrival_give_one_hash(level: str) -> None:
         dice = random.Random(seed)
         budget = dice.choice([1, 3 * CHUNK * len(SITES), 1 << 30])
         sites = [Site(name, weight, UPDATES[name]) for name, weight in SITES.items()]
-        world = World(LAYOUT, sites, dice, budget, BASE, ahead=seed % 2 == 0)
+        world = World(
+            LAYOUT, sites, dice, budget, BASE, ahead=seed % 2 == 0, threads=1 + seed // 2 % 4
+        )
         world.run()
         assert world.result is not None
         hashes.add(hashlib.sha256(world.result).hexdigest())

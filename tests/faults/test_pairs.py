@@ -47,7 +47,10 @@ def play(faults: tuple[Fault, Fault], seed: int) -> None:
         budget = dice.choice([1, 2]) * CHUNK * len(sites)
         dice.choice(sites).interferences.append(held_back)
     ahead = dice.random() < 0.5
-    world = World(layout, sites, dice, budget, base, spilling=spilling, ahead=ahead)
+    threads = dice.choice([1, 3])
+    world = World(
+        layout, sites, dice, budget, base, spilling=spilling, ahead=ahead, threads=threads
+    )
     world.run()
     assert world.rejections.keys() == codes.keys()
     for name, (code, message) in world.rejections.items():

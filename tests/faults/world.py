@@ -128,6 +128,7 @@ class World:
         stalls: how often the server asked silent sites again.
         asked: chunk indices that were asked for, by set id.
         spill: where chunks wait of sites that are ahead, if they may.
+        threads: how many chunks the server reduces at the same time.
         ahead: whether sites are added to an open collection one by one, which is closed some time later.
         disk_full: from now on no file may grow beyond what a model and one extent of the spill file take.
     """
@@ -142,7 +143,9 @@ class World:
         *,
         spilling: bool = False,
         ahead: bool = False,
+        threads: int = 1,
     ) -> None:
+        self.threads = threads
         self.ahead = ahead
         self.layout = layout
         self.dice = dice
@@ -193,7 +196,12 @@ class World:
         self.added, self.is_open = [], True
         base = None if self._base is None else (self._base.file, self._base.data_offset)
         self.collector = Collector.open(
-            self.layout, len(self.collecting), base, self.budget, spill=self.spill
+            self.layout,
+            len(self.collecting),
+            base,
+            self.budget,
+            spill=self.spill,
+            threads=self.threads,
         )
         self.server.start(self.collector)
 
@@ -265,6 +273,7 @@ class World:
                 self.budget,
                 spill=self.spill,
                 progress=progress,
+                threads=self.threads,
             )
         except WeightError as error:
             refused = next(s for s in self.collecting if f"weight {s.weight}:" in str(error))
@@ -401,7 +410,11 @@ class World:
 
     def _wait(self) -> None:
         """Nothing can arrive now: go to the next frame's time or the next timer."""
+        collecting = self.collector
         left = self.server.tick(self.now)
+        self._events()
+        if self.result is not None or self.collector is not collecting or self._send():
+            return  # it reduced what was there
         times = [frame.due for frame in self._to_server]
         if left >= 0:
             times.append(self.now + max(1, left))

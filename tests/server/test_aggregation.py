@@ -57,12 +57,25 @@ class Sites:
                     self.server.deliver(now, peer, reply[1], bytes(reply[2]))
                     chunks -= 1
 
+    def carry_on(self, begin: int, end: int) -> None:
+        """Carry all there is, every 100 ms from one time to another."""
+        for now in range(begin, end, 100):
+            self.carry(1000, now)
+
 
 def setting(
     sites: Sites, folder: Path, memory: int = 8 * CHUNK, spill: Spill | None = None
 ) -> Setting:
     scratch = Scratch(folder / "m", folder / "record", {}, {})
     return Setting(sites.server, LAYOUT, scratch, memory, spill=spill)
+
+
+def result(running: Aggregation, folder: Path) -> set[float]:
+    """End a collection; return the values in its file."""
+    running.finish()
+    values = load_file(folder / "m")["w"]
+    assert values.shape == (20_000,)
+    return set(values.tolist())
 
 
 def test_a_participant_that_comes_back_as_another_process_goes_on_with_the_chunks_it_has_left(
@@ -77,8 +90,7 @@ def test_a_participant_that_comes_back_as_another_process_goes_on_with_the_chunk
     assert running.collector.done
     assert {peer for peer, _ in sites.asked} == {b"a", b"b", b"b, started again"}
     assert max(Counter((p[:1], i) for p, i in sites.asked.elements()).values()) == 1
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert result(running, tmp_path) == {1.5}
 
 
 def test_a_silent_participant_that_was_lost_and_comes_back_has_its_silence_begun_anew(
@@ -127,8 +139,7 @@ def test_only_participants_that_it_has_and_were_not_rejected_can_go_on(tmp_path:
     assert running.narrow((a,), peers)
     assert not running.narrow((b,), peers)
     sites.carry(1000)
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.0] * 20_000
+    assert result(running, tmp_path) == {1.0}
 
 
 PEERS = {"a": b"a", "b": b"b"}
@@ -143,20 +154,17 @@ def test_an_update_is_pulled_ahead_and_each_chunk_of_it_asked_for_once(
     running = Aggregation(setting(sites, tmp_path, spill=spill), expected=2)
     a, b = PARTICIPANTS
     running.offer(b, b"b")
-    for now in range(0, 30_000, 100):
-        sites.carry(1000, now)
+    sites.carry_on(0, 30_000)
     here = running.collector.progress()[2]
     assert here == [LAYOUT.chunk_count if spilling else 4]  # its half of the memory
     assert not running.collector.done
     assert not (tmp_path / "m").exists()
     running.close((a, b), PEERS)
-    for now in range(30_000, 60_000, 100):
-        sites.carry(1000, now)
+    sites.carry_on(30_000, 60_000)
     assert running.collector.done
     assert set(sites.asked.values()) == {1}
     assert len(sites.asked) == 2 * LAYOUT.chunk_count
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert result(running, tmp_path) == {1.5}
 
 
 def test_what_was_pulled_ahead_of_a_site_that_does_not_count_leaves_no_trace(
@@ -167,16 +175,13 @@ def test_what_was_pulled_ahead_of_a_site_that_does_not_count_leaves_no_trace(
     running = Aggregation(setting(sites, tmp_path, spill=spill), expected=2)
     a, b = PARTICIPANTS
     running.offer(b, b"b")
-    for now in range(0, 30_000, 100):
-        sites.carry(1000, now)
+    sites.carry_on(0, 30_000)
     assert spill.used > 0
     running.close((a,), PEERS)
     assert spill.used == 0
     assert running.source(0) == a
-    for now in range(30_000, 60_000, 100):
-        sites.carry(1000, now)
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.0] * 20_000
+    sites.carry_on(30_000, 60_000)
+    assert result(running, tmp_path) == {1.0}
 
 
 def test_a_process_that_takes_the_place_of_one_that_was_pulled_ahead_counts_instead(
@@ -193,8 +198,7 @@ def test_a_process_that_takes_the_place_of_one_that_was_pulled_ahead_counts_inst
     running.close((a, b), PEERS)
     assert [running.source(n) for n in range(2)] == [a, b]
     sites.carry(1000, 5000)
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert result(running, tmp_path) == {1.5}
 
 
 def test_of_a_site_that_makes_new_updates_without_end_few_are_pulled_and_the_last_one_counts(
@@ -212,8 +216,7 @@ def test_of_a_site_that_makes_new_updates_without_end_few_are_pulled_and_the_las
     running.close(PARTICIPANTS, peers)
     sites.carry(1000)
     assert running.collector.done
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert result(running, tmp_path) == {1.5}
 
 
 def test_a_site_that_comes_back_while_it_is_pulled_ahead_is_asked_under_its_new_address(
@@ -228,8 +231,7 @@ def test_a_site_that_comes_back_while_it_is_pulled_ahead_is_asked_under_its_new_
     running.offer(b, b"b, again")
     running.close((a, b), {"a": b"a", "b": b"b, again"})
     sites.carry(1000)
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert result(running, tmp_path) == {1.5}
     assert {peer for peer, _ in sites.asked} == {b"a", b"b", b"b, again"}
 
 
@@ -244,8 +246,7 @@ def test_an_update_that_failed_while_its_site_was_gone_is_pulled_again_once_it_i
     running.lost("b")
     as_it_was = sites.exchanges[b"b"]
     sites.exchanges[b"b"] = Exchange()  # which says that it has no such set
-    for now in range(0, 10_000, 100):
-        sites.carry(1000, now)
+    sites.carry_on(0, 10_000)
     (rejected,) = (e for e in iter(sites.server.next_event, None) if e[0] == "rejected")
     assert running.source(rejected[2]) == b
     running.reject(b)
@@ -253,10 +254,8 @@ def test_an_update_that_failed_while_its_site_was_gone_is_pulled_again_once_it_i
     for _ in range(2):
         assert running.offer(b, b"b")
     assert running.close((a, b), PEERS)
-    for now in range(10_000, 40_000, 100):
-        sites.carry(1000, now)
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    sites.carry_on(10_000, 40_000)
+    assert result(running, tmp_path) == {1.5}
 
 
 def test_a_site_that_offers_one_update_after_another_takes_one_place_and_the_last_counts(
@@ -272,10 +271,8 @@ def test_a_site_that_offers_one_update_after_another_takes_one_place_and_the_las
     assert running.offer(b, b"b, elsewhere")
     assert len(running.collector.progress()[2]) == 1
     assert running.close((a, b), {"a": b"a", "b": b"b, elsewhere"})
-    for now in range(0, 10_000, 100):
-        sites.carry(1000, now)
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    sites.carry_on(0, 10_000)
+    assert result(running, tmp_path) == {1.5}
     assert {peer for peer, _ in sites.asked} == {b"a", b"b, elsewhere"}
 
 
@@ -285,8 +282,7 @@ def test_sites_that_are_gone_make_room_for_those_that_take_their_places(tmp_path
     a, b = PARTICIPANTS
     for number in range(10):
         running.offer(Participant(f"{number}", b.set_id, 1), b"b%d" % number)
-        for now in range(0, 3000, 100):
-            sites.carry(1000, now)
+        sites.carry_on(0, 3000)
         assert sum(running.collector.progress()[2]) <= budget
         if number:
             running.lost(f"{number}")
@@ -312,8 +308,7 @@ def test_of_all_that_is_here_a_few_chunks_are_reduced_at_a_time(tmp_path: Path) 
         assert sites.server.tick(0) == (-1 if running.collector.done else 0)
         at_once.append(running.collector.progress()[0] - before)
     assert at_once == [16, 4]
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert result(running, tmp_path) == {1.5}
 
 
 def test_what_a_killed_server_had_pulled_ahead_is_not_asked_for_again(tmp_path: Path) -> None:
@@ -323,8 +318,7 @@ def test_what_a_killed_server_had_pulled_ahead_is_not_asked_for_again(tmp_path: 
     )
     a, b = PARTICIPANTS
     first.offer(b, b"b")
-    for now in range(0, 30_000, 100):
-        sites.carry(1000, now)
+    sites.carry_on(0, 30_000)
     for name in ("spill", "spill-index"):  # what the disk holds when the process is killed
         shutil.copy(tmp_path / name, tmp_path / f"left-{name}")
     sites.server = Exchange()
@@ -332,15 +326,12 @@ def test_what_a_killed_server_had_pulled_ahead_is_not_asked_for_again(tmp_path: 
         setting(sites, tmp_path, spill=Spill(str(tmp_path / "left-spill"), CHUNK)), expected=2
     )
     again.offer(b, b"b")
-    for now in range(30_000, 60_000, 100):
-        sites.carry(1000, now)
+    sites.carry_on(30_000, 60_000)
     again.close((a, b), PEERS)
-    for now in range(60_000, 90_000, 100):
-        sites.carry(1000, now)
+    sites.carry_on(60_000, 90_000)
     twice = sum(count - 1 for count in sites.asked.values())
     assert twice <= 4  # what was in memory: its window
-    again.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    assert result(again, tmp_path) == {1.5}
 
 
 def test_nothing_is_pulled_ahead_where_memory_does_not_hold_a_chunk_of_each_site(
@@ -349,14 +340,11 @@ def test_nothing_is_pulled_ahead_where_memory_does_not_hold_a_chunk_of_each_site
     sites = Sites()
     running = Aggregation(setting(sites, tmp_path, memory=3 * CHUNK), expected=4)
     running.offer(PARTICIPANTS[1], b"b")
-    for now in range(0, 30_000, 100):
-        sites.carry(1000, now)
+    sites.carry_on(0, 30_000)
     assert not sites.asked
     running.close(PARTICIPANTS, PEERS)
-    for now in range(30_000, 60_000, 100):
-        sites.carry(1000, now)
-    running.finish()
-    assert load_file(tmp_path / "m")["w"].tolist() == [1.5] * 20_000
+    sites.carry_on(30_000, 60_000)
+    assert result(running, tmp_path) == {1.5}
 
 
 @pytest.mark.parametrize("spill", [True, False])
@@ -404,8 +392,8 @@ def test_an_update_is_pulled_while_another_site_trains(tmp_path: Path, spill: bo
 
         return part
 
-    result, _ = run(server, site("a", 1), site("b", 2))
-    assert result.ok
+    ended, _ = run(server, site("a", 1), site("b", 2))
+    assert ended.ok
     assert len(here) == 2
     if spill:
         assert here == [chunks, chunks]
@@ -443,8 +431,8 @@ def test_an_update_with_nan_in_its_middle_leaves_the_mean_of_the_others(
 
         return part
 
-    result, _ = run(server, site("a", 1), site("b", 2), site("c", 3))
-    assert result.ok
+    ended, _ = run(server, site("a", 1), site("b", 2), site("c", 3))
+    assert ended.ok
     model = load_file(tmp_path / "runs/t/final/model.safetensors")
     assert set(model["w"].tolist()) == {1.5}
     assert list((tmp_path / "runs/t").glob(".*.spill")) == []
