@@ -146,6 +146,10 @@ void Collector::begin(const std::vector<std::size_t>& order, Place out,
   pass_on_ = !options_.check_finite && order_.size() == 1 && !differences();
   use_sources();
   divide_budget();
+  if (group_ > 0 && parts_.size() > 1) {  // where sources are folded, one chunk at a time is
+    parts_.resize(1);
+    divide_budget();
+  }
   for (Part& part : parts_) {
     part.out.resize(
         static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));

@@ -56,14 +56,11 @@ def test_the_peaks_of_2_to_256_sites_lie_within_5_percent() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_thousand_idle_connections_take_little_memory_and_no_time_of_a_round() -> None:
-    calm = min(
-        (measure(Load(256 * MIB, 2, 64 * MIB, laggard=False)) for _ in range(3)),
-        key=lambda row: row["cpu_s"],
-    )
-    crowded = min(
-        (measure(Load(256 * MIB, 2, 64 * MIB, laggard=False, strangers=1000)) for _ in range(3)),
-        key=lambda row: row["cpu_s"],
-    )
+    calm_rows, crowded_rows = [], []
+    for _ in range(5):  # in turns, so that what else runs on the machine falls on both
+        calm_rows.append(measure(Load(256 * MIB, 2, 64 * MIB, laggard=False)))
+        crowded_rows.append(measure(Load(256 * MIB, 2, 64 * MIB, laggard=False, strangers=1000)))
+    calm, crowded = (min(rows, key=lambda row: row["cpu_s"]) for rows in (calm_rows, crowded_rows))
     print(calm, crowded)
     grown = crowded["connected_rss_bytes"] - crowded["idle_rss_bytes"]
     assert grown <= 1000 * SITE_BYTES
