@@ -300,6 +300,7 @@ void bind_layout(py::module_& m) {
       .def_property_readonly("total_bytes", &Layout::total_bytes)
       .def_property_readonly("chunk_bytes", &Layout::chunk_bytes)
       .def_property_readonly("chunk_count", &Layout::chunk_count)
+      .def_property_readonly("tensor_count", [](const Layout& l) { return l.tensors().size(); })
       .def_property_readonly("tensors", &layout_tensors,
                              "(name, dtype, shape, offset, nbytes) in canonical order.")
       .def(

@@ -405,7 +405,7 @@ class Server:
             if difference is not None:
                 self._put_out(peer, site, "layout", f"the model's tensors differ: {difference}")
                 return
-            hash_ = layout_hash(model.layout)
+            hash_ = self._versions.layout_hash
         else:
             try:
                 layout = declared_layout(declare)
@@ -585,7 +585,7 @@ class Server:
                 update={
                     "included": self._versions.included.get(action.site),
                     "set_id": self._set_id_for(action.site).hex(),
-                    "layout_hash": layout_hash(layout),
+                    "layout_hash": self._versions.layout_hash,
                     "tensors": table(layout),
                 }
             )

@@ -55,6 +55,7 @@ class Versions:
         self._store = store
         self._exchange = exchange
         self._checksums: list[int] = []
+        self._hashed: tuple[Layout | None, str] = (None, "")
         self._superseded: ModelFile | None = None
         # A model that is to be removed is hashed before: what waits takes disk space.
         behind = 8 if config.server.keep_versions is None else 2
@@ -180,19 +181,29 @@ class Versions:
     def expected_hash(self, declare: protocol.Declare | None) -> str | None:
         """Return the hash of the layout that a site's update must have; None for a site that declared nothing."""
         if self.model is not None:
-            return layout_hash(self.model.layout)
+            return self.layout_hash
         return None if declare is None else layout_hash(declared_layout(declare))
+
+    @property
+    def layout_hash(self) -> str:
+        """The hash of the model's layout. A layout of many tensors is hashed once, and not with every message."""
+        assert self.model is not None
+        layout, found = self._hashed
+        if layout is not self.model.layout:
+            found = layout_hash(self.model.layout)
+            self._hashed = self.model.layout, found
+        return found
 
     @property
     def table_bytes(self) -> int:
         """About how large a message is that names the model's tensors."""
-        return 0 if self.model is None else 128 * len(self.model.layout.tensors)
+        return 0 if self.model is None else 128 * self.model.layout.tensor_count
 
     def most_tensors(self) -> int:
         """Return how many tensors a site may declare: where there is a model, few more than it has."""
         if self.model is None:
             return protocol.MAX_TENSORS
-        return max(10_000, 2 * len(self.model.layout.tensors))
+        return max(10_000, 2 * self.model.layout.tensor_count)
 
     @property
     def checksum(self) -> str:
