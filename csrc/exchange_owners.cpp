@@ -61,7 +61,7 @@ bool Exchange::is_within_rate(std::string_view peer, std::int64_t now_ms) {
   // Told again only when it was calm in between: else each frame that its rate allows would be a
   // flood.
   owner.flooded = owner.flooded && (owner.waiting > 0 || owner.frames < kFrameBurst / 2 ||
-                                    owner.unasked > static_cast<double>(limits_.unasked / 2));
+                                    owner.unasked > static_cast<double>(limits_.unasked) / 2);
   return true;
 }
 
