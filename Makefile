@@ -46,8 +46,10 @@ format: $(VENV)/.tools ## Put the style right
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-types: $(VENV)/.test $(VENV)/.tools ## Check the types of the installed package
-	mkdir -p build && cd build && ../$(BIN)/mypy --config-file ../pyproject.toml -p fedcore
+# In a folder where benchmarks lies but not fedcore, which must be found where it is installed.
+types: $(VENV)/.test $(VENV)/.tools ## Check the types of the installed package and of the benchmarks
+	mkdir -p build/types && ln -sfn ../../benchmarks build/types/benchmarks
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 native: $(VENV)/.tools ## Run the native tests under address, undefined-behaviour and thread sanitizers
 	for sanitizer in address,undefined thread; do \

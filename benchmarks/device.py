@@ -29,7 +29,7 @@ def _expected(work: Work, scheme: str, updates: list[Chunks]) -> Flat:
     for chunks, flat in zip(updates, flats, strict=True):
         work.decode(codec, chunks, flat)
     mean = np.empty_like(work.base)
-    _core.mean(work.dtype, flats, list(range(1, len(flats) + 1)), mean)
+    _core.mean(work.dtype, [f.data for f in flats], list(range(1, len(flats) + 1)), mean.data)
     return mean
 
 
@@ -77,9 +77,10 @@ def measure(work: Work, scheme: str, inputs: int, device: str, repeats: int) -> 
         use_device("cpu")
     size = inputs * len(work.base)
     row: dict[str, Any] = {"tensors": work.name, "update": scheme, "inputs": inputs}
-    for place, taken in samples.items():
-        row[f"{place}_gb_s"] = size / statistics.median(clock for clock, _ in taken) / 1e9
-        row[f"{place}_processor_s_per_gb"] = statistics.median(p for _, p in taken) / size * 1e9
+    for place, all_taken in samples.items():
+        clock, processor = (statistics.median(kind) for kind in zip(*all_taken, strict=True))
+        row[f"{place}_gb_s"] = size / clock / 1e9
+        row[f"{place}_processor_s_per_gb"] = processor / size * 1e9
     row["bytes_each"] = len(work.base)
     row["device_over_cpu"] = row["device_gb_s"] / row["cpu_gb_s"]
     return row

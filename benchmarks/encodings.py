@@ -98,17 +98,19 @@ class Work:
     def encode(self, codec: Codec, local: Flat | None = None) -> Chunks:
         """Return every chunk's encoding and body, of ``local`` or of what one site has."""
         values = self.local if local is None else local
-        return [codec.encode(i, values[p], self.base[p]) for i, p in enumerate(self.parts)]
+        return [
+            codec.encode(i, values[p].data, self.base[p].data) for i, p in enumerate(self.parts)
+        ]
 
     def encode_only(self, codec: Codec) -> None:
         """Encode every chunk and let go of it, as one that is written to a file."""
         for index, part in enumerate(self.parts):
-            codec.encode(index, self.local[part], self.base[part])
+            codec.encode(index, self.local[part].data, self.base[part].data)
 
     def decode(self, codec: Codec, chunks: Chunks, out: Flat) -> None:
         """Write what the chunks stand for."""
         for index, (part, (encoding, body)) in enumerate(zip(self.parts, chunks, strict=True)):
-            codec.decode(index, encoding, body, out[part], self.base[part])
+            codec.decode(index, encoding, body, out[part].data, self.base[part].data)
 
 
 def validate(work: Work, scheme: str, chunks: Chunks, out: Flat) -> None:
@@ -137,8 +139,9 @@ def validate(work: Work, scheme: str, chunks: Chunks, out: Flat) -> None:
         raise ArithmeticError(f"{scheme}: {work.name} are not what was encoded")
     codec = Codec(work.layout, scheme, True, TOP_K)
     encoding, body = chunks[0]
+    first = work.parts[0]
     try:
-        codec.decode(0, encoding, body[:-1], out[work.parts[0]].copy(), work.base[work.parts[0]])
+        codec.decode(0, encoding, body[:-1], out[first].copy().data, work.base[first].data)
     except ProtocolError:
         return
     raise ArithmeticError(f"{scheme}: a chunk without its last byte was decoded")

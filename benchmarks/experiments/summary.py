@@ -39,7 +39,7 @@ def _last(result: Any, name: str) -> float:
 
 def _best_alone(result: Any) -> str:
     """Return the site whose own model is the best on the test rows, chosen after the fact."""
-    sites = [name for name in result["curves"] if name != "federated"]
+    sites: list[str] = [name for name in result["curves"] if name != "federated"]
     return max(sites, key=lambda name: _last(result, name))
 
 
