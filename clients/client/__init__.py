@@ -19,6 +19,8 @@ Importing this module loads neither torch nor NumPy.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final, NoReturn
+
 from .plain import (
     answer,
     init,
@@ -53,3 +55,15 @@ __all__ = [
     "system_info",
     "task",
 ]
+
+_NO_PATCH: Final = (
+    "fedcore.client has no patch(): a Lightning Trainer is patched by `import fedcore.client.lightning as fl`, a "
+    "transformers.Trainer by `import fedcore.client.hf as fl`; a loop of your own calls fl.receive() and fl.send()"
+)
+
+if not TYPE_CHECKING:  # a type checker is to know which names there are
+
+    def __getattr__(name: str) -> NoReturn:
+        raise AttributeError(
+            _NO_PATCH if name == "patch" else f"module {__name__!r} has no attribute {name!r}"
+        )

@@ -126,3 +126,15 @@ def test_a_truth_value_is_no_weight(weight: Any, run: Future[RunResult]) -> None
     assert fl.is_running()
     with pytest.raises(WeightError, match="number of training examples"):
         fl.send(fl.receive(), weight=weight)
+
+
+def test_patch_of_a_plain_loop_names_the_modules_that_patch_a_trainer() -> None:
+    said = "fedcore.client.lightning as fl.*fedcore.client.hf as fl"
+    with pytest.raises(AttributeError, match=said):
+        fl.patch(object())  # type: ignore[attr-defined]
+    assert not hasattr(fl, "patch")
+
+
+def test_a_name_that_is_nowhere_is_refused_as_of_any_module() -> None:
+    with pytest.raises(AttributeError, match=r"'fedcore.client' has no attribute 'pach'"):
+        fl.pach  # type: ignore[attr-defined]  # noqa: B018
