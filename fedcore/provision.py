@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -9,6 +13,7 @@ from typing import Final
 from .errors import ConfigError, StorageError
 from .security import (
     ALLOW_FILE,
+    KIT_FILE,
     SECRET_FILE,
     AllowList,
     Credentials,
@@ -93,10 +98,12 @@ def new_server(folder: Path) -> KeyPair:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
+        write_secret(folder / SECRET_FILE, pair)
+        (folder / PUBLIC_FILE).write_text(pair.public + "\n", encoding="utf-8")
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(f"cannot write {folder}: {error.strerror}") from None
-    write_secret(folder / SECRET_FILE, pair)
-    (folder / PUBLIC_FILE).write_text(pair.public + "\n", encoding="utf-8")
     AllowList({}).save(folder / ALLOW_FILE)
     return pair
 
@@ -104,7 +111,8 @@ def new_server(folder: Path) -> KeyPair:
 def provision(project: Project, out: Path) -> Provisioned:
     """Write ``out/server`` and one kit per party that the server does not admit yet.
 
-    Called again with more parties, it makes kits for the new ones alone and leaves keys as they are.
+    Called again with more parties, it makes kits for the new ones alone and leaves keys as they are. All or
+    nothing: where it fails, what it has made is removed, and what was there before is as it was.
 
     Raises:
         StorageError: a file can't be written.
@@ -112,22 +120,68 @@ def provision(project: Project, out: Path) -> Provisioned:
     """
     home = out / SERVER_FOLDER
     done = Provisioned(home)
-    pair = read_secret(home / SECRET_FILE) if (home / SECRET_FILE).exists() else new_server(home)
-    with edited(home / ALLOW_FILE) as cell:
-        for name, role in project.parties.items():
-            known = cell[0].of_name(name)
-            if any(who.role != role for who in known.values()):
-                raise ConfigError(
-                    f"{name} is admitted with another role; `fedcore revoke` it first"
-                )
-            if known:
-                done.admitted.append(name)
-                continue
-            own = KeyPair.generate()
-            write_kit(out / name, Kit(name, project.server, Credentials(pair.public, own)))
-            cell[0] = cell[0].admit(name, role, own.public)
-            done.kits[name] = out / name
+    with contextlib.ExitStack() as written:
+        if (home / SECRET_FILE).exists():
+            pair = read_secret(home / SECRET_FILE)
+        else:
+            written.enter_context(_put_back(home, SECRET_FILE, PUBLIC_FILE, ALLOW_FILE))
+            pair = new_server(home)
+        with edited(home / ALLOW_FILE) as cell:
+            for name, role in project.parties.items():
+                known = cell[0].of_name(name)
+                if any(who.role != role for who in known.values()):
+                    raise ConfigError(
+                        f"{name} is admitted with another role; `fedcore revoke` it first"
+                    )
+                if known:
+                    done.admitted.append(name)
+                    continue
+                own = KeyPair.generate()
+                written.enter_context(_put_back(out / name, SECRET_FILE, KIT_FILE))
+                write_kit(out / name, Kit(name, project.server, Credentials(pair.public, own)))
+                cell[0] = cell[0].admit(name, role, own.public)
+                done.kits[name] = out / name
     return done
+
+
+@contextlib.contextmanager
+def _put_back(folder: Path, *names: str) -> Iterator[None]:
+    """Where the block fails, put a folder and these files of it back as they were, or remove what was not there.
+
+    Raises:
+        StorageError: what is there can't be read.
+    """
+    missing = [part for part in (folder, *folder.parents) if not os.path.lexists(part)]
+    paths = [folder / name for name in names]
+    try:
+        before = {path: _state(path) for path in paths if os.path.lexists(path)}
+        mode = stat.S_IMODE(folder.stat().st_mode) if folder.exists() else None
+    except OSError as error:
+        raise StorageError(f"cannot read {folder}: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            with contextlib.suppress(OSError):  # the error that is on its way says more
+                if path not in before:
+                    path.unlink()
+                elif (was := before[path]) is not None and _state(path) != was:
+                    path.write_bytes(was[1])
+                    path.chmod(was[0])
+        for part in missing:  # from within outwards
+            with contextlib.suppress(OSError):
+                part.rmdir()
+        if mode is not None:
+            with contextlib.suppress(OSError):
+                folder.chmod(mode)
+        raise
+
+
+def _state(path: Path) -> tuple[int, bytes] | None:
+    """Return a plain file's mode and bytes; None of anything else, and of a secret, which nobody writes over."""
+    if path.is_symlink() or not path.is_file() or path.name == SECRET_FILE:
+        return None
+    return stat.S_IMODE(path.stat().st_mode), path.read_bytes()
 
 
 def make_key(folder: Path, like: Path | None, server: str, server_key: str, name: str) -> Kit:

@@ -15,7 +15,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -345,6 +345,8 @@ class AllowList:
                 os.fsync(file.fileno())
             partial.replace(path)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
             raise StorageError(f"cannot write {path}: {error.strerror}") from None
 
     def of_name(self, name: str) -> dict[str, Identity]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -92,6 +93,101 @@ def test_provisioning_again_makes_kits_for_new_names_alone(made: Provisioned) ->
     assert (list(again.kits), again.admitted) == (["west"], ["north"])
     assert all(p.read_bytes() == content for p, content in before.items())
     assert len(AllowList.load(made.server / "allow.toml").keys) == 5
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """All that lies in a folder, with modes."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mode,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in folder.rglob("*")
+    }
+
+
+def fail_at_sync(number: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have the disk be full when a file is synchronised for the ``number``-th time; returns the calls."""
+    sync, calls = os.fsync, list[int]()
+
+    def fsync(file: int) -> None:
+        calls.append(file)
+        if len(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return calls
+
+
+# The server's secret, its empty list, the secrets of two kits, the list with both.
+@pytest.mark.parametrize("number", range(1, 6))
+def test_provisioning_that_fails_leaves_nothing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parties = {"north": Role.SITE, "eye": Role.OBSERVER}
+    with monkeypatch.context() as patch:
+        calls = fail_at_sync(number, patch)
+        with pytest.raises(StorageError, match="No space left"):
+            provision(Project(ADDRESS, parties), tmp_path / "of" / "kits")
+    assert len(calls) == number
+    assert tree(tmp_path) == {}
+    made = provision(Project(ADDRESS, parties), tmp_path / "of" / "kits")
+    assert load_kit(made.kits["north"]).name == "north"
+
+
+# The secrets of three kits, and the list with them.
+@pytest.mark.parametrize("number", range(1, 5))
+def test_provisioning_again_that_fails_leaves_all_as_it_was(
+    number: int, made: Provisioned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kits = made.server.parent
+    for name, mode in (("bare", 0o755), ("noted", 0o750)):
+        (kits / name).mkdir()
+        (kits / name).chmod(mode)
+    (kits / "noted" / "kit.toml").write_text("of old\n")
+    (kits / "noted" / "README").write_text("ours\n")
+    parties = {"north": Role.SITE, **dict.fromkeys(("bare", "noted", "west"), Role.SITE)}
+    before = tree(kits)
+    with monkeypatch.context() as patch:
+        fail_at_sync(number, patch)
+        with pytest.raises(StorageError, match="No space left"):
+            provision(Project(ADDRESS, parties), kits)
+    assert tree(kits) == before
+    again = provision(Project(ADDRESS, parties), kits)
+    assert list(again.kits) == ["bare", "noted", "west"]
+    assert load_kit(kits / "noted").name == "noted"
+    assert (kits / "noted" / "README").read_text() == "ours\n"
+
+
+def test_a_kit_that_is_in_the_way_keeps_its_key_and_no_other_is_made(made: Provisioned) -> None:
+    kits = made.server.parent
+    make_key(kits / "west", kits / "north", "", "", "west")  # not admitted
+    before = tree(kits)
+    with pytest.raises(StorageError, match=r"west/secret.key exists; .* never written over"):
+        provision(Project(ADDRESS, {"east": Role.SITE, "west": Role.SITE}), kits)
+    assert tree(kits) == before
+
+
+@pytest.mark.parametrize("there", ["file", "dangling link"])
+def test_what_is_no_folder_where_a_kit_should_be_stays(there: str, made: Provisioned) -> None:
+    kits = made.server.parent
+    if there == "file":
+        (kits / "west").write_text("no kit\n")
+    else:
+        (kits / "west").symlink_to("nowhere")
+    names = sorted(kits.iterdir())
+    with pytest.raises(StorageError, match="west is not a folder"):
+        provision(Project(ADDRESS, {"east": Role.SITE, "west": Role.SITE}), kits)
+    assert sorted(kits.iterdir()) == names
+    assert len(AllowList.load(made.server / "allow.toml").keys) == 4
+
+
+def test_a_name_that_has_another_role_lets_no_kit_be_made(made: Provisioned) -> None:
+    before = tree(made.server.parent)
+    with pytest.raises(ConfigError, match="eye is admitted with another role"):
+        provision(Project(ADDRESS, {"west": Role.SITE, "eye": Role.OPERATOR}), made.server.parent)
+    assert tree(made.server.parent) == before
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
