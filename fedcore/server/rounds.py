@@ -574,7 +574,9 @@ class Rounds:
         if self.phase is not Phase.TRAINING:
             return []
         delivered = self._delivered()
-        waited_for = [m for m in self.roster if m.alive and m.state is not SiteState.DROPPED]
+        waited_for = [
+            m for m in self.roster if m.returning or (m.alive and m.state is not SiteState.DROPPED)
+        ]
         if self.sample is not None:
             waited_for = [m for m in waited_for if m.name in self._chosen]
         complete = self.sample is not None or self.roster.missing == 0

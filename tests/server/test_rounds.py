@@ -464,6 +464,29 @@ def test_the_sites_of_a_sample_whose_updates_were_being_collected_stay_chosen() 
     assert rounds.ready("d", 1, update("d")) == [StartCollect(1, collecting("cd"))]
 
 
+@pytest.mark.parametrize("offered", ["the same", "another"])
+def test_a_sampled_round_waits_for_a_chosen_site_that_is_expected_back_whatever_the_quorum(
+    offered: str,
+) -> None:
+    rounds = sampling(["a", "b", "c", "d"], 2, quorum=1)
+    rounds.restarted(["a", "b", "c", "d"], [], 15, collecting("cd"))
+    assert rounds.joined("c", "c", 1) == [SendTask("c", "train", 1)]
+    delivery = update("c") if offered == "the same" else Delivery("ee" * 16, 5)
+    assert rounds.ready("c", 1, delivery) == []
+    assert rounds.joined("d", "d", 2) == [SendTask("d", "train", 1)]
+    both = (Participant("c", delivery.set_id, 5), part("d"))
+    assert rounds.ready("d", 1, update("d")) == [StartCollect(1, both)]
+
+
+def test_a_sampled_round_closes_with_the_quorum_once_nobody_chosen_is_expected_back() -> None:
+    rounds = sampling(["c", "d"], 2, quorum=1)
+    rounds.restarted(["c", "d"], [], 15, collecting("cd"))
+    rounds.joined("c", "c", 1)
+    assert rounds.ready("c", 1, update("c")) == []
+    assert rounds.tick(14.9) == []
+    assert rounds.tick(15) == [GiveUp("d", NOT_BACK), StartCollect(1, collecting("c"))]
+
+
 def test_a_chosen_site_that_does_not_come_back_is_replaced() -> None:
     rounds = sampling(["a", "b", "c", "d"], 2)
     rounds.restarted(["a", "b", "c", "d"], [], 15, collecting("cd"))
