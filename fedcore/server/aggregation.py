@@ -14,7 +14,7 @@ from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
 from fedcore.layout import ModelFile
 
-from .rounds import Participant
+from .actions import Participant
 from .scratch import Scratch
 
 __all__ = ["Aggregation", "Setting", "open_spill", "update_codec"]

@@ -18,12 +18,22 @@ With fewer than ``quorum`` at the deadline the run is given up; what was committ
 from __future__ import annotations
 
 import enum
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
 
+from .actions import (
+    Action,
+    CancelCollect,
+    Commit,
+    EndRun,
+    GiveUp,
+    Participant,
+    PullAhead,
+    SendDropped,
+    SendTask,
+    StartCollect,
+)
 from .participation import Delivery, Member, Roster, SiteState
+from .sampling import Sample
 
 __all__ = [
     "Action",
@@ -41,9 +51,6 @@ __all__ = [
 ]
 
 
-_SETTLE_SECONDS: Final = 30.0  # after the first site has joined, for the others to join too
-
-
 class Phase(enum.StrEnum):
     """Where the run stands."""
 
@@ -54,83 +61,6 @@ class Phase(enum.StrEnum):
     EVALUATING = "evaluating"
     DONE = "done"
     FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Participant:
-    """A site whose update a round's aggregate holds."""
-
-    site: str
-    set_id: str
-    weight: int
-
-
-@dataclass(frozen=True)
-class SendTask:
-    """Give a site its task."""
-
-    site: str
-    kind: Literal["initial", "train", "submit", "evaluate", "infer"]
-    round: int
-
-
-@dataclass(frozen=True)
-class SendDropped:
-    """Tell a site that its update does not count."""
-
-    site: str
-    round: int
-    message: str
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """Say that a site is no longer waited for."""
-
-    site: str
-    message: str
-
-
-@dataclass(frozen=True)
-class PullAhead:
-    """Pull a site's update for model ``version`` while others still train."""
-
-    version: int
-    participant: Participant
-
-
-@dataclass(frozen=True)
-class StartCollect:
-    """Pull and reduce the participants' updates into model ``version``; they are in canonical order."""
-
-    version: int
-    participants: tuple[Participant, ...]
-
-
-@dataclass(frozen=True)
-class CancelCollect:
-    """Stop pulling; nothing of it counts."""
-
-
-@dataclass(frozen=True)
-class Commit:
-    """Make the collected model ``version`` durable, then call `Rounds.committed`."""
-
-    version: int
-    participants: tuple[Participant, ...]
-
-
-@dataclass(frozen=True)
-class EndRun:
-    """The run is over, or is given up."""
-
-    ok: bool
-    message: str
-
-
-Action = (
-    SendTask | SendDropped | GiveUp | PullAhead | StartCollect | CancelCollect | Commit | EndRun
-)
 
 
 class Rounds:
@@ -158,10 +88,7 @@ class Rounds:
         seed: int = 0,
     ) -> None:
         self.roster = roster
-        self.sample = sample
-        self.seed = seed
-        self._chosen: set[str] = set()
-        self._first_joined: float | None = None
+        self._sample = Sample(sample, seed)
         self.rounds = rounds
         self.quorum = quorum
         self.deadline_seconds = deadline
@@ -187,7 +114,7 @@ class Rounds:
     @property
     def most(self) -> int:
         """How many updates a round's aggregate may hold."""
-        return self.roster.expected if self.sample is None else self.sample
+        return self._sample.size or self.roster.expected
 
     @property
     def over(self) -> bool:
@@ -243,8 +170,8 @@ class Rounds:
         self.roster.expect_back(sites)
         self._return_by = until
         self._decided = tuple(decided)
-        if self.sample is not None and self.version is not None:
-            self._chosen = {participant.site for participant in decided}
+        if self.version is not None:
+            self._sample.begin(participant.site for participant in decided)
         for site in scored:
             member = self._member(site)
             if member is not None and self.version is not None:
@@ -258,8 +185,7 @@ class Rounds:
             before = self.lost(site, "another process took its place", now)
         member = self.roster.admit(site, instance)
         member.returning = False
-        if self._first_joined is None:
-            self._first_joined = now
+        self._sample.joined(now)
         if not member.alive:
             member.state = SiteState.JOINED
             member.message = ""
@@ -290,7 +216,7 @@ class Rounds:
             return self._late(member, round_)
         if member.dropped_round == round_:
             return [SendDropped(site, round_, member.message)]
-        if self.sample is not None and site not in self._chosen:
+        if not self._sample.includes(member):
             return [SendDropped(site, round_, f"it was not chosen for round {round_}")]
         if self.phase is Phase.AGGREGATING and any(p.site == site for p in self.collecting):
             return []
@@ -366,7 +292,7 @@ class Rounds:
         self._decided = ()
         self._started = None
         self.phase = Phase.TRAINING if version < self.rounds else Phase.EVALUATING
-        self._chosen = set()
+        self._sample.begin()
         present = [member for member in self.roster if member.alive]
         for member in self.roster:
             member.delivery = None
@@ -378,7 +304,7 @@ class Rounds:
     def _begin(self, now: float) -> list[Action]:
         """Give their tasks to those who are there."""
         actions: list[Action] = []
-        if self.sample is not None and self.phase is Phase.TRAINING:
+        if self._sample.size is not None and self.phase is Phase.TRAINING:
             actions = self._choose(now)
         else:
             for member in self.roster:
@@ -392,7 +318,7 @@ class Rounds:
             return self._stop_waiting(now)
         deadline = self.deadline
         if deadline is None or now < deadline:
-            return [] if self._chosen else self._choose(now)
+            return [] if self._sample.chosen else self._choose(now)
         if self.phase is Phase.EVALUATING:
             return self._end()
         if self.phase is Phase.TRAINING:
@@ -426,7 +352,7 @@ class Rounds:
             return [SendTask(member.name, "evaluate", self.version)]
         if member.delivery is not None or member.dropped_round == self.round:
             return []
-        if self.sample is not None and member.name not in self._chosen:
+        if not self._sample.includes(member):
             return self._choose(now)
         return self._give_training(member, now)
 
@@ -436,28 +362,11 @@ class Rounds:
         return [SendTask(member.name, "train", self.round)]
 
     def _choose(self, now: float) -> list[Action]:
-        """Choose who trains in this round, or who takes the place of a chosen site that was lost.
-
-        The order of choice is a hash of seed, round and name: it does not depend on who came first. The first
-        choice waits for all sites, or for ``_SETTLE_SECONDS`` and enough of them.
-        """
-        if self.sample is None or self.phase is not Phase.TRAINING or self.held:
+        """Have those train who are chosen for this round, or in the place of a chosen site that was lost."""
+        if self.phase is not Phase.TRAINING or self.held:
             return []
-        free = [m for m in self.roster if m.alive and m.name not in self._chosen]
-        if not self._chosen:
-            complete = self.roster.missing == 0 and not any(m.returning for m in self.roster)
-            began = now if self._first_joined is None else self._first_joined
-            if not complete and now < began + _SETTLE_SECONDS:
-                return []
-            if len(free) < self.sample and not complete:
-                return []
-        standing = sum(m.alive or m.returning for m in self.roster if m.name in self._chosen)
-        free.sort(
-            key=lambda m: hashlib.sha256(f"{self.seed}/{self.round}/{m.name}".encode()).digest()
-        )
         actions: list[Action] = []
-        for member in free[: max(0, self.sample - standing)]:
-            self._chosen.add(member.name)
+        for member in self._sample.choose(self.roster, self.round, now):
             actions += self._give_training(member, now)
         return actions
 
@@ -575,11 +484,12 @@ class Rounds:
             return []
         delivered = self._delivered()
         waited_for = [
-            m for m in self.roster if m.returning or (m.alive and m.state is not SiteState.DROPPED)
+            m
+            for m in self.roster
+            if self._sample.includes(m)
+            and (m.returning or (m.alive and m.state is not SiteState.DROPPED))
         ]
-        if self.sample is not None:
-            waited_for = [m for m in waited_for if m.name in self._chosen]
-        complete = self.sample is not None or self.roster.missing == 0
+        complete = self._sample.size is not None or self.roster.missing == 0
         if complete and len(delivered) == len(waited_for) >= self.quorum:
             return [self._collect(delivered)]
         hopeless = self.roster.expected - sum(m.dropped_round == self.round for m in self.roster)

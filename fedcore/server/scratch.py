@@ -12,7 +12,7 @@ from fedcore._core import Layout, Progress
 from fedcore.errors import ConfigError, StorageError
 from fedcore.layout import ModelFile, create_model, layout_hash, reopen_model
 
-from .rounds import Participant
+from .actions import Participant
 
 __all__ = ["Scratch"]
 

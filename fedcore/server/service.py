@@ -23,24 +23,24 @@ from fedcore.security import Identity
 from fedcore.transport import OTHER_VERSION, Control, DataEvent, ServerLink, now_ms
 
 from .access import Access
+from .actions import (
+    Action,
+    CancelCollect,
+    Commit,
+    EndRun,
+    GiveUp,
+    PullAhead,
+    SendDropped,
+    SendTask,
+    StartCollect,
+)
 from .aggregation import Aggregation, Setting, open_spill, update_codec
 from .agreement import Agreement
 from .budget import Budget, raise_file_limit, steady_heap
 from .outcome import Outcome, RunResult
 from .participation import Delivery, Roster
 from .peers import Peer, Peers, other_version
-from .rounds import (
-    Action,
-    CancelCollect,
-    Commit,
-    EndRun,
-    GiveUp,
-    Phase,
-    PullAhead,
-    SendDropped,
-    SendTask,
-    StartCollect,
-)
+from .rounds import Phase
 from .scratch import Scratch
 from .selection import SiteScore
 from .status import StatusBuilder, merge_metrics, within_a_message

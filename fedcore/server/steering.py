@@ -6,7 +6,8 @@ from typing import Literal
 
 from fedcore import protocol
 
-from .rounds import Action, Rounds
+from .actions import Action
+from .rounds import Rounds
 
 __all__ = ["steer"]
 

@@ -11,19 +11,18 @@ from typing import Literal
 
 from fedcore.config import RunConfig
 
-from .participation import Delivery, Member, Roster, SiteState
-from .rounds import (
+from .actions import (
     Action,
     CancelCollect,
     Commit,
     EndRun,
     Participant,
-    Phase,
-    Rounds,
     SendDropped,
     SendTask,
     StartCollect,
 )
+from .participation import Delivery, Member, Roster, SiteState
+from .rounds import Phase, Rounds
 
 __all__ = ["Comparing", "Scoring", "make_rounds"]
 

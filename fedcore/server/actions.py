@@ -1,0 +1,96 @@
+"""What the round state machine asks of the process around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = [
+    "Action",
+    "CancelCollect",
+    "Commit",
+    "EndRun",
+    "GiveUp",
+    "Participant",
+    "PullAhead",
+    "SendDropped",
+    "SendTask",
+    "StartCollect",
+]
+
+
+@dataclass(frozen=True)
+class Participant:
+    """A site whose update a round's aggregate holds."""
+
+    site: str
+    set_id: str
+    weight: int
+
+
+@dataclass(frozen=True)
+class SendTask:
+    """Give a site its task."""
+
+    site: str
+    kind: Literal["initial", "train", "submit", "evaluate", "infer"]
+    round: int
+
+
+@dataclass(frozen=True)
+class SendDropped:
+    """Tell a site that its update does not count."""
+
+    site: str
+    round: int
+    message: str
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Say that a site is no longer waited for."""
+
+    site: str
+    message: str
+
+
+@dataclass(frozen=True)
+class PullAhead:
+    """Pull a site's update for model ``version`` while others still train."""
+
+    version: int
+    participant: Participant
+
+
+@dataclass(frozen=True)
+class StartCollect:
+    """Pull and reduce the participants' updates into model ``version``; they are in canonical order."""
+
+    version: int
+    participants: tuple[Participant, ...]
+
+
+@dataclass(frozen=True)
+class CancelCollect:
+    """Stop pulling; nothing of it counts."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Make the collected model ``version`` durable, then call `Rounds.committed`."""
+
+    version: int
+    participants: tuple[Participant, ...]
+
+
+@dataclass(frozen=True)
+class EndRun:
+    """The run is over, or is given up."""
+
+    ok: bool
+    message: str
+
+
+Action = (
+    SendTask | SendDropped | GiveUp | PullAhead | StartCollect | CancelCollect | Commit | EndRun
+)
