@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fedcore.server.participation import Delivery, Roster, SiteState
+from fedcore.server.participation import Delivery, SiteState
 from fedcore.server.rounds import (
     Action,
     CancelCollect,
@@ -21,62 +21,8 @@ from fedcore.server.rounds import (
     SendTask,
     StartCollect,
 )
-from fedcore.server.selection import SiteScore, best_version, weighted_metrics
 
-NOT_BACK = "it did not come back after the server was started again"
-
-
-def machine(
-    sites: list[str], *, quorum: int | None = None, version: int | None = 0, rounds: int = 2
-) -> Rounds:
-    return Rounds(
-        Roster(sites, None),
-        rounds=rounds,
-        quorum=quorum or len(sites),
-        deadline=100,
-        version=version,
-    )
-
-
-def sampling(sites: list[str], sample: int, *, seed: int = 0, quorum: int | None = None) -> Rounds:
-    return Rounds(
-        Roster(sites, None),
-        rounds=50,
-        quorum=quorum or sample,
-        deadline=100,
-        version=0,
-        sample=sample,
-        seed=seed,
-    )
-
-
-def trained(actions: list[Action]) -> list[str]:
-    return sorted(a.site for a in actions if isinstance(a, SendTask) and a.kind == "train")
-
-
-def update(site: str) -> Delivery:
-    return Delivery(f"{ord(site[0]):032x}", 5)
-
-
-def part(site: str) -> Participant:
-    return Participant(site, update(site).set_id, 5)
-
-
-def ahead(site: str, version: int = 1) -> list[Action]:
-    return [PullAhead(version, part(site))]
-
-
-def pulls_ahead(rounds: Rounds, action: PullAhead, version: int) -> bool:
-    """Whether it is the update of a site that is there, for the version after this one."""
-    members = [(m.name, m.delivery) for m in rounds.roster if m.alive]
-    offered = [Participant(name, d.set_id, d.weight) for name, d in members if d is not None]
-    training = rounds.phase is Phase.TRAINING
-    return training and action.version == version + 1 and action.participant in offered
-
-
-def join_all(rounds: Rounds, *sites: str) -> None:
-    for site in sites:
-        assert rounds.joined(site, site, 0) == [SendTask(site, "train", 1)]
+from .playing import ahead, join_all, machine, part, trained, update
 
 
 def test_an_update_that_counted_and_is_announced_again_is_not_called_late() -> None:
@@ -321,188 +267,6 @@ def test_a_collection_that_loses_a_site_goes_on_with_the_quorum_without_waiting_
     assert rounds.lost("c", "silent", 3) == [CancelCollect(), StartCollect(1, (part("a"),))]
 
 
-def test_after_a_restart_a_site_that_had_joined_is_waited_for_as_long_as_a_lost_one() -> None:
-    rounds = machine(["a", "b", "c"], quorum=2, version=1)
-    rounds.restarted(["a", "b", "c"], [], 15)
-    for site in "ab":
-        assert rounds.joined(site, site, 1) == [SendTask(site, "train", 2)]
-        assert rounds.ready(site, 2, update(site)) == ahead(site, 2)
-    assert rounds.tick(14.9) == []
-    assert rounds.tick(15) == [GiveUp("c", NOT_BACK), StartCollect(2, (part("a"), part("b")))]
-    assert rounds.tick(15.1) == []
-    member = rounds.roster.get("c")
-    assert member is not None
-    assert (member.state, member.message) == (SiteState.LOST, NOT_BACK)
-    rounds.reduced()
-    rounds.committed(2, 16)
-    assert rounds.phase is Phase.EVALUATING
-    assert rounds.joined("c", "c", 17) == [SendTask("c", "evaluate", 2)]
-
-
-def test_after_a_restart_the_round_closes_at_once_when_all_are_back() -> None:
-    rounds = machine(["a", "b"], version=1)
-    rounds.restarted(["a", "b"], [], 15)
-    for site in "ab":
-        rounds.joined(site, site, 1)
-    assert rounds.ready("a", 2, update("a")) == ahead("a", 2)
-    assert rounds.ready("b", 2, update("b")) == [StartCollect(2, (part("a"), part("b")))]
-    assert rounds.tick(15) == []
-
-
-def test_after_a_restart_a_site_that_had_never_joined_is_waited_for_until_the_deadline() -> None:
-    rounds = machine(["a", "b", "c"], quorum=2, version=1)
-    rounds.restarted(["a", "b"], [], 15)
-    for site in "ab":
-        rounds.joined(site, site, 1)
-        assert rounds.ready(site, 2, update(site)) == ahead(site, 2)
-    assert rounds.tick(15) == []
-    assert rounds.tick(101) == [StartCollect(2, (part("a"), part("b")))]
-
-
-def test_after_a_restart_a_round_below_the_quorum_goes_on_waiting() -> None:
-    rounds = machine(["a", "b"], version=1)
-    rounds.restarted(["a", "b"], [], 15)
-    rounds.joined("a", "a", 1)
-    assert rounds.ready("a", 2, update("a")) == ahead("a", 2)
-    assert rounds.tick(15) == [GiveUp("b", NOT_BACK)]
-    assert rounds.joined("b", "b", 60) == [SendTask("b", "train", 2)]
-    assert rounds.ready("b", 2, update("b")) == [StartCollect(2, (part("a"), part("b")))]
-
-
-def test_after_a_restart_the_last_scores_of_the_sites_that_come_back_count() -> None:
-    rounds = machine(["a", "b", "c"], quorum=2, version=2)
-    rounds.restarted(["a", "b", "c"], ["a"], 15)
-    assert rounds.joined("a", "a", 1) == []
-    assert rounds.joined("b", "b", 1) == [SendTask("b", "evaluate", 2)]
-    assert rounds.scored("b", 2) == []
-    assert rounds.tick(14.9) == []
-    assert rounds.tick(15) == [GiveUp("c", NOT_BACK), EndRun(True, "")]
-
-
-def test_after_a_restart_a_run_whose_last_model_is_scored_ends_when_all_have_heard_of_it() -> None:
-    rounds = machine(["a", "b"], version=2)
-    rounds.restarted(["a", "b"], ["a", "b"], 15)
-    assert rounds.joined("a", "a", 1) == []
-    assert rounds.joined("b", "b", 2) == [EndRun(True, "")]
-
-
-def test_after_a_restart_the_first_sites_that_joined_keep_their_places() -> None:
-    roster = Roster(None, 2)
-    roster.expect_back(["a", "b"])
-    assert roster.missing == 2
-    assert roster.refusal("a") is None
-    assert roster.refusal("c") == "this run has its 2 sites already: a, b"
-
-
-def collecting(names: str) -> tuple[Participant, ...]:
-    return tuple(part(name) for name in names)
-
-
-def test_a_collection_that_a_killed_server_had_begun_goes_on_whoever_else_is_there() -> None:
-    rounds = machine(["a", "b", "c"], quorum=2, version=1)
-    rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
-    for site in "cba":
-        rounds.joined(site, site, 1)
-    assert rounds.ready("c", 2, update("c")) == []
-    assert rounds.ready("a", 2, update("a")) == []
-    assert rounds.ready("b", 2, update("b")) == [StartCollect(2, collecting("ab"))]
-    assert rounds.reduced() == [Commit(2, collecting("ab"))]
-
-
-def test_where_a_site_of_it_offers_another_update_the_round_closes_as_any_other() -> None:
-    rounds = machine(["a", "b", "c"], quorum=2, version=1)
-    rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
-    for site in "abc":
-        rounds.joined(site, site, 1)
-    other = Delivery("ee" * 16, 5)
-    assert rounds.ready("a", 2, update("a")) == []
-    assert rounds.ready("b", 2, other) == []
-    everyone = (part("a"), Participant("b", other.set_id, 5), part("c"))
-    assert rounds.ready("c", 2, update("c")) == [StartCollect(2, everyone)]
-
-
-def test_updates_are_pulled_ahead_once_no_collection_is_gone_on_with() -> None:
-    rounds = machine(["a", "b", "c", "d"], version=1)
-    rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
-    for site in "ac":
-        rounds.joined(site, site, 1)
-        assert rounds.ready(site, 2, update(site)) == []
-    assert rounds.tick(15) == [GiveUp("b", NOT_BACK), *ahead("a", 2), *ahead("c", 2)]
-
-
-def test_where_a_site_of_it_does_not_come_back_the_round_closes_as_any_other() -> None:
-    rounds = machine(["a", "b", "c"], quorum=2, version=1)
-    rounds.restarted(["a", "b", "c"], [], 15, collecting("ab"))
-    for site in "ac":
-        rounds.joined(site, site, 1)
-        assert rounds.ready(site, 2, update(site)) == []
-    assert rounds.tick(15) == [GiveUp("b", NOT_BACK), StartCollect(2, collecting("ac"))]
-
-
-def test_the_site_that_was_giving_the_initial_model_gives_it_to_a_server_started_again() -> None:
-    rounds = machine(["a", "b"], version=None)
-    rounds.restarted(["a", "b"], [], 15, collecting("b"))
-    assert rounds.joined("a", "a", 1) == rounds.declared("a", 1) == []
-    assert rounds.joined("b", "b", 2) == []
-    assert rounds.declared("b", 2) == [SendTask("b", "initial", 0)]
-
-
-def test_where_that_site_does_not_come_back_another_one_gives_it() -> None:
-    rounds = machine(["a", "b"], version=None)
-    rounds.restarted(["a", "b"], [], 15, collecting("b"))
-    assert rounds.joined("a", "a", 1) == rounds.declared("a", 1) == []
-    assert rounds.tick(14) == []
-    assert rounds.tick(15) == [GiveUp("b", NOT_BACK), SendTask("a", "initial", 0)]
-
-
-def test_the_sites_of_a_sample_whose_updates_were_being_collected_stay_chosen() -> None:
-    rounds = sampling(["a", "b", "c", "d"], 2)
-    rounds.restarted(["a", "b", "c", "d"], [], 15, collecting("cd"))
-    assert [rounds.joined(site, site, 1) for site in "abc"] == [[], [], [SendTask("c", "train", 1)]]
-    assert rounds.ready("c", 1, update("c")) == []
-    assert rounds.joined("d", "d", 2) == [SendTask("d", "train", 1)]
-    assert rounds.ready("d", 1, update("d")) == [StartCollect(1, collecting("cd"))]
-
-
-@pytest.mark.parametrize("offered", ["the same", "another"])
-def test_a_sampled_round_waits_for_a_chosen_site_that_is_expected_back_whatever_the_quorum(
-    offered: str,
-) -> None:
-    rounds = sampling(["a", "b", "c", "d"], 2, quorum=1)
-    rounds.restarted(["a", "b", "c", "d"], [], 15, collecting("cd"))
-    assert rounds.joined("c", "c", 1) == [SendTask("c", "train", 1)]
-    delivery = update("c") if offered == "the same" else Delivery("ee" * 16, 5)
-    assert rounds.ready("c", 1, delivery) == []
-    assert rounds.joined("d", "d", 2) == [SendTask("d", "train", 1)]
-    both = (Participant("c", delivery.set_id, 5), part("d"))
-    assert rounds.ready("d", 1, update("d")) == [StartCollect(1, both)]
-
-
-def test_a_sampled_round_closes_with_the_quorum_once_nobody_chosen_is_expected_back() -> None:
-    rounds = sampling(["c", "d"], 2, quorum=1)
-    rounds.restarted(["c", "d"], [], 15, collecting("cd"))
-    rounds.joined("c", "c", 1)
-    assert rounds.ready("c", 1, update("c")) == []
-    assert rounds.tick(14.9) == []
-    assert rounds.tick(15) == [GiveUp("d", NOT_BACK), StartCollect(1, collecting("c"))]
-
-
-def test_a_chosen_site_that_does_not_come_back_is_replaced() -> None:
-    rounds = sampling(["a", "b", "c", "d"], 2)
-    rounds.restarted(["a", "b", "c", "d"], [], 15, collecting("cd"))
-    for site in "abc":
-        rounds.joined(site, site, 1)
-    assert rounds.ready("c", 1, update("c")) == []
-    (given_up, task, *rest) = rounds.tick(15)
-    assert given_up == GiveUp("d", NOT_BACK)
-    assert rest == ahead("c")
-    assert isinstance(task, SendTask)
-    assert task.site in ("a", "b")
-    assert rounds.ready(task.site, 1, update(task.site)) == [
-        StartCollect(1, tuple(sorted((part("c"), part(task.site)), key=lambda p: p.site)))
-    ]
-
-
 def test_the_last_model_is_scored_before_the_end() -> None:
     rounds = machine(["a", "b"], version=2)
     assert rounds.joined("a", "a", 0) == [SendTask("a", "evaluate", 2)]
@@ -510,6 +274,14 @@ def test_the_last_model_is_scored_before_the_end() -> None:
     assert rounds.scored("a", 2) == []
     assert rounds.scored("b", 2) == [EndRun(True, "")]
     assert [member.state for member in rounds.roster] == [SiteState.DELIVERED] * 2
+
+
+def pulls_ahead(rounds: Rounds, action: PullAhead, version: int) -> bool:
+    """Whether it is the update of a site that is there, for the version after this one."""
+    members = [(m.name, m.delivery) for m in rounds.roster if m.alive]
+    offered = [Participant(name, d.set_id, d.weight) for name, d in members if d is not None]
+    training = rounds.phase is Phase.TRAINING
+    return training and action.version == version + 1 and action.participant in offered
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -594,105 +366,3 @@ def test_who_joined_and_was_not_lost_is_there_whosever_update_is_invalid(seed: i
         if rounds.over:
             break
         assert {member.name for member in rounds.roster if member.alive} == there
-
-
-def scores(*values: tuple[str, int, float]) -> list[SiteScore]:
-    return [SiteScore(site, examples, {"loss": value}) for site, examples, value in values]
-
-
-def test_metrics_are_weighted_by_examples_and_leave_out_what_is_not_finite() -> None:
-    nan = float("nan")
-    assert weighted_metrics(scores(("a", 1, 1.0), ("b", 3, 2.0), ("c", 9, nan))) == {"loss": 1.75}
-
-
-@pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 0)])
-def test_the_best_version_follows_the_mode_and_a_tie_keeps_the_earlier(
-    mode: str, best: int
-) -> None:
-    table = {
-        0: scores(("a", 1, 2.0)),
-        1: scores(("a", 1, 1.0)),
-        2: scores(("a", 1, 1.0)),
-        3: scores(("b", 1, 2.0)),
-    }
-    assert best_version(table, "loss", mode, 1) == best  # type: ignore[arg-type]
-
-
-def test_a_version_that_too_few_scored_is_not_eligible() -> None:
-    table = {
-        0: scores(("a", 1, 2.0), ("b", 1, 2.0)),
-        1: scores(("a", 1, 1.0), ("b", 1, float("nan"))),
-    }
-    assert best_version(table, "loss", "min", 2) == 0
-    assert best_version(table, "accuracy", "max", 1) is None
-
-
-def play_sampled(rounds: Rounds, order: str) -> list[list[str]]:
-    """Let all join in this order and deliver what they owe, round after round; return who trained."""
-    actions = [action for site in order for action in rounds.joined(site, site, 0)]
-    history = []
-    while rounds.round < 50:
-        history.append(trained(actions))
-        heard = [a for site in history[-1] for a in rounds.ready(site, rounds.round, update(site))]
-        assert heard == [
-            *ahead(history[-1][0], rounds.round),
-            StartCollect(rounds.round, tuple(part(s) for s in history[-1])),
-        ]
-        rounds.reduced()
-        actions = rounds.committed(rounds.round, 1)
-    return history
-
-
-def test_a_sample_depends_on_the_seed_and_the_round_and_not_on_who_came_first() -> None:
-    history = play_sampled(sampling(list("abcde"), 2, seed=7), "abcde")
-    assert history == play_sampled(sampling(list("abcde"), 2, seed=7), "ecbda")
-    assert history != play_sampled(sampling(list("abcde"), 2, seed=8), "abcde")
-    assert all(len(chosen) == 2 for chosen in history)
-    counts = [sum(site in chosen for chosen in history) for site in "abcde"]
-    assert min(counts) >= 8, "each should be chosen in about two of five rounds"
-
-
-def test_the_first_sample_waits_for_all_sites_but_not_for_ever() -> None:
-    rounds = sampling(["a", "b", "c"], 2)
-    assert rounds.joined("a", "a", 0) == rounds.joined("b", "b", 10) == []
-    assert rounds.tick(29) == []
-    assert trained(rounds.tick(30)) == ["a", "b"]
-    assert rounds.joined("c", "c", 31) == []
-    assert rounds.ready("a", 1, update("a")) == ahead("a")
-    assert rounds.ready("b", 1, update("b")) == [StartCollect(1, (part("a"), part("b")))]
-
-
-def test_a_sampled_round_does_not_wait_for_a_site_that_never_came() -> None:
-    rounds = sampling(["a", "b", "c"], 1)
-    rounds.joined("a", "a", 0)
-    assert trained(rounds.tick(30)) == ["a"]
-    assert rounds.ready("a", 1, update("a")) == [StartCollect(1, (part("a"),))]
-
-
-def test_a_chosen_site_that_is_lost_is_replaced() -> None:
-    rounds = sampling(["a", "b", "c"], 2, seed=1)
-    actions = [a for site in "abc" for a in rounds.joined(site, site, 0)]
-    first, second = trained(actions)
-    (third,) = set("abc") - {first, second}
-    assert rounds.ready(first, 1, update(first)) == ahead(first)
-    assert rounds.lost(second, "gone", 5) == [SendTask(third, "train", 1)]
-    assert rounds.ready(third, 1, update(third)) == [
-        StartCollect(1, tuple(part(site) for site in sorted([first, third])))
-    ]
-
-
-def test_an_update_of_a_site_that_was_not_chosen_is_turned_away() -> None:
-    rounds = sampling(["a", "b"], 1)
-    (chosen,) = trained([a for site in "ab" for a in rounds.joined(site, site, 0)])
-    (other,) = {"a", "b"} - {chosen}
-    assert rounds.ready(other, 1, update(other)) == [
-        SendDropped(other, 1, "it was not chosen for round 1")
-    ]
-
-
-def test_with_too_few_left_a_sampled_round_closes_with_the_quorum() -> None:
-    rounds = sampling(["a", "b"], 2, quorum=1)
-    for site in "ab":
-        rounds.joined(site, site, 0)
-    assert rounds.lost("b", "gone", 5) == []
-    assert rounds.ready("a", 1, update("a")) == [StartCollect(1, (part("a"),))]

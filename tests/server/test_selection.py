@@ -1,0 +1,38 @@
+"""Which version is the best by what the sites scored."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedcore.server.selection import SiteScore, best_version, weighted_metrics
+
+
+def scores(*values: tuple[str, int, float]) -> list[SiteScore]:
+    return [SiteScore(site, examples, {"loss": value}) for site, examples, value in values]
+
+
+def test_metrics_are_weighted_by_examples_and_leave_out_what_is_not_finite() -> None:
+    nan = float("nan")
+    assert weighted_metrics(scores(("a", 1, 1.0), ("b", 3, 2.0), ("c", 9, nan))) == {"loss": 1.75}
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 0)])
+def test_the_best_version_follows_the_mode_and_a_tie_keeps_the_earlier(
+    mode: str, best: int
+) -> None:
+    table = {
+        0: scores(("a", 1, 2.0)),
+        1: scores(("a", 1, 1.0)),
+        2: scores(("a", 1, 1.0)),
+        3: scores(("b", 1, 2.0)),
+    }
+    assert best_version(table, "loss", mode, 1) == best  # type: ignore[arg-type]
+
+
+def test_a_version_that_too_few_scored_is_not_eligible() -> None:
+    table = {
+        0: scores(("a", 1, 2.0), ("b", 1, 2.0)),
+        1: scores(("a", 1, 1.0), ("b", 1, float("nan"))),
+    }
+    assert best_version(table, "loss", "min", 2) == 0
+    assert best_version(table, "accuracy", "max", 1) is None
