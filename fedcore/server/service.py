@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Final
 
 from fedcore import __version__, protocol
-from fedcore._core import Spill
 from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
-from fedcore.errors import ConfigError, FedcoreError, ProtocolError, StorageError
+from fedcore.errors import ConfigError, FedcoreError, ProtocolError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
-from fedcore.security import Identity
-from fedcore.transport import OTHER_VERSION, Control, DataEvent, ServerLink, now_ms
+from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 
 from .access import Access
 from .actions import (
@@ -34,14 +32,14 @@ from .actions import (
     SendTask,
     StartCollect,
 )
-from .aggregation import Aggregation, Setting, open_spill, update_codec
 from .agreement import Agreement
 from .budget import Budget, raise_file_limit, steady_heap
+from .collecting import Collecting, Reduced, Rejected, Stalled
+from .guard import Guard
 from .outcome import Outcome, RunResult
 from .participation import Delivery, Roster
-from .peers import Peer, Peers, other_version
+from .peers import Peer, Peers
 from .rounds import Phase
-from .scratch import Scratch
 from .selection import SiteScore
 from .status import StatusBuilder, merge_metrics, within_a_message
 from .steering import steer
@@ -52,7 +50,6 @@ from .versions import Versions, declared_layout
 __all__ = ["RunResult", "Server"]
 
 _CHECK_SECONDS: Final = 0.5
-_REVOKED: Final = "this site's key was revoked; ask the server's operator"
 _LOOK_SECONDS: Final = 0.25
 _MOST_AT_ONCE: Final = 4096
 """Messages that are read at a deadline before it is acted on: nobody can put it off by sending more."""
@@ -120,10 +117,9 @@ class Server:
             + _UNASKED,  # all that may be under way when it is given up
         )
         self._versions = Versions(config, self._store, self._link.exchange)
-        self._aggregation: Aggregation | None = None
-        self._parked = False  # the aggregation waits for a decision on who takes part
-        self._spill: Spill | None = None
-        self._said_no_room = False
+        self._collecting = Collecting(
+            config, self._store, self._versions, self._link, self._budget.chunks
+        )
         self._result: RunResult | None = None
         self._stopping = False
         self._next_look = 0.0
@@ -131,6 +127,7 @@ class Server:
         people = config.participants
         roster = Roster(people.sites, people.count)
         self._peers = Peers(self._link, roster)
+        self._guard = Guard(self._link, self._peers, self._access, self._end_part)
         self._outcome = Outcome(config, self._store, roster)
         self._rounds = make_rounds(config, roster, self._store.last_version)
         self._status = StatusBuilder(config, self._rounds, self._store)
@@ -210,7 +207,7 @@ class Server:
         version = self._store.last_version
         scored = [] if version is None else [s.site for s in self._store.scores().get(version, [])]
         wait = self.config.participants.idle_timeout + protocol.RETURN_SECONDS
-        decided = self._scratch(0 if version is None else version + 1).decided()
+        decided = self._collecting.scratch(0 if version is None else version + 1).decided()
         self._rounds.restarted(sites, scored, time.monotonic() + wait, decided)
         logger.info("expecting %s back within %.0f s", ", ".join(sites), wait)
 
@@ -236,7 +233,7 @@ class Server:
         try:
             message = protocol.decode_from_site(arrived.body, self._versions.most_tensors())
         except ProtocolError as error:
-            self._on_invalid(arrived.peer, str(error), protocol.greeting(arrived.body))
+            self._guard.invalid(arrived.peer, str(error), protocol.greeting(arrived.body))
         else:
             self._admit(arrived.peer, message)
 
@@ -249,15 +246,8 @@ class Server:
             self._hear(arrived)
 
     def _check_access(self) -> None:
-        """Take out whose key was revoked, in the middle of a round too."""
-        for who in self._access.revoked():
-            if not self._access.knows(who.name):  # where a key was replaced, the site is the same
-                self._agreement.forget(who.name)
-            for peer, known in self._peers:
-                if Identity.of_peer(peer) == who:
-                    self._link.send(peer, protocol.Refused(code="revoked", message=_REVOKED))
-                    self._lose(peer, "its key was revoked", left=True)
-                    logger.warning("%s is taken out of the run: its key was revoked", known.site)
+        for name in self._guard.take_out_revoked():
+            self._agreement.forget(name)
 
     def _check_alive(self) -> None:
         """Look at all sites, not with each message but a few times a second: there may be a thousand of them."""
@@ -278,26 +268,13 @@ class Server:
         known = self._peers.remove(peer)
         assert known is not None
         self._link.exchange.forget(peer)
-        if self._aggregation is not None:
-            self._aggregation.lost(known.site)
+        self._collecting.lost(known.site)
         self._do(self._rounds.lost(known.site, reason, time.monotonic(), left=left))
 
-    # --- messages ---
+    def _end_part(self, peer: bytes, reason: str) -> None:
+        self._lose(peer, reason, left=True)
 
-    def _on_invalid(
-        self, peer: bytes, error: str, greeting: protocol.Greeting | None = None
-    ) -> None:
-        """A message that breaks the protocol ends its sender's part; a stranger that joins is told."""
-        known = self._peers.get(peer)
-        self._peers.complain("%s sent a %s", self._peers.name(peer), error)
-        if known is not None:
-            text = f"the server did not understand this site: {error}"
-            self._link.send(peer, protocol.Refused(code="message", message=text[:4096]))
-            self._lose(peer, f"it sent a {error}", left=True)
-        elif greeting is not None:
-            self._link.send(peer, other_version(greeting, error))
-        if Identity.of_peer(peer) is not None:
-            self._link.mute(peer)  # to find the fault takes the server's time
+    # --- messages ---
 
     def _admit(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message if its sender may say it."""
@@ -306,22 +283,6 @@ class Server:
             self._handle(peer, message)
         else:
             self._peers.refuse(peer, self._peers.name(peer), refusal)
-
-    def _on_flood(self, peer: bytes, waiting: str) -> None:
-        """A key sends more than it may: what waits of it is thrown away, its site's part ends, and with keys it is
-        not heard for a while."""
-        self._link.exchange.discard(peer)
-        self._peers.complain("%s floods the server: %s", self._peers.name(peer), waiting)
-        who = Identity.of_peer(peer)
-        refusal = protocol.Refused(code="flood", message=f"this key floods the server: {waiting}")
-        if who is not None and peer not in self._peers:
-            self._link.send(peer, refusal)
-        for other, _ in self._peers:
-            if other == peer or (who is not None and Identity.of_peer(other) == who):
-                self._link.send(other, refusal)
-                self._lose(other, f"it floods the server: {waiting}", left=True)
-        if who is not None:
-            self._link.mute(peer)
 
     def _handle(self, peer: bytes, message: protocol.FromSite) -> None:
         if isinstance(message, protocol.StatusRequest):
@@ -403,7 +364,9 @@ class Server:
                 declare.tensors, table(model.layout), f"site {site}", "the global model"
             )
             if difference is not None:
-                self._put_out(peer, site, "layout", f"the model's tensors differ: {difference}")
+                self._guard.put_out(
+                    peer, site, "layout", f"the model's tensors differ: {difference}"
+                )
                 return
             hash_ = self._versions.layout_hash
         else:
@@ -411,29 +374,22 @@ class Server:
                 layout = declared_layout(declare)
                 self._store.check_space(layout.total_bytes)
             except FedcoreError as error:
-                self._put_out(peer, site, "layout", str(error))
+                self._guard.put_out(peer, site, "layout", str(error))
                 return
             hash_ = layout_hash(layout)
         unlike = self._agreement.difference(site, declare)
         if unlike is not None:
-            self._put_out(peer, site, "unlike", unlike)
+            self._guard.put_out(peer, site, "unlike", unlike)
             return
         if model is None:
             self._status.declared[site] = declare
         self._link.send(peer, protocol.Accepted(layout_hash=hash_))
         self._do(self._rounds.declared(site, time.monotonic()))
 
-    def _put_out(self, peer: bytes, site: str, code: str, text: str) -> None:
-        """Refuse a site that has joined."""
-        text = text[:4096]
-        self._peers.tell(site, "refused %s: %s", text, level=logging.ERROR)
-        self._link.send(peer, protocol.Refused(code=code, message=text))
-        self._lose(peer, text, left=True)
-
     def _on_ready(self, peer: bytes, known: Peer, ready: protocol.Ready) -> None:
         declare = self._status.declared.get(known.site)
         if ready.layout_hash != self._versions.expected_hash(declare):
-            self._put_out(peer, known.site, "layout", "the update's layout is not the run's")
+            self._guard.put_out(peer, known.site, "layout", "the update's layout is not the run's")
             return
         known.metrics = dict(ready.metrics)
         self._status.note_metrics(known.site, ready.metrics)
@@ -458,75 +414,30 @@ class Server:
 
     def _on_answer(self, peer: bytes, site: str, answer: protocol.Answer) -> None:
         if self.config.run.task != "infer" or answer.version != self._store.last_version:
-            self._on_invalid(peer, "answer that nobody asked for")
+            self._guard.invalid(peer, "answer that nobody asked for")
             return
         self._store.add_answer(answer.version, site, answer.examples, answer.outputs)
         self._peers.tell(site, "%s answered: %s", ", ".join(answer.outputs), level=logging.INFO)
         self._do(self._rounds.scored(site, answer.version))
 
     def _handle_event(self, event: DataEvent) -> None:
-        if event[0] == "malformed":
-            self._peers.complain(
-                "dropped a frame from %s: %s", self._peers.name(event[1]), event[2]
-            )
-            if event[2] == OTHER_VERSION:  # whatever it makes of the answer, it has another version
-                text = (
-                    f"the server speaks protocol {protocol.PROTOCOL_VERSION} (fedcore {__version__}), this "
-                    "site another one; install the same version on both sides"
-                )
-                self._link.send(event[1], protocol.Refused(code="version", message=text))
+        if self._guard.heard(event):
             return
-        if event[0] == "stranger":
-            if event[1] not in self._peers:
-                self._link.send(event[1], protocol.Rejoin())  # at once, after a restart
-            return
-        if event[0] == "flooded":
-            self._on_flood(event[1], event[2])
-            return
-        if event[0] == "crowded":
-            self._peers.complain(
-                "%s has %s: the others are cut", self._peers.name(event[1]), event[2]
-            )
-            self._link.look()
-            return
-        running = self._aggregation
-        if running is not None and event[1] == running.collector.id:
-            self._handle_collection(running, event)
-
-    def _handle_collection(self, running: Aggregation, event: DataEvent) -> None:
-        if event[0] == "broken":
-            raise StorageError(f"the new model can't be written: {event[2]}")
-        if event[0] == "no-room":
-            if not self._said_no_room:
-                logger.warning("sites that are ahead are held back: %s", event[2])
-            self._said_no_room = True
-        elif event[0] == "rejected":
-            self._on_rejected(running, event[2], event[4])
-        elif self._parked:
-            return
-        elif event[0] == "done" and running.collector.done:
+        found = self._collecting.heard(event)
+        if isinstance(found, Reduced):
             self._do(self._rounds.reduced())
-        elif event[0] == "stalled":
-            silent = running.source(event[2])
-            if silent is not None:
-                self._on_stalled(silent.site, event[3])
+        elif isinstance(found, Rejected):
+            self._on_rejected(found.site, found.reason)
+        elif isinstance(found, Stalled):
+            self._on_stalled(found.site, found.silent_ms)
 
-    def _on_rejected(self, running: Aggregation, number: int, reason: str) -> None:
-        """What a site sends is not a valid update, or initial model."""
-        source = running.source(number)
-        if source is None:
-            return
-        running.reject(source)
-        if self._parked:  # found again once it is decided who takes part
-            return
+    def _on_rejected(self, site: str, reason: str) -> None:
         round_ = self._rounds.round
-        actions = self._rounds.rejected(source.site, reason, time.monotonic())
+        actions = self._rounds.rejected(site, reason, time.monotonic())
         if actions and round_ == 0:
-            logger.warning("the initial model of %s is not usable: %s", source.site, reason)
+            logger.warning("the initial model of %s is not usable: %s", site, reason)
         elif actions:
-            logger.warning(
-                "the update of %s is left out of round %d: %s", source.site, round_, reason
-            )
+            logger.warning("the update of %s is left out of round %d: %s", site, round_, reason)
         self._do(actions)
 
     def _on_stalled(self, site: str, silent_ms: int) -> None:
@@ -561,7 +472,7 @@ class Server:
         elif isinstance(action, StartCollect):
             self._start_collect(action)
         elif isinstance(action, CancelCollect):
-            self._parked = True  # the next collection may go on with what is here
+            self._collecting.park()
         elif isinstance(action, Commit):
             self._commit(action)
         elif isinstance(action, EndRun):
@@ -591,83 +502,23 @@ class Server:
             )
         self._peers.send_to(action.site, task)
 
-    def _scratch(self, version: int) -> Scratch:
-        """Return where a version is written, with all that its bytes depend on but layout and participants."""
-        of = {
-            "fedcore": __version__,
-            "run": self._store.run_id,
-            "version": version,
-            "base": self._versions.checksum,
-            **self.config.model_dump(mode="json", include={"aggregation", "transfer"}),
-        }
-        paths = self._store.scratch(version), self._store.record(version)
-        return Scratch(*paths, of, self._versions.metadata(version))
-
     def _set_id_for(self, site: str) -> bytes:
         unpacks = any(known.lossless for _, known in self._peers if known.site == site)
         return self._versions.packed_id if unpacks else self._versions.set_id
 
-    def _cancel_collect(self) -> None:
-        self._parked = False
-        if self._aggregation is not None:
-            self._aggregation.cancel()
-            self._aggregation = None
-
     def _pull_ahead(self, action: PullAhead) -> None:
-        running = self._aggregation
-        if running is None:
-            running = Aggregation(self._setting(action.version), self._rounds.most)
-            self._aggregation = self._status.aggregation = running
-        if running.wants(action.participant.site):
-            running.offer(action.participant, self._peers.addresses()[action.participant.site])
-            self._link.kick()
+        self._collecting.pull_ahead(action, self._peers.addresses(), self._rounds.most)
+        self._status.aggregation = self._collecting.running
 
     def _start_collect(self, action: StartCollect) -> None:
-        peers = self._peers.addresses()
-        running = self._aggregation
-        if running is not None and running.open:
-            if running.close(action.participants, peers):
-                self._link.kick()
-                return
-        elif running is not None and running.narrow(action.participants, peers):
-            self._parked = False
-            self._link.kick()
-            if running.collector.done:  # while it was parked
-                self._do(self._rounds.reduced())
-            return
-        self._cancel_collect()
-        setting = self._setting(action.version, first=action.participants[0].site)
-        self._aggregation = Aggregation.of(setting, action.participants, peers)
-        self._status.aggregation = self._aggregation
-        self._link.kick()
-
-    def _setting(self, version: int, first: str = "") -> Setting:
-        """Return what the collection of a version works with; ``first`` is the site of the initial one."""
-        base = self._versions.model
-        if base is None:
-            declare = self._status.declared[first]
-            layout = declared_layout(declare)
-            self._versions.cards = dict(declare.files)
-        else:
-            layout = base.layout
-        self._versions.release_superseded()
-        if self._spill is None:
-            self._spill = open_spill(self.config, self._store.run_id, layout)
-        return Setting(
-            self._link.exchange,
-            layout,
-            self._scratch(version),
-            base=base,
-            codec=update_codec(self.config.transfer, layout, initial=base is None),
-            memory=self._budget.chunks,
-            spill=self._spill,
-            threads=self.config.reducer_threads,
-        )
+        done = self._collecting.start(action, self._peers.addresses(), self._status.declared)
+        self._status.aggregation = self._collecting.running
+        if done:
+            self._do(self._rounds.reduced())
 
     def _commit(self, action: Commit) -> None:
-        running, self._aggregation = self._aggregation, None
+        running = self._collecting.take()
         self._status.aggregation = None
-        assert running is not None
         model, checksums = running.finish()
         weights = {p.site: p.weight for p in action.participants} if action.version else {}
         seconds = time.monotonic() - self._round_started
@@ -705,8 +556,7 @@ class Server:
         self._status.best = self._outcome.best
 
     def _end(self, ok: bool, message: str) -> None:
-        self._cancel_collect()
-        self._spill = None
+        self._collecting.close()
         self._result = result = self._outcome.conclude(ok, message)
         if not ok:
             self._rounds.phase = Phase.FAILED

@@ -357,7 +357,7 @@ def test_an_update_is_pulled_while_another_site_trains(tmp_path: Path, spill: bo
 
     def pulled() -> int:
         """Return how many chunks of a's update are at the server."""
-        running = server._aggregation
+        running = server._collecting.running
         return running.collector.progress()[2][0] if running is not None and running.open else 0
 
     def wait() -> None:

@@ -1,0 +1,208 @@
+"""The collection under way: what is pulled, for whom it is kept or begun anew, and what the core says of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedcore import __version__, protocol
+from fedcore._core import Spill
+from fedcore.config import RunConfig
+from fedcore.errors import StorageError
+from fedcore.transport import DataEvent, ServerLink
+
+from .actions import PullAhead, StartCollect
+from .aggregation import Aggregation, Setting, open_spill, update_codec
+from .scratch import Scratch
+from .store import Store
+from .versions import Versions, declared_layout
+
+__all__ = ["Collecting", "Reduced", "Rejected", "Stalled"]
+
+logger = logging.getLogger("fedcore.server")
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """All chunks are reduced."""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """What a site sends is no valid update, or initial model."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """Nothing came of what a site was asked for, for so long."""
+
+    site: str
+    silent_ms: int
+
+
+class Collecting:
+    """The collection of the version under way, from the first update that is pulled ahead to its commit.
+
+    Args:
+        config, store, versions: the run's.
+        link: over which chunks come.
+        memory: what they may take.
+
+    Attributes:
+        running: the collection; None before the first update and after the commit.
+    """
+
+    def __init__(
+        self, config: RunConfig, store: Store, versions: Versions, link: ServerLink, memory: int
+    ) -> None:
+        self.running: Aggregation | None = None
+        self._config = config
+        self._store = store
+        self._versions = versions
+        self._link = link
+        self._memory = memory
+        self._parked = False  # it waits for a decision on who takes part
+        self._spill: Spill | None = None
+        self._said_no_room = False
+
+    def scratch(self, version: int) -> Scratch:
+        """Return where a version is written, with all that its bytes depend on but layout and participants."""
+        of = {
+            "fedcore": __version__,
+            "run": self._store.run_id,
+            "version": version,
+            "base": self._versions.checksum,
+            **self._config.model_dump(mode="json", include={"aggregation", "transfer"}),
+        }
+        paths = self._store.scratch(version), self._store.record(version)
+        return Scratch(*paths, of, self._versions.metadata(version))
+
+    # --- what is decided ---
+
+    def pull_ahead(self, action: PullAhead, peers: Mapping[str, bytes], most: int) -> None:
+        """Pull an update ahead; a version holds at most ``most`` of them."""
+        if self.running is None:
+            self.running = Aggregation(self._setting(action.version), most)
+        if self.running.wants(action.participant.site):
+            self.running.offer(action.participant, peers[action.participant.site])
+            self._link.kick()
+
+    def start(
+        self,
+        action: StartCollect,
+        peers: Mapping[str, bytes],
+        declared: Mapping[str, protocol.Declare],
+    ) -> bool:
+        """Reduce these participants' updates, and go on with what is here of them.
+
+        Args:
+            action: whose updates count.
+            peers: each site's routing id.
+            declared: what sites have declared; the initial model has the layout that its site's tensors make.
+
+        Returns whether all is reduced already: it was while the collection was parked.
+        """
+        running = self.running
+        if running is not None and running.open:
+            if running.close(action.participants, peers):
+                self._link.kick()
+                return False
+        elif running is not None and running.narrow(action.participants, peers):
+            self._parked = False
+            self._link.kick()
+            return running.collector.done
+        self.cancel()
+        setting = self._setting(action.version, declared.get(action.participants[0].site))
+        self.running = Aggregation.of(setting, action.participants, peers)
+        self._link.kick()
+        return False
+
+    def park(self) -> None:
+        """Have it wait for a decision on who takes part: the next collection may go on with what is here."""
+        self._parked = True
+
+    def lost(self, site: str) -> None:
+        """Note that a site is gone."""
+        if self.running is not None:
+            self.running.lost(site)
+
+    def take(self) -> Aggregation:
+        """Return the collection, whose chunks are all reduced, to be committed."""
+        running, self.running = self.running, None
+        assert running is not None
+        return running
+
+    def cancel(self) -> None:
+        """Stop pulling; nothing of it counts."""
+        self._parked = False
+        if self.running is not None:
+            self.running.cancel()
+            self.running = None
+
+    def close(self) -> None:
+        """Stop pulling for good, and let go of the spill file."""
+        self.cancel()
+        self._spill = None
+
+    def _setting(self, version: int, initial: protocol.Declare | None = None) -> Setting:
+        """Return what the collection of a version works with; ``initial`` describes the run's first one."""
+        base = self._versions.model
+        if base is None:
+            assert initial is not None
+            layout = declared_layout(initial)
+            self._versions.cards = dict(initial.files)
+        else:
+            layout = base.layout
+        self._versions.release_superseded()
+        if self._spill is None:
+            self._spill = open_spill(self._config, self._store.run_id, layout)
+        return Setting(
+            self._link.exchange,
+            layout,
+            self.scratch(version),
+            base=base,
+            codec=update_codec(self._config.transfer, layout, initial=base is None),
+            memory=self._memory,
+            spill=self._spill,
+            threads=self._config.reducer_threads,
+        )
+
+    # --- what the core says ---
+
+    def heard(self, event: DataEvent) -> Reduced | Rejected | Stalled | None:
+        """Return what an event of this collection comes to; None if nothing, or if it is of another one.
+
+        Raises:
+            StorageError: the new model can't be written.
+        """
+        running = self.running
+        if running is None or event[1] != running.collector.id:
+            return None
+        if event[0] == "broken":
+            raise StorageError(f"the new model can't be written: {event[2]}")
+        if event[0] == "no-room":
+            if not self._said_no_room:
+                logger.warning("sites that are ahead are held back: %s", event[2])
+            self._said_no_room = True
+        elif event[0] == "rejected":
+            return self._rejected(running, event[2], event[4])
+        elif self._parked:
+            return None
+        elif event[0] == "done" and running.collector.done:
+            return Reduced()
+        elif event[0] == "stalled":
+            silent = running.source(event[2])
+            return None if silent is None else Stalled(silent.site, event[3])
+        return None
+
+    def _rejected(self, running: Aggregation, number: int, reason: str) -> Rejected | None:
+        source = running.source(number)
+        if source is None:
+            return None
+        running.reject(source)
+        # While it is parked nothing follows: found again once it is decided who takes part.
+        return None if self._parked else Rejected(source.site, reason)
