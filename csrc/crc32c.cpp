@@ -1,5 +1,6 @@
 #include "crc32c.hpp"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
@@ -144,6 +145,10 @@ FEDCORE_CRC_TARGET std::uint32_t update_fast(std::uint32_t crc, const unsigned c
 // goes through the instruction.
 constexpr std::size_t kFold = 256;
 
+// Bytes come from other cores' caches or from memory, and the prefetcher of the processor stops at
+// the end of each page: what is this far ahead is asked for.
+constexpr std::size_t kAhead = 4096;
+
 // x^power modulo the polynomial, as a factor for a reflected 64-bit half; one power less, since the
 // product of two reflected halves comes out one place off.
 constexpr std::uint64_t fold_factor(unsigned power) {
@@ -187,6 +192,10 @@ FEDCORE_FOLD_TARGET std::uint32_t update_folding(std::uint32_t crc, const unsign
   __m512i d = _mm512_loadu_si512(p + 192);
   std::size_t done = kFold;
   for (; n - done >= kFold; done += kFold) {
+    const char* ahead = reinterpret_cast<const char*>(p) + std::min(done + kAhead, n - kFold);
+    for (std::size_t line = 0; line < kFold; line += 64) {
+      _mm_prefetch(ahead + line, _MM_HINT_T0);
+    }
     a = fold(a, factors, _mm512_loadu_si512(p + done));
     b = fold(b, factors, _mm512_loadu_si512(p + done + 64));
     c = fold(c, factors, _mm512_loadu_si512(p + done + 128));

@@ -15,13 +15,23 @@ SIZE = 48 * MIB  # three times the budget
 SPREAD = 1.05
 
 
-def peaks(*loads: Load) -> list[int]:
-    """Return the peaks, each under a hard limit of the budget over the idle server."""
-    found: list[dict[str, Any]] = [measure(load) for load in loads]
-    for load, row in zip(loads, found, strict=True):
-        print({name: round(value / MIB, 1) for name, value in row.items() if name != "sites"}, load)
-        assert row["peak_rss_bytes"] <= row["idle_rss_bytes"] + load.budget
-    return [row["peak_rss_bytes"] for row in found]
+def peaks(*loads: Load, rounds: int = 1) -> list[int]:
+    """Return the highest peak of each load, every one under a hard limit of the budget over the idle server.
+
+    How much of its budget a server comes to hold in one round is also a matter of who sent first. Loads are
+    measured in turns.
+    """
+    found: list[list[dict[str, Any]]] = [[] for _ in loads]
+    for _ in range(rounds):
+        for load, rows in zip(loads, found, strict=True):
+            row = measure(load)
+            print(
+                {name: round(value / MIB, 1) for name, value in row.items() if name != "sites"},
+                load,
+            )
+            assert row["peak_rss_bytes"] <= row["idle_rss_bytes"] + load.budget
+            rows.append(row)
+    return [max(row["peak_rss_bytes"] for row in rows) for rows in found]
 
 
 def test_the_peak_is_the_same_for_more_sites_and_a_larger_model() -> None:
@@ -30,6 +40,7 @@ def test_the_peak_is_the_same_for_more_sites_and_a_larger_model() -> None:
         Load(SIZE, 8, BUDGET),
         Load(SIZE, 32, BUDGET),
         Load(2 * SIZE, 8, BUDGET),
+        rounds=4,
     )
     assert max(found) <= SPREAD * min(found)
 

@@ -315,14 +315,16 @@ def test_a_first_start_that_failed_binds_nothing_and_foreign_files_are_left_alon
     (config.run_folder / "models" / "folder").mkdir()
     leftover = config.run_folder / "models" / "round-0007.safetensors"
     leftover.write_bytes(b"torn")
-    server = Server(run_config(tmp_path, sites=["a", "b"], min_results=1, rounds=1))
+    absent = {"min_results": 1, "round_deadline": "4s"}  # b never comes
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1, **absent))
     assert notes.read_text() == "keep me"
     assert not leftover.exists()
     assert run(server, lambda: site(server.endpoint, "a", 1))[0].ok
 
 
 def test_a_run_may_go_on_with_other_limits_but_not_with_other_sites(tmp_path: Path) -> None:
-    server = Server(run_config(tmp_path, sites=["a", "b"], min_results=1, rounds=1))
+    absent = {"min_results": 1, "round_deadline": "4s"}  # b never comes
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1, **absent))
     assert run(server, lambda: site(server.endpoint, "a", 1))[0].ok
     with pytest.raises(
         ConfigError, match=r"another participants\.sites: it was \['a', 'b'\] and is now \['a'\]"
