@@ -20,13 +20,6 @@ from fedcore.transport import ServerLink, SiteLink
 DEADLINE = 20.0
 
 
-@pytest.fixture(params=["compiled", "python"])
-def pump(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test once with the compiled pump and once with the plain Python loop."""
-    monkeypatch.setenv("FEDCORE_PUMP", request.param)
-    return request.param
-
-
 @dataclass
 class Parties:
     """A server's keys and those of the parties that it admits, by name."""

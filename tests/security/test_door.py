@@ -15,10 +15,11 @@ import zmq
 
 from fedcore import admission, protocol
 from fedcore.admission import Doorkeeper
-from fedcore.connections import Limits
+from fedcore.connections import Connections, Limits
 from fedcore.security import Credentials, KeyPair
 from fedcore.transport import Control, control_frames
 
+from ..server.relay import Relay
 from .conftest import DEADLINE, Links, Parties, wait
 
 
@@ -257,6 +258,75 @@ def test_a_message_of_any_number_of_parts_does_not_fill_the_servers_memory(
             assert not (isinstance(arrived, tuple) and arrived[0] == "malformed"), "it came whole"
     south.send(protocol.Problem(message="still here"))
     wait(server, lambda m: isinstance(m, Control) and b"still here" in m.body)
+
+
+class Cuts:
+    """What a door cuts, and how often it has looked at all connections."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.why: list[str] = []
+        self.looks = 0
+        cut, look = Doorkeeper._cut, Connections.sweep_unfinished
+
+        def note_cut(door: Doorkeeper, number: int, why: str) -> None:
+            self.why.append(why)
+            cut(door, number, why)
+
+        def note_look(connections: Connections) -> list[tuple[int, str]]:
+            found = list(look(connections))
+            self.looks += 1
+            return found
+
+        patch.setattr(Doorkeeper, "_cut", note_cut)
+        patch.setattr(Connections, "sweep_unfinished", note_look)
+
+    def look_again(self) -> None:
+        """Wait until the door has seen all that had come when this was called."""
+        seen, until = self.looks, time.monotonic() + DEADLINE
+        while self.looks < seen + 3:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def test_live_connections_of_a_key_share_its_bound_for_messages_that_have_no_end(
+    pump: str, links: Links, parties: Parties, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts = Cuts(monkeypatch)
+    server = links.server(parties.secured(Limits(unfinished_bytes=4 * MIB)))
+    parts = [zmq.Frame(bytes(MIB // 4), copy=False)] * 14  # of one message, less than the bound
+
+    with contextlib.ExitStack() as stack:
+
+        def begin(name: str, size: int) -> Relay:
+            """Let the first ``size`` bytes of a long message come over a new connection of a key."""
+            way = stack.enter_context(Relay(server.endpoint))
+            hostile = stack.enter_context(dealer(way.address, parties.credentials(name)))
+            hostile.send_multipart(control_frames(protocol.Alive()))
+            wait(server, lambda m: isinstance(m, Control))
+            cuts.look_again()  # from here on it counts
+            way.up.hold_after(size)
+            before = way.up.passed
+            hostile.send_multipart(parts, copy=False)
+            way.up.until(lambda passed: passed > before + size - 8192)
+            cuts.look_again()
+            return way
+
+        other = begin("south", 13 * MIB // 4)
+        begin("north", 13 * MIB // 4)
+        assert cuts.why == []
+        shorter = begin("north", 5 * MIB // 2)
+        assert cuts.why == ["sent 3 MiB of a message that has no end"]
+        for way in (shorter, other):
+            way.up.release()
+        whole: set[bytes] = set()
+        until = time.monotonic() + DEADLINE
+        while len(whole) < 2:
+            assert time.monotonic() < until
+            arrived = server.recv(0.05)
+            if isinstance(arrived, tuple) and arrived[0] == "malformed":  # it came whole
+                whole.add(arrived[1].partition(b"\0")[0])
+    assert {user.split(b"/")[1] for user in whole} == {b"north", b"south"}
+    assert len(cuts.why) == 1
 
 
 def over(connection: socket.socket) -> bool:

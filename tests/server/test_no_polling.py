@@ -1,0 +1,57 @@
+"""Nothing polls: rounds follow one another though no timer ever ends a wait."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcore import transport
+from fedcore.client import connection, progress
+from fedcore.server import service
+from fedcore.server.service import Server
+from fedcore.transport import Control, DataEvent
+
+from .test_runs import run_config, site
+
+ROUNDS = 20
+NEVER = 3600.0
+GOODBYE = 0.2  # how long a server whose run is over waits for the sites to leave, at a time
+
+
+def test_every_wait_of_a_run_is_ended_by_what_it_waits_for(
+    pump: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heartbeats would end waits, too, so there are none."""
+    receive = transport._Link.recv
+
+    def patient(link: transport._Link, timeout: float | None) -> Control | DataEvent | None:
+        return receive(link, NEVER if timeout is None or timeout > GOODBYE else timeout)
+
+    monkeypatch.setattr(transport._Link, "recv", patient)
+    monkeypatch.setattr(transport, "HEARTBEAT_MS", round(1000 * NEVER))
+    monkeypatch.setattr(service, "_CHECK_SECONDS", NEVER)
+    monkeypatch.setattr(connection, "_CHECK_SECONDS", NEVER)
+    monkeypatch.setattr(progress, "_IDLE_SECONDS", NEVER)
+    config = run_config(
+        tmp_path, sites=["a", "b"], rounds=ROUNDS, idle_timeout="1h", round_deadline="5h"
+    )
+    server, ended = Server(config), queue.SimpleQueue[tuple[str, Any]]()
+    parts: dict[str, Callable[[], Any]] = {
+        "server": lambda: server.run().ok,
+        "a": lambda: site(server.endpoint, "a", 1),
+        "b": lambda: site(server.endpoint, "b", 3),
+    }
+    for name, part in parts.items():  # who waits for ever is not waited for
+        threading.Thread(
+            target=lambda name=name, part=part: ended.put((name, part())), daemon=True
+        ).start()
+    try:
+        found = dict(ended.get(timeout=60) for _ in parts)
+    finally:
+        server.stop()
+    assert found == {"server": True, "a": ROUNDS, "b": ROUNDS}
