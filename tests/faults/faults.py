@@ -10,9 +10,10 @@ from dataclasses import replace
 import numpy as np
 
 from fedcore._core import Layout
+from fedcore.layout import table
 from fedcore.protocol import Kind
 
-from .reference import CHUNK, FLOATS, SPECIAL_BITS, stored
+from .reference import CHUNK, DTYPES, FLOATS, SPECIAL_BITS, stored
 from .world import Frame, Interference, Site, World, chunk_frame, header
 
 
@@ -40,6 +41,7 @@ class Fault(enum.Enum):
     RECONNECTED = "reconnected"
     RESTARTED = "restarted"
     SERVER_KILLED = "server-killed"
+    TORN_PAGE = "torn-page"
     DISK_FULL = "disk-full"
     DENORMAL = "denormal"
     HUGE = "huge"
@@ -54,6 +56,9 @@ class Fault(enum.Enum):
     WITHDRAWN = "withdrawn"
     TOO_FEW_CHUNKS = "too-few-chunks"
     BAD_WEIGHT = "bad-weight"
+    WRONG_SHAPE = "wrong-shape"
+    WRONG_DTYPE = "wrong-dtype"
+    WRONG_NAME = "wrong-name"
 
 
 LEFT_OUT = {
@@ -65,6 +70,9 @@ LEFT_OUT = {
     Fault.WITHDRAWN: "refused",
     Fault.TOO_FEW_CHUNKS: "refused",
     Fault.BAD_WEIGHT: "weight",
+    Fault.WRONG_SHAPE: "layout",
+    Fault.WRONG_DTYPE: "layout",
+    Fault.WRONG_NAME: "layout",
 }
 """The code with which a site with this fault is left out; one with any other fault is not."""
 
@@ -186,6 +194,12 @@ def _server_killed(world: World, site: Site, frame: Frame) -> list[Frame]:
     return [frame]
 
 
+def _torn_page(world: World, site: Site, frame: Frame) -> list[Frame]:
+    world.tear()
+    world.kill_server()
+    return [frame]
+
+
 def _disk_full(world: World, site: Site, frame: Frame) -> list[Frame]:
     world.fill_disk()
     return [frame]
@@ -228,6 +242,7 @@ _ONCE: dict[Fault, Interference] = {
     Fault.RECONNECTED: _reconnected,
     Fault.RESTARTED: _restarted,
     Fault.SERVER_KILLED: _server_killed,
+    Fault.TORN_PAGE: _torn_page,
     Fault.DISK_FULL: _disk_full,
     Fault.KILLED: _killed,
     Fault.HALF_OPEN: _half_open,
@@ -266,6 +281,21 @@ def set_values(
         )
 
 
+def _declare_wrongly(fault: Fault, layout: Layout, site: Site, dice: random.Random) -> None:
+    """Let a site say that one of its tensors is another."""
+    declared = site.declared or list(table(layout))
+    at = dice.randrange(len(declared))
+    name, dtype, shape = declared[at]
+    if fault is Fault.WRONG_SHAPE:
+        shape = dice.choice([[*shape, 1], [1, *shape], [shape[0] + 1, *shape[1:]]])
+    elif fault is Fault.WRONG_DTYPE:
+        dtype = DTYPES[(DTYPES.index(dtype) + 1) % len(DTYPES)]  # never the old one after two
+    else:
+        name += dice.choice(["x", ".weight", "\u00e9"])
+    declared[at] = name, dtype, shape
+    site.declared = declared
+
+
 def _special(which: int, dice: random.Random) -> Callable[[str], int]:
     def choose(dtype: str) -> int:
         bits = SPECIAL_BITS[dtype][which]
@@ -300,6 +330,8 @@ def inject(
     index = dice.randrange(layout.chunk_count) if chunk is None else chunk
     if fault in _VALUES:
         set_values(layout, site, dice, place, _special(_VALUES[fault], dice))
+    elif fault in (Fault.WRONG_SHAPE, Fault.WRONG_DTYPE, Fault.WRONG_NAME):
+        _declare_wrongly(fault, layout, site, dice)
     elif fault is Fault.BAD_WEIGHT:
         site.weight = dice.choice([0, -1, 1 << 24, (1 << 24) + 5, 1 << 70])
     elif fault is Fault.EXTREME_WEIGHT:

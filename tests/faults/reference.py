@@ -8,13 +8,15 @@ from fractions import Fraction
 
 import numpy as np
 
-from fedcore._core import Layout
+from fedcore._core import Codec, Layout
 
 CHUNK = 4096
+TOP_K = 0.1
 _STORED = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64,
     "I32": np.int32, "I16": np.int16, "U8": np.uint8, "BOOL": np.uint8,
 }  # fmt: skip
+DTYPES = list(_STORED)
 FLOATS = ("F64", "F32", "F16", "BF16")
 # Per float format: the bits of a NaN, of infinity, the largest finite, the smallest subnormal, and -0.0.
 SPECIAL_BITS = {
@@ -71,6 +73,20 @@ def mean(
         else:
             out[name] = _mean_narrow(dtype, parts, weights)
     return out
+
+
+def stands_for(layout: Layout, update: bytes, base: bytes, scheme: str) -> bytes:
+    """What an encoded update is taken for; tests/core/test_codec.py compares the encodings with NumPy."""
+    out = bytearray(update)
+    if scheme == "raw":
+        return bytes(out)
+    codec = Codec(layout, scheme, top_k=TOP_K)
+    for index in range(layout.chunk_count):
+        at, nbytes = layout.chunk_range(index)
+        part = slice(at, at + nbytes)
+        sent = codec.encode(index, update[part], base[part])
+        codec.decode(index, *sent, memoryview(out)[part], base[part])
+    return bytes(out)
 
 
 def flat(layout: Layout, tensors: Mapping[str, bytes]) -> bytes:

@@ -13,7 +13,7 @@ from fedcore import _core
 from fedcore._core import Layout
 from fedcore.layout import create_model
 
-from .reference import CHUNK, flat, mean, random_update
+from .reference import CHUNK, flat, mean, random_update, stands_for
 from .world import Site, World
 
 LAYOUT = Layout(
@@ -40,22 +40,28 @@ def restore_level() -> Iterator[None]:
     _core.set_simd_level(before)
 
 
+@pytest.mark.parametrize("scheme", ["raw", "int8", "nf4"])
 @pytest.mark.parametrize("level", _core.simd_levels())
-def test_a_hundred_orders_of_arrival_give_one_hash(level: str) -> None:
+def test_a_hundred_orders_of_arrival_give_one_hash(level: str, scheme: str) -> None:
     _core.set_simd_level(level)
     hashes = set()
     for seed in range(ORDERS):
         dice = random.Random(seed)
         budget = dice.choice([1, 3 * CHUNK * len(SITES), 1 << 30])
         sites = [Site(name, weight, UPDATES[name]) for name, weight in SITES.items()]
+        threads = 1 + seed // 2 % 4
         world = World(
-            LAYOUT, sites, dice, budget, BASE, ahead=seed % 2 == 0, threads=1 + seed // 2 % 4
+            LAYOUT, sites, dice, budget, BASE, ahead=seed % 2 == 0, threads=threads, scheme=scheme
         )
         world.run()
         assert world.result is not None
         hashes.add(hashlib.sha256(world.result).hexdigest())
-    order = sorted(SITES)
-    exact = flat(LAYOUT, mean(LAYOUT, [(SITES[name], UPDATES[name]) for name in order], BASE))
+    _core.set_simd_level("baseline")
+    updates = [
+        (weight, stands_for(LAYOUT, bytes(UPDATES[name]), BASE, scheme))
+        for name, weight in sorted(SITES.items())
+    ]
+    exact = flat(LAYOUT, mean(LAYOUT, updates, BASE))
     assert hashes == {hashlib.sha256(exact).hexdigest()}
 
 

@@ -1,4 +1,5 @@
-"""Every pair of faults, at random sites, layouts and orders of arrival: the exact bytes or the exact rejection.
+"""Every pair of faults, at random sites, layouts, encodings and orders of arrival: the exact bytes or the exact
+rejection.
 
 A case is made by its pair and seed alone: ``FEDCORE_FAULT_SEED=N pytest tests/faults/test_pairs.py -k PAIR``
 repeats one that failed. ``FEDCORE_FAULT_CASES=N`` plays that many of each pair.
@@ -14,7 +15,7 @@ from dataclasses import replace
 import pytest
 
 from .faults import LEFT_OUT, Fault, inject
-from .reference import CHUNK, flat, mean, random_layout, random_update
+from .reference import CHUNK, flat, mean, random_layout, random_update, stands_for
 from .world import Frame, Site, World
 
 CASES = int(os.environ.get("FEDCORE_FAULT_CASES", "2"))
@@ -48,17 +49,19 @@ def play(faults: tuple[Fault, Fault], seed: int) -> None:
         dice.choice(sites).interferences.append(held_back)
     ahead = dice.random() < 0.5
     threads = dice.choice([1, 3])
-    world = World(
-        layout, sites, dice, budget, base, spilling=spilling, ahead=ahead, threads=threads
-    )
+    scheme = "raw" if base is None else dice.choice(["raw", "bf16", "int8", "nf4", "top-k"])
+    how = {"spilling": spilling, "ahead": ahead, "threads": threads, "scheme": scheme}
+    world = World(layout, sites, dice, budget, base, **how)  # type: ignore[arg-type]
     world.run()
     assert world.rejections.keys() == codes.keys()
     for name, (code, message) in world.rejections.items():
         assert code in codes[name], message
-    survivors = [(s.weight, s.update) for s in world.sites if s.name not in codes]
+    survivors = [(s.weight, bytes(s.update)) for s in world.sites if s.name not in codes]
     if not survivors:
         assert world.result is None
         return
+    if base is not None:
+        survivors = [(w, stands_for(layout, update, base, scheme)) for w, update in survivors]
     assert world.result == flat(layout, mean(layout, survivors, base))
 
 

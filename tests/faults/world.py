@@ -15,13 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcore._core import Collector, Exchange, Layout, Progress, Spill, crc32c
-from fedcore.errors import WeightError
-from fedcore.layout import ModelFile, create_model, reopen_model
+from fedcore._core import Codec, Collector, Exchange, Layout, Progress, Spill, crc32c
+from fedcore.encoding import EncodedUpdate, UpdateEncoder
+from fedcore.errors import NonFiniteError, WeightError
+from fedcore.layout import ModelFile, TensorSpec, compare_layouts, create_model, reopen_model, table
 from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
 
-from .reference import CHUNK
+from .reference import CHUNK, TOP_K
 
+PAGE = 4096
 LOST_MS = 20_000
 SPILL_EXTENT = 4 * CHUNK
 MAX_STEPS = 20_000
@@ -84,11 +86,18 @@ Interference = Callable[["World", "Site", Frame], "list[Frame]"]
 
 @dataclass
 class Site:
-    """A site's data plane, and what interferes with the frames that it sends."""
+    """A site's data plane, and what interferes with the frames that it sends.
+
+    Attributes:
+        declared: the tensors that it says it has, where they are not the run's.
+        encode: gives the update as encoded chunks, or None where it leaves as it is.
+    """
 
     name: str
     weight: int
     update: bytearray
+    declared: list[TensorSpec] | None = None
+    encode: Callable[[ModelFile], EncodedUpdate | None] = lambda _: None
     process: int = 0
     offer: int = 0
     chunks_missing: int = 0
@@ -114,7 +123,14 @@ class Site:
         chunks = -(-length // CHUNK) - self.chunks_missing
         held = create_model(None, Layout([("u", "U8", [length])], CHUNK))
         held.view("u")[:] = self.update
-        if not self.withdrawn:
+        sent = self.encode(held)
+        if self.withdrawn:
+            return
+        if sent is not None:
+            self.exchange.publish_encoded(
+                self.set_id, sent.file, sent.offsets[: chunks + 1], sent.encodings[:chunks]
+            )
+        else:
             offered = min(length, chunks * CHUNK)
             self.exchange.publish(self.set_id, held.file, held.data_offset, offered, CHUNK)
 
@@ -130,6 +146,7 @@ class World:
         spill: where chunks wait of sites that are ahead, if they may.
         threads: how many chunks the server reduces at the same time.
         ahead: whether sites are added to an open collection one by one, which is closed some time later.
+        scheme: how updates travel; other than raw only with a base.
         disk_full: from now on no file may grow beyond what a model and one extent of the spill file take.
     """
 
@@ -144,8 +161,10 @@ class World:
         spilling: bool = False,
         ahead: bool = False,
         threads: int = 1,
+        scheme: str = "raw",
     ) -> None:
         self.threads = threads
+        self.scheme = scheme
         self.ahead = ahead
         self.layout = layout
         self.dice = dice
@@ -163,6 +182,7 @@ class World:
         self.added: list[Site] = []
         self.is_open = False
         self.kills = 0
+        self.torn = False
         self.disk_full = False
         self._folder = tempfile.TemporaryDirectory(prefix="fedcore-faults-")
         self._accepted: set[tuple[bytes, int]] = set()
@@ -174,7 +194,23 @@ class World:
             self._base = create_model(None, layout)
             self._base.file.view(self._base.data_offset)[:] = base
         for site in self.sites:
+            site.encode = self._encode
             site.publish()
+
+    def _encode(self, update: ModelFile) -> EncodedUpdate | None:
+        """What a site does before it publishes: an update with NaN leaves as it is."""
+        if self.scheme == "raw":
+            return None
+        assert self._base is not None
+        places = update.file, update.data_offset, self._base.file, self._base.data_offset
+        try:
+            return UpdateEncoder(self.layout, self.scheme, top_k=TOP_K).encode(1, *places)
+        except NonFiniteError:
+            return None
+
+    @property
+    def _codec(self) -> Codec | None:
+        return None if self.scheme == "raw" else Codec(self.layout, self.scheme)
 
     # --- what the server's process does ---
 
@@ -185,9 +221,14 @@ class World:
             self.collector = None
         self._accepted.clear()
         self.collecting = [s for s in self.sites if s.name not in self.rejections]
-        if not self.collecting:
-            return
-        self._begin(fresh=True)
+        for site in self.collecting:
+            if site.declared is not None:
+                difference = compare_layouts(site.declared, table(self.layout), site.name, "all")
+                assert difference is not None
+                self.leave_out(site, "layout", difference)
+                return
+        if self.collecting:
+            self._begin(fresh=True)
 
     def _begin(self, *, fresh: bool) -> None:
         if not self.ahead or not (fresh or self.is_open):
@@ -201,6 +242,7 @@ class World:
             base,
             self.budget,
             spill=self.spill,
+            codec=self._codec,
             threads=self.threads,
         )
         self.server.start(self.collector)
@@ -236,6 +278,24 @@ class World:
         if self.collector is not None:
             self._begin(fresh=False)
 
+    def tear(self) -> None:
+        """Of one file that a server leaves, a page is not what was written to it."""
+        self.torn = True
+        names = ("out", "record", f"spill-{self.kills}", f"spill-{self.kills}-index")
+        files = [Path(self._folder.name) / name for name in names]
+        there = [path for path in files if path.exists() and path.stat().st_size]
+        if not there:
+            return
+        path = self.dice.choice(there)
+        pages = -(-path.stat().st_size // PAGE)
+        at = PAGE * self.dice.choice([pages - 1, self.dice.randrange(pages)])
+        with path.open("r+b") as file:
+            file.seek(at)
+            written = file.read(PAGE)
+            begin = self.dice.randrange(len(written))  # what is behind did not reach the disk
+            file.seek(at + begin)
+            file.write(self.dice.choice([bytes, self.dice.randbytes])(len(written) - begin))
+
     def _open_spill(self) -> Spill:
         """The spill file of this server, with what the one before left: its own would go with that object."""
         old, new = (Path(self._folder.name) / f"spill-{n}" for n in (self.kills - 1, self.kills))
@@ -251,9 +311,9 @@ class World:
         out, record = Path(self._folder.name) / "out", Path(self._folder.name) / "record"
         if not fresh:
             file, progress = reopen_model(out, self.layout), Progress.open(str(record))
-            assert file is not None
-            assert progress is not None
-            return file, progress
+            if file is not None and progress is not None:
+                return file, progress
+            assert self.torn, "what was left is not whole"
         out.unlink(missing_ok=True)
         sources = [(s.name, s.set_id, s.weight) for s in self.collecting]
         file = create_model(out, self.layout)
@@ -272,6 +332,7 @@ class World:
                 base,
                 self.budget,
                 spill=self.spill,
+                codec=self._codec,
                 progress=progress,
                 threads=self.threads,
             )
