@@ -106,11 +106,12 @@ def test_the_cpu_beside_itself_has_a_row_for_every_case(tmp_path: Path) -> None:
 
 def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
     try:
-        _device.use_device("cuda")
+        found = _device.use_device("cuda")
     except ConfigError as error:
         missing = str(error)
     else:
         _device.use_device("cpu")
+        assert found != "CPU", "what was asked for was not used"
         pytest.skip("there is a GPU")
     path = tmp_path / "result.json"
     result = command("device", "--json", str(path))

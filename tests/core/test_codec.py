@@ -317,6 +317,29 @@ def test_a_chunk_whose_middle_alone_shrinks_stays_raw() -> None:
     assert encoding == 0
 
 
+@pytest.mark.parametrize(("zeros", "packed"), [(45, False), (80, True)])
+def test_a_chunk_is_compressed_from_5_percent_on(zeros: int, packed: bool) -> None:
+    lz4 = pytest.importorskip("lz4.block")
+    count = 1 << 18  # bytes, of which this many in a thousand compress
+    data = np.random.default_rng(4).integers(1, 256, count, np.uint8)
+    data[np.arange(count) % 1000 < zeros] = 0
+    saved = 1 - len(lz4.compress(data.tobytes(), store_size=False)) / count
+    assert 0.06 < saved < 0.08 if packed else 0.03 < saved < 0.045
+    codec = Codec(Layout([("w", "U8", [count])], 1 << 20), "raw", lossless=True)
+    assert codec.encode(0, data)[0] == (0x80 if packed else 0)
+
+
+def test_a_chunk_whose_middle_does_not_shrink_is_not_tried_any_further() -> None:
+    count = 1 << 20
+    data = np.zeros(count, np.uint8)
+    middle = slice(count // 2 - (48 << 10), count // 2 + (48 << 10))
+    data[middle] = np.random.default_rng(3).integers(0, 256, 96 << 10, np.uint8)
+    encoding, _ = Codec(Layout([("w", "U8", [count])], 1 << 20), "raw", lossless=True).encode(
+        0, data
+    )
+    assert encoding == 0
+
+
 def test_a_packed_encoding_gives_the_values_of_the_plain_one() -> None:
     values = np.repeat(floats(2000), 40)
     plain = trip(Codec(one_run(80_000), "int8"), values)
