@@ -1,9 +1,10 @@
 """Many sites in one process: they speak the protocol frame by frame and hold two chunks' worth of values.
 
-``python -m benchmarks.light_sites ADDRESS SITES CHUNKS [LAGGARD]``: every site takes part in a run whose model is
-`layout(CHUNKS)`, pulls each global model, and offers an update that `expected` gives the mean of. A laggard
-keeps back a chunk from the middle, when the server has come to ask for many ahead, until nobody else has anything
-left to do, so that the server holds as much as it ever will.
+``python -m benchmarks.light_sites ADDRESS SITES CHUNKS UPDATE [LAGGARD]``: every site takes part in a run whose
+model is `layout(CHUNKS)`, pulls each global model, and offers an update to a model of zeros that `Values.expected`
+gives the mean of, encoded as UPDATE says (``nf4``; ``raw+lossless``: compressed, too). A laggard keeps back a
+chunk from the middle, when the server has come to ask for many ahead, until nobody else has anything left to do,
+so that the server holds as much as it ever will.
 Prints ``finished`` when every site was told of the end, and leaves when its input closes.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import zmq
 
 from fedcore import protocol
-from fedcore._core import Layout, crc32c
+from fedcore._core import Codec, Layout, crc32c
 from fedcore.layout import layout_hash, table
 from fedcore.protocol import DEFAULT_CHUNK_BYTES, HEADER, MAGIC, PROTOCOL_VERSION, Kind
 from fedcore.transport import control_frames
@@ -41,40 +42,75 @@ def layout(chunks: int) -> Layout:
 
 
 class Values:
-    """The two updates that sites offer in turn: integers below 2^16, every chunk another."""
+    """The two updates that sites offer in turn: integers below 2^16, every chunk another.
 
-    def __init__(self, chunks: int) -> None:
+    Args:
+        chunks: of the model.
+        update: how they travel, as the command says.
+    """
+
+    def __init__(self, chunks: int, update: str = "raw") -> None:
         dice = np.random.default_rng(1)
         size = _CHUNK_ELEMENTS + chunks * _STEP
         self._base = [dice.integers(0, 1 << 16, size).astype(np.float32) for _ in _WEIGHTS]
         self._checksums: dict[tuple[int, int], int] = {}
+        scheme, _, lossless = update.partition("+")
+        self.lossless = bool(lossless)
+        self._zeros = np.zeros(_CHUNK_ELEMENTS, np.float32)
+        self._codec = None if update == "raw" else Codec(layout(chunks), scheme, self.lossless)
 
     def chunk(self, parity: int, index: int) -> np.ndarray[Any, Any]:
         """Return a chunk of the update of the sites with even (0) or odd (1) numbers."""
         return self._base[parity][index * _STEP :][:_CHUNK_ELEMENTS]
 
-    def checksum(self, parity: int, index: int) -> int:
-        """Return the CRC-32C of a chunk."""
+    def body(self, parity: int, index: int) -> tuple[int, bytes | memoryview]:
+        """Return a chunk as it travels: its encoding and its bytes."""
+        chunk = self.chunk(parity, index)
+        if self._codec is None:
+            return 0, chunk.data
+        return self._codec.encode(index, chunk.data, self._zeros.data)
+
+    def checksum(self, parity: int, index: int, body: bytes | memoryview) -> int:
+        """Return the CRC-32C of a chunk as it travels."""
         key = parity, index
         if key not in self._checksums:
-            self._checksums[key] = crc32c(self.chunk(parity, index).data)
+            self._checksums[key] = crc32c(body)
         return self._checksums[key]
 
+    def _decoded(self, parity: int, index: int) -> np.ndarray[Any, Any]:
+        if self._codec is None:
+            return self.chunk(parity, index)
+        out = np.empty_like(self._zeros)
+        self._codec.decode(index, *self.body(parity, index), out.data, self._zeros.data)
+        return out
+
     def expected(self, sites: int, index: int) -> np.ndarray[Any, Any]:
-        """Return a chunk of the exact mean of the sites' updates."""
-        even, odd = _WEIGHTS[0] * ((sites + 1) // 2), _WEIGHTS[1] * (sites // 2)
-        total = even * self.chunk(0, index).astype(np.float64)
-        total += odd * self.chunk(1, index).astype(np.float64)
-        return (total / (even + odd)).astype(np.float32)
+        """Return a chunk of the mean of what the sites' updates stand for."""
+        even, odd = (self._decoded(parity, index).astype(np.float64) for parity in (0, 1))
+        evens, odds = _WEIGHTS[0] * ((sites + 1) // 2), _WEIGHTS[1] * (sites // 2)
+        total = evens * even + odds * odd
+        if (
+            self._codec is not None
+        ):  # such sums are not exact: as the server does, in the order of the names
+            total = np.zeros(_CHUNK_ELEMENTS)
+            for name in sorted(str(number + 1) for number in range(sites)):
+                total += _WEIGHTS[0] * even if int(name) % 2 else _WEIGHTS[1] * odd
+        return (total / (evens + odds)).astype(np.float32)
 
 
 def header(
-    kind: Kind, set_id: bytes, index: int, *, count: int = 0, length: int = 0, crc: int = 0
+    kind: Kind,
+    set_id: bytes,
+    index: int,
+    *,
+    encoding: int = 0,
+    count: int = 0,
+    length: int = 0,
+    crc: int = 0,
 ) -> bytes:
     """Return a frame's header."""
-    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, 0, 0, set_id, index, count, length, crc, 0)[
-        :44
-    ]
+    fields = kind, encoding, 0, set_id, index, count, length, crc, 0
+    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, *fields)[:44]
     return head + crc32c(head).to_bytes(4, "little")
 
 
@@ -109,7 +145,12 @@ class LightSite:
         self.socket.setsockopt(zmq.LINGER, 1000)
         self.socket.connect(address)
         self.say(
-            protocol.Join(version="light", site=f"site-{number + 1}", instance=uuid.uuid4().hex)
+            protocol.Join(
+                version="light",
+                site=f"site-{number + 1}",
+                instance=uuid.uuid4().hex,
+                lossless=values.lossless,
+            )
         )
 
     def say(self, message: protocol.FromSite) -> None:
@@ -149,12 +190,13 @@ class LightSite:
     def _send_chunks(self, set_id: bytes, first: int, count: int) -> None:
         parity = self.number % 2
         for index in range(first, first + count):
-            body = self._values.chunk(parity, index)
-            crc = self._values.checksum(parity, index)
+            encoding, body = self._values.body(parity, index)
+            crc, length = self._values.checksum(parity, index, body), memoryview(body).nbytes
             self.socket.send(
-                header(Kind.CHUNK, set_id, index, length=body.nbytes, crc=crc), zmq.SNDMORE
+                header(Kind.CHUNK, set_id, index, encoding=encoding, length=length, crc=crc),
+                zmq.SNDMORE,
             )
-            self.socket.send(body.data, copy=False)
+            self.socket.send(body, copy=False)
 
     def _on_control(self, message: protocol.FromServer) -> None:
         if isinstance(message, protocol.Welcome):
@@ -194,11 +236,13 @@ class LightSite:
         )
 
 
-def take_part(address: str, count: int, chunks: int, laggard: int | None = None) -> None:
+def take_part(
+    address: str, count: int, chunks: int, update: str = "raw", laggard: int | None = None
+) -> None:
     """Run the sites to the end of the run; see the module."""
     context: zmq.Context[Any] = zmq.Context()
     context.set(zmq.MAX_SOCKETS, count + 16)
-    values = Values(chunks)
+    values = Values(chunks, update)
     sites = [LightSite(context, address, number, values, chunks) for number in range(count)]
     if laggard is not None:
         sites[laggard].laggard = True
@@ -232,4 +276,5 @@ def take_part(address: str, count: int, chunks: int, laggard: int | None = None)
 
 
 if __name__ == "__main__":
-    take_part(sys.argv[1], *map(int, sys.argv[2:]))
+    server, many, large, how, *late = sys.argv[1:]
+    take_part(server, int(many), int(large), how, *map(int, late))

@@ -7,6 +7,7 @@ model is checked.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import subprocess
@@ -40,6 +41,7 @@ class Load:
         laggard: whether the first site keeps a chunk from the middle back.
         spill: whether chunks of the others may go to a file.
         strangers: connections that are opened before the round and say nothing.
+        update: how updates travel, as `transfer.update`; with ``+lossless``, compressed, and the model, too.
     """
 
     size: int
@@ -48,6 +50,7 @@ class Load:
     laggard: bool = True
     spill: bool = False
     strangers: int = 0
+    update: str = "raw"
 
     @property
     def chunks(self) -> int:
@@ -67,14 +70,16 @@ def measure(load: Load, *, limit: bool = True, timeout: float = 600) -> dict[str
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        values = Values(load.chunks)
+        values = Values(load.chunks, load.update)
         start = create_model(folder / "start.safetensors", layout(load.chunks))
         start.file.sync()
         (folder / "run.toml").write_text(
             '[run]\nname = "memory"\nrounds = 1\n[model]\ninitial = "start.safetensors"\n'
             f'[participants]\ncount = {load.sites}\nidle_timeout = "60s"\n'
             f'[server]\ninsecure = true\nlisten = "tcp://127.0.0.1:0"\nmemory = "{load.budget // KIB}KiB"\n'
-            f"spill = {str(load.spill).lower()}\n",
+            f"spill = {str(load.spill).lower()}\n"
+            f'[transfer]\nupdate = "{load.update.partition("+")[0]}"\n'
+            f"lossless = {str(values.lossless).lower()}\n",
             encoding="utf-8",
         )
         del start
@@ -125,7 +130,7 @@ def _run(folder: Path, load: Load, limit: bool, timeout: float) -> dict[str, Any
         if limit:
             most = connected["VmData"] + load.budget
             resource.prlimit(server.pid, resource.RLIMIT_DATA, (most, most))
-        words = [endpoint.read_text(), str(load.sites), str(load.chunks)]
+        words = [endpoint.read_text(), str(load.sites), str(load.chunks), load.update]
         began = time.monotonic()
         sites = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.light_sites", *words]
@@ -143,7 +148,8 @@ def _run(folder: Path, load: Load, limit: bool, timeout: float) -> dict[str, Any
                 raise FedcoreError(f"the round failed: {log.read_text()[-2000:]}")
             peak, anonymous = now["VmHWM"], max(anonymous, now["RssAnon"])
             for path in (folder / "runs" / "memory").glob(".*.spill"):
-                spilled = max(spilled, path.stat().st_size)
+                with contextlib.suppress(FileNotFoundError):  # the server removes it in the end
+                    spilled = max(spilled, path.stat().st_size)
             time.sleep(0.02)
         seconds = time.monotonic() - began
         last, cpu = status(server.pid), cpu_seconds(server.pid) - cpu

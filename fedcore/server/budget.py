@@ -21,6 +21,9 @@ _SUM_CHUNKS: Final = (
     4  # what the sums of a chunk in fp64 take, or the chunks that are read back together
 )
 _FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
+_PACKING_CHUNKS: Final = (
+    6  # scratch to compress a chunk of the model, and to unpack one of an update
+)
 _FILES_BESIDE: Final = 64  # descriptors that are no connection
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -51,12 +54,13 @@ class Budget:
         *,
         spill: bool,
         encrypted: bool = False,
+        lossless: bool = False,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ) -> Budget:
         """Divide ``memory`` for so many sites, of which some may have chunks in a spill file.
 
         Of ``encrypted`` links each holds the encrypted copy of the chunk that it is sending: an eighth at most is
-        set aside for them.
+        set aside for them. ``lossless`` runs compress and unpack chunks, which takes memory, too.
 
         Raises:
             ConfigError: it is too little for them.
@@ -74,9 +78,14 @@ class Budget:
             )
         if encrypted:
             chunks -= min(sites * chunk_bytes, memory // 8, chunks - least)
+        if lossless:
+            chunks -= min(_PACKING_CHUNKS * chunk_bytes, chunks - least)
         read_back = _SUM_CHUNKS * chunk_bytes
-        if spill and chunks >= sites * chunk_bytes + read_back:
-            chunks -= read_back
+        folded = (
+            chunks < sites * chunk_bytes
+        )  # nothing is spilled then; the peak is that of fewer sites all the same
+        if spill and (folded or chunks >= sites * chunk_bytes + read_back):
+            chunks -= min(read_back, chunks - least) if folded else read_back
         return cls(chunks, outgoing, control, control // 2)
 
 

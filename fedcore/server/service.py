@@ -90,6 +90,7 @@ class Server:
             config.participants.expected,
             spill=config.server.spill,
             encrypted=self._access.secured is not None,
+            lossless=config.transfer.lossless,
         )
         steady_heap()
         raise_file_limit(config.participants.expected)

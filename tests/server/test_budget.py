@@ -6,7 +6,7 @@ import pytest
 
 from fedcore.errors import ConfigError
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
-from fedcore.server.budget import _FEWEST_CHUNKS, SITE_BYTES, Budget
+from fedcore.server.budget import _FEWEST_CHUNKS, _PACKING_CHUNKS, SITE_BYTES, Budget
 
 MIB = 1 << 20
 
@@ -30,3 +30,15 @@ def test_encrypted_copies_come_out_of_the_servers_memory(
     assert sealed.chunks >= least - 4 * DEFAULT_CHUNK_BYTES
     assert together + copies <= memory * MIB or sealed.chunks <= least
     assert (sealed.outgoing, sealed.control) == (plain.outgoing, plain.control)
+
+
+@pytest.mark.parametrize("memory", [16, 24, 64, 256])
+@pytest.mark.parametrize("encrypted", [True, False])
+def test_what_compressing_takes_comes_out_of_the_servers_memory(
+    memory: int, encrypted: bool
+) -> None:
+    plain = Budget.of(memory * MIB, 2, spill=False, encrypted=encrypted)
+    packing = Budget.of(memory * MIB, 2, spill=False, encrypted=encrypted, lossless=True)
+    least = _FEWEST_CHUNKS * DEFAULT_CHUNK_BYTES
+    assert packing.chunks == max(plain.chunks - _PACKING_CHUNKS * DEFAULT_CHUNK_BYTES, least)
+    assert packing.outgoing == plain.outgoing

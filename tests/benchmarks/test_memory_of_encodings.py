@@ -1,0 +1,33 @@
+"""What encodings, compressing and the spill file take is part of the server's budget."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.memory import Load, measure
+from benchmarks.report import MIB
+
+BUDGET = 24 * MIB
+SIZE = 32 * MIB
+
+
+@pytest.mark.parametrize(
+    ("update", "spill"),
+    [("nf4", True), ("raw+lossless", False), ("raw+lossless", True), ("nf4+lossless", False)],
+)
+def test_encoded_and_compressed_chunks_keep_to_the_budget(update: str, spill: bool) -> None:
+    load = Load(SIZE, 6, BUDGET, spill=spill, update=update)
+    row = measure(load, timeout=100)
+    print(load, row)
+    assert row["peak_rss_bytes"] <= row["idle_rss_bytes"] + BUDGET
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_peaks_of_2_to_256_sites_lie_within_5_percent_with_a_spill_file_too() -> None:
+    budget = 64 * MIB
+    rows = [measure(Load(3 * budget, sites, budget, spill=True)) for sites in (2, 8, 32, 256)]
+    peaks = [row["peak_rss_bytes"] for row in rows]
+    print([round(peak / MIB, 1) for peak in peaks])
+    assert max(peaks) <= 1.05 * min(peaks)
+    assert [row["spill_file_bytes"] > 0 for row in rows] == [True, True, True, False]
