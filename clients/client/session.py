@@ -1,27 +1,25 @@
 """A site's part in a run: join, pull the global model, publish updates, leave.
 
 A `Session` knows tensors only as names, dtypes, shapes and raw bytes; the modules beside this one turn
-a framework's model into that. What is said to the server, and heard from it, is `fedcore.client.connection`'s.
+a framework's model into that. What is said to the server, and heard from it, is `fedcore.client.connection`'s,
+what a site waits for `fedcore.client.waits`'s, and what becomes of its updates `fedcore.client.updates`'s.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
 from fedcore import protocol
-from fedcore._core import Codec, Collector, Layout
+from fedcore._core import Layout
 from fedcore.allowance import Allowance
-from fedcore.encoding import EncodedUpdate, can_pack
 from fedcore.errors import (
     ClosedError,
     LayoutError,
@@ -29,7 +27,6 @@ from fedcore.errors import (
     WeightError,
 )
 from fedcore.layout import (
-    ModelFile,
     Reader,
     TensorSpec,
     compare_layouts,
@@ -38,16 +35,15 @@ from fedcore.layout import (
 )
 
 from .connection import Connection
-from .outgoing import Outgoing
-from .progress import Bar, State, TerminalHandler
+from .progress import TerminalHandler
 from .received import Received
 from .settings import SiteSettings
 from .unchanged import Unchanged
-from .work import WorkFolder
+from .updates import Updates
+from .waits import Waits
 
 __all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
 
-_WINDOW_BYTES: Final = 16 << 20
 _LOGS: Final = 20
 _LOGS_PER_SECOND: Final = 5.0
 
@@ -85,15 +81,13 @@ class Session:
     """One site's process in one run. Public methods belong to the thread that trains."""
 
     def __init__(self, settings: SiteSettings) -> None:
-        self._settings = settings
         self.site = settings.site
         self.server = settings.server
         self._connection = Connection(settings)
-        self._work: WorkFolder | None = None
-        self._looked = False
+        self._waits = Waits(self.site, self._connection)
+        self._updates = Updates(settings, self._connection)
         self._layout: Layout | None = None
         self._model: GlobalModel | None = None
-        self._outgoing: Outgoing | None = None
         self._offered: tuple[str, int] | None = None
         self._at_hand = (0, 0)
         self._over = False
@@ -156,7 +150,7 @@ class Session:
 
     def _work_comes(self) -> bool:
         """Wait for a task, or until the server wants this site's model; False when the run is over."""
-        with self._watched("the next task", self._standing) as turns:
+        with self._waits.watched("the next task") as turns:
             for _ in turns:
                 if self._connection.finish is not None:
                     return False
@@ -189,13 +183,13 @@ class Session:
         if self._model is not None:
             return self._model
         while True:
-            task = self._next_task()
+            task = self._waits.next_task()
             if task.kind == "initial":
-                self._publish(layout, read, 0, 1, {})
+                self._updates.publish(layout, read, 0)
                 self._end(task.kind, task.round)
                 continue
-            file = self._pull(layout, task)
-            if file is None:
+            file = self._updates.folder().scratch(layout)
+            if not self._waits.download(layout, task, file):
                 continue  # the server was restarted in between and publishes under another id
             self._model = GlobalModel(
                 kind=task.kind,
@@ -304,7 +298,9 @@ class Session:
         assert self._layout is not None
         self._say_metrics()
         checked = Unchanged(read, model.tensors)
-        self._publish(self._layout, checked, model.round, weight, metrics or {})
+        self._updates.publish(
+            self._layout, checked, model.round, weight=weight, metrics=metrics, score=self._score
+        )
         if checked.throughout:
             text = (
                 f"the update of round {model.round} is all zeros: training changed no tensor; check the learning "
@@ -373,10 +369,9 @@ class Session:
         if not self._connection.close():
             return
         finish = self._connection.finish
-        if self._work is not None:
-            self._work.close(keep=finish is None or not finish.ok)
+        self._updates.close(keep=finish is None or not finish.ok)
 
-    # --- waiting -----------------------------------------------------------------------------------
+    # --- the task at hand --------------------------------------------------------------------------
 
     def _join(self) -> None:
         if self._connection.open():
@@ -402,18 +397,6 @@ class Session:
             )
         self._offered = offer
 
-    def _next_task(self) -> protocol.Task:
-        with self._watched("the next task", self._standing) as turns:
-            for _ in turns:
-                if self._connection.finish is not None:
-                    raise ClosedError(
-                        f"the run is over: {self._connection.finish.message or 'finished'}"
-                    )
-                task = self._connection.open_task()
-                if task is not None:
-                    return task
-        raise AssertionError("unreachable")
-
     def _need_model(self, call: str) -> GlobalModel:
         if self._model is None:
             raise ClosedError(
@@ -421,6 +404,14 @@ class Session:
                 "model was received"
             )
         return self._model
+
+    def _deliver_kept(self, task: protocol.Task) -> bool:
+        """Offer what an earlier process of this site has trained for this task, if there is that."""
+        if not self._updates.deliver_kept(task):
+            return False
+        self._at_hand = (task.round, task.version)
+        self._end(task.kind, task.round)
+        return True
 
     def _end(self, kind: str, round_: int) -> None:
         self._offered = None
@@ -462,132 +453,8 @@ class Session:
                             "the server accepted another layout than this site declared"
                         )
                     break
-                if self._connection.finish is not None:
-                    raise ClosedError(
-                        f"the run is over: {self._connection.finish.message or 'finished'}"
-                    )
+                self._waits.check_open()
         return layout
-
-    def _publish(
-        self, layout: Layout, read: Reader, round_: int, weight: int, metrics: Mapping[str, float]
-    ) -> None:
-        self._connection.withdraw()
-        file = self._work_folder().update(layout)
-        update = self._encode(layout, file, file.fill(read), round_)
-        ready = protocol.Ready(
-            round=round_,
-            set_id=uuid.uuid4().hex,
-            layout_hash=layout_hash(layout),
-            weight=weight,
-            metrics={str(k): float(v) for k, v in metrics.items()},
-        )
-        if round_:
-            self._work_folder().record(ready, update, self._score)
-        self._connection.publish(ready, update)
-
-    def _encode(
-        self, layout: Layout, file: ModelFile, checksums: list[int], round_: int
-    ) -> EncodedUpdate:
-        """Encode an update as the run wants it: the difference to the global model that this site trained from."""
-        assert self._connection.welcome is not None
-        work = self._work_folder()
-        if self._outgoing is None:
-            self._outgoing = Outgoing(layout, self._connection.welcome.transfer, work)
-        if not round_:
-            return self._outgoing.initial(file, checksums)
-        base = work.scratch(layout)
-        return self._outgoing.encode(round_, file, checksums, base, self._connection.included)
-
-    def _work_folder(self) -> WorkFolder:
-        if self._work is None:
-            self._work = work = WorkFolder(self._settings.work, self.site, self.run_id)
-
-            def forget(ready: protocol.Ready, _included: bool) -> None:
-                work.forget(ready.set_id)
-
-            self._connection.settled = forget
-        return self._work
-
-    def _deliver_kept(self, task: protocol.Task) -> bool:
-        """Offer what an earlier process of this site has trained for this task, if there is that."""
-        welcome = self._connection.welcome
-        if self._looked or welcome is None:
-            return False
-        self._looked = True
-        kept = self._work_folder().kept(task, welcome.chunk_bytes)
-        if kept is None:
-            return False
-        ready, score = kept.record.ready, kept.record.score
-        logger.info("%s: round %d was trained before this process was started; its update is "
-                    "delivered again", self.site, ready.round)  # fmt: skip
-        if score is not None:
-            self._connection.send(score)
-        self._connection.publish(ready, kept.update)
-        self._at_hand = (task.round, task.version)
-        self._end(task.kind, task.round)
-        return True
-
-    def _pull(self, layout: Layout, task: protocol.Task) -> ModelFile | None:
-        """Download a published global model; None when the server no longer publishes it."""
-        assert task.set_id is not None
-        file = self._work_folder().scratch(layout)
-        source = (b"", bytes.fromhex(task.set_id), 1)
-        collector = Collector(
-            layout, [source], file.file, file.data_offset, None, _WINDOW_BYTES, check_finite=False,
-            codec=Codec(layout, "raw", True) if can_pack() else None,
-        )  # fmt: skip
-        connection = self._connection
-
-        def pulled() -> State:
-            came, chunks = collector.bytes_received, collector.progress()[2][0]
-            # Of compressed chunks the rest is taken to be as large as what has come.
-            total = came * layout.chunk_count // chunks if chunks else layout.total_bytes
-            total = max(came, min(total, layout.total_bytes))
-            return State(f"global model {task.version}", came, total, in_bytes=True)
-
-        connection.start(collector)
-        try:
-            with self._watched(f"model {task.version}", pulled) as turns:
-                for _ in turns:
-                    outcome = connection.outcome()
-                    if outcome == "done":
-                        return file
-                    if outcome or self._superseded(task):
-                        connection.task = None if connection.task is task else connection.task
-                        return None
-                    if connection.finish is not None:
-                        raise ClosedError(
-                            f"the run is over: {connection.finish.message or 'finished'}"
-                        )
-        finally:
-            connection.stop()
-        return None
-
-    @contextlib.contextmanager
-    def _watched(self, what: str, state: Callable[[], State | None]) -> Iterator[Iterator[None]]:
-        """Hold the connection's lock, give the turns of a wait, and show on a terminal how far it is."""
-        with Bar(self.site, state) as bar, self._connection.changed:
-            yield self._connection.waiting(what, bar=bar)
-
-    def _standing(self) -> State | None:
-        """Return what this site waits for between two tasks: the others, or its upload while it is pulled."""
-        if self._connection.open_task() is not None:
-            return None
-        task, rounds = self._connection.task, self._connection.rounds
-        upload = self._connection.upload()
-        if upload is not None and 0 < upload[0] < upload[1]:
-            what = f"update of round {task.round}" if task and task.round else "initial model"
-            return State(what, *upload, in_bytes=True)
-        if task is None or not task.round:
-            return State("waiting for the first round", 0, rounds, in_bytes=False)
-        if task.kind == "evaluate":
-            what, done = "last model scored", rounds
-        else:
-            what, done = f"round {task.round} of {rounds}", task.round - 1
-        return State(f"{what}, waiting for the other sites", done, rounds, in_bytes=False)
-
-    def _superseded(self, task: protocol.Task) -> bool:
-        return self._connection.task is not None and self._connection.task.set_id != task.set_id
 
     def _report_end(self) -> None:
         finish = self._connection.finish

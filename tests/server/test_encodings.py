@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fedcore import _core
-from fedcore.client import connection, outgoing
-from fedcore.client import session as session_module
+from fedcore.client import connection, outgoing, waits
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.config import RunConfig, parse_run
@@ -171,7 +170,7 @@ def test_a_site_without_lz4_takes_part_uncompressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = Server(config(tmp_path, {"update": "bf16", "lossless": True}))
-    for module in (outgoing, connection, session_module):
+    for module in (outgoing, connection, waits):
         monkeypatch.setattr(module, "can_pack", lambda: False)
     result, _ = run_sites(server)
     assert result.ok

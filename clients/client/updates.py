@@ -1,0 +1,121 @@
+"""What a site has trained: encoded, published, and kept on its own disk until it is settled whether it counts."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+
+from fedcore import protocol
+from fedcore._core import Layout
+from fedcore.encoding import EncodedUpdate
+from fedcore.layout import ModelFile, Reader, layout_hash
+
+from .connection import Connection
+from .outgoing import Outgoing
+from .settings import SiteSettings
+from .work import WorkFolder
+
+__all__ = ["Updates"]
+
+logger = logging.getLogger("fedcore.client")
+
+
+class Updates:
+    """The updates of one site's process, in the work folder of its run.
+
+    Args:
+        settings: who this site is, and where work folders lie.
+        connection: publishes them; it has joined before anything here is called, but for `close`.
+    """
+
+    def __init__(self, settings: SiteSettings, connection: Connection) -> None:
+        self._settings = settings
+        self._connection = connection
+        self._work: WorkFolder | None = None
+        self._outgoing: Outgoing | None = None
+        self._looked = False
+
+    def folder(self) -> WorkFolder:
+        """Return the work folder, which is taken on the first call."""
+        if self._work is None:
+            assert self._connection.welcome is not None
+            run_id = self._connection.welcome.run_id
+            self._work = work = WorkFolder(self._settings.work, self._settings.site, run_id)
+
+            def forget(ready: protocol.Ready, _included: bool) -> None:
+                work.forget(ready.set_id)
+
+            self._connection.settled = forget
+        return self._work
+
+    def publish(
+        self,
+        layout: Layout,
+        read: Reader,
+        round_: int,
+        *,
+        weight: int = 1,
+        metrics: Mapping[str, float] | None = None,
+        score: protocol.Score | None = None,
+    ) -> None:
+        """Publish this site's values in place of what it had published.
+
+        Args:
+            layout: of the tensors, each of which ``read`` gives the bytes of.
+            read: called for one tensor after the other, before this returns.
+            round_: whose update it is; 0 for the initial model.
+            weight, metrics: what `protocol.Ready` says of it.
+            score: what this site said of the global model before; it is kept with the update.
+        """
+        self._connection.withdraw()
+        file = self.folder().update(layout)
+        update = self._encode(layout, file, file.fill(read), round_)
+        ready = protocol.Ready(
+            round=round_,
+            set_id=uuid.uuid4().hex,
+            layout_hash=layout_hash(layout),
+            weight=weight,
+            metrics={str(k): float(v) for k, v in (metrics or {}).items()},
+        )
+        if round_:
+            self.folder().record(ready, update, score)
+        self._connection.publish(ready, update)
+
+    def _encode(
+        self, layout: Layout, file: ModelFile, checksums: list[int], round_: int
+    ) -> EncodedUpdate:
+        """Encode an update as the run wants it: the difference to the global model that this site trained from."""
+        assert self._connection.welcome is not None
+        work = self.folder()
+        if self._outgoing is None:
+            self._outgoing = Outgoing(layout, self._connection.welcome.transfer, work)
+        if not round_:
+            return self._outgoing.initial(file, checksums)
+        base = work.scratch(layout)
+        return self._outgoing.encode(round_, file, checksums, base, self._connection.included)
+
+    def deliver_kept(self, task: protocol.Task) -> bool:
+        """Offer what an earlier process of this site has trained for this task; whether there was that.
+
+        It is looked for once.
+        """
+        welcome = self._connection.welcome
+        if self._looked or welcome is None:
+            return False
+        self._looked = True
+        kept = self.folder().kept(task, welcome.chunk_bytes)
+        if kept is None:
+            return False
+        ready, score = kept.record.ready, kept.record.score
+        logger.info("%s: round %d was trained before this process was started; its update is "
+                    "delivered again", self._settings.site, ready.round)  # fmt: skip
+        if score is not None:
+            self._connection.send(score)
+        self._connection.publish(ready, kept.update)
+        return True
+
+    def close(self, *, keep: bool) -> None:
+        """Let go of the work folder, and remove it unless what is in it is to be delivered later."""
+        if self._work is not None:
+            self._work.close(keep=keep)
