@@ -51,6 +51,8 @@ namespace baseline {
 #define FEDCORE_F16C 0
 #define FEDCORE_LANES 4
 #include "kernels.inl"
+
+#include "differences.inl"
 #undef FEDCORE_F16C
 }  // namespace baseline
 
@@ -66,6 +68,8 @@ namespace baseline {
 #endif
 namespace avx2 {
 #include "kernels.inl"
+
+#include "differences.inl"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -80,6 +84,8 @@ namespace avx2 {
 #define FEDCORE_LANES 8
 namespace avx512 {
 #include "kernels.inl"
+
+#include "differences.inl"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
