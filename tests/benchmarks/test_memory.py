@@ -71,9 +71,14 @@ def test_a_thousand_idle_connections_take_little_memory_and_no_time_of_a_round()
     for _ in range(5):  # in turns, so that what else runs on the machine falls on both
         calm_rows.append(measure(Load(256 * MIB, 2, 64 * MIB, laggard=False)))
         crowded_rows.append(measure(Load(256 * MIB, 2, 64 * MIB, laggard=False, strangers=1000)))
-    calm, crowded = (min(rows, key=lambda row: row["cpu_s"]) for rows in (calm_rows, crowded_rows))
-    print(calm, crowded)
-    grown = crowded["connected_rss_bytes"] - crowded["idle_rss_bytes"]
+    grown = max(row["connected_rss_bytes"] - row["idle_rss_bytes"] for row in crowded_rows)
+    calm_peak, crowded_peak = (
+        max(row["peak_rss_bytes"] for row in rows) for rows in (calm_rows, crowded_rows)
+    )
+    calm_cpu, crowded_cpu = (
+        min(row["cpu_s"] for row in rows) for rows in (calm_rows, crowded_rows)
+    )
+    print(f"{grown=} {calm_peak=} {crowded_peak=} {calm_cpu=} {crowded_cpu=}")
     assert grown <= 1000 * SITE_BYTES
-    assert crowded["peak_rss_bytes"] <= SPREAD * (calm["peak_rss_bytes"] + grown)
-    assert crowded["cpu_s"] <= 1.05 * calm["cpu_s"]
+    assert crowded_peak <= SPREAD * (calm_peak + grown)
+    assert crowded_cpu <= 1.05 * calm_cpu
