@@ -17,7 +17,7 @@ from .reference import CHUNK, SPECIAL_BITS, flat, mean, random_update
 from .world import LOST_MS, Frame, Site, World, chunk_frame, header
 
 LAYOUT = Layout([("w", "F32", [5000]), ("h", "BF16", [777]), ("n", "I64", [3])], CHUNK)
-WEIGHTS = {"a": 3, "b": 1, "c": (1 << 24) - 1}
+WEIGHTS = {"a": 3, "b": (1 << 24) - 1, "c": 1}
 UPDATES = {name: random_update(LAYOUT, seed) for seed, name in enumerate(WEIGHTS)}
 EVERY_CHUNK = range(LAYOUT.chunk_count)
 
