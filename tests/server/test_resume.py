@@ -23,7 +23,14 @@ CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [30_001]), ("h", "BF16", [777])], CHUNK)
 CHUNKS = LAYOUT.chunk_count
 OF: dict[str, object] = {"run": "a", "version": 3}
-WEIGHTS = {"a": 3, "b": 5, "c": 7, "d": 1, "e": 2, "f": 4}  # of one magnitude: a spoiled bit of any shows
+WEIGHTS = {
+    "a": 3,
+    "b": 5,
+    "c": 7,
+    "d": 1,
+    "e": 2,
+    "f": 4,
+}  # of one magnitude: a spoiled bit of any shows
 
 
 def participants(names: str, weights: dict[str, int] | None = None) -> tuple[Participant, ...]:

@@ -96,15 +96,17 @@ def trains(server: Stage, session: Session, call: Callable[..., Future], running
 @pytest.mark.parametrize(
     ("committed", "dropped", "round_", "included", "carried"),
     [
-        (True, False, 2, 1, True),
-        (False, False, 2, 1, True),  # the commit was lost with a link
-        (False, False, 3, 1, True),  # and the round after it was missed
-        (False, False, 2, None, False),
-        (False, True, 2, None, False),
+        ("with it", False, 2, 1, True),
+        ("with it", False, 2, None, True),
+        ("without it", False, 2, None, False),
+        ("", False, 2, 1, True),  # the commit was lost with a link
+        ("", False, 3, 1, True),  # and the round after it was missed
+        ("", False, 2, None, False),
+        ("", True, 2, None, False),
     ],
 )
 def test_what_was_lost_is_sent_with_the_next_update_once_the_last_one_counts(
-    committed: bool, dropped: bool, round_: int, included: int | None, carried: bool
+    committed: str, dropped: bool, round_: int, included: int | None, carried: bool
 ) -> None:
     with stage() as (server, session, call):
         running = call(session.is_running)
@@ -118,7 +120,8 @@ def test_what_was_lost_is_sent_with_the_next_update_once_the_last_one_counts(
         say_task(server, 1, None)
         first = trains(server, session, call, running)
         if committed:
-            server.say(p.Commit(version=1, included=True, participants=["north"]))
+            included_in_it = committed == "with it"
+            server.say(p.Commit(version=1, included=included_in_it, participants=["south"]))
         if dropped:
             server.say(p.Dropped(round=1, message="too late"))
         say_task(server, round_, included)
