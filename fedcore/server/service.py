@@ -50,7 +50,6 @@ from .versions import Versions, declared_layout
 __all__ = ["RunResult", "Server"]
 
 _CHECK_SECONDS: Final = 0.5
-_LOOK_SECONDS: Final = 0.25
 _MOST_AT_ONCE: Final = 4096
 """Messages that are read at a deadline before it is acted on: nobody can put it off by sending more."""
 _GOODBYE_SECONDS: Final = 3.0
@@ -214,9 +213,8 @@ class Server:
 
     def _step(self) -> None:
         deadline = self._rounds.deadline
-        wait = (
-            _CHECK_SECONDS if deadline is None else min(_CHECK_SECONDS, deadline - time.monotonic())
-        )
+        until = self._next_look if deadline is None else min(self._next_look, deadline)
+        wait = min(_CHECK_SECONDS, until - time.monotonic())
         arrived = self._link.recv(max(0.0, wait))
         if arrived is not None:
             self._hear(arrived)
@@ -251,19 +249,22 @@ class Server:
             self._agreement.forget(name)
 
     def _check_alive(self) -> None:
-        """Look at all sites, not with each message but a few times a second: there may be a thousand of them."""
-        now = time.monotonic()
-        if now < self._next_look:
+        """Look at all sites: not with each message, as there may be a thousand of them, but now and then, and when
+        the first of them will have been silent for too long."""
+        if time.monotonic() < self._next_look:
             return
-        self._next_look = now + _LOOK_SECONDS
-        limit = self.config.participants.idle_timeout * 1000
-        exchange = self._link.exchange
+        limit = round(self.config.participants.idle_timeout * 1000)
+        exchange, patience = self._link.exchange, round(_CHECK_SECONDS * 1000)
         for peer, known in self._peers:
             now, heard = now_ms(), exchange.last_heard(peer)
             silent = limit + 1 if heard is None else now - heard
-            if silent > limit and now > exchange.busy_until(peer):
+            left = max(limit - silent, exchange.busy_until(peer) - now)
+            if left < 0:
                 self._lose(peer, f"nothing heard for {silent / 1000:.1f} s")
                 logger.warning("%s is lost: nothing heard for %.1f s", known.site, silent / 1000)
+            else:
+                patience = min(patience, left + 1)
+        self._next_look = time.monotonic() + patience / 1000
 
     def _lose(self, peer: bytes, reason: str, *, left: bool = False) -> None:
         known = self._peers.remove(peer)

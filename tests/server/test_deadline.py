@@ -12,6 +12,7 @@ from fedcore import protocol
 from fedcore._core import Layout
 from fedcore.config import parse_run
 from fedcore.layout import create_model, layout_hash, table
+from fedcore.server import service
 from fedcore.server.rounds import Phase
 from fedcore.server.service import Server
 from fedcore.transport import Control
@@ -103,3 +104,34 @@ def test_who_sends_without_end_does_not_put_a_deadline_off(
     monkeypatch.setattr(server._link, "recv", lambda _: says("b", protocol.Alive()))
     server._step()
     assert server._rounds.over
+
+
+def test_a_site_is_noticed_when_it_has_been_silent_for_too_long_and_not_only_at_the_next_look(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hear(server, monkeypatch, *joins("a", "b", "c"))
+    heard = {peer("a"): 10_000, peer("b"): 7_400, peer("c"): 7_000}
+    busy = {peer("c"): 10_900}  # chunks of it may be on their way
+    clock = [10_300]
+    waited: list[float] = []
+
+    class Data:
+        last_heard = staticmethod(heard.get)
+        busy_until = staticmethod(lambda site: busy.get(site, 0))
+        forget = staticmethod(lambda site: None)
+
+    def wait(seconds: float) -> None:
+        waited.append(round(seconds, 2))
+
+    monkeypatch.setattr(server._link, "exchange", Data())
+    monkeypatch.setattr(service, "now_ms", lambda: clock[0])
+    monkeypatch.setattr(service.time, "monotonic", lambda: clock[0] / 1000)
+    monkeypatch.setattr(server._link, "recv", wait)
+    server._rounds.deadline_seconds = 1e9
+    server._next_look = 0.0
+    for now in (10_300, 10_300, 10_402, 10_402):
+        clock[0] = now
+        server._step()
+    assert waited == [0.0, 0.1, 0.0, 0.5]  # b was heard 2.9 s before, and may be silent for 3
+    states = {member.name: member.state for member in server._rounds.roster}
+    assert [states[name].value for name in "abc"] == ["training", "lost", "training"]
