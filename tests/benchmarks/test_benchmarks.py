@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import select
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels
+from benchmarks.__main__ import app
 from benchmarks.limits import Limits
 from benchmarks.processes import Family
 from benchmarks.round_trip import TENSORS, Work, check_result, fedcore_rounds, values
@@ -49,10 +51,15 @@ def test_the_help_names_every_benchmark() -> None:
         "floor",
         "encodings",
         "device",
+        "adapter",
+        "encryption",
         "experiments",
     )
     for name in names:
         assert name in result.stdout
+    for command_ in app.registered_commands:
+        assert command_.callback is not None
+        assert "json_file" in inspect.signature(command_.callback).parameters, command_.callback
 
 
 def test_a_round_trip_prints_a_table_and_writes_its_figures(tmp_path: Path) -> None:
