@@ -81,6 +81,12 @@ class Site:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == f"{round_}\n", self.log.read_text()
 
+    def says(self, text: str) -> None:
+        """Wait for a text in its log."""
+        while text not in self.log.read_text():
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.02)
+
     def go(self, rounds: int = 1) -> None:
         """Let it train in the round at hand, and in more that follow."""
         assert self.process.stdin is not None
@@ -309,9 +315,12 @@ def test_a_killed_site_that_is_started_again_at_once_gets_its_place_back(
     server, a, b = federation.server(), federation.site("a"), federation.site("b")
     a.reached(1)
     b.reached(1)
+    # The server can't tell a process that was just killed from one that is there. This one is killed late, so that
+    # however slowly the next one starts, the server has not noticed yet.
+    again = federation.site("b")
+    again.says("site b is still held by an earlier connection")
     b.process.kill()
     b.process.wait()
-    again = federation.site("b")
     again.reached(1)
     assert again.log.read_text().count("site b is still held by an earlier connection") == 1
     a.go()
