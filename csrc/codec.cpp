@@ -129,9 +129,9 @@ void Codec::encode_runs(const Range& range, Scheme scheme, const std::uint8_t* v
       if (run_residual != nullptr && is_float(run.dtype)) {
         with_float(run.dtype, [&]<typename T>(T, double limit) {
           for (std::size_t i = 0; i < count; ++i) {
-            const double value = T::read(values + at, i);
-            if (!arith::non_finite(value)) {
-              T::write(body.data() + start, i, value + T::read(run_residual, i), limit);
+            const double value = T::read(values + at, i), rest = T::read(run_residual, i);
+            if (rest != 0 && !arith::non_finite(value)) {  // -0.0 + 0.0 is another value
+              T::write(body.data() + start, i, value + rest, limit);
             }
           }
         });

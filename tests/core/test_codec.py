@@ -464,6 +464,22 @@ def test_the_residual_carries_what_an_encoding_loses_into_the_next_round(scheme:
     assert np.abs(sent / rounds - meant).mean() < 0.35 * np.abs(meant).mean()
 
 
+def test_a_raw_run_of_which_nothing_was_lost_keeps_the_sign_of_zero() -> None:
+    layout = Layout([("w", "F32", [100]), ("h", "BF16", [50])], 4096)
+    values, base = np.zeros(250, np.uint16), np.zeros(250, np.uint16)
+    values[:200].view(np.float32)[:] = floats(100)
+    values[200:] = 0x8000
+    residual, out = np.zeros(250, np.uint16), np.empty(250, np.uint16)
+    codec = Codec(layout, "bf16")
+    encoding, body = codec.encode(0, values, base, residual)
+    codec.decode(0, encoding, body, out, base)
+    assert encoding == NUMBER["bf16"]
+    assert set(out[200:]) == {0x8000}
+    residual[200:] = 0x3F80
+    codec.decode(0, *codec.encode(0, values, base, residual), out, base)
+    assert set(out[200:]) == {0x3F80}
+
+
 # --- Hostile bodies ---
 
 
