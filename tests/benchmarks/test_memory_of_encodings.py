@@ -25,8 +25,8 @@ def test_encoded_and_compressed_chunks_keep_to_the_budget(update: str, spill: bo
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_the_peaks_of_2_to_256_sites_lie_within_5_percent_with_a_spill_file_too() -> None:
     budget = 64 * MIB
     loads = [Load(3 * budget, sites, budget, spill=True) for sites in (2, 8, 32, 256)]
-    assert spread(*loads, rounds=3) <= SPREAD
+    assert spread(*loads) <= SPREAD
