@@ -17,13 +17,9 @@ logger = logging.getLogger("fedcore.server")
 
 SITE_BYTES: Final = 104 << 10
 """What a connection takes: its buffers in libzmq, the reply under way, what is known of the site."""
-_SUM_CHUNKS: Final = (
-    4  # what the sums of a chunk in fp64 take, or the chunks that are read back together
-)
+_SUM_CHUNKS: Final = 4  # the sums of a chunk in fp64, or the chunks that are read back together
 _FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
-_PACKING_CHUNKS: Final = (
-    6  # scratch to compress a chunk of the model, and to unpack one of an update
-)
+_PACKING_CHUNKS: Final = 6  # to compress a chunk of the model, and to unpack one of an update
 _FILES_BESIDE: Final = 64  # descriptors that are no connection
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -81,9 +77,8 @@ class Budget:
         if lossless:
             chunks -= min(_PACKING_CHUNKS * chunk_bytes, chunks - least)
         read_back = _SUM_CHUNKS * chunk_bytes
-        folded = (
-            chunks < sites * chunk_bytes
-        )  # nothing is spilled then; the peak is that of fewer sites all the same
+        # Where sites are folded nothing is spilled; the peak is that of fewer sites all the same.
+        folded = chunks < sites * chunk_bytes
         if spill and (folded or chunks >= sites * chunk_bytes + read_back):
             chunks -= min(read_back, chunks - least) if folded else read_back
         return cls(chunks, outgoing, control, control // 2)
