@@ -88,10 +88,9 @@ class Values:
         """Return a chunk of the mean of what the sites' updates stand for."""
         even, odd = (self._decoded(parity, index).astype(np.float64) for parity in (0, 1))
         evens, odds = _WEIGHTS[0] * ((sites + 1) // 2), _WEIGHTS[1] * (sites // 2)
-        total = evens * even + odds * odd
-        if (
-            self._codec is not None
-        ):  # such sums are not exact: as the server does, in the order of the names
+        if self._codec is None:
+            total = evens * even + odds * odd
+        else:  # such sums are not exact: as the server does, in the order of the names
             total = np.zeros(_CHUNK_ELEMENTS)
             for name in sorted(str(number + 1) for number in range(sites)):
                 total += _WEIGHTS[0] * even if int(name) % 2 else _WEIGHTS[1] * odd

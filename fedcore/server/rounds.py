@@ -35,20 +35,7 @@ from .actions import (
 from .participation import Delivery, Member, Roster, SiteState
 from .sampling import Sample
 
-__all__ = [
-    "Action",
-    "CancelCollect",
-    "Commit",
-    "EndRun",
-    "GiveUp",
-    "Participant",
-    "Phase",
-    "PullAhead",
-    "Rounds",
-    "SendDropped",
-    "SendTask",
-    "StartCollect",
-]
+__all__ = ["Phase", "Rounds"]
 
 
 class Phase(enum.StrEnum):

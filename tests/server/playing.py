@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from fedcore.server.actions import Action, Participant, PullAhead, SendTask
 from fedcore.server.participation import Delivery, Roster
-from fedcore.server.rounds import Action, Participant, PullAhead, Rounds, SendTask
+from fedcore.server.rounds import Rounds
 
 NOT_BACK = "it did not come back after the server was started again"
 

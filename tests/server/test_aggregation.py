@@ -16,8 +16,8 @@ from fedcore._core import Exchange, Layout, Spill
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.layout import create_model
+from fedcore.server.actions import Participant
 from fedcore.server.aggregation import Aggregation, Setting
-from fedcore.server.rounds import Participant
 from fedcore.server.scratch import Scratch
 from fedcore.server.service import Server
 

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fedcore.server.participation import Delivery, Roster
-from fedcore.server.rounds import (
+from fedcore.server.actions import (
     Action,
     CancelCollect,
     Commit,
     EndRun,
     Participant,
-    Rounds,
     SendDropped,
     SendTask,
     StartCollect,
 )
+from fedcore.server.participation import Delivery, Roster
+from fedcore.server.rounds import Rounds
 
 ROUNDS = 3
 RETURN_SECONDS = 15

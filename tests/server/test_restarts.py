@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from fedcore.server.actions import Commit, EndRun, GiveUp, Participant, SendTask, StartCollect
 from fedcore.server.participation import Delivery, Roster, SiteState
-from fedcore.server.rounds import Commit, EndRun, GiveUp, Participant, Phase, SendTask, StartCollect
+from fedcore.server.rounds import Phase
 
 from .playing import NOT_BACK, ahead, collecting, machine, part, sampling, update
 

@@ -6,21 +6,20 @@ import random
 
 import pytest
 
-from fedcore.server.participation import Delivery, SiteState
-from fedcore.server.rounds import (
+from fedcore.server.actions import (
     Action,
     CancelCollect,
     Commit,
     EndRun,
     GiveUp,
     Participant,
-    Phase,
     PullAhead,
-    Rounds,
     SendDropped,
     SendTask,
     StartCollect,
 )
+from fedcore.server.participation import Delivery, SiteState
+from fedcore.server.rounds import Phase, Rounds
 
 from .playing import ahead, join_all, machine, part, trained, update
 

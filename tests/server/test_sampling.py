@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fedcore.server.rounds import Rounds, SendDropped, SendTask, StartCollect
+from fedcore.server.actions import SendDropped, SendTask, StartCollect
+from fedcore.server.rounds import Rounds
 
 from .playing import ahead, part, sampling, trained, update
 

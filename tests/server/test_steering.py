@@ -12,8 +12,9 @@ import pytest
 from fedcore import protocol
 from fedcore.provision import Project, Provisioned, provision
 from fedcore.security import Role, load_kit
+from fedcore.server.actions import Action, EndRun, SendTask, StartCollect
 from fedcore.server.participation import Delivery, Roster
-from fedcore.server.rounds import Action, EndRun, Phase, Rounds, SendTask, StartCollect
+from fedcore.server.rounds import Phase, Rounds
 from fedcore.server.steering import steer
 from fedcore.status import StatusClient
 

@@ -14,19 +14,19 @@ from safetensors.numpy import load_file, save_file
 
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError
-from fedcore.server.participation import Delivery, Roster
-from fedcore.server.rounds import (
+from fedcore.server.actions import (
     Action,
     CancelCollect,
     Commit,
     EndRun,
     GiveUp,
     Participant,
-    Phase,
     SendDropped,
     SendTask,
     StartCollect,
 )
+from fedcore.server.participation import Delivery, Roster
+from fedcore.server.rounds import Phase
 from fedcore.server.tasks import Comparing, Scoring
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
