@@ -8,6 +8,7 @@ from typing import Literal
 __all__ = [
     "Action",
     "CancelCollect",
+    "Choose",
     "Commit",
     "EndRun",
     "GiveUp",
@@ -26,6 +27,14 @@ class Participant:
     site: str
     set_id: str
     weight: int
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Write down who trains in a round, all of them; the tasks follow, so that a restart finds the same choice."""
+
+    round: int
+    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -92,5 +101,13 @@ class EndRun:
 
 
 Action = (
-    SendTask | SendDropped | GiveUp | PullAhead | StartCollect | CancelCollect | Commit | EndRun
+    Choose
+    | SendTask
+    | SendDropped
+    | GiveUp
+    | PullAhead
+    | StartCollect
+    | CancelCollect
+    | Commit
+    | EndRun
 )

@@ -11,7 +11,8 @@ have delivered; at the deadline, when at least ``quorum`` have. A site that neve
 deadline; one that had joined before the server was started again, for as long as `Rounds.restarted` was told.
 A server that was killed while it collected goes on with the same updates as soon as their sites have offered
 them again, whoever else is there; where one of them does not come back, the round closes as any other.
-With a ``sample``, only that many sites train in a round and are waited for.
+With a ``sample``, only that many sites train in a round and are waited for. The choice is written down before the
+first of them is asked, so that a server that is started again waits for the same sites.
 With fewer than ``quorum`` at the deadline the run is given up; what was committed stays.
 """
 
@@ -23,6 +24,7 @@ from collections.abc import Sequence
 from .actions import (
     Action,
     CancelCollect,
+    Choose,
     Commit,
     EndRun,
     GiveUp,
@@ -145,6 +147,7 @@ class Rounds:
         scored: Sequence[str],
         until: float,
         decided: Sequence[Participant] = (),
+        chosen: Sequence[str] = (),
     ) -> None:
         """The server was started again in the middle of the run; call it before any other event.
 
@@ -153,12 +156,13 @@ class Rounds:
             scored: who has scored the last committed model.
             until: the time up to which they are waited for.
             decided: whose updates were being collected.
+            chosen: the sites of the sample that were asked to train in this round.
         """
         self.roster.expect_back(sites)
         self._return_by = until
         self._decided = tuple(decided)
         if self.version is not None:
-            self._sample.begin(participant.site for participant in decided)
+            self._sample.begin([*chosen, *(participant.site for participant in decided)])
         for site in scored:
             member = self._member(site)
             if member is not None and self.version is not None:
@@ -352,8 +356,11 @@ class Rounds:
         """Have those train who are chosen for this round, or in the place of a chosen site that was lost."""
         if self.phase is not Phase.TRAINING or self.held:
             return []
-        actions: list[Action] = []
-        for member in self._sample.choose(self.roster, self.round, now):
+        found = self._sample.choose(self.roster, self.round, now)
+        if not found:
+            return []
+        actions: list[Action] = [Choose(self.round, tuple(sorted(self._sample.chosen)))]
+        for member in found:
             actions += self._give_training(member, now)
         return actions
 

@@ -24,6 +24,7 @@ from .access import Access
 from .actions import (
     Action,
     CancelCollect,
+    Choose,
     Commit,
     EndRun,
     GiveUp,
@@ -208,7 +209,8 @@ class Server:
         scored = [] if version is None else [s.site for s in self._store.scores().get(version, [])]
         wait = self.config.participants.idle_timeout + protocol.RETURN_SECONDS
         decided = self._collecting.scratch(0 if version is None else version + 1).decided()
-        self._rounds.restarted(sites, scored, time.monotonic() + wait, decided)
+        chosen = [] if version is None else self._store.chosen(version + 1)
+        self._rounds.restarted(sites, scored, time.monotonic() + wait, decided, chosen)
         logger.info("expecting %s back within %.0f s", ", ".join(sites), wait)
 
     def _step(self) -> None:
@@ -460,7 +462,9 @@ class Server:
             self._do_one(action)
 
     def _do_one(self, action: Action) -> None:
-        if isinstance(action, SendTask):
+        if isinstance(action, Choose):
+            self._store.choose(action.round, action.sites)
+        elif isinstance(action, SendTask):
             self._send_task(action)
         elif isinstance(action, SendDropped):
             self._peers.send_to(

@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS answers (
     version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, outputs TEXT NOT NULL,
     PRIMARY KEY (version, site));
 CREATE TABLE IF NOT EXISTS members (site TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS chosen (round INTEGER NOT NULL, site TEXT NOT NULL, PRIMARY KEY (round, site));
 CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
 """
 # Keys of a run file that make it another run when they change, once a model is committed.
@@ -387,6 +388,19 @@ class Store:
         """Return the sites that had joined when the last server vanished; none if it ended the run in order."""
         return [row[0] for row in self._db.execute("SELECT site FROM members ORDER BY site")]
 
+    def choose(self, round_: int, sites: Collection[str]) -> None:
+        """Note who trains in a round where not all do, all of them; what was noted of other rounds goes."""
+        with self._transaction():
+            self._db.execute("DELETE FROM chosen")
+            self._db.executemany(
+                "INSERT INTO chosen VALUES (?, ?)", [(round_, site) for site in sites]
+            )
+
+    def chosen(self, round_: int) -> list[str]:
+        """Return the sites that were chosen for a round by the server before this one."""
+        rows = self._db.execute("SELECT site FROM chosen WHERE round = ? ORDER BY site", (round_,))
+        return [row[0] for row in rows]
+
     def end(self, *, finished: bool) -> None:
         """Note that the run ends in order, and whether as planned; nobody is expected back.
 
@@ -394,6 +408,7 @@ class Store:
         """
         with self._transaction():
             self._db.execute("DELETE FROM members")
+            self._db.execute("DELETE FROM chosen")
             if finished:
                 self._set_meta("finished", str(self.last_version))
 

@@ -255,6 +255,37 @@ def test_a_site_that_dies_with_the_server_is_not_waited_for_until_the_deadline(
     assert np.array_equal(federation.model(2), federation.mean(2, "a", "b"))
 
 
+def test_the_sites_chosen_for_a_round_stay_chosen_when_the_server_is_killed(
+    federation: Federation,
+) -> None:
+    federation.write(1, sites=["a", "b", "c"], sample=2, round_deadline="1h", idle_timeout="1s")
+    server, sites = federation.server(), {name: federation.site(name) for name in "abc"}
+    chosen: list[str] = []
+
+    def two_train(states: Mapping[str, SiteStatus]) -> bool:
+        chosen[:] = [name for name in "abc" if states[name].state == "training"]
+        return len(chosen) == 2
+
+    federation.until(two_train)
+    first, second = chosen
+    (other,) = set("abc") - {first, second}
+    sites[first].reached(1)
+    sites[first].go()
+    federation.until(lambda states: states[first].state == "delivered")
+    sites[other].process.send_signal(signal.SIGSTOP)  # a new choice would wait for it
+    server.kill()
+    server.wait()
+    again = federation.server()
+    federation.until(lambda states: states[first].state == "delivered")
+    sites[second].reached(1)
+    sites[second].go()
+    federation.until(lambda states: not any(s.state == "training" for s in states.values()))
+    sites[other].process.send_signal(signal.SIGCONT)
+    assert again.wait() == 0, (federation.folder / "server.log").read_text()
+    assert federation.participants() == [[], [first, second]]
+    assert np.array_equal(federation.model(1), federation.mean(1, first, second))
+
+
 def test_a_killed_site_is_noticed_and_the_mean_is_that_of_the_others(
     federation: Federation,
 ) -> None:

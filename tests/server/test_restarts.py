@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from fedcore.server.actions import Commit, EndRun, GiveUp, Participant, SendTask, StartCollect
+from fedcore.server.actions import (
+    Choose,
+    Commit,
+    EndRun,
+    GiveUp,
+    Participant,
+    SendTask,
+    StartCollect,
+)
 from fedcore.server.participation import Delivery, Roster, SiteState
 from fedcore.server.rounds import Phase
 
@@ -179,11 +187,23 @@ def test_a_chosen_site_that_does_not_come_back_is_replaced() -> None:
     for site in "abc":
         rounds.joined(site, site, 1)
     assert rounds.ready("c", 1, update("c")) == []
-    (given_up, task, *rest) = rounds.tick(15)
+    (given_up, written, task, *rest) = rounds.tick(15)
     assert given_up == GiveUp("d", NOT_BACK)
     assert rest == ahead("c")
     assert isinstance(task, SendTask)
     assert task.site in ("a", "b")
+    assert written == Choose(1, tuple(sorted(("c", "d", task.site))))
     assert rounds.ready(task.site, 1, update(task.site)) == [
         StartCollect(1, tuple(sorted((part("c"), part(task.site)), key=lambda p: p.site)))
     ]
+
+
+def test_sites_that_were_chosen_before_a_restart_are_waited_for_and_their_updates_count() -> None:
+    rounds = sampling(["a", "b", "c", "d"], 2, seed=0)
+    rounds.restarted(["a", "b", "c", "d"], [], 15, chosen=["b", "d"])
+    assert rounds.joined("b", "b", 1) == [SendTask("b", "train", 1)]
+    assert rounds.ready("b", 1, update("b")) == ahead("b")
+    assert rounds.joined("a", "a", 2) == rounds.joined("c", "c", 2) == []
+    assert rounds.tick(14) == []
+    assert rounds.joined("d", "d", 14.5) == [SendTask("d", "train", 1)]
+    assert rounds.ready("d", 1, update("d")) == [StartCollect(1, collecting("bd"))]

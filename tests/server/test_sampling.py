@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedcore.server.actions import SendDropped, SendTask, StartCollect
+from fedcore.server.actions import Choose, SendDropped, SendTask, StartCollect
 from fedcore.server.rounds import Rounds
 
 from .playing import ahead, part, sampling, trained, update
@@ -50,13 +50,28 @@ def test_a_sampled_round_does_not_wait_for_a_site_that_never_came() -> None:
     assert rounds.ready("a", 1, update("a")) == [StartCollect(1, (part("a"),))]
 
 
+def test_a_choice_is_written_down_before_anyone_is_asked_to_train() -> None:
+    rounds = sampling(["a", "b", "c"], 2, seed=1)
+    actions = [a for site in "abc" for a in rounds.joined(site, site, 0)]
+    first, second = trained(actions)
+    assert actions[0] == Choose(1, (first, second))
+    for site in (first, second):
+        rounds.ready(site, 1, update(site))
+    rounds.reduced()
+    actions = rounds.committed(1, 1)
+    assert actions[0] == Choose(2, tuple(trained(actions)))
+
+
 def test_a_chosen_site_that_is_lost_is_replaced() -> None:
     rounds = sampling(["a", "b", "c"], 2, seed=1)
     actions = [a for site in "abc" for a in rounds.joined(site, site, 0)]
     first, second = trained(actions)
     (third,) = set("abc") - {first, second}
     assert rounds.ready(first, 1, update(first)) == ahead(first)
-    assert rounds.lost(second, "gone", 5) == [SendTask(third, "train", 1)]
+    assert rounds.lost(second, "gone", 5) == [
+        Choose(1, ("a", "b", "c")),
+        SendTask(third, "train", 1),
+    ]
     assert rounds.ready(third, 1, update(third)) == [
         StartCollect(1, tuple(part(site) for site in sorted([first, third])))
     ]
