@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer, UpdateEncoding
-from .security import is_loopback
+from .security import is_loopback, parse_toml
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -319,11 +319,9 @@ def load_run_file(path: Path | str, overrides: Iterable[str] = ()) -> RunConfig:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = parse_toml(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read run file {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
     given = [_apply(values, override) for override in overrides]
     _check_paths(values, given, path)
     return parse_run(values, folder=path.parent, source=str(path))

@@ -20,8 +20,8 @@ from .security import (
     KeyPair,
     Kit,
     Role,
-    check_address,
     check_name,
+    check_reachable,
     edited,
     load_kit,
     read_secret,
@@ -72,7 +72,7 @@ def load_project(path: Path) -> Project:
     section = values.pop("project", None)
     if not isinstance(section, dict) or values:
         raise ConfigError(f"{path}: expected one section, [project]")
-    server = check_address(section.pop("server", None), f"{path}: project.server")
+    server = check_reachable(section.pop("server", None), f"{path}: project.server")
     parties: dict[str, Role] = {}
     for role in Role:
         key = f"{role}s"
@@ -191,6 +191,7 @@ def make_key(folder: Path, like: Path | None, server: str, server_key: str, name
         server = server or old.server
         server_key = server_key or old.credentials.server_key
         name = name or old.name
+    check_reachable(server, "--server")
     kit = Kit(name, server, Credentials(server_key, KeyPair.generate()))
     write_kit(folder, kit)
     return kit

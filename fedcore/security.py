@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import ConfigError, StorageError
+from .mounts import find_mount, is_secret_mount, others_can_replace
 from .protocol import SITE_NAME
 
 __all__ = [
@@ -40,13 +41,15 @@ __all__ = [
 ALLOW_FILE: Final = "allow.toml"
 KIT_FILE: Final = "kit.toml"
 SECRET_FILE: Final = "secret.key"
+SECRET_ENV: Final = "FEDCORE_SECRET_KEY_FILE"
+"""Environment variable that names the file with this party's secret key, in place of the kit's own."""
 LOCAL_KIT: Final = "local"
 """Folder in a run folder: an operator's kit for the server that works on it."""
 MAX_KEYS_PER_NAME: Final = 2
 """The one in use and the one that takes its place."""
 _Z85: Final = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 _MAX_FILE: Final = 16 << 20
-_ADDRESS: Final = re.compile(r"tcp://[^\s/\"\\]+:\d{1,5}")
+_ADDRESS: Final = re.compile(r"tcp://[^\s/\"\\]+:[0-9]{1,5}")
 
 
 class Role(enum.StrEnum):
@@ -143,9 +146,12 @@ def check_key(value: object, where: str) -> str:
 def check_name(value: object, where: str) -> str:
     """Return ``value`` if it may be a name, and so a part of a path, else raise ConfigError."""
     if not isinstance(value, str) or re.fullmatch(SITE_NAME, value) is None or value.endswith("\n"):
+        hint = ""
+        if isinstance(value, str) and value != value.strip():
+            hint = "; there is white space or a line break around it"
         raise ConfigError(
             f"{where}: name {value!r}: expected 1 to 63 letters, digits, '.', '_' or '-', beginning with "
-            "a letter or digit"
+            f"a letter or digit{hint}"
         )
     return value
 
@@ -153,8 +159,32 @@ def check_name(value: object, where: str) -> str:
 def check_address(value: object, where: str) -> str:
     """Return ``value`` if it is an address to dial, else raise ConfigError."""
     if not isinstance(value, str) or _ADDRESS.fullmatch(value) is None:
-        raise ConfigError(f"{where}: address {value!r}: expected tcp://HOST:PORT")
+        hint = (
+            "; it ends in white space" if isinstance(value, str) and value != value.rstrip() else ""
+        )
+        raise ConfigError(f"{where}: address {value!r}: expected tcp://HOST:PORT{hint}")
+    if not 1 <= int(value.rpartition(":")[2]) <= 65535:
+        raise ConfigError(f"{where}: address {value!r}: expected a port from 1 to 65535")
     return value
+
+
+def check_reachable(value: object, where: str) -> str:
+    """Return ``value`` if it is an address that other machines can dial, else raise ConfigError."""
+    value = check_address(value, where)
+    host = value.removeprefix("tcp://").rpartition(":")[0]
+    if _is_unspecified(host.strip("[]")):
+        raise ConfigError(
+            f"{where}: address {value!r}: {host} stands for all addresses of the machine that listens there, and "
+            "cannot be dialled; give the name or address by which the sites reach the server"
+        )
+    return value
+
+
+def _is_unspecified(host: str) -> bool:
+    try:
+        return host == "*" or ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def is_loopback(address: str) -> bool:
@@ -192,30 +222,67 @@ def write_secret(path: Path, pair: KeyPair) -> None:
 def read_secret(path: Path) -> KeyPair:
     """Read a secret key.
 
+    On a mount that a container platform fills (`fedcore.mounts`), the file may be a link within that mount, and
+    others may read it: whoever sees the mount is in this container.
+
     Raises:
         ConfigError: the file is not there, not this user's alone, no plain file, or holds no key.
     """
     try:
-        number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        number = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:
-        why = "it is a link, or not there" if path.is_symlink() else error.strerror
-        raise ConfigError(f"cannot read the secret key {path}: {why}") from None
-    with os.fdopen(number, "rb") as file:
+        raise ConfigError(f"cannot read the secret key {path}: {error.strerror}") from None
+    try:
+        real = Path(f"/proc/self/fd/{number}").readlink()
+        mounted = is_secret_mount(real)
         about = os.fstat(number)
-        if not stat.S_ISREG(about.st_mode):
-            raise ConfigError(f"{path}: expected a plain file with a secret key")
-        mode = stat.S_IMODE(about.st_mode)
-        if mode & 0o077:
+        if path.is_symlink() and not (mounted and _links_stay_on_the_mount(path, real)):
             raise ConfigError(
-                f"{path} can be read or written by others (mode {mode:04o}); run `chmod 600 {path}`, and if "
-                "somebody else may have read it, make a new key (`fedcore keygen`) and revoke this one"
+                f"cannot read the secret key {path}: it is a link; put the file itself there, or name it "
+                f"with {SECRET_ENV}"
             )
-        if about.st_uid not in (os.geteuid(), 0):
-            raise ConfigError(f"{path} belongs to another user; a secret key is its user's own")
-        text = file.read(100).decode("ascii", "replace").strip()
+        if not stat.S_ISREG(about.st_mode):
+            what = "is a folder" if stat.S_ISDIR(about.st_mode) else "is no plain file"
+            raise ConfigError(f"{path} {what}; expected a plain file with a secret key")
+        _check_secret_mode(path, about, mounted)
+        text = os.read(number, 100).decode("ascii", "replace").strip()
+    finally:
+        os.close(number)
     if _Z85.fullmatch(text) is None:
         raise ConfigError(f"{path}: expected a secret key of 40 characters (Z85)")
     return KeyPair.from_secret(text)
+
+
+def _links_stay_on_the_mount(path: Path, real: Path) -> bool:
+    """Whether the link that ``path`` is lies on the mount of its target, and nobody else can exchange it."""
+    home = path.parent.resolve()
+    same = find_mount(home) == find_mount(real)
+    owned = path.lstat().st_uid in (os.geteuid(), 0)
+    return same and owned and not others_can_replace(home) and not others_can_replace(real.parent)
+
+
+def _check_secret_mode(path: Path, about: os.stat_result, mounted: bool) -> None:
+    mode = stat.S_IMODE(about.st_mode)
+    if mode & (0o022 if mounted else 0o077):
+        raise ConfigError(
+            f"{path} can be read or written by others (mode {mode:04o}); run `chmod 600 {path}`, and if "
+            "somebody else may have read it, make a new key (`fedcore keygen`) and revoke this one. A secret that "
+            "a container platform mounts may be readable by others if the mount is read-only or memory-backed"
+        )
+    if about.st_uid not in (os.geteuid(), 0):
+        raise ConfigError(f"{path} belongs to another user; a secret key is its user's own")
+
+
+def secret_file(folder: Path, environ: Mapping[str, str] | None = None) -> Path:
+    """Return the file of a kit's secret key: the one that ``FEDCORE_SECRET_KEY_FILE`` names, or the kit's own.
+
+    A link that the variable names is followed: who sets it has chosen the file.
+    """
+    named = (os.environ if environ is None else environ).get(SECRET_ENV)
+    if not named:
+        return folder / SECRET_FILE
+    path = Path(named)
+    return path.resolve() if path.is_symlink() else path
 
 
 # --- kits --------------------------------------------------------------------------------------------
@@ -249,18 +316,21 @@ def write_kit(folder: Path, kit: Kit) -> None:
         raise StorageError(f"cannot write kit {folder}: {error.strerror}") from None
 
 
-def load_kit(folder: Path) -> Kit:
+def load_kit(folder: Path, environ: Mapping[str, str] | None = None) -> Kit:
     """Read a kit folder: ``kit.toml`` and, beside it, ``secret.key``; it can name no other file.
+
+    Args:
+        folder: the kit.
+        environ: where ``FEDCORE_SECRET_KEY_FILE`` may name the secret key's file; None: it is not asked.
 
     Raises:
         ConfigError: something is missing, unknown, malformed, open to others, or theirs.
     """
     path = folder / KIT_FILE
     if not path.is_file():
-        here = "" if folder.is_absolute() else f" in {Path.cwd()}"
-        there = "is no kit: it holds no kit.toml" if folder.is_dir() else f"does not exist{here}"
         raise ConfigError(
-            f"{folder} {there}; a kit is one of the folders that `fedcore provision` made, handed over whole"
+            f"{folder} {_no_kit(folder)}; a kit is one of the folders that `fedcore provision` made, handed over "
+            "whole"
         )
     values = read_toml(path)
     _check_writers(path)  # who writes there chooses the server that this key is shown to
@@ -273,9 +343,21 @@ def load_kit(folder: Path) -> Kit:
         check_name(found["name"], f"{path}: name"),
         check_address(found["server"], f"{path}: server"),
         Credentials(
-            check_key(found["server_key"], f"{path}: server_key"), read_secret(folder / SECRET_FILE)
+            check_key(found["server_key"], f"{path}: server_key"),
+            read_secret(secret_file(folder, {} if environ is None else environ)),
         ),
     )
+
+
+def _no_kit(folder: Path) -> str:
+    """Return what a path is that was given for a kit."""
+    if folder.is_dir():
+        if (folder / ALLOW_FILE).is_file():
+            return "is the server's kit, which a run file names (server.keys), and no site's"
+        return "is no kit: it holds no kit.toml"
+    if folder.exists():
+        return f"is a file; give its folder, {folder.parent}"
+    return f"does not exist{'' if folder.is_absolute() else f' in {Path.cwd()}'}"
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -283,21 +365,45 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_FILE:
             raise ConfigError(f"{path}: larger than {_MAX_FILE >> 20} MiB")
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def parse_toml(data: bytes, source: str) -> dict[str, Any]:
+    """Parse the bytes of a TOML file, with or without a byte-order mark.
+
+    Raises:
+        ConfigError: it is no TOML, or not in UTF-8; ``source`` names it.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:200]:
+        raise ConfigError(
+            f"{source} is not in UTF-8 but looks like UTF-16, as some editors write it; save it as UTF-8"
+        )
+    try:
+        return tomllib.loads(data.decode("utf-8-sig").replace("\r\n", "\n"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{source} is not in UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"{source} is not valid TOML: {error}") from None
 
 
 def _check_writers(path: Path) -> None:
     """Raise ConfigError if another user than this one or root may write to a file, or put another in its place."""
-    for part in (path, path.parent):
-        about = part.stat()
-        if stat.S_IMODE(about.st_mode) & 0o022:
-            raise ConfigError(f"{part} can be written by others; run `chmod go-w {part}`")
-        if about.st_uid not in (os.geteuid(), 0):
-            raise ConfigError(f"{part} belongs to another user, who can change it")
+    real = path.resolve()
+    about = real.stat()
+    if stat.S_IMODE(about.st_mode) & 0o022:
+        raise ConfigError(f"{path} can be written by others; run `chmod go-w {path}`")
+    if about.st_uid not in (os.geteuid(), 0) or path.lstat().st_uid not in (os.geteuid(), 0):
+        raise ConfigError(f"{path} belongs to another user, who can change it")
+    for folder in {path.parent: None, real.parent: None}:
+        if not others_can_replace(folder):
+            continue
+        if folder.stat().st_uid not in (os.geteuid(), 0):
+            raise ConfigError(f"{folder} belongs to another user, who can change it")
+        raise ConfigError(f"{folder} can be written by others; run `chmod go-w {folder}`")
 
 
 # --- the allow-list ----------------------------------------------------------------------------------

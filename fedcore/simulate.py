@@ -19,7 +19,7 @@ from . import _watchdog
 from .config import RunConfig
 from .errors import BusyError, ConfigError, FedcoreError, StorageError
 from .provision import SERVER_FOLDER, Project, provision
-from .security import Role
+from .security import SECRET_ENV, Role
 from .status import is_served
 
 __all__ = ["SimulationResult", "simulate", "site_commands", "tail"]
@@ -237,7 +237,7 @@ class _Children:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", SECRET_ENV: "", **env},
                 start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
             )
         self._children[name] = child

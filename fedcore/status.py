@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -142,7 +143,7 @@ def find_target(
     Raises:
         ConfigError: ``target`` is no run folder, or would be talked to in plain text unasked.
     """
-    found = None if kit is None else load_kit(kit)
+    found = None if kit is None else load_kit(kit, os.environ)
     if target is not None and not target.startswith("tcp://"):
         return find_server(Path(target))
     if found is not None:

@@ -46,6 +46,19 @@ class Outgoing:
         encoder = self._make("raw", None)
         return encoder.encode(0, file.file, file.data_offset, file.file, file.data_offset)
 
+    def prepare(self, included: int | None) -> None:
+        """Make the files that `encode` needs, so that a lack of room is found before there is an update.
+
+        Args:
+            included: as `encode` takes it.
+        """
+        if self._encodes and self._encoder is None:
+            self._encoder = self._resume(self._transfer.update, included)
+
+    @property
+    def _encodes(self) -> bool:
+        return self._transfer.update != "raw" or self._lossless
+
     def encode(
         self,
         round_: int,
@@ -64,11 +77,11 @@ class Outgoing:
             included: the last committed version that holds this site's update: its residual counts from now on.
         """
         scheme = self._transfer.update
-        if scheme == "raw" and not self._lossless:
+        if not self._encodes:
             return EncodedUpdate.raw(file, checksums)
-        if self._encoder is None:
-            self._encoder = self._resume(scheme, included)
+        self.prepare(included)
         encoder = self._encoder
+        assert encoder is not None
         if included is not None:
             encoder.settle(included, included=True)
         if scheme != "raw":  # before the file that does not count is written over

@@ -189,6 +189,8 @@ class Session:
                 self._end(task.kind, task.round)
                 continue
             file = self._updates.folder().scratch(layout)
+            if task.kind in ("train", "submit"):
+                self._updates.prepare(layout)
             if not self._waits.download(layout, task, file):
                 continue  # the server was restarted in between and publishes under another id
             self._model = GlobalModel(

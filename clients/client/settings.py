@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.config import parse_duration
 from fedcore.errors import ConfigError
-from fedcore.protocol import SITE_NAME
-from fedcore.security import Credentials, Kit, is_loopback, load_kit
+from fedcore.security import Credentials, Kit, check_address, check_name, is_loopback, load_kit
 
 __all__ = ["SiteSettings"]
+
+logger = logging.getLogger("fedcore.client")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class SiteSettings:
             ConfigError: something is missing, malformed, or would be sent in plain text unasked.
         """
         env = os.environ if environ is None else environ
-        kit = load_kit(Path(env["FEDCORE_KIT"])) if env.get("FEDCORE_KIT") else None
+        kit = load_kit(Path(env["FEDCORE_KIT"]), env) if env.get("FEDCORE_KIT") else None
         server = env.get("FEDCORE_SERVER") or (kit.server if kit else "")
         site = env.get("FEDCORE_SITE") or (kit.name if kit else "")
         if not server or not site:
@@ -62,19 +63,17 @@ class SiteSettings:
                 "FEDCORE_KIT to the kit folder that `fedcore provision` made for this site, or start the script "
                 "with `fedcore simulate`"
             )
-        if not re.fullmatch(r"tcp://[^\s/]+:\d{1,5}", server):
-            raise ConfigError(f"server address {server!r}: expected tcp://HOST:PORT")
-        if not re.match(SITE_NAME, site):
-            raise ConfigError(
-                f"site name {site!r}: expected 1 to 63 letters, digits, '.', '_' or '-', beginning with a "
-                "letter or digit"
-            )
+        check_address(server, "FEDCORE_SERVER" if env.get("FEDCORE_SERVER") else "kit")
+        check_name(site, "FEDCORE_SITE" if env.get("FEDCORE_SITE") else "kit")
         _check_keys(env, kit, server, site)
+        work = Path(env["FEDCORE_WORK"]) if env.get("FEDCORE_WORK") else _default_work(env)
+        if work is None:
+            _no_work(site)
         return cls(
             server=server,
             site=site,
             credentials=kit.credentials if kit else None,
-            work=Path(env["FEDCORE_WORK"]) if env.get("FEDCORE_WORK") else _default_work(env),
+            work=work,
             connect_timeout=_seconds(env, "FEDCORE_CONNECT_TIMEOUT", cls.connect_timeout),
             idle_timeout=_seconds(env, "FEDCORE_IDLE_TIMEOUT", cls.idle_timeout),
         )
@@ -90,6 +89,13 @@ def _default_work(env: Mapping[str, str]) -> Path | None:
         state = home / ".local" / "state"
     there = next(folder for folder in (state, *state.parents) if folder.exists())
     return state / "fedcore" if os.access(there, os.W_OK | os.X_OK) else None
+
+
+def _no_work(site: str) -> None:
+    logger.warning(
+        "%s: this user's home can't be written; an update is lost if this process is killed before it is "
+        "delivered: set FEDCORE_WORK to a folder that stays", site,
+    )  # fmt: skip
 
 
 def _seconds(env: Mapping[str, str], name: str, default: float) -> float:

@@ -49,6 +49,15 @@ class Updates:
             self._connection.settled = forget
         return self._work
 
+    def prepare(self, layout: Layout) -> None:
+        """Make room for the update of a task before anything is trained for it.
+
+        Raises:
+            StorageError: neither the work folder nor memory has room for it; what is needed is named.
+        """
+        self.folder().reserve(layout)
+        self._made(layout).prepare(self._connection.included)
+
     def publish(
         self,
         layout: Layout,
@@ -86,14 +95,18 @@ class Updates:
         self, layout: Layout, file: ModelFile, checksums: list[int], round_: int
     ) -> EncodedUpdate:
         """Encode an update as the run wants it: the difference to the global model that this site trained from."""
-        assert self._connection.welcome is not None
-        work = self.folder()
-        if self._outgoing is None:
-            self._outgoing = Outgoing(layout, self._connection.welcome.transfer, work)
+        outgoing = self._made(layout)
         if not round_:
-            return self._outgoing.initial(file, checksums)
-        base = work.scratch(layout)
-        return self._outgoing.encode(round_, file, checksums, base, self._connection.included)
+            return outgoing.initial(file, checksums)
+        base = self.folder().scratch(layout)
+        return outgoing.encode(round_, file, checksums, base, self._connection.included)
+
+    def _made(self, layout: Layout) -> Outgoing:
+        """Return what encodes updates, which is made on the first call."""
+        if self._outgoing is None:
+            assert self._connection.welcome is not None
+            self._outgoing = Outgoing(layout, self._connection.welcome.transfer, self.folder())
+        return self._outgoing
 
     def deliver_kept(self, task: protocol.Task) -> bool:
         """Offer what an earlier process of this site has trained for this task; whether there was that.

@@ -14,10 +14,10 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -36,6 +36,8 @@ _ENCODED: Final = "encoded"
 _SHARE: Final = 8  # of the memory that is available, what the global model may take
 
 logger = logging.getLogger("fedcore.client")
+
+_T = TypeVar("_T", ModelFile, MappedFile)
 
 _held: set[Path] = set()
 """Folders that this process has: the system's locks keep only other processes away."""
@@ -92,7 +94,7 @@ class WorkFolder:
     """One process's scratch files. `forget` may be called from any thread, the rest from the one that trains.
 
     Args:
-        root: where sites have their folders; None: a temporary one, and nothing is kept.
+        root: where sites have their folders; None: a temporary one, or memory; nothing is kept.
         site, run_id: whose folder.
 
     Raises:
@@ -104,12 +106,18 @@ class WorkFolder:
         self._changing = threading.Lock()
         self._recorded = ""
         self._files: dict[str, ModelFile] = {}
+        self._in_memory: set[str] = set()
         self._lock: int | None = None
-        self.folder = Path()
+        self.folder: Path | None = None
         if root is not None:
             self._take(root.absolute())
         self.keeps = self._lock is not None
         if not self.keeps:
+            self._make_temporary(root)
+
+    def _make_temporary(self, root: Path | None) -> None:
+        """Use a folder that goes with this process, or memory alone where no folder can be written."""
+        with contextlib.suppress(OSError):
             self.folder = Path(tempfile.mkdtemp(prefix="fedcore-", dir=root))
 
     def _take(self, root: Path) -> None:
@@ -131,13 +139,17 @@ class WorkFolder:
         self.folder = folder
         _held.add(folder)
 
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / name
+
     @property
     def _record_path(self) -> Path:
-        return self.folder / "update.json"
+        return self._path("update.json")
 
     @property
     def _residual_path(self) -> Path:
-        return self.folder / "residual.json"
+        return self._path("residual.json")
 
     def scratch(self, layout: Layout) -> ModelFile:
         """Return the place for the global model, the same in every round. It goes with the process.
@@ -153,23 +165,66 @@ class WorkFolder:
         self.forget()
         return self._file("update", layout, keep=self.keeps)
 
+    def reserve(self, layout: Layout) -> None:
+        """Make room for an update now, before it is trained; what is recorded stays.
+
+        Raises:
+            StorageError: neither the folder nor memory has room for it.
+        """
+        self._file("update", layout, keep=self.keeps)
+
     def flat(self, name: str, nbytes: int, *, again: bool = False) -> MappedFile:
         """Return a new file of zeros, or with ``again`` the one that an earlier process left.
 
-        Encoded chunks and residuals stay for a process that is started again.
+        Encoded chunks and residuals stay for a process that is started again. Where the folder has no room, they
+        are in memory.
+
+        Raises:
+            StorageError: memory has no room either.
         """
-        path = self.folder / name
-        if again and path.is_file() and path.stat().st_size == nbytes:
+        path = None if self.folder is None else self._path(name)
+        if path is not None and again and path.is_file() and path.stat().st_size == nbytes:
             return MappedFile.open(str(path), writable=True)
-        path.unlink(missing_ok=True)
-        file = MappedFile.create(str(path), nbytes)
-        if not self.keeps:
+        file = self._in_folder(name, path, nbytes, lambda path: MappedFile.create(path, nbytes))
+        if file is None:
+            return MappedFile.anonymous(nbytes)
+        if path is not None and not self.keeps:
             path.unlink()
         return file
 
+    def _in_folder(
+        self, name: str, path: Path | None, nbytes: int, make: Callable[[str], _T]
+    ) -> _T | None:
+        """Make a new file, or return None where it must be in memory: there is no folder, or no room in it.
+
+        Raises:
+            StorageError: memory has no room either.
+        """
+        problem = "there is no folder that can be written"
+        if path is not None:
+            path.unlink(missing_ok=True)
+            try:
+                return make(str(path))
+            except StorageError as error:
+                path.unlink(missing_ok=True)
+                problem = str(error)
+        if nbytes > available_memory():
+            raise StorageError(
+                f"{problem}; {nbytes:,} bytes are needed, and memory has no room for them either: set "
+                "FEDCORE_WORK to a folder with more room"
+            )
+        self._in_memory.add(name)
+        if path is not None:
+            logger.warning(
+                "%s: %s; it is kept in memory (%d bytes) and lost if this process is killed: set "
+                "FEDCORE_WORK to a folder with more room",
+                self._site, problem, nbytes,
+            )  # fmt: skip
+        return None
+
     def record_residual(self, layout: Layout, state: ResidualState) -> None:
         """Note which residual counts."""
-        if not self.keeps:
+        if not self.keeps or self._in_memory & {"residual-0", "residual-1"}:
             return
         record = ResidualRecord(
             layout_hash=layout_hash(layout),
@@ -203,20 +258,22 @@ class WorkFolder:
     def _file(self, name: str, layout: Layout, *, keep: bool) -> ModelFile:
         """Overwriting a file is far cheaper than a new one."""
         if name not in self._files:
-            path = self.folder / f"{name}.safetensors"
-            path.unlink(missing_ok=True)
-            self._files[name] = create_model(path, layout)
-            if not keep:
+            path = None if self.folder is None else self._path(f"{name}.safetensors")
+            made = self._in_folder(
+                name, path, layout.total_bytes, lambda path: create_model(path, layout)
+            )
+            self._files[name] = made if made is not None else create_model(None, layout)
+            if made is not None and path is not None and not keep:
                 path.unlink()
         return self._files[name]
 
     def record(
         self, ready: protocol.Ready, update: EncodedUpdate, score: protocol.Score | None
     ) -> None:
-        """Note that the update file is complete."""
-        if not self.keeps:
-            return
+        """Note that the update file is complete; of one that is in memory nothing is noted."""
         encoded = any(update.encodings) or update.offsets[0] == 0
+        if not self.keeps or (_ENCODED if encoded else "update") in self._in_memory:
+            return
         record = Record(
             run_id=self._run_id,
             site=self._site,
@@ -258,7 +315,7 @@ class WorkFolder:
             logger.warning("%s: a kept update is not used: %s", self._site, problem)
             self.forget()
             for name in ("update.safetensors", _ENCODED):
-                (self.folder / name).unlink(missing_ok=True)
+                self._path(name).unlink(missing_ok=True)
             return None
         self._recorded = found.record.ready.set_id
         return found
@@ -275,7 +332,7 @@ class WorkFolder:
         if record.lengths is not None:
             update = self._read_encoded(record.lengths, record.encodings)
         else:
-            file = open_model(self.folder / "update.safetensors", chunk_bytes)
+            file = open_model(self._path("update.safetensors"), chunk_bytes)
             if not file.canonical or layout_hash(file.layout) != task.layout_hash:
                 raise StorageError("its tensors are not the run's")
             update = EncodedUpdate.raw(file)
@@ -284,7 +341,7 @@ class WorkFolder:
         return Kept(record, update)
 
     def _read_encoded(self, lengths: list[int], encodings: str) -> EncodedUpdate:
-        file = MappedFile.open(str(self.folder / _ENCODED))
+        file = MappedFile.open(str(self._path(_ENCODED)))
         offsets = [0, *accumulate(lengths)]
         if offsets[-1] > file.size or 2 * len(lengths) != len(encodings):
             raise StorageError("its file is damaged (it is too short)")
@@ -297,6 +354,8 @@ class WorkFolder:
     def close(self, *, keep: bool) -> None:
         """Remove what is here; with ``keep`` not what is recorded: an update, a residual."""
         self._files.clear()
+        if self.folder is None:
+            return
         if not self.keeps:
             shutil.rmtree(self.folder, ignore_errors=True)
             return

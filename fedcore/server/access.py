@@ -11,6 +11,7 @@ import contextlib
 import logging
 import shutil
 import time
+from pathlib import Path
 from typing import Final
 
 from fedcore import protocol
@@ -20,8 +21,8 @@ from fedcore.connections import Limits
 from fedcore.errors import ConfigError
 from fedcore.security import (
     ALLOW_FILE,
+    KIT_FILE,
     LOCAL_KIT,
-    SECRET_FILE,
     AllowList,
     Credentials,
     Identity,
@@ -30,6 +31,7 @@ from fedcore.security import (
     Role,
     fingerprint,
     read_secret,
+    secret_file,
     write_kit,
 )
 from fedcore.transport import ServerLink
@@ -80,12 +82,14 @@ class Access:
                 "between processes of this machine, set server.insecure = true"
             )
         self._path = home / ALLOW_FILE
+        if not self._path.is_file():
+            raise ConfigError(f"server.keys: {home} {_no_server_kit(home)}")
         self._stamp = self._look()
         self._listed = AllowList.load(self._path)
         self._pair = KeyPair.generate()
         self._operator = Identity("run-folder", Role.OPERATOR, fingerprint(self._pair.public))
         self.secured = Secured(
-            read_secret(home / SECRET_FILE),
+            read_secret(secret_file(home)),
             self._with_operator(self._listed),
             Limits.of(config.participants.expected, config.server.memory),
         )
@@ -174,3 +178,17 @@ class Access:
             about = self._path.stat()
             return about.st_ino, about.st_mtime_ns, about.st_size
         return None
+
+
+def _no_server_kit(home: Path) -> str:
+    """Return what a folder is that a run file names for the server's kit, and which command makes one."""
+    make = "`fedcore provision project.toml` makes the server's kit, kits/server"
+    if (home / KIT_FILE).is_file():
+        return f"is the kit of a site, an observer or an operator, and not the server's; {make}"
+    if (home / "server" / ALLOW_FILE).is_file():
+        return f"holds the kits of a project; name the server's: {home / 'server'}"
+    if home.is_dir():
+        return f"is no server's kit: it holds no {ALLOW_FILE}; {make}"
+    if home.exists():
+        return f"is a file; name the folder of the server's kit; {make}"
+    return f"does not exist; {make}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +339,79 @@ def test_a_folder_that_cannot_be_made_says_which_setting_to_change(tmp_path: Pat
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="FEDCORE_WORK"):
         WorkFolder(tmp_path / "file", "a", RUN)
+
+
+@contextlib.contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """Let no file grow beyond a size, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("scheme", ["raw", "int8"])
+def test_an_update_that_its_folder_has_no_room_for_waits_in_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scheme: str
+) -> None:
+    work = WorkFolder(tmp_path, "a", RUN)
+    outgoing = Outgoing(LAYOUT, protocol.Transfer.model_validate({"update": scheme}), work)
+    base = work.scratch(LAYOUT)
+    with files_of_at_most(CHUNK):
+        work.reserve(LAYOUT)
+        outgoing.prepare(None)
+    assert "it is kept in memory" in caplog.text
+    assert "FEDCORE_WORK" in caplog.text
+    file = work.update(LAYOUT)
+    checksums = file.fill(lambda _: VALUES.tobytes())
+    update = outgoing.encode(1, file, checksums, base, None)
+    work.record(
+        protocol.Ready(round=1, set_id=RUN, layout_hash=layout_hash(LAYOUT), weight=5), update, None
+    )
+    assert update.nbytes > 0
+    assert files(tmp_path) == set(), "a record of what is in memory would name no file"
+    work.close(keep=True)
+
+
+def test_room_for_an_update_is_looked_for_before_it_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = WorkFolder(tmp_path, "a", RUN)
+    monkeypatch.setattr("fedcore.client.work.available_memory", lambda: 10_000)
+    with (
+        files_of_at_most(CHUNK),
+        pytest.raises(StorageError, match=r"20,000 bytes are needed, and memory has no room"),
+    ):
+        work.reserve(LAYOUT)
+    work.reserve(LAYOUT)
+    work.close(keep=False)
+
+
+def test_a_system_without_any_folder_to_write_keeps_files_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_folder(**_: object) -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("fedcore.client.work.tempfile.mkdtemp", no_folder)
+    work = WorkFolder(None, "a", RUN)
+    file = work.update(LAYOUT)
+    file.fill(lambda _: VALUES.tobytes())
+    assert np.array_equal(
+        np.frombuffer(file.file.view(file.data_offset, 20_000), np.float32), VALUES
+    )
+    assert work.flat("encoded", 100).size == 100
+    work.close(keep=True)
+
+
+def test_a_user_without_a_home_is_told_that_updates_are_not_kept(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    site = {"FEDCORE_SERVER": "tcp://[::1]:1", "FEDCORE_SITE": "a", "FEDCORE_INSECURE": "1"}
+    SiteSettings.from_environment(site)
+    assert "set FEDCORE_WORK to a folder that stays" in caplog.text
 
 
 def test_a_folder_that_was_named_stays_and_what_was_made_in_it_goes(tmp_path: Path) -> None:

@@ -71,7 +71,13 @@ def test_a_kit_says_all_that_a_site_needs_and_the_server_knows_its_key(made: Pro
 
 def test_a_folder_that_is_no_kit_is_named_with_what_a_kit_is(made: Provisioned) -> None:
     kits = made.server.parent
-    for folder, said in ((kits / "nrth", "does not exist"), (made.server, "holds no kit.toml")):
+    found = (
+        (kits / "nrth", "does not exist"),
+        (made.server, "is the server's kit"),
+        (kits, "holds no kit.toml"),
+        (kits / "north" / "kit.toml", f"is a file; give its folder, {kits / 'north'}"),
+    )
+    for folder, said in found:
         with pytest.raises(ConfigError, match=rf"{folder.name} .*{said}.*`fedcore provision` made"):
             load_kit(folder)
 
@@ -221,6 +227,44 @@ def test_a_secret_is_a_plain_file_in_the_kit(made: Provisioned, tmp_path: Path) 
     os.mkfifo(home / "secret.key", 0o600)
     with pytest.raises(ConfigError, match="expected a plain file"):
         load_kit(home)
+    (home / "secret.key").unlink()
+    (home / "secret.key").mkdir()
+    with pytest.raises(ConfigError, match=r"secret.key is a folder; expected a plain file"):
+        load_kit(home)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("tcp://0.0.0.0:7733", "cannot be dialled"),
+        ("tcp://[::]:7733", "cannot be dialled"),
+        ("tcp://*:7733", "cannot be dialled"),
+        ("tcp://h:0", "a port from 1 to 65535"),
+        ("tcp://h:99999", "a port from 1 to 65535"),
+        (r"tcp://h:7733\n", "ends in white space"),
+    ],
+)
+def test_a_project_names_an_address_that_its_sites_can_dial(
+    tmp_path: Path, address: str, said: str
+) -> None:
+    path = tmp_path / "project.toml"
+    path.write_text(f'[project]\nserver = "{address}"\nsites = ["north"]\n')
+    with pytest.raises(ConfigError, match=said):
+        load_project(path)
+
+
+def test_files_may_begin_with_a_byte_order_mark_and_utf_16_is_named(tmp_path: Path) -> None:
+    text = f'[project]\r\nserver = "{ADDRESS}"\r\nsites = ["north"]\r\n'
+    path = tmp_path / "project.toml"
+    path.write_text(text, encoding="utf-8-sig", newline="")
+    assert list(load_project(path).parties) == ["north"]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
+        path.write_text(text, encoding=encoding, newline="")
+        with pytest.raises(ConfigError, match="UTF-16.* save it as UTF-8"):
+            load_project(path)
+    path.write_bytes(text.replace("north", "n\xf6rd").encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"not in UTF-8 \(byte \d+\); save it as UTF-8"):
+        load_project(path)
 
 
 @pytest.mark.parametrize(

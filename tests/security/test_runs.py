@@ -439,13 +439,18 @@ def test_a_damaged_allow_list_leaves_the_old_one_in_force(
         ({"insecure": True, "listen": "tcp://0.0.0.0:0"}, "insist with insecure_network = true"),
         ({"insecure": True, "listen": "tcp://*:0"}, "insist with insecure_network = true"),
         ({"insecure": True, "keys": "kits/server"}, "give either keys or insecure = true"),
-        ({"keys": "nowhere"}, "cannot read"),
+        ({"keys": "nowhere"}, "does not exist; `fedcore provision project.toml` makes"),
+        ({"keys": "kits"}, "holds the kits of a project; name the server's"),
+        ({"keys": "kits/north"}, "is the kit of a site, an observer or an operator"),
+        ({"keys": "kits/north/kit.toml"}, "is a file; name the folder"),
+        ({"keys": "."}, "is no server's kit: it holds no allow.toml"),
     ],
 )
 def test_a_server_is_in_plain_text_only_if_it_is_asked_for(
     tmp_path: Path, server: dict[str, Any], said: str
 ) -> None:
     values = {"run": {"name": "t", "rounds": 1}, "participants": {"count": 1}}
+    provision(Project("tcp://h:1", {"north": Role.SITE}), tmp_path / "kits")
     with pytest.raises(ConfigError, match=re.escape(said)):
         Server(parse_run({**values, "server": server}, folder=tmp_path))
 

@@ -509,7 +509,7 @@ def test_a_site_that_ends_says_so() -> None:
         ({}, "FEDCORE_SERVER and FEDCORE_SITE not set"),
         ({"FEDCORE_SERVER": "tcp://h:1"}, "FEDCORE_SITE not set"),
         ({"FEDCORE_SERVER": "http://h:1", "FEDCORE_SITE": "a"}, "expected tcp://HOST:PORT"),
-        ({"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "a/b"}, "site name 'a/b'"),
+        ({"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "a/b"}, "FEDCORE_SITE: name .a/b."),
         (
             {
                 "FEDCORE_SERVER": "tcp://[::1]:1",
@@ -524,6 +524,15 @@ def test_a_site_that_ends_says_so() -> None:
             {"FEDCORE_SERVER": "tcp://192.0.2.1:1", "FEDCORE_SITE": "a", "FEDCORE_INSECURE": "1"},
             "insist with FEDCORE_INSECURE_NETWORK=1",
         ),
+        (
+            {"FEDCORE_SERVER": "tcp://h:1", "FEDCORE_SITE": "north\n"},
+            "FEDCORE_SITE: name 'north.n': .*white space or a line break",
+        ),
+        (
+            {"FEDCORE_SERVER": "tcp://h:1\n", "FEDCORE_SITE": "a"},
+            "FEDCORE_SERVER: address 'tcp://h:1.n': .*ends in white space",
+        ),
+        ({"FEDCORE_SERVER": "tcp://h:99999", "FEDCORE_SITE": "a"}, "a port from 1 to 65535"),
         ({"FEDCORE_KIT": "nowhere"}, "nowhere does not exist.*`fedcore provision` made"),
     ],
 )
