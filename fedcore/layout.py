@@ -16,13 +16,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from typing_extensions import Buffer
 
 from ._core import FlatWriter, Layout, MappedFile, chunk_checksums
 from .errors import LayoutError, StorageError
-from .protocol import DEFAULT_CHUNK_BYTES, shown
+from .protocol import DEFAULT_CHUNK_BYTES, MAX_TENSOR_NAME, RESERVED_NAME, shown
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES",
@@ -31,6 +31,7 @@ __all__ = [
     "ModelFile",
     "Reader",
     "TensorSpec",
+    "check_names",
     "compare_layouts",
     "create_model",
     "layout_hash",
@@ -58,6 +59,30 @@ TensorSpec = tuple[str, str, Sequence[int]]
 """Name, dtype (a key of `ITEMSIZE`) and shape of one tensor."""
 Reader = Callable[[str], Buffer]
 """Returns the raw bytes (row-major, little-endian) of the tensor of that name."""
+
+
+def check_names(names: Iterable[Any]) -> None:
+    """Refuse names of tensors that a model file or a message can't hold.
+
+    Raises:
+        LayoutError: a name is no text, is empty, too long or not printable, or has a meaning in the file format.
+    """
+    for name in names:
+        if not isinstance(name, str):
+            wrong = f"is {type(name).__name__} and no text; use a text as its name, such as {str(name)!r}"
+        elif name == RESERVED_NAME:
+            wrong = "is what safetensors files call their own header; rename the tensor"
+        elif not name:
+            wrong = "is empty; give the tensor a name"
+        elif len(name) > MAX_TENSOR_NAME:
+            wrong = f"has {len(name):,} characters, and at most {MAX_TENSOR_NAME:,} are allowed; shorten it"
+        elif not name.isprintable():
+            bad = next(c for c in name if not c.isprintable())
+            wrong = f"holds {bad!a}, which is not printable; rename the tensor without it"
+        else:
+            continue
+        shown = ascii(name) if len(str(name)) <= 100 else ascii(str(name)[:100]) + "..."
+        raise LayoutError(f"the tensor's name {shown} {wrong}")
 
 
 def layout_hash(layout: Layout) -> str:
@@ -194,6 +219,7 @@ def create_model(
     reader, and every tensor is aligned to its item size.
 
     Raises:
+        LayoutError: a tensor has the name that the format keeps for its header.
         StorageError: the file exists, or the disk is full (the space is reserved at once).
     """
     head, offsets, meta = _model_head(layout, metadata)
@@ -221,8 +247,10 @@ def _model_head(
     layout: Layout, metadata: Mapping[str, str] | None
 ) -> tuple[bytes, dict[str, int], dict[str, str]]:
     """Return what a model file begins with, where its tensors lie behind that, and its metadata."""
+    if any(name == RESERVED_NAME for name, *_ in layout.tensors):
+        check_names([RESERVED_NAME])
     meta = {"format": "pt", **(metadata or {})}
-    entries: dict[str, object] = {"__metadata__": meta}
+    entries: dict[str, object] = {RESERVED_NAME: meta}
     offsets: dict[str, int] = {}
     for name, dtype, shape, offset, nbytes in layout.tensors:
         offsets[name] = offset
@@ -263,7 +291,7 @@ def open_model(path: Path | str, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Mode
         raise LayoutError(f"{path}: not a safetensors file (the header is not JSON)") from None
     if not isinstance(header, dict):
         raise LayoutError(f"{path}: not a safetensors file (the header is not a JSON object)")
-    meta = header.pop("__metadata__", {})
+    meta = header.pop(RESERVED_NAME, {})
     specs, offsets = _parse_entries(path, header, size - 8 - length)
     metadata = {str(k): str(v) for k, v in meta.items()} if isinstance(meta, dict) else {}
     return ModelFile(path, file, 8 + length, Layout(specs, chunk_bytes), offsets, metadata)

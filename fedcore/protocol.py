@@ -41,6 +41,9 @@ MAX_METRICS: Final = 64
 MAX_NAME: Final = 128
 MAX_ANSWER_BYTES: Final = 1 << 20
 MAX_TENSORS: Final = 100_000
+MAX_TENSOR_NAME: Final = 1024
+RESERVED_NAME: Final = "__metadata__"
+"""The key of a safetensors header that is no tensor."""
 SMALL_BYTES: Final = 128 << 10
 """What a message may have that neither declares tensors nor answers, with room for text that is spelled out."""
 MAX_DECLARE_BYTES: Final = MAX_CONTROL_BYTES - SMALL_BYTES
@@ -91,6 +94,12 @@ def _printable(text: str) -> str:
     return text
 
 
+def _tensor_name(text: str) -> str:
+    if text == RESERVED_NAME:
+        raise ValueError("model files call their header so; rename the tensor")
+    return _printable(text)
+
+
 SiteName = Annotated[str, StringConstraints(pattern=SITE_NAME)]
 MetricName = Annotated[
     str, StringConstraints(min_length=1, max_length=MAX_NAME), _shown_within(MAX_NAME)
@@ -132,7 +141,11 @@ def _few(value: Any) -> Any:
 
 
 TensorEntry = tuple[
-    Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_printable)],
+    Annotated[
+        str,
+        StringConstraints(min_length=1, max_length=MAX_TENSOR_NAME),
+        AfterValidator(_tensor_name),
+    ],
     Annotated[str, StringConstraints(max_length=8), AfterValidator(_printable)],
     Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16, fail_fast=True)],
 ]

@@ -10,6 +10,7 @@ The rules:
 - A partly frozen model sends its trainable parameters, and the persistent buffers of modules that own one.
 - A wrapper (a LightningModule, DistributedDataParallel, a compiled module) is looked through where one model
   inside it, from PEFT or transformers, holds everything that is trained.
+- Names are those of the plain class: wrappers inside a model leave no part in them (see `naming`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ import torch
 from torch import nn
 
 from fedcore.errors import LayoutError
-from fedcore.layout import TensorSpec, compare_layouts
+from fedcore.layout import TensorSpec, check_names, compare_layouts
 
 from .choice import travelling
+from .naming import inner_module, own_names, plain_names
 from .prompts import is_computed, load_prompt
 from .received import Received
 from .sharding import address, is_sharded, put, whole
@@ -106,6 +108,7 @@ class ModelParameters:
             self._prompt = any(address(t) not in shared for t in self._tensors.values())
         else:
             self._tensors = _own_tensors(root)
+        check_names(self._tensors)
         for name, tensor in self._tensors.items():
             _check(name, tensor)
         if _is_peft(root):
@@ -114,6 +117,7 @@ class ModelParameters:
             (name, dtype_name(name, self._tensors[name]), list(self._tensors[name].shape))
             for name in travelling(list(self._tensors))
         ]
+        self._given = model
         self.sharded = any(is_sharded(tensor) for tensor in self._tensors.values())
 
     @property
@@ -127,6 +131,13 @@ class ModelParameters:
     def names(self) -> list[str]:
         """The names under which tensors travel."""
         return [spec[0] for spec in self.specs]
+
+    def own_names(self) -> dict[str, str]:
+        """Return the travelling name of each tensor that the given module's ``state_dict`` names otherwise.
+
+        Empty for a PEFT model, whose tensors travel under the names of PEFT's file format.
+        """
+        return {} if _is_peft(self._root) else own_names(self._given, self._root)
 
     def read(self, name: str) -> memoryview:
         """Return the raw bytes of a tensor; a copy only if it is not contiguous or not in main memory."""
@@ -175,15 +186,9 @@ def _refuse_flat(model: nn.Module) -> None:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(
-            model, nn.parallel.DistributedDataParallel | nn.parallel.DataParallel
-        ):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
+    while (inner := inner_module(model)) is not None:
         model = inner
+    return model
 
 
 def _is_peft(module: nn.Module) -> bool:
@@ -212,7 +217,8 @@ def _peft_tensors(model: Any) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(
         model, adapter_name=_adapter(model), save_embedding_layers=False
     )
-    return {name: tensor.detach() for name, tensor in found.items()}
+    plain = plain_names(model, found)
+    return {plain[name]: tensor.detach() for name, tensor in found.items()}
 
 
 def _adapter(model: Any) -> str:
@@ -269,7 +275,8 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
                 continue
             seen.add(key)
         tensors[name] = tensor.detach()
-    return tensors
+    plain = plain_names(model, tensors)
+    return {plain[name]: tensor for name, tensor in tensors.items()}
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from fedcore.errors import ClosedError, LayoutError, WeightError
-from fedcore.layout import TensorSpec, compare_layouts
+from fedcore.layout import TensorSpec, check_names, compare_layouts
 
 from .choice import choose, forget_choice, travelling
 from .error_text import report_uncaught
+from .loading import LoadingHooks
 from .session import GlobalModel, Session, get_session, reset_session
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class _Arrays:
     def __init__(self, values: Mapping[str, Any]) -> None:
         if not values:
             raise LayoutError("there is no tensor to send")
+        check_names(values)
         self._values = {name: _plain(name, value) for name, value in values.items()}
         self.specs: list[TensorSpec] = [
             (name, _dtype(name, value), list(value.shape)) for name, value in self._values.items()
@@ -114,6 +116,8 @@ def _get_session() -> Session | RankedSession:
 
 
 _model: Any = None
+_own: dict[str, str] = {}
+_hooks: LoadingHooks | None = None
 _arrays: _Arrays | None = None
 _tokenizer: Any = None
 _sent = False
@@ -135,14 +139,16 @@ def init(
         tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
     """
-    global _model, _arrays, _tokenizer, _listener  # noqa: PLW0603 - one session per process is the contract
+    global _model, _own, _hooks, _arrays, _tokenizer, _listener  # noqa: PLW0603 - one session per process is the contract
     choose(include, exclude)
+    _forget_model()
     _listener = _get_session()
     report_uncaught(_tell)
     _tokenizer = tokenizer
     if model is None or isinstance(model, Mapping):
+        check_names(model or ())
         arrays = {} if model is None else {name: model[name] for name in travelling(list(model))}
-        _model, _arrays = None, None if model is None else _Arrays(arrays)
+        _arrays = None if model is None else _Arrays(arrays)
         return
     from .parameters import ModelParameters
 
@@ -152,7 +158,16 @@ def init(
             "the module's tensors are sharded over processes: call fl.init(module) before they are, and pass "
             "whole tensors to fl.send, such as torch.distributed.checkpoint's get_model_state_dict gathers"
         )
-    _model, _arrays = parameters, None
+    _model, _own = parameters, parameters.own_names()
+    _hooks = LoadingHooks(model, _own, parameters.names)
+
+
+def _forget_model() -> None:
+    global _model, _own, _hooks, _arrays  # noqa: PLW0603
+    if _hooks is not None:
+        _hooks.remove()
+    _model = _hooks = _arrays = None
+    _own = {}
 
 
 def _tell(text: str) -> None:
@@ -171,7 +186,8 @@ def is_running() -> bool:
 def receive() -> dict[str, Any]:
     """Return the global model: name -> torch tensor after ``init(module)``, else name -> NumPy array.
 
-    Tensors are copies that may be changed; ``module.load_state_dict(params, strict=False)`` takes them.
+    Tensors are copies that may be changed. ``module.load_state_dict(params, strict=False)`` takes them, where the
+    module is wrapped as well; a PEFT model takes them by `load`, and says so if they are given to it otherwise.
     """
     task = _begin()
     if _model is not None or (
@@ -186,7 +202,7 @@ def receive() -> dict[str, Any]:
 def load(params: Mapping[str, Any]) -> None:
     """Put a received global model into the module that `init` was given.
 
-    For PEFT models, whose tensors travel under the names of PEFT's file format and not of ``state_dict``.
+    PEFT models need it: their tensors travel under the names of PEFT's file format and not of ``state_dict``.
 
     Raises:
         ClosedError: `init` was given no module.
@@ -194,7 +210,7 @@ def load(params: Mapping[str, Any]) -> None:
     """
     if _model is None:
         raise ClosedError("load() puts the global model into the module given to fl.init(module)")
-    given = _Arrays(params)
+    given = _Arrays({_own.get(name, name): value for name, value in params.items()})
     _model.load(list(given.specs), {spec[0]: given.read(spec[0]) for spec in given.specs})
 
 
@@ -337,7 +353,8 @@ def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
             "model.state_dict()"
         )
     wanted = {spec[0] for spec in task.specs}
-    chosen = {name: value for name, value in params.items() if name in wanted}
+    named = {_own.get(name, name): value for name, value in params.items()}
+    chosen = {name: value for name, value in named.items() if name in wanted}
     if params and not chosen:
         raise LayoutError(
             f"the update has other names than the global model: {next(iter(params))!r} where that has "
@@ -403,8 +420,9 @@ def system_info() -> dict[str, str | int]:
 
 def shutdown() -> None:
     """Leave the run; the next `init` starts over."""
-    global _model, _arrays, _tokenizer, _sent, _listener  # noqa: PLW0603
-    _model = _arrays = _tokenizer = _listener = None
+    global _tokenizer, _sent, _listener  # noqa: PLW0603
+    _forget_model()
+    _tokenizer = _listener = None
     _sent = False
     forget_choice()
     if "fedcore.client.ranks" in sys.modules:

@@ -9,7 +9,15 @@ from typing import Final
 
 from fedcore._core import Layout, find_non_finite
 from fedcore.errors import ConfigError, LayoutError, NonFiniteError
-from fedcore.layout import DEFAULT_CHUNK_BYTES, FLOATS, ModelFile, create_model, open_model, table
+from fedcore.layout import (
+    DEFAULT_CHUNK_BYTES,
+    FLOATS,
+    ModelFile,
+    check_names,
+    create_model,
+    open_model,
+    table,
+)
 
 __all__ = ["load_initial"]
 
@@ -32,6 +40,7 @@ def load_initial(
     """
     sources = [open_model(file) for file in _find(path)]
     specs = [entry for source in sources for entry in table(source.layout)]
+    check_names(name for name, *_ in specs)
     model = create_model(target, Layout(specs, DEFAULT_CHUNK_BYTES), metadata)
     views = {name: (source, view) for source in sources for name, view in source.views().items()}
     dtypes = {name: dtype for name, dtype, _ in specs}
