@@ -27,6 +27,7 @@ from .errors import ConfigError
 if TYPE_CHECKING:
     from .config import RunConfig
     from .protocol import StatusReply
+    from .server.service import Server
     from .simulate import SimulationResult
     from .status import Target
 
@@ -37,7 +38,8 @@ _WATCH_SECONDS: Final = 0.5
 app = typer.Typer(
     name="fedcore",
     help="Federated fine-tuning of language models with a compiled core.\n\n"
-    "Exit status: 0 done, 1 failed, 2 wrong use or configuration, 130 stopped by Ctrl-C. "
+    "Exit status: 0 done, 1 failed, 2 wrong use or configuration, 130 stopped by Ctrl-C or an operator, "
+    "143 or 129 for a server that SIGTERM or SIGHUP ended: its run goes on once it is started again. "
     "FEDCORE_DEBUG=1 shows tracebacks.",
     no_args_is_help=True,
     add_completion=False,
@@ -107,8 +109,9 @@ def server(  # noqa: PLR0917 - typer calls it by name
     The run file's [server] keys names the server's kit, which `fedcore provision` makes; without it, --insecure
     asks for plain text, on this machine alone.
 
-    Started again on the same run folder, it goes on after the last committed round. Ctrl-C ends the run
-    cleanly with that round on disk. The same as the command fedcore-server.
+    Started again on the same run folder, it goes on after the last committed round. Ctrl-C and `fedcore stop` end
+    the run cleanly with that round on disk. SIGTERM and SIGHUP end this process only: the sites wait until it is
+    started again. The same as the command fedcore-server.
 
     \b
     Examples:
@@ -124,15 +127,32 @@ def server(  # noqa: PLR0917 - typer calls it by name
     endpoint = config.run_folder / ENDPOINT_FILE
     endpoint.write_text(process.endpoint + "\n", encoding="utf-8")
     _log_to(config.run_folder / "server.log", logging.DEBUG if verbose else logging.INFO)
-    signal.signal(signal.SIGTERM, lambda *_: process.stop())
-    signal.signal(signal.SIGINT, lambda *_: process.stop())
+    ended_by = _take_signals(process)
     try:
         result = process.run()
     finally:
         endpoint.unlink(missing_ok=True)
     if not result.ok:
-        typer.echo(f"error: {result.message}", err=True)
-        raise typer.Exit(INTERRUPTED if result.message.startswith("stopped") else 1)
+        stopped = result.ending == "stopped"
+        typer.echo(result.message if stopped else f"error: {result.message}", err=True)
+        interrupted = result.ending == "interrupted" and ended_by
+        status = 128 + ended_by[-1] if interrupted else INTERRUPTED if stopped else 1
+        raise typer.Exit(status)
+
+
+def _take_signals(process: Server) -> list[int]:
+    """Have signals end the run, or this process; returns a list to which those that end the process are added."""
+    ended_by: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        ended_by.append(number)
+        process.interrupt(signal.Signals(number).name)
+
+    signal.signal(signal.SIGINT, lambda *_: process.stop())
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else started by nohup: it goes on
+        signal.signal(signal.SIGHUP, interrupt)
+    return ended_by
 
 
 def _plain_text(insecure: bool, network: bool) -> list[str]:

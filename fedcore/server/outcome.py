@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedcore import protocol
 from fedcore.config import RunConfig
@@ -14,27 +14,37 @@ from .participation import Roster, SiteState
 from .selection import best_version, weighted_metrics
 from .store import Store
 
-__all__ = ["Outcome", "RunResult"]
+__all__ = ["Ending", "Outcome", "RunResult"]
 
 logger = logging.getLogger("fedcore.server")
 
 
+Ending = Literal["complete", "stopped", "failed", "interrupted"]
+
+
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
+    """How a run ended, or why the server's process did before the run.
 
     Attributes:
-        ok: whether all rounds were committed and the last model was scored.
+        ending: ``"complete"``: all rounds were committed and the last model was scored; ``"stopped"``: an operator
+            ended the run; ``"failed"``: it was given up; ``"interrupted"``: the process ended, and the run goes on
+            once the server is started again.
         best_version: the selected version, or None if nothing was committed.
         message: why it ended, if not as planned.
     """
 
-    ok: bool
+    ending: Ending
     version: int | None
     best_version: int | None
     best: Path | None
     final: Path | None
     message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the run is complete."""
+        return self.ending == "complete"
 
 
 class Outcome:
@@ -87,7 +97,7 @@ class Outcome:
         value = weighted_metrics(self._store.scores().get(version, [])).get(metric)
         return f"{metric} unknown" if value is None else f"{metric} {value:.4f}"
 
-    def conclude(self, ok: bool, message: str) -> RunResult:
+    def conclude(self, ending: Ending, message: str) -> RunResult:
         """Write ``final/`` and ``best/`` from what is committed; returns the run's result."""
         version = self._store.last_version
         best = final = chosen = None
@@ -99,14 +109,14 @@ class Outcome:
             if chosen is None:
                 chosen = version
                 self._store.export("best", version)
-                if self._config.selection.metric is not None:
+                if self._config.selection.metric is not None and ending != "stopped":
                     logger.warning(
                         "no model was scored with %r by %d sites: best/ is the last model; %s",
                         self._config.selection.metric, self._config.participants.quorum, self._reported(),
                     )  # fmt: skip
             best = self._store.folder / "best"
         self.best = chosen
-        return RunResult(ok, version, chosen, best, final, message)
+        return RunResult(ending, version, chosen, best, final, message)
 
     def _reported(self) -> str:
         """Return what the sites reported in place of the metric that selects, and what to do."""
@@ -132,6 +142,7 @@ class Outcome:
             {
                 "run": self._config.run.name,
                 "ok": result.ok,
+                "outcome": result.ending,
                 "message": result.message,
                 "rounds": self._config.run.rounds,
                 "best_version": result.best_version,
@@ -187,6 +198,7 @@ class Outcome:
                 "run": self._config.run.name,
                 "task": task,
                 "ok": result.ok,
+                "outcome": result.ending,
                 "message": result.message,
                 "models": models,
             }

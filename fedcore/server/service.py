@@ -1,7 +1,7 @@
 """The server process: it drives the link, the round state machine and the run store.
 
 One thread does everything here; tensor bytes move in the link's pump. `Server.run` returns when the run is over,
-was given up, or was stopped.
+was given up, or was stopped, and when this process is to end before the run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .agreement import Agreement
 from .budget import Budget, raise_file_limit, steady_heap
 from .collecting import Collecting, Reduced, Rejected, Stalled
 from .guard import Guard
-from .outcome import Outcome, RunResult
+from .outcome import Ending, Outcome, RunResult
 from .participation import Delivery, Roster
 from .peers import Peer, Peers
 from .rounds import Phase
@@ -123,6 +123,8 @@ class Server:
         )
         self._result: RunResult | None = None
         self._stopping = False
+        self._interrupted = ""
+        self._requests = 0
         self._next_look = 0.0
         self._round_started = time.monotonic()
         people = config.participants
@@ -141,7 +143,7 @@ class Server:
     # --- the process ---
 
     def run(self) -> RunResult:
-        """Run to the end; KeyboardInterrupt and `stop` end it cleanly with what is committed.
+        """Run to the end; KeyboardInterrupt and `stop` end the run with what is committed, `interrupt` does not.
 
         Raises:
             StorageError: a file can't be written; a server that is started again goes on with the round.
@@ -150,8 +152,10 @@ class Server:
             self._begin()
             while self._result is None:
                 if self._stopping:
-                    self._end(False, "stopped on request")
+                    self._end("stopped", "stopped on request")
                     break
+                if self._interrupted:
+                    return self._go_away()
                 try:
                     self._step()
                 except KeyboardInterrupt:
@@ -175,9 +179,31 @@ class Server:
         )
         self._peers.broadcast(protocol.Stopped(message=text))
 
+    def _go_away(self) -> RunResult:
+        """Leave the run as a crash would, but tell the sites to wait for the next server."""
+        why = f"the server was ended by {self._interrupted}"
+        logger.warning(
+            "%s; the run goes on once the server is started again, and the sites wait for it", why
+        )
+        self._peers.broadcast(protocol.Stopped(message=f"it was ended by {self._interrupted}"))
+        text = f"{why}; start it again to go on with the run"
+        version = self._store.last_version
+        return RunResult("interrupted", version, self._outcome.best, None, None, text)
+
     def stop(self) -> None:
         """End the run cleanly; safe from another thread or a signal handler."""
         self._stopping = True
+        self._requests += 1
+        self._link.wake()
+
+    def interrupt(self, what: str) -> None:
+        """End this process but not the run; safe from another thread or a signal handler.
+
+        Args:
+            what: ended it, such as ``"SIGTERM"``; the sites are told.
+        """
+        self._interrupted = what
+        self._requests += 1
         self._link.wake()
 
     def _begin(self) -> None:
@@ -482,7 +508,7 @@ class Server:
         elif isinstance(action, Commit):
             self._commit(action)
         elif isinstance(action, EndRun):
-            self._end(action.ok, action.message)
+            self._end("complete" if action.ok else "failed", action.message)
 
     def _send_task(self, action: SendTask) -> None:
         version = {"train": action.round - 1, "submit": 0}.get(action.kind, action.round)
@@ -561,9 +587,10 @@ class Server:
         self._outcome.export_best()
         self._status.best = self._outcome.best
 
-    def _end(self, ok: bool, message: str) -> None:
+    def _end(self, ending: Ending, message: str) -> None:
         self._collecting.close()
-        self._result = result = self._outcome.conclude(ok, message)
+        self._result = result = self._outcome.conclude(ending, message)
+        ok = result.ok
         if not ok:
             self._rounds.phase = Phase.FAILED
         self._status.best = chosen = result.best_version
@@ -575,17 +602,19 @@ class Server:
         self._outcome.write_summary(result, self._snapshot())  # now with the digests
         if self.config.run.task != "train":
             logger.info("results: %s", self._outcome.write_results(result))
-        (logger.info if ok else logger.error)(
-            "the run %s%s", "is complete" if ok else "ended: " + message,
+        how = {"complete": "is complete", "stopped": f"was {message}"}
+        logger.log(
+            logging.ERROR if ending == "failed" else logging.INFO,
+            "the run %s%s", how.get(ending, f"failed: {message}"),
             "" if chosen is None else f"; best model: round {chosen}, {self._outcome.metric_text(chosen)}, "
             f"in {result.best}",
         )  # fmt: skip
         self._say_goodbye()
 
     def _say_goodbye(self) -> None:
-        """Answer for a moment longer, so that every site and viewer hears of the end."""
-        until = time.monotonic() + _GOODBYE_SECONDS
-        while len(self._peers) and time.monotonic() < until:
+        """Answer for a moment longer, so that every site and viewer hears of the end; another signal ends it."""
+        until, requests = time.monotonic() + _GOODBYE_SECONDS, self._requests
+        while len(self._peers) and time.monotonic() < until and self._requests == requests:
             try:
                 arrived = self._link.recv(0.2)
             except KeyboardInterrupt:

@@ -114,7 +114,7 @@ class Federation:
             f'[selection]\nmetric = "loss"\nmode = "max"\n[server]\nlisten = "{self.address}"\ninsecure = true\n'
         )
 
-    def server(self) -> subprocess.Popen[str]:
+    def server(self, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         with (self.folder / "server.log").open("ab") as log:
             command = "from fedcore.cli import server_main; server_main()"
             process = subprocess.Popen(
@@ -122,7 +122,7 @@ class Federation:
                 stdout=log,
                 stderr=log,
                 text=True,
-                preexec_fn=take_sigint,  # noqa: PLW1509
+                preexec_fn=prepare or take_sigint,  # noqa: PLW1509
             )
         self.started.append(process)
         return process
@@ -167,6 +167,10 @@ class Federation:
 def take_sigint() -> None:
     """Undo the ignored SIGINT that jobs inherit from a shell that starts them in the background."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def ignore_hangup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 @pytest.fixture
@@ -227,6 +231,50 @@ def test_a_killed_server_goes_on_and_ends_with_the_same_bytes(
     assert (federation.run / "final" / "model.safetensors").read_bytes() == undisturbed[
         "round-0003.safetensors"
     ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_ended_by_a_signal_is_waited_for_and_goes_on_with_the_same_bytes(
+    federation: Federation, undisturbed: dict[str, bytes], number: signal.Signals
+) -> None:
+    federation.write(sites=["a", "b"])
+    server, sites = federation.server(), [federation.site("a"), federation.site("b")]
+    for site in sites:
+        site.reached(1)
+        site.go()
+    for site in sites:
+        site.reached(2)
+    sites[0].go()
+    federation.until(lambda states: states["a"].state == "delivered")
+    server.send_signal(number)
+    assert server.wait() == 128 + number
+    for site in sites:
+        site.says(f"has stopped because it was ended by {number.name}; waiting for it")
+    log = (federation.folder / "server.log").read_text()
+    assert f"ended by {number.name}; the run goes on once the server is started again" in log
+    assert "best model" not in log
+    again = federation.server()
+    sites[1].go()
+    for site in sites:
+        site.go()
+    assert again.wait() == 0, (federation.folder / "server.log").read_text()
+    assert [site.process.wait() for site in sites] == [0, 0]
+    assert federation.models() == undisturbed
+
+
+def test_a_server_started_under_nohup_outlives_its_terminal(
+    federation: Federation, undisturbed: dict[str, bytes]
+) -> None:
+    federation.write(sites=["a", "b"])
+    server = federation.server(ignore_hangup)
+    sites = [federation.site("a"), federation.site("b")]
+    for site in sites:
+        site.reached(1)
+    server.send_signal(signal.SIGHUP)
+    for site in sites:
+        site.go(3)
+    assert server.wait() == 0, (federation.folder / "server.log").read_text()
+    assert federation.models() == undisturbed
 
 
 def test_a_site_that_dies_with_the_server_is_not_waited_for_until_the_deadline(
