@@ -29,6 +29,7 @@ from fedcore.errors import LayoutError
 from fedcore.layout import TensorSpec, check_names, compare_layouts
 
 from .choice import travelling
+from .extras import active_adapter, refuse_extras
 from .naming import inner_module, own_names, plain_names
 from .prompts import is_computed, load_prompt
 from .received import Received
@@ -112,7 +113,7 @@ class ModelParameters:
         for name, tensor in self._tensors.items():
             _check(name, tensor)
         if _is_peft(root):
-            _refuse_extras(root, self._tensors)
+            refuse_extras(root, self._tensors)
         self.specs: list[TensorSpec] = [
             (name, dtype_name(name, self._tensors[name]), list(self._tensors[name].shape))
             for name in travelling(list(self._tensors))
@@ -160,7 +161,7 @@ class ModelParameters:
                 from peft import set_peft_model_state_dict
 
                 state = {s[0]: from_view(tensors[s[0]], s).clone() for s in self.specs}
-                adapter = _adapter(self._root)
+                adapter = active_adapter(self._root)
                 if is_computed(self._root, adapter):
                     load_prompt(self._root, adapter, state["prompt_embeddings"])
                 else:
@@ -215,41 +216,10 @@ def _peft_tensors(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
     found: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, adapter_name=_adapter(model), save_embedding_layers=False
+        model, adapter_name=active_adapter(model), save_embedding_layers=False
     )
     plain = plain_names(model, found)
     return {plain[name]: tensor.detach() for name, tensor in found.items()}
-
-
-def _adapter(model: Any) -> str:
-    """Return the name of the active adapter."""
-    active = model.active_adapter
-    return str(active if isinstance(active, str) else active[0])
-
-
-def _refuse_extras(model: Any, sent: Mapping[str, torch.Tensor]) -> None:
-    """Raise if a parameter is trained that neither travels nor makes up what does.
-
-    A prompt encoder's parameters carry the adapter's name, but what travels is computed from them.
-    """
-    adapter = _adapter(model)
-    starts = {address(tensor) for tensor in sent.values()}
-    extras = [
-        name.removeprefix("base_model.model.")
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.numel() and address(p) not in starts
-        if adapter not in name.split(".")
-    ]
-    if not extras:
-        return
-    paths = [name.split(".") for name in extras]
-    modules = sorted({path[-2] for path in paths if len(path) > 1 and "base_layer" not in path})
-    shown = ", ".join(extras[:8]) + (f" and {len(extras) - 8} more" if len(extras) > 8 else "")
-    raise LayoutError(
-        f"trained beside the adapter {adapter!r}, and so kept by each site for itself: {shown}; let their modules "
-        f"travel with modules_to_save={modules[:8] or ['...']} in the adapter's config, or freeze them with "
-        "requires_grad_(False)"
-    )
 
 
 def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -287,7 +257,7 @@ def _check(name: str, tensor: torch.Tensor) -> None:
 
 
 def _adapter_config(model: Any) -> str:
-    config = model.peft_config[_adapter(model)]
+    config = model.peft_config[active_adapter(model)]
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         values = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +18,15 @@ from peft import (
     PromptTuningConfig,
     TrainableTokensConfig,
     VeraConfig,
+    XLoraConfig,
     get_peft_model,
 )
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedcore.client.parameters import ModelParameters
 from fedcore.errors import LayoutError
+
+from .tiny_llama import llama
 
 ATTENTION: dict[str, Any] = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
 
@@ -134,6 +138,51 @@ def test_a_prompt_that_was_loaded_is_what_the_model_computes_and_trains(config: 
     optimizer.step()
     trained = torch.frombuffer(bytearray(ModelParameters(model).read(spec[0])), dtype=torch.float32)
     assert not torch.equal(trained, found), "and it goes on from there"
+
+
+@pytest.mark.parametrize("name", ["mlp", "c_fc", "h", "0", "transformer"])
+def test_extras_are_refused_whatever_the_adapter_is_called(name: str) -> None:
+    model = adapted(lora(), name)
+    model.base_model.model.transformer.h[0].mlp.c_fc.requires_grad_(True)
+    with pytest.raises(LayoutError, match=r"transformer\.h\.0\.mlp\.c_fc\.weight") as refused:
+        ModelParameters(model)
+    assert "modules_to_save=['c_fc']" in str(refused.value)
+
+
+def test_an_adapter_that_another_ones_name_hides_from_peft_is_refused() -> None:
+    model = adapted(lora())
+    model.add_adapter("attn", lora())
+    with pytest.raises(
+        LayoutError, match=r"'attn' is the name of another adapter and of a module"
+    ) as refused:
+        ModelParameters(model)
+    assert "modules_to_save" not in str(refused.value)
+
+
+def test_a_mixture_of_adapters_is_refused_without_useless_advice(tmp_path: Path) -> None:
+    adapter = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["q_proj"])
+    get_peft_model(llama(), adapter).save_pretrained(tmp_path)
+    base = llama()
+    base.config.use_cache = False
+    mixed = XLoraConfig(
+        task_type="CAUSAL_LM", hidden_size=64, xlora_depth=2, adapters={"first": str(tmp_path)}
+    )
+    with pytest.raises(LayoutError, match=r"does not save them for XLORA.*one adapter") as refused:
+        ModelParameters(get_peft_model(base, mixed))
+    assert "modules_to_save" not in str(refused.value)
+
+
+def test_a_second_adapter_that_is_trained_too_is_refused_with_what_helps() -> None:
+    model = adapted(lora())
+    model.add_adapter("second", lora())
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(
+        LayoutError, match=r"belong to 'second'.*set_adapter\('default'\)"
+    ) as refused:
+        ModelParameters(model)
+    assert "modules_to_save" not in str(refused.value)
+    model.set_adapter("default")
+    assert ModelParameters(model).names == ModelParameters(adapted(lora())).names
 
 
 def test_an_adapter_of_any_name_travels_under_the_same_names() -> None:
