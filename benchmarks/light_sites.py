@@ -148,7 +148,7 @@ class LightSite:
                 version="light",
                 site=f"site-{number + 1}",
                 instance=uuid.uuid4().hex,
-                lossless=values.lossless,
+                features=protocol.features(lossless=values.lossless),
             )
         )
 
@@ -215,12 +215,12 @@ class LightSite:
         """Ask for the model, each site from another chunk on, and go on to the task's end when it is here."""
         task, chunks = self._task, self._chunks
         assert task is not None
-        assert task.set_id is not None
+        assert task.model is not None
         shift = self.number * _RANGE
         while self._asked < chunks and self._asked - self._came <= _WINDOW - _RANGE:
             first = (shift + self._asked) % chunks
             count = min(_RANGE, chunks - self._asked, chunks - first)
-            self.socket.send(header(Kind.GET, bytes.fromhex(task.set_id), first, count=count))
+            self.socket.send(header(Kind.GET, bytes.fromhex(task.model.id), first, count=count))
             self._asked += count
         if self._came < chunks:
             return
@@ -228,8 +228,7 @@ class LightSite:
         self.say(
             protocol.Ready(
                 round=task.round,
-                set_id=uuid.uuid4().hex,
-                layout_hash=self._hash,
+                sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=self._hash)],
                 weight=_WEIGHTS[self.number % 2],
             )
         )

@@ -210,6 +210,12 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
   }
   wire::Header header;
   if (const char* why = wire::parse(header_data, header_size, body.size(), header)) {
+    if (why == wire::kOtherVersion) {
+      const int version = static_cast<const std::uint8_t*>(header_data)[wire::kVersionAt];
+      return malformed(peer_view, body.size(),
+                       "the protocol version is " + std::to_string(version) + ", not " +
+                           std::to_string(wire::kVersion));
+    }
     return malformed(peer_view, body.size(), why);
   }
   const std::string peer(peer_view);
@@ -277,10 +283,10 @@ void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t n
   });
 }
 
-int Exchange::malformed(std::string_view peer, std::size_t bytes, const char* why) {
+int Exchange::malformed(std::string_view peer, std::size_t bytes, std::string why) {
   ++stats_.dropped;
   charge(peer, kMalformedFrames, bytes);
-  report(Event::Kind::kMalformed, peer, why);
+  report(Event::Kind::kMalformed, peer, std::move(why));
   return FC_DROP;
 }
 

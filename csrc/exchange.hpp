@@ -207,7 +207,7 @@ class Exchange {
   bool is_due(Owner& owner, std::int64_t now_ms) const;
   void charge(std::string_view peer, double frames, std::size_t bytes = 0);
   static void refill(Owner& owner, std::int64_t now_ms);
-  int malformed(std::string_view peer, std::size_t bytes, const char* why);
+  int malformed(std::string_view peer, std::size_t bytes, std::string why);
   void report(Event::Kind kind, std::string_view peer, std::string why);
   void remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms);
   void push(const std::string& peer, const wire::Header& header);

@@ -17,10 +17,13 @@
 namespace fedcore::wire {
 
 inline constexpr std::size_t kHeaderBytes = 48;
-inline constexpr std::uint8_t kVersion = 1;
+inline constexpr std::uint8_t kVersion = 2;
 inline constexpr std::uint32_t kMaxChunkBytes = 4u << 20;
 inline constexpr std::uint32_t kMaxControlBytes = 8u << 20;
 inline constexpr std::uint32_t kMaxCount = 1024;
+// What parse() says of a frame of another version, which is in the byte at kVersionAt.
+inline constexpr char kOtherVersion[] = "the frame is of another protocol version";
+inline constexpr std::size_t kVersionAt = 4;
 inline constexpr std::uint8_t kRaw = 0;
 inline constexpr std::uint8_t kPacked = 0x80;  // set in an encoding: shuffled and compressed
 inline constexpr std::uint8_t kLastEncoding = 5;
@@ -68,7 +71,7 @@ T load(const std::uint8_t* from) noexcept {
 inline Bytes encode(const Header& header) noexcept {
   Bytes out{};
   std::memcpy(out.data(), "FDC1", 4);
-  out[4] = kVersion;
+  out[kVersionAt] = kVersion;
   out[5] = static_cast<std::uint8_t>(header.kind);
   out[6] = header.encoding;
   std::memcpy(out.data() + 8, header.set.data(), header.set.size());
@@ -91,8 +94,8 @@ inline const char* parse(const void* data, std::size_t size, std::size_t body_si
   if (std::memcmp(p, "FDC1", 4) != 0) {
     return "the magic number is wrong";
   }
-  if (p[4] != kVersion) {
-    return "the protocol version is not 1";
+  if (p[kVersionAt] != kVersion) {
+    return kOtherVersion;
   }
   if (detail::load<std::uint32_t>(p + 44) != crc32c(p, 44)) {
     return "the header's checksum does not match";

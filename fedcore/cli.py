@@ -289,7 +289,7 @@ def _print_status(reply: StatusReply, as_json: bool) -> None:
     if as_json:
         from .protocol import strict_json
 
-        typer.echo(strict_json(reply.model_dump(), indent=2))
+        typer.echo(strict_json(reply.model_dump(exclude=reply.left_out()), indent=2))
         return
     from rich.console import Console
 
@@ -312,7 +312,7 @@ def _watch(target: Target, timeout: float, as_json: bool) -> None:
             from .protocol import strict_json
 
             def show(reply: StatusReply) -> None:
-                typer.echo(strict_json(reply.model_dump()))
+                typer.echo(strict_json(reply.model_dump(exclude=reply.left_out())))
 
         elif sys.stdout.isatty():
             show = stack.enter_context(LiveView()).show

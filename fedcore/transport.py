@@ -17,12 +17,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import zmq
 
@@ -37,18 +38,16 @@ if TYPE_CHECKING:
     from .security import AllowList, Credentials
 
 __all__ = [
-    "OTHER_VERSION",
     "Control",
     "DataEvent",
     "ServerLink",
     "SiteLink",
     "now_ms",
+    "other_version",
     "pump_name",
 ]
 
-OTHER_VERSION: Final = f"the protocol version is not {PROTOCOL_VERSION}"
-"""What the core says of a frame of another version, in the ``malformed`` event."""
-
+_M = TypeVar("_M", FromServer, FromSite)
 DataEvent = tuple[Any, ...]
 """What ``Exchange.next_event()`` returns: its kind, then what belongs to it."""
 
@@ -89,6 +88,12 @@ def now_ms() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
+def other_version(malformed: str) -> int | None:
+    """Return the version of a frame that the core calls malformed; None if something else is wrong with it."""
+    found = re.match(r"the protocol version is (\d+), not ", malformed)
+    return int(found[1]) if found else None
+
+
 def pump_name() -> str:
     """Return which pump new links use: ``"compiled"`` or ``"python"``."""
     return "python" if _compiled_pump() is None else "compiled"
@@ -109,12 +114,14 @@ def _compiled_pump() -> Any | None:
     return _pump
 
 
-def control_frames(message: FromSite | FromServer) -> tuple[bytes, bytes]:
-    """Return the header and body frames of a control message."""
+def control_frames(
+    message: FromSite | FromServer, version: int | None = None
+) -> tuple[bytes, bytes]:
+    """Return the header and body frames of a control message; ``version`` is for a peer of another one."""
     body = protocol.encode(message)
     head = HEADER.pack(
         MAGIC,
-        PROTOCOL_VERSION,
+        PROTOCOL_VERSION if version is None else version,
         Kind.CONTROL,
         0,
         0,
@@ -129,8 +136,13 @@ def control_frames(message: FromSite | FromServer) -> tuple[bytes, bytes]:
 
 
 class _Link:
-    """What both ends share. `recv` belongs to one thread; `send`, `kick` and `wake` to any."""
+    """What both ends share. `recv` belongs to one thread; `send`, `kick` and `wake` to any.
 
+    Attributes:
+        run_id: of the run that this end works in, once known; what it sends within the run names it.
+    """
+
+    run_id: str | None = None
     _router: bool
     _secure = False
     _notes: Notes | None = None
@@ -252,6 +264,11 @@ class _Link:
             if not self._closed:
                 self._commands.send_multipart(frames)
 
+    def _of_run(self, message: _M) -> _M:
+        if isinstance(message, protocol.OfRun) and message.run_id is None and self.run_id:
+            return message.model_copy(update={"run_id": self.run_id})
+        return message
+
     def kick(self) -> None:
         """Make the pump look for frames to send, after the exchange was given something to do."""
         self._command([b"K"])
@@ -370,10 +387,13 @@ class ServerLink(_Link):
         if self._door is not None:
             self._door.look()
 
-    def send(self, peer: bytes, message: FromServer) -> None:
-        """Queue a control message for ``peer``; a peer that is gone does not get it."""
+    def send(self, peer: bytes, message: FromServer, version: int | None = None) -> None:
+        """Queue a control message for ``peer``; a peer that is gone does not get it.
+
+        ``version`` is for a `protocol.Refused` to a peer of another protocol version, which reads no other frames.
+        """
         routing = peer.partition(b"\0")[2] if self._secure else peer
-        self._command([b"S", routing, *control_frames(message)])
+        self._command([b"S", routing, *control_frames(self._of_run(message), version)])
 
     def _closed_net(self) -> None:
         if self._door is not None:
@@ -432,7 +452,7 @@ class SiteLink(_Link):
 
     def send(self, message: FromSite) -> None:
         """Queue a control message for the server."""
-        self._command([b"S", b"", *control_frames(message)])
+        self._command([b"S", b"", *control_frames(self._of_run(message))])
 
     def silent_ms(self) -> int | None:
         """Return for how long nothing came from the server, or None if nothing ever did."""

@@ -26,7 +26,14 @@ from fedcore.errors import (
     RefusedError,
     TransferTimeout,
 )
-from fedcore.transport import HEARTBEAT_MS, OTHER_VERSION, Control, DataEvent, SiteLink, now_ms
+from fedcore.transport import (
+    HEARTBEAT_MS,
+    Control,
+    DataEvent,
+    SiteLink,
+    now_ms,
+    other_version,
+)
 
 from .memory import keep_warm
 from .progress import Bar
@@ -221,7 +228,7 @@ class Connection:
         """Publish an update and announce it until it is withdrawn."""
         assert self._link is not None
         self._link.exchange.publish_encoded(
-            bytes.fromhex(ready.set_id),
+            bytes.fromhex(ready.model.id),
             update.file,
             update.offsets,
             update.encodings,
@@ -238,7 +245,7 @@ class Connection:
         with self.changed:
             ready, self._ready = self._ready, None
         if ready is not None and self._link is not None:
-            self._link.exchange.withdraw(bytes.fromhex(ready.set_id))
+            self._link.exchange.withdraw(bytes.fromhex(ready.model.id))
 
     def _settle(self, rounds: range, included_in: int | None) -> None:
         """Withdraw the update if it is of one of ``rounds``, and tell whether it counted."""
@@ -309,7 +316,7 @@ class Connection:
                 version=__version__,
                 site=self._site,
                 instance=self._instance.hex,
-                lossless=can_pack(),
+                features=protocol.features(lossless=can_pack()),
             )
         )
 
@@ -319,7 +326,9 @@ class Connection:
             arrived = self._link.recv(1.0)
             if isinstance(arrived, Control):
                 try:
-                    self._handle(protocol.decode_from_server(arrived.body))
+                    message = protocol.decode_from_server(arrived.body)
+                    if self.welcome is None or protocol.is_of_run(message, self.welcome.run_id):
+                        self._handle(message)
                 except ProtocolError as error:
                     logger.error("%s: the server at %s sent a %s", self._site, self._server, error)
             elif arrived is not None:
@@ -430,6 +439,8 @@ class Connection:
             )
             return
         self.welcome = welcome
+        assert self._link is not None
+        self._link.run_id = welcome.run_id
         self._held = None
         if self._declare is not None:
             self.send(self._declare)
@@ -452,10 +463,12 @@ class Connection:
 
     def _handle_event(self, event: DataEvent) -> None:
         with self.changed:
-            if event[0] == "malformed" and event[2] == OTHER_VERSION and self.welcome is None:
+            version = other_version(event[2]) if event[0] == "malformed" else None
+            if version is not None and self.welcome is None:
                 self._error = RefusedError(
-                    f"the server at {self._server} does not speak protocol {protocol.PROTOCOL_VERSION} "
-                    f"(fedcore {__version__}); install the same version on both sides",
+                    f"the server at {self._server} speaks protocol {version}, this site "
+                    f"{protocol.PROTOCOL_VERSION} (fedcore {__version__}); install the same version of fedcore on "
+                    "both sides",
                     "version",
                 )
                 self.changed.notify_all()

@@ -217,8 +217,9 @@ class Session:
             return list(table(self._layout))
         with self._connection.changed:
             for _ in self._connection.waiting("the model's description"):
-                if self._connection.task is not None and self._connection.task.tensors is not None:
-                    return list(self._connection.task.tensors)
+                task = self._connection.task
+                if task is not None and task.model is not None:
+                    return list(task.model.tensors)
                 if self._connection.finish is not None or self._expects_model():
                     return None
         return None

@@ -44,7 +44,7 @@ class Updates:
             self._work = work = WorkFolder(self._settings.work, self._settings.site, run_id)
 
             def forget(ready: protocol.Ready, _included: bool) -> None:
-                work.forget(ready.set_id)
+                work.forget(ready.model.id)
 
             self._connection.settled = forget
         return self._work
@@ -82,8 +82,7 @@ class Updates:
         update = self._encode(layout, file, file.fill(read), round_)
         ready = protocol.Ready(
             round=round_,
-            set_id=uuid.uuid4().hex,
-            layout_hash=layout_hash(layout),
+            sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=layout_hash(layout))],
             weight=weight,
             metrics={str(k): float(v) for k, v in (metrics or {}).items()},
         )

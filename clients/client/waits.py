@@ -77,8 +77,8 @@ class Waits:
 
     def download(self, layout: Layout, task: protocol.Task, file: ModelFile) -> bool:
         """Download a task's global model into a file; False when the server no longer publishes it."""
-        assert task.set_id is not None
-        source = (b"", bytes.fromhex(task.set_id), 1)
+        assert task.model is not None
+        source = (b"", bytes.fromhex(task.model.id), 1)
         collector = Collector(
             layout, [source], file.file, file.data_offset, None, _WINDOW_BYTES, check_finite=False,
             codec=Codec(layout, "raw", True) if can_pack() else None,
@@ -108,4 +108,5 @@ class Waits:
         return False
 
     def _superseded(self, task: protocol.Task) -> bool:
-        return self._connection.task is not None and self._connection.task.set_id != task.set_id
+        now = self._connection.task
+        return now is not None and now.model != task.model

@@ -58,7 +58,7 @@ class Record(BaseModel):
         extra="forbid", strict=True, frozen=True, ser_json_inf_nan="constants"
     )
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     run_id: protocol.SetId
     site: protocol.SiteName
     ready: protocol.Ready
@@ -288,7 +288,7 @@ class WorkFolder:
             try:
                 partial.write_text(record.model_dump_json(), encoding="utf-8")
                 partial.rename(self._record_path)
-                self._recorded = ready.set_id
+                self._recorded = ready.model.id
             except OSError as error:
                 logger.warning(
                     "%s: the update of round %d is not kept should this process be killed: %s",
@@ -317,7 +317,7 @@ class WorkFolder:
             for name in ("update.safetensors", _ENCODED):
                 self._path(name).unlink(missing_ok=True)
             return None
-        self._recorded = found.record.ready.set_id
+        self._recorded = found.record.ready.model.id
         return found
 
     def _read(self, task: protocol.Task, chunk_bytes: int) -> Kept:
@@ -327,13 +327,14 @@ class WorkFolder:
             raise StorageError(f"it is one of site {record.site} in run {record.run_id}")
         if task.kind not in ("train", "submit") or ready.round != task.round:
             raise StorageError(f"it is for round {ready.round}, which is over")
-        if ready.layout_hash != task.layout_hash:
+        layout = task.model.layout if task.model else None
+        if ready.model.layout != layout:
             raise StorageError("its tensors are not the run's")
         if record.lengths is not None:
             update = self._read_encoded(record.lengths, record.encodings)
         else:
             file = open_model(self._path("update.safetensors"), chunk_bytes)
-            if not file.canonical or layout_hash(file.layout) != task.layout_hash:
+            if not file.canonical or layout_hash(file.layout) != layout:
                 raise StorageError("its tensors are not the run's")
             update = EncodedUpdate.raw(file)
         if _checksum(update.checksums) != record.checksum:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from fedcore import __version__, protocol
 from fedcore.security import Identity
-from fedcore.transport import OTHER_VERSION, DataEvent, ServerLink
+from fedcore.transport import DataEvent, ServerLink, other_version
 
 from .access import Access
-from .peers import Peers, other_version
+from .peers import Peers, unlike_version
 
 __all__ = ["Guard"]
 
@@ -62,7 +62,7 @@ class Guard:
             self._link.send(peer, protocol.Refused(code="message", message=text[:4096]))
             self._end(peer, f"it sent a {error}")
         elif greeting is not None:
-            self._link.send(peer, other_version(greeting, error))
+            self._link.send(peer, unlike_version(greeting, error))
         if Identity.of_peer(peer) is not None:
             self._link.mute(peer)  # to find the fault takes the server's time
 
@@ -88,12 +88,13 @@ class Guard:
 
     def _on_malformed(self, peer: bytes, what: str) -> None:
         self._peers.complain("dropped a frame from %s: %s", self._peers.name(peer), what)
-        if what == OTHER_VERSION:  # whatever it makes of the answer, it has another version
+        version = other_version(what)
+        if version is not None:
             text = (
-                f"the server speaks protocol {protocol.PROTOCOL_VERSION} (fedcore {__version__}), this "
-                "site another one; install the same version on both sides"
+                f"this site speaks protocol {version}, the server {protocol.PROTOCOL_VERSION} (fedcore "
+                f"{__version__}); install the same version of fedcore on both sides"
             )
-            self._link.send(peer, protocol.Refused(code="version", message=text))
+            self._link.send(peer, protocol.Refused(code="version", message=text), version)
 
     def _on_flood(self, peer: bytes, waiting: str) -> None:
         """A key sends more than it may: what waits of it is thrown away, its site's part ends, and with keys it is

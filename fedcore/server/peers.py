@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -28,13 +28,10 @@ logger = logging.getLogger("fedcore.server")
 
 @dataclass
 class Peer:
-    """A site's process; ``metrics`` are the last that it reported of its training.
-
-    ``lossless`` says whether it can unpack compressed chunks.
-    """
+    """A site's process; ``metrics`` are the last that it reported of its training, ``features`` what it can do."""
 
     site: str
-    lossless: bool = False
+    features: Mapping[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -46,12 +43,12 @@ class _Told:
         self.left_out = 0
 
 
-def other_version(join: protocol.Greeting | protocol.Join, error: str = "") -> protocol.Refused:
+def unlike_version(join: protocol.Greeting | protocol.Join, error: str = "") -> protocol.Refused:
     """Return the refusal of a site that is not of this server's version; ``error`` is what was not understood."""
     return protocol.Refused(
         code="version",
         message=f"site {join.site!r} speaks protocol {join.protocol} (fedcore {join.version}), the server "
-        f"{protocol.PROTOCOL_VERSION} (fedcore {__version__}); install the same version on both sides"
+        f"{protocol.PROTOCOL_VERSION} (fedcore {__version__}); install the same version of fedcore on both sides"
         + (f" ({error})"[:2000] if error else ""),
     )
 
@@ -94,9 +91,9 @@ class Peers:
         """Return each site's routing id."""
         return {known.site: peer for peer, known in self._known.items()}
 
-    def add(self, peer: bytes, site: str, *, lossless: bool) -> None:
-        """Note that a site is there."""
-        self._known[peer] = Peer(site, lossless)
+    def add(self, peer: bytes, site: str, features: Mapping[str, int]) -> None:
+        """Note that a site is there, and what it can do."""
+        self._known[peer] = Peer(site, features)
 
     def remove(self, peer: bytes) -> Peer | None:
         """Note that a site's process is gone; returns what it was."""
@@ -134,7 +131,7 @@ class Peers:
 
     def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:
         if join.protocol != protocol.PROTOCOL_VERSION:
-            return other_version(join)
+            return unlike_version(join)
         reason = self._roster.refusal(join.site)
         if reason is not None:
             return protocol.Refused(code="unknown-site", message=reason)

@@ -107,6 +107,7 @@ class Server:
         except BaseException:
             self._store.close()
             raise
+        self._link.run_id = self._store.run_id
         self.endpoint = self._link.endpoint
         self._access.opened(self._link)
         self._link.exchange.set_limits(
@@ -309,10 +310,12 @@ class Server:
     def _admit(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message if its sender may say it."""
         refusal = self._access.refusal(peer, message)
-        if refusal is None:
+        if refusal is not None:
+            self._peers.refuse(peer, self._peers.name(peer), refusal)
+        elif protocol.is_of_run(message, self._store.run_id):
             self._handle(peer, message)
         else:
-            self._peers.refuse(peer, self._peers.name(peer), refusal)
+            self._link.send(peer, protocol.Rejoin())  # the Welcome says which run this is
 
     def _handle(self, peer: bytes, message: protocol.FromSite) -> None:
         if isinstance(message, protocol.StatusRequest):
@@ -372,7 +375,7 @@ class Server:
         if peer not in self._peers:
             self._peers.tell(join.site, "%s joined", level=logging.INFO)
             self._store.add_member(join.site)
-            self._peers.add(peer, join.site, lossless=join.lossless)
+            self._peers.add(peer, join.site, join.features)
         self._link.send(
             peer,
             protocol.Welcome(
@@ -383,6 +386,7 @@ class Server:
                 has_model=self._versions.model is not None,
                 version=__version__,
                 transfer=self.config.transfer.message,
+                features=protocol.features(lossless=can_pack()),
             ),
         )
         self._do(self._rounds.joined(join.site, join.instance, time.monotonic()))
@@ -418,13 +422,19 @@ class Server:
 
     def _on_ready(self, peer: bytes, known: Peer, ready: protocol.Ready) -> None:
         declare = self._status.declared.get(known.site)
-        if ready.layout_hash != self._versions.expected_hash(declare):
+        update = ready.model
+        if len(ready.sets) > 1:
+            names = ", ".join(one.name for one in ready.sets)
+            text = f"the update is of the sets {names}; this run takes one, {protocol.MODEL}"
+            self._guard.put_out(peer, known.site, "sets", text)
+            return
+        if update.layout != self._versions.expected_hash(declare):
             self._guard.put_out(peer, known.site, "layout", "the update's layout is not the run's")
             return
         known.metrics = dict(ready.metrics)
         self._status.note_metrics(known.site, ready.metrics)
         self._status.examples[known.site] = ready.weight
-        self._do(self._rounds.ready(known.site, ready.round, Delivery(ready.set_id, ready.weight)))
+        self._do(self._rounds.ready(known.site, ready.round, Delivery(update.id, ready.weight)))
 
     def _on_score(self, site: str, score: protocol.Score) -> None:
         last = self._store.last_version
@@ -527,15 +537,21 @@ class Server:
             task = task.model_copy(
                 update={
                     "included": self._versions.included.get(action.site),
-                    "set_id": self._set_id_for(action.site).hex(),
-                    "layout_hash": self._versions.layout_hash,
-                    "tensors": table(layout),
+                    "sets": [
+                        protocol.OpenSet.model_construct(
+                            id=self._set_id_for(action.site).hex(),
+                            layout=self._versions.layout_hash,
+                            tensors=table(layout),
+                        )
+                    ],
                 }
             )
         self._peers.send_to(action.site, task)
 
     def _set_id_for(self, site: str) -> bytes:
-        unpacks = any(known.lossless for _, known in self._peers if known.site == site)
+        unpacks = any(
+            "lossless" in known.features for _, known in self._peers if known.site == site
+        )
         return self._versions.packed_id if unpacks else self._versions.set_id
 
     def _pull_ahead(self, action: PullAhead) -> None:
@@ -596,7 +612,14 @@ class Server:
         self._status.best = chosen = result.best_version
         self._outcome.write_summary(result, self._snapshot())
         self._store.end(finished=ok)
-        self._peers.broadcast(protocol.Finish(ok=ok, message=message[:4096], best_version=chosen))
+        self._peers.broadcast(
+            protocol.Finish(
+                ok=ok,
+                outcome="complete" if ok else "failed",
+                message=message[:4096],
+                best_version=chosen,
+            )
+        )
         self._versions.finish_digests(wait=ok)
         self._outcome.prune()
         self._outcome.write_summary(result, self._snapshot())  # now with the digests

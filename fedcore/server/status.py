@@ -34,7 +34,9 @@ def within_a_message(reply: protocol.StatusReply) -> tuple[protocol.StatusReply,
     """Return a snapshot that one message holds, and its bytes: of many sites and rounds, the last round and the
     first sites."""
     sites, versions = reply.sites, reply.versions
-    while (size := len(reply.model_dump_json().encode())) > protocol.MAX_CONTROL_BYTES:
+    while (
+        size := len(reply.model_dump_json(exclude=reply.left_out()).encode())
+    ) > protocol.MAX_CONTROL_BYTES:
         if versions is reply.versions and len(versions) > 1:
             versions, sites = versions[-1:], sites[:_MAX_SITES]
         else:

@@ -128,7 +128,7 @@ def test_nothing_but_layout_update_metrics_and_counts_leaves_a_site(
             assert not rest
 
     # The updates: each chunk that left is of a set that was announced, and holds the adapter and no more.
-    ready = {bytes.fromhex(m.set_id): m for m in said if isinstance(m, protocol.Ready)}
+    ready = {bytes.fromhex(m.model.id): m for m in said if isinstance(m, protocol.Ready)}
     assert set(chunks) == set(ready)
     assert sorted(m.round for m in ready.values()) == [0, 1, 2, 3]
     for set_id, message in ready.items():

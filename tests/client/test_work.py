@@ -22,7 +22,7 @@ from fedcore.client.settings import SiteSettings
 from fedcore.client.work import WorkFolder
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.errors import StorageError
-from fedcore.layout import layout_hash
+from fedcore.layout import layout_hash, table
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [5000])], CHUNK)
@@ -32,14 +32,10 @@ VALUES = np.arange(5000, dtype=np.float32)
 
 
 def task(round_: int = 1, layout: Layout = LAYOUT, kind: str = "train") -> protocol.Task:
+    model = {"id": "0" * 32, "layout": layout_hash(layout), "tensors": table(layout)}
     return protocol.Task.model_validate(
-        {
-            "kind": kind,
-            "round": round_,
-            "rounds": 3,
-            "version": round_ - 1,
-            "layout_hash": layout_hash(layout),
-        }
+        {"kind": kind, "round": round_, "rounds": 3, "version": round_ - 1, "sets": [model]},
+        strict=False,
     )
 
 
@@ -49,7 +45,9 @@ def trained(root: Path, round_: int = 1, layout: Layout = LAYOUT) -> WorkFolder:
     file = work.update(layout)
     file.fill(lambda _: np.resize(VALUES, layout.total_bytes // 4).tobytes())
     ready = protocol.Ready(
-        round=round_, set_id=uuid.uuid4().hex, layout_hash=layout_hash(layout), weight=5
+        round=round_,
+        sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=layout_hash(layout))],
+        weight=5,
     )
     score = protocol.Score(version=round_ - 1, metrics={"loss": 0.5}, examples=3)
     work.record(ready, EncodedUpdate.raw(file), score)
@@ -89,7 +87,9 @@ def trained_and_encoded(root: Path) -> tuple[WorkFolder, EncodedUpdate]:
     file.fill(lambda _: VALUES.tobytes())
     encoder = UpdateEncoder(LAYOUT, "int8", make_file=work.flat)
     update = encoder.encode(1, file.file, file.data_offset, base.file, base.data_offset)
-    ready = protocol.Ready(round=1, set_id="ab" * 16, layout_hash=layout_hash(LAYOUT), weight=5)
+    ready = protocol.Ready(
+        round=1, sets=[protocol.NamedSet(id="ab" * 16, layout=layout_hash(LAYOUT))], weight=5
+    )
     work.record(ready, update, None)
     return work, update
 
@@ -101,7 +101,7 @@ def test_chunks_that_were_encoded_are_kept_as_they_were_offered(tmp_path: Path) 
     again = WorkFolder(tmp_path, "a", RUN)
     kept = again.kept(task(), CHUNK)
     assert kept is not None
-    assert kept.record.ready.set_id == "ab" * 16
+    assert kept.record.ready.model.id == "ab" * 16
     assert bytes(kept.update.file.view(0, kept.update.nbytes)) == bytes(
         update.file.view(0, update.nbytes)
     )
@@ -208,9 +208,9 @@ def edit(**changes: object) -> Callable[[Path], None]:
         (shorten, "the tensors end"),
         (lambda folder: (folder / "update.safetensors").write_bytes(b""), "too few"),
         (lambda folder: (folder / "update.safetensors").unlink(), "cannot open"),
-        (lambda folder: (folder / "update.json").write_text('{"format": 1'), "record is damaged"),
+        (lambda folder: (folder / "update.json").write_text('{"format": 2'), "record is damaged"),
         (lambda folder: (folder / "update.json").write_bytes(b""), "record is damaged"),
-        (edit(format=2), "record is damaged"),
+        (edit(format=1), "record is damaged"),
         (edit(site="b"), "site b"),
         (edit(run_id="0" * 32), "run 000"),
         (edit(checksum="00000000"), "the checksum differs"),
@@ -253,7 +253,7 @@ def test_a_file_that_is_written_over_has_no_record(tmp_path: Path) -> None:
 
 def test_only_the_set_whose_fate_is_known_is_forgotten(tmp_path: Path) -> None:
     work = trained(tmp_path)
-    set_id = json.loads((work.folder / "update.json").read_text())["ready"]["set_id"]
+    set_id = json.loads((work.folder / "update.json").read_text())["ready"]["sets"][0]["id"]
     work.forget("0" * 32)
     assert "update.json" in files(tmp_path)
     work.forget(set_id)
@@ -368,7 +368,11 @@ def test_an_update_that_its_folder_has_no_room_for_waits_in_memory(
     checksums = file.fill(lambda _: VALUES.tobytes())
     update = outgoing.encode(1, file, checksums, base, None)
     work.record(
-        protocol.Ready(round=1, set_id=RUN, layout_hash=layout_hash(LAYOUT), weight=5), update, None
+        protocol.Ready(
+            round=1, sets=[protocol.NamedSet(id=RUN, layout=layout_hash(LAYOUT))], weight=5
+        ),
+        update,
+        None,
     )
     assert update.nbytes > 0
     assert files(tmp_path) == set(), "a record of what is in memory would name no file"

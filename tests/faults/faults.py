@@ -157,7 +157,7 @@ def _short_chunk(world: World, site: Site, frame: Frame) -> list[Frame]:
 
 
 def _other_version(world: World, site: Site, frame: Frame) -> list[Frame]:
-    head = header(Kind.CHUNK, frame.set_id, frame.index, 0, frame.body, version=2)
+    head = header(Kind.CHUNK, frame.set_id, frame.index, 0, frame.body, version=3)
     return [replace(frame, head=head, genuine=False)]
 
 

@@ -213,7 +213,11 @@ def test_a_weight_out_of_range_is_refused_before_anything_is_asked_for(weight: i
         Collector(LAYOUT, sources, out.file, out.data_offset, None, 1 << 20)
     body = protocol.encode(
         protocol.Ready.model_construct(
-            type="ready", round=1, set_id="0" * 32, layout_hash="0" * 64, weight=weight, metrics={}
+            type="ready",
+            round=1,
+            sets=[protocol.NamedSet(id="0" * 32, layout="0" * 64)],
+            weight=weight,
+            metrics={},
         )
     )
     with pytest.raises(ProtocolError, match="weight"):
@@ -239,7 +243,7 @@ def _changed(at: int, value: int) -> bytes:
         (CHUNK_HEAD[:-1], BODY, "the header is not 48 bytes long"),
         (CHUNK_HEAD + b"\0", BODY, "the header is not 48 bytes long"),
         (_changed(0, 0x47), BODY, "the magic number is wrong"),
-        (_changed(4, 2), BODY, "the protocol version is not 1"),
+        (_changed(4, 1), BODY, "the protocol version is 1, not 2"),
         (CHUNK_HEAD[:9] + b"b" + CHUNK_HEAD[10:], BODY, "the header's checksum"),
         (_changed(5, 0), BODY, "the kind is unknown"),
         (_changed(5, 7), BODY, "the kind is unknown"),

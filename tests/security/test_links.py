@@ -60,10 +60,12 @@ def test_a_peer_is_known_by_the_name_of_its_key(pump: str, links: Links, parties
     who = Identity.of_peer(peer)
     assert who == parties.allowed.keys[parties.keys["north"].public]
     assert (who.name, who.role) == ("north", Role.SITE)
-    server.send(peer, protocol.Finish(ok=True, message="bye"))
+    server.send(peer, protocol.Finish(ok=True, outcome="complete", message="bye"))
     reply = wait(north, lambda m: isinstance(m, Control))
     assert isinstance(reply, Control)
-    assert protocol.decode_from_server(reply.body) == protocol.Finish(ok=True, message="bye")
+    assert protocol.decode_from_server(reply.body) == protocol.Finish(
+        ok=True, outcome="complete", message="bye"
+    )
     pulled(server, north, peer, 50_001)
 
 

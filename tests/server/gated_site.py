@@ -170,8 +170,7 @@ class GatedSite(threading.Thread):
         self._exchange.publish(set_id, file.file, file.data_offset, total, chunk_bytes)
         self._ready = protocol.Ready(
             round=round_,
-            set_id=set_id.hex(),
-            layout_hash=layout_hash(self.layout),
+            sets=[protocol.NamedSet(id=set_id.hex(), layout=layout_hash(self.layout))],
             weight=self.weight if round_ else 1,
             metrics={},
         )

@@ -72,7 +72,11 @@ def joins(*sites: str) -> list[Control]:
 def ready(site: str) -> Control:
     return says(
         site,
-        protocol.Ready(round=1, set_id=peer(site).hex(), layout_hash=layout_hash(LAYOUT), weight=1),
+        protocol.Ready(
+            round=1,
+            sets=[protocol.NamedSet(id=peer(site).hex(), layout=layout_hash(LAYOUT))],
+            weight=1,
+        ),
     )
 
 

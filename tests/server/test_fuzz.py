@@ -83,8 +83,8 @@ class Fuzzer:
             header, *body = self._socket.recv_multipart()
             if body and header[5] == Kind.CONTROL:
                 message = protocol.decode_from_server(body[0])
-                if isinstance(message, protocol.Task) and message.set_id:
-                    self.set_id = bytes.fromhex(message.set_id)
+                if isinstance(message, protocol.Task) and message.model:
+                    self.set_id = bytes.fromhex(message.model.id)
 
     def one(self) -> None:
         """Send one hostile message."""
@@ -123,8 +123,7 @@ class Fuzzer:
                 protocol.Declare(tensors=tensors, files={}),
                 protocol.Ready(
                     round=dice.randrange(4),
-                    set_id="0" * 32,
-                    layout_hash=hash_,
+                    sets=[protocol.NamedSet(id="0" * 32, layout=hash_)],
                     weight=1,
                     metrics={},
                 ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ import pytest
 import zmq
 from safetensors.numpy import load_file, save_file
 
-from fedcore import protocol, transport
+from fedcore import __version__, protocol
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.config import ModelSection
@@ -128,35 +129,39 @@ def test_a_site_whose_tensors_differ_is_refused_by_the_tensors_name_and_the_roun
     assert said in logged
 
 
-def test_a_site_of_another_version_is_told_so_and_costs_nobody_else_anything(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_site_of_another_version_reads_both_versions_and_what_to_do(
+    tmp_path: Path, version: int
 ) -> None:
     join = protocol.Join(version="test", site="b", instance=uuid4().hex)
-    with monkeypatch.context() as patch:
-        patch.setattr(transport, "PROTOCOL_VERSION", 2)
-        frames = transport.control_frames(join)
     server = Server(run_config(tmp_path, sites=["a"], rounds=1))
 
-    def newer() -> int:
-        link = SiteLink(server.endpoint, uuid4().bytes)
-        link._command([b"S", b"", *frames])
-        raw = RawSite.__new__(RawSite)
-        raw.link = link
-        refused = raw.await_message(protocol.Refused)
-        link.close()
-        assert refused.code == "version"
-        assert "install the same version on both sides" in refused.message
+    def other() -> int:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.linger = 0
+            socket.connect(server.endpoint)
+            socket.send_multipart(control_frames(join, version))
+            assert socket.poll(1000 * DEADLINE)
+            head, body = socket.recv_multipart()
+        assert head[4] == version
+        # Of every version: nothing but these three fields, so that each can read it.
+        assert json.loads(body) == {
+            "type": "refused",
+            "code": "version",
+            "message": f"this site speaks protocol {version}, the server 2 (fedcore {__version__}); install the "
+            "same version of fedcore on both sides",
+        }
         return site(server.endpoint, "a", 1)
 
-    result, _ = run(server, newer)
-    assert result.ok
+    result, _ = run(server, other)
+    assert (result.ok, result.version) == (True, 1)
 
 
 def test_a_site_whose_join_has_what_this_version_does_not_know_is_told_both_versions(
     tmp_path: Path,
 ) -> None:
     class Newer(protocol.Join):
-        protocol: int = 2
+        protocol: int = 9
         colour: str = "blue"
 
     server = Server(run_config(tmp_path, sites=["a"], rounds=1))
@@ -169,10 +174,47 @@ def test_a_site_whose_join_has_what_this_version_does_not_know_is_told_both_vers
         refused = raw.await_message(protocol.Refused)
         link.close()
         assert refused.code == "version"
-        assert "site 'b' speaks protocol 2 (fedcore 9.9)" in refused.message
+        assert "site 'b' speaks protocol 9 (fedcore 9.9), the server 2" in refused.message
         return site(server.endpoint, "a", 1)
 
     result, _ = run(server, newer)
+    assert result.ok
+
+
+def test_a_message_of_another_run_changes_nothing_and_is_answered_with_rejoin(
+    tmp_path: Path,
+) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1, min_results=1))
+
+    def mistaken() -> int:
+        raw = RawSite(server.endpoint, "b")
+        raw.link.send(protocol.Leave(reason="another run", run_id="0" * 32))
+        raw.await_message(protocol.Rejoin)
+        assert [known.site for _, known in server._peers] == ["b"]
+        raw.link.send(protocol.Leave(reason="this one", run_id=server._store.run_id))
+        raw.link.close()
+        return site(server.endpoint, "a", 1)
+
+    result, _ = run(server, mistaken)
+    assert result.ok
+
+
+def test_an_update_of_more_sets_than_the_run_takes_is_refused_by_their_names(
+    tmp_path: Path,
+) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1, min_results=1))
+
+    def more() -> int:
+        raw = RawSite(server.endpoint, "b")
+        sets = [protocol.NamedSet(name=n, id="0" * 32, layout="0" * 64) for n in ("model", "more")]
+        raw.link.send(protocol.Ready(round=0, sets=sets, weight=1))
+        refused = raw.await_message(protocol.Refused)
+        raw.link.close()
+        assert refused.code == "sets"
+        assert "of the sets model, more; this run takes one, model" in refused.message
+        return site(server.endpoint, "a", 1)
+
+    result, _ = run(server, more)
     assert result.ok
 
 
@@ -232,12 +274,11 @@ def silent_site(address: str, name: str, over: threading.Event) -> None:
             say(protocol.Declare(tensors=[("w", "F32", [5000]), ("n", "I64", [2])]))
         elif isinstance(message, protocol.Task) and message.kind == "train" and not offered:
             offered = True
-            assert message.layout_hash is not None
+            assert message.model is not None
             say(
                 protocol.Ready(
                     round=message.round,
-                    set_id=uuid4().hex,
-                    layout_hash=message.layout_hash,
+                    sets=[protocol.NamedSet(id=uuid4().hex, layout=message.model.layout)],
                     weight=1,
                     metrics={},
                 )

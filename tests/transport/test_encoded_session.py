@@ -55,7 +55,7 @@ def reference(residual: bool) -> bytes:
 def pull(server: Stage, ready: p.Ready) -> bytes:
     out, base = create_model(None, LAYOUT), model(0)
     collector = Collector(
-        LAYOUT, [(server.peer, bytes.fromhex(ready.set_id), ready.weight)], out.file, out.data_offset,
+        LAYOUT, [(server.peer, bytes.fromhex(ready.model.id), ready.weight)], out.file, out.data_offset,
         (base.file, base.data_offset), 1 << 20, codec=Codec(LAYOUT, "int8"),
     )  # fmt: skip
     server.link.exchange.start(collector)
@@ -75,9 +75,13 @@ def say_task(server: Stage, round_: int, included: int | None) -> None:
             rounds=3,
             version=round_ - 1,
             included=included,
-            set_id=server.publish(0),
-            layout_hash=layout_hash(LAYOUT),
-            tensors=[(n, d, list(s)) for n, d, s in table(LAYOUT)],
+            sets=[
+                p.OpenSet(
+                    id=server.publish(0),
+                    layout=layout_hash(LAYOUT),
+                    tensors=[(n, d, list(s)) for n, d, s in table(LAYOUT)],
+                )
+            ],
         )
     )
 

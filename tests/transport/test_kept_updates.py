@@ -46,7 +46,7 @@ def test_it_is_offered_again_for_its_round_and_the_script_goes_on_with_the_next(
         server.task("train", 1, server.publish(1))
         assert server.expect(p.Ready) == left
         assert [m for m in server.heard if isinstance(m, p.Score)] == [
-            p.Score(version=0, metrics={"loss": 0.25}, examples=10)
+            p.Score(run_id=RUN, version=0, metrics={"loss": 0.25}, examples=10)
         ]
         assert same(server.pull(left), 2.5)
         server.say(p.Commit(version=1, included=True, participants=["north"]))
@@ -60,7 +60,7 @@ def test_it_is_offered_again_for_its_round_and_the_script_goes_on_with_the_next(
         session.submit(fill(4.5), 7)
         again = server.expect(p.Ready, lambda ready: ready.round == 2)
         assert same(server.pull(again), 4.5)
-        server.say(p.Finish(ok=True))
+        server.say(p.Finish(ok=True, outcome="complete"))
         assert call(session.is_running).result(DEADLINE) is False
     assert not tmp_path.exists() or files(tmp_path) == set()
 
@@ -79,7 +79,7 @@ def test_a_server_that_is_started_again_meanwhile_is_told_of_it_too(
         server.expect(p.Join)
         server.welcome()
         assert server.expect(p.Ready) == left
-        server.say(p.Finish(ok=True))
+        server.say(p.Finish(ok=True, outcome="complete"))
 
 
 def test_one_that_is_dropped_goes(tmp_path: Path) -> None:
@@ -117,6 +117,6 @@ def test_a_run_that_is_given_up_leaves_it_for_the_next_start(tmp_path: Path) -> 
         begun_round(server, session, call)
         session.submit(fill(2.5), 7)
         server.expect(p.Ready)
-        server.say(p.Finish(ok=False, message="stopped on request"))
+        server.say(p.Finish(ok=False, outcome="failed", message="stopped on request"))
         assert call(session.is_running).result(DEADLINE) is False
     assert files(tmp_path) == {"update.json", "update.safetensors"}

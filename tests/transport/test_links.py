@@ -65,10 +65,11 @@ def test_control_messages_pass_in_both_directions(pump: str) -> None:
         assert isinstance(message, Control)
         assert message.peer == peer
         assert protocol.decode_from_site(message.body) == protocol.Leave(reason="x" * 4000)
-        server.send(peer, protocol.Finish(ok=True, message="bye"))
+        server.send(peer, protocol.Finish(ok=True, outcome="complete", message="bye"))
         reply = wait(site, lambda m: isinstance(m, Control))
         assert isinstance(reply, Control)
-        assert protocol.decode_from_server(reply.body) == protocol.Finish(ok=True, message="bye")
+        said = protocol.Finish(ok=True, outcome="complete", message="bye")
+        assert protocol.decode_from_server(reply.body) == said
 
 
 @pytest.mark.parametrize("elements", [1, 1023, 1024, 1025, 500_001])

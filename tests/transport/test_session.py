@@ -95,9 +95,9 @@ class Stage:
                     "round": round_,
                     "rounds": 2,
                     "version": round_ - (kind == "train"),
-                    "set_id": set_id,
-                    "layout_hash": layout_hash(layout),
-                    "tensors": table(layout),
+                    "sets": [
+                        {"id": set_id, "layout": layout_hash(layout), "tensors": table(layout)}
+                    ],
                 },
                 strict=False,
             )
@@ -105,7 +105,7 @@ class Stage:
 
     def pull(self, ready: p.Ready) -> bytes:
         out = create_model(None, LAYOUT)
-        source = (self.peer, bytes.fromhex(ready.set_id), ready.weight)
+        source = (self.peer, bytes.fromhex(ready.model.id), ready.weight)
         collector = Collector(LAYOUT, [source], out.file, out.data_offset, None, 1 << 20)
         self.link.exchange.start(collector)
         self.link.kick()
@@ -178,7 +178,7 @@ def test_a_whole_round_and_the_last_evaluation(pump: str) -> None:
         session.score({"loss": 0.125}, 10)
         assert server.expect(p.Score).version == 2
         running = call(session.is_running)
-        server.say(p.Finish(ok=True, best_version=2))
+        server.say(p.Finish(ok=True, outcome="complete", best_version=2))
         assert running.result(DEADLINE) is False
         assert not [m for m in server.heard if isinstance(m, p.Score)]
 
@@ -193,7 +193,7 @@ def test_the_first_site_publishes_the_initial_model(pump: str) -> None:
         server.accept()
         server.say(p.Task(kind="initial", round=0, rounds=2, version=0))
         ready = server.expect(p.Ready)
-        assert (ready.round, ready.weight, ready.layout_hash) == (0, 1, layout_hash(LAYOUT))
+        assert (ready.round, ready.weight, ready.model.layout) == (0, 1, layout_hash(LAYOUT))
         assert same(server.pull(ready), 4.5)
         server.say(p.Commit(version=0, included=True, participants=["north"]))
         server.task("train", 1, server.publish(4.5))
@@ -261,17 +261,28 @@ def test_a_refusal_reaches_the_script_with_the_servers_words(pump: str) -> None:
         assert caught.value.code == "unknown-site"
 
 
-def test_a_server_of_another_version_is_one_clear_error(
-    pump: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_server_of_another_version_is_one_error_with_both(pump: str, version: int) -> None:
     with stage() as (server, session, call):
         running = call(session.is_running)
         server.expect(p.Join)
-        monkeypatch.setattr(transport, "PROTOCOL_VERSION", 2)
-        server.welcome()
-        with pytest.raises(RefusedError, match="install the same version on both sides") as caught:
+        server.link.send(server.peer, p.Rejoin(), version)
+        both = rf"speaks protocol {version}, this site 2 \(fedcore .*\); install the same version"
+        with pytest.raises(RefusedError, match=both) as caught:
             running.result(DEADLINE)
         assert caught.value.code == "version"
+
+
+def test_what_is_said_in_another_run_changes_nothing(pump: str) -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.say(p.Finish(ok=False, outcome="failed", message="another", run_id="0" * 32))
+        server.say(p.Task(kind="train", round=2, rounds=9, version=1, run_id="0" * 32))
+        server.task("train", 1, server.publish(0))
+        assert running.result(DEADLINE) is True
+        assert session.system_info()["round"] == 1
 
 
 def test_a_name_that_is_held_is_asked_for_until_it_is_free(
@@ -385,7 +396,7 @@ def test_a_site_that_was_refused_does_not_come_again_by_itself(
         server.expect(p.Problem)
         server.heard.clear()
         server.say(p.Rejoin())  # to its next PING
-        server.say(p.Finish(ok=True))
+        server.say(p.Finish(ok=True, outcome="complete"))
         with session._connection.changed:
             assert session._connection.changed.wait_for(
                 lambda: session._connection.finish is not None, DEADLINE

@@ -1,0 +1,316 @@
+"""What sites and server say to each other in a run: the control messages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+from .base import Message, OfRun, Part
+from .fields import (
+    MAX_ANSWER_BYTES,
+    MAX_DECLARE_BYTES,
+    MAX_SETS,
+    MODEL,
+    Features,
+    LayoutHash,
+    Metrics,
+    Outputs,
+    Round,
+    SetId,
+    SetName,
+    SiteName,
+    TensorTable,
+    Text,
+    UpdateEncoding,
+    Version,
+    Weight,
+    few,
+    shown_within,
+)
+from .frames import MAX_CHUNK_BYTES, PROTOCOL_VERSION
+
+_S = TypeVar("_S", bound="NamedSet")
+
+
+class Transfer(Part):
+    """How chunks travel in a run: part of `Welcome`.
+
+    ``update`` is the encoding of updates and ``top_k`` the share that top-k keeps; ``lossless`` says whether
+    chunks may be shuffled and compressed on top. A chunk may be raw all the same.
+    """
+
+    update: UpdateEncoding = "raw"
+    top_k: Annotated[float, Field(gt=0, le=1)] = 0.01
+    lossless: bool = False
+
+
+class NamedSet(Part):
+    """A tensor set that is published: what it is, the id to pull it by, and the hash of its layout."""
+
+    name: SetName = MODEL
+    id: SetId
+    layout: LayoutHash
+
+
+class OpenSet(NamedSet):
+    """A published set for those who may not know its layout: ``tensors`` describes it."""
+
+    tensors: TensorTable
+
+
+def _unique(sets: list[_S]) -> list[_S]:
+    if len({one.name for one in sets}) != len(sets):
+        raise ValueError("two sets have one name")
+    return sets
+
+
+def _with_model(sets: list[_S]) -> list[_S]:
+    if all(one.name != MODEL for one in sets):
+        raise ValueError(f"no set is named {MODEL}")
+    return sets
+
+
+def features(*, lossless: bool) -> dict[str, int]:
+    """Return what this version can do, by name; ``lossless`` says whether it can unpack compressed chunks here."""
+    return {"encodings": 1, **({"lossless": 1} if lossless else {})}
+
+
+# --- from a site -----------------------------------------------------------------------------------
+
+
+class Join(Message):
+    """First message of a site's process, and again whenever the server asks for it with `Rejoin`.
+
+    ``instance`` is random per process: it tells a site that came back from a second process that was
+    started under the same name by mistake. ``features`` are what this process can do (`features`).
+    """
+
+    type: Literal["join"] = "join"
+    protocol: int = PROTOCOL_VERSION
+    version: Version
+    site: SiteName
+    instance: SetId
+    features: Features = {}
+
+
+class Declare(OfRun):
+    """The tensors that this site would send and load, and the small text files that describe its model.
+
+    ``files`` holds the likes of ``config.json`` or ``adapter_config.json``; the server writes them beside
+    ``best/`` and ``final/`` so that the folders open with the usual loaders. ``fingerprints`` are digests of what
+    must be alike at all sites, such as the tokenizer.
+    """
+
+    type: Literal["declare"] = "declare"
+    tensors: TensorTable
+    files: Annotated[
+        dict[
+            Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.json$")],
+            Annotated[str, StringConstraints(max_length=1 << 20)],
+        ],
+        BeforeValidator(few),
+    ] = {}
+    fingerprints: Annotated[
+        dict[
+            Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")],
+            Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")],
+        ],
+        BeforeValidator(few),
+    ] = {}
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Declare:
+        """What a site declares comes back in each `Task`, with a little more beside it."""
+        if len(self.model_dump_json()) > MAX_DECLARE_BYTES:
+            raise ValueError("tensors and files are too large")
+        return self
+
+
+class Ready(OfRun):
+    """An update (round >= 1) or the initial model (round 0) is published and may be pulled."""
+
+    type: Literal["ready"] = "ready"
+    round: Round
+    sets: Annotated[
+        list[NamedSet],
+        Field(max_length=MAX_SETS),
+        AfterValidator(_unique),
+        AfterValidator(_with_model),
+    ]
+    weight: Weight
+    metrics: Metrics = {}
+
+    @property
+    def model(self) -> NamedSet:
+        """The set that holds the update itself."""
+        return next(one for one in self.sets if one.name == MODEL)
+
+
+class Score(OfRun):
+    """Validation metrics of global model ``version`` on this site's data (``examples`` of them)."""
+
+    type: Literal["score"] = "score"
+    version: Round
+    metrics: Metrics
+    examples: Weight
+
+
+class Answer(OfRun):
+    """What a site's script chose to say of global model ``version`` in an inference task, and no more.
+
+    At most `MAX_ANSWER_BYTES` as JSON.
+    """
+
+    type: Literal["answer"] = "answer"
+    version: Round
+    outputs: Outputs
+    examples: Weight
+
+    @model_validator(mode="after")
+    def _small(self) -> Answer:
+        size = len(self.model_dump_json())
+        if size > MAX_ANSWER_BYTES:
+            raise ValueError(f"outputs: {size:,} bytes exceed the limit of {MAX_ANSWER_BYTES:,}")
+        return self
+
+
+class Log(OfRun):
+    """Training metrics while a round is under way; shown, never used for selection."""
+
+    type: Literal["log"] = "log"
+    round: Round
+    step: Annotated[int, Field(ge=0, lt=1 << 53)]
+    metrics: Metrics
+
+
+class Alive(OfRun):
+    """A site that is busy with its task is there; the server answers `Rejoin` if it does not know it."""
+
+    type: Literal["alive"] = "alive"
+
+
+class Problem(OfRun):
+    """A site reports an error of its own; the server shows it under the site's name."""
+
+    type: Literal["problem"] = "problem"
+    message: Text
+
+
+class Leave(OfRun):
+    """The site's process ends on purpose."""
+
+    type: Literal["leave"] = "leave"
+    reason: Text = ""
+
+
+# --- from the server -------------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    """Answer to `Join`.
+
+    ``run`` is the run's name, ``has_model`` false while the server waits for a first site's model, and
+    ``features`` are what the server can do.
+    """
+
+    type: Literal["welcome"] = "welcome"
+    run: Text
+    run_id: SetId
+    rounds: Round
+    chunk_bytes: Annotated[int, Field(ge=4096, le=MAX_CHUNK_BYTES)]
+    has_model: bool
+    version: Version
+    transfer: Transfer = Transfer()
+    features: Features = {}
+
+
+class Accepted(OfRun):
+    """Answer to `Declare`: the layouts agree."""
+
+    type: Literal["accepted"] = "accepted"
+    layout_hash: LayoutHash
+
+
+class Refused(Message):
+    """The server will not work with this site; ``code`` is machine-readable."""
+
+    type: Literal["refused"] = "refused"
+    code: Annotated[str, StringConstraints(max_length=64)]
+    message: Annotated[str, StringConstraints(max_length=16384), shown_within(16384)]
+
+
+class Rejoin(Message):
+    """The server does not know the sender (it was restarted, or gave the site up): join again."""
+
+    type: Literal["rejoin"] = "rejoin"
+
+
+class Task(OfRun):
+    """What the site should do now.
+
+    ``kind`` is ``"initial"`` (publish your model as version 0), ``"train"`` (pull version
+    ``round - 1``, score it, train, publish), ``"submit"`` (as "train", from version 0; the update becomes version
+    ``round``), ``"evaluate"`` (pull version ``round``, score it) or ``"infer"`` (pull it, answer). ``sets`` are
+    what is published of the version, the model among them; there are none for ``"initial"``.
+    ``included`` is the last version that holds an update of this site, for one that missed a `Commit`.
+    """
+
+    type: Literal["task"] = "task"
+    kind: Literal["initial", "train", "submit", "evaluate", "infer"]
+    round: Round
+    rounds: Round
+    version: Round
+    included: Round | None = None
+    sets: Annotated[list[OpenSet], Field(max_length=MAX_SETS), AfterValidator(_unique)] = []
+    seed: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
+
+    @property
+    def model(self) -> OpenSet | None:
+        """The set that holds the model itself; None for ``"initial"``."""
+        return next((one for one in self.sets if one.name == MODEL), None)
+
+
+class Commit(OfRun):
+    """Model ``version`` exists; the site may drop its update. ``included`` says if it counted."""
+
+    type: Literal["commit"] = "commit"
+    version: Round
+    included: bool
+    participants: Annotated[list[SiteName], Field(max_length=100_000)] = []
+    message: Text = ""
+
+
+class Dropped(OfRun):
+    """This site's update for ``round`` does not count, and why; it may take part in the next round."""
+
+    type: Literal["dropped"] = "dropped"
+    round: Round
+    message: Text
+
+
+class Finish(OfRun):
+    """The run is over; no further task will come.
+
+    ``outcome`` says how it ended: all rounds are done, an operator stopped it, or it was given up. ``ok`` is
+    whether it is ``"complete"``.
+    """
+
+    type: Literal["finish"] = "finish"
+    ok: bool
+    outcome: Literal["complete", "stopped", "failed"]
+    message: Text = ""
+    best_version: Round | None = None
+
+
+class Stopped(OfRun):
+    """The server ends before the run does, and why in general words; the run goes on once it is started again."""
+
+    type: Literal["stopped"] = "stopped"
+    message: Text

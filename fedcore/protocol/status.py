@@ -1,0 +1,84 @@
+"""What `fedcore status` and an operator's commands say and get; none of them needs a `Join`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .base import Message, OfRun, Part
+from .fields import Metrics, Round, SiteName, Steer, Text
+
+
+class StatusRequest(Message):
+    """Asked by ``fedcore status``; needs no `Join`."""
+
+    type: Literal["status-request"] = "status-request"
+
+
+class Command(OfRun):
+    """An operator steers the run; needs no `Join`. ``"pause"``: begin no round after the one under way."""
+
+    type: Literal["command"] = "command"
+    action: Steer
+
+
+class CommandReply(Message):
+    """Answer to `Command`: whether it is carried out, and what that means or why not."""
+
+    type: Literal["command-reply"] = "command-reply"
+    ok: bool
+    message: Text
+
+
+class SiteStatus(Part):
+    """One site's line in a `StatusReply`."""
+
+    site: SiteName
+    state: Literal[
+        "absent", "joined", "training", "uploading", "delivered", "lost", "dropped", "left"
+    ]
+    examples: int | None = None
+    metrics: Metrics = {}
+    message: Text = ""
+
+
+class VersionStatus(Part):
+    """One global model in a `StatusReply`: its weighted validation metrics and who is in it."""
+
+    version: Round
+    metrics: Metrics = {}
+    participants: list[SiteName] = []
+    seconds: float | None = None
+    bytes: int = 0
+
+
+class StatusReply(Message):
+    """A snapshot of the run, as ``fedcore status`` and the live views show it."""
+
+    type: Literal["status-reply"] = "status-reply"
+    run: Text
+    phase: Literal[
+        "waiting",
+        "initial",
+        "training",
+        "aggregating",
+        "evaluating",
+        "paused",
+        "done",
+        "stopped",
+        "failed",
+    ]
+    round: Round
+    rounds: Round
+    metric: Text | None
+    mode: Literal["min", "max"] | None
+    best_version: Round | None = None
+    model_bytes: int = 0
+    chunks_done: int = 0
+    chunks: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    elapsed: float = 0.0
+    eta: float | None = None
+    sites: list[SiteStatus] = []
+    versions: list[VersionStatus] = []
+    message: Text = ""
