@@ -22,11 +22,12 @@ from typing import Any, Literal
 from fedcore.errors import ClosedError, ConfigError
 
 from .choice import choose
+from .counting import Examples
+from .hf_counting import StepCounter
 from .prompts import computes_prompt
 from .tokenizer import tokenizer_of
 from .torch import (
     TorchSite,
-    batch_size,
     check_trainer,
     current_site,
     is_running,
@@ -44,6 +45,7 @@ def patch(
     trainer: Any,
     *,
     lr_schedule: Literal["all_rounds", "per_round"] = "all_rounds",
+    examples: Examples = None,
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
 ) -> None:
@@ -53,12 +55,14 @@ def patch(
         trainer: evaluates and trains as before; what it evaluates and trains *from* is the global model.
         lr_schedule: ``"all_rounds"``: the schedule is laid out over ``rounds`` times the trainer's steps;
             ``"per_round"``: it begins anew in each round.
+        examples: how the update's weight is counted; see `fedcore.client.counting.ExampleCounter`.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
 
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
         ConfigError: this is no ``transformers.Trainer``, the name of the schedule is unknown, it trains with
-            DeepSpeed, or the best model is to be loaded at the end of a round where it can't be.
+            DeepSpeed, the best model is to be loaded at the end of a round where it can't be, ``examples`` is no
+            way of counting, or is needed and was not given.
     """
     check_trainer(trainer, __name__)
     if lr_schedule not in ("all_rounds", "per_round"):
@@ -71,22 +75,29 @@ def patch(
         raise ConfigError(
             "load_best_model_at_end=True can't put back a prompt that a network computes; set it to False"
         )
+    counter = StepCounter(trainer, examples)
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)
     site.tokenizer = tokenizer_of(trainer.processing_class)
-    trainer._fedcore = _Patch(trainer, site, lr_schedule)
+    trainer._fedcore = _Patch(trainer, site, lr_schedule, counter)
 
 
 class _Patch:
     """The wrappers around one trainer's methods."""
 
-    def __init__(self, trainer: Any, site: TorchSite, lr_schedule: str) -> None:
+    def __init__(
+        self, trainer: Any, site: TorchSite, lr_schedule: str, counter: StepCounter
+    ) -> None:
         self._trainer = trainer
         self._site = site
+        self._counter = counter
+        self._attempts = 0
+        counter.attach()
+        trainer.add_callback(_make_callback(self))
         self._spans = lr_schedule == "all_rounds"
         self._training = self._trained = False
-        self._examples = self._scored = 0
+        self._scored = 0
         self._scoring = False
         self._schedule: Any = None
         self._created = False
@@ -153,16 +164,31 @@ class _Patch:
                 return TrainOutput(self._trainer.state.global_step, 0.0, {})
             self._rounds = task.rounds
             self._reseed(task.round)
-            self._examples = 0
             self._training = self._trained = True
+            self._attempts = 0
             try:
                 output = self._train(*args, **kwargs)
             finally:
                 self._training = False
+                self._counter.end()
             if self._spans:
                 self._schedule = self._trainer.lr_scheduler
-            self._site.submit(self._trainer.model, self._examples, numbers(output.metrics or {}))
+            self._site.submit(
+                self._trainer.model, self._counter.counted, numbers(output.metrics or {})
+            )
         return output
+
+    def begin_attempt(self) -> None:
+        """Begin the round's training; after an attempt that ran out of memory, begin it again.
+
+        The trainer would go on with what an attempt has made of the model, which is no part of the round.
+        """
+        if not self._training:
+            return
+        self._counter.begin()
+        if self._attempts:
+            self._site.reload(self._trainer.model)
+        self._attempts += 1
 
     def _shard(self) -> None:
         """Shard the model by FSDP2 as `train` will, before its tensors are shown: sharding may change their dtype.
@@ -192,7 +218,7 @@ class _Patch:
         return str(self._trainer.accelerator.distributed_type.value).startswith("MULTI_")
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Count the examples that go by.
+        """Check that the ranks train together.
 
         Raises:
             ClosedError: the ranks' gradients are not averaged.
@@ -202,7 +228,6 @@ class _Patch:
                 "the trainer did not wrap the model in DistributedDataParallel, so each process would train for "
                 "itself; leave the wrapping to the trainer, and evaluate through trainer.evaluate()"
             )
-        self._examples += batch_size(inputs)
         return self._step(model, inputs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -223,3 +248,16 @@ class _Patch:
         args = self._trainer.args
         base = args.seed if args.data_seed is None else args.data_seed
         self._trainer.accelerator.dataloader_config.data_seed = base + round_ - 1
+
+
+def _make_callback(patch_: _Patch) -> Any:
+    from transformers import TrainerCallback
+
+    class FedcoreCallback(TrainerCallback):  # type: ignore[misc]
+        """Tells when the trainer begins to train."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            """Begin an attempt: with ``auto_find_batch_size`` there may be several in a round."""
+            patch_.begin_attempt()
+
+    return FedcoreCallback()

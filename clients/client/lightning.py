@@ -30,9 +30,9 @@ import torch.distributed as dist
 from fedcore.errors import ClosedError, ConfigError
 
 from .choice import choose
+from .counting import ExampleCounter, Examples
 from .torch import (
     TorchSite,
-    batch_size,
     check_trainer,
     current_site,
     is_running,
@@ -51,6 +51,7 @@ def patch(
     trainer: Any,
     *,
     keep_optimizer: bool = True,
+    examples: Examples = None,
     tokenizer: Any = None,
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
@@ -63,23 +64,25 @@ def patch(
         trainer: validates and fits as before; what it validates and fits *from* is the global model.
         keep_optimizer: carry the state of optimisers and schedules over from round to round, and lay schedules
             out over all rounds.
+        examples: how the update's weight is counted; see `fedcore.client.counting.ExampleCounter`.
         tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
 
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
         ConfigError: this is no Lightning trainer, or its strategy ends its processes after each call or keeps
-            copies of the weights.
+            copies of the weights; or ``examples`` is no way of counting.
     """
     package = check_trainer(trainer, __name__)
     _refuse_strategy(trainer.strategy)
     if trainer.world_size > 1:
         _start_ranks(trainer)
+    counted = ExampleCounter(examples)
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)
     site.tokenizer = tokenizer
-    trainer._fedcore = _Patch(trainer, site, keep_optimizer)
+    trainer._fedcore = _Patch(trainer, site, keep_optimizer, counted)
     name = "lightning.pytorch" if package == "lightning" else "pytorch_lightning"
     base = importlib.import_module(name).Callback
     trainer.callbacks.append(_make_callback(base, trainer._fedcore))
@@ -132,7 +135,9 @@ def _connect(strategy: Any) -> None:
 class _Patch:
     """The wrappers around one trainer's methods, and what is carried from round to round."""
 
-    def __init__(self, trainer: Any, site: TorchSite, keep_optimizer: bool) -> None:
+    def __init__(
+        self, trainer: Any, site: TorchSite, keep_optimizer: bool, counted: ExampleCounter
+    ) -> None:
         self._trainer = trainer
         self._site = site
         self._keep = keep_optimizer
@@ -140,7 +145,7 @@ class _Patch:
         self._states: tuple[list[Any], list[Any]] | None = None
         self._resumed: tuple[int, int] | None = None
         self.scoring = False
-        self.examples = 0
+        self.counted, self.scored = counted, ExampleCounter()
         self._fit, self._validate = trainer.fit, trainer.validate
         trainer.fit = self.fit
         trainer.validate = self.validate
@@ -155,13 +160,14 @@ class _Patch:
             )
         with self._site.reporting():
             task = self._site.receive(self._module(model))
-            self.scoring, self.examples = True, 0
+            self.scoring = True
+            self.scored.clear()
             try:
                 results = self._validate(model, *args, **kwargs)
             finally:
                 self.scoring = False
             if task is not None:
-                self._site.score_parts(numbers(self._trainer.callback_metrics), self.examples)
+                self._site.score_parts(numbers(self._trainer.callback_metrics), self.scored.total())
         return results
 
     def fit(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
@@ -183,11 +189,12 @@ class _Patch:
             self._trainer.should_stop = False
             self._forget_early_stops()
             self._reset_timers()
-            self.examples, self._resumed = 0, None
+            self.counted.clear()
+            self._resumed = None
             self._fit(module, *args, **kwargs)
             if getattr(self._trainer, "interrupted", False):
                 raise KeyboardInterrupt
-            self._site.submit(module, self.examples, numbers(self._trainer.callback_metrics))
+            self._site.submit(module, self.counted, numbers(self._trainer.callback_metrics))
 
     def _forget_early_stops(self) -> None:
         """Have early stopping compare within this round: the global model it starts from is another one."""
@@ -276,11 +283,11 @@ def _make_callback(base: Any, patch_: _Patch) -> Any:
         def on_validation_batch_end(self, *args: Any, **_: Any) -> None:
             """Count, while the global model is scored."""
             if patch_.scoring:
-                patch_.examples += batch_size(args[3])
+                patch_.scored.add(args[3])
 
         def on_train_batch_end(self, *args: Any, **_: Any) -> None:
             """Count."""
-            patch_.examples += batch_size(args[3])
+            patch_.counted.add(args[3])
 
         def on_fit_start(self, *_: Any) -> None:
             """Limit: after the optimisers are made, and before the loop looks whether it is done."""

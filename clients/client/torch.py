@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from fedcore.errors import ClosedError, ConfigError
 from fedcore.layout import Reader
 
 from .choice import forget_choice
+from .counting import ExampleCounter
 from .error_text import error_text
 from .parameters import ModelParameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
@@ -21,7 +23,6 @@ from .tokenizer import tokenizer_fingerprint
 
 __all__ = [
     "TorchSite",
-    "batch_size",
     "check_trainer",
     "current_site",
     "error_text",
@@ -31,6 +32,8 @@ __all__ = [
     "numbers",
     "system_info",
 ]
+
+logger = logging.getLogger("fedcore.client")
 
 
 class TorchSite:
@@ -118,14 +121,18 @@ class TorchSite:
         ]
         self._session.score(_weighted_mean(parts), sum(n for _, n in parts))
 
-    def submit(self, model: nn.Module, examples: int, metrics: Mapping[str, float]) -> None:
-        """Publish the trained values; ``examples``, summed over the ranks, is the update's weight.
+    def submit(
+        self, model: nn.Module, counted: ExampleCounter, metrics: Mapping[str, float]
+    ) -> None:
+        """Publish the trained values; what was counted, summed over the ranks, is the update's weight.
 
         Raises:
             ClosedError: not one example was trained on, so the update has no weight.
         """
+        examples = counted.total()
         if self._ranks is not None:
-            examples = sum(self._ranks.gather(examples))
+            parts = self._ranks.gather(examples)
+            examples = max(parts) if counted.stated_for_site else sum(parts)
         if examples < 1:
             raise ClosedError(
                 "this round trained on no example: check that the training data is not empty and that the "
@@ -134,7 +141,14 @@ class TorchSite:
         self._ended = True
         self._loaded = None
         weight = min(examples, protocol.MAX_WEIGHT)
+        self._log_weight(weight, counted.how)
         self._session.submit(self._reader(ModelParameters(model)), weight, metrics)
+
+    def _log_weight(self, weight: int, how: str) -> None:
+        info = self._session.system_info()
+        logger.info(
+            "%s: round %s: the update's weight is %d: %s", info["site"], info["round"], weight, how
+        )
 
     def end(self) -> None:
         """End an evaluation task."""
@@ -246,20 +260,6 @@ def _weighted_mean(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str
         alike = all(value == values[0][0] for value, _ in values)
         found[name] = values[0][0] if alike or not total else sum(v * n for v, n in values) / total
     return found
-
-
-def batch_size(batch: Any) -> int:
-    """Return the number of examples in a batch: the first dimension of the first tensor in it, else 1."""
-    if hasattr(batch, "shape"):
-        return int(batch.shape[0]) if len(batch.shape) else 1
-    if isinstance(batch, Mapping):
-        batch = list(batch.values())
-    if isinstance(batch, list | tuple):
-        for part in batch:
-            if hasattr(part, "shape") or isinstance(part, list | tuple | Mapping):
-                return batch_size(part)
-        return len(batch) or 1
-    return 1
 
 
 def is_running() -> bool:

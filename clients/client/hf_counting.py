@@ -1,0 +1,147 @@
+"""The examples that a ``transformers.Trainer`` trains on, counted from what its loss is computed on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from fedcore.errors import ConfigError
+
+from .counting import ExampleCounter, Examples, Fresh, fresh_rows
+
+__all__ = ["StepCounter"]
+
+_PAIRS: Final = {
+    "DataCollatorForPreference": 2,
+    "DataCollatorForVisionPreference": 2,
+    "DataCollatorForTriplePreference": 3,
+}
+"""TRL's collators that make several rows of one example: the chosen answers, then the rejected ones."""
+
+
+class StepCounter:
+    """Counts each of a trainer's training steps between `begin` and `end`.
+
+    Args:
+        trainer: a ``transformers.Trainer`` or a subclass.
+        examples: how; see `ExampleCounter`.
+
+    Attributes:
+        counted: the examples since `begin`.
+        skipped: batches that the next pass over the data leaves out at its beginning.
+
+    Raises:
+        ConfigError: the trainer has cut its examples into rows that do not show where one ends.
+    """
+
+    def __init__(self, trainer: Any, examples: Examples) -> None:
+        self._trainer = trainer
+        self.counted = ExampleCounter(
+            examples,
+            rows_per_example=max(
+                _PAIRS.get(cls.__name__, 1) for cls in type(trainer.data_collator).__mro__
+            ),
+            shifted=bool(getattr(trainer, "_loss_shifts_labels", False)),
+        )
+        if examples is None:
+            _refuse_cut_examples(trainer.args)
+        self.skipped = 0
+        self._active = False
+        self._loader: Any = None
+        self._iterator: Any = None
+        self._index = 0
+        self._fresh: deque[Fresh | None] = deque()
+        self._batch: tuple[Any, Fresh | None] | None = None
+        names = ("training_step", "compute_loss", "get_train_dataloader", "get_batch_samples")
+        self._calls = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
+
+    def attach(self) -> None:
+        """Wrap the trainer's methods, once."""
+        for name in self._calls:
+            setattr(self._trainer, name, getattr(self, name))
+
+    def begin(self) -> None:
+        """Count anew: a round begins, or another attempt at it with smaller batches."""
+        self.counted.clear()
+        self._fresh.clear()
+        self._iterator, self._batch = None, None
+        self._active = True
+
+    def end(self) -> None:
+        """Count no longer."""
+        self._active = False
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count the batch: what the trainer computes a loss from, or the batch itself where it never says."""
+        if not self._active:
+            return self._calls["training_step"](model, inputs, *args, **kwargs)
+        fresh = self._fresh.popleft() if self._fresh else None
+        batch = dict(inputs) if isinstance(inputs, Mapping) else inputs  # steps take values out
+        self._batch = (batch, fresh)
+        try:
+            loss = self._calls["training_step"](model, inputs, *args, **kwargs)
+            if self._batch is not None:
+                self._count(None)
+        finally:
+            self._batch = None
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Count what the loss of a training step is computed from; the trainer may have made that itself."""
+        if self._batch is not None:
+            self._count(inputs)
+        return self._calls["compute_loss"](model, inputs, *args, **kwargs)
+
+    def _count(self, computed: Any) -> None:
+        assert self._batch is not None
+        (batch, fresh), self._batch = self._batch, None
+        size = self._trainer._train_batch_size
+        self.counted.add(batch, computed=computed, expected=size, fresh=fresh)
+
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Remember the loader, which knows the rows that it repeats."""
+        self._loader = self._calls["get_train_dataloader"](*args, **kwargs)
+        return self._loader
+
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note of each batch which of its rows are repeated."""
+        if not self._active:
+            return self._calls["get_batch_samples"](epoch_iterator, *args, **kwargs)
+        if epoch_iterator is not self._iterator:
+            self._iterator = epoch_iterator
+            self._index, self.skipped = self.skipped, 0
+        watched = self._watch(epoch_iterator)
+        return self._calls["get_batch_samples"](watched, *args, **kwargs)
+
+    def _watch(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            self._fresh.append(self._fresh_rows())
+            self._index += 1
+            yield batch
+
+    def _fresh_rows(self) -> Fresh | None:
+        """Return what accelerate knows of the batch that it has just given; None: nothing is repeated."""
+        sampler = getattr(self._loader, "batch_sampler", None)
+        if type(sampler).__name__ == "BatchSamplerShard":
+            ranks = sampler.num_processes
+            inner = getattr(sampler.batch_sampler, "sampler", None)
+            if ranks == 1 or sampler.drop_last or inner is None or sampler.batch_size is None:
+                return None
+            size = sampler.batch_size // (ranks if sampler.split_batches else 1)
+            return fresh_rows(len(inner), size, ranks, sampler.process_index, self._index)
+        state = self._trainer.accelerator.gradient_state
+        if type(self._loader).__name__ == "DataLoaderDispatcher" and state.end_of_dataloader:
+            ranks, rank = self._trainer.args.world_size, self._trainer.args.process_index
+            return fresh_rows(state.remainder, -(-state.remainder // ranks), ranks, rank, 0)
+        return None
+
+
+def _refuse_cut_examples(args: Any) -> None:
+    if getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped":
+        raise ConfigError(
+            "packing_strategy='wrapped' cuts examples at the ends of the packed rows, and nothing tells where one "
+            "ends, so their number is not known. Take packing_strategy='bfd', or say what counts: "
+            "fl.patch(trainer, examples=...) takes 'tokens', 'rows' (the packed ones), the number of examples of "
+            "a round, or a function of the batch that returns how many it holds"
+        )
