@@ -114,6 +114,7 @@ def _site(lora_rank: int) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from fedcore.client.counting import ExampleCounter
     from fedcore.client.torch import current_site
 
     torch.manual_seed(0)
@@ -136,7 +137,9 @@ def _site(lora_rank: int) -> None:
                 for parameter in trained:
                     parameter.add_(1)
             clock.lap("trained_s")
-            site.submit(model, 1, {})
+            counted = ExampleCounter(1)
+            counted.add(None)
+            site.submit(model, counted, {})
             clock.lap("submit_s")
         else:
             site.end()

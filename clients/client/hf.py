@@ -253,7 +253,7 @@ class _Patch:
 def _make_callback(patch_: _Patch) -> Any:
     from transformers import TrainerCallback
 
-    class FedcoreCallback(TrainerCallback):  # type: ignore[misc]
+    class FedcoreCallback(TrainerCallback):
         """Tells when the trainer begins to train."""
 
         def on_train_begin(self, *_: Any, **__: Any) -> None:

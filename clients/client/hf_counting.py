@@ -122,7 +122,7 @@ class StepCounter:
 
     def _fresh_rows(self) -> Fresh | None:
         """Return what accelerate knows of the batch that it has just given; None: nothing is repeated."""
-        sampler = getattr(self._loader, "batch_sampler", None)
+        sampler: Any = getattr(self._loader, "batch_sampler", None)
         if type(sampler).__name__ == "BatchSamplerShard":
             ranks = sampler.num_processes
             inner = getattr(sampler.batch_sampler, "sampler", None)
