@@ -200,8 +200,9 @@ def simulate(
     else:
         result = _simulate_plain(run_file, config, overrides)
     if result.status:
-        typer.echo(f"error: {result.message}", err=True)
-        raise typer.Exit(1)
+        stopped = result.status == INTERRUPTED
+        typer.echo(result.message if stopped else f"error: {result.message}", err=True)
+        raise typer.Exit(INTERRUPTED if stopped else 1)
     for text in result.failed.values():
         typer.echo(f"warning: the run is complete, but {text}", err=True)
     if config.run.task in ("train", "compare"):
@@ -302,6 +303,7 @@ def _watch(target: Target, timeout: float, as_json: bool) -> None:
     """Show snapshots until the run is over; a server that goes away afterwards is no error."""
     import contextlib
 
+    from .protocol import ENDED
     from .status import StatusClient
     from .view import LiveView, PlainLines
 
@@ -321,11 +323,11 @@ def _watch(target: Target, timeout: float, as_json: bool) -> None:
         while True:
             reply = client.ask(timeout)
             show(reply)
-            if reply.phase in ("done", "failed"):
+            if reply.phase in ENDED:
                 break
             time.sleep(_WATCH_SECONDS)
-    if reply.phase == "failed":
-        raise typer.Exit(1)
+    if reply.phase != "done":
+        raise typer.Exit(INTERRUPTED if reply.phase == "stopped" else 1)
 
 
 @app.command()

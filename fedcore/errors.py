@@ -15,6 +15,8 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "RefusedError",
+    "RunEndedError",
+    "RunFailedError",
     "StorageError",
     "TransferTimeout",
     "WeightError",
@@ -55,6 +57,21 @@ class BusyError(FedcoreError, RuntimeError):
 
 class ClosedError(FedcoreError, RuntimeError):
     """The object was closed, or a call came at a time when it is not allowed."""
+
+
+class RunEndedError(ClosedError, SystemExit):
+    """The run ended, complete or stopped by an operator, while this script was waiting for a model of it.
+
+    A script that does not catch it ends quietly with status 0, as after its loop.
+    """
+
+    code = 0
+
+
+class RunFailedError(RunEndedError):
+    """The run was given up. A script that does not catch it ends with status 1; the log says why."""
+
+    code = 1
 
 
 class RefusedError(FedcoreError, RuntimeError):

@@ -29,6 +29,7 @@ _END_SECONDS: Final = 3.0
 _UNFINISHED_SECONDS: Final = 10.0
 _AFTER_SECONDS: Final = 600.0
 _CHECK_SECONDS: Final = 0.1
+_STOPPED: Final = 130
 _SERVER: Final = "server"
 _KEYS: Final = "keys"
 _WORK: Final = "sites"
@@ -311,6 +312,8 @@ def _watch(
     if server.returncode == 0:
         failed |= _await_sites(children)
         return SimulationResult(0, "", folder, failed)
+    if server.returncode == _STOPPED:
+        return SimulationResult(_STOPPED, "the run was stopped by an operator", folder, failed)
     text = f"the server {_how(server.returncode)}:\n{tail(children.log(_SERVER))}"
     return SimulationResult(1, "\n".join([*failed.values(), text]), folder, failed)
 

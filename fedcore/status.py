@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from . import protocol
 from .errors import ConfigError, RefusedError, TransferTimeout
@@ -210,6 +210,12 @@ def read_summary(folder: Path) -> protocol.StatusReply:
         raise ConfigError(f"{path} is damaged ({error}); fedcore-server writes it") from None
 
 
+def _phase(summary: dict[str, Any]) -> Literal["done", "stopped", "failed"]:
+    if summary["ok"]:
+        return "done"
+    return "stopped" if summary.get("outcome") == "stopped" else "failed"
+
+
 def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
     versions = [
         protocol.VersionStatus(
@@ -224,7 +230,7 @@ def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
     last = summary["version"] or 0
     return protocol.StatusReply(
         run=summary["run"],
-        phase="done" if summary["ok"] else "failed",
+        phase=_phase(summary),
         round=last,
         rounds=summary["rounds"],
         metric=summary["metric"],

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .protocol import SiteStatus, StatusReply, VersionStatus
+from .protocol import ENDED, SiteStatus, StatusReply, VersionStatus
 
 __all__ = ["LiveView", "PlainLines", "human_bytes", "human_seconds", "render"]
 
@@ -70,7 +70,7 @@ def render(reply: StatusReply) -> RenderableType:
 
 def _headline(reply: StatusReply) -> str:
     left = ""
-    if reply.eta is not None and reply.phase not in ("done", "failed"):
+    if reply.eta is not None and reply.phase not in ENDED:
         left = f", about {human_seconds(reply.eta)} left"
     return (
         f"run {reply.run}: {reply.phase}, round {reply.round} of {reply.rounds}, "
@@ -85,7 +85,7 @@ def _traffic(reply: StatusReply) -> str:
 
 def _progress(reply: StatusReply) -> tuple[int, int, str]:
     """Return how far the round is: chunks while they come in, else sites that have delivered."""
-    if reply.phase in ("done", "failed", "waiting"):
+    if reply.phase in (*ENDED, "waiting"):
         return 0, 0, ""
     if reply.chunks:
         return reply.chunks_done, reply.chunks, f"{reply.chunks_done} of {reply.chunks} chunks"

@@ -33,10 +33,11 @@ from .torch import (
     is_running,
     log,
     numbers,
+    outcome,
     system_info,
 )
 
-__all__ = ["is_running", "log", "patch", "system_info"]
+__all__ = ["is_running", "log", "outcome", "patch", "system_info"]
 
 _NOT_METRICS = ("_runtime", "_per_second", "_model_preparation_time")
 

@@ -38,10 +38,11 @@ from .torch import (
     is_running,
     log,
     numbers,
+    outcome,
     system_info,
 )
 
-__all__ = ["is_running", "log", "patch", "system_info"]
+__all__ = ["is_running", "log", "outcome", "patch", "system_info"]
 
 _CONVERTING: Final = ("HalfPrecision", "DoublePrecision")
 """Lightning's precision plugins that change the dtype of a module's own weights."""

@@ -15,7 +15,7 @@ from fedcore.layout import TensorSpec, check_names, compare_layouts
 from .choice import choose, forget_choice, travelling
 from .error_text import report_uncaught
 from .loading import LoadingHooks
-from .session import GlobalModel, Session, get_session, reset_session
+from .session import GlobalModel, Outcome, Session, get_session, loop_goes_on, reset_session
 
 if TYPE_CHECKING:
     from fedcore.layout import Reader
@@ -33,6 +33,7 @@ __all__ = [
     "is_train",
     "load",
     "log",
+    "outcome",
     "receive",
     "send",
     "shutdown",
@@ -176,11 +177,25 @@ def _tell(text: str) -> None:
 
 
 def is_running() -> bool:
-    """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
+    """Wait for the next task; False when the run is complete or was stopped: `outcome` tells.
+
+    Raises:
+        RunFailedError: the run was given up; a script that does not catch it ends with status 1.
+        TransferTimeout, RefusedError, ClosedError: see `Session.is_running`.
+    """
     global _sent  # noqa: PLW0603 - one session per process is the contract
-    running = _get_session().is_running()
+    running = loop_goes_on(_get_session())
     _sent = False
     return running
+
+
+def outcome() -> Outcome | None:
+    """Return how the run ended; None while it goes on.
+
+    ``"complete"``; ``"stopped"``: by an operator, before its last round; ``"failed"``: it was given up;
+    ``"unknown"``: the server was gone before it said so.
+    """
+    return _get_session().outcome
 
 
 def receive() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from fedcore import errors
 from fedcore.errors import ClosedError
 from fedcore.layout import Reader, TensorSpec
 
-from .session import GlobalModel, Session, get_session, reset_session
+from .session import GlobalModel, Outcome, Session, get_session, reset_session
 
 __all__ = ["Gathered", "RankedSession", "Ranks", "forget_session", "site_session"]
 
@@ -162,7 +162,8 @@ class RankedSession:
         self._session = session
         self.ranks = ranks
         self._task: GlobalModel | None = None
-        self._bound = self._over = False
+        self._bound = False
+        self._outcome: Outcome | None = None
         self._info: dict[str, str | int] = {}
 
     def _lead(self) -> Session:
@@ -174,9 +175,9 @@ class RankedSession:
 
         def ask() -> Any:
             running = self._lead().is_running()
-            return running, self._lead().over, self._lead().system_info()
+            return running, self._lead().outcome, self._lead().system_info()
 
-        running, self._over, self._info = self.ranks.together(ask)
+        running, self._outcome, self._info = self.ranks.together(ask)
         self._task = None
         return bool(running)
 
@@ -266,7 +267,12 @@ class RankedSession:
     @property
     def over(self) -> bool:
         """Whether the run has ended and `is_running` has said so."""
-        return self._over
+        return self._outcome is not None
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended; None while it goes on."""
+        return self._outcome
 
     @property
     def bound(self) -> bool:

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import ValidationError
 
@@ -24,6 +24,8 @@ from fedcore.errors import (
     ClosedError,
     LayoutError,
     ProtocolError,
+    RunEndedError,
+    RunFailedError,
     WeightError,
 )
 from fedcore.layout import (
@@ -42,10 +44,21 @@ from .unchanged import Unchanged
 from .updates import Updates
 from .waits import Waits
 
-__all__ = ["GlobalModel", "Session", "get_session", "reset_session"]
+if TYPE_CHECKING:
+    from .ranks import RankedSession
 
+__all__ = ["GlobalModel", "Outcome", "Session", "get_session", "loop_goes_on", "reset_session"]
+
+_LEVELS: Final = {
+    "complete": logging.INFO,
+    "stopped": logging.WARNING,
+    "failed": logging.ERROR,
+}
 _LOGS: Final = 20
 _LOGS_PER_SECOND: Final = 5.0
+
+Outcome = Literal["complete", "stopped", "failed", "unknown"]
+"""How a run ended: all rounds are done, an operator ended it, it was given up, or the server did not say so."""
 
 logger = logging.getLogger("fedcore.client")
 
@@ -90,7 +103,7 @@ class Session:
         self._model: GlobalModel | None = None
         self._offered: tuple[str, int] | None = None
         self._at_hand = (0, 0)
-        self._over = False
+        self._outcome: Outcome | None = None
         self._score: protocol.Score | None = None
         self._logs = Allowance(_LOGS, _LOGS_PER_SECOND, time.monotonic())
         self._unsaid: dict[str, float] = {}
@@ -111,7 +124,12 @@ class Session:
     @property
     def over(self) -> bool:
         """Whether the run has ended and `is_running` has said so."""
-        return self._over
+        return self._outcome is not None
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the run ended; None while it goes on."""
+        return self._outcome
 
     def is_running(self) -> bool:
         """Wait for the next task; False when the run is over.
@@ -126,7 +144,7 @@ class Session:
                 connect timeout.
             ClosedError: the last task was not finished, so the next one can't begin.
         """
-        if self._over:
+        if self.over:
             return False
         self._join()
         if self._model is not None:
@@ -143,9 +161,7 @@ class Session:
                 # A run without a model yet stands before its first round.
                 self._at_hand = (task.round or 1, task.version) if task else (1, 0)
                 return True
-        self._over = True
-        self._report_end()
-        self.close()
+        self._conclude()
         return False
 
     def _work_comes(self) -> bool:
@@ -176,9 +192,22 @@ class Session:
         Raises:
             RefusedError: another site has other files or fingerprints; both are named.
             LayoutError: the tensors differ from the server's or from an earlier call's; each is named.
-            ClosedError: the run is over.
+            RunEndedError: the run is over; RunFailedError if it was given up.
         """
         self._join()
+        try:
+            return self._begin(specs, files, read, fingerprints)
+        except RunEndedError:
+            self._conclude()
+            raise
+
+    def _begin(
+        self,
+        specs: Sequence[TensorSpec],
+        files: Mapping[str, str],
+        read: Reader,
+        fingerprints: Mapping[str, str] | None,
+    ) -> GlobalModel:
         layout = self._bind(specs, files, fingerprints or {})
         if self._model is not None:
             return self._model
@@ -220,8 +249,12 @@ class Session:
                 task = self._connection.task
                 if task is not None and task.model is not None:
                     return list(task.model.tensors)
-                if self._connection.finish is not None or self._expects_model():
+                if self._connection.finish is not None:
+                    break
+                if self._expects_model():
                     return None
+        self._conclude()
+        self._waits.check_open()
         return None
 
     @property
@@ -459,15 +492,32 @@ class Session:
                 self._waits.check_open()
         return layout
 
-    def _report_end(self) -> None:
+    def _conclude(self) -> None:
+        """Take note of how the run ended, say it, and leave."""
         finish = self._connection.finish
-        if finish is not None:
-            level = logging.INFO if finish.ok else logging.WARNING
-            best = (
-                "" if finish.best_version is None else f"; best model: round {finish.best_version}"
-            )
-            logger.log(level, "%s: the run is over%s%s", self.site, best,
-                       f": {finish.message}" if finish.message else "")  # fmt: skip
+        if finish is not None and self._outcome is None:
+            self._outcome = finish.outcome
+            best = finish.best_version
+            text = {"complete": "is complete", "stopped": f"was {finish.message or 'stopped'}"}
+            logger.log(
+                _LEVELS[finish.outcome],
+                "%s: the run %s%s", self.site, text.get(finish.outcome, f"failed: {finish.message}"),
+                "" if best is None else f"; best model{'' if finish.ok else ' so far'}: round {best}",
+            )  # fmt: skip
+        self.close()
+
+
+def loop_goes_on(session: Session | RankedSession) -> bool:
+    """Return whether another pass of a script's loop begins.
+
+    Raises:
+        RunFailedError: the run was given up, so that the script does not end as if all were well.
+    """
+    if session.is_running():
+        return True
+    if session.outcome == "failed":
+        raise RunFailedError("the run was given up; the log says why")
+    return False
 
 
 _session: Session | None = None

@@ -10,7 +10,7 @@ from typing import Any, Final
 from torch import nn
 
 from fedcore import protocol
-from fedcore.errors import ClosedError, ConfigError
+from fedcore.errors import ClosedError, ConfigError, RunEndedError
 from fedcore.layout import Reader
 
 from .choice import forget_choice
@@ -18,7 +18,7 @@ from .counting import ExampleCounter
 from .error_text import error_text
 from .parameters import ModelParameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
-from .session import GlobalModel, Session
+from .session import GlobalModel, Outcome, Session, loop_goes_on
 from .tokenizer import tokenizer_fingerprint
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "is_running",
     "log",
     "numbers",
+    "outcome",
     "system_info",
 ]
 
@@ -68,7 +69,7 @@ class TorchSite:
     def is_running(self) -> bool:
         """Wait for the next task; False when the run is over."""
         self._ended = False
-        self._asked = self._session.is_running()
+        self._asked = loop_goes_on(self._session)
         return self._asked
 
     def receive(self, model: nn.Module) -> GlobalModel | None:
@@ -177,6 +178,8 @@ class TorchSite:
         """Tell the server about an error that ends the block, without local paths, and let it pass."""
         try:
             yield
+        except RunEndedError:
+            raise
         except Exception as error:
             self._session.problem(error_text(error))
             raise
@@ -263,8 +266,22 @@ def _weighted_mean(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str
 
 
 def is_running() -> bool:
-    """Wait for the next task; False when the run is over. See `Session.is_running` for the errors."""
+    """Wait for the next task; False when the run is complete or was stopped: `outcome` tells.
+
+    Raises:
+        RunFailedError: the run was given up; a script that does not catch it ends with status 1.
+        TransferTimeout, RefusedError, ClosedError: see `Session.is_running`.
+    """
     return current_site().is_running()
+
+
+def outcome() -> Outcome | None:
+    """Return how the run ended; None while it goes on.
+
+    ``"complete"``; ``"stopped"``: by an operator, before its last round; ``"failed"``: it was given up;
+    ``"unknown"``: the server was gone before it said so.
+    """
+    return site_session().outcome
 
 
 def log(metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Final
 from fedcore import protocol
 from fedcore._core import Codec, Collector, Layout
 from fedcore.encoding import can_pack
-from fedcore.errors import ClosedError
+from fedcore.errors import RunEndedError, RunFailedError
 from fedcore.layout import ModelFile
 
 from .connection import Connection
@@ -60,7 +60,7 @@ class Waits:
         return State(f"{what}, waiting for the other sites", done, rounds, in_bytes=False)
 
     def next_task(self) -> protocol.Task:
-        """Wait for a task; ClosedError once the run is over."""
+        """Wait for a task; RunEndedError once the run is over."""
         with self.watched("the next task") as turns:
             for _ in turns:
                 self.check_open()
@@ -70,10 +70,11 @@ class Waits:
         raise AssertionError("unreachable")
 
     def check_open(self) -> None:
-        """Raise ClosedError if the run is over."""
+        """Raise RunEndedError, or RunFailedError, if the run is over."""
         finish = self._connection.finish
         if finish is not None:
-            raise ClosedError(f"the run is over: {finish.message or 'finished'}")
+            kind = RunFailedError if finish.outcome == "failed" else RunEndedError
+            raise kind(f"the run is over: {finish.message or 'finished'}")
 
     def download(self, layout: Layout, task: protocol.Task, file: ModelFile) -> bool:
         """Download a task's global model into a file; False when the server no longer publishes it."""

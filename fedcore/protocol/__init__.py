@@ -92,6 +92,7 @@ from .messages import (
     features,
 )
 from .status import (
+    ENDED,
     Command,
     CommandReply,
     SiteStatus,
@@ -102,6 +103,7 @@ from .status import (
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES",
+    "ENDED",
     "HEADER",
     "HEADER_BYTES",
     "MAGIC",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Final, Literal
 
 from .base import Message, OfRun, Part
 from .fields import Metrics, Round, SiteName, Steer, Text
+
+ENDED: Final = ("done", "stopped", "failed")
+"""The phases of a run that is over."""
 
 
 class StatusRequest(Message):

@@ -19,7 +19,7 @@ __all__ = ["Ending", "Outcome", "RunResult"]
 logger = logging.getLogger("fedcore.server")
 
 
-Ending = Literal["complete", "stopped", "failed", "interrupted"]
+Ending = Literal["complete", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RunResult:
         message: why it ended, if not as planned.
     """
 
-    ending: Ending
+    ending: Ending | Literal["interrupted"]
     version: int | None
     best_version: int | None
     best: Path | None

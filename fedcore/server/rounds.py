@@ -49,6 +49,7 @@ class Phase(enum.StrEnum):
     AGGREGATING = "aggregating"
     EVALUATING = "evaluating"
     DONE = "done"
+    STOPPED = "stopped"
     FAILED = "failed"
 
 
@@ -108,7 +109,7 @@ class Rounds:
     @property
     def over(self) -> bool:
         """Whether the run has ended."""
-        return self.phase in (Phase.DONE, Phase.FAILED)
+        return self.phase in (Phase.DONE, Phase.STOPPED, Phase.FAILED)
 
     @property
     def deadline(self) -> float | None:

@@ -57,6 +57,11 @@ _GOODBYE_SECONDS: Final = 3.0
 _UNASKED: Final = 64 << 20
 # Of a site that still answers: what is on its way on a slow link keeps its answers back, too.
 _DATA_SILENCE_MS: Final = 10_000
+_LAST_PHASE: Final = {
+    "complete": Phase.DONE,
+    "stopped": Phase.STOPPED,
+    "failed": Phase.FAILED,
+}
 
 logger = logging.getLogger("fedcore.server")
 
@@ -607,18 +612,12 @@ class Server:
         self._collecting.close()
         self._result = result = self._outcome.conclude(ending, message)
         ok = result.ok
-        if not ok:
-            self._rounds.phase = Phase.FAILED
+        self._rounds.phase = _LAST_PHASE[ending]
         self._status.best = chosen = result.best_version
         self._outcome.write_summary(result, self._snapshot())
         self._store.end(finished=ok)
         self._peers.broadcast(
-            protocol.Finish(
-                ok=ok,
-                outcome="complete" if ok else "failed",
-                message=message[:4096],
-                best_version=chosen,
-            )
+            protocol.Finish(ok=ok, outcome=ending, message=message[:4096], best_version=chosen)
         )
         self._versions.finish_digests(wait=ok)
         self._outcome.prune()

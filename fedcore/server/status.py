@@ -10,7 +10,7 @@ from fedcore import protocol
 from fedcore.config import RunConfig
 
 from .aggregation import Aggregation
-from .rounds import Phase, Rounds
+from .rounds import Rounds
 from .selection import weighted_metrics
 from .store import Store
 
@@ -92,7 +92,7 @@ class StatusBuilder:
         versions = self._read_versions()
         return protocol.StatusReply(
             run=self._config.run.name,
-            phase=rounds.phase.value,
+            phase="paused" if rounds.paused and not rounds.over else rounds.phase.value,
             round=rounds.round,
             rounds=rounds.rounds,
             metric=chosen.metric,
@@ -139,8 +139,8 @@ class StatusBuilder:
     def _eta(self, versions: list[protocol.VersionStatus]) -> float | None:
         """Return the seconds left, from the mean of the rounds of this process; None before the first."""
         done = [v.seconds or 0.0 for v in versions if v.version > self._first_version]
-        if self._rounds.phase in (Phase.DONE, Phase.FAILED):
+        if self._rounds.over:
             return 0.0
-        if not done:
+        if not done or self._rounds.paused:
             return None
         return (self._rounds.rounds - versions[-1].version) * sum(done) / len(done)

@@ -240,7 +240,7 @@ def test_a_status_too_long_for_a_message_is_cut_and_not_the_end(
     asked: list[protocol.StatusReply] = []
 
     def watch() -> int:
-        while not asked or asked[-1].phase not in ("done", "failed"):
+        while not asked or asked[-1].phase not in protocol.ENDED:
             asked.append(ask_status(server.endpoint, DEADLINE))
         return len(asked)
 

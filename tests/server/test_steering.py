@@ -135,12 +135,15 @@ def test_an_operator_steers_a_run_over_the_port(tmp_path: Path, kits: Provisione
         assert reached.wait(DEADLINE)
         reply = operator.command("pause", DEADLINE)
         assert (reply.ok, reply.message) == (True, "paused after round 1, which is under way")
+        asked = operator.ask(DEADLINE)
+        assert (asked.phase, asked.eta) == ("paused", None)
         go.set()
         until(lambda: operator.ask(DEADLINE).versions[-1].version == 1)
         assert operator.command("evaluate", DEADLINE).message == "model 1 is scored by 1 sites"
         until(lambda: operator.ask(DEADLINE).versions[-1].metrics == {"loss": 1.0})
         found = operator.ask(DEADLINE)
         assert (found.message, found.versions[-1].version) == ("paused: no other round begins", 1)
+        assert (found.phase, found.eta) == ("paused", None)
         assert operator.command("resume", DEADLINE).ok
         assert trained.result(60) == 3
         assert result.result(60).ok
@@ -155,7 +158,10 @@ def test_an_operator_stops_a_run_as_ctrl_c_does(tmp_path: Path, kits: Provisione
         StatusClient(server.endpoint, credentials) as operator,
     ):
         assert operator.command("stop", DEADLINE).ok
-        assert result.result(60).message == "stopped on request"
+        assert (result.result(60).ending, result.result(60).message) == (
+            "stopped",
+            "stopped on request",
+        )
 
 
 @pytest.mark.parametrize("name", ["a", "eye"])

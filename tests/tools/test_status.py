@@ -98,7 +98,7 @@ def test_an_ended_run_is_read_from_its_summary(server: Server) -> None:
     while find_server(folder) is not None:
         pass
     reply = read_summary(folder)
-    assert (reply.phase, reply.message) == ("failed", "stopped on request")
+    assert (reply.phase, reply.message) == ("stopped", "stopped on request")
 
 
 def test_a_folder_of_a_killed_server_counts_as_not_running(server: Server) -> None:

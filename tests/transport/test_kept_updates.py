@@ -117,6 +117,6 @@ def test_a_run_that_is_given_up_leaves_it_for_the_next_start(tmp_path: Path) -> 
         begun_round(server, session, call)
         session.submit(fill(2.5), 7)
         server.expect(p.Ready)
-        server.say(p.Finish(ok=False, outcome="failed", message="stopped on request"))
+        server.say(p.Finish(ok=False, outcome="stopped", message="stopped on request"))
         assert call(session.is_running).result(DEADLINE) is False
     assert files(tmp_path) == {"update.json", "update.safetensors"}
