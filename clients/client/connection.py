@@ -38,6 +38,7 @@ from fedcore.transport import (
 from .memory import keep_warm
 from .progress import Bar
 from .settings import SiteSettings
+from .signals import end_in_order, ended_by, let_go
 
 __all__ = ["Connection"]
 
@@ -119,6 +120,7 @@ class Connection:
         self._link = SiteLink(self._server, self._instance.bytes, self._settings.credentials)
         self._thread = threading.Thread(target=self._serve, name="fedcore-site", daemon=True)
         self._thread.start()
+        end_in_order()
         self._say_join()
         return True
 
@@ -198,11 +200,14 @@ class Connection:
             return False
         self._closing = True
         if self._error is None:
-            self.send(protocol.Leave(reason="the site's process ended"))
+            number = ended_by()
+            reason = f"its process was ended by {number}" if number else "the site's process ended"
+            self.send(protocol.Leave(reason=reason))
         self._link.wake()
         if self._thread is not None:
             self._thread.join()
         self._link.close()
+        let_go()
         return True
 
     # --- what this site says ---
