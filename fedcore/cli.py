@@ -101,6 +101,12 @@ def server(  # noqa: PLR0917 - typer calls it by name
         Path | None, typer.Option(help="Write the address that the server listens on to this file.")
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log details as well.")] = False,
+    discard: Annotated[
+        bool,
+        typer.Option(
+            "--discard", help="Move models that the journal does not know to RUN/discarded-N."
+        ),
+    ] = False,
     insecure: Insecure = False,
     insecure_network: InsecureNetwork = False,
 ) -> None:
@@ -123,7 +129,7 @@ def server(  # noqa: PLR0917 - typer calls it by name
     from .status import ENDPOINT_FILE
 
     config = load_run_file(run_file, [*overrides, *_plain_text(insecure, insecure_network)])
-    process = Server(config, endpoint_file)
+    process = Server(config, endpoint_file, discard=discard)
     endpoint = config.run_folder / ENDPOINT_FILE
     endpoint.write_text(process.endpoint + "\n", encoding="utf-8")
     _log_to(config.run_folder / "server.log", logging.DEBUG if verbose else logging.INFO)

@@ -11,6 +11,7 @@ __all__ = [
     "ClosedError",
     "ConfigError",
     "FedcoreError",
+    "IntegrityError",
     "LayoutError",
     "NonFiniteError",
     "ProtocolError",
@@ -49,6 +50,10 @@ class WeightError(FedcoreError, ValueError):
 
 class StorageError(FedcoreError, OSError):
     """A file could not be created, mapped, written or synchronised."""
+
+
+class IntegrityError(StorageError):
+    """A file of a run is missing, is not the one that was recorded, or is one that no record names."""
 
 
 class BusyError(FedcoreError, RuntimeError):

@@ -183,12 +183,17 @@ def find_server(folder: Path) -> Target | None:
 def is_served(folder: Path) -> bool:
     """Whether a server works on a run folder; the lock file of a killed one does not count."""
     try:
-        with (folder / ".lock").open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return False
     except OSError:
         return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
     return False
 
 

@@ -158,6 +158,7 @@ class Collecting:
         else:
             layout = base.layout
         self._versions.release_superseded()
+        self._store.announce(version, layout.total_bytes)
         if self._spill is None:
             self._spill = open_spill(self._config, self._store.run_id, layout)
         return Setting(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import queue
 import threading
@@ -18,9 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from fedcore._core import crc32c
+from fedcore.layout import DEFAULT_CHUNK_BYTES
+
+from .integrity import checksum_of
+
 __all__ = ["Hasher"]
 
-_BLOCK: Final = 1 << 20
+_BLOCK: Final = DEFAULT_CHUNK_BYTES
 _LOOK_AFTER: Final = 16 << 20  # bytes between two looks at the traffic: 10 ms of hashing
 _LOOK_SECONDS: Final = 0.25
 _STALE_SECONDS: Final = 1.0  # what moved since an older look says nothing of now
@@ -28,10 +34,12 @@ _FAST: Final = 100e6  # bytes a second; slower traffic leaves the machine enough
 
 
 class _File:
-    """A file that is being hashed: its bytes from ``offset`` to the end."""
+    """A file that is being hashed: its bytes from ``offset`` to the end, whose checksum was recorded."""
 
-    def __init__(self, version: int, path: Path, offset: int) -> None:
+    def __init__(self, version: int, path: Path, offset: int, checksum: str) -> None:
         self.version = version
+        self._checksum = checksum
+        self._chunks: list[int] = []
         self._path = path
         self._offset = offset
         self._digest = hashlib.sha256()
@@ -39,7 +47,9 @@ class _File:
     def hash(
         self, stopped: threading.Event, wait: Callable[[], object] = lambda: None
     ) -> str | None:
-        """Go on to the end and return the digest in hex; None if it was stopped before, or the file is gone.
+        """Go on to the end and return the digest in hex, empty if these are not the bytes that were committed.
+
+        None if it was stopped before, or the file is gone.
 
         ``wait`` is called now and then, before the next bytes are read.
         """
@@ -52,16 +62,27 @@ class _File:
                     if until_look <= 0:
                         wait()
                         until_look = _LOOK_AFTER
-                    if not (got := file.readinto(block)):
+                    if not (got := _fill(file, block)):
                         break
                     until_look -= got
-                    self._digest.update(memoryview(block)[:got])
+                    with memoryview(block)[:got] as data:
+                        self._digest.update(data)
+                        self._chunks.append(crc32c(data))
                     self._offset += got
                     if stopped.is_set():
                         return None
         except OSError:  # removed by hand; its digest stays unknown
             return None
-        return self._digest.hexdigest()
+        return self._digest.hexdigest() if checksum_of(self._chunks) == self._checksum else ""
+
+
+def _fill(file: io.FileIO, block: bytearray) -> int:
+    """Read a whole block, or what is left of the file; returns how many bytes."""
+    done = 0
+    with memoryview(block) as view:
+        while done < len(block) and (got := file.readinto(view[done:])):
+            done += got
+    return done
 
 
 class Hasher:
@@ -77,19 +98,22 @@ class Hasher:
         self._behind = behind
         self._seen, self._looked_at = 0, float("-inf")
         self._waiting: deque[_File] = deque()
-        self._done: queue.Queue[tuple[int, str]] = queue.Queue()
+        self._done: queue.Queue[tuple[int, str | None]] = queue.Queue()
         self._added = threading.Semaphore(0)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._work, name="fedcore-hasher", daemon=True)
         self._thread.start()
 
-    def add(self, version: int, path: Path, data_offset: int) -> None:
-        """Queue a file: its bytes from ``data_offset`` to the end are hashed."""
-        self._waiting.append(_File(version, path, data_offset))
+    def add(self, version: int, path: Path, data_offset: int, checksum: str) -> None:
+        """Queue a file: its bytes from ``data_offset`` to the end are hashed, and compared with ``checksum``."""
+        self._waiting.append(_File(version, path, data_offset, checksum))
         self._added.release()
 
-    def results(self) -> list[tuple[int, str]]:
-        """Return what was finished since the last call: versions and their digests in hex."""
+    def results(self) -> list[tuple[int, str | None]]:
+        """Return what was finished since the last call: versions and their digests in hex.
+
+        None in place of a digest: the file does not hold what was committed.
+        """
         found = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -132,6 +156,6 @@ class Hasher:
         file = self._waiting[0]
         digest = file.hash(stopped, wait)
         if digest is not None:
-            self._done.put((file.version, digest))
+            self._done.put((file.version, digest or None))
         if digest is not None or not stopped.is_set():
             self._waiting.popleft()

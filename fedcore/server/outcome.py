@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from fedcore import protocol
 from fedcore.config import RunConfig
+from fedcore.errors import IntegrityError
 
 from .participation import Roster, SiteState
 from .selection import best_version, weighted_metrics
@@ -17,6 +18,11 @@ from .store import Store
 __all__ = ["Ending", "Outcome", "RunResult"]
 
 logger = logging.getLogger("fedcore.server")
+
+_WAY_ON: Final = (
+    "put it back from a backup; or remove it, and once the server is started again the best of the other models "
+    "is taken"
+)
 
 
 Ending = Literal["complete", "stopped", "failed"]
@@ -59,15 +65,25 @@ class Outcome:
         self._store = store
         self._roster = roster
         self.best: int | None = None
+        self._damaged: int | None = None
 
     def export_best(self) -> int | None:
-        """Write ``best/`` if another version leads now; returns the version that does."""
+        """Write ``best/`` if another version leads now; returns the version that ``best/`` holds.
+
+        A model that is not what was committed stays out of it: the run goes on, and its end depends on that model.
+        """
         best = self._select()
-        if best is not None and best != self.best:
+        if best is None or best in (self.best, self._damaged):
+            return self.best
+        try:
             self._store.export("best", best)
-            if self.best is not None or best:
-                logger.info("best model so far: round %d (%s)", best, self.metric_text(best))
-            self.best = best
+        except IntegrityError as error:
+            self._damaged = best
+            logger.error("%s; %s", error, _WAY_ON)
+            return self.best
+        if self.best is not None or best:
+            logger.info("best model so far: round %d (%s)", best, self.metric_text(best))
+        self.best = best
         return best
 
     def _select(self) -> int | None:
@@ -75,10 +91,8 @@ class Outcome:
         if chosen.metric is None or chosen.mode is None:
             return None
         quorum = self._config.participants.quorum
-        scores = self._store.scores()
-        if self._config.server.keep_versions is not None:
-            scores = {v: s for v, s in scores.items() if self._store.path(v).is_file()}
-        return best_version(scores, chosen.metric, chosen.mode, quorum)
+        there = {v: s for v, s in self._store.scores().items() if self._store.path(v).is_file()}
+        return best_version(there, chosen.metric, chosen.mode, quorum)
 
     def prune(self) -> None:
         """Remove the models that ``server.keep_versions`` does not keep: all but the best and the last ones."""
@@ -98,25 +112,34 @@ class Outcome:
         return f"{metric} unknown" if value is None else f"{metric} {value:.4f}"
 
     def conclude(self, ending: Ending, message: str) -> RunResult:
-        """Write ``final/`` and ``best/`` from what is committed; returns the run's result."""
+        """Write ``final/`` and ``best/`` from what is committed; returns the run's result.
+
+        Raises:
+            IntegrityError: the last or the best model is not what was committed.
+        """
         version = self._store.last_version
         best = final = chosen = None
         task = self._config.run.task
         if version is not None and task == "train":
-            final = self._store.export("final", version)
+            final = self._export("final", version)
         if version is not None and task in ("train", "compare"):
-            chosen = self.export_best()
+            chosen = self._select()
             if chosen is None:
                 chosen = version
-                self._store.export("best", version)
                 if self._config.selection.metric is not None and ending != "stopped":
                     logger.warning(
                         "no model was scored with %r by %d sites: best/ is the last model; %s",
                         self._config.selection.metric, self._config.participants.quorum, self._reported(),
                     )  # fmt: skip
-            best = self._store.folder / "best"
+            best = self._export("best", chosen)
         self.best = chosen
         return RunResult(ending, version, chosen, best, final, message)
+
+    def _export(self, name: str, version: int) -> Path:
+        try:
+            return self._store.export(name, version)
+        except IntegrityError as error:
+            raise IntegrityError(f"{error}; {_WAY_ON}") from None
 
     def _reported(self) -> str:
         """Return what the sites reported in place of the metric that selects, and what to do."""

@@ -16,7 +16,7 @@ from fedcore import __version__, protocol
 from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
-from fedcore.errors import ConfigError, FedcoreError, ProtocolError
+from fedcore.errors import ConfigError, FedcoreError, IntegrityError, ProtocolError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 
@@ -73,15 +73,19 @@ class Server:
         config: the run file.
         endpoint_file: where to write the address that the server really listens on, for programs that
             start it with port 0.
+        discard: move the models that the run folder's journal does not know into a folder of their own, and go on.
 
     Raises:
         BusyError: the port or the run folder is in use.
+        IntegrityError: the run folder holds models that its journal does not know.
         ConfigError: the run file names no keys and does not ask for plain text; the run folder holds a run
             with other settings, or a finished one; or FEDCORE_DEVICE or transfer.lossless asks for what this
             machine doesn't have.
     """
 
-    def __init__(self, config: RunConfig, endpoint_file: Path | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, endpoint_file: Path | None = None, *, discard: bool = False
+    ) -> None:
         self.config = config
         self._device = use_device()
         if config.transfer.lossless and not can_pack():
@@ -100,7 +104,9 @@ class Server:
         steady_heap()
         raise_file_limit(config.participants.expected)
         self._store = Store(
-            config.run_folder, config.model_dump(mode="json", exclude={"folder", "simulate"})
+            config.run_folder,
+            config.model_dump(mode="json", exclude={"folder", "simulate"}),
+            discard=discard,
         )
         try:
             if self._store.finished and (self._store.last_version or 0) >= config.run.rounds:
@@ -179,7 +185,9 @@ class Server:
 
     def _say_stopped(self, error: Exception) -> None:
         """Tell the sites that the run goes on once this server is started again, without any path."""
-        logger.error("stopped: %s; the run goes on once the server is started again", error)
+        damaged = isinstance(error, IntegrityError)  # its message says what can be done
+        after = "" if damaged else "; the run goes on once the server is started again"
+        logger.error("stopped: %s%s", error, after)
         text = (
             "it could not write to its disk" if isinstance(error, OSError) else "of an error there"
         )
@@ -577,7 +585,7 @@ class Server:
         seconds = time.monotonic() - self._round_started
         row = VersionRow(action.version, "", "", model.layout.total_bytes, seconds, weights)
         metrics = {known.site: known.metrics for _, known in self._peers}
-        self._versions.commit(row, (model, checksums, running.scratch.path), metrics)
+        self._versions.commit(row, (model, checksums), metrics)
         self._status.refresh()
         names = [p.site for p in action.participants]
         if action.version:
@@ -598,9 +606,10 @@ class Server:
         if failure := device_failure():
             self._device = use_device("cpu")
             logger.warning("the GPU failed; the CPU goes on with the same bits: %s", failure)
-        self._export_best()
-        self._outcome.prune()
         self._do(self._rounds.committed(action.version, time.monotonic()))
+        if self._result is None:  # after the tasks: reading a large model takes seconds
+            self._export_best()
+            self._outcome.prune()
 
     # --- selection and the end ---
 

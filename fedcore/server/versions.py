@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedcore import protocol
-from fedcore._core import Codec, Exchange, Layout, MappedFile, crc32c
+from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.config import RunConfig
-from fedcore.errors import LayoutError, StorageError
+from fedcore.errors import IntegrityError, LayoutError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, layout_hash, open_model
 
 from .hashing import Hasher
 from .initial import load_initial
+from .integrity import checksum_of, verify_model
 from .store import Store, VersionRow
 
 __all__ = ["Versions", "checksum_of", "declared_layout"]
@@ -28,11 +29,6 @@ def declared_layout(declare: protocol.Declare) -> Layout:
     if layout.total_bytes == 0:
         raise LayoutError("the declared tensors hold no bytes")
     return layout
-
-
-def checksum_of(checksums: list[int]) -> str:
-    """Return one checksum over those of the chunks, in hex."""
-    return f"{crc32c(b''.join(value.to_bytes(4, 'little') for value in checksums)):08x}"
 
 
 class Versions:
@@ -67,42 +63,56 @@ class Versions:
         """Take up the last committed model.
 
         Raises:
-            StorageError: the file is not the one that was committed.
+            IntegrityError: the file is missing, or is not the one that was committed.
         """
-        self.model = open_model(self._store.path(version))
         rows = {row.version: row for row in self._store.versions()}
-        checksums = self.model.checksums() if self.model.canonical else []
-        if checksum_of(checksums) != rows[version].checksum:
-            raise StorageError(
-                f"{self.model.path} is not the file that this run committed (its checksum differs); put the "
-                "right one back, or give this run another name"
-            )
+        path = self._store.path(version)
+        try:
+            checksums = verify_model(path, rows[version].checksum)
+        except IntegrityError as error:
+            raise IntegrityError(f"{error}; {self._way_back(version)}") from None
+        self.model = open_model(path)
+        for missing in self._store.missing():
+            logger.warning(
+                "%s is missing: the model of round %d can't be selected; put it back from a backup if it matters",
+                self._store.path(missing), missing,
+            )  # fmt: skip
         for row in rows.values():
             path = self._store.path(row.version)
             if not row.sha256 and path.is_file():
-                self._hasher.add(row.version, path, open_model(path).data_offset)
+                self._hasher.add(row.version, path, open_model(path).data_offset, row.checksum)
         self._checksums = checksums
         for row in rows.values():
             self.included |= dict.fromkeys(row.participants, row.version)
 
+    def _way_back(self, version: int) -> str:
+        """Return what can be done where the last model can't be used."""
+        earlier = [v for v in range(version) if self._store.path(v).is_file()]
+        text = f"it is the last model (round {version}): put it back from a backup and start the server again"
+        if not earlier:
+            return text
+        command = f"fedcore rollback {self._store.folder} {earlier[-1]}"
+        return f"{text}, or go back to round {earlier[-1]} ({command})"
+
     def load_initial(self, path: Path) -> None:
         """Commit the model at ``path`` as version 0."""
-        self._store.discard(0)
+        self._store.announce(0, 0)
+        self._store.clear(0)
         scratch = self._store.scratch(0)
         model, self.cards = load_initial(path, scratch, self.metadata(0))
         model.file.sync()
         row = VersionRow(0, "", "", model.layout.total_bytes, 0.0, {})
-        self._save(row, model, model.checksums(), scratch, {})
+        self._save(row, model, model.checksums(), {})
 
     # --- each commit ---
 
     def commit(
         self,
         row: VersionRow,
-        written: tuple[ModelFile, list[int], Path],
+        written: tuple[ModelFile, list[int]],
         metrics: Mapping[str, dict[str, float]],
     ) -> None:
-        """Commit a model (with the checksums of its chunks and its scratch path) and publish it.
+        """Commit a model (with the checksums of its chunks) and publish it.
 
         ``row`` says which version it is and who is in it; its checksum is filled in here.
         """
@@ -119,16 +129,16 @@ class Versions:
         row: VersionRow,
         model: ModelFile,
         checksums: list[int],
-        scratch: Path,
         metrics: Mapping[str, dict[str, float]],
     ) -> None:
         row = VersionRow(
             row.version, checksum_of(checksums), "", row.nbytes, row.seconds, row.participants
         )
-        self._store.commit(row, scratch, metrics, self.cards if row.version == 0 else None)
+        self._store.commit(row, metrics, self.cards if row.version == 0 else None)
         self.model, self._checksums = model, checksums
         self.included |= dict.fromkeys(row.participants, row.version)
-        self._hasher.add(row.version, self._store.path(row.version), model.data_offset)
+        path = self._store.path(row.version)
+        self._hasher.add(row.version, path, model.data_offset, row.checksum)
 
     def publish(self) -> None:
         """Let the sites pull the last model, under a new id."""
@@ -225,7 +235,13 @@ class Versions:
     def keep_digests(self) -> None:
         """Store the digests that have become known."""
         for version, digest in self._hasher.results():
-            self._store.add_sha256(version, digest)
+            if digest is None:
+                logger.error(
+                    "%s is not the file that was committed (its checksum differs): put it back from a backup; it "
+                    "has no sha256, and is not exported", self._store.path(version),
+                )  # fmt: skip
+            else:
+                self._store.add_sha256(version, digest)
 
     def finish_digests(self, *, wait: bool) -> None:
         """End the hashing, after all is hashed or at once, and store what is known."""

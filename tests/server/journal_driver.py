@@ -40,13 +40,13 @@ def values(seed: int) -> bytes:
 
 def first_version(folder: Path) -> None:
     """A run folder with version 0, scored and exported."""
-    store = Store(folder, SETTINGS)
-    scratch = store.scratch(0)
-    model = create_model(scratch, LAYOUT)
+    store = Store(folder, SETTINGS, chunk_bytes=LAYOUT.chunk_bytes)
+    store.announce(0, LAYOUT.total_bytes)
+    model = create_model(store.scratch(0), LAYOUT)
     model.view("w")[:] = values(0)
     model.file.sync()
     row = VersionRow(0, checksum_of(model.checksums()), "", LAYOUT.total_bytes, 1.0, {})
-    store.commit(row, scratch, {}, {"config.json": "{}"})
+    store.commit(row, {}, {"config.json": "{}"})
     store.add_score(0, SiteScore("a", 1, {"loss": 2.0}))
     for name in ("best", "final"):
         store.export(name, 0)
@@ -58,7 +58,7 @@ def first_version(folder: Path) -> None:
 
 def round_one(folder: Path) -> None:
     """Open the folder as a server does, collect and commit version 1 unless it is there, and end the run."""
-    store = Store(folder, SETTINGS)
+    store = Store(folder, SETTINGS, chunk_bytes=LAYOUT.chunk_bytes)
     if store.last_version == 0:
         commit_one(store)
     store.add_score(1, SiteScore("a", 1, {"loss": 1.0}))
@@ -82,6 +82,7 @@ def commit_one(store: Store) -> None:
         memory=1 << 20,
         base=base,
     )
+    store.announce(1, LAYOUT.total_bytes)
     running = Aggregation.of(setting, participants, {site: site.encode() for site in SITES})
     sites = {}
     for site, weight in SITES.items():
@@ -102,12 +103,12 @@ def commit_one(store: Store) -> None:
         raise StorageError(f"{event}")  # as the server, which ends the run with the core's words
     model, checksums = running.finish()
     row = VersionRow(1, checksum_of(checksums), "", model.layout.total_bytes, 1.0, SITES)
-    store.commit(row, running.scratch.path, {"a": {"loss": 1.0}})
+    store.commit(row, {"a": {"loss": 1.0}})
 
 
 def check(folder: Path) -> dict[str, Any]:
     """What a server finds on the folder: all of it must be whole, whichever version it is of."""
-    store = Store(folder, SETTINGS)
+    store = Store(folder, SETTINGS, chunk_bytes=LAYOUT.chunk_bytes)
     rows = {row.version: row for row in store.versions()}
     assert list(rows) in ([0], [0, 1]), rows
     for row in rows.values():

@@ -13,7 +13,7 @@ import pytest
 
 from fedcore.errors import StorageError
 from fedcore.layout import sync_folder
-from fedcore.server import store
+from fedcore.server import files
 from fedcore.server.service import Server
 from fedcore.transport import DataEvent
 
@@ -46,7 +46,7 @@ def full_once_renamed(patch: pytest.MonkeyPatch) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
         sync_folder(folder)
 
-    patch.setattr(store, "sync_folder", sync)
+    patch.setattr(files, "sync_folder", sync)
 
 
 def full_while_reduced(patch: pytest.MonkeyPatch) -> None:

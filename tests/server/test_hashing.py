@@ -7,7 +7,10 @@ import threading
 
 import pytest
 
+from fedcore._core import crc32c
+from fedcore.layout import DEFAULT_CHUNK_BYTES as CHUNK
 from fedcore.server.hashing import Hasher
+from fedcore.server.integrity import checksum_of
 
 HEADER = 24
 
@@ -21,15 +24,23 @@ def hasher():
 
 def written(tmp_path, name, size):
     path = tmp_path / name
-    path.write_bytes(bytes(HEADER) + (b"%09d " % len(name)) * (size // 10))
-    return path, hashlib.sha256(path.read_bytes()[HEADER:]).hexdigest()
+    data = (b"%09d " % len(name)) * (size // 10)
+    path.write_bytes(bytes(HEADER) + data)
+    return path, hashlib.sha256(data).hexdigest()
+
+
+def add(hasher, version, path):
+    """Have a file hashed that is what was committed."""
+    data = path.read_bytes()[HEADER:] if path.exists() else b""
+    chunks = [crc32c(data[at : at + CHUNK]) for at in range(0, len(data), CHUNK)]
+    hasher.add(version, path, HEADER, checksum_of(chunks))
 
 
 def test_every_file_is_hashed_from_its_offset_in_the_order_given(hasher, tmp_path):
     expected = []
     for version in range(4):
         path, digest = written(tmp_path, "x" * (version + 1), 3 << 20)
-        hasher.add(version, path, HEADER)
+        add(hasher, version, path)
         expected.append((version, digest))
     hasher.finish()
     assert hasher.results() == expected
@@ -55,7 +66,7 @@ class StoppedAfterABlock(threading.Event):
 def test_what_was_begun_in_the_background_is_finished_with_the_right_digest(hasher, tmp_path):
     path, digest = written(tmp_path, "model", 5 << 20)
     hasher._stopped = stopped = StoppedAfterABlock()
-    hasher.add(7, path, HEADER)
+    add(hasher, 7, path)
     assert stopped.begun.wait(60)
     hasher.finish()
     assert hasher.results() == [(7, digest)]
@@ -65,10 +76,17 @@ def test_a_file_that_was_removed_does_not_keep_the_others_from_their_digest(hash
     gone, _ = written(tmp_path, "gone", 1 << 20)
     gone.unlink()
     path, digest = written(tmp_path, "there", 1 << 20)
-    hasher.add(1, gone, HEADER)
-    hasher.add(2, path, HEADER)
+    add(hasher, 1, gone)
+    add(hasher, 2, path)
     hasher.finish()
     assert hasher.results() == [(2, digest)]
+
+
+def test_a_file_that_does_not_hold_what_was_committed_gets_no_digest(hasher, tmp_path):
+    path, _ = written(tmp_path, "changed", 2 << 20)
+    hasher.add(3, path, HEADER, "00000000")
+    hasher.finish()
+    assert hasher.results() == [(3, None)]
 
 
 class Traffic:
@@ -105,7 +123,7 @@ def test_nothing_is_hashed_while_chunks_move_fast_and_all_is_once_they_do_not(ga
     traffic = Traffic(1 << 40)
     hasher = gated(traffic, 8)
     path, digest = written(tmp_path, "model", 3 << 20)
-    hasher.add(1, path, HEADER)
+    add(hasher, 1, path)
     assert traffic.looked_again.wait(60)
     assert hasher.results() == []
     traffic.step = 0
@@ -116,7 +134,7 @@ def test_no_more_files_wait_for_a_quiet_moment_than_may(gated, tmp_path):
     hasher = gated(Traffic(1 << 40), 2)
     files = [written(tmp_path, "x" * (version + 1), 1 << 20) for version in range(3)]
     for version, (path, _) in enumerate(files):
-        hasher.add(version, path, HEADER)
+        add(hasher, version, path)
     assert hasher._done.get(timeout=60) == (0, files[0][1])
     assert hasher.results() == []
     hasher.finish()
@@ -126,5 +144,5 @@ def test_no_more_files_wait_for_a_quiet_moment_than_may(gated, tmp_path):
 def test_after_stop_nothing_is_hashed_any_more(hasher, tmp_path):
     hasher.stop()
     path, _ = written(tmp_path, "late", 1 << 20)
-    hasher.add(1, path, HEADER)
+    add(hasher, 1, path)
     assert hasher.results() == []

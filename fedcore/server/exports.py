@@ -1,0 +1,106 @@
+"""The folders ``best/`` and ``final/``: a version's model under the name that loaders expect, and its files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcore.errors import IntegrityError
+from fedcore.layout import sync_folder
+
+from .files import ABOUT, Files, about_export, keep_additions, new_and_old, remove_export
+from .integrity import verify_model
+from .journal import storing
+
+__all__ = ["Committed", "write_durably", "write_export"]
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A committed version: its file, and over what chunks its checksum was recorded."""
+
+    version: int
+    path: Path
+    checksum: str
+    chunk_bytes: int
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a text file and synchronise it."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_export(files: Files, name: str, source: Committed, cards: Mapping[str, str]) -> Path:
+    """Write ``name/`` from a version's model; what somebody has added to the folder before stays in it.
+
+    The folder is built beside the old one and takes its place by a rename. Its model is read to the end before,
+    and compared with the recorded checksum.
+
+    Args:
+        files: the run folder's paths.
+        name: ``best`` or ``final``.
+        source: the version.
+        cards: texts by name, which lie beside the model.
+
+    Raises:
+        IntegrityError: the model is not the one that was committed, or the folder is not of this run.
+        StorageError: it can't be written.
+    """
+    target = files.folder / name
+    new, old = (files.folder / n for n in new_and_old(name))
+    if os.path.lexists(target) and about_export(target).get("run_id") not in files.journal.run_ids:
+        raise IntegrityError(
+            f"{target} is not of this run: move it away and start the server again"
+        )
+    for path in (new, old):
+        if os.path.lexists(path):
+            if not files.is_own_export(path):
+                files.refuse_existing(path.name)
+            remove_export(path)
+    weights = "adapter_model" if "adapter_config.json" in cards else "model"
+    with storing(target):
+        new.mkdir()
+        about = {"run_id": files.journal.run_id, "version": source.version}
+        write_durably(new / ABOUT, json.dumps(about) + "\n")  # first: whose folder it is
+        model = new / f"{weights}.safetensors"
+        _link_or_copy(source.path, model)
+        try:
+            verify_model(model, source.checksum, source.chunk_bytes)
+        except IntegrityError as error:
+            remove_export(new)
+            raise IntegrityError(str(error).replace(str(model), str(source.path), 1)) from None
+        for file, text in cards.items():
+            write_durably(new / file, text)
+        sync_folder(new)
+        if target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        if old.exists():
+            keep_additions(old, target)
+        sync_folder(files.folder)
+        if old.exists():
+            remove_export(old)
+    return target
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise IntegrityError(f"{source} is missing") from None
+    except OSError:
+        shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())

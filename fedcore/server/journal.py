@@ -1,0 +1,284 @@
+"""A run's journal: one SQLite file that is whole by itself after each transaction.
+
+There is no write-ahead log beside it: once a transaction has ended, it is in ``run.sqlite``, synchronised.
+SQLite's rollback file ``run.sqlite-journal`` holds something during a transaction alone, or after a crash in one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from fedcore import __version__
+from fedcore.errors import ConfigError, FedcoreError, IntegrityError, StorageError
+from fedcore.layout import sync_folder
+
+__all__ = ["SCHEMA", "Journal", "storing"]
+
+SCHEMA: Final = 3
+"""The number of the tables below. It rises when an older fedcore could not read them."""
+_READABLE: Final = ("2", "3")
+_TABLES: Final = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS versions (
+    version INTEGER PRIMARY KEY, checksum TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
+    seconds REAL NOT NULL, committed_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS paths (
+    path TEXT PRIMARY KEY, version INTEGER NOT NULL, bytes INTEGER NOT NULL, state TEXT NOT NULL,
+    target TEXT NOT NULL DEFAULT '');
+CREATE TABLE IF NOT EXISTS contributions (
+    version INTEGER NOT NULL, site TEXT NOT NULL, weight INTEGER NOT NULL, metrics TEXT NOT NULL,
+    PRIMARY KEY (version, site));
+CREATE TABLE IF NOT EXISTS scores (
+    version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, metrics TEXT NOT NULL,
+    PRIMARY KEY (version, site));
+CREATE TABLE IF NOT EXISTS answers (
+    version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, outputs TEXT NOT NULL,
+    PRIMARY KEY (version, site));
+CREATE TABLE IF NOT EXISTS members (site TEXT PRIMARY KEY);
+CREATE TABLE IF NOT EXISTS chosen (round INTEGER NOT NULL, site TEXT NOT NULL, PRIMARY KEY (round, site));
+CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
+"""
+_BUSY_SECONDS: Final = 5.0
+_SAY_SECONDS: Final = 60.0
+
+logger = logging.getLogger("fedcore.server")
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk or of the journal into StorageError, with the path."""
+    try:
+        yield
+    except FedcoreError:
+        raise
+    except sqlite3.Error as error:
+        raise StorageError(f"cannot write {path}: {error}") from None
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+class Journal:
+    """The tables of one run. One thread at a time uses it, though not always the one that opened it.
+
+    Args:
+        path: the file; a new one is made where there is none, or an empty one.
+        busy_seconds: how long SQLite waits for another process's transaction before a line says so.
+
+    Raises:
+        ConfigError: the file is of a version of fedcore that this one can't read.
+        StorageError: the file can't be read or written.
+    """
+
+    def __init__(self, path: Path, busy_seconds: float = _BUSY_SECONDS) -> None:
+        self.path = path
+        self._busy_seconds = busy_seconds
+        self.new = not holds_something(path)
+        try:
+            self.db = self._connect()
+        except sqlite3.DatabaseError as error:
+            raise self._unusable(error) from None
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            self.db.close()
+            raise self._unusable(error) from None
+        except BaseException:
+            self.db.close()
+            raise
+
+    def _unusable(self, error: sqlite3.DatabaseError) -> StorageError:
+        text = f"cannot use {self.path}: {error}"
+        if isinstance(error, sqlite3.OperationalError):
+            return StorageError(text)
+        return StorageError(
+            f"{text}; put a whole one back from a backup (the models are still there), or give this run another "
+            "name (run.name)"
+        )
+
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
+        )
+
+    def _open(self) -> None:
+        found = self._schema()
+        if found is not None and found not in _READABLE:
+            written = self._read_meta("fedcore") or "another version"
+            raise ConfigError(
+                f"run folder {self.path.parent} has format {found}, written by fedcore {written}; this is fedcore "
+                f"{__version__}, which reads formats {' and '.join(_READABLE)}: go on under fedcore {written}, or "
+                " give this run another name (run.name)"
+            )
+        # Leaving the write-ahead log of an older fedcore copies what it holds into the file.
+        mode = self._patiently(lambda: self.db.execute("PRAGMA journal_mode=TRUNCATE").fetchone())
+        if mode[0] != "truncate":
+            raise StorageError(
+                f"cannot use {self.path}: SQLite keeps it in mode {mode[0]}; end the other programs that have it "
+                "open"
+            )
+        self.db.execute("PRAGMA synchronous=FULL")
+        if not self.new:
+            complaint = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if complaint != "ok":
+                raise sqlite3.DatabaseError(complaint)
+        self._inode = _inode(self.path)
+        self.found_schema = found
+        if found != str(SCHEMA):
+            with self.transaction():
+                for statement in _TABLES.split(";"):
+                    self.db.execute(statement)
+                if found is None:
+                    self.set_meta("run_id", uuid.uuid4().hex)
+                    self.set_meta("schema", str(SCHEMA))
+
+    def _schema(self) -> str | None:
+        has_meta = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'meta'"
+        row = self._patiently(lambda: self.db.execute(has_meta).fetchone())
+        return None if row is None else self._read_meta("schema")
+
+    def _read_meta(self, key: str) -> str | None:
+        row = self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
+
+    # --- transactions ---
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Run statements that count entirely or not at all; they are on the device afterwards.
+
+        It waits as long as another process has the journal locked, and says so.
+
+        Raises:
+            StorageError: the journal can't be written, or it was replaced by another file.
+        """
+        with storing(self.path):
+            self._check_place()
+            self._patiently(lambda: self.db.execute("BEGIN IMMEDIATE"))
+            try:
+                yield
+                self._patiently(lambda: self.db.execute("COMMIT"))
+            except BaseException:
+                if self.db.in_transaction:  # SQLite itself rolls back where the disk is full
+                    self.db.execute("ROLLBACK")
+                raise
+
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Return what a SELECT finds."""
+        with storing(self.path):
+            return list(self._patiently(lambda: self.db.execute(query, values).fetchall()))
+
+    def _patiently(self, act: Callable[[], Any]) -> Any:
+        """Call ``act`` until no other process has the journal locked."""
+        began, next_line = time.monotonic(), 0.0
+        while True:
+            try:
+                done = act()
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF not in (
+                    sqlite3.SQLITE_BUSY,
+                    sqlite3.SQLITE_LOCKED,
+                ):
+                    raise
+            else:
+                if next_line:
+                    logger.info("%s is free again", self.path)
+                return done
+            now = time.monotonic()
+            if now >= next_line:
+                next_line = now + _SAY_SECONDS
+                logger.warning(
+                    "another process has %s locked: waiting for it (%.0f s so far)",
+                    self.path,
+                    now - began,
+                )
+
+    def _check_place(self) -> None:
+        """Refuse to write into a file that nobody would find again."""
+        if not hasattr(self, "_inode"):
+            return
+        now = _inode(self.path)
+        if now == self._inode:
+            return
+        if now is None:
+            self._put_back()
+            return
+        raise IntegrityError(
+            f"{self.path} was replaced while this server works on it; nothing more is written there: put the "
+            "right one in its place, and start the server again"
+        )
+
+    def _put_back(self) -> None:
+        """Write the journal again after somebody has removed its file: all of it is still readable."""
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.unlink(missing_ok=True)
+        self.db.execute("VACUUM INTO ?", (str(partial),))
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        self.db.close()
+        partial.rename(self.path)
+        sync_folder(self.path.parent)
+        self.db = self._connect()
+        self.db.execute("PRAGMA journal_mode=TRUNCATE")
+        self.db.execute("PRAGMA synchronous=FULL")
+        self._inode = _inode(self.path)
+        logger.warning(
+            "%s was removed while the server works on it; it is written again", self.path
+        )
+
+    # --- meta ---
+
+    def meta(self, key: str) -> str | None:
+        """Return a value of the run; None if it was never set."""
+        return self._read_meta(key)
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Set a value of the run, within a transaction."""
+        self.db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    @property
+    def run_id(self) -> str:
+        """Random id of the run, the same after a restart."""
+        value = self.meta("run_id")
+        assert value is not None
+        return value
+
+    @property
+    def run_ids(self) -> set[str]:
+        """The run's id and those that it had before it went back to an older version."""
+        return {self.run_id, *json.loads(self.meta("earlier_run_ids") or "[]")}
+
+    def renew_run_id(self) -> None:
+        """Give the run another id, within a transaction: what sites kept of later versions counts no longer."""
+        self.set_meta("earlier_run_ids", json.dumps(sorted(self.run_ids)))
+        self.set_meta("run_id", uuid.uuid4().hex)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.db.close()
+
+
+def holds_something(path: Path) -> bool:
+    """Return whether a journal is there that isn't empty."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
