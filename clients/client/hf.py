@@ -97,7 +97,7 @@ class _Patch:
         counter.attach()
         trainer.add_callback(_make_callback(self))
         self._spans = lr_schedule == "all_rounds"
-        self._training = self._trained = False
+        self._training = self._trained = self._begins = False
         self._scored = 0
         self._scoring = False
         self._schedule: Any = None
@@ -137,7 +137,12 @@ class _Patch:
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Count the examples that the global model is scored on, also those of a stream."""
-        output = self._loop(*args, **kwargs)
+        if self._scoring:
+            self._site.before_scoring(self._trainer.model)
+        try:
+            output = self._loop(*args, **kwargs)
+        finally:
+            self._site.after_scoring()
         self._scored += output.num_samples or 0
         return output
 
@@ -187,8 +192,7 @@ class _Patch:
         if not self._training:
             return
         self._counter.begin()
-        if self._attempts:
-            self._site.reload(self._trainer.model)
+        self._begins = True
         self._attempts += 1
 
     def _shard(self) -> None:
@@ -229,6 +233,9 @@ class _Patch:
                 "the trainer did not wrap the model in DistributedDataParallel, so each process would train for "
                 "itself; leave the wrapping to the trainer, and evaluate through trainer.evaluate()"
             )
+        if self._begins:
+            self._begins = False
+            self._site.hold(self._trainer.model, warn=self._attempts < 2)
         return self._step(model, inputs, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:

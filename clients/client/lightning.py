@@ -19,9 +19,11 @@ model. Once the run is over, the trainer works as if it had not been patched.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 import torch
@@ -46,6 +48,9 @@ __all__ = ["is_running", "log", "outcome", "patch", "system_info"]
 
 _CONVERTING: Final = ("HalfPrecision", "DoublePrecision")
 """Lightning's precision plugins that change the dtype of a module's own weights."""
+
+
+logger = logging.getLogger("fedcore.client")
 
 
 def patch(
@@ -86,7 +91,7 @@ def patch(
     trainer._fedcore = _Patch(trainer, site, keep_optimizer, counted)
     name = "lightning.pytorch" if package == "lightning" else "pytorch_lightning"
     base = importlib.import_module(name).Callback
-    trainer.callbacks.append(_make_callback(base, trainer._fedcore))
+    trainer.callbacks.insert(0, _make_callback(base, trainer._fedcore))
 
 
 def _refuse_strategy(strategy: Any) -> None:
@@ -145,11 +150,17 @@ class _Patch:
         self._epochs, self._steps = trainer.max_epochs, trainer.max_steps
         self._states: tuple[list[Any], list[Any]] | None = None
         self._resumed: tuple[int, int] | None = None
+        self._round = 0
         self.scoring = False
         self.counted, self.scored = counted, ExampleCounter()
+        self._trained = False
         self._fit, self._validate = trainer.fit, trainer.validate
+        self._validation_step = trainer.strategy.validation_step
+        self._select = trainer._checkpoint_connector._select_ckpt_path
         trainer.fit = self.fit
         trainer.validate = self.validate
+        trainer.strategy.validation_step = self.validation_step
+        trainer._checkpoint_connector._select_ckpt_path = self.select_checkpoint
 
     def validate(self, model: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Score the global model; after `fit`, validate the local one as ever."""
@@ -164,12 +175,45 @@ class _Patch:
             self.scoring = True
             self.scored.clear()
             try:
-                results = self._validate(model, *args, **kwargs)
+                with _averages_hidden(self._trainer.callbacks):
+                    results = self._validate(model, *args, **kwargs)
             finally:
                 self.scoring = False
+                self._site.after_scoring()
             if task is not None:
                 self._site.score_parts(numbers(self._trainer.callback_metrics), self.scored.total())
         return results
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Score the global model, whatever callbacks and hooks have put in its place."""
+        if self.scoring:
+            self._site.before_scoring(self._trainer.lightning_module)
+        return self._validation_step(*args, **kwargs)
+
+    def end_scoring(self) -> None:
+        """Put back what callbacks had put in the global model's place; they may want it back now."""
+        if self.scoring:
+            self._site.after_scoring()
+
+    def select_checkpoint(self, fn: Any, ckpt_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the checkpoint that a call takes its state from: one at most, in the first `fit` of a process.
+
+        Lightning looks for one by itself where a cluster started the job again, or where an exception ended `fit`.
+        """
+        if self._site.over or fn not in ("fit", "validate"):
+            return self._select(fn, ckpt_path, *args, **kwargs)
+        if fn == "validate" or self._trained:
+            if ckpt_path is not None:
+                logger.warning(
+                    "ckpt_path is left out of account: a site takes optimisers, schedules and counters from a "
+                    "checkpoint in the first fit of its process only, and in later rounds goes on with its own"
+                )
+            return None
+        found = self._select(fn, ckpt_path, *args, **kwargs)
+        if found is not None and ckpt_path is None and self._round == 1:
+            logger.info("%s is left out of account: the run is in its first round", found)
+            return None
+        return found
 
     def fit(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         """Train from the global model and send the update; in an evaluation task, end that."""
@@ -191,8 +235,9 @@ class _Patch:
             self._forget_early_stops()
             self._reset_timers()
             self.counted.clear()
-            self._resumed = None
+            self._resumed, self._round = None, task.round
             self._fit(module, *args, **kwargs)
+            self._trained = True
             if getattr(self._trainer, "interrupted", False):
                 raise KeyboardInterrupt
             self._site.submit(module, self.counted, numbers(self._trainer.callback_metrics))
@@ -241,9 +286,19 @@ class _Patch:
         epoch, step = self._resumed or (self._trainer.current_epoch, self._trainer.global_step)
         self._set_budget(1, epoch, step)
 
-    def resume(self, checkpoint: Mapping[str, Any]) -> None:
-        """Count this round's budget from where the checkpoint given to `fit` stopped."""
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        """Count this round's budget from where the checkpoint given to `fit` stopped.
+
+        The weights are the global model's, for callbacks that keep a copy too. An epoch that was cut short begins
+        anew where the budget counts epochs: what was trained of it is lost with the weights.
+        """
         if not self._site.over and self._trainer.training:
+            module = self._trainer.lightning_module
+            self._site.hold(module, warn=False)
+            checkpoint["state_dict"] = module.state_dict()
+            checkpoint.pop("current_model_state", None)
+            if self._steps < 0:
+                _begin_epoch_anew(checkpoint)
             loops = checkpoint.get("loops", {}).get("fit_loop", {})
             epochs = loops.get("epoch_progress", {}).get("current", {}).get("processed")
             epoch = int(checkpoint["epoch"] if epochs is None else epochs)
@@ -255,11 +310,13 @@ class _Patch:
 
         What `fit` took from a checkpoint stands, but for the weights: the round starts from the global model.
         """
-        if self._resumed is not None and not self._site.over:
-            self._site.reload(self._trainer.lightning_module)
+        if self._site.over:
+            return
+        self._site.hold(self._trainer.lightning_module, warn=self._resumed is None)
+        if self._resumed is not None:
             self._forget_early_stops()
             return
-        if not self._keep or self._states is None or self._site.over:
+        if not self._keep or self._states is None:
             return
         optimizers, schedulers = self._states
         for optimizer, state in zip(self._trainer.optimizers, optimizers, strict=True):
@@ -275,8 +332,44 @@ class _Patch:
         )
 
 
+@contextlib.contextmanager
+def _averages_hidden(callbacks: Iterable[Any]) -> Iterator[None]:
+    """Keep Lightning's callbacks for weight averages from swapping the average of the last round in."""
+    averaging = [
+        callback
+        for callback in callbacks
+        if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__)
+    ]
+    averages = [callback._average_model for callback in averaging]
+    for callback in averaging:
+        callback._average_model = None
+    try:
+        yield
+    finally:
+        for callback, average in zip(averaging, averages, strict=True):
+            callback._average_model = average
+
+
+def _begin_epoch_anew(checkpoint: Mapping[str, Any]) -> None:
+    """Set the loops of a checkpoint that was written within an epoch to the beginning of that epoch."""
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    epochs, batches = loops.get("epoch_progress"), loops.get("epoch_loop.batch_progress")
+    if epochs is None or batches is None:
+        return
+    done = epochs["current"]["processed"]
+    if epochs["current"]["started"] == done:  # at the end of an epoch
+        return
+    for counts in epochs.values():
+        counts.update(dict.fromkeys(counts, counts["processed"]))
+    batches["current"].update(dict.fromkeys(batches["current"], 0))
+    batches["is_last_batch"] = False
+
+
 def _make_callback(base: Any, patch_: _Patch) -> Any:
-    """Return a callback of the trainer's own package that counts examples and carries states."""
+    """Return a callback of the trainer's own package that counts examples and carries states.
+
+    It goes before the others: they see the limits of the round, and get back what they had put into the model.
+    """
 
     class FedcoreCallback(base):  # type: ignore[misc]
         """Counts the examples of a round, ends it, and carries the optimisers' state."""
@@ -285,6 +378,10 @@ def _make_callback(base: Any, patch_: _Patch) -> Any:
             """Count, while the global model is scored."""
             if patch_.scoring:
                 patch_.scored.add(args[3])
+
+        def on_validation_epoch_end(self, *_: Any) -> None:
+            """End scoring."""
+            patch_.end_scoring()
 
         def on_train_batch_end(self, *args: Any, **_: Any) -> None:
             """Count."""

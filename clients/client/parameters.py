@@ -33,7 +33,7 @@ from .extras import active_adapter, refuse_extras
 from .naming import inner_module, own_names, plain_names
 from .prompts import is_computed, load_prompt
 from .received import Received
-from .sharding import address, is_sharded, put, whole
+from .sharding import address, is_sharded, local, put, whole
 
 __all__ = ["ModelParameters", "dtype_name", "from_view", "raw_bytes", "to_dtype"]
 
@@ -144,6 +144,15 @@ class ModelParameters:
         """Return the raw bytes of a tensor; a copy only if it is not contiguous or not in main memory."""
         tensors = _peft_tensors(self._root) if self._prompt else self._tensors
         return raw_bytes(whole(tensors[name]))
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """Return this process's part of each tensor that a loaded model lies in, by name; they share its storage.
+
+        Where a prompt is computed, these are the parameters of the network that computes it.
+        """
+        if self._prompt:
+            return {n: p.detach() for n, p in self._root.named_parameters() if p.requires_grad}
+        return {name: local(self._tensors[name]) for name in self.names}
 
     def load(self, specs: list[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
         """Copy a global model into the model in place.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["address", "is_sharded", "put", "whole"]
+__all__ = ["address", "is_sharded", "local", "put", "whole"]
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -18,9 +18,15 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__)
 
 
+def local(tensor: Any) -> torch.Tensor:
+    """Return this rank's part, which shares the tensor's storage."""
+    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
 def address(tensor: Any) -> int:
     """Return where this rank's part begins; 0 if it holds nothing."""
-    return int((tensor.to_local() if is_sharded(tensor) else tensor).data_ptr())
+    return int(local(tensor).data_ptr())
 
 
 def whole(tensor: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from fedcore.layout import Reader
 from .choice import forget_choice
 from .counting import ExampleCounter
 from .error_text import error_text
+from .guard import Aside, Guard, Probe, shown
 from .parameters import ModelParameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
 from .session import GlobalModel, Outcome, Session, loop_goes_on
@@ -52,6 +53,10 @@ class TorchSite:
         self._session = session
         self._ranks = session.ranks if isinstance(session, RankedSession) else None
         self._loaded: GlobalModel | None = None
+        self._guard: Guard | None = None
+        self._scored: ModelParameters | None = None
+        self._probe: Probe | None = None
+        self._aside: Aside | None = None
         self._asked = self._ended = False
         self.owner: object = None
         self.tokenizer: Any = None
@@ -92,13 +97,59 @@ class TorchSite:
         task = self._session.begin(parameters.specs, files, self._reader(parameters), prints)
         if task is not self._loaded:
             parameters.load(list(task.specs), task.tensors)
-            self._loaded = task
+            self._loaded, self._guard = task, Guard(parameters)
         return task
 
-    def reload(self, model: nn.Module) -> None:
-        """Put the current task's global model into ``model`` again, after something else has changed it."""
-        if self._loaded is not None:
-            ModelParameters(model).load(list(self._loaded.specs), self._loaded.tensors)
+    def hold(self, model: nn.Module, *, warn: bool = True) -> None:
+        """Have ``model`` hold the current task's global model, whatever was put into it since.
+
+        To be called right before the first step of training.
+        """
+        self._hold(ModelParameters(model), "was about to be trained from" if warn else None)
+
+    def before_scoring(self, model: nn.Module) -> None:
+        """Have ``model`` hold the current task's global model; to be called right before each scored batch.
+
+        Other weights are kept aside, for `after_scoring`. From the second batch on only one tensor is looked at.
+
+        Raises:
+            ClosedError: in one of several processes, the weights changed between two batches.
+        """
+        first = self._scored is None
+        if self._scored is None:
+            self._scored = ModelParameters(model)
+        elif self._probe is None or not self._probe.differs():
+            return
+        if self._ranks is not None and not first:
+            raise ClosedError(
+                "the weights changed between two batches of the global model's validation; where a site trains in "
+                "several processes, a callback or hook may do so only before the first and after the last batch"
+            )
+        self._hold(self._scored, "was about to be scored", aside=True)
+        self._probe = Probe(self._scored)
+
+    def after_scoring(self) -> None:
+        """Put back what lay in the model when the first batch came: a callback or hook may want it back."""
+        if self._aside is not None and self._scored is not None:
+            self._aside.put_back(self._scored)
+        self._aside = self._scored = self._probe = None
+
+    def _hold(self, parameters: ModelParameters, what: str | None, *, aside: bool = False) -> None:
+        if self._loaded is None or self._guard is None:
+            return
+        changed = self._guard.changed(parameters)
+        if self._ranks is not None:  # all load, or none does
+            changed = next((found for found in self._ranks.gather(changed) if found), [])
+        if not changed:
+            return
+        if aside and self._aside is None:
+            self._aside = Aside(parameters)
+        parameters.load(list(self._loaded.specs), self._loaded.tensors)
+        if what is not None:
+            logger.warning(
+                "something else than the global model %s: a callback or a hook had changed %s; the global model "
+                "was put back", what, shown(changed),
+            )  # fmt: skip
 
     def _fingerprints(self) -> dict[str, str]:
         return (
@@ -140,7 +191,7 @@ class TorchSite:
                 "trainer's budget (epochs or steps) is positive"
             )
         self._ended = True
-        self._loaded = None
+        self._loaded = self._guard = None
         weight = min(examples, protocol.MAX_WEIGHT)
         self._log_weight(weight, counted.how)
         self._session.submit(self._reader(ModelParameters(model)), weight, metrics)
@@ -154,7 +205,7 @@ class TorchSite:
     def end(self) -> None:
         """End an evaluation task."""
         self._ended = True
-        self._loaded = None
+        self._loaded = self._guard = None
         self._session.end_task()
 
     def claim(self, trainer: object) -> None:
