@@ -107,9 +107,11 @@ class RunSection(_Section):
 
 
 class ModelSection(_Section):
-    """``[model]``: the initial model, a safetensors file or a folder with one; absent: the first site's."""
+    """``[model]``: the initial model, a safetensors file or a folder with one (absent: the first site's), and what
+    becomes of a site whose frozen base is not that of the others (``same_base``)."""
 
     initial: str | None = None
+    same_base: Literal["warn", "strict"] = "warn"
 
 
 class ParticipantsSection(_Section):

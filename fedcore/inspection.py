@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ._core import Layout
 from .errors import ConfigError
+from .frozen import FrozenGroup
 from .layout import DEFAULT_CHUNK_BYTES, FLOATS, ITEMSIZE, TensorSpec, open_model, table
 from .protocol import Transfer, shown
 
@@ -23,6 +24,7 @@ class Inspection(BaseModel):
         tensors: name, dtype and shape of each.
         files: texts by name, such as ``adapter_config.json``.
         fingerprints: digests by name of what all sites must have alike.
+        frozen: digests of groups of tensors that do not travel; see `fedcore.frozen`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -30,6 +32,7 @@ class Inspection(BaseModel):
     tensors: list[tuple[str, str, list[int]]]
     files: dict[str, str] = {}
     fingerprints: dict[str, str] = {}
+    frozen: list[FrozenGroup] = []
 
     @property
     def nbytes(self) -> int:
@@ -41,11 +44,15 @@ def describe(
     specs: Sequence[TensorSpec],
     files: Mapping[str, str],
     fingerprints: Mapping[str, str] | None = None,
+    frozen: Sequence[FrozenGroup] = (),
 ) -> Inspection:
     """Describe what a site declares and sends; LayoutError if the tensors make no layout."""
     layout = Layout([(n, d, list(s)) for n, d, s in specs], DEFAULT_CHUNK_BYTES)
     return Inspection(
-        tensors=table(layout), files=dict(files), fingerprints=dict(fingerprints or {})
+        tensors=table(layout),
+        files=dict(files),
+        fingerprints=dict(fingerprints or {}),
+        frozen=list(frozen),
     )
 
 
@@ -104,6 +111,8 @@ def lines(found: Inspection, transfer: Transfer | None = None) -> Iterator[str]:
         f"{shown(name, 200)} ({len(text.encode()):,} bytes)" for name, text in found.files.items()
     ]
     beside += [f"the digest of the {name}" for name in found.fingerprints]
+    if found.frozen:
+        beside.append(f"{len(found.frozen)} digests of what is frozen")
     yield f"once: names, dtypes and shapes of the tensors{''.join(', ' + part for part in beside)}"
     yield "nothing else leaves; no server was contacted"
 

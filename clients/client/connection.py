@@ -11,7 +11,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,6 +90,7 @@ class Connection:
         self._held: _Held | None = None
         self._ended: tuple[str, int] | None = None
         self._declare: protocol.Declare | None = None
+        self._warned: set[str] = set()
         self._ready: protocol.Ready | None = None
         self._word: protocol.Score | protocol.Answer | None = None
         self._upload = (0, 0, 0.0)
@@ -381,6 +382,7 @@ class Connection:
                 self._on_welcome(message)
             elif isinstance(message, protocol.Accepted):
                 self.accepted = message.layout_hash
+                self._on_warnings(message.warnings)
                 if self._ready is not None:
                     self.send(self._ready)
             elif isinstance(message, protocol.Refused):
@@ -413,6 +415,13 @@ class Connection:
                 "%s: the server at %s has stopped because %s; waiting for it to be started again, for up to %g s",
                 self._site, self._server, stopped.message, self._settings.idle_timeout,
             )  # fmt: skip
+
+    def _on_warnings(self, warnings: Sequence[str]) -> None:
+        """Show what differs from other sites; a server that is started again says it again."""
+        for text in warnings:
+            if text not in self._warned:
+                self._warned.add(text)
+                logger.warning("%s: %s", self._site, text)
 
     def _on_refused(self, refused: protocol.Refused) -> None:
         if refused.code == "name-in-use":

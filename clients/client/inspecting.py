@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedcore.errors import ClosedError, ConfigError
+from fedcore.frozen import FrozenGroup
 from fedcore.inspection import describe, lines
 from fedcore.layout import Reader, TensorSpec
 
@@ -44,17 +45,19 @@ class InspectingSession(Session):
         files: Mapping[str, str],
         read: Reader,  # noqa: ARG002
         fingerprints: Mapping[str, str] | None = None,
+        frozen: Sequence[FrozenGroup] = (),
     ) -> GlobalModel:
         """Report the tensors and end the script."""
-        self._report(specs, files, fingerprints)
+        self._report(specs, files, fingerprints, frozen)
 
     def _report(
         self,
         specs: Sequence[TensorSpec],
         files: Mapping[str, str],
         fingerprints: Mapping[str, str] | None,
+        frozen: Sequence[FrozenGroup],
     ) -> NoReturn:
-        found = describe(specs, files, fingerprints)
+        found = describe(specs, files, fingerprints, frozen)
         if self._report_to == "1":
             print("\n".join(lines(found)), flush=True)
         else:

@@ -26,8 +26,10 @@ import torch
 from torch import nn
 
 from fedcore.errors import LayoutError
+from fedcore.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, check_names, compare_layouts
 
+from .base import frozen_groups
 from .choice import travelling
 from .extras import active_adapter, refuse_extras
 from .naming import inner_module, own_names, plain_names
@@ -132,6 +134,10 @@ class ModelParameters:
     def names(self) -> list[str]:
         """The names under which tensors travel."""
         return [spec[0] for spec in self.specs]
+
+    def frozen(self) -> list[FrozenGroup]:
+        """Return digests of what the model has and does not travel; a collective call where it is sharded."""
+        return frozen_groups(self._given, self._tensors, self._root)
 
     def own_names(self) -> dict[str, str]:
         """Return the travelling name of each tensor that the given module's ``state_dict`` names otherwise.

@@ -18,6 +18,7 @@ from .loading import LoadingHooks
 from .session import GlobalModel, Outcome, Session, get_session, loop_goes_on, reset_session
 
 if TYPE_CHECKING:
+    from fedcore.frozen import FrozenGroup
     from fedcore.layout import Reader
 
     from .ranks import RankedSession
@@ -65,6 +66,10 @@ class _Arrays:
             (name, _dtype(name, value), list(value.shape)) for name, value in self._values.items()
         ]
         self.files: dict[str, str] = {}
+
+    def frozen(self) -> list[FrozenGroup]:
+        """Return nothing: what a script has beside its arrays is not known."""
+        return []
 
     def read(self, name: str) -> memoryview:
         """Return the raw bytes of an array; a copy only if it is not contiguous."""
@@ -256,8 +261,10 @@ def _begin() -> GlobalModel:
         )
     source = _model if _model is not None else _arrays
     if source is not None:
-        files, prints = ({}, {}) if session.bound else (source.files, _fingerprints())
-        return session.begin(source.specs, files, source.read, prints)
+        if session.bound:
+            return session.begin(source.specs, {}, source.read)
+        frozen = source.frozen()
+        return session.begin(source.specs, source.files, source.read, _fingerprints(), frozen)
     specs = session.offered_specs()
     if specs is None:
         raise ClosedError(

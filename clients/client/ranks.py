@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from fedcore import errors
 from fedcore.errors import ClosedError
+from fedcore.frozen import FrozenGroup
 from fedcore.layout import Reader, TensorSpec
 
 from .session import GlobalModel, Outcome, Session, get_session, reset_session
@@ -187,6 +188,7 @@ class RankedSession:
         files: Mapping[str, str],
         read: Reader,
         fingerprints: Mapping[str, str] | None = None,
+        frozen: Sequence[FrozenGroup] = (),
     ) -> GlobalModel:
         """Return the current task's global model; see `Session.begin`.
 
@@ -197,7 +199,8 @@ class RankedSession:
         led: list[GlobalModel] = []
 
         def begin() -> Any:
-            led.append(self._lead().begin(specs, files, self._shared(read), fingerprints))
+            shared = self._shared(read)
+            led.append(self._lead().begin(specs, files, shared, fingerprints, frozen))
             info = self._lead().system_info()
             return [getattr(led[0], field) for field in _TASK_FIELDS], list(led[0].specs), info
 

@@ -28,6 +28,7 @@ from fedcore.errors import (
     RunFailedError,
     WeightError,
 )
+from fedcore.frozen import FrozenGroup
 from fedcore.layout import (
     Reader,
     TensorSpec,
@@ -180,6 +181,7 @@ class Session:
         files: Mapping[str, str],
         read: Reader,
         fingerprints: Mapping[str, str] | None = None,
+        frozen: Sequence[FrozenGroup] = (),
     ) -> GlobalModel:
         """Return the current task's global model, downloading it on the first call.
 
@@ -188,6 +190,7 @@ class Session:
             files: small JSON files that describe the model, by name, such as ``adapter_config.json``.
             read: gives the local values; called if the server asks this site for the initial model.
             fingerprints: digests, by name, of what all sites must have alike, such as the tokenizer.
+            frozen: digests of what the model has and does not travel; see `fedcore.frozen`.
 
         Raises:
             RefusedError: another site has other files or fingerprints; both are named.
@@ -196,7 +199,7 @@ class Session:
         """
         self._join()
         try:
-            return self._begin(specs, files, read, fingerprints)
+            return self._begin(specs, files, read, fingerprints, frozen)
         except RunEndedError:
             self._conclude()
             raise
@@ -207,8 +210,9 @@ class Session:
         files: Mapping[str, str],
         read: Reader,
         fingerprints: Mapping[str, str] | None,
+        frozen: Sequence[FrozenGroup],
     ) -> GlobalModel:
-        layout = self._bind(specs, files, fingerprints or {})
+        layout = self._bind(specs, files, fingerprints or {}, frozen)
         if self._model is not None:
             return self._model
         while True:
@@ -460,6 +464,7 @@ class Session:
         specs: Sequence[TensorSpec],
         files: Mapping[str, str],
         fingerprints: Mapping[str, str],
+        frozen: Sequence[FrozenGroup],
     ) -> Layout:
         assert self._connection.welcome is not None
         if self._layout is not None:
@@ -478,6 +483,7 @@ class Session:
             tensors=[(n, d, list(s)) for n, d, s in table(layout)],
             files=dict(files),
             fingerprints=dict(fingerprints),
+            frozen=list(frozen),
         )
         self._connection.declare(declare)
         self._layout = layout

@@ -91,10 +91,14 @@ class TorchSite:
                 "`while fl.is_running():`"
             )
         parameters = ModelParameters(model)
-        files, prints = (
-            ({}, {}) if self._session.bound else (parameters.files, self._fingerprints())
+        files, prints, frozen = (
+            ({}, {}, [])
+            if self._session.bound
+            else (parameters.files, self._fingerprints(), parameters.frozen())
         )
-        task = self._session.begin(parameters.specs, files, self._reader(parameters), prints)
+        task = self._session.begin(
+            parameters.specs, files, self._reader(parameters), prints, frozen
+        )
         if task is not self._loaded:
             parameters.load(list(task.specs), task.tensors)
             self._loaded, self._guard = task, Guard(parameters)

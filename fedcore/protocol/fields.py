@@ -6,6 +6,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
+from fedcore.frozen import MAX_GROUPS
+
 from .frames import MAX_CONTROL_BYTES
 
 DEFAULT_CHUNK_BYTES: Final = 1 << 20
@@ -122,3 +124,15 @@ TensorEntry = tuple[
 TensorTable = Annotated[
     list[TensorEntry], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True)
 ]
+FrozenTable = Annotated[
+    list[
+        tuple[
+            Annotated[str, StringConstraints(min_length=1, max_length=200), shown_within(200)],
+            Annotated[str, StringConstraints(min_length=1, max_length=64), shown_within(64)],
+            Annotated[int, Field(ge=1, lt=1 << 32)],
+            Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{32})?$")],
+        ]
+    ],
+    Field(max_length=MAX_GROUPS, fail_fast=True),
+]
+"""Groups of tensors that do not travel: name, form, number and digest of each; see `fedcore.frozen`."""

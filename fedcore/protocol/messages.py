@@ -19,6 +19,7 @@ from .fields import (
     MAX_SETS,
     MODEL,
     Features,
+    FrozenTable,
     LayoutHash,
     Metrics,
     Outputs,
@@ -105,7 +106,8 @@ class Declare(OfRun):
 
     ``files`` holds the likes of ``config.json`` or ``adapter_config.json``; the server writes them beside
     ``best/`` and ``final/`` so that the folders open with the usual loaders. ``fingerprints`` are digests of what
-    must be alike at all sites, such as the tokenizer.
+    must be alike at all sites, such as the tokenizer. ``frozen`` describes what the model has and does not
+    travel, as `fedcore.frozen` compares it.
     """
 
     type: Literal["declare"] = "declare"
@@ -124,6 +126,7 @@ class Declare(OfRun):
         ],
         BeforeValidator(few),
     ] = {}
+    frozen: FrozenTable = []
 
     @model_validator(mode="after")
     def _leaves_room(self) -> Declare:
@@ -232,10 +235,11 @@ class Welcome(Message):
 
 
 class Accepted(OfRun):
-    """Answer to `Declare`: the layouts agree."""
+    """Answer to `Declare`: the layouts agree. ``warnings`` say what else differs from other sites."""
 
     type: Literal["accepted"] = "accepted"
     layout_hash: LayoutHash
+    warnings: Annotated[list[Text], Field(max_length=8)] = []
 
 
 class Refused(Message):

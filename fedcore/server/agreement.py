@@ -1,103 +1,284 @@
-"""What all sites of a run must have alike: the adapter's configuration and what they send fingerprints of.
+"""What all sites of a run should have alike: the adapter's configuration, the tokenizer, and the frozen base.
 
-Tensors of the same names and shapes can still mean different things: an adapter of another scale, or token ids of
-another tokenizer. Their average would be of no use, and nothing else would tell.
+Tensors of the same names and shapes can still mean different things: an adapter of another scale, token ids of
+another tokenizer, an adapter over another base. Their average would be of no use, and nothing else would tell.
+What each site declared last is kept in the journal: a site which comes after a restart is compared as well.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
 from fedcore import protocol
+from fedcore.frozen import FrozenGroup, compare_frozen, model_config
 
-__all__ = ["Agreement"]
+from .adapter_config import compare_configs, describe_model, read_config
 
-_CONFIG: Final = "adapter_config.json"
-# Where a site's base model lies and what wrote the file say nothing of what the tensors mean.
-_FREE: Final = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
-)
-_SHOWN: Final = 60
-_DEEPEST: Final = 20
+__all__ = ["Agreement", "Found", "Memory"]
+
+_ADAPTER: Final = "adapter_config.json"
+_MODEL: Final = "config.json"
+_SHOWN: Final = 6
+_SITES: Final = 3
+
+
+class Memory(Protocol):
+    """Where it is kept what sites have declared; see `fedcore.server.store.Store`."""
+
+    def declared(self) -> dict[str, str]:
+        """Return the text that is kept for each site."""
+
+    def keep_declared(self, site: str, text: str | None) -> None:
+        """Keep a site's text instead of an earlier one; None: keep none. Equal texts are kept once."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a comparison found, in words for people.
+
+    Attributes:
+        refusal: why the site can't take part; None if it can.
+        warnings: what differs and may spoil the result.
+        notes: what differs and is harmless, or could not be compared.
+    """
+
+    refusal: str | None = None
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What is compared of a site, or of the run's model."""
+
+    adapter: dict[str, Any]
+    model: dict[str, Any]
+    prints: dict[str, str]
+    frozen: tuple[FrozenGroup, ...]
+
+    @property
+    def kind(self) -> str:
+        """What travels: an adapter, a whole model, or neither is known."""
+        return "adapter" if self.adapter else "whole" if self.model else ""
+
+
+_Others = Sequence[tuple[list[str], _Described]]
+"""What other sites declared, with the names of those that declared it."""
 
 
 class Agreement:
-    """Remembers what each site declared last; ``files`` gives what describes the run's model once there is one."""
+    """Remembers what each site declared last, and compares others with it.
 
-    def __init__(self, files: Callable[[], Mapping[str, str]]) -> None:
+    Args:
+        files: gives what describes the run's model once there is one.
+        strict: refuse a site whose base differs, instead of a warning.
+        memory: where it is kept; None keeps it in this process only.
+        owner: says whose model the global one is; empty while there is none.
+    """
+
+    def __init__(
+        self,
+        files: Callable[[], Mapping[str, str]],
+        *,
+        strict: bool = False,
+        memory: Memory | None = None,
+        owner: Callable[[], str] = str,
+    ) -> None:
         self._files = files
-        self._configs: dict[str, dict[str, Any]] = {}
-        self._fingerprints: dict[str, dict[str, str]] = {}
+        self._strict = strict
+        self._memory = memory
+        self._owner = owner
+        self._texts: dict[str, str] = {}
+        self._described: dict[
+            str, _Described
+        ] = {}  # by text: a thousand sites mostly declare the same
+        for site, text in (memory.declared() if memory is not None else {}).items():
+            described = _read(text)
+            if described is not None:
+                self._described.setdefault(text, described)
+                self._texts[site] = self._text(text)
 
-    def difference(self, site: str, declare: protocol.Declare) -> str | None:
-        """Return how a site differs from the others, in words that name both; None if it does not: it is noted."""
-        config = _config(declare.files)
-        for other, known in [*self._configs.items(), ("", _config(self._files()))]:
-            key = None if other == site else _differs(config, known)
-            if key is not None:
-                named = repr(protocol.shown(key, _SHOWN))
-                there = f"site {other!r}" if other else "the run's initial model"
+    def sites(self) -> list[str]:
+        """Return whose declarations are remembered."""
+        return list(self._texts)
+
+    def compare(self, site: str, declare: protocol.Declare) -> Found:
+        """Compare a site with the others and with the run's model; nothing is remembered yet."""
+        mine = _describe(declare.files, declare.fingerprints, declare.frozen)
+        others = self._others(site)
+        refusal = self._other_adapter(site, mine, others) or _other_prints(site, mine, others)
+        if refusal is not None:
+            return Found(refusal)
+        found = Found(notes=self._harmless(site, mine, others))
+        for unlike, skipped in (_other_config(site, mine, others), _other_base(site, mine, others)):
+            found.warnings.extend([unlike] if unlike else [])
+            found.notes.extend([skipped] if skipped else [])
+        if found.warnings and self._strict:
+            return Found(f"{found.warnings[0]}; [model] same_base is 'strict'")
+        return found
+
+    def note(self, site: str, declare: protocol.Declare) -> None:
+        """Remember what a site declared, instead of what it declared before."""
+        described = _describe(declare.files, declare.fingerprints, declare.frozen)
+        text = _write(described)
+        if self._texts.get(site) == text:
+            return
+        self.forget(site, keep=True)
+        self._described.setdefault(text, described)
+        self._texts[site] = self._text(text)
+        if self._memory is not None:
+            self._memory.keep_declared(site, text)
+
+    def forget(self, site: str, *, keep: bool = False) -> None:
+        """Compare nobody with a site any more, as it must keep nobody out when its key is revoked.
+
+        ``keep``: but for what is kept of it, which is about to be written over.
+        """
+        text = self._texts.pop(site, None)
+        if text is None:
+            return
+        if text not in self._texts.values():
+            del self._described[text]
+        if self._memory is not None and not keep:
+            self._memory.keep_declared(site, None)
+
+    def _text(self, text: str) -> str:
+        """Return the one copy of a text that is held."""
+        return next((held for held in self._texts.values() if held == text), text)
+
+    def _others(self, site: str) -> _Others:
+        sites: dict[str, list[str]] = {}
+        for other, text in self._texts.items():
+            if other != site:
+                sites.setdefault(text, []).append(other)
+        return [(names, self._described[text]) for text, names in sites.items()]
+
+    def _references(self, others: _Others) -> Iterator[tuple[str, str, _Described]]:
+        """Yield what a site is compared with: its name in a sentence, in a list, and what is known of it."""
+        for names, seen in others:
+            yield f"site {names[0]!r}", names[0], seen
+        yield "the run's initial model", "the initial model", _describe(self._files(), {}, ())
+
+    def _other_adapter(self, site: str, mine: _Described, others: _Others) -> str | None:
+        for there, short, theirs in self._references(others):
+            if {mine.kind, theirs.kind} == {"adapter", "whole"}:
                 return (
-                    f"the PEFT config of site {site!r} differs from that of {there} in {named}: "
-                    f"{_short(config.get(key))} at site {site!r}, {_short(known.get(key))} at {there}; give all "
-                    "sites the same config"
+                    f"site {site!r} shows {describe_model(mine.adapter, mine.model)}, but {there} "
+                    f"{describe_model(theirs.adapter, theirs.model)}; give all sites the same kind of model"
+                    f"{self._whose()}"
                 )
-        for other, prints in self._fingerprints.items():
-            for name in sorted(prints.keys() & declare.fingerprints.keys()):
-                here, there = declare.fingerprints[name], prints[name]
-                if other != site and here != there:
-                    return (
-                        f"the {name} of site {site!r} (sha256 {here[:12]}) is not that of site {other!r} (sha256 "
-                        f"{there[:12]}); give all sites the same {name}"
-                    )
-        self._configs[site] = config
-        self._fingerprints[site] = dict(declare.fingerprints)
+            differs, _ = compare_configs(theirs.adapter, mine.adapter, short, site)
+            if differs:
+                return (
+                    f"the adapter of site {site!r} is not that of {there}: {'; '.join(differs)}; give all sites "
+                    f"the same adapter config{self._whose()}"
+                )
         return None
 
-    def forget(self, site: str) -> None:
-        """Compare nobody with a site any more, as it must keep nobody out when its key is revoked."""
-        self._configs.pop(site, None)
-        self._fingerprints.pop(site, None)
+    def _harmless(self, site: str, mine: _Described, others: _Others) -> list[str]:
+        for _, short, theirs in self._references(others):
+            _, free = compare_configs(theirs.adapter, mine.adapter, short, site)
+            if free:
+                return [f"the adapters' configs differ where it does no harm: {'; '.join(free)}"]
+        return []
+
+    def _whose(self) -> str:
+        owner = self._owner()
+        return f"; {owner}" if owner else ""
 
 
-def _config(files: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        values = json.loads(files.get(_CONFIG, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) and _is_shallow(values) else {}
-
-
-def _is_shallow(value: Any) -> bool:
-    """Whether a value is nested no deeper than any that means something: comparing it takes the stack, too."""
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return not level
-
-
-def _differs(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Return the first entry that differs; an entry that only one version of PEFT writes is no difference."""
-    for key in sorted(one.keys() & other.keys() - _FREE):
-        if _unordered(one[key]) != _unordered(other[key]):
-            return key
+def _other_prints(site: str, mine: _Described, others: _Others) -> str | None:
+    for (other, *_), theirs in others:
+        for kind in sorted(theirs.prints.keys() & mine.prints.keys()):
+            here, there = mine.prints[kind], theirs.prints[kind]
+            if here != there:
+                return (
+                    f"the {kind} of site {site!r} (sha256 {here[:12]}) is not that of site {other!r} (sha256 "
+                    f"{there[:12]}); give all sites the same {kind}"
+                )
     return None
 
 
-def _unordered(value: Any) -> Any:
-    """PEFT keeps names of modules in sets, which it writes in any order."""
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return sorted(value)
-    return value
+def _other_config(site: str, mine: _Described, others: _Others) -> tuple[str, str]:
+    """Compare the configurations of models that are trained whole."""
+    for (other, *_), theirs in others:
+        if "whole" == mine.kind == theirs.kind:
+            one, two = model_config(theirs.model), model_config(mine.model)
+            differs, _ = compare_configs(one, two, other, site)
+            if differs:
+                return (
+                    f"the model's config at site {site!r} is not that of site {other!r}: {'; '.join(differs)}; "
+                    "give all sites the same config",
+                    "",
+                )
+    return "", ""
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+def _other_base(site: str, mine: _Described, others: _Others) -> tuple[str, str]:
+    """Compare what is frozen with that of other sites; returns a warning and a note, empty if there is none."""
+    alike: dict[tuple[FrozenGroup, ...], list[str]] = {}
+    for names, theirs in others:
+        if theirs.frozen and theirs.frozen != mine.frozen and mine.frozen:
+            alike.setdefault(theirs.frozen, []).extend(names)
+    note = ""
+    for frozen, names in alike.items():
+        found, named = compare_frozen(mine.frozen, frozen), _sites(names)
+        if found.differs:
+            text = (
+                f"the base of site {site!r} is not that of {named}: {len(found.differs)} of {found.groups} groups "
+                f"of what is frozen differ: {_few(found.differs)}; adapters over bases that differ have no useful "
+                "average: give all sites the same files of one revision (where tokens were added, or the base was "
+                "changed at the start, one saved copy for all)"
+            )
+            return text, ""
+        if found.skipped and not note:
+            note = (
+                f"the base of site {site!r} could not be compared throughout with that of {named}: "
+                f"{_few(found.skipped)}"
+            )
+    return "", note
+
+
+def _sites(names: list[str]) -> str:
+    more = f" and {len(names) - _SITES} more" if len(names) > _SITES else ""
+    unit = "site" if len(names) == 1 else "sites"
+    return f"{unit} {', '.join(map(repr, names[:_SITES]))}{more}"
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(protocol.shown(name, 200) for name in names[:_SHOWN]) + more
+
+
+def _describe(
+    files: Mapping[str, str], prints: Mapping[str, str], frozen: Sequence[FrozenGroup]
+) -> _Described:
+    return _Described(
+        read_config(files, _ADAPTER),
+        read_config(files, _MODEL),
+        dict(prints),
+        tuple((name, form, count, digest) for name, form, count, digest in frozen),
+    )
+
+
+def _write(described: _Described) -> str:
+    return json.dumps(
+        {
+            "adapter": described.adapter, "model": described.model, "prints": described.prints,
+            "frozen": described.frozen,
+        },
+        sort_keys=True,
+    )  # fmt: skip
+
+
+def _read(text: str) -> _Described | None:
+    """Return what was kept; None if another version kept it otherwise."""
+    try:
+        kept = json.loads(text)
+        frozen = tuple((str(n), str(f), int(c), str(d)) for n, f, c, d in kept["frozen"])
+        return _Described(dict(kept["adapter"]), dict(kept["model"]), dict(kept["prints"]), frozen)
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None

@@ -52,6 +52,7 @@ __all__ = ["RunResult", "Server"]
 
 _CHECK_SECONDS: Final = 0.5
 _MOST_AT_ONCE: Final = 4096
+_TENSORS_NAMED: Final = 2
 """Messages that are read at a deadline before it is acted on: nobody can put it off by sending more."""
 _GOODBYE_SECONDS: Final = 3.0
 _UNASKED: Final = 64 << 20
@@ -146,7 +147,15 @@ class Server:
         self._outcome = Outcome(config, self._store, roster)
         self._rounds = make_rounds(config, roster, self._store.last_version)
         self._status = StatusBuilder(config, self._rounds, self._store)
-        self._agreement = Agreement(self._store.files)
+        self._agreement = Agreement(
+            self._store.files,
+            strict=config.model.same_base == "strict",
+            memory=self._store,
+            owner=self._whose_model,
+        )
+        for site in self._agreement.sites():
+            if not self._access.knows(site):  # its key was revoked while no server was here
+                self._agreement.forget(site)
         if endpoint_file is not None:
             partial = endpoint_file.with_suffix(".partial")
             partial.write_text(self.endpoint, encoding="utf-8")
@@ -406,17 +415,27 @@ class Server:
 
     def _on_declare(self, peer: bytes, site: str, declare: protocol.Declare) -> None:
         model = self._versions.model
+        found = self._agreement.compare(site, declare)
+        if found.refusal is not None:
+            self._guard.put_out(peer, site, "unlike", found.refusal)
+            return
         if model is not None:
             difference = compare_layouts(
-                declare.tensors, table(model.layout), f"site {site}", "the global model"
+                declare.tensors,
+                table(model.layout),
+                f"site {site}",
+                "the global model",
+                limit=_TENSORS_NAMED,
             )
             if difference is not None:
-                self._guard.put_out(
-                    peer, site, "layout", f"the model's tensors differ: {difference}"
-                )
+                text = f"the model's tensors differ: {difference}; {self._whose_model()}"
+                self._guard.put_out(peer, site, "layout", text)
                 return
             hash_ = self._versions.layout_hash
         else:
+            if (unlike := self._unlike_declared(site, declare)) is not None:
+                self._guard.put_out(peer, site, "layout", unlike)
+                return
             try:
                 layout = declared_layout(declare)
                 self._store.check_space(layout.total_bytes)
@@ -424,14 +443,39 @@ class Server:
                 self._guard.put_out(peer, site, "layout", str(error))
                 return
             hash_ = layout_hash(layout)
-        unlike = self._agreement.difference(site, declare)
-        if unlike is not None:
-            self._guard.put_out(peer, site, "unlike", unlike)
-            return
+        self._agreement.note(site, declare)
+        for text in found.warnings:
+            self._peers.tell(site, "%s: %s", text)
+        for text in found.notes:
+            self._peers.tell(site, "%s: %s", text, level=logging.INFO)
         if model is None:
             self._status.declared[site] = declare
-        self._link.send(peer, protocol.Accepted(layout_hash=hash_))
+        self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=found.warnings))
         self._do(self._rounds.declared(site, time.monotonic()))
+
+    def _unlike_declared(self, site: str, declare: protocol.Declare) -> str | None:
+        """Say how a site's tensors differ from those of another that is there, while there is no model yet."""
+        here = self._peers.addresses()
+        for other, seen in self._status.declared.items():
+            if other != site and other in here:
+                difference = compare_layouts(
+                    declare.tensors,
+                    seen.tensors,
+                    f"site {site}",
+                    f"site {other}",
+                    limit=_TENSORS_NAMED,
+                )
+                return difference and f"the model's tensors differ: {difference}"
+        return None
+
+    def _whose_model(self) -> str:
+        """Say where the global model came from; empty while there is none."""
+        if self._versions.model is None:
+            return ""
+        if self.config.initial_path is not None:
+            return "the global model began as [model] initial of the run file"
+        owner = self._store.initial_site()
+        return f"the global model began as that of site {owner!r}" if owner else ""
 
     def _on_ready(self, peer: bytes, known: Peer, ready: protocol.Ready) -> None:
         declare = self._status.declared.get(known.site)
@@ -585,6 +629,8 @@ class Server:
         seconds = time.monotonic() - self._round_started
         row = VersionRow(action.version, "", "", model.layout.total_bytes, seconds, weights)
         metrics = {known.site: known.metrics for _, known in self._peers}
+        if action.version == 0:
+            self._store.keep_initial_site(action.participants[0].site)
         self._versions.commit(row, (model, checksums), metrics)
         self._status.refresh()
         names = [p.site for p in action.participants]

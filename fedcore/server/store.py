@@ -7,6 +7,7 @@ version. The next start finishes or sets back what is pending. A file that no ro
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -359,6 +360,38 @@ class Store:
     def members(self) -> list[str]:
         """Return the sites that had joined when the last server vanished; none if it ended the run in order."""
         return [row[0] for row in self._journal.rows("SELECT site FROM members ORDER BY site")]
+
+    def keep_initial_site(self, site: str) -> None:
+        """Note whose model is version 0."""
+        with self._journal.transaction():
+            self._journal.set_meta("initial_site", site)
+
+    def initial_site(self) -> str | None:
+        """Return whose model is version 0; None if it is the run file's, or not known."""
+        return self._journal.meta("initial_site")
+
+    def declared(self) -> dict[str, str]:
+        """Return what each site declared last, of the sites that are in a model or are expected back.
+
+        Others keep nobody out: they may have been there by mistake.
+        """
+        rows = self._journal.rows(
+            "SELECT site, text FROM declared JOIN declarations USING (digest) WHERE site IN "
+            "(SELECT site FROM contributions UNION SELECT site FROM members) ORDER BY site"
+        )
+        return {str(site): str(text) for site, text in rows}
+
+    def keep_declared(self, site: str, text: str | None) -> None:
+        """Keep what a site declared, instead of what it declared before; None: keep nothing of it."""
+        with self._journal.transaction():
+            self._db.execute("DELETE FROM declared WHERE site = ?", (site,))
+            if text is not None:
+                digest = hashlib.sha256(text.encode()).hexdigest()
+                self._db.execute("INSERT OR IGNORE INTO declarations VALUES (?, ?)", (digest, text))
+                self._db.execute("INSERT INTO declared VALUES (?, ?)", (site, digest))
+            self._db.execute(
+                "DELETE FROM declarations WHERE digest NOT IN (SELECT digest FROM declared)"
+            )
 
     def choose(self, round_: int, sites: Collection[str]) -> None:
         """Note who trains in a round where not all do, all of them; what was noted of other rounds goes."""

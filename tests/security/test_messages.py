@@ -279,7 +279,7 @@ def test_a_site_whose_config_has_an_endless_name_fills_no_log(
         tensors = [("w", "F32", [4])]
         link.send(protocol.Declare(tensors=tensors, files={"adapter_config.json": config}))
     refused = told(link, protocol.Refused)
-    assert "differs from that of site 'a'" in refused.message
+    assert "is not that of site 'a'" in refused.message
     lines = [r.getMessage() for r in caplog.records if "refused b" in r.getMessage()]
     assert len(lines) == 1
     assert len(lines[0]) < 1000
