@@ -296,6 +296,19 @@ void bind_exchange(py::module_& m) {
       .def("heartbeat", &Exchange::heartbeat, py::arg("interval_ms"),
            "Ping peer b'' at this interval; 0: never.")
       .def(
+          "silent", &Exchange::silent, py::arg("now_ms"),
+          "Whether the connection to peer b'' carries nothing any more and has to be dialled anew.")
+      .def("dialled", &Exchange::dialled, py::arg("now_ms"),
+           "Note that peer b'' is dialled anew: what was asked for is asked for again.")
+      .def("reconnected", &Exchange::reconnected, py::arg("now_ms"),
+           "Note that the socket has connected to peer b'' again by itself.")
+      .def("sent", &Exchange::sent, py::arg("size"), py::arg("now_ms"),
+           "Note a control message that was sent to peer b''.")
+      .def("moved", &Exchange::moved, py::arg("received"), py::arg("acked"), py::arg("now_ms"),
+           "Note how many bytes the system has received of peer b'' so far, and how many of those "
+           "sent "
+           "are acknowledged; negative: not known.")
+      .def(
           "last_heard",
           [](const Exchange& e, const py::bytes& peer) { return e.last_heard(std::string(peer)); },
           py::arg("peer"), "Clock of the last frame of a peer, or None.")

@@ -68,6 +68,16 @@ Exchange::Exchange() {
   sink_.unreachable = [](void* pointer, const void* peer, std::size_t size) {
     self(pointer)->unreachable({static_cast<const char*>(peer), size});
   };
+  sink_.silent = [](void* pointer, std::int64_t now_ms) -> int {
+    return self(pointer)->silent(now_ms) ? 1 : 0;
+  };
+  sink_.dialled = [](void* pointer, std::int64_t now_ms) { self(pointer)->dialled(now_ms); };
+  sink_.sent = [](void* pointer, std::int64_t now_ms, std::size_t bytes) {
+    self(pointer)->sent(bytes, now_ms);
+  };
+  sink_.moved = [](void* pointer, std::int64_t now_ms, std::int64_t received, std::int64_t acked) {
+    self(pointer)->moved(received, acked, now_ms);
+  };
   sink_.wake_fd = outgoing_->wake_fd();
   sink_.clear_wake = [](void* pointer) { self(pointer)->outgoing().clear_wake(); };
 }
@@ -227,6 +237,9 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
     charge(peer, 1);
   }
   remember(peer, header.kind, now_ms);
+  if (interval_ms_ > 0) {
+    silence_.heard(header.kind == wire::Kind::kPong, now_ms);
+  }
   switch (header.kind) {
     case wire::Kind::kGet:
       return on_get(peer, header);
@@ -401,6 +414,13 @@ std::optional<OutFrame> Exchange::next_out(std::int64_t now_ms) {
   }
   if (!out) {
     out = next_chunk();
+    if (out && interval_ms_ > 0) {
+      silence_.sent(out->body_size, now_ms);
+      if (requests_.empty()) {  // its answer tells how long that took, before the next heartbeat
+        push("", wire::Header{});
+        silence_.pinged();
+      }
+    }
   }
   if (out) {
     ++stats_.frames_out;
@@ -471,6 +491,7 @@ std::int64_t Exchange::tick(std::int64_t now_ms) {
   if (interval_ms_ > 0) {
     if (now_ms >= next_ping_ms_) {
       push("", wire::Header{});
+      silence_.pinged();
       next_ping_ms_ = now_ms + interval_ms_;
     }
     sooner(next_ping_ms_ - now_ms);
@@ -516,6 +537,41 @@ void Exchange::listening() {
 void Exchange::heartbeat(std::int64_t interval_ms) {
   const std::lock_guard lock(mutex_);
   interval_ms_ = interval_ms;
+}
+
+bool Exchange::silent(std::int64_t now_ms) const {
+  const std::lock_guard lock(mutex_);
+  if (interval_ms_ <= 0) {
+    return false;
+  }
+  const auto found = contacts_.find("");
+  const std::int64_t busy = found == contacts_.end() ? 0 : found->second.busy_until_ms;
+  return now_ms > silence_.until_ms(interval_ms_, busy);
+}
+
+void Exchange::dialled(std::int64_t now_ms) {
+  const std::lock_guard lock(mutex_);
+  silence_.dialled(now_ms);
+  for (const auto& collector : collectors_) {
+    for (std::size_t k = 0; k < collector->sources().size(); ++k) {
+      collector->retry(k, std::nullopt);
+    }
+  }
+}
+
+void Exchange::reconnected(std::int64_t now_ms) {
+  const std::lock_guard lock(mutex_);
+  silence_.dialled(now_ms);
+}
+
+void Exchange::sent(std::uint64_t bytes, std::int64_t now_ms) {
+  const std::lock_guard lock(mutex_);
+  silence_.sent(bytes, now_ms);
+}
+
+void Exchange::moved(std::int64_t received, std::int64_t acked, std::int64_t now_ms) {
+  const std::lock_guard lock(mutex_);
+  silence_.moved(received, acked, now_ms);
 }
 
 std::optional<std::int64_t> Exchange::last_heard(const std::string& peer) const {

@@ -27,6 +27,7 @@
 #include "collector.hpp"
 #include "outgoing.hpp"
 #include "publisher.hpp"
+#include "silence.hpp"
 #include "sink.h"
 #include "wire.hpp"
 
@@ -149,6 +150,16 @@ class Exchange {
   void listening();
 
   void heartbeat(std::int64_t interval_ms);
+  // Where there is a heartbeat: whether the connection carries nothing any more, so that another
+  // one has to be dialled.
+  bool silent(std::int64_t now_ms) const;
+  // The pump dials anew: what was asked for is asked for again.
+  void dialled(std::int64_t now_ms);
+  // The pump's socket has connected again by itself.
+  void reconnected(std::int64_t now_ms);
+  // The pump has sent a control message, or looked at what has moved; see Silence.
+  void sent(std::uint64_t bytes, std::int64_t now_ms);
+  void moved(std::int64_t received, std::int64_t acked, std::int64_t now_ms);
   std::optional<std::int64_t> last_heard(const std::string& peer) const;
   // Until when a peer's silence may mean no more than that a chunk is on its way; 0: it may not.
   std::int64_t busy_until(const std::string& peer) const;
@@ -240,6 +251,7 @@ class Exchange {
   std::size_t malformed_waiting_ = 0;
   std::int64_t interval_ms_ = 0;
   std::int64_t next_ping_ms_ = 0;
+  Silence silence_;
   std::int64_t next_forgetting_ms_ = 0;
   ExchangeStats stats_;
   OutFrame sending_;  // keeps peer and header alive for the pump until the next call

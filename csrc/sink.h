@@ -2,9 +2,8 @@
  *
  * A pump moves frames and knows nothing about them; a sink knows what they mean and does no I/O.
  * All functions may be called without the GIL, none blocks for longer than the reduction of one
- * chunk, and none throws. `deliver`, `next_out`, `tick` and `has_event` of one sink are called by
- * one pump thread, and so is `unreachable`; `out_done` and the `release` that deliver is given may
- * be called by any thread.
+ * chunk, and none throws. All functions of one sink are called by one pump thread, but `out_done`
+ * and the `release` that deliver is given, which any thread may call.
  */
 #ifndef FEDCORE_SINK_H
 #define FEDCORE_SINK_H
@@ -16,7 +15,7 @@
 extern "C" {
 #endif
 
-#define FC_SINK_CAPSULE "fedcore.sink.v4"
+#define FC_SINK_CAPSULE "fedcore.sink.v5"
 
 enum {
   FC_DONE = 0,    /* handled; the caller frees the owner */
@@ -51,6 +50,13 @@ typedef struct FcSink {
   int wake_fd; /* readable when next_out, which had nothing, may have something; -1: never */
   void (*clear_wake)(void* self);
   void (*unreachable)(void* self, const void* peer, size_t peer_len); /* not connected at present */
+  /* Of a site's one connection. */
+  int (*silent)(void* self, int64_t now_ms);   /* 1: it carries nothing; dial another one */
+  void (*dialled)(void* self, int64_t now_ms); /* another one was dialled */
+  void (*sent)(void* self, int64_t now_ms, size_t bytes); /* a control message */
+  /* The bytes that the system has received so far, and those sent that are acknowledged; -1:
+   * unknown */
+  void (*moved)(void* self, int64_t now_ms, int64_t received, int64_t acked);
 } FcSink;
 
 #ifdef __cplusplus

@@ -15,7 +15,11 @@ the server's door gave the connection (ZeroMQ's "User-Id"), so that nothing a pe
 Of each connection it notes, by its file number, whether it was understood last or may go, at once or soon, whose it is,
 and that a message of it was whole; the door reads that (`fedcore.connections`). libzmq tells the number with each message.
 
-Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit.
+A site's socket has one connection. Where nothing comes over it any more (`silence.hpp`), the pump lets go of it and
+dials the same address again.
+
+Commands (PULL socket):  [b"S", peer, header, body] send;  [b"K"] look for frames to send;  [b"Q"] quit;
+                         [b"D", endpoint] connect to this address in place of the last one.
 Inbox (PUSH socket):     [b"E"] the core has events or control messages; the first one says that the pump runs.
 """
 
@@ -48,12 +52,19 @@ cdef extern from "sink.h" nogil:
         int wake_fd
         void (*clear_wake)(void*) noexcept nogil
         void (*unreachable)(void*, const void*, size_t) noexcept nogil
+        int (*silent)(void*, int64_t) noexcept nogil
+        void (*dialled)(void*, int64_t) noexcept nogil
+        void (*sent)(void*, int64_t, size_t) noexcept nogil
+        void (*moved)(void*, int64_t, int64_t, int64_t) noexcept nogil
 
 cdef extern from "<dlfcn.h>" nogil:
     void* dlopen(const char*, int)
     void* dlsym(void*, const char*)
     int RTLD_LAZY
     int RTLD_NOLOAD
+
+cdef extern from "<sys/socket.h>" nogil:
+    int getsockopt(int, int, int, void*, unsigned int*)
 
 cdef extern from "<time.h>" nogil:
     ctypedef struct timespec:
@@ -76,6 +87,13 @@ cdef enum:
     ZMQ_POLLIN = 1
     ZMQ_DONTWAIT = 1
     ZMQ_SNDMORE = 2
+    ZMQ_IPV6 = 42
+    IPPROTO_TCP = 6
+    TCP_INFO = 11  # of Linux
+    INFO_ACKED = 120  # where it has the bytes acknowledged, and the bytes received
+    INFO_RECEIVED = 128
+    LOOK_MS = 1000
+    MAX_ENDPOINT = 512
     SINK_TAKEN = 1
     SINK_DROP = 3
     SINK_UNHEARD = 4
@@ -94,6 +112,11 @@ cdef struct Notes:  # of connections, by file number
     uint32_t* owners
     size_t count
 
+cdef struct Dial:  # a site's connection: where to, and what is known of it
+    char endpoint[512]
+    int number  # the file of the last message; -1: none yet
+    int64_t looked_ms
+
 cdef struct Zmq:
     int (*msg_init)(Msg*) noexcept nogil
     int (*msg_init_size)(Msg*, size_t) noexcept nogil
@@ -107,6 +130,9 @@ cdef struct Zmq:
     int (*msg_more)(const Msg*) noexcept nogil
     const char* (*msg_gets)(const Msg*, const char*) noexcept nogil
     int (*poll)(PollItem*, int, long) noexcept nogil
+    int (*connect)(void*, const char*) noexcept nogil
+    int (*disconnect)(void*, const char*) noexcept nogil
+    int (*setsockopt)(void*, int, const void*, size_t) noexcept nogil
     int (*zmq_errno)() noexcept nogil
 
 cdef Zmq z
@@ -142,6 +168,10 @@ cdef _load():
     z.msg_gets = <const char* (*)(const Msg*, const char*) noexcept nogil> _symbol(
         library, b"zmq_msg_gets")
     z.poll = <int (*)(PollItem*, int, long) noexcept nogil> _symbol(library, b"zmq_poll")
+    z.connect = <int (*)(void*, const char*) noexcept nogil> _symbol(library, b"zmq_connect")
+    z.disconnect = <int (*)(void*, const char*) noexcept nogil> _symbol(library, b"zmq_disconnect")
+    z.setsockopt = <int (*)(void*, int, const void*, size_t) noexcept nogil> _symbol(
+        library, b"zmq_setsockopt")
     z.zmq_errno = <int (*)() noexcept nogil> _symbol(library, b"zmq_errno")
 
 
@@ -268,13 +298,45 @@ cdef void _note(Notes notes, Msg* header, int verdict) noexcept nogil:
             notes.of[number] = NOTE_HEARD
 
 
-cdef int _pump_in(void* net, bint router, bint secure, Notes notes, FcSink* sink) noexcept nogil:
+cdef void _dial(void* net, Dial* dial, const char* endpoint, size_t size, FcSink* sink) noexcept nogil:
+    """Let go of the connection, if there is one, and connect to ``endpoint``, whose address is a number."""
+    cdef int v6
+    if dial.endpoint[0] != 0:
+        z.disconnect(net, dial.endpoint)
+    if endpoint != dial.endpoint:
+        size = min(size, <size_t> (MAX_ENDPOINT - 1))
+        memcpy(dial.endpoint, endpoint, size)
+        dial.endpoint[size] = 0
+    v6 = memchr(dial.endpoint, c"[", strlen(dial.endpoint)) != NULL
+    z.setsockopt(net, ZMQ_IPV6, &v6, sizeof(v6))
+    z.connect(net, dial.endpoint)
+    dial.number = -1
+    sink.dialled(sink.self, _now_ms())
+
+
+cdef void _look(Dial* dial, FcSink* sink) noexcept nogil:
+    """Tell the sink how much has moved over the connection: a long message is none before its end."""
+    cdef uint8_t about[136]
+    cdef unsigned int size = sizeof(about)
+    cdef int64_t received = -1, acked = -1
+    cdef int64_t now = _now_ms()
+    if dial.number < 0 or now - dial.looked_ms < LOOK_MS:
+        return
+    dial.looked_ms = now
+    if getsockopt(dial.number, IPPROTO_TCP, TCP_INFO, about, &size) == 0 and size >= sizeof(about):
+        memcpy(&received, &about[INFO_RECEIVED], sizeof(received))
+        memcpy(&acked, &about[INFO_ACKED], sizeof(acked))
+    sink.moved(sink.self, now, received, acked)
+
+
+cdef int _pump_in(void* net, bint router, bint secure, Notes notes, Dial* dial, FcSink* sink) noexcept nogil:
     """Receive and deliver one message: 1 done, 0 nothing there, -1 the socket is closed."""
     cdef Msg peer, header, body
     cdef Msg* kept
     cdef int verdict
     cdef bint well_formed
     cdef size_t rest = 0
+    cdef const char* number
     cdef char name[2 * 255 + 1]
     cdef const void* who
     cdef size_t who_len
@@ -297,6 +359,9 @@ cdef int _pump_in(void* net, bint router, bint secure, Notes notes, FcSink* sink
             rest += _discard_rest(net, &body)
             well_formed = False
     who, who_len = z.msg_data(&peer), z.msg_size(&peer)
+    if not router:
+        number = z.msg_gets(&header, b"__fd")
+        dial.number = atoi(number) if number != NULL else -1
     if secure:
         who_len = _name_peer(name, &peer, &header)
         who = name
@@ -321,10 +386,12 @@ cdef int _pump_in(void* net, bint router, bint secure, Notes notes, FcSink* sink
     return 1
 
 
-cdef int _command(void* net, void* commands, bint router) noexcept nogil:
+cdef int _command(void* net, void* commands, bint router, Dial* dial, FcSink* sink) noexcept nogil:
     """Carry out one command: 1 done, 0 nothing there, -1 quit."""
     cdef Msg verb, frame
     cdef int more, result = 1, ok
+    cdef bint dials
+    cdef size_t size = 0
     z.msg_init(&verb)
     if _recv_frame(&verb, commands, ZMQ_DONTWAIT) != 0:
         result = 0 if z.zmq_errno() == EAGAIN else -1
@@ -332,6 +399,7 @@ cdef int _command(void* net, void* commands, bint router) noexcept nogil:
         return result
     if z.msg_size(&verb) == 1 and (<char*> z.msg_data(&verb))[0] == c"Q":
         result = -1
+    dials = z.msg_size(&verb) == 1 and (<char*> z.msg_data(&verb))[0] == c"D"
     z.msg_init(&frame)
     more = z.msg_more(&verb)
     ok = 1
@@ -341,12 +409,18 @@ cdef int _command(void* net, void* commands, bint router) noexcept nogil:
             result = -1
             break
         more = z.msg_more(&frame)
+        if dials:
+            _dial(net, dial, <const char*> z.msg_data(&frame), z.msg_size(&frame), sink)
+            continue
         if is_peer and not router:
             is_peer = False
             continue
         is_peer = False
+        size += z.msg_size(&frame)
         if ok and z.msg_send(&frame, net, ZMQ_DONTWAIT | (ZMQ_SNDMORE if more else 0)) < 0:
             ok = 0  # the peer is gone; drop the rest of its message
+    if size > 0 and not router:
+        sink.sent(sink.self, _now_ms(), size)
     z.msg_close(&frame)
     z.msg_close(&verb)
     return result
@@ -358,6 +432,10 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
     cdef FcOut out
     cdef int64_t wait
     cdef int got, i
+    cdef Dial dial
+    dial.endpoint[0] = 0
+    dial.number = -1
+    dial.looked_ms = 0
     _send_copy(inbox, b"E", 1, 0)
     while True:
         wait = sink.tick(sink.self, _now_ms())
@@ -365,6 +443,11 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
             _send_out(net, router, secure, &out, sink)
         if sink.has_event(sink.self):
             _send_copy(inbox, b"E", 1, 0)
+        if dial.endpoint[0] != 0:
+            _look(&dial, sink)
+            if sink.silent(sink.self, _now_ms()):
+                _dial(net, &dial, dial.endpoint, 0, sink)
+                continue  # there is something to ask for
         items[0].socket = net
         items[1].socket = commands
         items[2].socket = NULL
@@ -379,12 +462,12 @@ cdef void _loop(void* net, void* commands, void* inbox, bint router, bint secure
         if items[1].revents & ZMQ_POLLIN:
             got = 1
             while got == 1:
-                got = _command(net, commands, router)
+                got = _command(net, commands, router, &dial, sink)
             if got < 0:
                 return
         if items[0].revents & ZMQ_POLLIN:
             for i in range(BATCH):
-                got = _pump_in(net, router, secure, notes, sink)
+                got = _pump_in(net, router, secure, notes, &dial, sink)
                 if got < 0:
                     return
                 if got == 0:
@@ -405,7 +488,7 @@ def run(capsule, size_t net, size_t commands, size_t inbox, bint router, bint se
         owners: where to note whose it is; as long as ``heard``.
     """
     global release_out
-    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v4")
+    cdef FcSink* sink = <FcSink*> PyCapsule_GetPointer(capsule, b"fedcore.sink.v5")
     release_out = sink.out_done
     cdef Notes notes
     notes.count = 0 if heard is None else heard.shape[0]

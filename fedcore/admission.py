@@ -7,13 +7,10 @@ answers and counts. It sees handshakes only, never a frame of a connection that 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import resource
 import socket
-import struct
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +24,7 @@ from zmq.utils.monitor import parse_monitor_message
 from .allowance import Allowance
 from .connections import Connections, Limits, Notes
 from .security import AllowList, KeyPair, fingerprint
+from .sockets import received_bytes
 
 __all__ = ["DOMAIN", "Doorkeeper", "Limits", "Secured"]
 
@@ -42,7 +40,6 @@ _WATCH_SECONDS: Final = 60.0
 _MAX_BUCKETS: Final = 4096
 _MAX_FILES: Final = 1 << 20
 _BATCH: Final = 256
-_TCP_INFO_RECEIVED: Final = 128  # where Linux tells the bytes received; a u64
 _EVENTS: Final = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 _GONE: Final = (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED)
 
@@ -250,22 +247,3 @@ def _connection(number: int) -> Iterator[socket.socket]:
 def _file_limit() -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 20 if soft == resource.RLIM_INFINITY else soft
-
-
-def received_bytes(number: int) -> int:
-    """Return how many bytes a TCP connection has received; negative where the system doesn't tell."""
-    if not sys.platform.startswith("linux"):
-        return -1
-    about = ctypes.create_string_buffer(_TCP_INFO_RECEIVED + 8)
-    size = ctypes.c_uint32(len(about))
-    # Not by a duplicate of the number: one that is closed meanwhile would stay open for as long.
-    failed = _LIBC.getsockopt(
-        number, socket.IPPROTO_TCP, socket.TCP_INFO, about, ctypes.byref(size)
-    )
-    if failed or size.value < len(about):
-        return -1
-    (received,) = struct.unpack_from("=Q", about, _TCP_INFO_RECEIVED)
-    return int(received)
-
-
-_LIBC = ctypes.CDLL(None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import math
 import os
 import time
@@ -31,6 +32,8 @@ __all__ = [
     "read_summary",
 ]
 
+logger = logging.getLogger("fedcore")
+
 _R = TypeVar("_R", protocol.StatusReply, protocol.CommandReply)
 
 _CHECK_SECONDS: Final = 0.5
@@ -52,6 +55,7 @@ class StatusClient:
 
     def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         self.address = address
+        self._warned = False
         self._link = SiteLink(address, uuid.uuid4().bytes, credentials)
 
     def __enter__(self) -> StatusClient:
@@ -80,6 +84,7 @@ class StatusClient:
             arrived = self._link.recv(min(left, _CHECK_SECONDS))
             if self._link.refused:
                 raise RefusedError(self._link.refused, "key")
+            self._warn_unresolved(left)
             if isinstance(arrived, Control):
                 reply = protocol.decode_from_server(arrived.body)
                 if isinstance(reply, kind):
@@ -88,6 +93,12 @@ class StatusClient:
                     raise RefusedError(reply.message, reply.code)
         why = self._link.hint or "is fedcore-server running there?"
         raise TransferTimeout(f"no answer from {self.address} within {timeout:g} s; {why}")
+
+    def _warn_unresolved(self, left: float) -> None:
+        """Say at once, and once, that the server's name stands for no address."""
+        if self._link.unresolved and not self._warned:
+            self._warned = True
+            logger.warning("%s Still trying, for %.0f s.", self._link.unresolved, left)
 
     def close(self) -> None:
         """Close the connection."""

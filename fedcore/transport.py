@@ -8,8 +8,9 @@ With keys, a link is encrypted (CURVE), and a server's peer is ``USER NUL ROUTIN
 (`fedcore.admission`) gave the connection, which no peer can choose, and the id that the peer chose. Without keys,
 a peer is its routing id alone.
 
-The pump is `fedcore._pump`, which runs without the GIL. `FEDCORE_PUMP=python` forces the plain Python loop of
-this module, which is also the fallback where the compiled one cannot find pyzmq's libzmq.
+The pump is `fedcore._pump`, which runs without the GIL. `FEDCORE_PUMP=python` forces `fedcore.plain_pump`, which
+is also the fallback where the compiled one cannot find pyzmq's libzmq. What a site dials is up to
+`fedcore.dialling`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,8 @@ import atexit
 import contextlib
 import os
 import re
-import sys
 import threading
-import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -29,8 +29,10 @@ import zmq
 
 from . import protocol
 from ._core import Exchange, crc32c
-from .connections import DROP, Notes, note
+from .connections import Notes
+from .dialling import HANDSHAKES, Dialler, Server
 from .errors import BusyError, ClosedError, ConfigError
+from .plain_pump import now_ms, run_pump
 from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
 
 if TYPE_CHECKING:
@@ -67,12 +69,12 @@ _LINGER_MS: Final = 1000
 _IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
 _RECONNECT_MS: Final = (100, 2000)
 _HANDSHAKE_MS: Final = 10_000
-_FAILURES: Final = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-)
+_SITE_HANDSHAKE_MS: Final = 8000
+CONNECT_MS: Final = 3000
+"""How long a site waits for an address to take its connection, before it dials again."""
+UNACKNOWLEDGED_MS: Final = 5000
+"""The system ends the connection of a site when nothing of what was sent is acknowledged for so long."""
+_WAITING: Final = 64  # control messages of a site that wait for a connection; the oldest are lost
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,6 @@ class Control:
 
     peer: bytes
     body: bytes
-
-
-def now_ms() -> int:
-    """Return the monotonic clock in milliseconds, the one that the pump hands to the core."""
-    return time.monotonic_ns() // 1_000_000
 
 
 def other_version(malformed: str) -> int | None:
@@ -146,7 +143,6 @@ class _Link:
     _router: bool
     _secure = False
     _notes: Notes | None = None
-    _monitor: zmq.Socket[bytes] | None = None
 
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], net: zmq.Socket[bytes], pump: Any | None
@@ -206,7 +202,7 @@ class _Link:
                 ),
             )
         else:
-            _python_pump(
+            run_pump(
                 self.exchange,
                 self._net,
                 (commands, inbox),
@@ -228,14 +224,10 @@ class _Link:
         poller = zmq.Poller()
         poller.register(self._inbox, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
-        if self._monitor is not None:
-            poller.register(self._monitor, zmq.POLLIN)
         ready = dict(poller.poll(None if timeout is None else max(0, round(timeout * 1000))))
         if self._wake_read in ready:
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
-        if self._monitor is not None and self._monitor in ready:
-            self._note_handshake(self._monitor.recv_multipart())
         if self._inbox in ready:
             self._inbox.recv()
             self.exchange.listening()
@@ -255,9 +247,6 @@ class _Link:
                 if control is not None:
                     return Control(*control)
         return None
-
-    def _note_handshake(self, event: list[bytes]) -> None:
-        """Take note of how a handshake ended."""
 
     def _command(self, frames: Sequence[bytes]) -> None:
         with self._lock:
@@ -292,14 +281,15 @@ class _Link:
         self._thread.join()
         for socket in (self._commands, self._inbox, *self._pump_sockets):
             socket.close()
-        if self._monitor is not None:
-            self._net.monitor(None, 0)
-            self._monitor.close(linger=0)
+        self._close_before_net()
         self._net.close(linger=_LINGER_MS)
         self._closed_net()
         self._context.term()
         os.close(self._wake_read)
         os.close(self._wake_write)
+
+    def _close_before_net(self) -> None:
+        """Close what uses the network socket."""
 
     def _closed_net(self) -> None:
         """Close what must be there for as long as the network socket is."""
@@ -404,11 +394,12 @@ class SiteLink(_Link):
     """A site's end: a DEALER that dials ``server`` and keeps redialling with backoff (0.1 to 2 s).
 
     ``identity`` is 16 random bytes, the same for the life of the process. The pump pings the server each
-    second. Nothing is raised for a server that is not there: ask ``exchange.last_heard(b"")``.
+    second, and dials again where nothing comes back for a few seconds. A name is resolved anew before each redial,
+    and each of its addresses is tried. Nothing is raised for a server that is not there: ask
+    ``exchange.last_heard(b"")``.
 
-    Attributes:
-        refused: why the server will never take this link's handshake, noticed by `recv`; else empty.
-        hint: what a handshake that failed points to; empty again once one succeeds.
+    Raises:
+        ConfigError: ``server`` is no ``tcp://HOST:PORT``.
     """
 
     _router = False
@@ -416,77 +407,100 @@ class SiteLink(_Link):
     def __init__(
         self, server: str, identity: bytes, credentials: Credentials | None = None
     ) -> None:
+        where = Server.of(server)
         pump = _compiled_pump()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         net = context.socket(zmq.DEALER)
-        _set_common(net, server)
+        _set_common(net, "")
         net.setsockopt(zmq.ROUTING_ID, identity)
         net.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS[0])
         net.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS[1])
+        net.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
+        net.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
+        net.setsockopt(zmq.HANDSHAKE_IVL, _SITE_HANDSHAKE_MS)
         if credentials is not None:
             self._secure = True
             net.setsockopt(zmq.CURVE_SERVERKEY, credentials.server_key.encode())
             net.setsockopt(zmq.CURVE_PUBLICKEY, credentials.pair.public.encode())
             net.setsockopt(zmq.CURVE_SECRETKEY, credentials.pair.secret.encode())
-        monitor = f"inproc://fedcore-handshakes-{id(self)}"
-        net.monitor(monitor, _FAILURES)
-        self._monitor = context.socket(zmq.PAIR)
-        self._monitor.setsockopt(zmq.RCVHWM, 0)
-        self._monitor.connect(monitor)
-        self.refused = self.hint = ""
-        try:
-            net.connect(server)
-        except zmq.ZMQError as error:
-            net.monitor(None, 0)
-            self._monitor.close(linger=0)
-            net.close(linger=0)
-            context.term()
-            raise ConfigError(
-                f"cannot dial {server!r}: {error.strerror}; expected tcp://HOST:PORT"
-            ) from None
+        monitor = f"inproc://fedcore-connection-{id(self)}"
+        net.monitor(monitor, HANDSHAKES)
+        events = context.socket(zmq.PAIR)
+        events.setsockopt(zmq.RCVHWM, 0)
+        events.connect(monitor)
         self.server = server
+        self.connections = 0
+        self._waiting: deque[list[bytes]] | None = None if where.numeric else deque(maxlen=_WAITING)
+        self._order = threading.Lock()
+        self._came_up = threading.Event()
         super().__init__(context, net, pump)
+        self._dialler = Dialler(
+            where,
+            events,
+            dial=lambda endpoint: self._command([b"D", endpoint.encode()]),
+            connected=self._on_connected,
+            changed=self._on_changed,
+            secure=self._secure,
+        )
         self.exchange.set_limits(*_SITE_LIMITS)
         self.exchange.heartbeat(HEARTBEAT_MS)
         self._start()
+        self._dialler.start()
+
+    @property
+    def refused(self) -> str:
+        """Why the server will never take this link's handshake; else empty."""
+        return self._dialler.refused
+
+    @property
+    def hint(self) -> str:
+        """What points to why there is no connection; empty while there is one."""
+        return self._dialler.hint
+
+    @property
+    def unresolved(self) -> str:
+        """Why the server's name stands for no address at present; else empty."""
+        return self._dialler.unresolved
 
     def send(self, message: FromSite) -> None:
         """Queue a control message for the server."""
-        self._command([b"S", b"", *control_frames(self._of_run(message))])
+        frames = [b"S", b"", *control_frames(self._of_run(message))]
+        with self._order:
+            if self._waiting is not None and not self._came_up.is_set():
+                self._waiting.append(frames)
+            else:
+                self._command(frames)
 
     def silent_ms(self) -> int | None:
         """Return for how long nothing came from the server, or None if nothing ever did."""
         heard = self.exchange.last_heard(b"")
         return None if heard is None else max(0, now_ms() - heard)
 
-    def _note_handshake(self, event: list[bytes]) -> None:
-        kind = int.from_bytes(event[0][:2], sys.byteorder)
-        if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self.hint = ""
-        elif kind == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self.refused = (
-                f"the server at {self.server} does not admit this key; ask its operator to admit the public key "
-                "(`fedcore admit`), or whether it was revoked"
-            )
-        elif kind == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            self.refused = self._mismatch()
-        else:
-            self.hint = (
-                f"what listens at {self.server} ended the handshake: it has another key than server_key in the "
-                "kit, or does not speak encrypted"
-                if self._secure
-                else self._mismatch()
-            )
+    def close(self) -> None:
+        """As for any link; what waits for a connection gets up to a second more to leave."""
+        mine = not self._closed and os.getpid() == self._pid
+        if mine and self._waiting and self._dialler.dials and not self.refused:
+            self._came_up.wait(_LINGER_MS / 1000)
+        super().close()
 
-    def _mismatch(self) -> str:
-        if self._secure:
-            return (
-                f"what listens at {self.server} does not speak encrypted; is it the right server?"
-            )
-        return (
-            f"the server at {self.server} wants an encrypted connection; set FEDCORE_KIT to the kit that its "
-            "operator made for this site"
-        )
+    def _on_connected(self) -> None:
+        """Send what waits; what a pump sent before belongs to another connection."""
+        self.connections += 1
+        self.exchange.reconnected(now_ms())
+        with self._order:
+            while self._waiting:
+                self._command(self._waiting.popleft())
+            self._came_up.set()
+
+    def _on_changed(self) -> None:
+        if not self._dialler.up:
+            with self._order:
+                self._came_up.clear()
+        self.wake()
+
+    def _close_before_net(self) -> None:
+        self._net.monitor(None, 0)
+        self._dialler.close()
 
 
 def _set_common(net: zmq.Socket[bytes], address: str) -> None:
@@ -495,89 +509,3 @@ def _set_common(net: zmq.Socket[bytes], address: str) -> None:
     net.setsockopt(zmq.LINGER, _LINGER_MS)
     if "[" in address:
         net.setsockopt(zmq.IPV6, 1)
-
-
-def _python_pump(
-    exchange: Exchange,
-    net: zmq.Socket[bytes],
-    ends: tuple[zmq.Socket[bytes], zmq.Socket[bytes]],
-    *,
-    router: bool,
-    secure: bool,
-    notes: Notes | None,
-) -> None:
-    """Do what ``fedcore._pump.run`` does, in Python: the reference and the fallback."""
-    commands, inbox = ends
-    poller = zmq.Poller()
-    poller.register(net, zmq.POLLIN)
-    poller.register(commands, zmq.POLLIN)
-    if exchange.wake_fd >= 0:
-        poller.register(exchange.wake_fd, zmq.POLLIN)
-    inbox.send(b"E")  # it runs
-    while True:
-        wait = exchange.tick(now_ms())
-        while (out := exchange.next_out(now_ms())) is not None:
-            peer, header, body = out
-            frames: list[Any] = [header] if body is None else [header, body]
-            routing_id = peer.partition(b"\0")[2] if secure else peer
-            try:
-                net.send_multipart(
-                    [routing_id, *frames] if router else frames, zmq.DONTWAIT, copy=False
-                )
-            except zmq.ZMQError as error:
-                if error.errno == zmq.EHOSTUNREACH:
-                    exchange.unreachable(peer)
-            del out, body, frames  # a chunk is on its way for as long as anyone has it
-        if exchange.has_event():
-            inbox.send(b"E")
-        try:
-            ready = dict(poller.poll(None if wait < 0 else wait))
-        except zmq.ContextTerminated:
-            return
-        if exchange.wake_fd in ready:
-            exchange.clear_wake()
-        if commands in ready and not _python_commands(net, commands, router):
-            return
-        if net in ready:
-            _python_frames(exchange, net, router, secure, notes)
-
-
-def _python_commands(net: zmq.Socket[bytes], commands: zmq.Socket[bytes], router: bool) -> bool:
-    while True:
-        try:
-            verb, *frames = commands.recv_multipart(zmq.DONTWAIT)
-        except zmq.Again:
-            return True
-        if verb == b"Q":
-            return False
-        if verb == b"S":
-            with contextlib.suppress(zmq.ZMQError):
-                net.send_multipart(frames if router else frames[1:], zmq.DONTWAIT)
-
-
-def _python_frames(
-    exchange: Exchange,
-    net: zmq.Socket[bytes],
-    router: bool,
-    secure: bool,
-    notes: Notes | None,
-) -> None:
-    for _ in range(64):
-        try:
-            frames = net.recv_multipart(zmq.DONTWAIT, copy=False)
-        except zmq.Again:
-            return
-        peer = frames.pop(0).bytes if router else b""
-        user = b""
-        if secure:
-            user = str(frames[0].get("User-Id")).encode() if frames else b""
-            peer = user + b"\0" + peer
-        if not 1 <= len(frames) <= 2:  # counted by its bytes and logged as malformed
-            exchange.deliver(now_ms(), peer, b"", b"".join(frame.bytes for frame in frames))
-            if notes is not None and frames:
-                note(notes, int(frames[0].get("__fd")), user, DROP)
-            continue
-        body = frames[1].buffer if len(frames) == 2 else None
-        verdict = exchange.deliver(now_ms(), peer, frames[0].bytes, body)
-        if notes is not None:
-            note(notes, int(frames[0].get("__fd")), user, verdict)

@@ -45,6 +45,8 @@ __all__ = ["Connection"]
 _CHECK_SECONDS: Final = 0.5
 _NOTICE_SECONDS: Final = 10.0
 _HELD_SECONDS: Final = 1.0
+_SETTLE_SECONDS: Final = 1.5
+"""So long after it is connected again a site waits to be asked to join, before it says again what may be lost."""
 
 logger = logging.getLogger("fedcore.client")
 
@@ -80,6 +82,8 @@ class Connection:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._sent_at = 0.0
+        self._connections = 1
+        self._unresolved = ""
         self.changed = threading.Condition()
         self.welcome: protocol.Welcome | None = None
         self.accepted: str | None = None
@@ -176,6 +180,7 @@ class Connection:
             held = self._held
             if held is not None and now - held.since > self._settings.connect_timeout:
                 raise held.error
+            self._warn_unresolved()
             silent = self._link.silent_ms()
             expected = silent is not None and now_ms() <= self._link.exchange.busy_until(b"")
             if (
@@ -194,6 +199,13 @@ class Connection:
                     f"{self._server} has been silent for {self._settings.idle_timeout:g} s while waiting "
                     f"for {what} (FEDCORE_IDLE_TIMEOUT changes how long to wait)"
                 )
+
+    def _warn_unresolved(self) -> None:
+        """Say at once, and once, that the server's name stands for no address."""
+        why = self._link.unresolved if self._link is not None else ""
+        if why and why != self._unresolved:
+            logger.warning("%s: %s Still trying.", self._site, why)
+        self._unresolved = why
 
     def close(self) -> bool:
         """Leave the run and free the sockets; False if there is nothing to close any more."""
@@ -358,6 +370,10 @@ class Connection:
         """
         held = self._held
         interval = protocol.REPEAT_SECONDS if held is None else held.retry_seconds
+        assert self._link is not None
+        if self._link.connections > self._connections:
+            self._connections = self._link.connections
+            self._sent_at = min(self._sent_at, time.monotonic() - interval + _SETTLE_SECONDS)
         if time.monotonic() - self._sent_at < interval or self.finish or self._error:
             return
         with self.changed:

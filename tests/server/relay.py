@@ -1,4 +1,4 @@
-"""A TCP relay between a site and a server: it counts, throttles, holds back and cuts."""
+"""A TCP relay between a site and a server: it counts, throttles, holds back, swallows and cuts."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class Relay:
         self._server = (host, int(port))
         self.up, self.down = Flow(up), Flow(down)
         self.dials = 0
+        self._swallowed: set[socket.socket] = set()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -89,7 +90,13 @@ class Relay:
             self.dials += 1
             self._pairs.append((near, far))
             for source, target, flow in ((near, far, self.up), (far, near, self.down)):
-                threading.Thread(target=_pass, args=(source, target, flow), daemon=True).start()
+                threading.Thread(
+                    target=_pass, args=(source, target, flow, self._swallowed), daemon=True
+                ).start()
+
+    def swallow(self) -> None:
+        """Take in, and never pass on, what comes over the links that stand; the next ones are not touched."""
+        self._swallowed.update(end for pair in self._pairs for end in pair)
 
     def cut(self) -> None:
         """Cut every link that stands; the site may dial again."""
@@ -111,11 +118,16 @@ class Relay:
         self.close()
 
 
-def _pass(source: socket.socket, target: socket.socket, flow: Flow) -> None:
+def _pass(
+    source: socket.socket, target: socket.socket, flow: Flow, swallowed: set[socket.socket]
+) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(_PIECE):
-            flow.admit(len(data))
-            target.sendall(data)
+            if source not in swallowed:
+                flow.admit(len(data))
+                target.sendall(data)
+    if source in swallowed:
+        return  # nor is it passed on that one side has gone
     _close(source)
     _close(target)
 

@@ -1,4 +1,4 @@
-"""A link that is cut in the middle of a transfer costs at most a window of chunks."""
+"""A link that is cut, or on which packets vanish, costs at most a window of chunks and no update."""
 
 from __future__ import annotations
 
@@ -98,5 +98,28 @@ def test_an_upload_that_is_cut_in_the_middle_sends_at_most_a_window_again(tmp_pa
         sent = exchange.stats()["bytes_out"] - before
         assert SIZE + CHUNK <= sent <= SIZE + window * CHUNK + BESIDE
         assert result.result(40).ok
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
+    assert np.array_equal(final, values(4))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "uploading"])
+def test_packets_that_vanish_cost_no_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: bool
+) -> None:
+    monkeypatch.setattr("fedcore.transport.HEARTBEAT_MS", 100)
+    with begun(tmp_path) as (_, result, relay, session):
+        session.begin(SPECS, {}, reader(3))
+        if training:
+            relay.swallow()
+        else:
+            relay.up.hold_after(SIZE // 2)
+        session.submit(reader(4), 1)
+        if not training:
+            relay.up.until(lambda passed: passed > SIZE // 2 - 8192)
+            relay.swallow()
+            relay.up.release()
+        finish(session)
+        assert result.result(40).ok
+        assert relay.dials >= 2
     final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
     assert np.array_equal(final, values(4))

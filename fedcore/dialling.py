@@ -1,0 +1,346 @@
+"""Where a site's link dials: the addresses that its server's name stands for, one after the other.
+
+libzmq would resolve a name on the thread that moves all frames, and would stand still with it. Here names are
+resolved on threads of their own, and the link is given numeric addresses. A name is resolved anew whenever an
+attempt fails or a connection ends, so that a server that moves with its name is found again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import zmq
+
+from .errors import ConfigError
+
+__all__ = ["HANDSHAKES", "Dialler", "Route", "Server"]
+
+HANDSHAKES: Final = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_DISCONNECTED
+)
+"""The events of a site's socket that a `Dialler` goes by."""
+
+_LOOKUP_SECONDS: Final = 1.0
+"""A name is resolved at most so often."""
+_SLOW_SECONDS: Final = 2.0
+"""After so long without an answer of the name server, that is said."""
+_CYCLE_SECONDS: Final = (0.1, 2.0)
+"""How long all addresses are left alone once each of them has failed: at first, and at most."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server's address, ``tcp://HOST:PORT``, taken apart.
+
+    Attributes:
+        host: a name or a number; an IPv6 address without its brackets.
+        numeric: whether it is a number, which needs no name server.
+    """
+
+    address: str
+    host: str
+    port: int
+    numeric: bool
+
+    @classmethod
+    def of(cls, address: str) -> Server:
+        """Take an address apart.
+
+        Raises:
+            ConfigError: it is no ``tcp://HOST:PORT``.
+        """
+        found = re.fullmatch(
+            r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[^\s\]]+)?)\]|([^\s\[\]/:]+)):(\d{1,5})", address
+        )
+        if found is None or not 1 <= int(found[3]) <= 65535:
+            raise ConfigError(
+                f"cannot dial {address!r}: expected tcp://HOST:PORT with a port from 1 to 65535, and an IPv6 "
+                "address in brackets, as in tcp://[fd00::1]:7733"
+            )
+        host = found[1] or found[2]
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            if found[1]:
+                raise ConfigError(f"cannot dial {address!r}: {host} is no IPv6 address") from None
+            return cls(address, host, int(found[3]), numeric=False)
+        return cls(address, host, int(found[3]), numeric=True)
+
+    def endpoint(self, number: str) -> str:
+        """Return where one of its addresses is dialled."""
+        return f"tcp://[{number}]:{self.port}" if ":" in number else f"tcp://{number}:{self.port}"
+
+
+@dataclass
+class Route:
+    """Which address is dialled next. Sans I/O: what happened comes in, with the clock, and an address goes out.
+
+    Attributes:
+        found: what the name stood for when it was resolved last.
+        current: the address that is dialled at present; None before the first.
+    """
+
+    found: list[str] = field(default_factory=list)
+    current: str | None = None
+    _tried: set[str] = field(default_factory=set)
+    _pause: float = _CYCLE_SECONDS[0]
+    _paused_until: float = 0.0
+
+    def resolved(self, found: list[str], connected: bool) -> str | None:
+        """Take what the name stands for now; returns the address to go over to, or None to stay."""
+        self.found = found
+        if self.current in found or connected:
+            return None
+        self._tried.clear()
+        self.current = found[0]
+        return self.current
+
+    def failed(self, now: float) -> str | None:
+        """Note that there is no connection to the current address; returns another one, or None to stay.
+
+        libzmq goes on dialling an address that is stayed with.
+        """
+        if self.current is None or now < self._paused_until:
+            return None
+        self._tried.add(self.current)
+        for address in self.found:
+            if address not in self._tried:
+                self.current = address
+                return address
+        self._tried.clear()
+        self._paused_until = now + self._pause
+        self._pause = min(2 * self._pause, _CYCLE_SECONDS[1])
+        return None
+
+    def connected(self) -> None:
+        """Note that the current address answers."""
+        self._tried.clear()
+        self._pause = _CYCLE_SECONDS[0]
+
+
+class _Lookup:
+    """One question to the resolver, on a thread that nobody waits for: it can't be interrupted."""
+
+    def __init__(self, server: Server, done: Callable[[], None]) -> None:
+        self.since = time.monotonic()
+        self.ended = False
+        self.found: list[str] = []
+        self.error = ""
+        self._done = done
+        threading.Thread(
+            target=self._run, args=(server,), name="fedcore-lookup", daemon=True
+        ).start()
+
+    def _run(self, server: Server) -> None:
+        try:
+            rows = socket.getaddrinfo(server.host, server.port, type=socket.SOCK_STREAM)
+            self.found = list(dict.fromkeys(str(row[4][0]) for row in rows))
+            self.error = "" if self.found else "it has no address"
+        except (OSError, UnicodeError) as error:
+            self.error = getattr(error, "strerror", None) or str(error)
+        self.ended = True
+        self._done()
+
+
+class Dialler:
+    """Follows what becomes of a site's connection, and has the link dial.
+
+    Args:
+        server: which server.
+        monitor: where libzmq tells of the connection; the dialler's own.
+        dial: called with each endpoint to dial in place of the last one.
+        connected: called each time that a handshake has succeeded.
+        changed: called when one of the attributes below has changed.
+        secure: whether the link is encrypted.
+
+    Attributes:
+        refused: why the server will never take this link's handshake; else empty.
+        unresolved: why the server's name stands for no address at present; else empty.
+        up: whether there is a connection.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        monitor: zmq.Socket[bytes],
+        *,
+        dial: Callable[[str], None],
+        connected: Callable[[], None],
+        changed: Callable[[], None],
+        secure: bool,
+    ) -> None:
+        self.refused = self.unresolved = self._failure = ""
+        self.up = False
+        self._server = server
+        self._monitor = monitor
+        self._dial, self._connected, self._changed = dial, connected, changed
+        self._secure = secure
+        self._route = Route()
+        self._endpoint = self._left = ""
+        self._lookup: _Lookup | None = None
+        self._looked_up = -_LOOKUP_SECONDS
+        self._lock = threading.Lock()
+        self._closed = False
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._thread = threading.Thread(target=self._run, name="fedcore-dial", daemon=True)
+
+    @property
+    def hint(self) -> str:
+        """What the last failure points to; empty once a handshake has succeeded."""
+        if self.unresolved or self._failure:
+            return self.unresolved or self._failure
+        if self._route.current is None and not self._server.numeric:
+            return f"the name server (DNS) has not answered for {self._server.host} yet"
+        return ""
+
+    @property
+    def dials(self) -> bool:
+        """Whether there is an address to dial."""
+        return self._route.current is not None
+
+    def start(self) -> None:
+        """Begin: a numeric address is dialled before this returns."""
+        if self._server.numeric:
+            self._go(self._route.resolved([self._server.host], connected=False))
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop, without waiting for a name server."""
+        with self._lock:
+            self._closed = True
+            os.write(self._wake_write, b"Q")
+        self._thread.join()
+        with self._lock:
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+        self._monitor.close(linger=0)
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._monitor, zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
+        while not self._closed:
+            if self._route.current is None:
+                self._look_up()
+            ready = dict(poller.poll(self._patience_ms()))
+            if self._wake_read in ready:
+                os.read(self._wake_read, 4096)
+            before = (self.refused, self._failure, self.unresolved, self.up)
+            if self._monitor in ready:
+                event, endpoint = self._monitor.recv_multipart()
+                if endpoint.decode() != self._left:
+                    self._note(int.from_bytes(event[:2], sys.byteorder))
+            self._take_lookup()
+            if before != (self.refused, self._failure, self.unresolved, self.up):
+                self._changed()
+
+    def _patience_ms(self) -> int | None:
+        """Return when to go on though nothing has happened: a slow name server is to be named, or asked again."""
+        if self._lookup is not None:
+            until = None if self.unresolved else self._lookup.since + _SLOW_SECONDS
+        else:
+            until = None if self._route.current else self._looked_up + _LOOKUP_SECONDS
+        return None if until is None else max(0, round(1000 * (until - time.monotonic())) + 1)
+
+    def _note(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._failure = self.unresolved = ""
+            self.up = True
+            self._route.connected()
+            self._connected()
+            return
+        if event in (zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_DISCONNECTED):
+            self.up = False
+            if event == zmq.EVENT_CONNECT_RETRIED:
+                self._go(self._route.failed(time.monotonic()))
+                self._name_addresses()
+                self._look_up()
+            return
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self.refused = (
+                f"the server at {self._server.address} does not admit this key; ask its operator to admit the "
+                "public key (`fedcore admit`), or whether it was revoked"
+            )
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            self.refused = self._mismatch()
+        else:
+            self._failure = (
+                f"what listens at {self._server.address} ended the handshake: it has another key than server_key "
+                "in the kit, or does not speak encrypted"
+                if self._secure
+                else self._mismatch()
+            )
+
+    def _mismatch(self) -> str:
+        address = self._server.address
+        if self._secure:
+            return f"what listens at {address} does not speak encrypted; is it the right server?"
+        return (
+            f"the server at {address} wants an encrypted connection; set FEDCORE_KIT to the kit that its "
+            "operator made for this site"
+        )
+
+    def _name_addresses(self) -> None:
+        if not self._server.numeric and not self._failure and self._route.found:
+            self._failure = (
+                f"{self._server.host} is {', '.join(self._route.found)}, and nothing answers on port "
+                f"{self._server.port} there; is fedcore-server running, and is the port open?"
+            )
+
+    def _look_up(self) -> None:
+        """Ask what the name stands for, unless a question is open or was answered just now."""
+        now = time.monotonic()
+        if self._server.numeric or self._lookup is not None:
+            return
+        if now >= self._looked_up + _LOOKUP_SECONDS:
+            self._looked_up = now
+            self._lookup = _Lookup(self._server, self._wake)
+
+    def _take_lookup(self) -> None:
+        lookup = self._lookup
+        if lookup is None:
+            return
+        host = self._server.host
+        if not lookup.ended:
+            slow = time.monotonic() >= lookup.since + _SLOW_SECONDS
+            if slow and not self.up and self._route.current is None:
+                self._cannot(f"cannot resolve {host}: the name server (DNS) does not answer")
+            return
+        self._lookup = None
+        if lookup.found:
+            self.unresolved = ""
+            self._go(self._route.resolved(lookup.found, self.up))
+        elif not self.up:
+            self._cannot(f"cannot resolve {host}: {lookup.error}")
+
+    def _cannot(self, why: str) -> None:
+        self.unresolved = f"{why}; is the server's name right, and does DNS know it here?"
+
+    def _go(self, address: str | None) -> None:
+        if address is not None:
+            self._left, self._endpoint = self._endpoint, self._server.endpoint(address)
+            self._failure = ""
+            self._dial(self._endpoint)
+
+    def _wake(self) -> None:
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if not self._closed:
+                os.write(self._wake_write, b"L")

@@ -1,0 +1,235 @@
+"""A site whose connection carries nothing dials again; one whose name has several addresses tries them all."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import pytest
+
+from fedcore import dialling, protocol, transport
+from fedcore.client.session import Session
+from fedcore.client.settings import SiteSettings
+from fedcore.dialling import Route, Server
+from fedcore.errors import ConfigError, TransferTimeout
+from fedcore.status import StatusClient
+from fedcore.transport import Control, ServerLink, SiteLink
+
+from ..server.relay import Relay
+
+DEADLINE = 20.0
+NAME = "fed.example"
+NOWHERE = "fd00::dead"
+
+
+@pytest.fixture
+def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have sites ping, and find out that nothing comes back, ten times as fast."""
+    monkeypatch.setattr(transport, "HEARTBEAT_MS", 100)
+
+
+class Names:
+    """What a name server answers; a list of addresses, an error, or nothing until `free` is set."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, list[str] | OSError | None] = {}
+        self.free = threading.Event()
+        self.asked = 0
+
+    def __call__(self, host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        self.asked += 1
+        answer = self.answers[host]
+        if answer is None:
+            self.free.wait(DEADLINE)
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        if isinstance(answer, OSError):
+            raise answer
+        return [(0, 0, 0, "", (address, port)) for address in answer]
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
+    found = Names()
+    monkeypatch.setattr(transport, "CONNECT_MS", 300)
+    monkeypatch.setattr(dialling.socket, "getaddrinfo", found)
+    yield found
+    found.free.set()
+
+
+def linked(address: str) -> closing[SiteLink]:
+    return closing(SiteLink(address, uuid.uuid4().bytes))
+
+
+def until(condition: Callable[[], bool], link: SiteLink | ServerLink) -> None:
+    """Wait until something holds, looking when the link has news."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to that"
+        link.recv(0.05)
+
+
+def port_of(link: ServerLink) -> int:
+    return int(link.endpoint.rpartition(":")[2])
+
+
+def named(server: ServerLink) -> str:
+    return f"tcp://{NAME}:{port_of(server)}"
+
+
+def heard(server: ServerLink, seconds: float = DEADLINE) -> Control:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        arrived = server.recv(deadline - time.monotonic())
+        if isinstance(arrived, Control):
+            return arrived
+    raise AssertionError("nothing was heard")
+
+
+def test_a_link_whose_packets_vanish_is_dialled_again(pump: str, brisk: None) -> None:
+    with (
+        closing(ServerLink("tcp://127.0.0.1:0")) as server,
+        Relay(server.endpoint) as relay,
+        linked(relay.address) as site,
+    ):
+        until(lambda: site.exchange.last_heard(b"") is not None, site)
+        relay.swallow()
+        site.send(protocol.Alive())
+        until(lambda: site.connections == 2, site)
+        site.send(protocol.Problem(message="back"))
+        assert b"back" in heard(server).body
+        assert relay.dials >= 2
+
+
+def test_a_link_that_is_answered_is_left_alone(pump: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "HEARTBEAT_MS", 400)
+    with (
+        closing(ServerLink("tcp://127.0.0.1:0")) as server,
+        Relay(server.endpoint) as relay,
+        linked(relay.address),
+    ):
+        start = relay.up.passed
+        relay.up.until(lambda passed: passed > start + 8 * protocol.HEADER_BYTES)
+        assert relay.dials == 1
+
+
+def test_the_system_gives_a_sites_connection_up_within_seconds() -> None:
+    with closing(ServerLink("tcp://127.0.0.1:0")) as server, linked(server.endpoint) as site:
+        assert site._net.getsockopt(transport.zmq.TCP_MAXRT) <= 5000
+        assert site._net.getsockopt(transport.zmq.CONNECT_TIMEOUT) <= 3000
+
+
+@pytest.mark.parametrize("listen", ["tcp://[::1]:0", "tcp://127.0.0.1:0"])
+def test_all_addresses_of_a_name_are_tried(pump: str, names: Names, listen: str) -> None:
+    names.answers[NAME] = [NOWHERE, "127.0.0.1", "::1"]
+    with closing(ServerLink(listen)) as server, linked(named(server)) as site:
+        site.send(protocol.Problem(message="hello"))
+        assert b"hello" in heard(server).body
+        assert not site.hint
+
+
+def test_a_name_of_ipv6_alone_is_dialled(names: Names) -> None:
+    names.answers[NAME] = ["::1"]
+    with closing(ServerLink("tcp://[::1]:0")) as server, linked(named(server)) as site:
+        site.send(protocol.Problem(message="hello"))
+        assert b"hello" in heard(server).body
+
+
+def test_a_server_that_moves_with_its_name_is_found_again(pump: str, names: Names) -> None:
+    names.answers[NAME] = ["127.0.0.1"]
+    first = ServerLink("tcp://127.0.0.1:0")
+    with linked(named(first)) as site:
+        until(lambda: site.connections == 1, site)
+        with closing(ServerLink(f"tcp://127.0.0.2:{port_of(first)}")) as second:
+            names.answers[NAME] = ["127.0.0.2"]
+            first.close()
+            until(lambda: site.connections == 2, site)
+            site.send(protocol.Problem(message="moved"))
+            assert b"moved" in heard(second).body
+
+
+def test_a_name_that_does_not_resolve_is_said_at_once_and_tried_on(names: Names) -> None:
+    names.answers[NAME] = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    with closing(ServerLink("tcp://127.0.0.1:0")) as server, linked(named(server)) as site:
+        until(lambda: bool(site.unresolved), site)
+        assert f"cannot resolve {NAME}: Name or service not known" in site.unresolved
+        site.send(protocol.Problem(message="patience"))
+        names.answers[NAME] = ["127.0.0.1"]
+        assert b"patience" in heard(server).body
+        until(lambda: not site.unresolved, site)
+
+
+def test_a_name_server_that_does_not_answer_delays_no_deadline(names: Names) -> None:
+    names.answers[NAME] = None
+    began = time.monotonic()
+    with (
+        pytest.raises(TransferTimeout, match=rf"within 0.3 s; .*DNS.* {NAME}"),
+        StatusClient(f"tcp://{NAME}:7733") as client,
+    ):
+        client.ask(0.3)
+    session = Session(SiteSettings(server=f"tcp://{NAME}:7733", site="a", connect_timeout=0.3))
+    with closing(session), pytest.raises(TransferTimeout, match=rf"DNS.* {NAME}"):
+        session.is_running()
+    assert time.monotonic() - began < 5
+
+
+def test_nobodys_link_waits_for_the_lookup_of_another(names: Names) -> None:
+    names.answers.update({NAME: ["127.0.0.1"], "gone.example": None})
+    with (
+        linked("tcp://gone.example:7733"),
+        closing(ServerLink("tcp://127.0.0.1:0")) as server,
+        linked(named(server)) as site,
+    ):
+        site.send(protocol.Problem(message="hello"))
+        assert b"hello" in heard(server).body
+
+
+def test_a_name_whose_addresses_do_not_answer_is_named_with_them(names: Names) -> None:
+    names.answers[NAME] = [NOWHERE, "127.0.0.1"]
+    with closing(ServerLink("tcp://127.0.0.1:0")) as probe:
+        address = named(probe)
+    with linked(address) as site:
+        until(lambda: f"{NAME} is {NOWHERE}, 127.0.0.1" in site.hint, site)
+
+
+def test_addresses_that_all_fail_are_tried_again_after_a_pause_that_grows() -> None:
+    route = Route()
+    assert route.resolved(["a", "b", "c"], connected=False) == "a"
+    assert [route.failed(0.0), route.failed(0.0), route.failed(0.0)] == ["b", "c", None]
+    assert route.failed(0.05) is None
+    assert [route.failed(0.2), route.failed(0.2), route.failed(0.2)] == ["a", "b", None]
+    assert route.failed(0.35) is None
+    assert route.failed(0.45) == "a"
+    route.connected()
+    assert route.resolved(["b"], connected=True) is None
+    assert route.resolved(["b"], connected=False) == "b"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://host", "tcp://host:0", "tcp://host:99999", "tcp://host:x", "ipc:///tmp/x", "host:7733",
+        "tcp://:7733", "tcp://fd00::1:7733", "tcp://[fd00::x]:7733", "tcp://[1.2.3.4]x:7733", "",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match="cannot dial"):
+        SiteLink(address, uuid.uuid4().bytes)
+
+
+@pytest.mark.parametrize(
+    ("address", "host", "numeric"),
+    [
+        ("tcp://10.0.0.1:7733", "10.0.0.1", True),
+        ("tcp://[fd00::1]:7733", "fd00::1", True),
+        ("tcp://[fe80::1%eth0]:7733", "fe80::1%eth0", True),
+        ("tcp://fed.example:7733", "fed.example", False),
+    ],
+)
+def test_an_address_is_taken_apart(address: str, host: str, numeric: bool) -> None:
+    found = Server.of(address)
+    assert (found.host, found.port, found.numeric) == (host, 7733, numeric)
+    assert not numeric or found.endpoint(host) == address
