@@ -1,7 +1,9 @@
 """Ends process groups when the process that started them is gone, however it ended.
 
-Run as a script with a pipe on stdin: each line is ``+PID`` (a group to look after) or ``-PID`` (it has ended).
-At the end of the input, which comes when the other process dies, what is left is terminated and then killed.
+Run as a script with a pipe on stdin: each line is ``+PID`` (a group to look after), ``-PID`` (it has ended) or
+``=MARK`` (a value of the environment variable ``FEDCORE_SIMULATION``: whoever has it is looked after as well, in
+whatever group or session). At the end of the input, which comes when the other process dies, what is left is
+terminated and then killed.
 Uses the standard library only, so that it starts in no time.
 """
 
@@ -16,17 +18,21 @@ from collections.abc import Iterable
 from typing import Final
 
 _GRACE_SECONDS: Final = 2.0
+_SWEEPS: Final = 20
+MARK: Final = "FEDCORE_SIMULATION"
 
 
 def watch(lines: Iterable[str]) -> None:
     """Follow ``lines`` to their end, then end the groups that are left."""
     groups: set[int] = set()
+    mark = ""
     for line in lines:
-        group = int(line[1:])
-        if line[0] == "+":
-            groups.add(group)
+        if line[0] == "=":
+            mark = line[1:].strip()
+        elif line[0] == "+":
+            groups.add(int(line[1:]))
         else:
-            groups.discard(group)
+            groups.discard(int(line[1:]))
     for group in groups:
         end_group(group, signal.SIGTERM)
     until = time.monotonic() + _GRACE_SECONDS
@@ -35,6 +41,33 @@ def watch(lines: Iterable[str]) -> None:
         time.sleep(0.05)
     for group in groups:
         end_group(group, signal.SIGKILL)
+    end_marked(mark)
+
+
+def end_marked(mark: str) -> None:
+    """Kill every process whose environment holds this mark: those that left their group and session, too."""
+    own = {os.getpid(), os.getppid()}
+    for _ in range(_SWEEPS):  # one may fork while they are looked for
+        found = [pid for pid in _marked(mark) if pid not in own] if mark else []
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if not found:
+            return
+        time.sleep(0.02)
+
+
+def _marked(mark: str) -> list[int]:
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    with contextlib.suppress(OSError):  # a system without /proc: process groups must do
+        for entry in os.scandir("/proc"):
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError), open(f"/proc/{entry.name}/environ", "rb") as file:  # noqa: PTH123
+                if wanted in file.read().split(b"\0"):
+                    found.append(int(entry.name))
+    return found
 
 
 def end_group(group: int, number: int) -> bool:

@@ -8,10 +8,10 @@ import importlib.util
 import logging
 import signal
 import sys
-import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,20 +20,18 @@ from .cli_common import INTERRUPTED, reported
 from .cli_evaluate import evaluate
 from .cli_inspect import inspect
 from .cli_partition import partition
-from .cli_security import Insecure, InsecureNetwork, KitFolder, register
+from .cli_security import Insecure, InsecureNetwork, register
+from .cli_status import WATCH_SECONDS, status
 from .cli_steering import register as register_steering
 from .errors import ConfigError
 
 if TYPE_CHECKING:
     from .config import RunConfig
-    from .protocol import StatusReply
     from .server.service import Server
     from .simulate import SimulationResult
-    from .status import Target
 
 __all__ = ["main", "server_main"]
 
-_WATCH_SECONDS: Final = 0.5
 
 app = typer.Typer(
     name="fedcore",
@@ -80,15 +78,14 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+ShowVersion = Annotated[
+    bool,
+    typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit."),
+]
+
+
 @app.callback()
-def _options(
-    _: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, help="Show the version and exit."
-        ),
-    ] = False,
-) -> None:
+def _options(_: ShowVersion = False) -> None:
     pass
 
 
@@ -109,8 +106,9 @@ def server(  # noqa: PLR0917 - typer calls it by name
     ] = False,
     insecure: Insecure = False,
     insecure_network: InsecureNetwork = False,
+    _: ShowVersion = False,
 ) -> None:
-    """Serve one run: wait for the sites, run the rounds, keep the best model.
+    """Serve one run: run the rounds and keep the best model.
 
     The run file's [server] keys names the server's kit, which `fedcore provision` makes; without it, --insecure
     asks for plain text, on this machine alone.
@@ -171,8 +169,15 @@ def _log_to(path: Path, level: int) -> None:
     log = logging.getLogger("fedcore.server")
     log.setLevel(level)
     for handler in (logging.StreamHandler(), logging.FileHandler(path)):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Stamped("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
+
+
+class _Stamped(logging.Formatter):
+    """Writes times as ISO 8601 has them, with the offset to UTC: a run may last days, in several zones."""
+
+    def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:  # noqa: N802
+        return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="seconds")
 
 
 @app.command()
@@ -187,10 +192,11 @@ def simulate(
         bool, typer.Option("--insecure", help="Plain text instead of keys that are thrown away.")
     ] = False,
 ) -> None:
-    """Start the server and all sites of a run on this machine, as real processes on loopback.
+    """Run the server and all sites of a run on this machine.
 
-    The run file's [simulate] section says which script each site runs. Logs of all processes lie in
-    RUN_FOLDER/logs. A terminal gets a live view, a pipe the server's log lines.
+    All are real processes, on the loopback interface. The run file's [simulate] section says which script each
+    site runs. Logs of all processes lie in RUN_FOLDER/logs. A terminal gets a live view, a pipe the server's log
+    lines.
 
     \b
     Examples:
@@ -201,6 +207,7 @@ def simulate(
 
     overrides = [*overrides, *_plain_text(insecure, False)]
     config = load_run_file(run_file, overrides)
+    _end_as_by_ctrl_c(signal.SIGTERM, signal.SIGHUP)
     if sys.stdout.isatty() and not plain:
         result = _simulate_live(run_file, config, overrides)
     else:
@@ -217,12 +224,23 @@ def simulate(
         typer.echo(f"results: {result.folder / 'results.json'}")
 
 
+def _end_as_by_ctrl_c(*numbers: signal.Signals) -> None:
+    """Let signals end this process as Ctrl-C does, but for those that are ignored, as SIGHUP under nohup."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
 def _simulate_live(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:
     from .simulate import simulate as run
     from .status import following, read_summary
     from .view import LiveView
 
-    with LiveView() as view, following(view.show, config.run_folder, _WATCH_SECONDS) as tick:
+    with LiveView() as view, following(view.show, config.run_folder, WATCH_SECONDS) as tick:
         result = run(run_file, config, overrides=overrides, tick=tick)
         if result.status == 0:
             view.show(read_summary(result.folder))
@@ -249,91 +267,6 @@ def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> 
     ):  # else the result says what failed; that the server was ended then is no news
         tick()
     return result
-
-
-@app.command()
-@reported
-def status(  # noqa: PLR0917
-    target: Annotated[
-        str | None,
-        typer.Argument(
-            help="A run folder or a server's address.  [default: the kit's server]",
-            metavar="[RUN_FOLDER|tcp://...]",
-        ),
-    ] = None,
-    watch: Annotated[
-        bool, typer.Option("--watch", "-w", help="Show it until the run ends.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
-    kit: KitFolder = None,
-    insecure: Insecure = False,
-    insecure_network: InsecureNetwork = False,
-) -> None:
-    """Show how a run stands: rounds, sites, bytes, metrics.
-
-    Given a run folder, asks the server that works on it; of a run that has ended, shows the summary. With
-    --watch, a terminal gets a live view, a pipe one line per change (with --json, one JSON text per line).
-
-    \b
-    Examples:
-      fedcore status runs/sentiment
-      fedcore status runs/sentiment --watch
-      fedcore status --kit kits/dashboard --json
-    """
-    from .status import ask_status, find_target, read_summary
-
-    found = find_target(target, kit, insecure, insecure_network)
-    if found is None:
-        _print_status(read_summary(Path(target or "")), as_json)
-    elif watch:
-        _watch(found, timeout, as_json)
-    else:
-        _print_status(ask_status(found.address, timeout, found.credentials), as_json)
-
-
-def _print_status(reply: StatusReply, as_json: bool) -> None:
-    if as_json:
-        from .protocol import strict_json
-
-        typer.echo(strict_json(reply.model_dump(exclude=reply.left_out()), indent=2))
-        return
-    from rich.console import Console
-
-    from .view import render
-
-    Console().print(render(reply))
-
-
-def _watch(target: Target, timeout: float, as_json: bool) -> None:
-    """Show snapshots until the run is over; a server that goes away afterwards is no error."""
-    import contextlib
-
-    from .protocol import ENDED
-    from .status import StatusClient
-    from .view import LiveView, PlainLines
-
-    with contextlib.ExitStack() as stack:
-        client = stack.enter_context(StatusClient(target.address, target.credentials))
-        show: Callable[[StatusReply], object]
-        if as_json:
-            from .protocol import strict_json
-
-            def show(reply: StatusReply) -> None:
-                typer.echo(strict_json(reply.model_dump(exclude=reply.left_out())))
-
-        elif sys.stdout.isatty():
-            show = stack.enter_context(LiveView()).show
-        else:
-            show = PlainLines(typer.echo).show
-        while True:
-            reply = client.ask(timeout)
-            show(reply)
-            if reply.phase in ENDED:
-                break
-            time.sleep(_WATCH_SECONDS)
-    if reply.phase != "done":
-        raise typer.Exit(INTERRUPTED if reply.phase == "stopped" else 1)
 
 
 @app.command()
@@ -438,9 +371,10 @@ def demo(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for downloads.")] = None,
 ) -> None:
-    """Fine-tune a real language model at three sites of this machine, and compare with training alone.
+    """Fine-tune a real language model at three sites.
 
-    Needs the package's demo extra. The exit status is 0 only if the federated model beats every local one.
+    The federated model is compared with what each site reaches alone. Needs the package's demo extra. The exit
+    status is 0 only if the federated model beats every local one.
 
     \b
     Examples:
@@ -466,6 +400,7 @@ app.command(
     }
 )(inspect)
 app.command()(partition)
+app.command()(status)
 register(app)
 register_steering(app)
 app.command()(evaluate)

@@ -59,8 +59,9 @@ def evaluate(
     insecure_network: InsecureNetwork = False,
     timeout: Timeout = 5.0,
 ) -> None:
-    """Have the last model of a paused run scored by all sites that have not scored it, or a model by lm-eval.
+    """Score a model: at the sites of a paused run, or here.
 
+    Without --tasks, all sites of a paused run score its last model, those that have done so already left out.
     With --tasks, lm-eval scores a causal language model on this machine: multiple choice, zero-shot, with its own
     standard errors. Where a hub can be reached, all names that lm-eval knows will do (hellaswag, piqa, ...).
     local_piqa, local_openbookqa, local_commonsense_qa, local_social_iqa and local_boolq take rows and gold labels

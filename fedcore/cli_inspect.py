@@ -43,7 +43,7 @@ def inspect(
         bool, typer.Option("--json", help="Print it as JSON, with the texts of the files.")
     ] = False,
 ) -> None:
-    """List what a training script would send, without contacting any server.
+    """List what a training script would send, without a server.
 
     Runs the script as it stands up to the point where it would first show its tensors to a server, and ends it
     there. What follows TARGET is passed to the script. --include and --exclude are those of FEDCORE_INCLUDE and

@@ -49,7 +49,7 @@ def provision(
         typer.Option("--out", "-o", help="Folder of the kits.  [default: kits, beside the file]"),
     ] = None,
 ) -> None:
-    """Make the server's keys and a kit for each site, observer and operator of a project.
+    """Make the server's keys and a kit for each party of a project.
 
     A kit is a folder with its owner's secret key and what it takes to reach the server: hand it over on a way
     that you trust, and delete it here. Called again with more names, it makes the missing kits alone.
@@ -96,7 +96,9 @@ def keygen(
         str, typer.Option(help="The name by which the server is to know this key.")
     ] = "",
 ) -> None:
-    """Make a kit whose secret key never leaves this machine, and show the public half to be admitted.
+    """Make a kit whose secret key never leaves this machine.
+
+    It shows the public half, which the server has to admit.
 
     With --like, it is the next key of the same name: admit it, start with it, then revoke the old one.
 
@@ -120,7 +122,9 @@ def admit(
     role: Annotated[_Role, typer.Option(help="What the key may do.")] = _Role.SITE,
     server_kit: ServerKit = Path("kits/server"),
 ) -> None:
-    """Put a public key on the server's allow-list; a server that runs takes it within a second.
+    """Put a public key on the server's allow-list.
+
+    A server that runs takes it up within a second.
 
     A name may have two keys, so that one can take the other's place.
 

@@ -34,9 +34,9 @@ def pause(
     insecure_network: InsecureNetwork = False,
     timeout: Timeout = 5.0,
 ) -> None:
-    """Let a run finish the round under way and begin no other until `fedcore resume`.
+    """Begin no other round after the one under way.
 
-    A server that is started again is no longer paused.
+    `fedcore resume` lets the run go on. A server that is started again is no longer paused.
 
     \b
     Examples:
@@ -72,7 +72,7 @@ def stop(
     insecure_network: InsecureNetwork = False,
     timeout: Timeout = 5.0,
 ) -> None:
-    """End a run cleanly with what is committed, as Ctrl-C at the server does.
+    """End a run with what is committed, as Ctrl-C does.
 
     \b
     Examples:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,8 @@ def simulate(
 
     A site that fails does not end the run while enough others are left for ``participants.min_results``. When
     the run is complete, the scripts get ten minutes for what they do after it.
-    Whatever ends this process, Ctrl-C, an error or ``kill -9``, ends all the others too.
+    Whatever ends this process, Ctrl-C, an error or ``kill -9``, ends all the others too, and what they have
+    started in sessions of their own.
 
     Args:
         run_file: the run file, which the server reads itself.
@@ -197,12 +199,14 @@ class _Children:
 
     def __init__(self, logs: Path) -> None:
         self._logs = logs
+        self._mark = uuid.uuid4().hex
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._watchdog = subprocess.Popen(
             [sys.executable, "-P", str(Path(_watchdog.__file__))],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
+        self._tell(f"={self._mark}")
 
     def __enter__(self) -> _Children:
         return self
@@ -211,6 +215,7 @@ class _Children:
         try:
             self._end()
         finally:
+            _watchdog.end_marked(self._mark)
             assert self._watchdog.stdin is not None
             self._watchdog.stdin.close()
             self._watchdog.wait()
@@ -238,16 +243,22 @@ class _Children:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", SECRET_ENV: "", **env},
+                env={
+                    **os.environ,
+                    "PYTHONUNBUFFERED": "1",
+                    SECRET_ENV: "",
+                    _watchdog.MARK: self._mark,
+                    **env,
+                },
                 start_new_session=True,  # Ctrl-C reaches this process alone, which ends the others in order
             )
         self._children[name] = child
-        self._tell("+", child.pid)
+        self._tell(f"+{child.pid}")
 
-    def _tell(self, sign: str, pid: int) -> None:
+    def _tell(self, line: str) -> None:
         assert self._watchdog.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._watchdog.stdin.write(f"{sign}{pid}\n".encode())
+            self._watchdog.stdin.write(f"{line}\n".encode())
             self._watchdog.stdin.flush()
 
     def _end(self) -> None:
@@ -263,7 +274,7 @@ class _Children:
             for child in self._children.values():
                 _watchdog.end_group(child.pid, signal.SIGKILL)  # and what a site has started itself
                 child.wait()
-                self._tell("-", child.pid)
+                self._tell(f"-{child.pid}")
 
 
 def _await_endpoint(children: _Children, path: Path) -> str:

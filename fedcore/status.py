@@ -30,6 +30,7 @@ __all__ = [
     "following",
     "is_served",
     "read_summary",
+    "snapshots",
 ]
 
 logger = logging.getLogger("fedcore")
@@ -131,6 +132,54 @@ def following(
                 show(client.ask(seconds))
 
         yield tick
+
+
+def snapshots(
+    target: Target, folder: Path | None, timeout: float
+) -> Iterator[tuple[protocol.StatusReply, str]]:
+    """Yield a snapshot of a server whenever asked for one, with a note while it does not answer.
+
+    A server that was started again is found by its run folder, also where its address and key are others now.
+
+    Args:
+        target: the server.
+        folder: its run folder, if it is on this machine.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        TransferTimeout: no answer to the first question.
+        RefusedError: the server does not take this key, or not for this.
+    """
+    before = None if folder is None else _stamp(folder)
+    client = StatusClient(target.address, target.credentials)
+    try:
+        last = client.ask(timeout)
+        since = time.monotonic()
+        yield last, ""
+        while True:
+            try:
+                last = client.ask(timeout)
+                since, note = time.monotonic(), ""
+            except TransferTimeout:
+                note = f"no answer from {target.address} for {time.monotonic() - since:.0f} s; still asking"
+                if folder is not None:
+                    found = find_server(folder)
+                    if found is None and _stamp(folder) != before:
+                        last, note = read_summary(folder), ""
+                    elif found is not None and found != target:
+                        client.close()
+                        target = found
+                        client = StatusClient(target.address, target.credentials)
+            yield last, note
+    finally:
+        client.close()
+
+
+def _stamp(folder: Path) -> int:
+    """Return when the summary of a run was last written; the server writes it as the run ends."""
+    with contextlib.suppress(OSError):
+        return (folder / "summary.json").stat().st_mtime_ns
+    return 0
 
 
 def ask_status(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from rich.console import Console, Group, RenderableType
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .protocol import ENDED, SiteStatus, StatusReply, VersionStatus
+from .words import plural
 
 __all__ = ["LiveView", "PlainLines", "human_bytes", "human_seconds", "render"]
 
@@ -25,6 +26,10 @@ _STYLES: Final = {
     "absent": "dim",
 }
 _SHOWN_VERSIONS: Final = 8
+_SHOWN_SITES: Final = 12
+"""Up to so many sites have a line each; of more, a line says how many are in each state."""
+_SHOWN_NOTES: Final = 6
+_SHOWN_NAMES: Final = 6
 _BAR_WIDTH: Final = 40
 
 
@@ -51,21 +56,65 @@ def human_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def render(reply: StatusReply) -> RenderableType:
-    """Draw a snapshot: the run's line, the round's bar, the sites, and the metrics of each model."""
+def render(reply: StatusReply, note: str = "") -> RenderableType:
+    """Draw a snapshot: the run's line, the round's bar, the metrics of each model, and the sites.
+
+    Args:
+        reply: the snapshot.
+        note: shown below it, such as that the server does not answer any more.
+    """
     parts: list[RenderableType] = [Text(_headline(reply), style="bold"), Text(_traffic(reply))]
     done, total, what = _progress(reply)
     if total:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(total, done, width=_BAR_WIDTH), Text(what))
         parts.append(bar)
+    if reply.versions:
+        parts.append(_model_table(reply))
     if reply.phase != "done" or any(site.message for site in reply.sites):
-        parts.append(_site_table(reply))
-    parts.append(_model_table(reply))
+        parts += _sites(reply)
     if reply.message:
         style = "red" if reply.phase == "failed" else ""
         parts.append(Text(reply.message, style=style))
+    if note:
+        parts.append(Text(note, style="yellow"))
     return Group(*parts)
+
+
+def _sites(reply: StatusReply) -> list[RenderableType]:
+    if len(reply.sites) <= _SHOWN_SITES:
+        return [_site_table(reply.sites)]
+    noted = [site for site in reply.sites if site.message]
+    parts: list[RenderableType] = [_state_table(reply)]
+    if noted:
+        parts.append(_site_table(noted[:_SHOWN_NOTES]))
+    if len(noted) > _SHOWN_NOTES:
+        parts.append(
+            Text(f"{plural(len(noted) - _SHOWN_NOTES, 'more site')} with a note; --json shows all")
+        )
+    return parts
+
+
+def _state_table(reply: StatusReply) -> Table:
+    """Count the sites in each state, the state of most of them first."""
+    groups: dict[str, list[SiteStatus]] = {}
+    for site in reply.sites:
+        groups.setdefault(site.state, []).append(site)
+    table = Table("state", "sites", "examples", "who")
+    for state, sites in sorted(groups.items(), key=lambda item: -len(item[1])):
+        examples = sum(site.examples or 0 for site in sites)
+        table.add_row(
+            Text(state, style=_STYLES.get(state, "")),
+            str(len(sites)),
+            f"{examples:,}" if examples else "",
+            _names([site.site for site in sites]),
+        )
+    return table
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN_NAMES])
+    return shown if len(names) <= _SHOWN_NAMES else f"{shown} and {len(names) - _SHOWN_NAMES} more"
 
 
 def _headline(reply: StatusReply) -> str:
@@ -93,9 +142,9 @@ def _progress(reply: StatusReply) -> tuple[int, int, str]:
     return delivered, len(reply.sites), f"{delivered} of {len(reply.sites)} sites delivered"
 
 
-def _site_table(reply: StatusReply) -> Table:
+def _site_table(sites: Sequence[SiteStatus]) -> Table:
     table = Table("site", "state", "examples", "training", "note")
-    for site in reply.sites:
+    for site in sites:
         table.add_row(
             site.site,
             Text(site.state, style=_STYLES.get(site.state, "")),
@@ -130,7 +179,7 @@ def _model_table(reply: StatusReply) -> Table:
             f"{label} (best)" if best else label,
             *cells,
             seconds,
-            ", ".join(version.participants),
+            _names(version.participants),
             style="bold green" if best else "",
         )
     return table
@@ -161,9 +210,9 @@ class LiveView:
     def __exit__(self, *_: object) -> None:
         self._live.stop()
 
-    def show(self, reply: StatusReply) -> None:
-        """Draw a snapshot in the place of the last one."""
-        self._live.update(render(reply), refresh=True)
+    def show(self, reply: StatusReply, note: str = "") -> None:
+        """Draw a snapshot in the place of the last one, with a note below it."""
+        self._live.update(render(reply, note), refresh=True)
 
 
 class PlainLines:
@@ -171,14 +220,19 @@ class PlainLines:
 
     def __init__(self, write: Callable[[str], object]) -> None:
         self._write = write
-        self._phase = ""
+        self._phase = self._note = ""
         self._states: dict[str, str] = {}
         self._versions: dict[int, str] = {}
 
-    def show(self, reply: StatusReply) -> None:
-        """Write what is new in a snapshot."""
+    def show(self, reply: StatusReply, note: str = "") -> None:
+        """Write what is new in a snapshot, and a note if it is another one than before."""
         for line in self._news(reply):
             self._write(line)
+        if note and not self._note:
+            self._write(note)
+        elif self._note and not note:
+            self._write("the server answers again")
+        self._note = note
 
     def _news(self, reply: StatusReply) -> Iterator[str]:
         for version in reply.versions:
@@ -202,6 +256,6 @@ class PlainLines:
 def _version_line(version: VersionStatus, reply: StatusReply) -> str:
     label = "initial model" if version.version == 0 else f"model of round {version.version}"
     metrics = "".join(f", {name} {value:.4g}" for name, value in version.metrics.items())
-    sites = f" of {', '.join(version.participants)}" if version.participants else ""
+    sites = f" of {_names(version.participants)}" if version.participants else ""
     best = " (best)" if version.version == reply.best_version else ""
     return f"{label}{sites}{metrics}{best}"

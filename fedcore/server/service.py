@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Final
@@ -42,7 +44,7 @@ from .participation import Delivery, Roster
 from .peers import Peer, Peers
 from .rounds import Phase
 from .selection import SiteScore
-from .status import StatusBuilder, merge_metrics, within_a_message
+from .status import StatusBuilder, Watchers, merge_metrics, within_a_message
 from .steering import steer
 from .store import Store, VersionRow
 from .tasks import make_rounds
@@ -156,6 +158,7 @@ class Server:
         for site in self._agreement.sites():
             if not self._access.knows(site):  # its key was revoked while no server was here
                 self._agreement.forget(site)
+        self._watchers = Watchers()
         if endpoint_file is not None:
             partial = endpoint_file.with_suffix(".partial")
             partial.write_text(self.endpoint, encoding="utf-8")
@@ -230,6 +233,10 @@ class Server:
         self._link.wake()
 
     def _begin(self) -> None:
+        logger.info(
+            "fedcore %s, run %s (id %s), process %d on %s",
+            __version__, self.config.run.name, self._store.run_id, os.getpid(), socket.gethostname(),
+        )  # fmt: skip
         version = self._store.last_version
         if version is not None:
             self._versions.open_last(version)
@@ -691,7 +698,9 @@ class Server:
     def _say_goodbye(self) -> None:
         """Answer for a moment longer, so that every site and viewer hears of the end; another signal ends it."""
         until, requests = time.monotonic() + _GOODBYE_SECONDS, self._requests
-        while len(self._peers) and time.monotonic() < until and self._requests == requests:
+        while len(self._peers) or self._watchers.present:
+            if time.monotonic() > until or self._requests != requests:
+                return
             try:
                 arrived = self._link.recv(0.2)
             except KeyboardInterrupt:
@@ -710,6 +719,10 @@ class Server:
                 self._peers.remove(arrived.peer)
 
     def _reply_status(self, peer: bytes) -> None:
+        if self._result is None:
+            self._watchers.note(peer)
+        else:
+            self._watchers.forget(peer)
         if self._peers.may_have(peer, self._status.reply_bytes):
             reply, self._status.reply_bytes = within_a_message(self._snapshot())
             self._link.send(peer, reply)

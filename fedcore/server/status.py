@@ -14,11 +14,13 @@ from .rounds import Rounds
 from .selection import weighted_metrics
 from .store import Store
 
-__all__ = ["StatusBuilder", "merge_metrics", "within_a_message"]
+__all__ = ["StatusBuilder", "Watchers", "merge_metrics", "within_a_message"]
 
 
 # Of a long run only the latest versions are shown; the run folder has all of them.
 _MAX_VERSIONS: Final = 200
+_MAX_WATCHERS: Final = 64
+_WATCHER_SECONDS: Final = 5.0
 _MAX_SITES: Final = 1000
 """Of so many that they fill a message, these are shown; fewer if they say much."""
 
@@ -44,6 +46,29 @@ def within_a_message(reply: protocol.StatusReply) -> tuple[protocol.StatusReply,
             sites = sites[: len(sites) // 2]
         reply = reply.model_copy(update={"sites": sites, "versions": versions})
     return reply, size
+
+
+class Watchers:
+    """Who looks on again and again: they are answered once more when the run is over."""
+
+    def __init__(self) -> None:
+        self._asked: dict[bytes, float] = {}
+
+    def note(self, peer: bytes) -> None:
+        """Note that a peer has asked."""
+        if peer in self._asked or len(self._asked) < _MAX_WATCHERS:
+            self._asked[peer] = time.monotonic()
+
+    def forget(self, peer: bytes) -> None:
+        """Note that a peer knows of the end."""
+        self._asked.pop(peer, None)
+
+    @property
+    def present(self) -> bool:
+        """Whether a peer that asked a moment ago does not know of the end yet."""
+        now = time.monotonic()
+        self._asked = {p: at for p, at in self._asked.items() if now - at < _WATCHER_SECONDS}
+        return bool(self._asked)
 
 
 class StatusBuilder:

@@ -39,6 +39,13 @@ def test_the_help_names_every_command() -> None:
         assert f"  {name} " in text
 
 
+def test_the_summary_of_each_command_fits_into_80_columns() -> None:
+    lines = CliRunner().invoke(app, ["--help"], terminal_width=80).output.splitlines()
+    commands = lines[lines.index("Commands:") + 1 :]
+    assert len(commands) >= len(COMMANDS)
+    assert [line for line in commands if line.endswith("...")] == []
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_commands_help_explains_every_option_and_gives_an_example(name: str) -> None:
     result = CliRunner().invoke(app, [name, "--help"])

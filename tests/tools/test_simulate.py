@@ -23,6 +23,7 @@ from fedcore.status import find_server, read_summary
 from .conftest import ADD_ONE
 
 RunFile = Callable[..., Path]
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def run(path: Path) -> SimulationResult:
@@ -189,10 +190,18 @@ ENDLESS = (
     + """
         import os, pathlib, subprocess, sys
         if "child" not in globals():
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-            pathlib.Path(os.environ["PIDS"], os.environ["FEDCORE_SITE"]).write_text(f"{os.getpid()} {child.pid}")
+            sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+            child, daemon = subprocess.Popen(sleep), subprocess.Popen(sleep, start_new_session=True)
+            pids = f"{os.getpid()} {child.pid} {daemon.pid}"
+            pathlib.Path(os.environ["PIDS"], os.environ["FEDCORE_SITE"]).write_text(pids)
 """
 )
+
+
+def _heed_signals() -> None:
+    """Jobs that a shell starts in the background inherit an ignored SIGINT, those of nohup an ignored SIGHUP."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -214,8 +223,7 @@ def endless(
         env={**os.environ, "PIDS": str(pids)},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # Jobs that a shell starts in the background inherit an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=_heed_signals,  # noqa: PLW1509
     )
     wait_until(lambda: len([p for p in pids.iterdir() if p.read_text()]) == 2)
     started = [int(word) for path in pids.iterdir() for word in path.read_text().split()]
@@ -242,11 +250,14 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_ctrl_c_ends_everything_with_the_last_round_on_disk(
-    endless: tuple[subprocess.Popen[bytes], list[int]], tmp_path: Path
+@pytest.mark.parametrize("number", ENDING)
+def test_ctrl_c_and_its_like_end_everything_with_the_last_round_on_disk(
+    endless: tuple[subprocess.Popen[bytes], list[int]], tmp_path: Path, number: signal.Signals
 ) -> None:
+    """Also what a site has started in a session of its own."""
     parent, started = endless
-    parent.send_signal(signal.SIGINT)
+    assert all(map(alive, started))
+    parent.send_signal(number)
     assert parent.wait(30) == 130
     wait_until(lambda: not any(map(alive, started)))
     summary = json.loads((tmp_path / "runs" / "t" / "summary.json").read_text())

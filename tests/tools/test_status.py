@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fedcore.cli import main
-from fedcore.config import parse_run
+from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError
-from fedcore.protocol import StatusReply
+from fedcore.protocol import ENDED, StatusReply
 from fedcore.server.service import Server
-from fedcore.status import ENDPOINT_FILE, Target, find_server, following, read_summary
+from fedcore.status import (
+    ENDPOINT_FILE,
+    Target,
+    find_server,
+    following,
+    read_summary,
+    snapshots,
+)
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    """A server that waits for its sites."""
-    config = parse_run(
+def config(tmp_path: Path) -> RunConfig:
+    return parse_run(
         {
             "run": {"name": "t", "rounds": 2},
             "participants": {"sites": ["a", "b"]},
@@ -30,10 +39,12 @@ def server(tmp_path: Path) -> Iterator[Server]:
         },
         folder=tmp_path,
     )
-    server = Server(config)
-    (config.run_folder / ENDPOINT_FILE).write_text(server.endpoint + "\n")
-    thread = threading.Thread(target=server.run)
-    thread.start()
+
+
+@pytest.fixture
+def server(config: RunConfig) -> Iterator[Server]:
+    """A server that waits for its sites."""
+    server, thread = serve(config)
     yield server
     server.stop()
     thread.join(30)
@@ -85,8 +96,66 @@ def test_watching_ends_with_the_run(server: Server) -> None:
         assert "run t: waiting" in watch.stdout.readline()
         server.stop()
         _, err = watch.communicate(timeout=60)
-    assert watch.returncode == 1
+    assert watch.returncode == 130
     assert "Traceback" not in err
+
+
+def serve(config: RunConfig) -> tuple[Server, threading.Thread]:
+    server = Server(config)
+    (config.run_folder / ENDPOINT_FILE).write_text(server.endpoint + "\n")
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    return server, thread
+
+
+RUN = """
+[run]
+name = "t"
+rounds = 2
+[participants]
+sites = ["a", "b"]
+[server]
+listen = "tcp://127.0.0.1:0"
+insecure = true
+"""
+
+
+@contextlib.contextmanager
+def server_process(folder: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a server in a process of its own until the block ends; it listens when this is entered."""
+    endpoint = folder / "runs" / "t" / ENDPOINT_FILE
+    endpoint.unlink(missing_ok=True)
+    (folder / "run.toml").write_text(RUN)
+    command = [sys.executable, "-P", "-m", "fedcore", "server", str(folder / "run.toml")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            until = time.monotonic() + 60
+            while not endpoint.is_file() or not endpoint.read_text().endswith("\n"):
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_watching_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
+    """It is killed, and listens on another port afterwards; the run folder tells which."""
+    folder = tmp_path / "runs" / "t"
+    with server_process(tmp_path):
+        target = find_server(folder)
+        assert target is not None
+        seen = snapshots(target, folder, 0.3)
+        assert next(seen)[1] == ""
+    reply, note = next(seen)
+    assert (reply.run, note.partition(" for ")[0]) == ("t", f"no answer from {target.address}")
+    with server_process(tmp_path) as again:
+        until = time.monotonic() + 60
+        while next(seen)[1]:
+            assert time.monotonic() < until
+        again.send_signal(signal.SIGINT)
+        while next(seen)[0].phase not in ENDED:
+            assert time.monotonic() < until
+    seen.close()
 
 
 def test_an_ended_run_is_read_from_its_summary(server: Server) -> None:

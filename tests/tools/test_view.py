@@ -43,6 +43,46 @@ def test_the_best_model_stays_in_view_in_a_long_run(reply: StatusReply) -> None:
     assert len(text.splitlines()) < 30
 
 
+def test_many_sites_are_counted_by_state_and_the_models_come_first(reply: StatusReply) -> None:
+    states = ["training"] * 30 + ["delivered"] * 9 + ["lost"]
+    sites = [
+        reply.sites[0].model_copy(
+            update={"site": f"s{i:02}", "state": state, "examples": 10, "message": ""}
+        )
+        for i, state in enumerate(states)
+    ]
+    sites[-1] = sites[-1].model_copy(update={"message": "nothing heard for 3.4 s"})
+    versions = [
+        VersionStatus(version=v, metrics={"loss": 5.0}, participants=[s.site for s in sites])
+        for v in range(30)
+    ]
+    text = drawn(reply.model_copy(update={"sites": sites, "versions": versions}))
+    lines = text.splitlines()
+    assert len(lines) < 40
+    assert text.index("round 29") < text.index("│ training")
+    training = next(line for line in lines if "│ training" in line)
+    assert "30" in training
+    assert "300" in training
+    assert "s00, s01, s02, s03, s04, s05 and 24 more" in training
+    assert "nothing heard for 3.4 s" in text
+    assert "s00, s01, s02, s03, s04, s05 and 34 more" in text
+
+
+def test_a_note_stands_below_the_last_picture(reply: StatusReply) -> None:
+    lines: list[str] = []
+    plain = PlainLines(lines.append)
+    plain.show(reply)
+    known = len(lines)
+    for seconds in (5, 6, 7):
+        plain.show(reply, f"no answer for {seconds} s")
+    plain.show(reply)
+    assert lines[known:] == ["no answer for 5 s", "the server answers again"]
+    console = Console(file=io.StringIO(), width=110, color_system=None)
+    console.print(render(reply, "no answer for 5 s"))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines()[-1] == "no answer for 5 s"
+
+
 def test_chunks_are_the_progress_while_they_come_in(reply: StatusReply) -> None:
     busy = reply.model_copy(update={"phase": "aggregating", "chunks": 40, "chunks_done": 10})
     assert "10 of 40 chunks" in drawn(busy)

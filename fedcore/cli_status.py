@@ -1,0 +1,127 @@
+"""``fedcore status``: how a run stands, once or until it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Protocol
+
+import typer
+
+from .cli_common import INTERRUPTED, reported
+from .cli_security import Insecure, InsecureNetwork, KitFolder
+
+if TYPE_CHECKING:
+    from .protocol import StatusReply
+    from .status import Target
+
+__all__ = ["WATCH_SECONDS", "status"]
+
+WATCH_SECONDS: Final = 0.5
+
+
+class _Show(Protocol):
+    def __call__(self, reply: StatusReply, note: str = "") -> object:
+        """Show a snapshot, and a note below it."""
+
+
+@reported
+def status(  # noqa: PLR0917
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run folder or a server's address.  [default: the kit's server]",
+            metavar="[RUN_FOLDER|tcp://...]",
+        ),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it until the run ends.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
+    kit: KitFolder = None,
+    insecure: Insecure = False,
+    insecure_network: InsecureNetwork = False,
+) -> None:
+    """Show how a run stands: rounds, sites, bytes, metrics.
+
+    Given a run folder, asks the server that works on it; without a server, shows what the folder holds.
+    With --watch, a terminal gets a live view, a pipe one line per change (with --json, one JSON text per line).
+    It goes on while the server is away, and ends with the run.
+
+    \b
+    Examples:
+      fedcore status runs/sentiment
+      fedcore status runs/sentiment --watch
+      fedcore status --kit kits/dashboard --json
+    """
+    from .protocol import ENDED
+    from .status import ask_status, find_target, read_summary
+
+    found = find_target(target, kit, insecure, insecure_network)
+    folder = Path(target) if target is not None and not target.startswith("tcp://") else None
+    if found is None:
+        assert folder is not None
+        reply = read_summary(folder)
+        _print_status(reply, as_json)
+        if watch and reply.phase not in ENDED:
+            typer.echo(f"no server works on {folder}; start it, then watch it", err=True)
+    elif watch:
+        _watch(found, folder, timeout, as_json)
+    else:
+        _print_status(ask_status(found.address, timeout, found.credentials), as_json)
+
+
+def _print_status(reply: StatusReply, as_json: bool) -> None:
+    if as_json:
+        from .protocol import strict_json
+
+        typer.echo(strict_json(reply.model_dump(exclude=reply.left_out()), indent=2))
+        return
+    from rich.console import Console
+
+    from .view import render
+
+    Console().print(render(reply))
+
+
+@contextlib.contextmanager
+def _shown(as_json: bool) -> Iterator[_Show]:
+    """Give what shows snapshots: a live view on a terminal, else lines."""
+    from .protocol import strict_json
+    from .view import LiveView, PlainLines
+
+    if as_json:
+
+        def show(reply: StatusReply, note: str = "") -> None:
+            if note:
+                typer.echo(note, err=True)
+            else:
+                typer.echo(strict_json(reply.model_dump(exclude=reply.left_out())))
+
+        yield show
+    elif sys.stdout.isatty():
+        with LiveView() as view:
+            yield view.show
+    else:
+        yield PlainLines(typer.echo).show
+
+
+def _watch(target: Target, folder: Path | None, timeout: float, as_json: bool) -> None:
+    """Show snapshots until the run is over; a server that goes away and comes back is no error."""
+    from .protocol import ENDED
+    from .status import snapshots
+
+    phase = ""
+    with _shown(as_json) as show:
+        for reply, note in snapshots(target, folder, timeout):
+            show(reply, note)
+            phase = reply.phase
+            if phase in ENDED:
+                break
+            time.sleep(WATCH_SECONDS)
+    if phase != "done":
+        raise typer.Exit(INTERRUPTED if phase == "stopped" else 1)
