@@ -223,7 +223,7 @@ class Session:
                 continue
             file = self._updates.folder().scratch(layout)
             if task.kind in ("train", "submit"):
-                self._updates.prepare(layout)
+                self._updates.prepare(layout, task.checksum)
             if not self._waits.download(layout, task, file):
                 continue  # the server was restarted in between and publishes under another id
             self._model = GlobalModel(

@@ -35,6 +35,7 @@ class Updates:
         self._work: WorkFolder | None = None
         self._outgoing: Outgoing | None = None
         self._looked = False
+        self._base = ""
 
     def folder(self) -> WorkFolder:
         """Return the work folder, which is taken on the first call."""
@@ -49,12 +50,17 @@ class Updates:
             self._connection.settled = forget
         return self._work
 
-    def prepare(self, layout: Layout) -> None:
+    def prepare(self, layout: Layout, base: str) -> None:
         """Make room for the update of a task before anything is trained for it.
+
+        Args:
+            layout: of the update's tensors.
+            base: the checksum of the model that it is trained from.
 
         Raises:
             StorageError: neither the work folder nor memory has room for it; what is needed is named.
         """
+        self._base = base
         self.folder().reserve(layout)
         self._made(layout).prepare(self._connection.included)
 
@@ -87,7 +93,7 @@ class Updates:
             metrics={str(k): float(v) for k, v in (metrics or {}).items()},
         )
         if round_:
-            self.folder().record(ready, update, score)
+            self.folder().record(ready, update, score, self._base)
         self._connection.publish(ready, update)
 
     def _encode(

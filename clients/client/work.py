@@ -52,6 +52,7 @@ class Record(BaseModel):
         lengths, encodings: of the chunks of an encoded update, which lie back to back in a file of their own; the
             encodings in hex. None of an update that travels as it is.
         score: what this site has said of the model that it trained from.
+        base: the checksum of that model; empty where the server did not say.
     """
 
     model_config = ConfigDict(
@@ -66,6 +67,7 @@ class Record(BaseModel):
     lengths: list[Annotated[int, Field(ge=1, le=protocol.MAX_CHUNK_BYTES)]] | None = None
     encodings: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2})*$")] = ""
     score: protocol.Score | None = None
+    base: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{8})?$")] = ""
 
 
 class ResidualRecord(BaseModel):
@@ -268,9 +270,16 @@ class WorkFolder:
         return self._files[name]
 
     def record(
-        self, ready: protocol.Ready, update: EncodedUpdate, score: protocol.Score | None
+        self,
+        ready: protocol.Ready,
+        update: EncodedUpdate,
+        score: protocol.Score | None,
+        base: str = "",
     ) -> None:
-        """Note that the update file is complete; of one that is in memory nothing is noted."""
+        """Note that the update file is complete; of one that is in memory nothing is noted.
+
+        ``base`` is the checksum of the model that it was trained from.
+        """
         encoded = any(update.encodings) or update.offsets[0] == 0
         if not self.keeps or (_ENCODED if encoded else "update") in self._in_memory:
             return
@@ -282,6 +291,7 @@ class WorkFolder:
             lengths=[b - a for a, b in pairwise(update.offsets)] if encoded else None,
             encodings=update.encodings.hex() if encoded else "",
             score=score,
+            base=base,
         )
         partial = self._record_path.with_suffix(".partial")
         with self._changing:
@@ -330,6 +340,10 @@ class WorkFolder:
         layout = task.model.layout if task.model else None
         if ready.model.layout != layout:
             raise StorageError("its tensors are not the run's")
+        if record.base and task.checksum and record.base != task.checksum:
+            raise StorageError(
+                f"the server has another model of round {task.version} by now than the one it was trained from"
+            )
         if record.lengths is not None:
             update = self._read_encoded(record.lengths, record.encodings)
         else:

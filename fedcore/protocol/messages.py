@@ -264,6 +264,7 @@ class Task(OfRun):
     ``round``), ``"evaluate"`` (pull version ``round``, score it) or ``"infer"`` (pull it, answer). ``sets`` are
     what is published of the version, the model among them; there are none for ``"initial"``.
     ``included`` is the last version that holds an update of this site, for one that missed a `Commit`.
+    ``checksum`` is that of the version's bytes: an update that was trained from other bytes is of no use.
     """
 
     type: Literal["task"] = "task"
@@ -272,6 +273,7 @@ class Task(OfRun):
     rounds: Round
     version: Round
     included: Round | None = None
+    checksum: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{8})?$")] = ""
     sets: Annotated[list[OpenSet], Field(max_length=MAX_SETS), AfterValidator(_unique)] = []
     seed: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
 

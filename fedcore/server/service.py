@@ -601,6 +601,7 @@ class Server:
             task = task.model_copy(
                 update={
                     "included": self._versions.included.get(action.site),
+                    "checksum": self._versions.checksum,
                     "sets": [
                         protocol.OpenSet.model_construct(
                             id=self._set_id_for(action.site).hex(),

@@ -51,6 +51,7 @@ class Versions:
         self._store = store
         self._exchange = exchange
         self._checksums: list[int] = []
+        self._checksum = ""
         self._hashed: tuple[Layout | None, str] = (None, "")
         self._superseded: ModelFile | None = None
         # A model that is to be removed is hashed before: what waits takes disk space.
@@ -81,7 +82,7 @@ class Versions:
             path = self._store.path(row.version)
             if not row.sha256 and path.is_file():
                 self._hasher.add(row.version, path, open_model(path).data_offset, row.checksum)
-        self._checksums = checksums
+        self._checksums, self._checksum = checksums, rows[version].checksum
         for row in rows.values():
             self.included |= dict.fromkeys(row.participants, row.version)
 
@@ -135,7 +136,7 @@ class Versions:
             row.version, checksum_of(checksums), "", row.nbytes, row.seconds, row.participants
         )
         self._store.commit(row, metrics, self.cards if row.version == 0 else None)
-        self.model, self._checksums = model, checksums
+        self.model, self._checksums, self._checksum = model, checksums, row.checksum
         self.included |= dict.fromkeys(row.participants, row.version)
         path = self._store.path(row.version)
         self._hasher.add(row.version, path, model.data_offset, row.checksum)
@@ -218,7 +219,7 @@ class Versions:
     @property
     def checksum(self) -> str:
         """The checksum of the last model; empty before the first."""
-        return "" if self.model is None else checksum_of(self._checksums)
+        return self._checksum
 
     def describe(self) -> str:
         """Return the model's size in words."""

@@ -80,6 +80,23 @@ def test_a_process_that_is_started_again_finds_what_was_trained(tmp_path: Path) 
     work.close(keep=False)
 
 
+def test_an_update_that_was_trained_from_another_model_of_that_number_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    work = trained(tmp_path)
+    kept = work.kept(task(), CHUNK)
+    assert kept is not None
+    work.record(kept.record.ready, kept.update, None, "0000aaaa")
+    killed(work)
+    again = WorkFolder(tmp_path, "a", RUN)
+    same = task().model_copy(update={"checksum": "0000aaaa"})
+    assert again.kept(same, CHUNK) is not None
+    other = task().model_copy(update={"checksum": "0000bbbb"})
+    assert again.kept(other, CHUNK) is None
+    assert "another model of round 0 by now" in caplog.text
+    again.close(keep=False)
+
+
 def trained_and_encoded(root: Path) -> tuple[WorkFolder, EncodedUpdate]:
     """The same with chunks that are encoded."""
     work = WorkFolder(root, "a", RUN)
