@@ -39,17 +39,19 @@ py::bytes from_set_id(const wire::SetId& id) {
   return {reinterpret_cast<const char*>(id.data()), id.size()};
 }
 
-std::vector<std::uint32_t> to_weights(const std::vector<py::int_>& weights) {
-  std::vector<std::uint32_t> out;
+std::vector<std::uint64_t> to_weights(const std::vector<py::int_>& weights) {
+  std::vector<std::uint64_t> out;
   for (const py::int_& weight : weights) {
-    int overflow = 0;
-    const long long value = PyLong_AsLongLongAndOverflow(weight.ptr(), &overflow);
-    if (overflow != 0 || value < 1 || value > kernels::kMaxWeight) {
-      throw Error(Errc::kWeight, "weight " + std::string(py::str(weight)) +
-                                     ": expected an integer from 1 to " +
-                                     std::to_string(kernels::kMaxWeight));
+    std::uint64_t value = PyLong_AsUnsignedLongLong(weight.ptr());
+    if (PyErr_Occurred() != nullptr) {  // negative, or more than 64 bits
+      PyErr_Clear();
+      value = 0;
     }
-    out.push_back(static_cast<std::uint32_t>(value));
+    if (!kernels::is_weight(value)) {
+      throw Error(Errc::kWeight,
+                  "weight " + std::string(py::str(weight)) + ": expected " + kernels::kWeightRule);
+    }
+    out.push_back(value);
   }
   return out;
 }
@@ -132,7 +134,7 @@ void mean_block(const std::string& dtype_text, const std::vector<py::buffer>& in
                 const std::vector<py::int_>& weights, const py::buffer& out,
                 const std::optional<py::buffer>& base) {
   const Dtype dtype = parse_dtype(dtype_text);
-  const std::vector<std::uint32_t> checked = to_weights(weights);
+  const std::vector<std::uint64_t> checked = to_weights(weights);
   if (checked.size() != inputs.size()) {
     throw Error(Errc::kWeight, "there must be one weight per input");
   }
@@ -189,7 +191,7 @@ py::object py_reduce_files(const std::vector<FileHandle*>& inputs,
   for (const auto& [dtype, nbytes, offsets, out_offset] : tensors) {
     jobs.push_back({parse_dtype(dtype), nbytes, offsets, out_offset});
   }
-  const std::vector<std::uint32_t> checked = to_weights(weights);
+  const std::vector<std::uint64_t> checked = to_weights(weights);
   const auto report = [&](std::uint64_t bytes) {
     const py::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) {

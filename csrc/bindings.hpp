@@ -70,7 +70,7 @@ using PyLayout = std::shared_ptr<Layout>;
 // Throw Error{kProtocol, kWeight} for an id that has not 16 bytes, and a weight out of range.
 wire::SetId to_set_id(const py::bytes& id);
 py::bytes from_set_id(const wire::SetId& id);
-std::vector<std::uint32_t> to_weights(const std::vector<py::int_>& weights);
+std::vector<std::uint64_t> to_weights(const std::vector<py::int_>& weights);
 
 // A codec for the core alone, of the same settings as a Codec of Python's; nothing for None.
 std::shared_ptr<Codec> codec_of(const py::object& codec);

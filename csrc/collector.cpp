@@ -104,7 +104,7 @@ void Collector::check_order(const std::vector<std::size_t>& order, const Place& 
   if (!out.file->writable()) {
     throw Error(Errc::kStorage, "the output " + out.file->path() + " is not writable");
   }
-  std::vector<std::uint32_t> weights;
+  std::vector<std::uint64_t> weights;
   std::set<std::size_t> seen;
   for (const std::size_t k : order) {
     if (k >= sources_.size() || !pulls_[k]->counts || !seen.insert(k).second) {
@@ -161,7 +161,7 @@ void Collector::begin(const std::vector<std::size_t>& order, Place out,
 
 void Collector::use_sources() {
   counted_.clear();
-  std::vector<std::uint32_t> weights;
+  std::vector<std::uint64_t> weights;
   for (const std::size_t k : order_) {
     if (pulls_[k]->counts) {
       pulls_[k]->rank = counted_.size();

@@ -97,7 +97,7 @@ class Frame {
 struct Source {
   std::string peer;
   wire::SetId set;
-  std::uint32_t weight;
+  std::uint64_t weight;
 };
 
 // Where bytes lie in a file.

@@ -12,6 +12,7 @@
 // from any thread. Cost: bound by memory; scratch is a few KiB of stack.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -23,7 +24,13 @@
 
 namespace fedcore::kernels {
 
+// A weight has at most 24 significant bits, so that its product with an element is exact.
 inline constexpr std::uint32_t kMaxWeight = (1u << 24) - 1;
+inline constexpr char kWeightRule[] =
+    "an integer from 1 to 2^64 - 1 with at most 24 significant bits";
+constexpr bool is_weight(std::uint64_t weight) noexcept {
+  return weight != 0 && (weight >> std::countr_zero(weight)) <= kMaxWeight;
+}
 
 // One block of `count` elements from `k` inputs. Returns false if a result is NaN or infinite,
 // which for F32, F16 and BF16 means that an input is.

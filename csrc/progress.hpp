@@ -32,7 +32,7 @@ class Progress {
   struct Source {
     std::string site;
     wire::SetId set;
-    std::uint32_t weight;
+    std::uint64_t weight;
     bool operator==(const Source&) const = default;
   };
   // What the output must be: a digest of all that its bytes depend on beside the sources.

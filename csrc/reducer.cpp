@@ -20,18 +20,18 @@ constexpr std::uint64_t kFileBlock = 1u << 20;
 
 }  // namespace
 
-Reducer::Reducer(const std::vector<std::uint32_t>& weights)
+Reducer::Reducer(const std::vector<std::uint64_t>& weights)
     : bodies_(weights.size()), pointers_(weights.size()), encodings_(weights.size()) {
   if (weights.empty()) {
     throw Error(Errc::kWeight, "a mean needs at least one input");
   }
-  for (const std::uint32_t weight : weights) {
-    if (weight < 1 || weight > kernels::kMaxWeight) {
-      throw Error(Errc::kWeight, "weight " + std::to_string(weight) + ": expected 1 to " +
-                                     std::to_string(kernels::kMaxWeight));
+  for (const std::uint64_t weight : weights) {
+    if (!kernels::is_weight(weight)) {
+      throw Error(Errc::kWeight,
+                  "weight " + std::to_string(weight) + ": expected " + kernels::kWeightRule);
     }
-    weights_.push_back(weight);
-    total_ += weight;
+    weights_.push_back(static_cast<double>(weight));
+    total_ += static_cast<double>(weight);
   }
 }
 
@@ -184,13 +184,13 @@ struct Block {
 class FileJob {
  public:
   FileJob(const std::vector<std::shared_ptr<MappedFile>>& inputs,
-          const std::vector<std::uint32_t>& weights, const std::vector<FileTensor>& tensors,
+          const std::vector<std::uint64_t>& weights, const std::vector<FileTensor>& tensors,
           MappedFile& out)
       : inputs_(inputs), tensors_(tensors), out_(out) {
     Reducer checked(weights);
-    for (const std::uint32_t weight : weights) {
-      weights_.push_back(weight);
-      total_ += weight;
+    for (const std::uint64_t weight : weights) {
+      weights_.push_back(static_cast<double>(weight));
+      total_ += static_cast<double>(weight);
     }
     for (std::size_t t = 0; t < tensors.size(); ++t) {
       check(tensors[t]);
@@ -311,7 +311,7 @@ class Workers {
 }  // namespace
 
 std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
-                                         const std::vector<std::uint32_t>& weights,
+                                         const std::vector<std::uint64_t>& weights,
                                          const std::vector<FileTensor>& tensors,
                                          const std::shared_ptr<MappedFile>& out, unsigned threads,
                                          const std::function<void(std::uint64_t)>& progress) {

@@ -26,8 +26,8 @@ struct BadValue {
 
 class Reducer {
  public:
-  // Throws Error{kWeight} unless every weight is from 1 to 2^24 - 1 and there is at least one.
-  explicit Reducer(const std::vector<std::uint32_t>& weights);
+  // Throws Error{kWeight} unless kernels::is_weight() holds for every weight and there is at least one.
+  explicit Reducer(const std::vector<std::uint64_t>& weights);
 
   std::size_t sources() const noexcept { return weights_.size(); }
 
@@ -81,7 +81,7 @@ struct FileBadValue {
 // what it throws stops the work. Returns the first non-finite value (lowest tensor, element,
 // source), or nothing. Integers and booleans are copied from the first input.
 std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
-                                         const std::vector<std::uint32_t>& weights,
+                                         const std::vector<std::uint64_t>& weights,
                                          const std::vector<FileTensor>& tensors,
                                          const std::shared_ptr<MappedFile>& out, unsigned threads,
                                          const std::function<void(std::uint64_t)>& progress);

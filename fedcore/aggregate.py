@@ -14,6 +14,7 @@ from ._device import use_device
 from .errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
 from .layout import FLOATS, ModelFile, compare_layouts, create_model, open_model, sync_folder, table
 from .protocol import MAX_WEIGHT
+from .weighing import effective_weight
 
 __all__ = ["aggregate_files"]
 
@@ -38,7 +39,7 @@ def aggregate_files(
 
     Args:
         inputs: safetensors files with the same tensors, in any order within the file.
-        weights: one integer from 1 to 2**24 - 1 per file; all equal if None.
+        weights: one integer from 1 to 2**64 - 1 per file, of which `effective_weight` counts; all equal if None.
         out: file to write; it appears only when it is complete.
         threads: worker threads; the result does not depend on it.
         device: ``auto``, ``cpu`` or ``cuda``, for the process; FEDCORE_DEVICE decides if None. The result
@@ -89,7 +90,7 @@ def _check_arguments(
     for path, weight in zip(inputs, counts, strict=True):
         if isinstance(weight, bool) or not isinstance(weight, int) or not 1 <= weight <= MAX_WEIGHT:
             raise WeightError(
-                f"weight {weight!r} of {path}: expected an integer from 1 to {MAX_WEIGHT}, the number of "
+                f"weight {weight!r} of {path}: expected an integer from 1 to 2**64 - 1, the number of "
                 "training examples"
             )
     if not out.parent.is_dir():
@@ -98,7 +99,7 @@ def _check_arguments(
         raise ConfigError(f"{out} is one of the inputs; give the result another name")
     if out.exists() and not force:
         raise StorageError(f"{out} exists; use --force to replace it")
-    return counts
+    return [effective_weight(count) for count in counts]
 
 
 def _compare(one: tuple[int, ModelFile], other: tuple[int, ModelFile]) -> int:

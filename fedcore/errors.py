@@ -45,7 +45,7 @@ class NonFiniteError(FedcoreError, ValueError):
 
 
 class WeightError(FedcoreError, ValueError):
-    """A weight is not an integer from 1 to 2**24 - 1."""
+    """A weight is not an integer from 1 to 2**64 - 1."""
 
 
 class StorageError(FedcoreError, OSError):

@@ -312,7 +312,7 @@ def send(
         params: name -> array of every tensor that travels; more names (a whole ``state_dict``) are ignored. After
             ``init(module)`` it may be left out: the module's own values are sent.
         weight: number of training examples seen this round, an integer (of NumPy or torch as well) from 1 to
-            2**24 - 1.
+            2**64 - 1.
         metrics: validation metrics of the *global* model, as received; the server selects on them.
         examples: number of validation examples behind ``metrics``; ``weight`` if left out.
         train_metrics: shown at the server.

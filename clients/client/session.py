@@ -316,7 +316,7 @@ class Session:
 
         Args:
             read: gives every tensor's bytes; called for one after the other, before this returns.
-            weight: number of training examples seen this round, 1 to 2**24 - 1.
+            weight: number of training examples seen this round, 1 to 2**64 - 1.
             metrics: training metrics to show at the server.
 
         Raises:
@@ -333,7 +333,7 @@ class Session:
         ):
             raise WeightError(
                 f"weight {weight!r}: expected the number of training examples as an integer from 1 to "
-                f"{protocol.MAX_WEIGHT}"
+                "2**64 - 1"
             )
         assert self._layout is not None
         self._say_metrics()

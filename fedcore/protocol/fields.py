@@ -11,7 +11,7 @@ from fedcore.frozen import MAX_GROUPS
 from .frames import MAX_CONTROL_BYTES
 
 DEFAULT_CHUNK_BYTES: Final = 1 << 20
-MAX_WEIGHT: Final = (1 << 24) - 1
+MAX_WEIGHT: Final = (1 << 64) - 1
 MAX_METRICS: Final = 64
 MAX_NAME: Final = 128
 MAX_FEATURES: Final = 64

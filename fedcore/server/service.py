@@ -21,6 +21,7 @@ from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, FedcoreError, IntegrityError, ProtocolError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
+from fedcore.weighing import effective_weight
 
 from .access import Access
 from .actions import (
@@ -498,7 +499,11 @@ class Server:
         known.metrics = dict(ready.metrics)
         self._status.note_metrics(known.site, ready.metrics)
         self._status.examples[known.site] = ready.weight
-        self._do(self._rounds.ready(known.site, ready.round, Delivery(update.id, ready.weight)))
+        self._do(
+            self._rounds.ready(
+                known.site, ready.round, Delivery(update.id, effective_weight(ready.weight))
+            )
+        )
 
     def _on_score(self, site: str, score: protocol.Score) -> None:
         last = self._store.last_version
@@ -512,7 +517,9 @@ class Server:
                 site, "%s: metric %s of model %s is not finite", named, str(score.version)
             )
         if score.metrics:
-            self._store.add_score(score.version, SiteScore(site, score.examples, score.metrics))
+            self._store.add_score(
+                score.version, SiteScore(site, effective_weight(score.examples), score.metrics)
+            )
             self._status.refresh()
         self._do(self._rounds.scored(site, score.version))
 
@@ -520,7 +527,8 @@ class Server:
         if self.config.run.task != "infer" or answer.version != self._store.last_version:
             self._guard.invalid(peer, "answer that nobody asked for")
             return
-        self._store.add_answer(answer.version, site, answer.examples, answer.outputs)
+        examples = effective_weight(answer.examples)
+        self._store.add_answer(answer.version, site, examples, answer.outputs)
         self._peers.tell(site, "%s answered: %s", ", ".join(answer.outputs), level=logging.INFO)
         self._do(self._rounds.scored(site, answer.version))
 

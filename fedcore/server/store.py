@@ -62,6 +62,11 @@ def _shown(value: object) -> str:
     return "not given" if value is None else repr(value)
 
 
+def _number(weight: int) -> int | float:
+    """Return what SQLite keeps of a weight: its integers end at 2^63 - 1; 24 bits are exact as a float, too."""
+    return weight if weight < 1 << 63 else float(weight)
+
+
 class Store:
     """The only writer of a run folder; a second server on it is refused.
 
@@ -250,7 +255,7 @@ class Store:
             self._db.executemany(
                 "INSERT INTO contributions VALUES (?, ?, ?, ?)",
                 [
-                    (row.version, site, weight, json.dumps(dict(metrics.get(site, {}))))
+                    (row.version, site, _number(weight), json.dumps(dict(metrics.get(site, {}))))
                     for site, weight in row.participants.items()
                 ],
             )
@@ -300,7 +305,7 @@ class Store:
         for version, site, weight in self._journal.rows(
             "SELECT version, site, weight FROM contributions ORDER BY site"
         ):
-            sites.setdefault(version, {})[site] = weight
+            sites.setdefault(version, {})[site] = int(weight)
         return [
             VersionRow(version, checksum, sha256, nbytes, seconds, sites.get(version, {}))
             for version, checksum, sha256, nbytes, seconds in self._journal.rows(
@@ -318,7 +323,7 @@ class Store:
         with self._journal.transaction():
             self._db.execute(
                 "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
-                (version, score.site, score.examples, json.dumps(dict(score.metrics))),
+                (version, score.site, _number(score.examples), json.dumps(dict(score.metrics))),
             )
 
     def scores(self) -> dict[int, list[SiteScore]]:
@@ -327,7 +332,9 @@ class Store:
         for version, site, examples, metrics in self._journal.rows(
             "SELECT version, site, examples, metrics FROM scores ORDER BY version, site"
         ):
-            found.setdefault(version, []).append(SiteScore(site, examples, json.loads(metrics)))
+            found.setdefault(version, []).append(
+                SiteScore(site, int(examples), json.loads(metrics))
+            )
         return found
 
     def add_answer(
@@ -337,10 +344,11 @@ class Store:
         with self._journal.transaction():
             self._db.execute(
                 "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)",
-                (version, site, examples, json.dumps(dict(outputs))),
+                (version, site, _number(examples), json.dumps(dict(outputs))),
             )
             self._db.execute(
-                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, '{}')", (version, site, examples)
+                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, '{}')",
+                (version, site, _number(examples)),
             )
 
     def answers(self) -> dict[int, dict[str, dict[str, Any]]]:

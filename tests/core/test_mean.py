@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from collections.abc import Iterator
 from fractions import Fraction
@@ -12,6 +13,7 @@ import torch
 
 from fedcore import _core
 from fedcore.errors import LayoutError, NonFiniteError, WeightError
+from fedcore.weighing import effective_weight
 
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PRECISION = {"F64": (53, -1074), "F32": (24, -149), "F16": (11, -24), "BF16": (8, -133)}
@@ -177,7 +179,35 @@ def test_integers_come_from_the_base() -> None:
     assert struct.unpack("<q", out) == (9,)
 
 
-@pytest.mark.parametrize("weight", [0, -1, 1 << 24, 1 << 70])
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("level", _core.simd_levels())
+@pytest.mark.parametrize("shift", [1, 8, 40])
+def test_large_weights_of_24_bits_give_the_mean_of_their_proportions(
+    dtype: str, level: str, shift: int
+) -> None:
+    _core.set_simd_level(level)
+    dice = torch.Generator().manual_seed(shift)
+    inputs = [
+        torch.randn(401, generator=dice, dtype=torch.float64).to(TORCH[dtype]) for _ in range(3)
+    ]
+    weights = [1, 77, 16777215]
+    expected = average(dtype, inputs, weights)
+    assert torch.equal(average(dtype, inputs, [w << shift for w in weights]), expected)
+
+
+def test_a_weight_is_a_number_of_examples_rounded_to_24_bits() -> None:
+    assert [effective_weight(n) for n in (1, (1 << 24) - 1, 1 << 24)] == [1, (1 << 24) - 1, 1 << 24]
+    assert effective_weight((1 << 24) + 1) == 1 << 24
+    assert effective_weight((1 << 64) - 1) == ((1 << 24) - 1) << 40
+    dice = random.Random(5)
+    for _ in range(1000):
+        examples = dice.randrange(1, 1 << dice.randrange(1, 65))
+        weight = effective_weight(examples)
+        assert examples * (1 - 2**-23) <= weight <= examples
+        _core.mean("F32", [bytes(4)], [weight], bytearray(4))
+
+
+@pytest.mark.parametrize("weight", [0, -1, (1 << 24) + 1, (1 << 64) - 1, 1 << 64, 1 << 70])
 def test_a_weight_out_of_range_is_refused(weight: int) -> None:
     with pytest.raises(WeightError, match=str(weight)):
         _core.mean("F32", [bytes(4)], [weight], bytearray(4))

@@ -85,7 +85,7 @@ struct EncodedInputs {
   std::vector<std::uint8_t> base;
   std::vector<std::vector<std::uint8_t>> bodies;
   std::vector<Body> inputs;
-  std::vector<std::uint32_t> weights;
+  std::vector<std::uint64_t> weights;
   std::vector<std::uint8_t> out;
 };
 

@@ -333,10 +333,10 @@ def inject(
     elif fault in (Fault.WRONG_SHAPE, Fault.WRONG_DTYPE, Fault.WRONG_NAME):
         _declare_wrongly(fault, layout, site, dice)
     elif fault is Fault.BAD_WEIGHT:
-        site.weight = dice.choice([0, -1, 1 << 24, (1 << 24) + 5, 1 << 70])
+        site.weight = dice.choice([0, -1, (1 << 24) + 5, (1 << 64) - 1, 1 << 70])
     elif fault is Fault.EXTREME_WEIGHT:
         if 1 <= site.weight < 1 << 24:
-            site.weight = dice.choice([1, (1 << 24) - 1])
+            site.weight = dice.choice([1, (1 << 24) - 1, ((1 << 24) - 1) << 40])
     elif fault is Fault.TOO_FEW_CHUNKS:
         site.chunks_missing = dice.randrange(1, layout.chunk_count)
     elif fault is Fault.BAD_CHECKSUMS:

@@ -203,13 +203,12 @@ def test_a_slow_site_is_waited_for_as_long_as_it_sends() -> None:
     assert slow.stalls > 4
 
 
-@pytest.mark.parametrize("weight", [0, -1, 1 << 24, 1 << 32, 1 << 70])
+@pytest.mark.parametrize("weight", [0, -1, 1 << 64, 1 << 70])
 def test_a_weight_out_of_range_is_refused_before_anything_is_asked_for(weight: int) -> None:
     out = create_model(None, LAYOUT)
     sources = [(b"a", b"a" * 16, 1), (b"b", b"b" * 16, weight)]
-    with pytest.raises(
-        WeightError, match=f"weight {weight}: expected an integer from 1 to 16777215"
-    ):
+    said = rf"weight {weight}: expected an integer from 1 to 2\^64 - 1 with at most 24 significant bits"
+    with pytest.raises(WeightError, match=said):
         Collector(LAYOUT, sources, out.file, out.data_offset, None, 1 << 20)
     body = protocol.encode(
         protocol.Ready.model_construct(

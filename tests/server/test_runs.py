@@ -98,6 +98,20 @@ def test_a_run_averages_by_weight_and_selects_the_best(tmp_path: Path) -> None:
     assert len(list((tmp_path / "runs/t/models").iterdir())) == 4
 
 
+def test_weights_up_to_64_bits_count_and_are_kept(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1))
+    at, most = server.endpoint, (1 << 64) - 1
+    result, _ = run(server, lambda: site(at, "a", 1, most), lambda: site(at, "b", 3, 1 << 63))
+    assert result.ok
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")
+    assert (
+        final["w"].tolist() == [np.float32((1 * (2**24 - 1) + 3 * 2**23) / (3 * 2**23 - 1))] * 5000
+    )
+    summary = json.loads((tmp_path / "runs/t/summary.json").read_text())
+    weights = {"a": (2**24 - 1) << 40, "b": 1 << 63}
+    assert summary["versions"][1]["participants"] == weights
+
+
 def test_an_update_with_nan_is_left_out_and_the_round_goes_on(tmp_path: Path) -> None:
     server = Server(run_config(tmp_path, sites=["a", "b", "c"], min_results=2))
     at = server.endpoint
