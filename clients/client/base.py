@@ -16,13 +16,14 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.modules.loss import _Loss
 
 from fedcore.frozen import FLOAT, HALF, MAX_GROUPS, FrozenGroup, config_groups
 
 from .naming import plain_names
 from .sharding import address, is_sharded, whole
 
-__all__ = ["frozen_groups"]
+__all__ = ["frozen_groups", "frozen_tensors"]
 
 _WHOLE: Final = 1 << 20
 _BLOCKS: Final = 64
@@ -46,7 +47,12 @@ def frozen_groups(
 
     Returns nothing where all tensors travel.
     """
-    tensors = dict(_frozen(model, sent, root))
+    # Counters say nothing of what a model computes.
+    tensors = {
+        name: (module, tensor)
+        for name, module, tensor in frozen_tensors(model, sent, root)
+        if tensor.ndim or isinstance(tensor, nn.Parameter)
+    }
     if not tensors:
         return []
     rows = _embeddings(root)
@@ -89,10 +95,13 @@ def _joined(members: list[tuple[str, str]]) -> str:
     return hashlib.sha256(json.dumps(members).encode()).hexdigest()[:_DIGITS]
 
 
-def _frozen(
+def frozen_tensors(
     model: nn.Module, sent: Mapping[str, torch.Tensor], root: nn.Module
-) -> Iterator[tuple[str, tuple[nn.Module, torch.Tensor]]]:
-    """Yield what neither travels nor is trained, with the module that owns it, under the plain model's names."""
+) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    """Yield what neither travels nor is trained: its name in the plain model, the module that owns it, and itself.
+
+    Of what lies outside of ``root``, parameters alone count. Arguments are those of `frozen_groups`.
+    """
     starts = {address(tensor) for tensor in sent.values() if tensor.numel()}
     unused = _unused(root)
     inside = {id(module) for module in root.modules()}
@@ -112,17 +121,19 @@ def _frozen(
         if tensor.requires_grad or (not tensor.is_meta and address(tensor) in starts):
             continue
         short = plain[name]
+        if id(module) not in inside and not isinstance(tensor, nn.Parameter):
+            continue
         if id(module) in inside:
             short = _ADAPTED.sub("", short.removeprefix(begin).removeprefix("base_model.model."))
-        yield short.lstrip("."), (module, tensor)
+        yield short.lstrip("."), module, tensor
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a module's own parameters and what buffers its file has; counters say nothing of what it computes."""
+    """Yield a module's own parameters, and those of its buffers that a file of the model has; of a loss, none."""
     for name, parameter in module.named_parameters(recurse=False):
         yield name, parameter
     for name, buffer in module.named_buffers(recurse=False):
-        if name not in module._non_persistent_buffers_set and buffer.ndim:
+        if name not in module._non_persistent_buffers_set and not isinstance(module, _Loss):
             yield name, buffer
 
 

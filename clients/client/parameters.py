@@ -7,7 +7,8 @@ The rules:
   that are trained all the same are refused, since each site would keep its own.
 - A model that is trained whole sends its ``state_dict``, persistent buffers included. Tied tensors travel
   once, under their first name.
-- A partly frozen model sends its trainable parameters, and the persistent buffers of modules that own one.
+- A partly frozen model sends its trainable parameters, and the persistent buffers of modules that own one. So do
+  the buffers of a module without parameters, such as a batch norm that learns none, beside a trainable one.
 - A wrapper (a LightningModule, DistributedDataParallel, a compiled module) is looked through where one model
   inside it, from PEFT or transformers, holds everything that is trained.
 - Names are those of the plain class: wrappers inside a model leave no part in them (see `naming`).
@@ -18,18 +19,19 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import nn
+from torch.nn.modules.loss import _Loss
 
 from fedcore.errors import LayoutError
 from fedcore.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, check_names, compare_layouts
 
-from .base import frozen_groups
+from .base import frozen_groups, frozen_tensors
 from .choice import travelling
 from .extras import active_adapter, refuse_extras
 from .naming import inner_module, own_names, plain_names
@@ -135,9 +137,17 @@ class ModelParameters:
         """The names under which tensors travel."""
         return [spec[0] for spec in self.specs]
 
+    def refreshed(self) -> ModelParameters:
+        """Return the tensors as the module has them now: moving it to another device makes new ones."""
+        return ModelParameters(self._given)
+
     def frozen(self) -> list[FrozenGroup]:
         """Return digests of what the model has and does not travel; a collective call where it is sharded."""
         return frozen_groups(self._given, self._tensors, self._root)
+
+    def frozen_tensors(self) -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+        """Yield name, owning module and tensor of what neither travels nor is trained."""
+        return frozen_tensors(self._given, self._tensors, self._root)
 
     def own_names(self) -> dict[str, str]:
         """Return the travelling name of each tensor that the given module's ``state_dict`` names otherwise.
@@ -243,9 +253,11 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     keep: set[str] | None = None
     if not whole:
         keep = set()
+        parents = {child: module for module in model.modules() for child in module.children()}
         for prefix, module in model.named_modules():
             own = [name for name, p in module.named_parameters(recurse=False) if id(p) in trained]
-            own += [name for name, _ in module.named_buffers(recurse=False)] if own else []
+            if own or _moves_with(module, parents.get(module, module)):
+                own += [name for name, _ in module.named_buffers(recurse=False)]
             keep.update(f"{prefix}.{name}" if prefix else name for name in own)
     tensors: dict[str, torch.Tensor] = {}
     seen: set[tuple[object, ...]] = set()
@@ -262,6 +274,17 @@ def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         tensors[name] = tensor.detach()
     plain = plain_names(model, tensors)
     return {plain[name]: tensor for name, tensor in tensors.items()}
+
+
+def _moves_with(module: nn.Module, parent: nn.Module) -> bool:
+    """Whether a module without parameters has buffers that move as what is trained around it does."""
+    buffers = list(module.buffers(recurse=False))
+    return (
+        not any(True for _ in module.parameters())
+        and any(buffer.is_floating_point() for buffer in buffers)
+        and not isinstance(module, _Loss)
+        and any(p.requires_grad for p in parent.parameters())
+    )
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:

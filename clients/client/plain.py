@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import operator
 import os
 import sys
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from fedcore.frozen import FrozenGroup
     from fedcore.layout import Reader
 
+    from .parameters import ModelParameters
     from .ranks import RankedSession
+    from .still import Still
+
+logger = logging.getLogger("fedcore.client")
 
 __all__ = [
     "answer",
@@ -121,7 +126,8 @@ def _get_session() -> Session | RankedSession:
     return get_session()
 
 
-_model: Any = None
+_model: ModelParameters | None = None
+_still: Still | None = None
 _own: dict[str, str] = {}
 _hooks: LoadingHooks | None = None
 _arrays: _Arrays | None = None
@@ -169,10 +175,10 @@ def init(
 
 
 def _forget_model() -> None:
-    global _model, _own, _hooks, _arrays  # noqa: PLW0603
+    global _model, _own, _hooks, _arrays, _still  # noqa: PLW0603
     if _hooks is not None:
         _hooks.remove()
-    _model = _hooks = _arrays = None
+    _model = _hooks = _arrays = _still = None
     _own = {}
 
 
@@ -231,7 +237,7 @@ def load(params: Mapping[str, Any]) -> None:
     if _model is None:
         raise ClosedError("load() puts the global model into the module given to fl.init(module)")
     given = _Arrays({_own.get(name, name): value for name, value in params.items()})
-    _model.load(list(given.specs), {spec[0]: given.read(spec[0]) for spec in given.specs})
+    _refreshed().load(list(given.specs), {spec[0]: given.read(spec[0]) for spec in given.specs})
 
 
 def _to_numpy(view: memoryview, spec: TensorSpec) -> Any:
@@ -259,6 +265,8 @@ def _begin() -> GlobalModel:
             "this pass's update was sent already: each pass of `while fl.is_running()` sends once, and "
             "fl.is_running() waits for the next task"
         )
+    if _model is not None and session.model is None:
+        return _begin_with(session, _refreshed())
     source = _model if _model is not None else _arrays
     if source is not None:
         if session.bound:
@@ -283,6 +291,29 @@ def _begin() -> GlobalModel:
         raise ClosedError("the server asked for an initial model; pass yours to fl.init(model)")
 
     return session.begin(specs, {}, nothing_to_read, {} if session.bound else _fingerprints())
+
+
+def _begin_with(session: Session | RankedSession, model: ModelParameters) -> GlobalModel:
+    """Begin a task with a module, in which what is frozen is then as it was before the first round."""
+    global _still  # noqa: PLW0603
+    from .still import Still
+
+    if _still is None:
+        _still = Still(model.frozen_tensors)
+    elif text := _still.settle(model.frozen_tensors()):
+        logger.warning("%s: %s", session.system_info()["site"], text)
+        session.problem(text)
+    if session.bound:
+        return session.begin(model.specs, {}, model.read)
+    return session.begin(model.specs, model.files, model.read, _fingerprints(), model.frozen())
+
+
+def _refreshed() -> ModelParameters:
+    """Look the module's tensors up again: it may have been moved to another device, which makes new ones."""
+    global _model  # noqa: PLW0603
+    assert _model is not None
+    _model = _model.refreshed()
+    return _model
 
 
 def _fingerprints() -> dict[str, str]:
@@ -367,7 +398,7 @@ def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
             raise LayoutError(
                 "send() needs the parameters, name -> array, unless a module was given to init"
             )
-        read: Reader = _model.read
+        read: Reader = _refreshed().read
         return read
     if not isinstance(params, Mapping):
         raise LayoutError(

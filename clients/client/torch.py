@@ -20,6 +20,7 @@ from .guard import Aside, Guard, Probe, shown
 from .parameters import ModelParameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
 from .session import GlobalModel, Outcome, Session, loop_goes_on
+from .still import Still
 from .tokenizer import tokenizer_fingerprint
 
 __all__ = [
@@ -58,6 +59,7 @@ class TorchSite:
         self._probe: Probe | None = None
         self._aside: Aside | None = None
         self._asked = self._ended = False
+        self._still: Still | None = None
         self.owner: object = None
         self.tokenizer: Any = None
 
@@ -101,8 +103,18 @@ class TorchSite:
         )
         if task is not self._loaded:
             parameters.load(list(task.specs), task.tensors)
+            self._restore(parameters)
             self._loaded, self._guard = task, Guard(parameters)
         return task
+
+    def _restore(self, parameters: ModelParameters) -> None:
+        """Have what is frozen be as it was before the first round, and say what training has changed."""
+        if self._still is None:
+            self._still = Still(parameters.frozen_tensors)
+            return
+        if text := self._still.settle(parameters.frozen_tensors()):
+            logger.warning("%s: %s", self._session.system_info()["site"], text)
+            self._session.problem(text)
 
     def hold(self, model: nn.Module, *, warn: bool = True) -> None:
         """Have ``model`` hold the current task's global model, whatever was put into it since.
