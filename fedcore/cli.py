@@ -20,6 +20,7 @@ from .cli_common import INTERRUPTED, reported
 from .cli_evaluate import evaluate
 from .cli_inspect import inspect
 from .cli_partition import partition
+from .cli_rollback import rollback
 from .cli_security import Insecure, InsecureNetwork, register
 from .cli_status import WATCH_SECONDS, status
 from .cli_steering import register as register_steering
@@ -400,6 +401,7 @@ app.command(
     }
 )(inspect)
 app.command()(partition)
+app.command()(rollback)
 app.command()(status)
 register(app)
 register_steering(app)

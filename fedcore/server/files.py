@@ -189,16 +189,39 @@ class Files:
             sync_folder(self.folder)
         return aside
 
-    def leave(self, after: int) -> Path:
-        """Note, within a transaction, that what belongs to versions after ``after`` moves away; returns where to.
-
-        `settle` moves it.
-        """
+    def aside_with_journal(self) -> Path:
+        """Make a folder with a copy of the journal: what is moved there can be brought back. Returns its path."""
         aside = self._aside()
-        self.journal.db.execute(
-            "UPDATE paths SET state = 'leaving', target = ? WHERE version > ?", (aside.name, after)
-        )
+        with storing(aside):
+            aside.mkdir()
+            copy = aside / self.journal.path.name
+            shutil.copyfile(self.journal.path, copy)
+            with copy.open("rb") as file:
+                os.fsync(file.fileno())
+            sync_folder(aside)
+            sync_folder(self.folder)
         return aside
+
+    def leave(self, after: int, last: int, aside: Path) -> None:
+        """Note, within a transaction, what moves to ``aside``: the files of versions after ``after``, and what was
+        exported or written of them. `finish_leaving` moves it, and so does the next start."""
+        for path, version, _ in self._rows("pending"):
+            for name in self._with_scratch(path) if version > after else ():
+                self.enter("leaving", version, {name: 0})
+        for name in EXPORTS:
+            exported = about_export(self.folder / name).get("version")
+            if isinstance(exported, int) and exported > after:
+                self.enter("leaving", exported, {name: 0})
+        for name in ("summary.json", "results.json"):
+            if (self.folder / name).exists():
+                self.enter("leaving", last, {name: 0})
+        self.journal.db.execute(
+            "UPDATE paths SET state = 'leaving', target = ? WHERE version > ? AND state != 'removed'",
+            (aside.name, after),
+        )
+        self.journal.db.execute(
+            "DELETE FROM paths WHERE version > ? AND state = 'removed'", (after,)
+        )
 
     # --- what is about to be written ---
 
@@ -277,7 +300,7 @@ class Files:
                 (self.folder / name).unlink(missing_ok=True)
         for name in EXPORTS:
             self._settle_export(name)
-        self._finish_leaving()
+        self.finish_leaving()
 
     def _set_back(self, path: str) -> None:
         """Keep a version that was being collected if its record is there; remove what can't be gone on with."""
@@ -303,7 +326,8 @@ class Files:
             else:  # a crash came between the two renames of an export
                 old.rename(target)
 
-    def _finish_leaving(self) -> None:
+    def finish_leaving(self) -> None:
+        """Move what is listed as leaving."""
         rows = self._rows("leaving")
         for path, _, target in rows:
             with storing(self.folder / path):

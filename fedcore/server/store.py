@@ -72,7 +72,7 @@ class Store:
 
     Args:
         folder: the run folder; it is made where there is none.
-        settings: the run's settings, by section and key.
+        settings: the run's settings, by section and key; None leaves those that are recorded.
         discard: move what the journal does not know into a folder of its own, and go on.
         chunk_bytes: over what the chunks' checksums are taken.
 
@@ -86,7 +86,7 @@ class Store:
     def __init__(
         self,
         folder: Path,
-        settings: Mapping[str, Any],
+        settings: Mapping[str, Any] | None,
         *,
         discard: bool = False,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
@@ -133,22 +133,21 @@ class Store:
         self._journal = Journal(path)
         self._files = Files(self.folder, self._journal)
 
-    def _take_up(self, settings: Mapping[str, Any], discard: bool) -> None:
+    def _take_up(self, settings: Mapping[str, Any] | None, discard: bool) -> None:
         if self._journal.found_schema == "2":
             with self._journal.transaction():
                 sizes = {row.version: row.nbytes for row in self.versions()}
                 self._files.take_up_format_2(sizes, self.last_version)
-        self._check_settings(settings)
+        if settings is not None:
+            self._check_settings(settings)
         found = self._files.foreign()
         if found and not discard:
             self._files.refuse_foreign(found, self.last_version)
         if found:
             logger.warning("moved to %s: %s", self._files.set_aside(found), ", ".join(found))
-        now = {
-            "schema": str(SCHEMA),
-            "fedcore": __version__,
-            "settings": json.dumps(settings, sort_keys=True),
-        }
+        now = {"schema": str(SCHEMA), "fedcore": __version__}
+        if settings is not None:
+            now["settings"] = json.dumps(settings, sort_keys=True)
         if found or any(self._journal.meta(key) != value for key, value in now.items()):
             with self._journal.transaction():
                 if found:  # what sites kept of the versions that are gone counts no longer
@@ -294,6 +293,33 @@ class Store:
             with storing(self.path(version)):
                 self.path(version).unlink()
         return removed
+
+    def roll_back(self, version: int) -> Path:
+        """Make an earlier version the last one; returns the folder with what was after it, and with the journal.
+
+        The run has another id from then on: what sites have kept of the later rounds counts no longer.
+
+        Raises:
+            ConfigError: there is no such version, or it is the last one already.
+            IntegrityError: its file is missing, or not the one that was committed.
+        """
+        known, last = [row.version for row in self.versions()], self.last_version
+        if last is None or version not in known:
+            there = f"it has rounds {known[0]} to {known[-1]}" if known else "it has none"
+            raise ConfigError(f"{self.folder} has no model of round {version}: {there}")
+        if version == last:
+            raise ConfigError(f"{self.folder} is at round {version} already")
+        self.verify(version)
+        aside = self._files.aside_with_journal()
+        with self._journal.transaction():
+            self._files.leave(version, last, aside)
+            for table in ("versions", "contributions", "scores", "answers"):
+                self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
+            self._db.execute("DELETE FROM chosen")
+            self._db.execute("DELETE FROM meta WHERE key = 'finished'")
+            self._journal.renew_run_id()
+        self._files.finish_leaving()
+        return aside
 
     def missing(self) -> list[int]:
         """Return the versions whose files are not there, though nobody asked for their removal."""

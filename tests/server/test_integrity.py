@@ -17,6 +17,7 @@ import pytest
 
 from fedcore.config import parse_run
 from fedcore.errors import BusyError, ConfigError, IntegrityError, StorageError
+from fedcore.server.files import Files
 from fedcore.server.journal import Journal
 from fedcore.server.outcome import Outcome
 from fedcore.server.participation import Roster
@@ -407,3 +408,73 @@ def test_a_last_model_that_is_missing_is_named_with_the_way_back(
     ):
         Server(config).run()
     assert not any("goes on once" in line for line in caplog.messages)
+
+
+# --- going back ---
+
+
+def test_a_run_goes_back_to_a_round_and_forward_again(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run", 3.0, 2.0, 1.0)
+    before = contents(folder)
+    store = Store(folder, None)
+    run_id = store.run_id
+    aside = store.roll_back(1)
+    assert (store.last_version, sorted(store.scores()), store.run_id == run_id) == (
+        1,
+        [0, 1],
+        False,
+    )
+    store.close()
+    moved = contents(aside)
+    assert not (folder / "best").exists()
+    kept = {name for name in before if "round-0002" not in name and not name.startswith("best/")}
+    assert {name for name in contents(folder) if not name.startswith(aside.name)} == kept
+    assert moved == {
+        name: data for name, data in before.items() if name not in kept or name == JOURNAL
+    }
+
+    store = Store(folder, SETTINGS)
+    commit(store, 2)
+    store.export("best", 0)
+    store.close()
+    shutil.copytree(aside, folder, dirs_exist_ok=True)
+    store = Store(folder, SETTINGS)
+    assert (store.last_version, store.run_id) == (2, run_id)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("version", "text"), [(3, "no model of round 3"), (2, "at round 2 already")]
+)
+def test_a_round_that_cannot_be_gone_back_to_is_named(
+    tmp_path: Path, version: int, text: str
+) -> None:
+    store = Store(run_of(tmp_path / "run", 3.0, 2.0, 1.0), None)
+    try:
+        with pytest.raises(ConfigError, match=text):
+            store.roll_back(version)
+        flip(store.path(0))
+        with pytest.raises(IntegrityError, match=r"round-0000\.safetensors is not the file"):
+            store.roll_back(0)
+        assert store.last_version == 2
+    finally:
+        store.close()
+
+
+def test_a_server_killed_while_it_goes_back_has_gone_back_once_it_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run_of(tmp_path / "run", 3.0, 2.0, 1.0)
+    store = Store(folder, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "finish_leaving", lambda _: None)
+        aside = store.roll_back(0)
+    store.close()
+    store = Store(folder, SETTINGS)
+    assert store.last_version == 0
+    store.close()
+    assert {
+        "models/round-0001.safetensors",
+        "models/round-0002.safetensors",
+        "best/fedcore.json",
+    } <= set(contents(aside))

@@ -29,6 +29,7 @@ COMMANDS = (
     "pause",
     "resume",
     "stop",
+    "rollback",
     "evaluate",
 )
 
