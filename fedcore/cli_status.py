@@ -59,13 +59,15 @@ def status(  # noqa: PLR0917
       fedcore status --kit kits/dashboard --json
     """
     from .protocol import ENDED
-    from .status import ask_status, find_target, read_summary
+    from .status import ask_status, find_target
 
     found = find_target(target, kit, insecure, insecure_network)
     folder = Path(target) if target is not None and not target.startswith("tcp://") else None
     if found is None:
         assert folder is not None
-        reply = read_summary(folder)
+        from .server.past import read_past
+
+        reply = read_past(folder)
         _print_status(reply, as_json)
         if watch and reply.phase not in ENDED:
             typer.echo(f"no server works on {folder}; start it, then watch it", err=True)

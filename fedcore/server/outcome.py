@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from fedcore import protocol
+from fedcore import __version__, protocol
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError
 
@@ -175,6 +176,10 @@ class Outcome:
                 "bytes_in": snapshot.bytes_in,
                 "bytes_out": snapshot.bytes_out,
                 "seconds": snapshot.elapsed,
+                "started": self._store.taken().started if self._store.taken else "",
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                "fedcore": __version__,
+                "settings": self._config.model_dump(mode="json", exclude={"folder", "simulate"}),
                 "versions": [
                     {
                         "version": row.version,

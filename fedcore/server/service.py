@@ -150,6 +150,7 @@ class Server:
         self._outcome = Outcome(config, self._store, roster)
         self._rounds = make_rounds(config, roster, self._store.last_version)
         self._status = StatusBuilder(config, self._rounds, self._store)
+        self._store.taken = lambda: self._status.taken(self._link.exchange.stats())
         self._agreement = Agreement(
             self._store.files,
             strict=config.model.same_base == "strict",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Final
 
 from fedcore import protocol
 from fedcore.config import RunConfig
 
 from .aggregation import Aggregation
+from .history import Life
 from .rounds import Rounds
 from .selection import weighted_metrics
 from .store import Store
@@ -79,7 +81,9 @@ class StatusBuilder:
         self._rounds = rounds
         self._store = store
         self._started = time.monotonic()
+        self._before = store.life
         self._ended: float | None = None
+        self.began = self._before.started or datetime.now(UTC).isoformat(timespec="seconds")
         self._versions: list[protocol.VersionStatus] | None = None
         self._first_version = rounds.version or 0
         self._messages: dict[str, str] = {}
@@ -104,12 +108,22 @@ class StatusBuilder:
         """Read the versions again when they are next shown."""
         self._versions = None
 
+    def taken(self, stats: Mapping[str, int]) -> Life:
+        """Return what the run has taken up to now, over all servers that worked on it."""
+        if self._rounds.over and self._ended is None:
+            self._ended = time.monotonic()
+        now = time.monotonic() if self._ended is None else self._ended
+        return Life(
+            self.began,
+            self._before.seconds + now - self._started,
+            self._before.bytes_in + stats["bytes_in"],
+            self._before.bytes_out + stats["bytes_out"],
+        )
+
     def build(self, stats: Mapping[str, int], message: str) -> protocol.StatusReply:
         """Return a snapshot; ``stats`` are the data plane's counters."""
         rounds, chosen = self._rounds, self._config.selection
-        if rounds.over and self._ended is None:
-            self._ended = time.monotonic()
-        elapsed = (self._ended or time.monotonic()) - self._started
+        life = self.taken(stats)
         running = self.aggregation
         reduced, chunks = (
             (0, 0) if running is None or running.open else running.collector.progress()[:2]
@@ -126,9 +140,9 @@ class StatusBuilder:
             model_bytes=versions[-1].bytes if versions else 0,
             chunks_done=reduced,
             chunks=chunks,
-            bytes_in=stats["bytes_in"],
-            bytes_out=stats["bytes_out"],
-            elapsed=elapsed,
+            bytes_in=life.bytes_in,
+            bytes_out=life.bytes_out,
+            elapsed=life.seconds,
             eta=self._eta(versions),
             sites=[
                 protocol.SiteStatus(

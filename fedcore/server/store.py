@@ -13,8 +13,8 @@ import logging
 import shutil
 import sqlite3
 import time
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +25,7 @@ from fedcore.protocol import strict_json
 
 from .exports import Committed, write_durably, write_export
 from .files import Files, model_name, record_name, scratch_name
+from .history import Life, VersionRow, read_life, read_scores, read_versions
 from .integrity import verify_model
 from .journal import SCHEMA, Journal, holds_something, storing
 from .lock import FolderLock
@@ -39,23 +40,6 @@ _FIXED: Final = (
 )  # fmt: skip
 
 logger = logging.getLogger("fedcore.server")
-
-
-@dataclass(frozen=True)
-class VersionRow:
-    """One committed version and the sites in it, with their weights.
-
-    Attributes:
-        checksum: CRC-32C over its chunks' checksums, in hex; a file that differs is not used.
-        sha256: of its flat bytes, in hex; empty until it has been computed.
-    """
-
-    version: int
-    checksum: str
-    sha256: str
-    nbytes: int
-    seconds: float
-    participants: Mapping[str, int]
 
 
 def _shown(value: object) -> str:
@@ -76,6 +60,9 @@ class Store:
         discard: move what the journal does not know into a folder of its own, and go on.
         chunk_bytes: over what the chunks' checksums are taken.
 
+    Attributes:
+        taken: gives what the run has taken up to now; it is kept with each commit.
+
     Raises:
         BusyError: another process has the folder.
         ConfigError: the folder holds a run with other settings, or of another version of fedcore.
@@ -94,6 +81,7 @@ class Store:
         self.folder = folder
         self.models = folder / "models"
         self._chunk_bytes = chunk_bytes
+        self.taken: Callable[[], Life] | None = None
         try:
             self.models.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -194,6 +182,16 @@ class Store:
         return self._journal.run_id
 
     @property
+    def life(self) -> Life:
+        """What the run has taken before this process."""
+        return read_life(self._journal.meta("life"))
+
+    def _keep_life(self) -> None:
+        """Within a transaction: keep what the run has taken up to now, this process included."""
+        if self.taken is not None:
+            self._journal.set_meta("life", json.dumps(asdict(self.taken())))
+
+    @property
     def last_version(self) -> int | None:
         """The last committed version, or None."""
         row = self._journal.rows("SELECT MAX(version) FROM versions")[0]
@@ -261,6 +259,7 @@ class Store:
             for name, text in (files or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (name, text))
             self._files.mark("committed", pending)
+            self._keep_life()
             following = row.version + 1
             self._files.announce_next(following, {model_name(following): row.nbytes})
         self._files.forget_record(row.version)
@@ -327,17 +326,7 @@ class Store:
 
     def versions(self) -> list[VersionRow]:
         """Return every committed version, in order."""
-        sites: dict[int, dict[str, int]] = {}
-        for version, site, weight in self._journal.rows(
-            "SELECT version, site, weight FROM contributions ORDER BY site"
-        ):
-            sites.setdefault(version, {})[site] = int(weight)
-        return [
-            VersionRow(version, checksum, sha256, nbytes, seconds, sites.get(version, {}))
-            for version, checksum, sha256, nbytes, seconds in self._journal.rows(
-                "SELECT version, checksum, sha256, bytes, seconds FROM versions ORDER BY version"
-            )
-        ]
+        return read_versions(self._journal.rows)
 
     def add_sha256(self, version: int, digest: str) -> None:
         """Keep a version's digest, which is computed after its commit."""
@@ -354,14 +343,7 @@ class Store:
 
     def scores(self) -> dict[int, list[SiteScore]]:
         """Return all scores by version."""
-        found: dict[int, list[SiteScore]] = {}
-        for version, site, examples, metrics in self._journal.rows(
-            "SELECT version, site, examples, metrics FROM scores ORDER BY version, site"
-        ):
-            found.setdefault(version, []).append(
-                SiteScore(site, int(examples), json.loads(metrics))
-            )
-        return found
+        return read_scores(self._journal.rows)
 
     def add_answer(
         self, version: int, site: str, examples: int, outputs: Mapping[str, Any]
@@ -449,6 +431,7 @@ class Store:
         with self._journal.transaction():
             self._db.execute("DELETE FROM members")
             self._db.execute("DELETE FROM chosen")
+            self._keep_life()
             if finished:
                 self._journal.set_meta("finished", str(self.last_version))
 

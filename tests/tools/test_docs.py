@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 from fedcore import protocol, transport
 from fedcore.config import RunConfig, load_run_file
 from fedcore.connections import Limits
+from fedcore.protocol import SiteStatus, StatusReply, VersionStatus
 from fedcore.transport import control_frames
 
 ROOT = Path(__file__).parents[2]
@@ -175,3 +177,19 @@ def test_the_limits_of_the_door_are_those_of_the_code() -> None:
     assert (many.connections, many.per_network, many.unproved) == (20_000, 10_000, 10_000)
     assert (many.arrivals, many.arrivals_per_second) == (20_000, 2500)
     assert Limits.of(1024).connections == 4096 < Limits.of(1025).connections
+
+
+def test_the_status_for_other_programs_is_described_field_by_field() -> None:
+    cells = re.findall(r"^\| (`[^|]*) \|", text("docs/status.md"), re.MULTILINE)
+    named = set(re.findall(r"`([\w]+)`", "\n".join(cells)))
+    models = (StatusReply, SiteStatus, VersionStatus)
+    fields = {name for model in models for name in model.model_fields} - {"type", "ext", "run_id"}
+    states = {
+        value
+        for annotation in (
+            StatusReply.model_fields["phase"].annotation,
+            SiteStatus.model_fields["state"].annotation,
+        )
+        for value in typing.get_args(annotation)
+    }
+    assert named == fields | states

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +17,12 @@ from pathlib import Path
 import pytest
 
 from fedcore.cli import main
-from fedcore.config import RunConfig, parse_run
+from fedcore.config import RunConfig, load_run_file, parse_run
 from fedcore.errors import ConfigError
 from fedcore.protocol import ENDED, StatusReply
+from fedcore.server.past import read_past
 from fedcore.server.service import Server
+from fedcore.simulate import simulate
 from fedcore.status import (
     ENDPOINT_FILE,
     Target,
@@ -156,6 +160,42 @@ def test_watching_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
         while next(seen)[0].phase not in ENDED:
             assert time.monotonic() < until
     seen.close()
+
+
+def test_a_run_that_was_cut_off_is_read_from_its_journal(
+    run_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its summary is of the time before; the models since then are shown, too, and the whole time."""
+    path = run_file(rounds=1)
+    simulate(path, load_run_file(path))
+    folder = tmp_path / "runs" / "t"
+    before = read_past(folder)
+    assert (before.phase, len(before.versions)) == ("done", 2)
+    endless = ["run.rounds=1000000"]
+    with pytest.raises(InterruptedError):
+        simulate(path, load_run_file(path, endless), overrides=endless, tick=after(folder, 4))
+    reply = read_past(folder)
+    assert reply.phase == "waiting"
+    assert len(reply.versions) >= 4
+    assert [v.metrics["loss"] for v in reply.versions[:3]] == [0, 1, 2]
+    assert reply.best_version == max(v.version for v in reply.versions if v.metrics)
+    assert (reply.round, reply.rounds) == (reply.versions[-1].version + 1, 1_000_000)
+    assert reply.elapsed > before.elapsed
+    assert reply.bytes_in > before.bytes_in
+    assert {site.site: site.state for site in reply.sites} == {"a": "absent", "b": "absent"}
+    assert "no server works on" in reply.message
+
+
+def after(folder: Path, models: int) -> Callable[[], None]:
+    """Kill the server once there are so many models."""
+
+    def tick() -> None:
+        if len(list((folder / "models").glob("round-*.safetensors"))) >= models:
+            log = (folder / "logs" / "server.log").read_text()
+            os.kill(int(re.findall(r"process (\d+) on", log)[-1]), signal.SIGKILL)
+            raise InterruptedError
+
+    return tick
 
 
 def test_an_ended_run_is_read_from_its_summary(server: Server) -> None:

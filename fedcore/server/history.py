@@ -1,0 +1,72 @@
+"""What a journal tells of a run: its versions, their scores, and what all of it took."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .selection import SiteScore
+
+__all__ = ["Life", "VersionRow", "read_life", "read_scores", "read_versions"]
+
+
+@dataclass(frozen=True)
+class VersionRow:
+    """One committed version and the sites in it, with their weights.
+
+    Attributes:
+        checksum: CRC-32C over its chunks' checksums, in hex; a file that differs is not used.
+        sha256: of its flat bytes, in hex; empty until it has been computed.
+    """
+
+    version: int
+    checksum: str
+    sha256: str
+    nbytes: int
+    seconds: float
+    participants: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Life:
+    """What a run has taken over all servers that worked on it.
+
+    Attributes:
+        started: when the first of them began, in UTC as ISO 8601 has it; shown, never compared.
+        seconds: for how long servers worked on it.
+        bytes_in, bytes_out: what they received and sent.
+    """
+
+    started: str = ""
+    seconds: float = 0.0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
+def read_versions(rows: Callable[[str], list[tuple[Any, ...]]]) -> list[VersionRow]:
+    """Return the committed versions of a journal, in order; ``rows`` runs a query on it."""
+    sites: dict[int, dict[str, int]] = {}
+    query = "SELECT version, site, weight FROM contributions ORDER BY site"
+    for version, site, weight in rows(query):
+        sites.setdefault(version, {})[site] = int(weight)
+    query = "SELECT version, checksum, sha256, bytes, seconds FROM versions ORDER BY version"
+    return [
+        VersionRow(version, checksum, sha256, nbytes, seconds, sites.get(version, {}))
+        for version, checksum, sha256, nbytes, seconds in rows(query)
+    ]
+
+
+def read_scores(rows: Callable[[str], list[tuple[Any, ...]]]) -> dict[int, list[SiteScore]]:
+    """Return a journal's scores by version; ``rows`` runs a query on it."""
+    found: dict[int, list[SiteScore]] = {}
+    query = "SELECT version, site, examples, metrics FROM scores ORDER BY version, site"
+    for version, site, examples, metrics in rows(query):
+        found.setdefault(version, []).append(SiteScore(site, int(examples), json.loads(metrics)))
+    return found
+
+
+def read_life(text: str | None) -> Life:
+    """Return what a journal says of the run's life so far; nothing where an older fedcore wrote it."""
+    return Life() if text is None else Life(**json.loads(text))

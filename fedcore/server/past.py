@@ -1,0 +1,99 @@
+"""How a run stands of which no server says so: what its journal and its summary hold."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedcore import protocol
+from fedcore.errors import ConfigError
+from fedcore.status import read_summary
+
+from .history import read_life, read_scores, read_versions
+from .selection import best_version, weighted_metrics
+
+__all__ = ["read_past"]
+
+
+def read_past(folder: Path) -> protocol.StatusReply:
+    """Return how the run in a folder stands, on which no server works; nothing in the folder is changed.
+
+    Raises:
+        ConfigError: the journal can't be read, or another version of fedcore wrote it.
+    """
+    path = folder / "run.sqlite"
+    for mode in (
+        "mode=ro",
+        "immutable=1",
+    ):  # after a crash, SQLite may want to write before it reads
+        try:
+            with contextlib.closing(
+                sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)
+            ) as db:
+                return _read(folder, functools.partial(_rows, db))
+        except sqlite3.Error as error:
+            problem = error
+    raise ConfigError(
+        f"cannot read {path}: {problem}; another version of fedcore may have written it"
+    )
+
+
+def _rows(db: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
+    return db.execute(query).fetchall()
+
+
+def _read(folder: Path, rows: Callable[[str], list[tuple[Any, ...]]]) -> protocol.StatusReply:
+    meta = dict(rows("SELECT key, value FROM meta"))
+    versions, scores = read_versions(rows), read_scores(rows)
+    last = versions[-1].version if versions else None
+    if (
+        last is not None
+        and meta.get("finished") == str(last)
+        and (folder / "summary.json").is_file()
+    ):
+        return read_summary(folder)
+    settings = json.loads(meta.get("settings", "{}"))
+    run, selection = settings.get("run", {}), settings.get("selection", {})
+    people, life = settings.get("participants", {}), read_life(meta.get("life"))
+    metric, mode = selection.get("metric"), selection.get("mode")
+    best = None
+    if metric and mode:
+        expected = people.get("count") or len(people.get("sites") or ())
+        quorum = people.get("min_results") or people.get("sample") or expected
+        best = best_version(scores, metric, mode, quorum)
+    names = people.get("sites") or [
+        row[0] for row in rows("SELECT site FROM members ORDER BY site")
+    ]
+    return protocol.StatusReply(
+        run=run.get("name", folder.name),
+        phase="waiting",
+        round=min((last or 0) + 1, run.get("rounds") or 1) if last is not None else 0,
+        rounds=run.get("rounds") or 0,
+        metric=metric,
+        mode=mode,
+        best_version=best,
+        model_bytes=versions[-1].nbytes if versions else 0,
+        bytes_in=life.bytes_in,
+        bytes_out=life.bytes_out,
+        elapsed=life.seconds,
+        sites=[protocol.SiteStatus(site=name, state="absent") for name in names],
+        versions=[
+            protocol.VersionStatus(
+                version=row.version,
+                metrics=protocol.first_metrics(
+                    weighted_metrics(scores.get(row.version, [])), metric
+                ),
+                participants=list(row.participants),
+                seconds=row.seconds,
+                bytes=row.nbytes,
+            )
+            for row in versions
+        ],
+        message=f"no server works on {folder}; start fedcore-server with its run file to go on"
+        + (" after the last committed round" if last else ""),
+    )
