@@ -122,6 +122,7 @@ class ParticipantsSection(_Section):
     count: Annotated[int, Field(ge=1, le=100_000)] | None = None
     sample: Annotated[int, Field(ge=1)] | None = None
     min_results: Annotated[int, Field(ge=1)] | None = None
+    join_timeout: Duration = 300.0
     round_deadline: Duration = 86400.0
     idle_timeout: Duration = 3.0
 

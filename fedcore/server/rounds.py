@@ -8,7 +8,8 @@ An update is pulled as soon as it is ready, ahead of those of sites that still t
 
 How a round closes: when every expected site has delivered, was taken out, or is gone, and at least ``quorum``
 have delivered; at the deadline, when at least ``quorum`` have. A site that never joined is waited for until the
-deadline; one that had joined before the server was started again, for as long as `Rounds.restarted` was told.
+end of `JoinWait`, counted once, from the run's first task; it ends with the first deadline at the latest.
+One that had joined before the server was started again is waited for until the time given to `Rounds.restarted`.
 A server that was killed while it collected goes on with the same updates as soon as their sites have offered
 them again, whoever else is there; where one of them does not come back, the round closes as any other.
 With a ``sample``, only that many sites train in a round and are waited for. The choice is written down before the
@@ -19,6 +20,7 @@ With fewer than ``quorum`` at the deadline the run is given up; what was committ
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 
 from .actions import (
@@ -34,6 +36,7 @@ from .actions import (
     SendTask,
     StartCollect,
 )
+from .joining import JoinWait
 from .participation import Delivery, Member, Roster, SiteState
 from .sampling import Sample
 
@@ -64,6 +67,8 @@ class Rounds:
         version: the last committed model, or None if there is none yet.
         sample: how many sites train in a round, chosen by ``seed``; all of them if None.
         seed: of the choice.
+        join_timeout: seconds from the run's first task on for which sites that never joined are waited for; none
+            where a round is committed. Without one they are waited for up to the first deadline.
     """
 
     def __init__(
@@ -76,8 +81,10 @@ class Rounds:
         version: int | None = None,
         sample: int | None = None,
         seed: int = 0,
+        join_timeout: float = math.inf,
     ) -> None:
         self.roster = roster
+        self.joins = JoinWait(join_timeout, over=bool(version) and join_timeout < math.inf)
         self._sample = Sample(sample, seed)
         self.rounds = rounds
         self.quorum = quorum
@@ -115,6 +122,28 @@ class Rounds:
     def deadline(self) -> float | None:
         """The time at which `tick` will act, or None while nobody was given a task."""
         return None if self._started is None or self.over else self._started + self.deadline_seconds
+
+    @property
+    def return_by(self) -> float | None:
+        """Until when sites are waited for that had joined before the server was started again."""
+        return self._return_by
+
+    @property
+    def awaited(self) -> int:
+        """How many sites that have never joined are still waited for."""
+        return 0 if self.joins.over else self.roster.missing
+
+    @property
+    def lacking(self) -> int:
+        """How many updates the round needs beyond those that the sites that are there can give."""
+        if self.phase is not Phase.TRAINING:
+            return 0
+        able = sum(m.returning or (m.alive and m.dropped_round != self.round) for m in self.roster)
+        return max(0, self.quorum - able)
+
+    def expects(self, member: Member) -> bool:
+        """Whether the round waits for a site that is there."""
+        return self.phase is not Phase.TRAINING or self._sample.includes(member)
 
     @property
     def held(self) -> bool:
@@ -308,12 +337,15 @@ class Rounds:
         """Time has passed."""
         if self._return_by is not None and now >= self._return_by:
             return self._stop_waiting(now)
+        if self.joins.ends(now) and not self.over:
+            return self._end_if_evaluated() or self._close_if_due()
         deadline = self.deadline
         if deadline is None or now < deadline:
             return [] if self._sample.chosen else self._choose(now)
         if self.phase is Phase.EVALUATING:
             return self._end()
         if self.phase is Phase.TRAINING:
+            self.joins.end()
             delivered = self._delivered()
             if len(delivered) >= self.quorum:
                 return [self._collect(delivered)]
@@ -383,6 +415,7 @@ class Rounds:
         return given_up + (decided or self._pull_ahead(self._delivered() if withheld else []))
 
     def _start_clock(self, now: float) -> None:
+        self.joins.start(now)
         if self._started is None:
             self._started = now
 
@@ -397,6 +430,7 @@ class Rounds:
         for member in sorted(self.roster, key=lambda m: m.name not in before):
             if member.alive and member.declared and not member.unfit:
                 self.phase = Phase.INITIAL
+                self.joins.start(now)
                 self._started = now
                 member.state = SiteState.TRAINING
                 return self._assign(member, now)
@@ -413,8 +447,9 @@ class Rounds:
             CancelCollect(),
             SendDropped(member.name, 0, f"the initial model is not usable: {reason}"),
         ]
-        if self.roster.missing == 0 and all(m.unfit for m in self.roster):
-            reasons = "; ".join(f"{m.name}: {m.unfit}" for m in self.roster)
+        others = [m for m in self.roster if m.returning or m.state is not SiteState.ABSENT]
+        if self.awaited == 0 and all(m.unfit for m in others):
+            reasons = "; ".join(f"{m.name}: {m.unfit}" for m in others)
             return actions + self._fail(f"no site has a usable initial model: {reasons}")
         return actions + self._choose_first(now)
 
@@ -484,7 +519,7 @@ class Rounds:
             if self._sample.includes(m)
             and (m.returning or (m.alive and m.state is not SiteState.DROPPED))
         ]
-        complete = self._sample.size is not None or self.roster.missing == 0
+        complete = self._sample.size is not None or self.awaited == 0
         if complete and len(delivered) == len(waited_for) >= self.quorum:
             return [self._collect(delivered)]
         hopeless = self.roster.expected - sum(m.dropped_round == self.round for m in self.roster)

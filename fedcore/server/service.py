@@ -50,6 +50,7 @@ from .steering import steer
 from .store import Store, VersionRow
 from .tasks import make_rounds
 from .versions import Versions, declared_layout
+from .waiting import WaitingLog
 
 __all__ = ["RunResult", "Server"]
 
@@ -149,6 +150,7 @@ class Server:
         self._guard = Guard(self._link, self._peers, self._access, self._end_part)
         self._outcome = Outcome(config, self._store, roster)
         self._rounds = make_rounds(config, roster, self._store.last_version)
+        self._waiting = WaitingLog(self._rounds)
         self._status = StatusBuilder(config, self._rounds, self._store)
         self._store.taken = lambda: self._status.taken(self._link.exchange.stats())
         self._agreement = Agreement(
@@ -284,6 +286,7 @@ class Server:
         self._check_alive()
         self._versions.keep_digests()
         self._do(self._rounds.tick(time.monotonic()))
+        self._waiting.look(time.monotonic())
 
     def _hear(self, arrived: Control | DataEvent) -> None:
         if not isinstance(arrived, Control):

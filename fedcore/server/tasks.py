@@ -5,9 +5,10 @@ State machines beside `fedcore.server.rounds`, with the same events and actions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypedDict
 
 from fedcore.config import RunConfig
 
@@ -27,30 +28,36 @@ from .rounds import Phase, Rounds
 __all__ = ["Comparing", "Scoring", "make_rounds"]
 
 
+class _Common(TypedDict):
+    quorum: int
+    deadline: float
+    version: int | None
+    join_timeout: float
+
+
 def make_rounds(config: RunConfig, roster: Roster, version: int | None) -> Rounds:
     """Return the state machine of a run's task; ``version`` is the last committed model, if there is one."""
     people, task = config.participants, config.run.task
-    quorum, deadline = people.quorum, people.round_deadline
-    if task in ("evaluate", "infer"):
-        return Scoring(roster, kind=task, quorum=quorum, deadline=deadline, version=version)
-    if task == "compare":
-        sites = config.site_names
-        return Comparing(roster, sites=sites, quorum=quorum, deadline=deadline, version=version)
-    return Rounds(
-        roster,
-        rounds=config.run.rounds,
-        quorum=quorum,
-        deadline=deadline,
+    common = _Common(
+        quorum=people.quorum,
+        deadline=people.round_deadline,
         version=version,
-        sample=people.sample,
-        seed=config.run.seed,
+        join_timeout=people.join_timeout,
+    )
+    if task in ("evaluate", "infer"):
+        return Scoring(roster, kind=task, **common)
+    if task == "compare":
+        return Comparing(roster, sites=config.site_names, **common)
+    return Rounds(
+        roster, rounds=config.run.rounds, sample=people.sample, seed=config.run.seed, **common
     )
 
 
 class Scoring(Rounds):
     """Every site scores the given model, or answers with outputs of it; then the run is over.
 
-    It waits for all sites up to the deadline, and is complete if at least ``quorum`` have answered then.
+    It waits for all sites up to the deadline, and is complete if at least ``quorum`` have answered then. A site
+    that never joined is waited for up to the join timeout, or up to the deadline where fewer have answered.
 
     Args:
         kind: the task that sites get.
@@ -64,8 +71,16 @@ class Scoring(Rounds):
         quorum: int,
         deadline: float,
         version: int | None = None,
+        join_timeout: float = math.inf,
     ) -> None:
-        super().__init__(roster, rounds=0, quorum=quorum, deadline=deadline, version=version)
+        super().__init__(
+            roster,
+            rounds=0,
+            quorum=quorum,
+            deadline=deadline,
+            version=version,
+            join_timeout=join_timeout,
+        )
         self._kind = kind
 
     def _assign(self, member: Member, now: float) -> list[Action]:
@@ -75,10 +90,16 @@ class Scoring(Rounds):
         ]
 
     def _end_if_evaluated(self) -> list[Action]:
-        return [] if self.roster.missing else super()._end_if_evaluated()
+        short = len(self._answered()) < self.quorum
+        if self.awaited or (short and self.roster.missing):
+            return []
+        return super()._end_if_evaluated()
+
+    def _answered(self) -> list[str]:
+        return [m.name for m in self.roster if self.version in m.scored]
 
     def _end(self) -> list[Action]:
-        answered = [m.name for m in self.roster if self.version in m.scored]
+        answered = self._answered()
         if len(answered) >= self.quorum:
             return super()._end()
         others = [
@@ -109,9 +130,15 @@ class Comparing(Rounds):
         quorum: int,
         deadline: float,
         version: int | None = None,
+        join_timeout: float = math.inf,
     ) -> None:
         super().__init__(
-            roster, rounds=len(sites), quorum=quorum, deadline=deadline, version=version
+            roster,
+            rounds=len(sites),
+            quorum=quorum,
+            deadline=deadline,
+            version=version,
+            join_timeout=join_timeout,
         )
         self._places = {name: place for place, name in enumerate(sorted(sites), 1)}
         self._closed = bool(version)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fedcore.server.actions import Action, Participant, PullAhead, SendTask
 from fedcore.server.participation import Delivery, Roster
 from fedcore.server.rounds import Rounds
@@ -10,7 +12,12 @@ NOT_BACK = "it did not come back after the server was started again"
 
 
 def machine(
-    sites: list[str], *, quorum: int | None = None, version: int | None = 0, rounds: int = 2
+    sites: list[str],
+    *,
+    quorum: int | None = None,
+    version: int | None = 0,
+    rounds: int = 2,
+    join_timeout: float = math.inf,
 ) -> Rounds:
     return Rounds(
         Roster(sites, None),
@@ -18,6 +25,7 @@ def machine(
         quorum=quorum or len(sites),
         deadline=100,
         version=version,
+        join_timeout=join_timeout,
     )
 
 
