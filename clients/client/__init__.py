@@ -37,6 +37,7 @@ from .plain import (
     shutdown,
     system_info,
 )
+from .restoring import restore
 from .tasks import Task, task
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "log",
     "outcome",
     "receive",
+    "restore",
     "send",
     "shutdown",
     "system_info",

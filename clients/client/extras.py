@@ -21,8 +21,9 @@ _SHOWN = 8
 
 
 def active_adapter(model: Any) -> str:
-    """Return the name of a PEFT model's active adapter."""
-    active = model.active_adapter
+    """Return the name of the active adapter of a PEFT model, or of a transformers model that was given one."""
+    several = getattr(model, "active_adapters", None)
+    active = several() if callable(several) else model.active_adapter
     return str(active if isinstance(active, str) else active[0])
 
 

@@ -16,11 +16,8 @@ The rules:
 
 from __future__ import annotations
 
-import json
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -32,6 +29,7 @@ from fedcore.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, check_names, compare_layouts
 
 from .base import frozen_groups, frozen_tensors
+from .cards import adapter_files, model_files
 from .choice import travelling
 from .extras import active_adapter, refuse_extras
 from .naming import inner_module, own_names, plain_names
@@ -39,7 +37,16 @@ from .prompts import is_computed, load_prompt
 from .received import Received
 from .sharding import address, is_sharded, local, put, whole
 
-__all__ = ["ModelParameters", "dtype_name", "from_view", "raw_bytes", "to_dtype"]
+__all__ = [
+    "AllTensors",
+    "ModelParameters",
+    "dtype_name",
+    "from_view",
+    "is_known",
+    "raw_bytes",
+    "to_dtype",
+    "unwrap",
+]
 
 _DTYPES: Final[Mapping[torch.dtype, str]] = {
     torch.float64: "F64",
@@ -102,15 +109,14 @@ class ModelParameters:
 
     def __init__(self, model: nn.Module) -> None:
         _refuse_flat(model)
-        root = _find_root(_unwrap(model))
+        root = _find_root(unwrap(model))
         if not any(p.requires_grad for p in root.parameters()):
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
         self._root = root
         self._prompt = False
         if _is_peft(root):
             self._tensors = _peft_tensors(root)
-            shared = {address(p) for p in root.state_dict().values()}
-            self._prompt = any(address(t) not in shared for t in self._tensors.values())
+            self._prompt = _computes(root, self._tensors)
         else:
             self._tensors = _own_tensors(root)
         check_names(self._tensors)
@@ -127,10 +133,12 @@ class ModelParameters:
 
     @property
     def files(self) -> dict[str, str]:
-        """JSON files that describe the model, by name; local paths in them are cut to their last part."""
+        """JSON files that describe the model, by name, without local paths; see `cards`."""
         if _is_peft(self._root):
-            return {"adapter_config.json": _adapter_config(self._root)}
-        return _model_cards(self._root)
+            return adapter_files(self._root, self._given, self.specs, self._tensors)
+        return model_files(
+            self._root, self._given, self.specs, pretrained=_is_pretrained(self._root)
+        )
 
     @property
     def names(self) -> list[str]:
@@ -170,7 +178,7 @@ class ModelParameters:
             return {n: p.detach() for n, p in self._root.named_parameters() if p.requires_grad}
         return {name: local(self._tensors[name]) for name in self.names}
 
-    def load(self, specs: list[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
+    def load(self, specs: Sequence[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
         """Copy a global model into the model in place.
 
         All names, dtypes and shapes are compared before a byte is changed.
@@ -181,21 +189,43 @@ class ModelParameters:
         difference = compare_layouts(self.specs, specs, "this site", "the global model")
         if difference is not None:
             raise LayoutError(f"the global model does not fit this model: {difference}")
+        self._fill(self.specs, tensors)
+        if isinstance(tensors, Received):
+            tensors.release()
+
+    def _fill(self, specs: Sequence[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
         with torch.no_grad():
             if self._prompt:
                 from peft import set_peft_model_state_dict
 
-                state = {s[0]: from_view(tensors[s[0]], s).clone() for s in self.specs}
+                state = {s[0]: from_view(tensors[s[0]], s).clone() for s in specs}
                 adapter = active_adapter(self._root)
                 if is_computed(self._root, adapter):
                     load_prompt(self._root, adapter, state["prompt_embeddings"])
                 else:
                     set_peft_model_state_dict(self._root, state, adapter)
                 return
-            for spec in self.specs:
+            for spec in specs:
                 put(self._tensors[spec[0]], from_view(tensors[spec[0]], spec))
-        if isinstance(tensors, Received):
-            tensors.release()
+
+
+class AllTensors(ModelParameters):
+    """Every tensor of a model or of its adapter, trained or not; `load` takes a part of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._given = self._root = model
+        peft = _is_peft(model)
+        self._tensors = _peft_tensors(model) if peft else _own_tensors(model, whole=True)
+        self._prompt = peft and _computes(model, self._tensors)
+        self.sharded = False
+        self.specs = [
+            (name, _DTYPES.get(tensor.dtype, str(tensor.dtype)), list(tensor.shape))
+            for name, tensor in self._tensors.items()
+        ]
+
+    def load(self, specs: Sequence[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
+        """Copy these tensors, which the caller has compared with `specs`, into the model."""
+        self._fill(specs, tensors)
 
 
 def _refuse_flat(model: nn.Module) -> None:
@@ -211,18 +241,27 @@ def _refuse_flat(model: nn.Module) -> None:
         )
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside all wrappers around it."""
     while (inner := inner_module(model)) is not None:
         model = inner
     return model
 
 
 def _is_peft(module: nn.Module) -> bool:
-    return any(c.__name__ == "PeftModel" for c in type(module).__mro__)
+    """Whether this is a PEFT model, or a transformers model with an adapter of its own (``add_adapter``)."""
+    return any(c.__name__ == "PeftModel" for c in type(module).__mro__) or (
+        _is_pretrained(module) and vars(module).get("_hf_peft_config_loaded", False)
+    )
 
 
 def _is_pretrained(module: nn.Module) -> bool:
     return any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a model of this kind travels alone, if it holds all that a larger one trains."""
+    return _is_peft(module) or _is_pretrained(module)
 
 
 def _find_root(model: nn.Module) -> nn.Module:
@@ -240,16 +279,29 @@ def _find_root(model: nn.Module) -> nn.Module:
 def _peft_tensors(model: Any) -> dict[str, torch.Tensor]:
     from peft import get_peft_model_state_dict
 
-    found: dict[str, torch.Tensor] = get_peft_model_state_dict(
-        model, adapter_name=active_adapter(model), save_embedding_layers=False
-    )
+    adapter = active_adapter(model)
+    config = model.peft_config[adapter]
+    # AdaLoRA's ranks differ from site to site once it prunes; without the pattern all travel, zeros included.
+    pattern = getattr(config, "rank_pattern", None)
+    pruned = getattr(config.peft_type, "value", config.peft_type) == "ADALORA" and pattern
+    try:
+        if pruned:
+            config.rank_pattern = None
+        found: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            model, adapter_name=adapter, save_embedding_layers=False
+        )
+    finally:
+        if pruned:
+            config.rank_pattern = pattern
     plain = plain_names(model, found)
-    return {plain[name]: tensor.detach() for name, tensor in found.items()}
+    # Files of PEFT's format name tensors from a PeftModel down, whatever holds the adapter.
+    start = "base_model.model." if _is_pretrained(model) else ""
+    return {start + plain[name]: tensor.detach() for name, tensor in found.items()}
 
 
-def _own_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+def _own_tensors(model: nn.Module, *, whole: bool = False) -> dict[str, torch.Tensor]:
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    whole = len(trained) == len(list(model.parameters()))
+    whole = whole or len(trained) == len(list(model.parameters()))
     keep: set[str] | None = None
     if not whole:
         keep = set()
@@ -287,38 +339,30 @@ def _moves_with(module: nn.Module, parent: nn.Module) -> bool:
     )
 
 
+def _computes(root: Any, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the tensors are computed each time they are asked for, as a prompt is.
+
+    Raises:
+        LayoutError: they are and are no prompt, so that nothing could be loaded into them.
+    """
+    shared = {address(tensor) for tensor in root.state_dict().values() if hasattr(tensor, "shape")}
+    if all(address(tensor) in shared for tensor in tensors.values()):
+        return False
+    if hasattr(root, "prompt_encoder"):
+        return True
+    again = _peft_tensors(root)
+    moved = [name for name, tensor in tensors.items() if address(tensor) != address(again[name])]
+    if not moved:
+        return False
+    config = root.peft_config[active_adapter(root)]
+    raise LayoutError(
+        f"the tensor {moved[0]!r} of {getattr(config.peft_type, 'value', config.peft_type)} is computed anew each "
+        "time it is asked for, so nothing can be loaded into it; take another PEFT method"
+    )
+
+
 def _check(name: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
         raise LayoutError(
             f"tensor {name!r} is on the meta device and holds no values; load the model's weights first"
         )
-
-
-def _adapter_config(model: Any) -> str:
-    config = model.peft_config[active_adapter(model)]
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        values = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
-    values["inference_mode"] = True
-    _hide_path(values, "base_model_name_or_path")
-    return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def _model_cards(model: Any) -> dict[str, str]:
-    if not _is_pretrained(model):
-        return {}
-    values = json.loads(model.config.to_json_string())
-    values["architectures"] = [type(model).__name__]
-    _hide_path(values, "_name_or_path")
-    cards = {"config.json": json.dumps(values, indent=2, sort_keys=True) + "\n"}
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and model.can_generate():
-        cards["generation_config.json"] = generation.to_json_string()
-    return cards
-
-
-def _hide_path(values: dict[str, Any], key: str) -> None:
-    """A local path says where things lie at a site; only its last part is kept."""
-    path = values.get(key)
-    if isinstance(path, str) and (Path(path).is_absolute() or Path(path).exists()):
-        values[key] = Path(path).name

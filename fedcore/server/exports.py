@@ -11,10 +11,12 @@ from pathlib import Path
 
 from fedcore.errors import IntegrityError
 from fedcore.layout import sync_folder
+from fedcore.opening import weights_name
 
 from .files import ABOUT, Files, about_export, keep_additions, new_and_old, remove_export
 from .integrity import verify_model
 from .journal import storing
+from .readme import README, readme
 
 __all__ = ["Committed", "write_durably", "write_export"]
 
@@ -64,19 +66,19 @@ def write_export(files: Files, name: str, source: Committed, cards: Mapping[str,
             if not files.is_own_export(path):
                 files.refuse_existing(path.name)
             remove_export(path)
-    weights = "adapter_model" if "adapter_config.json" in cards else "model"
     with storing(target):
         new.mkdir()
         about = {"run_id": files.journal.run_id, "version": source.version}
         write_durably(new / ABOUT, json.dumps(about) + "\n")  # first: whose folder it is
-        model = new / f"{weights}.safetensors"
+        model = new / weights_name(cards)
         _link_or_copy(source.path, model)
         try:
             verify_model(model, source.checksum, source.chunk_bytes)
         except IntegrityError as error:
             remove_export(new)
             raise IntegrityError(str(error).replace(str(model), str(source.path), 1)) from None
-        for file, text in cards.items():
+        about_model = readme(cards, source.version, files.journal.run_id)
+        for file, text in {**cards, README: about_model}.items():
             write_durably(new / file, text)
         sync_folder(new)
         if target.exists():

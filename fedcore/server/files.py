@@ -20,6 +20,7 @@ from typing import Final
 
 from fedcore.errors import IntegrityError, LayoutError, StorageError
 from fedcore.layout import open_model, sync_folder
+from fedcore.opening import CARD, WEIGHTS
 
 from .journal import Journal, storing
 
@@ -375,7 +376,7 @@ def about_export(folder: Path) -> dict[str, object]:
 
 def keep_additions(old: Path, new: Path) -> None:
     """Move what somebody has added to an exported folder to the one that takes its place."""
-    written = {*_names(new), "model.safetensors", "adapter_model.safetensors", ABOUT}
+    written = {*_names(new), *WEIGHTS, CARD, ABOUT}
     for name in _names(old):
         if name not in written:
             (old / name).rename(new / name)

@@ -18,12 +18,12 @@ from fedcore.layout import (
     open_model,
     table,
 )
+from fedcore.opening import CARD, WEIGHTS
 
 __all__ = ["load_initial"]
 
-_WEIGHTS: Final = ("adapter_model.safetensors", "model.safetensors")
 _INDEX: Final = "model.safetensors.index.json"
-_CARDS: Final = ("adapter_config.json", "config.json", "generation_config.json")
+_CARDS: Final = ("adapter_config.json", "config.json", "generation_config.json", CARD)
 
 
 def load_initial(
@@ -70,11 +70,11 @@ def _find(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ConfigError(f"model.initial: {path} does not exist")
-    for name in _WEIGHTS:
+    for name in WEIGHTS:
         if (path / name).is_file():
             return [path / name]
     if not (path / _INDEX).is_file():
-        raise ConfigError(f"model.initial: {path} holds none of {', '.join((*_WEIGHTS, _INDEX))}")
+        raise ConfigError(f"model.initial: {path} holds none of {', '.join((*WEIGHTS, _INDEX))}")
     try:
         shards = json.loads((path / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         names = sorted({str(name) for name in shards})

@@ -20,6 +20,7 @@ from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, FedcoreError, IntegrityError, ProtocolError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
+from fedcore.opening import CARD
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 from fedcore.weighing import effective_weight
 
@@ -43,6 +44,7 @@ from .guard import Guard
 from .outcome import Ending, Outcome, RunResult
 from .participation import Delivery, Roster
 from .peers import Peer, Peers
+from .readme import notes
 from .rounds import Phase
 from .selection import SiteScore
 from .status import StatusBuilder, Watchers, merge_metrics, within_a_message
@@ -462,6 +464,8 @@ class Server:
             self._peers.tell(site, "%s: %s", text, level=logging.INFO)
         if model is None:
             self._status.declared[site] = declare
+        elif CARD in declare.files:
+            self._store.add_file(CARD, declare.files[CARD])
         self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=found.warnings))
         self._do(self._rounds.declared(site, time.monotonic()))
 
@@ -706,6 +710,8 @@ class Server:
             "" if chosen is None else f"; best model: round {chosen}, {self._outcome.metric_text(chosen)}, "
             f"in {result.best}",
         )  # fmt: skip
+        for note in () if result.best is None else notes(self._store.files()):
+            logger.info("before you use %s: %s", result.best, note)
         self._say_goodbye()
 
     def _say_goodbye(self) -> None:

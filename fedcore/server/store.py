@@ -441,6 +441,11 @@ class Store:
         """Return the JSON files that describe the model, by name."""
         return dict(self._journal.rows("SELECT name, text FROM files"))
 
+    def add_file(self, name: str, text: str) -> None:
+        """Keep a file that describes the model, if the initial model came without it."""
+        with self._journal.transaction():
+            self._db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (name, text))
+
     def export(self, name: str, version: int) -> Path:
         """Write ``best/`` or ``final/`` from a version, whose file is compared with its recorded checksum first.
 

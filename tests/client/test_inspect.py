@@ -133,4 +133,4 @@ def test_a_patched_trainer_is_listed_before_it_evaluates(
     found = Inspection.model_validate_json((tmp_path / "report.json").read_text())
     name = "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
     assert found.tensors == [(name, "F32", [48, 2])]
-    assert list(found.files) == ["adapter_config.json"]
+    assert list(found.files) == ["adapter_config.json", "fedcore_model.json"]
