@@ -32,6 +32,7 @@ from ._core import Exchange, crc32c
 from .connections import Notes
 from .dialling import HANDSHAKES, Dialler, Server
 from .errors import BusyError, ClosedError, ConfigError
+from .files import require_free_files
 from .plain_pump import now_ms, run_pump
 from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
 
@@ -74,6 +75,7 @@ CONNECT_MS: Final = 3000
 """How long a site waits for an address to take its connection, before it dials again."""
 UNACKNOWLEDGED_MS: Final = 5000
 """The system ends the connection of a site when nothing of what was sent is acknowledged for so long."""
+_SITE_FILES: Final = 32  # that a link opens, and those of a site's work folder
 _WAITING: Final = 64  # control messages of a site that wait for a connection; the oldest are lost
 
 
@@ -399,7 +401,7 @@ class SiteLink(_Link):
     ``exchange.last_heard(b"")``.
 
     Raises:
-        ConfigError: ``server`` is no ``tcp://HOST:PORT``.
+        ConfigError: ``server`` is no ``tcp://HOST:PORT``, or this process may have too few files open.
     """
 
     _router = False
@@ -408,6 +410,7 @@ class SiteLink(_Link):
         self, server: str, identity: bytes, credentials: Credentials | None = None
     ) -> None:
         where = Server.of(server)
+        require_free_files(_SITE_FILES, "a site's connection")
         pump = _compiled_pump()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         net = context.socket(zmq.DEALER)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedcore.errors import ConfigError
+from fedcore.files import require_files
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
 
-__all__ = ["Budget", "raise_file_limit", "steady_heap"]
+__all__ = ["Budget", "require_connections", "steady_heap"]
 
 logger = logging.getLogger("fedcore.server")
 
@@ -21,6 +22,9 @@ _SUM_CHUNKS: Final = 4  # the sums of a chunk in fp64, or the chunks that are re
 _FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
 _PACKING_CHUNKS: Final = 6  # to compress a chunk of the model, and to unpack one of an update
 _FILES_BESIDE: Final = 64  # descriptors that are no connection
+_SPARE: Final = (
+    7  # a connection more for so many: the door leaves an eighth of all descriptors free
+)
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
@@ -97,19 +101,11 @@ def steady_heap() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2 << 20)
 
 
-def raise_file_limit(sites: int) -> None:
-    """Allow this process as many open files as it may have, and say so if that is too few for its sites."""
-    try:
-        import resource
-    except ImportError:
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < sites + _FILES_BESIDE:
-        logger.warning(
-            "this process may open %d files, and %d sites need %d: raise the limit (ulimit -n, or LimitNOFILE= "
-            "of a systemd unit), or sites will not be able to connect",
-            soft, sites, sites + _FILES_BESIDE,
-        )  # fmt: skip
+def require_connections(sites: int) -> None:
+    """Allow this process as many open files as it may have.
+
+    Raises:
+        ConfigError: that is too few for a connection of each site.
+    """
+    who = f"a server of {sites} site{'' if sites == 1 else 's'}"
+    require_files(sites + -(-sites // _SPARE) + _FILES_BESIDE, who)

@@ -38,7 +38,7 @@ from .actions import (
     StartCollect,
 )
 from .agreement import Agreement
-from .budget import Budget, raise_file_limit, steady_heap
+from .budget import Budget, require_connections, steady_heap
 from .collecting import Collecting, Reduced, Rejected, Stalled
 from .guard import Guard
 from .outcome import Ending, Outcome, RunResult
@@ -109,7 +109,7 @@ class Server:
             lossless=config.transfer.lossless,
         )
         steady_heap()
-        raise_file_limit(config.participants.expected)
+        require_connections(config.participants.expected)
         self._store = Store(
             config.run_folder,
             config.model_dump(mode="json", exclude={"folder", "simulate"}),
