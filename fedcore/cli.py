@@ -134,7 +134,7 @@ def server(  # noqa: PLR0917 - typer calls it by name
     _log_to(config.run_folder / "server.log", logging.DEBUG if verbose else logging.INFO)
     ended_by = _take_signals(process)
     try:
-        result = process.run()
+        result = process.run(config.server.linger)
     finally:
         endpoint.unlink(missing_ok=True)
     if not result.ok:

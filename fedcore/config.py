@@ -196,7 +196,7 @@ class SelectionSection(_Section):
 
 class ServerSection(_Section):
     """``[server]``: where to listen, the server's keys or plain text instead, the memory budget for chunks, the
-    spill file beyond it, the threads that reduce, and how many models are kept."""
+    spill file beyond it, the threads that reduce, how many models are kept, and how long to stay after the end."""
 
     listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:(\d{1,5}|\*)$")] = "tcp://127.0.0.1:7733"
     keys: str | None = None
@@ -207,6 +207,7 @@ class ServerSection(_Section):
     spill_dir: str | None = None
     threads: Annotated[int, Field(ge=1, le=64)] | None = None
     keep_versions: Annotated[int, Field(ge=1)] | None = None
+    linger: Duration = 8.0
 
     @model_validator(mode="after")
     def _consistent(self) -> ServerSection:

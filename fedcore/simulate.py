@@ -97,7 +97,8 @@ def simulate(
     command = [sys.executable, "-P", "-m", "fedcore", "server", str(run_file)]
     command += ["--endpoint-file", str(endpoint_file)]
     keys = None if config.server.insecure else folder.absolute() / _KEYS
-    given = [*overrides, "server.listen=tcp://127.0.0.1:0"]
+    # A site that fell silent here is dead: nobody is to be told of the end later.
+    given = [*overrides, "server.listen=tcp://127.0.0.1:0", "server.linger=1ms"]
     if keys is not None:
         given.append(f"server.keys={_toml_text(keys / SERVER_FOLDER)}")
     for override in given:

@@ -266,8 +266,9 @@ class _Link:
 
     def wake(self) -> None:
         """Make `recv` return None early; safe from any thread and from a signal handler."""
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"\0")
+        if not self._closed:  # the number may be another file's by now
+            with contextlib.suppress(OSError):
+                os.write(self._wake_write, b"\0")
 
     def close(self) -> None:
         """Stop the pump and close the sockets; queued messages get up to a second to leave."""

@@ -192,12 +192,12 @@ class Connection:
                 logger.warning(
                     "%s: waiting for %s: nothing heard from %s for %.0f s, still trying%s",
                     self._site, what, self._server, (now - started) if silent is None else silent / 1000,
-                    self._why_silent() if silent is None else "",
+                    self._why_silent() if silent is None else self.fate(),
                 )  # fmt: skip
             if not connecting and (silent or 0) / 1000 > self._settings.idle_timeout:
                 raise TransferTimeout(
                     f"{self._server} has been silent for {self._settings.idle_timeout:g} s while waiting "
-                    f"for {what} (FEDCORE_IDLE_TIMEOUT changes how long to wait)"
+                    f"for {what} (FEDCORE_IDLE_TIMEOUT changes how long to wait){self.fate()}"
                 )
 
     def _warn_unresolved(self) -> None:
@@ -206,6 +206,27 @@ class Connection:
         if why and why != self._unresolved:
             logger.warning("%s: %s Still trying.", self._site, why)
         self._unresolved = why
+
+    def fate(self) -> str:
+        """Return in words what this site knows of its last update."""
+        ready, upload = self._ready, self.upload()
+        if ready is not None and upload is not None and ready.round:
+            how = "whole" if upload[0] == upload[1] else "in part"
+            return f"; its update of round {ready.round} was sent {how}; whether it counts is not known yet"
+        if self.included:
+            return f"; its update of round {self.included} counts"
+        return ""
+
+    @property
+    def has_done_all(self) -> bool:
+        """Whether no task of the run is left for this site, as far as it was told."""
+        task = self.task
+        return (
+            task is not None
+            and self.open_task() is None
+            and task.kind in ("train", "evaluate", "infer")
+            and task.round >= task.rounds
+        )
 
     def close(self) -> bool:
         """Leave the run and free the sockets; False if there is nothing to close any more."""

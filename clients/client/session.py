@@ -26,6 +26,7 @@ from fedcore.errors import (
     ProtocolError,
     RunEndedError,
     RunFailedError,
+    TransferTimeout,
     WeightError,
 )
 from fedcore.frozen import FrozenGroup
@@ -166,7 +167,25 @@ class Session:
         return False
 
     def _work_comes(self) -> bool:
-        """Wait for a task, or until the server wants this site's model; False when the run is over."""
+        """Wait for a task, or until the server wants this site's model; False when the run is over.
+
+        It is also taken to be over where the server is gone for longer than the idle timeout and nothing was left
+        to do for this site.
+        """
+        try:
+            return self._wait_for_work()
+        except TransferTimeout as error:
+            if not self._connection.has_done_all:
+                raise
+            self._outcome = "unknown"
+            logger.warning(
+                "%s: the last round is done here, but how the run ended is not known: %s",
+                self.site,
+                error,
+            )
+            return False
+
+    def _wait_for_work(self) -> bool:
         with self._waits.watched("the next task") as turns:
             for _ in turns:
                 if self._connection.finish is not None:

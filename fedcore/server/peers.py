@@ -60,6 +60,7 @@ class Peers:
         self._link = link
         self._roster = roster
         self._known: dict[bytes, Peer] = {}
+        self._lost: dict[str, bytes] = {}
         self._turned_away = (b"", "")
         self._told: dict[str, _Told] = {}
         self._answered: dict[object, Allowance] = {}
@@ -95,9 +96,17 @@ class Peers:
         """Note that a site is there, and what it can do."""
         self._known[peer] = Peer(site, features)
 
-    def remove(self, peer: bytes) -> Peer | None:
-        """Note that a site's process is gone; returns what it was."""
-        return self._known.pop(peer, None)
+    def remove(self, peer: bytes, *, left: bool = True) -> Peer | None:
+        """Note that a site's process has left, or is lost; returns what it was."""
+        known = self._known.pop(peer, None)
+        if known is not None and not left:
+            self._lost[known.site] = peer
+        return known
+
+    def lost(self) -> list[bytes]:
+        """Return the last routing ids of the sites that were lost and are not back."""
+        back = {known.site for known in self._known.values()}
+        return [peer for site, peer in self._lost.items() if site not in back]
 
     def send_to(self, site: str, message: protocol.FromServer) -> None:
         """Send a message to a site, if it is there."""

@@ -40,9 +40,10 @@ from .actions import (
 from .agreement import Agreement
 from .budget import Budget, require_connections, steady_heap
 from .collecting import Collecting, Reduced, Rejected, Stalled
+from .goodbye import Goodbye
 from .guard import Guard
 from .outcome import Ending, Outcome, RunResult
-from .participation import Delivery, Roster
+from .participation import Delivery, Roster, SiteState
 from .peers import Peer, Peers
 from .readme import notes
 from .rounds import Phase
@@ -116,7 +117,9 @@ class Server:
             discard=discard,
         )
         try:
-            if self._store.finished and (self._store.last_version or 0) >= config.run.rounds:
+            over = self._store.finished and (self._store.last_version or 0) >= config.run.rounds
+            self._over_before = over
+            if over and not self._store.members():
                 raise ConfigError(
                     f"the run in {config.run_folder} is finished; give this run another name (run.name), raise "
                     "run.rounds to go on with it, or remove the folder"
@@ -144,6 +147,7 @@ class Server:
         self._stopping = False
         self._interrupted = ""
         self._requests = 0
+        self._linger = 0.0
         self._next_look = 0.0
         self._round_started = time.monotonic()
         people = config.participants
@@ -172,14 +176,22 @@ class Server:
 
     # --- the process ---
 
-    def run(self) -> RunResult:
+    def run(self, linger: float = 0.0) -> RunResult:
         """Run to the end; KeyboardInterrupt and `stop` end the run with what is committed, `interrupt` does not.
+
+        Args:
+            linger: seconds after the end of a run that was not stopped, within which sites that do not know of it
+                may still ask.
 
         Raises:
             StorageError: a file can't be written; a server that is started again goes on with the round.
         """
+        self._linger = linger
         try:
-            self._begin()
+            if self._over_before:
+                self._end_again()
+            else:
+                self._begin()
             while self._result is None:
                 if self._stopping:
                     self._end("stopped", "stopped on request")
@@ -332,7 +344,7 @@ class Server:
         self._next_look = time.monotonic() + patience / 1000
 
     def _lose(self, peer: bytes, reason: str, *, left: bool = False) -> None:
-        known = self._peers.remove(peer)
+        known = self._peers.remove(peer, left=left)
         assert known is not None
         self._link.exchange.forget(peer)
         self._collecting.lost(known.site)
@@ -688,6 +700,7 @@ class Server:
         self._status.best = self._outcome.best
 
     def _end(self, ending: Ending, message: str) -> None:
+        requests = self._requests
         self._collecting.close()
         self._result = result = self._outcome.conclude(ending, message)
         ok = result.ok
@@ -695,9 +708,7 @@ class Server:
         self._status.best = chosen = result.best_version
         self._outcome.write_summary(result, self._snapshot())
         self._store.end(finished=ok)
-        self._peers.broadcast(
-            protocol.Finish(ok=ok, outcome=ending, message=message[:4096], best_version=chosen)
-        )
+        goodbye = self._goodbye(ending, message, chosen)
         self._versions.finish_digests(wait=ok)
         self._outcome.prune()
         self._outcome.write_summary(result, self._snapshot())  # now with the digests
@@ -712,30 +723,51 @@ class Server:
         )  # fmt: skip
         for note in () if result.best is None else notes(self._store.files()):
             logger.info("before you use %s: %s", result.best, note)
-        self._say_goodbye()
+        self._say_goodbye(goodbye, requests)
 
-    def _say_goodbye(self) -> None:
+    def _end_again(self) -> None:
+        """The run was complete, but the server before this one was killed in its last words: say them again."""
+        sites = self._store.members()
+        self._result = self._outcome.conclude("complete", "")
+        self._rounds.phase = Phase.DONE
+        self._status.best = self._result.best_version
+        logger.info("the run is complete; telling %s, who may not know yet", ", ".join(sites))
+        goodbye = self._goodbye("complete", "", self._result.best_version)
+        self._linger = max(
+            self._linger, self.config.participants.idle_timeout + protocol.RETURN_SECONDS
+        )
+        self._say_goodbye(goodbye, self._requests)
+
+    def _goodbye(self, ending: Ending, message: str, best: int | None) -> Goodbye:
+        finish = protocol.Finish(
+            ok=ending == "complete", outcome=ending, message=message[:4096], best_version=best
+        )
+        return Goodbye(
+            self._link,
+            self._peers,
+            self._access,
+            finish,
+            status=self._reply_status,
+            forget=self._store.forget_members,
+        )
+
+    def _say_goodbye(self, goodbye: Goodbye, requests: int) -> None:
         """Answer for a moment longer, so that every site and viewer hears of the end; another signal ends it."""
-        until, requests = time.monotonic() + _GOODBYE_SECONDS, self._requests
-        while len(self._peers) or self._watchers.present:
-            if time.monotonic() > until or self._requests != requests:
-                return
-            try:
-                arrived = self._link.recv(0.2)
-            except KeyboardInterrupt:
-                return
-            if not isinstance(arrived, Control):
-                continue
-            try:
-                message = protocol.decode_from_site(arrived.body)
-            except ProtocolError:
-                continue
-            if self._access.refusal(arrived.peer, message) is not None:
-                continue
-            if isinstance(message, protocol.StatusRequest):
-                self._reply_status(arrived.peer)
-            elif isinstance(message, protocol.Leave):
-                self._peers.remove(arrived.peer)
+
+        def hurried() -> bool:
+            return self._requests != requests
+
+        goodbye.until_gone(_GOODBYE_SECONDS, hurried, lambda: self._watchers.present)
+        assert self._result is not None
+        members = set(self._store.members())
+        left = {m.name for m in self._rounds.roster if m.state is SiteState.LEFT}
+        linger = 0.0 if self._result.ending == "stopped" else self._linger
+        untold = goodbye.until_told(members - left, linger, hurried)
+        if untold and linger:
+            names = ", ".join(sorted(untold))
+            logger.warning("%s may not know that the run is over: nothing heard from there", names)
+        # Whoever still waits for a run that did not end as planned joins the server that goes on with it.
+        self._store.forget_members(members if self._result.ok else members - untold)
 
     def _reply_status(self, peer: bytes) -> None:
         if self._result is None:

@@ -374,7 +374,7 @@ class Store:
             self._db.execute("INSERT OR IGNORE INTO members VALUES (?)", (site,))
 
     def members(self) -> list[str]:
-        """Return the sites that had joined when the last server vanished; none if it ended the run in order."""
+        """Return the sites that had joined when the last server vanished; none that it told of the run's end."""
         return [row[0] for row in self._journal.rows("SELECT site FROM members ORDER BY site")]
 
     def keep_initial_site(self, site: str) -> None:
@@ -423,13 +423,18 @@ class Store:
         rows = self._journal.rows(query, round_)
         return [row[0] for row in rows]
 
-    def end(self, *, finished: bool) -> None:
-        """Note that the run ends in order, and whether as planned; nobody is expected back.
+    def forget_members(self, sites: Collection[str]) -> None:
+        """Note that these sites know that the run has ended, so that nobody expects them back."""
+        with self._journal.transaction():
+            self._db.executemany("DELETE FROM members WHERE site = ?", [(site,) for site in sites])
 
-        Call it once all else that the run leaves behind is written: a finished run is not opened again.
+    def end(self, *, finished: bool) -> None:
+        """Note that the run ends in order, and whether as planned.
+
+        Call it once all else that the run leaves behind is written: a finished run is not opened again, except to
+        tell the `members` of its end.
         """
         with self._journal.transaction():
-            self._db.execute("DELETE FROM members")
             self._db.execute("DELETE FROM chosen")
             self._keep_life()
             if finished:

@@ -107,12 +107,13 @@ class Federation:
         self.started: list[subprocess.Popen[str]] = []
         (folder / "site.py").write_text(SITE)
 
-    def write(self, rounds: int = 3, **people: object) -> None:
+    def write(self, rounds: int = 3, linger: str = "100ms", **people: object) -> None:
         values = {"round_deadline": "50s", "idle_timeout": f"{IDLE_SECONDS:g}s", **people}
         section = "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
         (self.folder / "run.toml").write_text(
             f'[run]\nname = "t"\nseed = 7\nrounds = {rounds}\n[participants]\n{section}\n'
             f'[selection]\nmetric = "loss"\nmode = "max"\n[server]\nlisten = "{self.address}"\ninsecure = true\n'
+            f'linger = "{linger}"\n'
         )
 
     def server(self, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -74,3 +75,73 @@ def test_every_script_of_a_run_that_is_stopped_says_so_and_ends_with_status_0(
     log = (federation.folder / "server.log").read_text()
     assert "INFO the run was stopped on request; best model: round 0" in log
     assert "no model was scored" not in log
+
+
+def away_at_the_end(federation: Federation, linger: str) -> tuple[subprocess.Popen[str], Site]:
+    """Return the server of a run of sites a and b, and b, which falls silent in its only round."""
+    federation.write(1, linger, sites=["a", "b"], min_results=1, idle_timeout="1s")
+    server, a, b = federation.server(), federation.site("a"), federation.site("b")
+    a.reached(1)
+    b.reached(1)
+    b.process.send_signal(signal.SIGSTOP)
+    federation.until(lambda states: states["b"].state == "lost")
+    a.go()
+    assert a.process.wait() == 0
+    return server, b
+
+
+def over(federation: Federation) -> str:
+    """Wait until the server's log says that the run is over; returns the log."""
+    path, until = federation.folder / "server.log", time.monotonic() + 30
+    while "the run is complete" not in path.read_text():
+        assert time.monotonic() < until, path.read_text()
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def test_a_process_that_was_stopped_at_the_end_learns_of_it_when_it_goes_on(
+    federation: Federation,
+) -> None:
+    server, b = away_at_the_end(federation, "1s")
+    assert server.wait() == 0
+    assert "b may not know that the run is over" in over(federation)
+    b.process.send_signal(signal.SIGCONT)
+    b.go()
+    (said,) = ended([b], "complete")
+    assert b.process.returncode == 0
+    assert "the run is complete; best model: round" in said
+
+
+def test_a_site_that_is_back_within_the_linger_time_learns_of_the_end(
+    federation: Federation,
+) -> None:
+    server, b = away_at_the_end(federation, "50s")
+    b.process.kill()
+    over(federation)
+    again = federation.site("b")
+    ended([again], "complete")
+    assert again.process.returncode == 0
+    assert server.wait() == 0
+    assert "may not know" not in over(federation)
+
+
+def test_a_server_killed_in_its_last_words_says_them_when_it_is_started_again(
+    federation: Federation,
+) -> None:
+    server, b = away_at_the_end(federation, "20s")
+    b.process.kill()
+    over(federation)
+    server.kill()
+    server.wait()
+    again, site = federation.server(), federation.site("b")
+    ended([site], "complete")
+    assert (site.process.returncode, again.wait()) == (0, 0)
+    assert federation.server().wait() == 2
+    assert "is finished; give this run another name" in over(federation)
+
+
+def test_ctrl_c_ends_the_linger_time(federation: Federation) -> None:
+    server, _ = away_at_the_end(federation, "50s")
+    over(federation)
+    server.send_signal(signal.SIGINT)
+    assert server.wait(20) == 0

@@ -424,6 +424,36 @@ def test_a_server_that_is_not_there_is_named_while_waiting_and_after_the_connect
     assert all("still trying; is fedcore-server running there" in text for text in waits)
 
 
+@pytest.mark.parametrize("settled", [False, True])
+def test_a_site_whose_server_is_gone_after_the_last_round_says_what_it_knows(
+    settled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with stage(idle_timeout=1.0) as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("train", 2, server.publish(1))
+        assert running.result(DEADLINE) is True
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.accept()
+        begun.result(DEADLINE)
+        session.submit(fill(2.5), 7)
+        server.pull(server.expect(p.Ready))
+        if settled:
+            server.say(p.Commit(version=2, included=True, participants=["north"]))
+            while session._connection.included != 2:
+                server.link.recv(0.01)
+        running = call(session.is_running)
+        server.link.close()
+        assert running.result(DEADLINE) is False
+        assert session.outcome == "unknown"
+    known = (
+        "round 2 counts" if settled else "round 2 was sent whole; whether it counts is not known"
+    )
+    assert f"how the run ended is not known: {server.link.endpoint} has been silent" in caplog.text
+    assert known in caplog.text
+
+
 def test_a_server_that_falls_silent_is_given_up_after_the_idle_timeout(pump: str) -> None:
     link = ServerLink("tcp://127.0.0.1:0")
     server = Stage(link)
