@@ -411,9 +411,14 @@ def _check_writers(path: Path) -> None:
 
 @dataclass(frozen=True)
 class AllowList:
-    """The public keys that a server admits: an `Identity` by key. Immutable; changes return another one."""
+    """The public keys that a server admits: an `Identity` by key. Immutable; changes return another one.
+
+    Attributes:
+        counted: whether the file that it was read from says how many keys it has, as those do that `save` writes.
+    """
 
     keys: Mapping[str, Identity]
+    counted: bool = False
 
     @classmethod
     def of(cls, entries: Iterable[tuple[str, str, str]]) -> AllowList:
@@ -428,18 +433,36 @@ class AllowList:
         """Read ``allow.toml``.
 
         Raises:
-            ConfigError: it is not there or malformed; others may change it; two entries contradict each other.
+            ConfigError: it is not there, malformed or cut short; others may change it; two
+                entries contradict each other.
         """
         values = read_toml(path)
         _check_writers(path)
-        listed = values.pop("key", [])
+        listed, count = values.pop("key", []), values.pop("count", None)
         if values or not isinstance(listed, list):
-            raise ConfigError(f"{path}: expected [[key]] tables with name, role and public")
-        return cls.of(_entry(item, f"{path}: key {i + 1}") for i, item in enumerate(listed))
+            raise ConfigError(
+                f"{path}: expected [[key]] tables with name, role and public, and before them count = NUMBER"
+            )
+        if count is not None and (type(count) is not int or count < 0):
+            raise ConfigError(f"{path}: count: expected the number of keys, got {count!r}")
+        if count is not None and len(listed) < count:
+            raise ConfigError(
+                f"{path}: it has {len(listed)} keys and says count = {count}: it is cut short, or was edited by "
+                "hand. Take keys off with `fedcore revoke`; or put the file back; or, if these are the keys, "
+                "correct count or leave it out"
+            )
+        if count is None and not listed:
+            raise ConfigError(
+                f"{path}: it has no key at all, as if it was cut short: put it back, or write count = 0 in it if "
+                "nobody is to be admitted"
+            )
+        keys = cls.of(_entry(item, f"{path}: key {i + 1}") for i, item in enumerate(listed)).keys
+        return cls(keys, counted=count is not None)
 
     def save(self, path: Path) -> None:
         """Write ``allow.toml`` whole: a reader sees the old list or the new one."""
         text = "# Who may connect, by public key. `fedcore admit` and `fedcore revoke` change it.\n"
+        text += f"# With fewer keys than it counts, the file is taken for cut short.\ncount = {len(self.keys)}\n"
         for public, who in sorted(self.keys.items(), key=lambda item: (item[1].name, item[0])):
             text += f'\n[[key]]\nname = "{who.name}"\nrole = "{who.role}"\npublic = "{public}"\n'
         partial = path.with_suffix(".partial")

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -39,6 +40,9 @@ from fedcore.transport import ServerLink
 __all__ = ["Access"]
 
 _LOOK_SECONDS: Final = 0.5
+_STANDING_SECONDS: Final = 5.0
+"""For so long a list without a count must stay as it is before the keys that it has lost are revoked: an editor
+may be writing it."""
 _MAY_SAY: Final[dict[Role, tuple[type[protocol.Message], ...]]] = {
     Role.SITE: (
         protocol.Join,
@@ -86,6 +90,7 @@ class Access:
             raise ConfigError(f"server.keys: {home} {_no_server_kit(home)}")
         self._stamp = self._look()
         self._listed = AllowList.load(self._path)
+        self._takes_up: tuple[AllowList, float] | None = None
         self._pair = KeyPair.generate()
         self._operator = Identity("run-folder", Role.OPERATOR, fingerprint(self._pair.public))
         self.secured = Secured(
@@ -134,6 +139,30 @@ class Access:
             return protocol.Refused(code="name", message=text)
         return None
 
+    def without_key(self, sites: Sequence[str] | None, count: int | None) -> str | None:
+        """Return which sites of a run no key admits, and what to do; None if there are none, or no keys at all.
+
+        Args:
+            sites: the names of the run's sites; None: any ``count`` of them.
+        """
+        if self.secured is None:
+            return None
+        having = {who.name for who in self._listed.keys.values() if who.role is Role.SITE}
+        missing = sorted(set(sites or ()) - having)
+        how = (
+            "name them in the project file and call `fedcore provision` again, or admit a key that they made with "
+            "`fedcore keygen`: fedcore admit "
+            f"{missing[0] if missing else 'NAME'} PUBLIC_KEY --server-kit {self._path.parent}"
+        )
+        if missing:
+            few = ", ".join(missing[:10]) + (
+                f" and {len(missing) - 10} more" if missing[10:] else ""
+            )
+            return f"no key of the allow-list is that of site {few}, so it can't connect; {how}"
+        if count is not None and len(having) < count:
+            return f"the run expects {count} sites, and the allow-list has keys of {len(having)}; {how}"
+        return None
+
     def knows(self, name: str) -> bool:
         """Whether a key of this name is on the list; without keys every name is."""
         return self.secured is None or any(who.name == name for who in self._listed.keys.values())
@@ -148,14 +177,31 @@ class Access:
         self._next_look = now + _LOOK_SECONDS
         stamp = self._look()
         if stamp == self._stamp:
-            return []
-        self._stamp = stamp
+            if self._takes_up is None or now < self._takes_up[1]:
+                return []
+            (listed, _), self._takes_up = self._takes_up, None
+            return self._take(listed)
+        self._stamp, self._takes_up = stamp, None
         try:
             listed = AllowList.load(self._path)
         except ConfigError as error:
             logger.error("the allow-list stays as it was: %s", error)
             return []
-        return self._take(listed)
+        return self._take(listed if listed.counted else self._without_losses(listed, now))
+
+    def _without_losses(self, listed: AllowList, now: float) -> AllowList:
+        """Return what is taken up of a list at once: nothing that it has lost, as it may be half written."""
+        before = self._listed.keys
+        lost = {key: who for key, who in before.items() if listed.keys.get(key) != who}
+        if not lost:
+            return listed
+        names = ", ".join(sorted({who.name for who in lost.values()}))
+        self._takes_up = (listed, now + _STANDING_SECONDS)
+        logger.warning(
+            "the allow-list has lost keys of %s, but not by `fedcore revoke`: they are revoked in %g s if %s "
+            "stays as it is", names, _STANDING_SECONDS, self._path,
+        )  # fmt: skip
+        return AllowList({**listed.keys, **lost})
 
     def _take(self, listed: AllowList) -> list[Identity]:
         assert self._link is not None

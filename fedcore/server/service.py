@@ -270,6 +270,10 @@ class Server:
             self.config.run.name, self._rounds.rounds, self.endpoint,
             self.config.participants.expected, self.config.participants.quorum,
         )  # fmt: skip
+        people = self.config.participants
+        keyless = self._access.without_key(people.sites, people.count)
+        if keyless is not None:
+            logger.warning("%s", keyless)
         if self._device != "CPU":
             logger.info("means are computed on %s", self._device)
         self._expect_back()
