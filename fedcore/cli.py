@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import __version__
-from .cli_common import INTERRUPTED, reported
+from .cli_common import INTERRUPTED, reported, writable_output
 from .cli_evaluate import evaluate
 from .cli_inspect import inspect
 from .cli_partition import partition
@@ -410,7 +410,8 @@ app.command()(evaluate)
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the ``fedcore`` command."""
-    app(arguments, prog_name="fedcore")
+    with writable_output():
+        app(arguments, prog_name="fedcore")
 
 
 def server_main() -> None:

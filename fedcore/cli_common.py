@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Final, ParamSpec
 
 import typer
 
 from .errors import ConfigError, FedcoreError, WeightError
 
-__all__ = ["INTERRUPTED", "WRONG_USE", "reported"]
+__all__ = ["INTERRUPTED", "WRONG_USE", "reported", "writable_output"]
 
 WRONG_USE: Final = 2
 INTERRUPTED: Final = 130
 
 _P = ParamSpec("_P")
+
+
+@contextlib.contextmanager
+def writable_output() -> Iterator[None]:
+    """Turn an output that can't be written, on a full disk or to a pipe that was closed, into one line at most."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # What is still buffered would be written once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno != errno.EPIPE:
+            typer.echo(f"error: cannot write the output: {error.strerror}", err=True)
+        raise SystemExit(1) from None
 
 
 def reported(command: Callable[_P, None]) -> Callable[_P, None]:

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -16,6 +17,7 @@ from .cli_common import reported
 from .cli_security import Insecure, InsecureNetwork, KitFolder
 from .cli_steering import Timeout, say
 from .errors import ConfigError
+from .words import plural
 
 __all__ = ["evaluate"]
 
@@ -58,6 +60,9 @@ def evaluate(
     insecure: Insecure = False,
     insecure_network: InsecureNetwork = False,
     timeout: Timeout = 5.0,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Without --tasks: wait for the scores, and show them.")
+    ] = False,
 ) -> None:
     """Score a model: at the sites of a paused run, or here.
 
@@ -70,7 +75,7 @@ def evaluate(
 
     \b
     Examples:
-      fedcore evaluate runs/sentiment
+      fedcore evaluate runs/sentiment --wait
       fedcore evaluate --kit kits/ops
       fedcore evaluate runs/chat/best --base HuggingFaceTB/SmolLM2-135M --tasks hellaswag,piqa,winogrande
       fedcore evaluate runs/chat/best --base ./smollm2 --tasks local_piqa,local_boolq --limit 100
@@ -79,8 +84,13 @@ def evaluate(
         given = {"--base": base, "--limit": limit, "--include": include, "--out": out}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"{', '.join(wrong)}: only with --tasks, which scores a model here")
-        say("evaluate", (target, kit, insecure, insecure_network), timeout)
+        where = (target, kit, insecure, insecure_network)
+        say("evaluate", where, timeout)
+        if wait:
+            _wait(where, timeout)
         return
+    if wait:
+        raise ConfigError("--wait: only without --tasks; a model that is scored here is waited for")
     if target is None:
         raise ConfigError("--tasks: name the model to score, a folder or a name at the Hub")
     scores = _score(
@@ -99,6 +109,24 @@ def evaluate(
         content: dict[str, Any] = {"model": target, "base": base, "dtype": dtype, "limit": limit}
         content["scores"] = [asdict(score) for score in scores]
         out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _wait(where: tuple[str | None, Path | None, bool, bool], timeout: float) -> None:
+    """Wait until no site scores the last model any more, and print its metrics."""
+    from .status import StatusClient, find_target
+
+    found = find_target(*where)
+    if found is None:
+        raise ConfigError(f"no server works on {where[0]} any more")
+    with StatusClient(found.address, found.credentials) as client:
+        while True:
+            reply = client.ask(timeout)
+            if reply.phase != "paused" or all(site.state != "training" for site in reply.sites):
+                break
+            time.sleep(0.5)
+    last = reply.versions[-1]
+    metrics = "".join(f", {name} {value:.4g}" for name, value in last.metrics.items())
+    typer.echo(f"model {last.version}: scored by {plural(last.scored, 'site')}{metrics}")
 
 
 def _score(

@@ -13,6 +13,7 @@ __all__ = [
     "FedcoreError",
     "IntegrityError",
     "LayoutError",
+    "MetricError",
     "NonFiniteError",
     "ProtocolError",
     "RefusedError",
@@ -38,6 +39,10 @@ class LayoutError(FedcoreError, ValueError):
 
 class ProtocolError(FedcoreError, ValueError):
     """A message breaks the wire format."""
+
+
+class MetricError(FedcoreError, ValueError):
+    """A metric is no number, or has no name that can be sent."""
 
 
 class NonFiniteError(FedcoreError, ValueError):

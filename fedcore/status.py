@@ -286,6 +286,7 @@ def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
         protocol.VersionStatus(
             version=row["version"],
             metrics=protocol.first_metrics(row["metrics"], summary["metric"]),
+            scored=len(row["metrics_by_site"]),
             participants=list(row["participants"]),
             seconds=row["seconds"],
             bytes=row["bytes"],

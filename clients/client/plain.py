@@ -162,6 +162,11 @@ def init(
         arrays = {} if model is None else {name: model[name] for name in travelling(list(model))}
         _arrays = None if model is None else _Arrays(arrays)
         return
+    if not hasattr(model, "named_parameters"):
+        raise LayoutError(
+            f"fl.init() was given {type(model).__name__}: expected a torch module, or a mapping of names to "
+            "arrays such as {'weight': array}"
+        )
     from .parameters import ModelParameters
 
     parameters = ModelParameters(model)

@@ -39,6 +39,7 @@ from fedcore.layout import (
 )
 
 from .connection import Connection
+from .metrics import checked_metrics
 from .progress import TerminalHandler
 from .received import Received
 from .settings import SiteSettings
@@ -295,7 +296,7 @@ class Session:
             return
         self._score = protocol.Score(
             version=model.version,
-            metrics={str(k): float(v) for k, v in metrics.items()},
+            metrics=checked_metrics(metrics),
             examples=min(max(1, int(examples)), protocol.MAX_WEIGHT),
         )
         self._connection.say(self._score)
@@ -388,10 +389,9 @@ class Session:
         """
         if not self._connection.opened:
             return
-        for name, value in metrics.items():
-            short = str(name)[: protocol.MAX_NAME] or "unnamed"
-            if short in self._unsaid or len(self._unsaid) < protocol.MAX_METRICS:
-                self._unsaid[short] = float(value)
+        for name, value in checked_metrics(metrics).items():
+            if name in self._unsaid or len(self._unsaid) < protocol.MAX_METRICS:
+                self._unsaid[name] = value
         self._step = step or 0
         if self._logs.take(time.monotonic()):
             self._say_metrics()

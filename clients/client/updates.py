@@ -12,6 +12,7 @@ from fedcore.encoding import EncodedUpdate
 from fedcore.layout import ModelFile, Reader, layout_hash
 
 from .connection import Connection
+from .metrics import checked_metrics
 from .outgoing import Outgoing
 from .settings import SiteSettings
 from .work import WorkFolder
@@ -90,7 +91,7 @@ class Updates:
             round=round_,
             sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=layout_hash(layout))],
             weight=weight,
-            metrics={str(k): float(v) for k, v in (metrics or {}).items()},
+            metrics=checked_metrics(metrics or {}, "train_metrics"),
         )
         if round_:
             self.folder().record(ready, update, score, self._base)

@@ -49,6 +49,7 @@ class VersionStatus(Part):
 
     version: Round
     metrics: Metrics = {}
+    scored: int = 0
     participants: list[SiteName] = []
     seconds: float | None = None
     bytes: int = 0

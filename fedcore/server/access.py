@@ -130,10 +130,7 @@ class Access:
         if who is None:
             return protocol.Refused(code="role", message="the connection has no name")
         if not isinstance(message, _MAY_SAY[who.role]):
-            text = f"the key of {who.name} is that of a{'n' if who.role is not Role.SITE else ''} {who.role}"
-            return protocol.Refused(
-                code="role", message=f"{text}, which may not say {message.type}"
-            )
+            return protocol.Refused(code="role", message=_denied(who, message))
         if isinstance(message, protocol.Join) and message.site != who.name:
             text = f"the key is that of {who.name}, and it says that it is {message.site}"
             return protocol.Refused(code="name", message=text)
@@ -224,6 +221,21 @@ class Access:
             about = self._path.stat()
             return about.st_ino, about.st_mtime_ns, about.st_size
         return None
+
+
+def _denied(who: Identity, message: protocol.FromSite) -> str:
+    """Return why a role may not send a message, and whose kit may."""
+    article = "a" if who.role is Role.SITE else "an"
+    may = [role for role, kinds in _MAY_SAY.items() if isinstance(message, kinds)]
+    if isinstance(message, protocol.Command):
+        deed = {"pause": "pause a run", "resume": "resume a run", "stop": "stop a run"}
+        what = deed.get(message.action, "have a model scored")
+    elif isinstance(message, protocol.StatusRequest):
+        what = "ask for the status"
+    else:
+        what = "take part in a run"
+    kits = " or ".join(f"{'a' if role is Role.SITE else 'an'} {role}'s" for role in may)
+    return f"{who.name} is {article} {who.role}, which cannot {what}; use {kits} kit"
 
 
 def _no_server_kit(home: Path) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -66,6 +68,7 @@ class Outcome:
         self._store = store
         self._roster = roster
         self.best: int | None = None
+        self._without_metric: set[str] = set()
         self._damaged: int | None = None
 
     def export_best(self) -> int | None:
@@ -94,6 +97,27 @@ class Outcome:
         quorum = self._config.participants.quorum
         there = {v: s for v, s in self._store.scores().items() if self._store.path(v).is_file()}
         return best_version(there, chosen.metric, chosen.mode, quorum)
+
+    def metric_problem(self, site: str, version: int, metrics: Collection[str]) -> str:
+        """Return what is wrong with the names of a site's metrics, once for each site; else an empty text."""
+        wanted = self._config.selection.metric
+        if wanted is None or wanted in metrics or site in self._without_metric:
+            return ""
+        self._without_metric.add(site)
+        if not metrics:
+            return (
+                f"reports no metric of model {version}, so {wanted} (selection.metric) is not known there: "
+                "call trainer.validate or trainer.evaluate first in each pass of the loop, or give fl.send metrics"
+            )
+        names = sorted(
+            metrics, key=lambda name: (not difflib.get_close_matches(wanted, [name]), name)
+        )
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        return (
+            f"reports {', '.join(names[:6])}{more} of model {version}, and not {wanted} (selection.metric), "
+            "by which the best model is chosen; stop the run, and start one of another name (run.name) whose "
+            "selection.metric all sites report"
+        )
 
     def prune(self) -> None:
         """Remove the models that ``server.keep_versions`` does not keep: all but the best and the last ones."""

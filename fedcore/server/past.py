@@ -88,6 +88,7 @@ def _read(folder: Path, rows: Callable[[str], list[tuple[Any, ...]]]) -> protoco
                 metrics=protocol.first_metrics(
                     weighted_metrics(scores.get(row.version, [])), metric
                 ),
+                scored=len(scores.get(row.version, [])),
                 participants=list(row.participants),
                 seconds=row.seconds,
                 bytes=row.nbytes,

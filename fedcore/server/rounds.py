@@ -163,11 +163,12 @@ class Rounds:
 
     def evaluate(self) -> list[Action]:
         """Have the last model scored while the run is `held`, by those who have not scored it."""
-        return [
-            SendTask(member.name, "evaluate", self.version)
-            for member in self.roster
-            if self.version is not None and member.alive and self.version not in member.scored
-        ]
+        actions: list[Action] = []
+        for member in self.roster:
+            if self.version is not None and member.alive and self.version not in member.scored:
+                member.state = SiteState.TRAINING
+                actions.append(SendTask(member.name, "evaluate", self.version))
+        return actions
 
     # --- events ---
 
@@ -258,6 +259,8 @@ class Rounds:
         member.scored.add(version)
         if self.phase is Phase.EVALUATING and version == self.version:
             member.state = SiteState.DELIVERED
+        elif self.held and member.state is SiteState.TRAINING:
+            member.state = SiteState.JOINED
         return self._end_if_evaluated()
 
     def lost(self, site: str, reason: str, now: float, *, left: bool = False) -> list[Action]:

@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
@@ -411,7 +412,7 @@ class Server:
             reply, actions = steer(self._rounds, command.action, time.monotonic())
         self._peers.tell(
             self._peers.name(peer),
-            "%s says %s: %s",
+            "%s asks to %s: %s",
             command.action,
             reply.message,
             level=logging.INFO,
@@ -540,12 +541,20 @@ class Server:
             self._peers.tell(
                 site, "%s: metric %s of model %s is not finite", named, str(score.version)
             )
+        self._check_metrics(site, score.version, score.metrics)
         if score.metrics:
             self._store.add_score(
                 score.version, SiteScore(site, effective_weight(score.examples), score.metrics)
             )
             self._status.refresh()
         self._do(self._rounds.scored(site, score.version))
+
+    def _check_metrics(self, site: str, version: int, metrics: Collection[str]) -> None:
+        """Say at once, and not after the last round, if a site's metrics select nothing."""
+        problem = self._outcome.metric_problem(site, version, metrics)
+        if problem:
+            self._peers.tell(site, "%s %s", problem)
+            self._status.note(site, problem)
 
     def _on_answer(self, peer: bytes, site: str, answer: protocol.Answer) -> None:
         if self.config.run.task != "infer" or answer.version != self._store.last_version:
@@ -674,7 +683,10 @@ class Server:
         self._versions.commit(row, (model, checksums), metrics)
         self._status.refresh()
         names = [p.site for p in action.participants]
-        if action.version:
+        if action.version and self.config.run.task == "train":
+            scored = {score.site for score in self._store.scores().get(action.version - 1, [])}
+            for name in sorted({*names} - scored):
+                self._check_metrics(name, action.version - 1, ())
             logger.info(
                 "round %d of %d committed: %s, %.1f s, of which %.2f s to pull and reduce",
                 action.version, self._rounds.rounds, ", ".join(names), seconds,

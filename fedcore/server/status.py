@@ -167,6 +167,7 @@ class StatusBuilder:
                     metrics=protocol.first_metrics(
                         weighted_metrics(scores.get(row.version, [])), self._config.selection.metric
                     ),
+                    scored=len(scores.get(row.version, [])),
                     participants=list(row.participants),
                     seconds=row.seconds,
                     bytes=row.nbytes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fedcore import protocol
+from fedcore.words import plural
 
 from .actions import Action
 from .rounds import Rounds
@@ -32,5 +33,10 @@ def steer(
         )
         return protocol.CommandReply(ok=False, message=text), []
     actions = rounds.evaluate()
-    text = f"model {rounds.version} is scored by {len(actions)} sites"
+    if not actions:
+        return protocol.CommandReply(
+            ok=True, message=f"all sites that are there have scored model {rounds.version}"
+        ), []
+    verb = "now scores" if len(actions) == 1 else "now score"
+    text = f"{plural(len(actions), 'site')} {verb} model {rounds.version}; --wait shows the result"
     return protocol.CommandReply(ok=True, message=text), actions

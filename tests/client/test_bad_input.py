@@ -15,8 +15,9 @@ import torch
 import fedcore.client
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
+from fedcore.client.metrics import checked_metrics
 from fedcore.client.parameters import ModelParameters
-from fedcore.errors import ClosedError, ConfigError, LayoutError
+from fedcore.errors import ClosedError, ConfigError, LayoutError, MetricError
 from fedcore.server.outcome import RunResult
 
 
@@ -180,6 +181,46 @@ def test_a_metric_that_no_site_reports_is_told_with_those_that_they_do(
     assert "no model was scored with 'val_loss'" in said
     what = "eval_loss: set selection.metric to one of them" if evaluates else "no metric: call "
     assert f"the sites reported {what}" in said
+    early = (
+        "reports eval_loss of model 0, and not val_loss"
+        if evaluates
+        else "reports no metric of model 0"
+    )
+    assert said.count(early) == 1
+    assert said.index(early) < said.index("no model was scored")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [
+        ({"x": [1, 2]}, "'x' is a list, which is no number; give one number"),
+        ({"x": "0.3"}, r"'x' is the text '0.3'; give a number, such as float\('0.3'\)"),
+        ({"x": torch.ones(2)}, "'x' is a Tensor, which is no number"),
+        ({"": 1.0}, "a name has 1 to 128 characters"),
+        ({str(i): 1.0 for i in range(65)}, "65 are given; at most 64"),
+        ([("x", 1.0)], "expected numbers by name"),
+    ],
+)
+def test_a_metric_that_is_no_number_is_named_at_the_site(metrics: Any, said: str) -> None:
+    with pytest.raises(MetricError, match=said):
+        checked_metrics(metrics)
+
+
+def test_a_metric_that_is_not_finite_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    given = {"loss": torch.tensor(0.5), "odd_metric": float("nan"), "n": np.int64(3), "ok": True}
+    for _ in range(3):
+        found = checked_metrics(given)
+    assert (found["loss"], found["n"], found["ok"]) == (0.5, 3.0, 1.0)
+    assert [r.getMessage() for r in caplog.records] == [
+        "metrics: 'odd_metric' is nan; it counts in no mean over the sites"
+    ]
+
+
+def test_what_is_neither_a_module_nor_a_mapping_is_refused(run: Future[RunResult]) -> None:
+    with pytest.raises(LayoutError, match=r"was given list: expected a torch module, or a mapping"):
+        fedcore.client.init([1, 2, 3])
+    fedcore.client.shutdown()
+    assert not run.done()
 
 
 def test_values_that_a_loaded_model_would_not_reach_are_refused(

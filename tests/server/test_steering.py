@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedcore import protocol
+from fedcore.cli import app
 from fedcore.provision import Project, Provisioned, provision
 from fedcore.security import Role, load_kit
 from fedcore.server.actions import Action, EndRun, SendTask, StartCollect
@@ -96,7 +97,7 @@ def test_a_held_run_has_its_last_model_scored_on_request_and_goes_on_afterwards(
     close_round(rounds)
     reply, actions = steer(rounds, "evaluate", 1)
     assert (reply.message, tasks(actions)) == (
-        "model 1 is scored by 2 sites",
+        "2 sites now score model 1; --wait shows the result",
         [("a", "evaluate", 1), ("b", "evaluate", 1)],
     )
     assert rounds.scored("a", 1) + rounds.scored("b", 1) == []
@@ -118,7 +119,9 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_an_operator_steers_a_run_over_the_port(tmp_path: Path, kits: Provisioned) -> None:
+def test_an_operator_steers_a_run_over_the_port(
+    tmp_path: Path, kits: Provisioned, capsys: pytest.CaptureFixture[str]
+) -> None:
     server = server_of(tmp_path, sites=["a"], rounds=3)
     credentials = load_kit(kits.kits["ops"]).credentials
     reached, go = threading.Event(), threading.Event()
@@ -139,8 +142,17 @@ def test_an_operator_steers_a_run_over_the_port(tmp_path: Path, kits: Provisione
         assert (asked.phase, asked.eta) == ("paused", None)
         go.set()
         until(lambda: operator.ask(DEADLINE).versions[-1].version == 1)
-        assert operator.command("evaluate", DEADLINE).message == "model 1 is scored by 1 sites"
+        assert operator.command("evaluate", DEADLINE).message == (
+            "1 site now scores model 1; --wait shows the result"
+        )
         until(lambda: operator.ask(DEADLINE).versions[-1].metrics == {"loss": 1.0})
+        app(
+            ["evaluate", server.endpoint, "--wait", "--kit", str(kits.kits["ops"])],
+            standalone_mode=False,
+        )
+        assert capsys.readouterr().out == (
+            "all sites that are there have scored model 1\nmodel 1: scored by 1 site, loss 1\n"
+        )
         found = operator.ask(DEADLINE)
         assert (found.message, found.versions[-1].version) == ("paused: no other round begins", 1)
         assert (found.phase, found.eta) == ("paused", None)
@@ -174,6 +186,9 @@ def test_nobody_but_an_operator_steers(
         refused = answer(links, server, kits.kits[name], protocol.Command(action=action))
         assert isinstance(refused, protocol.Refused)
         assert refused.code == "role"
+        role = "a site" if name == "a" else "an observer"
+        assert f"{name} is {role}, which cannot " in refused.message
+        assert refused.message.endswith("; use an operator's kit")
         assert not result.done()
 
 

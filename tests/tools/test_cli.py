@@ -71,6 +71,21 @@ def test_the_help_comes_at_once() -> None:
     assert min(times) < 0.4
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["server", "--help"]])
+def test_an_output_that_cannot_be_written_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "fedcore", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write the output: No space left on device\n"
+
+
 def test_the_version_is_the_packages() -> None:
     assert CliRunner().invoke(app, ["--version"]).output == f"fedcore {__version__}\n"
 

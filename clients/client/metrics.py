@@ -1,0 +1,63 @@
+"""What a script gives as metrics: numbers by name, checked before they leave."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedcore.errors import MetricError
+from fedcore.protocol import MAX_METRICS, MAX_NAME
+
+__all__ = ["checked_metrics"]
+
+logger = logging.getLogger("fedcore.client")
+
+_warned: set[str] = set()
+
+
+def checked_metrics(metrics: Any, what: str = "metrics") -> dict[str, float]:
+    """Return metrics as floats by name. One that is NaN or infinite is kept, and warned of once.
+
+    Args:
+        metrics: numbers by name: of Python, or NumPy arrays and torch tensors with one element.
+        what: the argument that a message names.
+
+    Raises:
+        MetricError: it is no mapping, one is no number, a name is empty or too long, or there are too many.
+    """
+    if not isinstance(metrics, Mapping):
+        raise MetricError(
+            f"{what}: expected numbers by name, such as {{'val_loss': 0.7}}, got {type(metrics).__name__}"
+        )
+    if len(metrics) > MAX_METRICS:
+        raise MetricError(f"{what}: {len(metrics)} are given; at most {MAX_METRICS} can be sent")
+    found = {_name(name, what): _number(name, value, what) for name, value in metrics.items()}
+    for name, value in found.items():
+        if not math.isfinite(value) and name not in _warned:
+            _warned.add(name)
+            logger.warning("%s: %r is %s; it counts in no mean over the sites", what, name, value)
+    return found
+
+
+def _name(name: Any, what: str) -> str:
+    text = str(name)
+    if not 1 <= len(text) <= MAX_NAME:
+        raise MetricError(
+            f"{what}: a name has 1 to {MAX_NAME} characters, and {text[:40]!r} has {len(text)}"
+        )
+    return text
+
+
+def _number(name: Any, value: Any, what: str) -> float:
+    hint = (
+        f"give a number, such as float({value!r})" if isinstance(value, str) else "give one number"
+    )
+    if isinstance(value, str | bytes):
+        raise MetricError(f"{what}: {name!r} is the text {value!r}; {hint}")
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # torch raises RuntimeError for several elements
+        kind = type(value).__name__
+        raise MetricError(f"{what}: {name!r} is a {kind}, which is no number; {hint}") from None
