@@ -15,9 +15,10 @@ from collections.abc import Iterable, Sequence
 
 from fedcore.errors import ConfigError, LayoutError
 
-__all__ = ["choose", "forget_choice", "travelling"]
+__all__ = ["beside", "choose", "forget_choice", "stays", "travelling"]
 
 _chosen: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+_beside: tuple[str, ...] = ()
 
 
 def choose(include: Iterable[str] | str = (), exclude: Iterable[str] | str = ()) -> None:
@@ -30,9 +31,26 @@ def choose(include: Iterable[str] | str = (), exclude: Iterable[str] | str = ())
     _chosen = _patterns("include", include), _patterns("exclude", exclude)
 
 
+def beside(names: Iterable[str]) -> None:
+    """Say what else a site trains: names outside of its model, which patterns may match as well."""
+    global _beside  # noqa: PLW0603 - one session per process is the contract
+    _beside = tuple(names)
+
+
+def stays(name: str) -> bool:
+    """Whether a name given to `beside` is one that the patterns leave at its site."""
+    for include, exclude in (_chosen, _from_environment()):
+        if include and not any(_compiled(pattern).fullmatch(name) for pattern in include):
+            return True
+        if any(_compiled(pattern).fullmatch(name) for pattern in exclude):
+            return True
+    return False
+
+
 def forget_choice() -> None:
     """Let all tensors travel again, but for what the environment says."""
     choose()
+    beside(())
 
 
 def travelling(names: Sequence[str]) -> list[str]:
@@ -75,10 +93,14 @@ def _patterns(argument: str, given: Iterable[str] | str) -> tuple[str, ...]:
     return patterns
 
 
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+
+
 def _matches(pattern: str, names: Sequence[str], argument: str) -> set[str]:
-    compiled = re.compile(".*".join(map(re.escape, pattern.split("*"))), re.DOTALL)
+    compiled = _compiled(pattern)
     found = {name for name in names if compiled.fullmatch(name)}
-    if not found:
+    if not found and not any(compiled.fullmatch(name) for name in _beside):
         near = difflib.get_close_matches(pattern, names, 3, 0.4) or list(names[:3])
         raise ConfigError(
             f"{argument}: {pattern!r} matches none of the {len(names)} tensors, such as "

@@ -13,9 +13,16 @@ import torch
 
 from fedcore.errors import LayoutError
 
+from .choice import stays
 from .sharding import address
 
-__all__ = ["active_adapter", "refuse_extras"]
+__all__ = [
+    "active_adapter",
+    "hidden_parameters",
+    "refuse_beside",
+    "refuse_extras",
+    "refuse_missing",
+]
 
 _SHOWN = 8
 
@@ -48,6 +55,90 @@ def refuse_extras(model: Any, sent: Mapping[str, torch.Tensor]) -> None:
         raise LayoutError(
             f"trained beside the adapter {adapter!r}, and so kept by each site for itself: "
             f"{_listed(list(extras))}; " + _advice(model, adapter, extras)
+        )
+
+
+def refuse_missing(model: torch.nn.Module, sent: Mapping[str, torch.Tensor]) -> None:
+    """Raise if a module trains a parameter that its ``state_dict`` leaves out.
+
+    Raises:
+        LayoutError: the parameters by name.
+    """
+    starts = {address(tensor) for tensor in sent.values()}
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.numel() and address(parameter) not in starts
+    ]
+    if missing:
+        raise LayoutError(
+            f"trained, but not in the module's state_dict, and so kept by each site for itself: "
+            f"{_listed(missing)}; have state_dict() return them, or freeze them with requires_grad_(False)"
+        )
+
+
+def hidden_parameters(owner: object, model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return what may be trained and is no part of a model, by name: of a loss with weights of its own, say.
+
+    Looked through are the attributes of ``owner`` (a trainer, or a module that does not know all of its parts),
+    and lists and dicts in them.
+    """
+    inside = {id(parameter) for parameter in model.parameters()}
+    found: dict[str, torch.nn.Parameter] = {}
+
+    def look(name: str, value: Any, depth: int) -> None:
+        if isinstance(value, torch.nn.Parameter):
+            if value.requires_grad and id(value) not in inside:
+                found.setdefault(name, value)
+        elif isinstance(value, torch.nn.Module):
+            for inside_name, parameter in value.named_parameters():
+                look(f"{name}.{inside_name}", parameter, depth)
+        elif depth and isinstance(value, Mapping | list | tuple):
+            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for part, inner in parts:
+                look(f"{name}.{part}", inner, depth - 1)
+
+    for name, value in vars(owner).items():
+        if not name.startswith("_"):
+            look(name, value, 2)
+    return found
+
+
+def refuse_beside(
+    model: torch.nn.Module, optimizers: Iterable[Any], named: Mapping[str, torch.nn.Parameter]
+) -> None:
+    """Raise if an optimiser holds what is no part of the model, and so would be trained at each site for itself.
+
+    Args:
+        model: what is trained, all of which travels or was refused.
+        optimizers: those that train it; wrapped ones, too.
+        named: `hidden_parameters`, whose names stand in the error.
+
+    Raises:
+        LayoutError: the parameters by name, and what can be done.
+    """
+    inside = {id(parameter) for parameter in model.parameters()}
+    names = {id(parameter): name for name, parameter in named.items()}
+    extras = [
+        names.get(id(p), f"a parameter of shape {list(p.shape)} in group {number} of the optimiser")
+        for optimizer in optimizers
+        for number, group in enumerate(getattr(optimizer, "param_groups", ()))
+        for p in group["params"]
+        if p.requires_grad and p.numel() and id(p) not in inside
+        if not (id(p) in names and stays(names[id(p)]))
+    ]
+    if extras:
+        starts = sorted(
+            {name.partition(".")[0] for name in extras if not name.startswith("a param")}
+        )
+        choice = (
+            f", or leave them to each site by choice with exclude={starts[0] + '.*'!r}"
+            if starts
+            else ""
+        )
+        raise LayoutError(
+            f"the optimiser trains what is no part of the model, and so would be kept by each site for itself: "
+            f"{_listed(extras)}; make them part of the model, freeze them with requires_grad_(False){choice}"
         )
 
 

@@ -80,6 +80,7 @@ def patch(
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)
+    site.look_beside(trainer, trainer.model)
     site.tokenizer = tokenizer_of(trainer.processing_class)
     trainer._fedcore = _Patch(trainer, site, lr_schedule, counter)
 
@@ -235,6 +236,7 @@ class _Patch:
             )
         if self._begins:
             self._begins = False
+            self._site.check_optimizers(self._trainer.model, [self._trainer.optimizer])
             self._site.hold(self._trainer.model, warn=self._attempts < 2)
         return self._step(model, inputs, *args, **kwargs)
 

@@ -265,6 +265,7 @@ class _Patch:
         precision = self._trainer.precision_plugin
         if type(precision).__name__ in _CONVERTING:  # as fit will, before the tensors are shown
             precision.convert_module(module)
+        self._site.look_beside(module, module)
         return module
 
     def _set_budget(self, rounds: int, epochs: int = 0, steps: int = 0) -> None:
@@ -312,7 +313,9 @@ class _Patch:
         """
         if self._site.over:
             return
-        self._site.hold(self._trainer.lightning_module, warn=self._resumed is None)
+        module = self._trainer.lightning_module
+        self._site.check_optimizers(module, self._trainer.optimizers)
+        self._site.hold(module, warn=self._resumed is None)
         if self._resumed is not None:
             self._forget_early_stops()
             return

@@ -31,7 +31,7 @@ from fedcore.layout import TensorSpec, check_names, compare_layouts
 from .base import frozen_groups, frozen_tensors
 from .cards import adapter_files, model_files
 from .choice import travelling
-from .extras import active_adapter, refuse_extras
+from .extras import active_adapter, refuse_extras, refuse_missing
 from .naming import inner_module, own_names, plain_names
 from .prompts import is_computed, load_prompt
 from .received import Received
@@ -122,8 +122,7 @@ class ModelParameters:
         check_names(self._tensors)
         for name, tensor in self._tensors.items():
             _check(name, tensor)
-        if _is_peft(root):
-            refuse_extras(root, self._tensors)
+        (refuse_extras if _is_peft(root) else refuse_missing)(root, self._tensors)
         self.specs: list[TensorSpec] = [
             (name, dtype_name(name, self._tensors[name]), list(self._tensors[name].shape))
             for name in travelling(list(self._tensors))

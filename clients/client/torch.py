@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from torch import nn
@@ -13,9 +13,10 @@ from fedcore import protocol
 from fedcore.errors import ClosedError, ConfigError, RunEndedError
 from fedcore.layout import Reader
 
-from .choice import forget_choice
+from .choice import beside, forget_choice
 from .counting import ExampleCounter
 from .error_text import error_text
+from .extras import hidden_parameters, refuse_beside
 from .guard import Aside, Guard, Probe, shown
 from .parameters import ModelParameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
@@ -59,6 +60,7 @@ class TorchSite:
         self._probe: Probe | None = None
         self._aside: Aside | None = None
         self._asked = self._ended = False
+        self._beside: Mapping[str, nn.Parameter] = {}
         self._still: Still | None = None
         self.owner: object = None
         self.tokenizer: Any = None
@@ -115,6 +117,19 @@ class TorchSite:
         if text := self._still.settle(parameters.frozen_tensors()):
             logger.warning("%s: %s", self._session.system_info()["site"], text)
             self._session.problem(text)
+
+    def look_beside(self, owner: object, model: nn.Module) -> None:
+        """Note what ``owner`` may train beside the model, so that ``exclude`` may name it."""
+        self._beside = hidden_parameters(owner, model)
+        beside(self._beside)
+
+    def check_optimizers(self, model: nn.Module, optimizers: Iterable[Any]) -> None:
+        """Refuse what is trained beside the model and would never travel; to be called before the first step.
+
+        Raises:
+            LayoutError: the parameters by name.
+        """
+        refuse_beside(model, optimizers, self._beside)
 
     def hold(self, model: nn.Module, *, warn: bool = True) -> None:
         """Have ``model`` hold the current task's global model, whatever was put into it since.
