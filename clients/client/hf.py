@@ -16,11 +16,13 @@ over, the trainer works as if it had not been patched.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any, Literal
 
 from fedcore.errors import ClosedError, ConfigError
 
+from .casting import kept_dtypes
 from .choice import choose
 from .counting import Examples
 from .hf_counting import StepCounter
@@ -140,8 +142,13 @@ class _Patch:
         """Count the examples that the global model is scored on, also those of a stream."""
         if self._scoring:
             self._site.before_scoring(self._trainer.model)
+        options = self._trainer.args
+        casts = (options.bf16_full_eval or options.fp16_full_eval) and not (
+            self._training or self._site.over
+        )
         try:
-            output = self._loop(*args, **kwargs)
+            with kept_dtypes(self._trainer.model) if casts else contextlib.nullcontext():
+                output = self._loop(*args, **kwargs)
         finally:
             self._site.after_scoring()
         self._scored += output.num_samples or 0
