@@ -74,6 +74,11 @@ class ExampleCounter:
         return isinstance(self._examples, int)
 
     @property
+    def stated(self) -> bool:
+        """Whether the script says how many examples there are, for a round or for a batch."""
+        return isinstance(self._examples, int) or callable(self._examples)
+
+    @property
     def how(self) -> str:
         """What was counted, for the log."""
         if isinstance(self._examples, int):

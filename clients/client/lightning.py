@@ -24,7 +24,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ from fedcore.errors import ClosedError, ConfigError
 
 from .choice import choose
 from .counting import ExampleCounter, Examples
+from .lightning_counting import count_batch
+from .lightning_data import DataPlace
 from .torch import (
     TorchSite,
     check_trainer,
@@ -57,6 +59,7 @@ def patch(
     trainer: Any,
     *,
     keep_optimizer: bool = True,
+    data: Literal["all_rounds", "per_round"] = "all_rounds",
     examples: Examples = None,
     tokenizer: Any = None,
     include: Iterable[str] | str = (),
@@ -70,6 +73,8 @@ def patch(
         trainer: validates and fits as before; what it validates and fits *from* is the global model.
         keep_optimizer: carry the state of optimisers and schedules over from round to round, and lay schedules
             out over all rounds.
+        data: ``"all_rounds"``: a round that begins within an epoch goes on with the batch after the last one;
+            ``"per_round"``: it begins its data anew.
         examples: how the update's weight is counted; see `fedcore.client.counting.ExampleCounter`.
         tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
@@ -77,9 +82,11 @@ def patch(
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
         ConfigError: this is no Lightning trainer, or its strategy ends its processes after each call or keeps
-            copies of the weights; or ``examples`` is no way of counting.
+            copies of the weights; or ``examples`` or ``data`` is unknown.
     """
     package = check_trainer(trainer, __name__)
+    if data not in ("all_rounds", "per_round"):
+        raise ConfigError(f"data={data!r}: expected 'all_rounds' or 'per_round'")
     _refuse_strategy(trainer.strategy)
     if trainer.world_size > 1:
         _start_ranks(trainer)
@@ -88,7 +95,8 @@ def patch(
     site.claim(trainer)
     choose(include, exclude)
     site.tokenizer = tokenizer
-    trainer._fedcore = _Patch(trainer, site, keep_optimizer, counted)
+    place = DataPlace(trainer, data == "all_rounds", site.say)
+    trainer._fedcore = _Patch(trainer, site, keep_optimizer, counted, place)
     name = "lightning.pytorch" if package == "lightning" else "pytorch_lightning"
     base = importlib.import_module(name).Callback
     trainer.callbacks.insert(0, _make_callback(base, trainer._fedcore))
@@ -142,10 +150,16 @@ class _Patch:
     """The wrappers around one trainer's methods, and what is carried from round to round."""
 
     def __init__(
-        self, trainer: Any, site: TorchSite, keep_optimizer: bool, counted: ExampleCounter
+        self,
+        trainer: Any,
+        site: TorchSite,
+        keep_optimizer: bool,
+        counted: ExampleCounter,
+        place: DataPlace,
     ) -> None:
         self._trainer = trainer
         self._site = site
+        self._place = place
         self._keep = keep_optimizer
         self._epochs, self._steps = trainer.max_epochs, trainer.max_steps
         self._states: tuple[list[Any], list[Any]] | None = None
@@ -153,6 +167,7 @@ class _Patch:
         self._round = 0
         self.scoring = False
         self.counted, self.scored = counted, ExampleCounter()
+        self._stated = counted.stated
         self._trained = False
         self._fit, self._validate = trainer.fit, trainer.validate
         self._validation_step = trainer.strategy.validation_step
@@ -175,7 +190,8 @@ class _Patch:
             self.scoring = True
             self.scored.clear()
             try:
-                with _averages_hidden(self._trainer.callbacks):
+                # The order in which training draws its data is that of one training without scores.
+                with _averages_hidden(self._trainer.callbacks), torch.random.fork_rng(devices=[]):
                     results = self._validate(model, *args, **kwargs)
             finally:
                 self.scoring = False
@@ -189,6 +205,25 @@ class _Patch:
         if self.scoring:
             self._site.before_scoring(self._trainer.lightning_module)
         return self._validation_step(*args, **kwargs)
+
+    def count_scored(self, batch: Any, index: int, number: int) -> None:
+        """Count a batch on which the global model was scored, of the loader of that number."""
+        loop = self._trainer.validate_loop
+        loader = loop._combined_loader
+        source = loader.flattened[number] if loop._is_sequential else loader.iterables
+        count_batch(self.scored, source, batch, index)
+
+    def count(self, output: Any, batch: Any, index: int) -> None:
+        """Count a batch that was trained on.
+
+        Not so one that ``training_step`` left out by returning nothing, nor those of a pass without training.
+        """
+        loop = self._trainer.fit_loop
+        automatic = self._trainer.lightning_module.automatic_optimization
+        if loop._skip_backward or (automatic and not output):
+            return
+        source = loop._combined_loader.iterables
+        count_batch(self.counted, source, batch, index, whole=self._stated)
 
     def end_scoring(self) -> None:
         """Put back what callbacks had put in the global model's place; they may want it back now."""
@@ -218,6 +253,7 @@ class _Patch:
     def fit(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         """Train from the global model and send the update; in an evaluation task, end that."""
         if self._site.over:
+            self._place.release()
             self._fit(model, *args, **kwargs)
             return
         with self._site.reporting():
@@ -236,6 +272,7 @@ class _Patch:
             self._reset_timers()
             self.counted.clear()
             self._resumed, self._round = None, task.round
+            self._place.begin()
             self._fit(module, *args, **kwargs)
             self._trained = True
             if getattr(self._trainer, "interrupted", False):
@@ -284,7 +321,8 @@ class _Patch:
             # A timer's state came with the checkpoint, and may have stopped the training by now.
             self._reset_timers()
             self._trainer.should_stop = False
-        epoch, step = self._resumed or (self._trainer.current_epoch, self._trainer.global_step)
+        begun = self._trainer.current_epoch + self._place.behind
+        epoch, step = self._resumed or (begun, self._trainer.global_step)
         self._set_budget(1, epoch, step)
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
@@ -328,7 +366,9 @@ class _Patch:
             config.scheduler.load_state_dict(state)
 
     def keep(self) -> None:
-        """Keep the state of this round's optimisers and schedules."""
+        """Keep the state of this round's optimisers and schedules, and the place in the data."""
+        if not self._site.over:
+            self._place.end()
         self._states = (
             [optimizer.state_dict() for optimizer in self._trainer.optimizers],
             [config.scheduler.state_dict() for config in self._trainer.lr_scheduler_configs],
@@ -380,7 +420,7 @@ def _make_callback(base: Any, patch_: _Patch) -> Any:
         def on_validation_batch_end(self, *args: Any, **_: Any) -> None:
             """Count, while the global model is scored."""
             if patch_.scoring:
-                patch_.scored.add(args[3])
+                patch_.count_scored(args[3], args[4], args[5] if len(args) > 5 else 0)
 
         def on_validation_epoch_end(self, *_: Any) -> None:
             """End scoring."""
@@ -388,7 +428,7 @@ def _make_callback(base: Any, patch_: _Patch) -> Any:
 
         def on_train_batch_end(self, *args: Any, **_: Any) -> None:
             """Count."""
-            patch_.counted.add(args[3])
+            patch_.count(args[2], args[3], args[4])
 
         def on_fit_start(self, *_: Any) -> None:
             """Limit: after the optimisers are made, and before the loop looks whether it is done."""

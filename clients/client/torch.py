@@ -228,10 +228,12 @@ class TorchSite:
         self._session.submit(self._reader(ModelParameters(model)), weight, metrics)
 
     def _log_weight(self, weight: int, how: str) -> None:
-        info = self._session.system_info()
-        logger.info(
-            "%s: round %s: the update's weight is %d: %s", info["site"], info["round"], weight, how
-        )
+        round_ = self._session.system_info()["round"]
+        self.say(f"round {round_}: the update's weight is {weight}: {how}")
+
+    def say(self, text: str) -> None:
+        """Log a line."""
+        logger.info("%s: %s", self._session.system_info()["site"], text)
 
     def end(self) -> None:
         """End an evaluation task."""

@@ -1,0 +1,75 @@
+"""How many examples a batch of a Lightning trainer holds.
+
+A batch of several loaders holds those of each. A row that a sampler repeats, so that all processes get as many,
+counts once. The loaders know both, so a batch is counted along with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .counting import ExampleCounter, Fresh, fresh_rows
+
+__all__ = ["count_batch"]
+
+
+def count_batch(
+    counter: ExampleCounter, loader: Any, batch: Any, index: int, *, whole: bool = False
+) -> None:
+    """Count one batch.
+
+    Args:
+        counter: adds it up.
+        loader: a loader, or a collection of loaders whose batches make up this one.
+        batch: what came out of it.
+        index: number of the batch in this pass over the data, from 0.
+        whole: the script states how many examples there are, so the batch is not taken apart.
+
+    Raises:
+        WeightError: the batch does not say how many examples it holds.
+    """
+    parts = None if whole else _parts(loader, batch)
+    for one, part in [(None, batch)] if parts is None else parts:
+        if part is not None:  # a loader that is used up gives none where the others go on
+            counter.add(part, expected=_batch_size(one), fresh=_fresh(one, index))
+
+
+def _parts(loader: Any, batch: Any) -> list[tuple[Any, Any]] | None:
+    """Return each loader with its own batch; None if a hook has given the batch another structure."""
+    try:
+        return list(_pairs(loader, batch))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        return None
+
+
+def _pairs(loader: Any, batch: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(loader, Mapping):
+        if batch.keys() != loader.keys():
+            raise ValueError("another structure")
+        for key, one in loader.items():
+            yield from _pairs(one, batch[key])
+    elif isinstance(loader, list | tuple):
+        for one, part in zip(loader, batch, strict=True):
+            yield from _pairs(one, part)
+    else:
+        yield loader, batch
+
+
+def _batch_size(loader: Any) -> int | None:
+    size = getattr(loader, "batch_size", None)
+    if size is None:
+        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _fresh(loader: Any, index: int) -> Fresh | None:
+    """Return which rows torch's ``DistributedSampler`` has not repeated; None: all, or nobody knows."""
+    sampler: Any = getattr(loader, "sampler", None)
+    size = _batch_size(loader)
+    names = {cls.__name__ for cls in type(sampler).__mro__}
+    if size is None or "DistributedSampler" not in names or sampler.drop_last:
+        return None
+    index %= max(-(-sampler.num_samples // size), 1)  # a short loader begins again within an epoch
+    rows, ranks = len(sampler.dataset), sampler.num_replicas
+    return fresh_rows(rows, size, ranks, sampler.rank, index, interleaved=True)

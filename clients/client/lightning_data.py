@@ -1,0 +1,197 @@
+"""Where a Lightning trainer goes on in its data: each round where the last one stopped, as one training would.
+
+A round that a number of steps or a limit of time ends stops within an epoch. `DataPlace` keeps the iterator of the
+loader then, and puts it back in the next round, with the trainer's counters as they were: the epoch goes on with
+the next batch. Another loader than the last round's is brought to the same place: it leaves out as many batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["DataPlace"]
+
+
+class _Held(NamedTuple):
+    """A loader in the middle of an epoch; ``workers`` are the iterators that its parts own themselves."""
+
+    loader: Any
+    fetcher: Any
+    workers: list[Any]
+
+
+class DataPlace:
+    """Wraps a trainer's loops, so that the calls of ``fit`` between `begin` and `end` are one training's data.
+
+    Args:
+        trainer: a Lightning trainer.
+        goes_on: a round goes on where the last one stopped; else it begins its data anew.
+        say: logs a line.
+    """
+
+    def __init__(self, trainer: Any, goes_on: bool, say: Callable[[str], None]) -> None:
+        self._trainer, self._goes_on, self._say = trainer, goes_on, say
+        self._loop = trainer.fit_loop
+        self._setup, self._reset = self._loop.setup_data, self._loop.epoch_loop.reset
+        self._loop.setup_data = self.setup_data
+        self._loop.epoch_loop.reset = self.reset
+        self._held: _Held | None = None
+        self._source: Any = None
+        self._batches = 0
+        self._pending = self._continuing = self._limited = False
+
+    @property
+    def behind(self) -> int:
+        """How many epochs the trainer's count is set back already for an epoch that goes on: 0 or 1."""
+        return int(self._continuing)
+
+    def begin(self) -> None:
+        """Have the next ``fit`` begin where the last round stopped."""
+        self._pending = True
+        self._continuing = False
+
+    def end(self) -> None:
+        """Note where the round stopped, and keep the loader for the next one, before the trainer drops it."""
+        self._pending = False
+        self.release()
+        loop = self._loop
+        self._tell_limit()
+        self._batches = 0
+        if loop._data_fetcher is None or loop.epoch_loop._num_ready_batches_reached():
+            return
+        self._batches = loop.epoch_loop.batch_progress.current.completed
+        self._source = loop._data_source.instance
+        if self._goes_on:
+            loader = loop._combined_loader
+            self._held = _Held(loader, loop._data_fetcher, _workers(loader))
+            loop._data_fetcher = None
+
+    def release(self) -> None:
+        """Drop the loader that was kept."""
+        held, self._held = self._held, None
+        if held is not None:
+            held.fetcher.teardown()
+
+    # --- what the trainer's loops call ---------------------------------------------------------------
+
+    def setup_data(self) -> None:
+        """Make the loader of a round, or take up the last one's; later calls in a round are Lightning's alone."""
+        if not self._pending:
+            self._setup()
+            return
+        self._pending = False
+        if self._batches and self._goes_on and self._go_on():
+            epoch = self._trainer.current_epoch
+            self._say(f"the data go on in epoch {epoch}, after batch {self._batches} of it")
+            return
+        if self._batches:
+            self.release()
+            self._say("the data begin anew")
+        self._setup()
+        # The loader's iterator is made: the loop would make another one, which a stream would notice.
+        self._loop._resuming_from_checkpoint = True
+
+    def reset(self) -> None:
+        """Let an epoch that goes on keep its count of batches."""
+        if not self._continuing:
+            self._reset()
+            return
+        self._continuing = False
+        self._loop._restarting = False
+        done = self._loop.epoch_loop.batch_progress
+        done.reset_on_restart()
+        self._loop._data_fetcher.fetched -= done.current.ready  # the loop adds it again
+
+    def _go_on(self) -> bool:
+        """Take up the epoch that the last round left; False if its rest can't be told from what was seen."""
+        loop = self._loop
+        held, self._held = self._held, None
+        same = held is not None and _same(loop._data_source.instance, self._source)
+        if held is not None and same and _workers(held.loader) == held.workers:
+            self._return_to_epoch(1)
+            loop._combined_loader, loop._data_fetcher = held.loader, held.fetcher
+            self._setup()
+            return True
+        if held is not None:
+            held.fetcher.teardown()
+        self._setup()
+        if any(_draws(loader) for loader in loop._combined_loader.flattened):
+            return False
+        self._return_to_epoch(1)
+        if not self._leave_out(self._batches):
+            self._return_to_epoch(-1)
+            iter(loop._data_fetcher)
+            return False
+        return True
+
+    def _return_to_epoch(self, by: int) -> None:
+        """Count the epoch that the last round ended in as under way; with -1, as done again."""
+        for counts in (self._loop.epoch_progress.total, self._loop.epoch_progress.current):
+            counts.processed -= by
+            counts.completed -= by
+        # As the loops are where they resume within an epoch.
+        self._continuing = self._loop._restarting = self._loop._resuming_from_checkpoint = by > 0
+
+    def _leave_out(self, batches: int) -> bool:
+        """Read over so many batches; False if the loader does not hold more than that."""
+        fetcher = self._loop._data_fetcher
+        for loader in self._loop._combined_loader.flattened:
+            for sampler in (
+                getattr(loader, "sampler", None),
+                getattr(loader, "batch_sampler", None),
+            ):
+                if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+                    set_epoch(self._trainer.current_epoch)
+        iter(fetcher)
+        for _ in range(batches):
+            if fetcher.done:
+                return False
+            try:
+                next(getattr(fetcher, "iterator_wrapper", fetcher))
+            except StopIteration:
+                return False
+        return not fetcher.done
+
+    def _tell_limit(self) -> None:
+        if self._limited or self._loop._combined_loader is None:
+            return
+        for loader in self._loop._combined_loader.flattened:
+            length = _length(loader)
+            if self._trainer.num_training_batches < length:
+                self._limited = True
+                first = self._trainer.num_training_batches
+                self._say(
+                    f"limit_train_batches: each epoch takes the first {first} batches of its loader, as in any "
+                    "training; to go on through the data from round to round, set max_steps instead"
+                )
+                return
+
+
+def _length(loader: Any) -> float:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return float("inf")
+
+
+def _workers(loader: Any) -> list[Any]:
+    """Return the iterators that loaders with persistent workers share among all their passes."""
+    return [getattr(part, "_iterator", None) for part in loader.flattened]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two collections hold the same loaders."""
+    if isinstance(one, list | tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, Mapping) and type(one) is type(other):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    return one is other
+
+
+def _draws(loader: Any) -> bool:
+    """Whether a loader draws another order in each pass, so that its first batches are none that were seen."""
+    sampler = getattr(loader, "sampler", None)
+    return any(cls.__name__ == "RandomSampler" for cls in type(sampler).__mro__) and (
+        getattr(sampler, "generator", None) is None
+    )

@@ -1,0 +1,90 @@
+"""What a Lightning trainer's batches count."""
+
+from __future__ import annotations
+
+import importlib
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import fedcore.client.lightning as fl
+from fedcore.client.counting import ExampleCounter
+from fedcore.client.lightning_counting import count_batch
+from fedcore.server.outcome import RunResult
+
+
+def rows(number: int) -> Any:
+    return TensorDataset(torch.arange(float(number)).reshape(number, 1))
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_row_that_a_distributed_sampler_repeats_counts_once(shuffle: bool) -> None:
+    total = []
+    for rank in range(4):
+        sampler = DistributedSampler(rows(21), num_replicas=4, rank=rank, shuffle=shuffle)
+        loader = DataLoader(rows(21), batch_size=4, sampler=sampler)
+        counter = ExampleCounter()
+        for index, batch in enumerate(loader):
+            count_batch(counter, loader, batch, index)
+        total.append(counter.total())
+    assert total == [6, 5, 5, 5]
+
+
+def test_the_batches_of_several_loaders_count_together() -> None:
+    loaders = {"a": DataLoader(rows(3), 3), "b": [DataLoader(rows(5), 5), DataLoader(rows(2), 2)]}
+    batch = {"a": next(iter(loaders["a"])), "b": [next(iter(loaders["b"][0])), None]}
+    counter = ExampleCounter()
+    count_batch(counter, loaders, batch, 0)
+    assert counter.total() == 8
+
+
+def test_a_batch_that_a_hook_has_rearranged_counts_as_it_is() -> None:
+    counter = ExampleCounter()
+    count_batch(counter, {"a": DataLoader(rows(3), 3)}, torch.zeros(7, 2), 0)
+    assert counter.total() == 7
+
+
+def test_a_function_of_the_script_is_given_the_whole_batch() -> None:
+    given: list[Any] = []
+    counter = ExampleCounter(lambda batch: given.append(batch) or 4)
+    batch = {"a": [torch.zeros(3, 1)], "b": [torch.zeros(5, 1)]}
+    count_batch(counter, {"a": 0, "b": 0}, batch, 0, whole=counter.stated)
+    assert given == [batch]
+    assert counter.total() == 4
+
+
+def test_lists_of_rows_count_rows_and_steps_without_a_loss_count_nothing(
+    run: Future[RunResult],
+) -> None:
+    package = importlib.import_module("lightning.pytorch")
+
+    class Net(package.LightningModule):
+        """Leaves out every second batch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch: Any, index: int) -> Any:
+            texts = torch.tensor([[float(len(row["text"]))] for row in batch])
+            return self.net(texts).square().mean() if index % 2 == 0 else None
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    data = [{"text": "ab" * n, "label": n, "id": str(n)} for n in range(16)]
+    loader = DataLoader(data, batch_size=4, collate_fn=lambda batch: batch)
+    trainer = package.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, max_epochs=1,
+    )  # fmt: skip
+    model, counted = Net(), []
+    fl.patch(trainer)
+    while fl.is_running():
+        trainer.fit(model, loader)
+        counted.append(trainer._fedcore.counted.total())
+    assert run.result(30).ok
+    assert counted[:3] == [8, 8, 8]
