@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, Final
 
 __all__ = ["tokenizer_fingerprint", "tokenizer_of"]
@@ -21,10 +23,12 @@ _PROBE: Final = (
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return a SHA-256 over vocabulary, special tokens, chat template and how a fixed text is encoded.
 
-    Padding and truncation are left out, and so is how a version of the library writes a tokenizer down.
+    Padding and truncation are left out, and so is how a version of the library writes a tokenizer down. The
+    tokenizer is left as it was.
     """
     vocabulary = tokenizer.get_vocab()
-    encoded = [tokenizer.encode(text, add_special_tokens=True) for text in _PROBE]
+    with _whole_texts(tokenizer):
+        encoded = [tokenizer.encode(text, add_special_tokens=True) for text in _PROBE]
     special = getattr(tokenizer, "special_tokens_map", {})
     about = {
         "vocabulary": sorted((int(index), str(token)) for token, index in vocabulary.items()),
@@ -34,6 +38,28 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     }
     text = json.dumps(about, ensure_ascii=True)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+@contextlib.contextmanager
+def _whole_texts(tokenizer: Any) -> Iterator[None]:
+    """Turn off what a tokenizer was told to cut and to fill up, which it remembers and `encode` may change."""
+    inner = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    noted: dict[str, Any] = getattr(tokenizer, "deprecation_warnings", {})  # what it has warned of
+    warned = dict(noted)
+    cut, fill = getattr(inner, "truncation", None), getattr(inner, "padding", None)
+    try:
+        if cut is not None:
+            inner.no_truncation()
+        if fill is not None:
+            inner.no_padding()
+        yield
+    finally:
+        if cut is not None:
+            inner.enable_truncation(**cut)
+        if fill is not None:
+            inner.enable_padding(**fill)
+        noted.clear()
+        noted.update(warned)
 
 
 def tokenizer_of(processor: Any) -> Any:

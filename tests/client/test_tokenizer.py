@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,6 +30,30 @@ def test_the_same_tokenizer_has_the_same_fingerprint_however_it_is_used() -> Non
     other(["the quick", "brown"], truncation=True, max_length=1)
     other.model_max_length = 7
     assert tokenizer_fingerprint(one) == tokenizer_fingerprint(other)
+
+
+@pytest.mark.parametrize("raw", [True, False], ids=["raw", "fast"])
+@pytest.mark.parametrize(
+    "told",
+    [
+        lambda inner: inner.enable_truncation(3, stride=1),
+        lambda inner: inner.enable_padding(length=40, pad_id=1, pad_token="[PAD]"),
+        lambda inner: (inner.enable_truncation(2), inner.enable_padding(pad_to_multiple_of=8)),
+    ],
+    ids=["truncation", "padding", "both"],
+)
+def test_what_a_tokenizer_cuts_and_fills_up_counts_for_nothing_and_stays(
+    *, raw: bool, told: Callable[[Any], Any]
+) -> None:
+    one, other = make(), make()
+    inner = other.backend_tokenizer
+    told(inner)
+    before = (inner.truncation, inner.padding, inner.to_str())
+    given = [tokenizer.backend_tokenizer if raw else tokenizer for tokenizer in (one, other)]
+    assert tokenizer_fingerprint(given[0]) == tokenizer_fingerprint(given[1])
+    assert (inner.truncation, inner.padding, inner.to_str()) == before
+    assert before[:2] != (None, None)
+    assert "sequence-length" not in str(getattr(other, "deprecation_warnings", ""))
 
 
 @pytest.mark.parametrize(
