@@ -500,7 +500,8 @@ class Connection:
 
     def _on_outcome(self, message: protocol.Commit | protocol.Dropped) -> None:
         if isinstance(message, protocol.Dropped):
-            logger.warning("%s: round %d: %s", self._site, message.round, message.message)
+            where = f"round {message.round}: " if message.round else ""
+            logger.warning("%s: %s%s", self._site, where, message.message)
             self._settle(range(message.round, message.round + 1), None)
             return
         self._settle(range(message.version + 1), message.version if message.included else None)

@@ -28,11 +28,18 @@ logger = logging.getLogger("fedcore.server")
 
 @dataclass
 class Peer:
-    """A site's process; ``metrics`` are the last that it reported of its training, ``features`` what it can do."""
+    """A site's process.
+
+    Attributes:
+        metrics: the last that it reported of its training.
+        features: what it can do.
+        lacks_room: whether the disk has no room for the first model that it declared.
+    """
 
     site: str
     features: Mapping[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    lacks_room: bool = False
 
 
 class _Told:

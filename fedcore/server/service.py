@@ -19,7 +19,7 @@ from fedcore import __version__, protocol
 from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
-from fedcore.errors import ConfigError, FedcoreError, IntegrityError, ProtocolError
+from fedcore.errors import ConfigError, FedcoreError, IntegrityError, ProtocolError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
 from fedcore.opening import CARD
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
@@ -469,9 +469,10 @@ class Server:
                 return
             try:
                 layout = declared_layout(declare)
-                self._store.check_space(layout.total_bytes)
             except FedcoreError as error:
                 self._guard.put_out(peer, site, "layout", str(error))
+                return
+            if not self._has_room(peer, site, layout.total_bytes):
                 return
             hash_ = layout_hash(layout)
         self._agreement.note(site, declare)
@@ -485,6 +486,29 @@ class Server:
             self._store.add_file(CARD, declare.files[CARD])
         self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=found.warnings))
         self._do(self._rounds.declared(site, time.monotonic()))
+
+    def _has_room(self, peer: bytes, site: str, nbytes: int) -> bool:
+        """Whether a first model fits on the disk. Until it does, its site declares it again and again."""
+        known = self._peers.get(peer)
+        assert known is not None
+        try:
+            self._store.check_space(nbytes)
+        except StorageError as error:
+            if not known.lacks_room:
+                self._peers.tell(
+                    site, "the model of %s has to wait: %s; make some room", str(error)
+                )
+                self._status.note(site, "waits for room on the server's disk")
+                text = (
+                    f"the server's disk has no room for a model of {nbytes:,} bytes; waiting for it"
+                )
+                self._link.send(peer, protocol.Dropped(round=0, message=text))
+            known.lacks_room = True
+            return False
+        if known.lacks_room:
+            known.lacks_room = False
+            self._status.note(site, "")
+        return True
 
     def _unlike_declared(self, site: str, declare: protocol.Declare) -> str | None:
         """Say how a site's tensors differ from those of another that is there, while there is no model yet."""

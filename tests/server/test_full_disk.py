@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedcore import protocol
 from fedcore.errors import StorageError
 from fedcore.layout import sync_folder
 from fedcore.server import files
@@ -91,3 +93,31 @@ def test_sites_are_told_of_a_full_disk_and_the_round_goes_on_once_there_is_room(
     assert sorted(line[:2] for line in told) == ["a:", "b:"]
     assert all("could not write to its disk" in line for line in told)
     assert not any(str(tmp_path) in line or "/srv" in line for line in told)
+
+
+def test_sites_wait_for_room_for_the_first_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    undisturbed: dict[str, bytes],
+) -> None:
+    caplog.set_level(logging.INFO, "fedcore")
+    monkeypatch.setattr(protocol, "REPEAT_SECONDS", 0.2)
+    asked: list[int] = []
+    usage = shutil.disk_usage
+
+    def full_at_first(path: Path) -> Any:
+        asked.append(0)
+        return usage(path) if len(asked) > 6 else usage(path)._replace(free=9)
+
+    monkeypatch.setattr(shutil, "disk_usage", full_at_first)
+    server = Server(run_config(tmp_path, sites=["a", "b"]))
+    sites = [lambda n=n, s=s: site(server.endpoint, n, *s) for n, s in STEPS.items()]
+    result, trained = run(server, *sites)
+    assert (result.ok, trained) == (True, [3, 3])
+    assert models(tmp_path) == undisturbed
+    for name in STEPS:
+        waits = f"the model of {name} has to wait: a model of 20,016 bytes does not fit on the server's disk"
+        assert caplog.text.count(waits) == 1
+        told = f"{name}: the server's disk has no room for a model of 20,016 bytes; waiting for it"
+        assert caplog.text.count(told) == 1
