@@ -252,6 +252,10 @@ void bind_exchange(py::module_& m) {
           "drop", [](Exchange& e, const Collector& c, std::size_t k) { e.drop(c.id(), k); },
           py::arg("collector"), py::arg("source"),
           "Take a source out of a collection; its result becomes that of the others alone.")
+      .def(
+          "pulls", [](const Exchange& e, const Collector& c) { return e.pulls(c.id()); },
+          py::arg("collector"),
+          "Of each source of a running collector: chunks that are due, and chunks that came.")
       .def("deliver", &deliver, py::arg("now_ms"), py::arg("peer"), py::arg("header"),
            py::arg("body"),
            "Hand over a received frame: 0 handled, 1 kept, 3 malformed or too much, 4 not heard.")

@@ -216,6 +216,11 @@ class Collector {
   std::vector<std::size_t> take_probes() { return std::exchange(probes_, {}); }
 
   std::vector<CollectorEvent> take_events() { return std::exchange(events_, {}); }
+  // Of a source: chunks that it was asked for and that have not come, and chunks that came.
+  std::uint64_t due(std::size_t source) const noexcept { return pulls_[source]->due; }
+  std::uint64_t received(std::size_t source) const noexcept {
+    return pulls_[source]->received.load(std::memory_order_relaxed);
+  }
   bool active() const noexcept { return state_ == State::kActive; }
 
   // Any thread.

@@ -205,6 +205,19 @@ void Exchange::drop(std::uint64_t collector_id, std::size_t source) {
   });
 }
 
+std::vector<std::pair<std::uint64_t, std::uint64_t>> Exchange::pulls(
+    std::uint64_t collector_id) const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> found;
+  for (const auto& collector : collectors_) {
+    for (std::size_t k = 0; collector->id() == collector_id && k < collector->sources().size();
+         ++k) {
+      found.emplace_back(collector->due(k), collector->received(k));
+    }
+  }
+  return found;
+}
+
 int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const void* header_data,
                       std::size_t header_size, Frame& body) {
   const std::lock_guard lock(mutex_);

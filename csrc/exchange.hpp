@@ -22,6 +22,7 @@
 #include <string_view>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "collector.hpp"
@@ -134,6 +135,9 @@ class Exchange {
   // Takes a source out of a collection, whose result becomes that of the others alone. Events of
   // it that wait are forgotten: the number may be another source's from now on.
   void drop(std::uint64_t collector_id, std::size_t source);
+
+  // Of each source of a collection that runs: the chunks that are due, and those that came.
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> pulls(std::uint64_t collector_id) const;
 
   void set_limits(const ExchangeLimits& limits);
 

@@ -245,6 +245,11 @@ class Aggregation:
         """Return whose update a source of the collector is; None if it was dropped."""
         return self._sources[number]
 
+    def pulls(self) -> dict[str, tuple[int, int]]:
+        """Return, of each site, how many chunks it was asked for that have not come, and how many came."""
+        found = self._exchange.pulls(self.collector)
+        return {known.site: found[number] for number, known in self._known() if number < len(found)}
+
     def reject(self, participant: Participant) -> None:
         """Note that a participant's update is invalid."""
         self._rejected.add(participant)

@@ -130,6 +130,11 @@ class Collecting:
         if self.running is not None:
             self.running.lost(site)
 
+    def pulls(self) -> dict[str, tuple[int, int]]:
+        """Return, of each site that is pulled, how many chunks are missing of what it was asked for, and how many
+        came."""
+        return {} if self.running is None else self.running.pulls()
+
     def take(self) -> Aggregation:
         """Return the collection, whose chunks are all reduced, to be committed."""
         running, self.running = self.running, None

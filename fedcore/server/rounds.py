@@ -302,6 +302,26 @@ class Rounds:
         member.dropped_round = self.round
         return [SendDropped(site, self.round, reason), *self._recollect(now)]
 
+    def overdue(self, now: float) -> bool:
+        """Whether updates are still pulled though the round's deadline has passed."""
+        deadline = self.deadline
+        return deadline is not None and now >= deadline and bool(self.collecting)
+
+    def too_slow(self, site: str, now: float) -> list[Action]:
+        """A site that is pulled after the deadline sends too little: the round goes on without it, if it can."""
+        others = [p for p in self.collecting if p.site != site]
+        if self.phase is Phase.INITIAL:
+            enough = any(
+                m.alive and m.declared and not m.unfit and m.name != site for m in self.roster
+            )
+        else:
+            enough = len(others) >= self.quorum
+        if not enough or len(others) == len(self.collecting):
+            return []
+        return self.rejected(
+            site, "it came too slowly after the round's deadline (participants.round_deadline)", now
+        )
+
     def reduced(self) -> list[Action]:
         """All chunks of the collection are reduced."""
         if self.phase not in (Phase.AGGREGATING, Phase.INITIAL) or not self.collecting:

@@ -44,6 +44,7 @@ from .collecting import Collecting, Reduced, Rejected, Stalled
 from .goodbye import Goodbye
 from .guard import Guard
 from .outcome import Ending, Outcome, RunResult
+from .overtime import Overtime
 from .participation import Delivery, Roster, SiteState
 from .peers import Peer, Peers
 from .readme import notes
@@ -160,6 +161,7 @@ class Server:
         self._waiting = WaitingLog(self._rounds)
         self._status = StatusBuilder(config, self._rounds, self._store)
         self._store.taken = lambda: self._status.taken(self._link.exchange.stats())
+        self._overtime = Overtime()
         self._agreement = Agreement(
             self._store.files,
             strict=config.model.same_base == "strict",
@@ -294,7 +296,10 @@ class Server:
 
     def _step(self) -> None:
         deadline = self._rounds.deadline
-        until = self._next_look if deadline is None else min(self._next_look, deadline)
+        passed = deadline is not None and time.monotonic() >= deadline
+        until = self._next_look
+        if deadline is not None and not passed:
+            until = min(until, deadline)
         wait = min(_CHECK_SECONDS, until - time.monotonic())
         arrived = self._link.recv(max(0.0, wait))
         if arrived is not None:
@@ -303,6 +308,7 @@ class Server:
             self._hear_what_waits()
         self._check_access()
         self._check_alive()
+        self._check_overtime()
         self._versions.keep_digests()
         self._do(self._rounds.tick(time.monotonic()))
         self._waiting.look(time.monotonic())
@@ -347,6 +353,24 @@ class Server:
             else:
                 patience = min(patience, left + 1)
         self._next_look = time.monotonic() + patience / 1000
+
+    def _check_overtime(self) -> None:
+        """After the deadline, leave out who sends too little, unless the round needs it."""
+        now = time.monotonic()
+        if not self._rounds.overdue(now):
+            self._overtime.reset()
+            return
+        for site in self._overtime.look(now, self._collecting.pulls()):
+            actions = self._rounds.too_slow(site, now)
+            if actions:
+                self._peers.tell(
+                    site,
+                    "%s is left out of round %s: its update came too slowly after the round's deadline; with less "
+                    "than %s a second, raise participants.round_deadline",
+                    str(self._rounds.round), "1 MiB",
+                )  # fmt: skip
+                self._do(actions)
+                return
 
     def _lose(self, peer: bytes, reason: str, *, left: bool = False) -> None:
         known = self._peers.remove(peer, left=left)
