@@ -205,6 +205,9 @@ py::object py_reduce_files(const std::vector<FileHandle*>& inputs,
   {
     const py::gil_scoped_release release;
     bad = reduce_files(files, checked, jobs, out.share(), threads, report);
+    for (const auto& file : files) {
+      file->check_whole();
+    }
   }
   if (!bad) {
     return py::none();
@@ -237,6 +240,9 @@ void bind_files(py::module_& m) {
       .def_static(
           "anonymous", [](std::uint64_t size) { return FileHandle{MappedFile::anonymous(size)}; },
           py::arg("size"), "Map `size` zero bytes of memory.")
+      .def(
+          "check_whole", [](const FileHandle& h) { h.get().check_whole(); },
+          "StorageError if bytes that were read were gone: the file has become shorter.")
       .def_property_readonly("size", [](const FileHandle& h) { return h.get().size(); })
       .def_property_readonly("path", [](const FileHandle& h) { return h.get().path(); })
       .def(
@@ -380,6 +386,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
           crcs.push_back(crc32c(file->data() + offset + at, size));
           file->release(offset + at, size);
         }
+        file->check_whole();
         return crcs;
       },
       py::arg("file"), py::arg("offset"), py::arg("length"), py::arg("chunk_bytes"),

@@ -125,6 +125,8 @@ py::object next_event(Exchange& exchange) {
       return py::make_tuple("crowded", py::bytes(event->code), event->message);
     case Event::Kind::kFlooded:
       return py::make_tuple("flooded", py::bytes(event->code), event->message);
+    case Event::Kind::kDamaged:
+      return py::make_tuple("damaged", py::bytes(event->code), event->message);
     case Event::Kind::kMalformed:
       break;
   }

@@ -255,7 +255,7 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
   }
   switch (header.kind) {
     case wire::Kind::kGet:
-      return on_get(peer, header);
+      return on_get(peer, header, now_ms);
     case wire::Kind::kChunk:
       return on_chunk(peer, header, body, now_ms);
     case wire::Kind::kRefuse:
@@ -329,8 +329,33 @@ void Exchange::push(const std::string& peer, const wire::Header& header) {
   small_.push_back({peer, wire::encode(header), nullptr, nullptr, 0});
 }
 
-int Exchange::on_get(const std::string& peer, const wire::Header& header) {
+// Takes a set back whose bytes are not what they were.
+void Exchange::look_again(const std::string& peer, const wire::Header& header,
+                          std::int64_t now_ms) {
+  Contact& contact = contacts_[peer];
+  const std::uint64_t end = header.index + header.count;
+  const bool other = contact.set != header.set;
+  const bool again = !other && header.index < contact.reached;
+  contact.set = header.set;
+  contact.reached = other ? end : std::max(contact.reached, end);
+  if (!again || now_ms < contact.reread_ms) {
+    return;
+  }
+  contact.reread_ms = now_ms + kRereadMs;
+  if (auto problem = publisher_.reread(header.set, header.index, end)) {
+    publisher_.withdraw(header.set);
+    events_.push_back({Event::Kind::kDamaged, 0, 0,
+                       std::string(header.set.begin(), header.set.end()), std::move(*problem)});
+    unsignalled_ = true;
+  }
+}
+
+int Exchange::on_get(const std::string& peer, const wire::Header& header, std::int64_t now_ms) {
   auto refusal = publisher_.check(header.set, header.index, header.count);
+  if (!refusal) {
+    look_again(peer, header, now_ms);
+    refusal = publisher_.check(header.set, header.index, header.count);
+  }
   std::deque<Request>& waiting = requests_[peer];
   if (!refusal && waiting.size() >= kMaxRequestsPerPeer) {
     refusal = wire::Refusal::kBusy;

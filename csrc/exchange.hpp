@@ -44,11 +44,14 @@ struct Event {
     kMalformed,
     kStranger,
     kFlooded,
-    kCrowded
+    kCrowded,
+    kDamaged
   } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
-  std::string code;  // of a rejection; the peer of a malformed frame, a stranger, a flood, a crowd
+  // Of a rejection; the peer of a malformed frame, a stranger, a flood, a crowd; a damaged set's
+  // id.
+  std::string code;
   std::string message;
   std::int64_t silent_ms = 0;  // of a stall: for how long the source answers without a chunk
 };
@@ -109,6 +112,9 @@ class Exchange {
   static constexpr std::int64_t kLivelyMs = 10'000;
   // As kMaxRemembered, for those silent for a minute.
   static constexpr std::size_t kMaxStrangers = 65'536;
+  // A chunk that a peer asks for again, as where its checksum was wrong, is read again and compared
+  // with it: for each peer once in that time.
+  static constexpr std::int64_t kRereadMs = 60'000;
 
   Exchange();
 
@@ -189,6 +195,9 @@ class Exchange {
     bool met = false;      // has sent a control message, or was reported as a stranger
     bool counted = false;  // among its owner's peers
     Pace::Known pace;
+    wire::SetId set{};           // what it has asked for last
+    std::uint64_t reached = 0;   // and up to which chunk
+    std::int64_t reread_ms = 0;  // from when on what it asks for again is read again
   };
   // Who is behind one or more peers: the part of a peer's id before the NUL, or all of it.
   struct Owner {
@@ -210,7 +219,8 @@ class Exchange {
     std::uint64_t end;
   };
 
-  int on_get(const std::string& peer, const wire::Header& header);
+  int on_get(const std::string& peer, const wire::Header& header, std::int64_t now_ms);
+  void look_again(const std::string& peer, const wire::Header& header, std::int64_t now_ms);
   int on_chunk(const std::string& peer, const wire::Header& header, Frame& body,
                std::int64_t now_ms);
   int on_refuse(const std::string& peer, const wire::Header& header);

@@ -49,6 +49,9 @@ MappedFile::MappedFile(std::string path, int fd, std::uint64_t size, bool writab
     fail("cannot map", path_.empty() ? std::to_string(size) + " bytes of memory" : path_, code);
   }
   data_ = static_cast<std::uint8_t*>(memory);
+  if (fd >= 0) {
+    guard_.watch(data_, size_);
+  }
 #if defined(MADV_HUGEPAGE)
   if (fd < 0) {
     madvise(data_, size, MADV_HUGEPAGE);  // where it is refused, pages are small
@@ -57,6 +60,7 @@ MappedFile::MappedFile(std::string path, int fd, std::uint64_t size, bool writab
 }
 
 MappedFile::~MappedFile() {
+  guard_.forget();
   munmap(data_, size_);
   if (fd_ >= 0) {
     ::close(fd_);
@@ -111,6 +115,15 @@ void MappedFile::check_range(std::uint64_t offset, std::uint64_t length) const {
   }
 }
 
+void MappedFile::check_whole() const {
+  if (!whole()) {
+    throw Error(Errc::kStorage,
+                path_ +
+                    " became shorter while it was in use, or its disk could not read "
+                    "it: put the whole file back");
+  }
+}
+
 void MappedFile::release(std::uint64_t offset, std::uint64_t length) noexcept {
   if (fd_ < 0 || offset > size_ || length > size_ - offset) {
     return;
@@ -138,6 +151,7 @@ void MappedFile::grow(std::uint64_t size) {
   if (memory == MAP_FAILED) {
     fail("cannot map", path_, errno);
   }
+  guard_.watch(memory, size);
   munmap(data_, size_);
   data_ = static_cast<std::uint8_t*>(memory);
   size_ = size;
@@ -204,6 +218,7 @@ void MappedFile::sync() {
   if (fd_ < 0) {
     return;
   }
+  check_whole();
   if (msync(data_, size_, MS_SYNC) != 0) {
     fail("cannot write back", path_, errno);
   }

@@ -6,14 +6,17 @@
 //
 // Owns the descriptor and the mapping; both go with the object, which is shared by shared_ptr among
 // whoever still reads or writes it. Space is reserved when the file is created, so a full disk is
-// an error then and never a SIGBUS later. Methods are usable from any thread; the bytes are the
-// users' to synchronise.
+// an error then and never a SIGBUS later. A file that becomes shorter while it is mapped reads as
+// zeros from there on, and check_whole() says so. Methods are usable from any thread; the bytes are
+// the users' to synchronise.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
+
+#include "mapping_guard.hpp"
 
 namespace fedcore {
 
@@ -37,6 +40,11 @@ class MappedFile {
   // Throws Error{kStorage} unless [offset, offset + length) lies inside.
   void check_range(std::uint64_t offset, std::uint64_t length) const;
 
+  // Throws Error{kStorage} if bytes that were read were gone: the file has become shorter, or its
+  // disk could not read them.
+  void check_whole() const;
+  bool whole() const noexcept { return !guard_.broken(); }
+
   // Drops the pages that the range touches from this process's memory; the bytes stay in the file
   // (a no-op for anonymous memory, whose bytes would be lost). What lies beside the range on its
   // first and last page comes back when it is read.
@@ -58,7 +66,7 @@ class MappedFile {
   // Lets the system forget its cached copy of the file, once nobody is going to read it soon.
   void evict() noexcept;
 
-  // Writes everything back to the device: msync, then fsync.
+  // Writes everything back to the device: msync, then fsync. Throws as check_whole() does.
   void sync();
 
  private:
@@ -69,6 +77,7 @@ class MappedFile {
   std::uint8_t* data_ = nullptr;
   std::uint64_t size_;
   bool writable_;
+  MappingGuard guard_;
 };
 
 }  // namespace fedcore

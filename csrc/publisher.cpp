@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "crc32c.hpp"
 #include "error.hpp"
 
 namespace fedcore {
@@ -18,6 +19,18 @@ std::vector<std::optional<std::uint32_t>> known(const std::vector<std::uint32_t>
   std::vector<std::optional<std::uint32_t>> crcs(checksums.begin(), checksums.end());
   crcs.resize(static_cast<std::size_t>(chunks));
   return crcs;
+}
+
+// Reads a byte of each page: a page that is gone becomes zeros now, and not while the system sends
+// it.
+void touch(const std::uint8_t* data, std::uint64_t size) noexcept {
+  constexpr std::uint64_t kPage = 4096;
+  const volatile std::uint8_t* const bytes = data;
+  std::uint8_t seen = 0;
+  for (std::uint64_t at = 0; at < size; at += kPage) {
+    seen = static_cast<std::uint8_t>(seen ^ bytes[at]);
+  }
+  static_cast<void>(seen);
 }
 
 }  // namespace
@@ -106,12 +119,15 @@ std::optional<PublishedChunk> Publisher::find(const wire::SetId& id, std::uint64
   Set& set = found->second;
   const auto i = static_cast<std::size_t>(index);
   const bool encoded = !set.encodings.empty();
-  const std::uint64_t at = encoded ? set.offsets[i] : set.offset + index * set.chunk_bytes;
-  const std::uint64_t end =
-      encoded ? set.offsets[i + 1] : std::min(at + set.chunk_bytes, set.offset + set.length);
+  const std::uint64_t at = set.begin(index);
+  const std::uint64_t end = set.end(index);
   if (set.packer) {
     if (!set.packer->knows(index)) {
       set.file->populate(at, end - at);
+      if (!set.is_as_it_was(index)) {  // its receiver could not tell once it is compressed
+        return PublishedChunk{set.file, set.file->data() + at, static_cast<std::uint32_t>(end - at),
+                              wire::kRaw};
+      }
     }
     if (const auto packed = set.packer->get(index, set.file->data() + at)) {
       set.file->release(at, end - at);
@@ -123,6 +139,44 @@ std::optional<PublishedChunk> Publisher::find(const wire::SetId& id, std::uint64
                         encoded ? set.encodings[i] : wire::kRaw};
 }
 
+std::uint64_t Publisher::Set::begin(std::uint64_t index) const noexcept {
+  return encodings.empty() ? offset + index * chunk_bytes
+                           : offsets[static_cast<std::size_t>(index)];
+}
+
+std::uint64_t Publisher::Set::end(std::uint64_t index) const noexcept {
+  return encodings.empty() ? std::min(begin(index) + chunk_bytes, offset + length)
+                           : offsets[static_cast<std::size_t>(index) + 1];
+}
+
+bool Publisher::Set::is_as_it_was(std::uint64_t index) const noexcept {
+  const std::optional<std::uint32_t>& crc = crcs[static_cast<std::size_t>(index)];
+  const std::uint64_t at = begin(index);
+  return !crc || crc32c(file->data() + at, end(index) - at) == *crc;
+}
+
+std::optional<std::string> Publisher::reread(const wire::SetId& id, std::uint64_t first,
+                                             std::uint64_t end) {
+  const auto found = sets_.find(id);
+  if (found == sets_.end()) {
+    return std::nullopt;
+  }
+  const Set& set = found->second;
+  for (std::uint64_t index = first; index < std::min<std::uint64_t>(end, set.crcs.size());
+       ++index) {
+    const bool same = set.is_as_it_was(index);
+    const std::string& path = set.file->path();
+    if (!set.file->whole()) {
+      return path + " became shorter while it was served, or its disk could not read it";
+    }
+    if (!same) {
+      return path + " has changed while it was served: chunk " + std::to_string(index) +
+             " is not what it was";
+    }
+  }
+  return std::nullopt;
+}
+
 std::uint32_t Publisher::checksum(const wire::SetId& id, std::uint64_t index) {
   const auto chunk = find(id, index);
   if (!chunk) {
@@ -130,6 +184,7 @@ std::uint32_t Publisher::checksum(const wire::SetId& id, std::uint64_t index) {
   }
   Set& set = sets_.at(id);
   chunk->file->populate(static_cast<std::uint64_t>(chunk->data - chunk->file->data()), chunk->size);
+  touch(chunk->data, chunk->size);
   if (chunk->encoding != wire::kRaw && set.packer) {
     if (const auto packed = set.packer->get(index, nullptr)) {
       return packed->crc;

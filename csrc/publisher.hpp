@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "mapped_file.hpp"
@@ -56,6 +57,10 @@ class Publisher {
   // The CRC-32C of a chunk that find() gives. The chunk becomes resident.
   std::uint32_t checksum(const wire::SetId& id, std::uint64_t index);
 
+  // Reads chunks again and compares them with their checksums. Returns what is wrong with the first
+  // that differs, with the file's name; nothing if all are as they were, or the set is gone.
+  std::optional<std::string> reread(const wire::SetId& id, std::uint64_t first, std::uint64_t end);
+
  private:
   struct Set {
     std::shared_ptr<MappedFile> file;
@@ -66,6 +71,10 @@ class Publisher {
     std::vector<std::uint64_t> offsets;   // of encoded chunks, else empty
     std::vector<std::uint8_t> encodings;  // the same
     std::shared_ptr<Packer> packer;       // where chunks may be compressed
+
+    std::uint64_t begin(std::uint64_t index) const noexcept;
+    std::uint64_t end(std::uint64_t index) const noexcept;
+    bool is_as_it_was(std::uint64_t index) const noexcept;
   };
   void add(const wire::SetId& id, Set set);
 

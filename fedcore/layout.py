@@ -207,6 +207,7 @@ class ModelFile:
                 self.file.release(
                     at, length
                 )  # the model's size must not show in this process's memory
+        self.file.check_whole()
         return digest.hexdigest()
 
 

@@ -525,6 +525,11 @@ class Connection:
                 )
                 self.changed.notify_all()
                 return
+            if event[0] == "damaged":
+                logger.error(
+                    "%s: what this site offers is not what it trained: %s", self._site, event[2]
+                )
+                return
             if self._download is None or len(event) < 2 or event[1] != self._download[0].id:
                 return
             if event[0] == "done":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -17,7 +19,10 @@ from .progress import Bar, State
 
 __all__ = ["Waits"]
 
+logger = logging.getLogger("fedcore.client")
+
 _WINDOW_BYTES: Final = 16 << 20
+_MOST_BACK_OFF: Final = 60.0
 
 
 class Waits:
@@ -30,6 +35,7 @@ class Waits:
     def __init__(self, site: str, connection: Connection) -> None:
         self._site = site
         self._connection = connection
+        self._spoiled = 0  # downloads in a row that came with wrong bytes
 
     @contextlib.contextmanager
     def watched(
@@ -99,7 +105,10 @@ class Waits:
                 for _ in turns:
                     outcome = connection.outcome()
                     if outcome == "done":
+                        self._spoiled = 0
                         return True
+                    if outcome in ("checksum", "length"):
+                        self._back_off(turns, task)
                     if outcome or self._superseded(task):
                         connection.task = None if connection.task is task else connection.task
                         return False
@@ -107,6 +116,20 @@ class Waits:
         finally:
             connection.stop()
         return False
+
+    def _back_off(self, turns: Iterator[None], task: protocol.Task) -> None:
+        """Wait longer after each download in a row that came with wrong bytes; not once there is another model."""
+        seconds = min(_MOST_BACK_OFF, 2.0**self._spoiled)
+        self._spoiled += 1
+        until = time.monotonic() + seconds
+        logger.warning(
+            "%s: the model that came is not the one that the server recorded; it is downloaded again in %.0f s",
+            self._site, seconds,
+        )  # fmt: skip
+        for _ in turns:
+            if time.monotonic() >= until or self._superseded(task):
+                return
+            self.check_open()
 
     def _superseded(self, task: protocol.Task) -> bool:
         now = self._connection.task

@@ -153,6 +153,7 @@ class Aggregation:
         self._expected = expected
         self._sources: list[Participant | None] = []  # by the collector's numbers; None: dropped
         self._layout = setting.layout
+        self._base = setting.base
         self._exchange = setting.exchange
         self._peers: list[bytes] = []
         self._rejected: set[Participant] = set()
@@ -280,6 +281,8 @@ class Aggregation:
         """
         assert self.file is not None
         self._exchange.cancel(self.collector)
+        if self._base is not None:
+            self._base.file.check_whole()
         self.file.file.sync()
         return self.file, self.collector.checksums
 

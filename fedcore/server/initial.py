@@ -56,6 +56,8 @@ def load_initial(
         return view
 
     model.fill(read)
+    for source in sources:
+        source.file.check_whole()
     folder = path if path.is_dir() else path.parent
     cards = {
         name: (folder / name).read_text(encoding="utf-8")

@@ -221,9 +221,9 @@ class Server:
         damaged = isinstance(error, IntegrityError)  # its message says what can be done
         after = "" if damaged else "; the run goes on once the server is started again"
         logger.error("stopped: %s%s", error, after)
-        text = (
-            "it could not write to its disk" if isinstance(error, OSError) else "of an error there"
-        )
+        text = "of an error there"
+        if isinstance(error, OSError):
+            text = "a model file there is damaged" if damaged else "it could not write to its disk"
         self._peers.broadcast(protocol.Stopped(message=text))
 
     def _go_away(self) -> RunResult:
@@ -616,6 +616,8 @@ class Server:
     def _handle_event(self, event: DataEvent) -> None:
         if self._guard.heard(event):
             return
+        if event[0] == "damaged":  # found when a site asked for a chunk again
+            raise self._versions.damaged(event[2])
         found = self._collecting.heard(event)
         if isinstance(found, Reduced):
             self._do(self._rounds.reduced())

@@ -86,6 +86,11 @@ class Versions:
         for row in rows.values():
             self.included |= dict.fromkeys(row.participants, row.version)
 
+    def damaged(self, problem: str) -> IntegrityError:
+        """Return the error of a last model that is no longer what was committed while it is served."""
+        version = self._store.last_version
+        return IntegrityError(f"{problem}; {self._way_back(0 if version is None else version)}")
+
     def _way_back(self, version: int) -> str:
         """Return what can be done where the last model can't be used."""
         earlier = [v for v in range(version) if self._store.path(v).is_file()]

@@ -478,3 +478,20 @@ def test_a_server_killed_while_it_goes_back_has_gone_back_once_it_is_started_aga
         "models/round-0002.safetensors",
         "best/fedcore.json",
     } <= set(contents(aside))
+
+
+def test_a_model_that_changes_while_it_is_served_ends_the_server_with_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_file(tmp_path, rounds=9)
+    store = Store(config.run_folder, config.model_dump(mode="json", exclude={"folder", "simulate"}))
+    for version in range(2):
+        commit(store, version)
+    store.close()
+    server = Server(config)
+    events = iter(
+        [("damaged", b"s" * 16, "round-0001.safetensors has changed while it was served")]
+    )
+    monkeypatch.setattr(server._link, "recv", lambda _: next(events))
+    with pytest.raises(IntegrityError, match=r"has changed while it was served.*rollback \S+ 0"):
+        server.run()

@@ -1,0 +1,109 @@
+#include "mapping_guard.hpp"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <array>
+#include <atomic>
+#include <cerrno>
+#include <csignal>
+#include <mutex>
+
+namespace fedcore {
+namespace {
+
+constexpr std::size_t kSlots = 1024;
+
+// `from` is 0 in a free slot. The handler reads without a lock: a slot is filled with `from` last
+// and emptied with `from` first.
+struct Slot {
+  std::atomic<std::uintptr_t> from{0};
+  std::atomic<std::uintptr_t> to{0};
+  std::atomic<bool> broken{false};
+};
+
+// What a signal handler needs has to be global.
+std::array<Slot, kSlots> slots;          // NOLINT(bugprone-dynamic-static-initializers)
+struct sigaction before;                 // the handler that was there
+std::atomic<std::uintptr_t> page{4096};  // bytes of a page
+std::mutex filling;
+
+void pass_on(int number, siginfo_t* info, void* context) {
+  if ((before.sa_flags & SA_SIGINFO) != 0 && before.sa_sigaction != nullptr) {
+    before.sa_sigaction(number, info, context);
+  } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
+    before.sa_handler(number);
+  } else {  // the instruction faults again, and ends the process
+    struct sigaction plain{};
+    plain.sa_handler = SIG_DFL;
+    sigaction(number, &plain, nullptr);
+  }
+}
+
+void on_bus(int number, siginfo_t* info, void* context) {
+  const int code = errno;
+  const auto at = reinterpret_cast<std::uintptr_t>(info->si_addr);
+  if (info->si_code == BUS_ADRERR) {
+    for (Slot& slot : slots) {
+      const std::uintptr_t from = slot.from.load(std::memory_order_acquire);
+      const std::uintptr_t to = slot.to.load(std::memory_order_relaxed);
+      if (from == 0 || at < from || at >= to) {
+        continue;
+      }
+      const std::uintptr_t start =
+          at / page.load(std::memory_order_relaxed) * page.load(std::memory_order_relaxed);
+      // NOLINTNEXTLINE(performance-no-int-to-ptr)
+      void* const address = reinterpret_cast<void*>(start);
+      slot.broken.store(true, std::memory_order_release);
+      if (mmap(address, to - start, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS,
+               -1, 0) == address) {
+        errno = code;
+        return;
+      }
+    }
+  }
+  errno = code;
+  pass_on(number, info, context);
+}
+
+void install() {
+  page.store(static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)), std::memory_order_relaxed);
+  struct sigaction action{};
+  action.sa_sigaction = on_bus;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  sigemptyset(&action.sa_mask);
+  sigaction(SIGBUS, &action, &before);
+}
+
+}  // namespace
+
+void MappingGuard::forget() noexcept {
+  if (slot_ != kNone) {
+    slots[slot_].from.store(0, std::memory_order_release);
+    slot_ = kNone;
+  }
+}
+
+void MappingGuard::watch(const void* data, std::uint64_t size) noexcept {
+  static std::once_flag installed;
+  std::call_once(installed, install);
+  const std::lock_guard lock(filling);
+  const auto from = reinterpret_cast<std::uintptr_t>(data);
+  for (std::size_t i = 0; slot_ == kNone && i < kSlots; ++i) {
+    if (slots[i].from.load(std::memory_order_relaxed) == 0) {
+      slot_ = i;
+      slots[i].broken.store(false, std::memory_order_relaxed);
+    }
+  }
+  if (slot_ != kNone) {
+    slots[slot_].from.store(0, std::memory_order_release);
+    slots[slot_].to.store(from + static_cast<std::uintptr_t>(size), std::memory_order_release);
+    slots[slot_].from.store(from, std::memory_order_release);
+  }
+}
+
+bool MappingGuard::broken() const noexcept {
+  return slot_ != kNone && slots[slot_].broken.load(std::memory_order_acquire);
+}
+
+}  // namespace fedcore

@@ -1,0 +1,152 @@
+"""Mapped and served files that change or become shorter while they are in use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile
+from fedcore.aggregate import aggregate_files
+from fedcore.encoding import can_pack
+from fedcore.errors import StorageError
+from fedcore.layout import ModelFile, create_model, open_model
+
+CHUNK = 4096
+LAYOUT = Layout([("w", "F32", [8 * CHUNK // 4])], CHUNK)
+SET = b"s" * 16
+READS = """
+import os, sys
+from fedcore._core import MappedFile
+file = MappedFile.open(sys.argv[1])
+os.truncate(sys.argv[1], 5000)
+data = bytes(file.view())
+assert data == b"x" * 5000 + bytes(95_000), data[:10]
+try:
+    file.check_whole()
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_mapped_file_that_becomes_shorter_is_an_error_that_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "mapped"
+    path.write_bytes(b"x" * 100_000)
+    for extra in ([], ["-X", "faulthandler"]):
+        path.write_bytes(b"x" * 100_000)
+        command = [sys.executable, "-P", *extra, "-c", READS, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert f"{path} became shorter" in done.stdout
+
+
+def test_a_mapping_that_was_grown_or_made_anew_is_guarded_as_well(tmp_path: Path) -> None:
+    file = MappedFile.create(str(tmp_path / "a"), 3 * CHUNK)
+    del file
+    for name in "bc":
+        path = tmp_path / name
+        path.write_bytes(bytes(3 * CHUNK))
+        again = MappedFile.open(str(path))
+        again.check_whole()
+        os.truncate(path, 1)
+        assert bytes(again.view())[2 * CHUNK :] == bytes(CHUNK)
+        with pytest.raises(StorageError, match=f"{name} became shorter"):
+            again.check_whole()
+
+
+def test_an_input_that_shrinks_while_it_is_averaged_is_named(tmp_path: Path) -> None:
+    layout = Layout([(f"w{i}", "F32", [1 << 19]) for i in range(8)])
+    inputs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for path in inputs:
+        create_model(path, layout)
+
+    def cut(_done: int, _total: int) -> None:
+        os.truncate(inputs[1], 1 << 20)
+
+    with pytest.raises(StorageError, match=r"b\.safetensors became shorter"):
+        aggregate_files(inputs, None, tmp_path / "mean.safetensors", progress=cut)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+# --- what is served ---
+
+
+def served(path: Path, *, packed: bool) -> tuple[Exchange, ModelFile]:
+    """A server that offers a model, whose chunks' checksums were recorded."""
+    create_model(path, LAYOUT).fill(lambda _: bytes(LAYOUT.total_bytes))
+    model = open_model(path, CHUNK)
+    exchange = Exchange()
+    place = (model.file, model.data_offset)
+    if packed:
+        room = MappedFile.create(str(path.with_name("packed")), LAYOUT.total_bytes)
+        exchange.publish_packed(SET, *place, Codec(LAYOUT, "raw", True), room, model.checksums())
+    else:
+        exchange.publish(SET, *place, LAYOUT.total_bytes, CHUNK, model.checksums())
+    return exchange, model
+
+
+def pull(server: Exchange, *, until: int = 100) -> tuple[str, list[tuple[object, ...]]]:
+    """Download from a server; returns how it ended, and what the server's side reports."""
+    site = Exchange()
+    target = create_model(None, LAYOUT)
+    codec = Codec(LAYOUT, "raw", True) if can_pack() else None
+    collector = Collector(
+        LAYOUT, [(b"", SET, 1)], target.file, target.data_offset, None, 1 << 20,
+        check_finite=False, codec=codec,
+    )  # fmt: skip
+    site.start(collector)
+    for _ in range(until):
+        site.tick(0)
+        while (request := site.next_out(0)) is not None:
+            server.deliver(0, b"site", request[1], None)
+        while (reply := server.next_out(0)) is not None:
+            site.deliver(0, b"", reply[1], None if reply[2] is None else bytes(reply[2]))
+    events = []
+    while (event := server.next_event()) is not None:
+        events.append(event)
+    ended = site.next_event()
+    return ("" if ended is None else str(ended[0] if ended[0] == "done" else ended[3])), [
+        event for event in events if event[0] == "damaged"
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_served_file_that_changes_is_named_and_served_no_more(
+    tmp_path: Path, packed: bool
+) -> None:
+    if packed and not can_pack():
+        pytest.skip("needs lz4")
+    path = tmp_path / "model"
+    server, model = served(path, packed=packed)
+    with path.open("r+b") as file:
+        file.seek(model.data_offset + 3 * CHUNK + 7)
+        file.write(b"\x01")
+    ended, damaged = pull(server)
+    assert ended != "done"
+    assert [event[1] for event in damaged] == [SET]
+    assert f"{path} has changed while it was served: chunk 3" in str(damaged[0][2])
+    assert server.published() == []
+
+
+def test_a_served_file_that_becomes_shorter_is_named_and_served_no_more(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    server, model = served(path, packed=False)
+    with path.open("r+b") as file:
+        file.seek(model.data_offset)
+        file.write(b"\x01" * LAYOUT.total_bytes)
+    server.withdraw(SET)
+    server.publish(SET, model.file, model.data_offset, LAYOUT.total_bytes, CHUNK, model.checksums())
+    os.truncate(path, model.data_offset + 2 * CHUNK)
+    ended, damaged = pull(server)
+    assert ended != "done"
+    assert "became shorter" in str(damaged[0][2])
+
+
+def test_a_chunk_that_is_asked_for_again_and_is_as_it_was_stays_published(tmp_path: Path) -> None:
+    server, _ = served(tmp_path / "model", packed=False)
+    for _ in range(3):
+        assert pull(server) == ("done", [])
+    assert server.published() == [SET]
