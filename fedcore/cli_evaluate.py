@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from .cache import cache_folder
 from .cli_common import reported
 from .cli_security import Insecure, InsecureNetwork, KitFolder
 from .cli_steering import Timeout, say
@@ -147,8 +147,8 @@ def _score(
         )
     if not names:
         raise ConfigError("--tasks: no task is named")
+    folder = cache_folder(cache)
     if include is None and any(name.startswith(_LOCAL) for name in names):
-        folder = cache or Path(os.environ.get("FEDCORE_CACHE", Path.home() / ".cache" / "fedcore"))
         # By name: the clients and the demo stand above this package.
         include = importlib.import_module("fedcore.demo.choices").write_tasks(folder.resolve())
     scorer: Any = importlib.import_module("fedcore.client.evaluate")

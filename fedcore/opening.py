@@ -17,11 +17,13 @@ from typing import Final
 from .errors import ConfigError
 from .protocol import shown
 
-__all__ = ["CARD", "WEIGHTS", "Card", "read_card", "weights_file", "weights_name"]
+__all__ = ["CARD", "CLOSED", "WEIGHTS", "Card", "read_card", "weights_file", "weights_name"]
 
 CARD: Final = "fedcore_model.json"
-WEIGHTS: Final = ("adapter_model.safetensors", "model.safetensors", "trained.safetensors")
-"""What the file with the tensors may be called; the last one is what no loader opens."""
+CLOSED: Final = "trained.safetensors"
+"""What the file with the tensors is called where no loader may open it."""
+WEIGHTS: Final = ("adapter_model.safetensors", "model.safetensors", CLOSED)
+"""What it may be called."""
 _ADAPTER: Final = "adapter_config.json"
 _WORDS: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./ -]{0,199}")
 
@@ -81,7 +83,7 @@ def weights_name(files: Mapping[str, str]) -> str:
     """Return what the file with the tensors is called beside these files."""
     card = read_card(files)
     if card is not None and card.closed is not None:
-        return WEIGHTS[2]
+        return CLOSED
     return WEIGHTS[0] if _ADAPTER in files else WEIGHTS[1]
 
 

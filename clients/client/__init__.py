@@ -65,6 +65,12 @@ _NO_PATCH: Final = (
     "transformers.Trainer by `import fedcore.client.hf as fl`; a loop of your own calls fl.receive() and fl.send()"
 )
 
+
+def __dir__() -> list[str]:
+    """List what a script may use, and not what this module imports."""
+    return sorted(__all__)
+
+
 if not TYPE_CHECKING:  # a type checker is to know which names there are
 
     def __getattr__(name: str) -> NoReturn:

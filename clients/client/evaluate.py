@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.errors import ConfigError
+from fedcore.opening import CLOSED
 
 __all__ = ["TaskScore", "evaluate", "model_arguments", "scores_of"]
 
@@ -49,15 +50,26 @@ def model_arguments(model: str, base: str | None, dtype: str) -> dict[str, Any]:
         dtype: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
 
     Raises:
-        ConfigError: an adapter without a base.
+        ConfigError: an adapter without a base, a folder without a tokenizer and a base, or one that does not open
+            by itself.
     """
     folder = Path(model)
+    if (folder / CLOSED).is_file():
+        raise ConfigError(
+            f"{model} does not open by itself: {folder / 'README.md'} has the lines that make a whole model of "
+            "it, which can be scored"
+        )
     if (folder / "adapter_config.json").is_file():
         if base is None:
             raise ConfigError(
                 f"{model} is an adapter; name the model that it was trained on with --base"
             )
         return {"pretrained": base, "peft": model, "tokenizer": base, "dtype": dtype}
+    if base is None and folder.is_dir() and not any(folder.glob("tokenizer*")):
+        raise ConfigError(
+            f"{model} has no tokenizer, and a loader would make up an empty one; name the model that it was "
+            "trained from with --base"
+        )
     return {"pretrained": model, "tokenizer": base or model, "dtype": dtype}
 
 

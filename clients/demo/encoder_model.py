@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from .assets import MINILM_AT_HUB
 from .encoder import EncoderTask, Example, topic_names
 from .learning import Learner, Score
 from .tasks import read_rows
@@ -70,7 +71,7 @@ def load_base(model_dir: Path, task: EncoderTask, topics: Sequence[str]) -> Mean
 def add_lora(base: MeanPoolClassifier, task: EncoderTask) -> PeftModel:
     """Wrap ``base`` so that only LoRA on its last layers and the head train."""
     torch.manual_seed(task.seed)
-    return get_peft_model(
+    model = get_peft_model(
         base,
         LoraConfig(
             task_type=TaskType.SEQ_CLS,
@@ -83,6 +84,8 @@ def add_lora(base: MeanPoolClassifier, task: EncoderTask) -> PeftModel:
             modules_to_save=["classifier"],
         ),
     )
+    model.peft_config["default"].base_model_name_or_path = MINILM_AT_HUB
+    return model
 
 
 class Encoded:

@@ -138,3 +138,13 @@ def test_patch_of_a_plain_loop_names_the_modules_that_patch_a_trainer() -> None:
 def test_a_name_that_is_nowhere_is_refused_as_of_any_module() -> None:
     with pytest.raises(AttributeError, match=r"'fedcore.client' has no attribute 'pach'"):
         fl.pach  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_what_is_listed_is_what_a_script_may_use() -> None:
+    import fedcore.client.hf
+    import fedcore.client.lightning
+
+    for module in (fl, fedcore.client.hf, fedcore.client.lightning):
+        assert dir(module) == sorted(module.__all__)
+        assert all(callable(getattr(module, name)) for name in dir(module))
+    assert {"init", "receive", "send", "restore"} <= set(dir(fl))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fedcore.cache import cache_folder
 from fedcore.cli import app
 from fedcore.client.evaluate import TaskScore, _manager, model_arguments, scores_of
 from fedcore.demo.choices import CHOICES, LOCAL_TASKS, write_tasks
@@ -27,6 +29,37 @@ def test_an_adapter_is_put_on_its_base_and_a_whole_model_stands_alone(tmp_path: 
     found = model_arguments(str(tmp_path), "base", "bfloat16")
     assert (found["pretrained"], found["peft"]) == ("base", str(tmp_path))
     assert found["dtype"] == "bfloat16"
+
+
+def test_a_model_that_does_not_open_or_has_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"has no tokenizer.*--base"):
+        model_arguments(str(tmp_path), None, "auto")
+    assert model_arguments(str(tmp_path), "base", "auto")["tokenizer"] == "base"
+    (tmp_path / "trained.safetensors").touch()
+    with pytest.raises(ConfigError, match=r"does not open by itself.*README\.md"):
+        model_arguments(str(tmp_path), "base", "auto")
+
+
+def test_downloads_need_no_home_folder_where_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("FEDCORE_CACHE", str(tmp_path / "downloads"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == tmp_path / "downloads"
+    assert os.environ["XDG_CACHE_HOME"] == str(tmp_path / "downloads"), "for what libraries keep"
+    assert cache_folder(tmp_path / "given") == tmp_path / "given"
+    monkeypatch.delenv("FEDCORE_CACHE")
+    with pytest.raises(ConfigError, match=r"no home folder.*--cache or FEDCORE_CACHE"):
+        cache_folder()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"cannot make.*FEDCORE_CACHE"):
+        cache_folder(tmp_path / "file" / "below")
 
 
 def test_scores_carry_the_scorers_own_errors_and_leave_out_what_a_task_does_not_define() -> None:
