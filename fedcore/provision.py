@@ -47,10 +47,11 @@ PUBLIC_FILE: Final = "public.key"
 
 @dataclass(frozen=True)
 class Project:
-    """Who takes part in a project, and the address of its server."""
+    """Who takes part in a project, the address of its server, and the run that the kits are for; None: any."""
 
     server: str
     parties: dict[str, Role]
+    run: str | None = None
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Provisioned:
 
 
 def load_project(path: Path) -> Project:
-    """Read a project file: ``[project]`` with ``server``, ``sites``, and maybe ``observers`` and ``operators``.
+    """Read a project file: ``[project]`` with ``server``, ``sites``, maybe ``observers``, ``operators``, ``run``.
 
     Raises:
         ConfigError: a key is missing, unknown or wrong, or a name comes twice.
@@ -73,6 +74,9 @@ def load_project(path: Path) -> Project:
     if not isinstance(section, dict) or values:
         raise ConfigError(f"{path}: expected one section, [project]")
     server = check_reachable(section.pop("server", None), f"{path}: project.server")
+    run = section.pop("run", None)
+    if run is not None:
+        check_name(run, f"{path}: project.run")
     parties: dict[str, Role] = {}
     for role in Role:
         key = f"{role}s"
@@ -85,11 +89,12 @@ def load_project(path: Path) -> Project:
             parties[name] = role
     if section:
         raise ConfigError(
-            f"{path}: unknown key 'project.{min(section)}'; expected server, sites, observers and operators"
+            f"{path}: unknown key 'project.{min(section)}'; expected server, sites, observers, "
+            "operators and run"
         )
     if Role.SITE not in parties.values():
         raise ConfigError(f"{path}: project.sites: expected at least one name")
-    return Project(server, parties)
+    return Project(server, parties, run)
 
 
 def new_server(folder: Path) -> KeyPair:
@@ -138,7 +143,8 @@ def provision(project: Project, out: Path) -> Provisioned:
                     continue
                 own = KeyPair.generate()
                 written.enter_context(_put_back(out / name, SECRET_FILE, KIT_FILE))
-                write_kit(out / name, Kit(name, project.server, Credentials(pair.public, own)))
+                credentials = Credentials(pair.public, own)
+                write_kit(out / name, Kit(name, project.server, credentials, project.run))
                 cell[0] = cell[0].admit(name, role, own.public)
                 done.kits[name] = out / name
     return done
@@ -186,13 +192,15 @@ def _state(path: Path) -> tuple[int, bytes] | None:
 
 def make_key(folder: Path, like: Path | None, server: str, server_key: str, name: str) -> Kit:
     """Make a kit whose secret never leaves this machine; ``like`` is a kit to take what is left empty from."""
+    run = None
     if like is not None:
         old = load_kit(like)
+        run = old.run
         server = server or old.server
         server_key = server_key or old.credentials.server_key
         name = name or old.name
     check_reachable(server, "--server")
-    kit = Kit(name, server, Credentials(server_key, KeyPair.generate()))
+    kit = Kit(name, server, Credentials(server_key, KeyPair.generate()), run)
     write_kit(folder, kit)
     return kit
 

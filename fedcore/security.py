@@ -122,11 +122,12 @@ class Credentials:
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit folder's content: who its owner is and where the server is."""
+    """A kit folder's content: who its owner is, where the server is, and which run is meant, if it says so."""
 
     name: str
     server: str
     credentials: Credentials
+    run: str | None = None
 
 
 def fingerprint(public: str) -> str:
@@ -304,10 +305,10 @@ def write_kit(folder: Path, kit: Kit) -> None:
         path = folder / KIT_FILE
         path.touch(0o600)
         path.chmod(0o600)
-        path.write_text(
-            f'server = "{kit.server}"\nname = "{kit.name}"\nserver_key = "{kit.credentials.server_key}"\n',
-            encoding="utf-8",
-        )
+        text = f'server = "{kit.server}"\nname = "{kit.name}"\nserver_key = "{kit.credentials.server_key}"\n'
+        if kit.run is not None:
+            text += f'run = "{kit.run}"\n'
+        path.write_text(text, encoding="utf-8")
     except FileExistsError:
         raise StorageError(f"{folder} is not a folder") from None
     except StorageError:
@@ -334,10 +335,10 @@ def load_kit(folder: Path, environ: Mapping[str, str] | None = None) -> Kit:
         )
     values = read_toml(path)
     _check_writers(path)  # who writes there chooses the server that this key is shown to
-    found = {key: values.pop(key, None) for key in ("server", "name", "server_key")}
+    found = {key: values.pop(key, None) for key in ("server", "name", "server_key", "run")}
     if values:
         raise ConfigError(
-            f"{path}: unknown key {min(values)!r}; expected server, name and server_key"
+            f"{path}: unknown key {min(values)!r}; expected server, name, server_key and run"
         )
     return Kit(
         check_name(found["name"], f"{path}: name"),
@@ -346,6 +347,7 @@ def load_kit(folder: Path, environ: Mapping[str, str] | None = None) -> Kit:
             check_key(found["server_key"], f"{path}: server_key"),
             read_secret(secret_file(folder, {} if environ is None else environ)),
         ),
+        None if found["run"] is None else check_name(found["run"], f"{path}: run"),
     )
 
 

@@ -113,6 +113,7 @@ def simulate(
         address = _await_endpoint(children, endpoint_file)
         for site, start in starts.items():
             env = {"FEDCORE_SERVER": address, "FEDCORE_SITE": site, **_site_env(config, site)}
+            env["FEDCORE_RUN"] = config.run.name
             env["FEDCORE_KIT"] = "" if keys is None else str(keys / site)
             env["FEDCORE_INSECURE"] = "1" if keys is None else "0"
             children.start(site, start, env)

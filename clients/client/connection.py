@@ -68,6 +68,7 @@ class Connection:
 
     Attributes:
         welcome, accepted, task, finish: the server's last word of each kind; ``accepted`` is a layout's hash.
+        wanted_run: name or id of the run that this site wants to take part in; None: of any.
         included: the last committed version that holds this site's update, as far as it was told.
         settled: called in the background once the fate of a published update is known, with its announcement and
             whether it counted.
@@ -77,6 +78,7 @@ class Connection:
         self._settings = settings
         self._site, self._server = settings.site, settings.server
         self._instance = uuid.uuid4()
+        self.wanted_run = settings.run
         self._link: SiteLink | None = None
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
@@ -356,6 +358,7 @@ class Connection:
                 site=self._site,
                 instance=self._instance.hex,
                 features=protocol.features(lossless=can_pack()),
+                run=self.wanted_run,
             )
         )
 
@@ -489,6 +492,14 @@ class Connection:
                 "other-run",
             )
             return
+        if self.wanted_run not in (None, welcome.run, welcome.run_id):
+            self._error = RefusedError(
+                f"the server at {self._server} serves run {welcome.run!r}, and not {self.wanted_run!r}",
+                "other-run",
+            )
+            return
+        if self.welcome is None:
+            logger.info("%s: joined run %s at %s", self._site, welcome.run, self._server)
         self.welcome = welcome
         assert self._link is not None
         self._link.run_id = welcome.run_id

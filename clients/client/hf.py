@@ -26,6 +26,7 @@ from .casting import kept_dtypes
 from .choice import choose
 from .counting import Examples
 from .hf_counting import StepCounter
+from .intent import intend
 from .prompts import computes_prompt
 from .tokenizer import tokenizer_of
 from .torch import (
@@ -56,6 +57,7 @@ def patch(
     examples: Examples = None,
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
+    run: str | None = None,
 ) -> None:
     """Make a ``transformers.Trainer`` (or a subclass) take part in the run.
 
@@ -65,6 +67,7 @@ def patch(
             ``"per_round"``: it begins anew in each round.
         examples: how the update's weight is counted; see `fedcore.client.counting.ExampleCounter`.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
+        run: name (or id) of the run that this script is for; a server that serves another one refuses it.
 
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
@@ -84,6 +87,7 @@ def patch(
             "load_best_model_at_end=True can't put back a prompt that a network computes; set it to False"
         )
     counter = StepCounter(trainer, examples)
+    intend(run)
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)

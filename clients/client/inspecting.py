@@ -29,6 +29,7 @@ class InspectingSession(Session):
         super().__init__(SiteSettings(server="tcp://none.invalid:1", site="inspected"))
         self._report_to = report
         self._asked = False
+        self.took_part = True
 
     def is_running(self) -> bool:
         """Return True once, as if a first round had begun."""

@@ -33,6 +33,7 @@ from fedcore.errors import ClosedError, ConfigError
 
 from .choice import choose
 from .counting import ExampleCounter, Examples
+from .intent import intend
 from .lightning_counting import count_batch
 from .lightning_data import DataPlace
 from .torch import (
@@ -69,6 +70,7 @@ def patch(
     tokenizer: Any = None,
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
+    run: str | None = None,
 ) -> None:
     """Make a Lightning ``Trainer`` take part in the run.
 
@@ -83,6 +85,7 @@ def patch(
         examples: how the update's weight is counted; see `fedcore.client.counting.ExampleCounter`.
         tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
+        run: name (or id) of the run that this script is for; a server that serves another one refuses it.
 
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
@@ -96,6 +99,7 @@ def patch(
     if trainer.world_size > 1:
         _start_ranks(trainer)
     counted = ExampleCounter(examples)
+    intend(run)
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)

@@ -15,6 +15,7 @@ from fedcore.layout import TensorSpec, check_names, compare_layouts
 
 from .choice import choose, forget_choice, travelling
 from .error_text import report_uncaught
+from .intent import intend
 from .loading import LoadingHooks
 from .session import GlobalModel, Outcome, Session, get_session, loop_goes_on, reset_session
 
@@ -142,6 +143,7 @@ def init(
     tokenizer: Any = None,
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
+    run: str | None = None,
 ) -> None:
     """Join the run that the environment names.
 
@@ -150,10 +152,12 @@ def init(
             initial model where the server has none. Without it the server must have one.
         tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
+        run: name (or id) of the run that this script is for; a server that serves another one refuses it.
     """
     global _model, _own, _hooks, _arrays, _tokenizer, _listener  # noqa: PLW0603 - one session per process is the contract
     choose(include, exclude)
     _forget_model()
+    intend(run)
     _listener = _get_session()
     report_uncaught(_tell)
     _tokenizer = tokenizer

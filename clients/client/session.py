@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import ValidationError
@@ -22,6 +22,7 @@ from fedcore._core import Layout
 from fedcore.allowance import Allowance
 from fedcore.errors import (
     ClosedError,
+    ConfigError,
     LayoutError,
     ProtocolError,
     RunEndedError,
@@ -39,6 +40,7 @@ from fedcore.layout import (
 )
 
 from .connection import Connection
+from .intent import forget_intent, wanted_run
 from .metrics import checked_metrics
 from .progress import TerminalHandler
 from .received import Received
@@ -50,7 +52,15 @@ from .waits import Waits
 if TYPE_CHECKING:
     from .ranks import RankedSession
 
-__all__ = ["GlobalModel", "Outcome", "Session", "get_session", "loop_goes_on", "reset_session"]
+__all__ = [
+    "GlobalModel",
+    "Outcome",
+    "Session",
+    "get_session",
+    "loop_goes_on",
+    "made_session",
+    "reset_session",
+]
 
 _LEVELS: Final = {
     "complete": logging.INFO,
@@ -111,6 +121,8 @@ class Session:
         self._logs = Allowance(_LOGS, _LOGS_PER_SECOND, time.monotonic())
         self._unsaid: dict[str, float] = {}
         self._step = 0
+        self.took_part = False
+        """Whether a task was begun, or this site's model was asked for."""
 
     # --- what a script calls -----------------------------------------------------------------------
 
@@ -237,6 +249,7 @@ class Session:
             return self._model
         while True:
             task = self._waits.next_task()
+            self.took_part = True
             if task.kind == "initial":
                 self._updates.publish(layout, read, 0)
                 self._end(task.kind, task.round)
@@ -423,6 +436,23 @@ class Session:
             "version": version,
         }
 
+    def want_run(self, run: str) -> None:
+        """Take part in the run of this name or id and in no other.
+
+        Raises:
+            ConfigError: this site has joined another one, or its settings name another one.
+        """
+        here, wanted = (self.run, self.run_id), self._connection.wanted_run
+        if self.run and run not in here:
+            raise ConfigError(
+                f"{self.site} takes part in run {self.run!r} already, and not in {run!r}"
+            )
+        if not self.run and wanted not in (None, run):
+            raise ConfigError(
+                f"{self.site} wants run {wanted!r} already (FEDCORE_RUN, its kit), and not {run!r}"
+            )
+        self._connection.wanted_run = run
+
     def close(self) -> None:
         """Leave the run and free the sockets; may be called more than once."""
         if not self._connection.close():
@@ -468,6 +498,7 @@ class Session:
         """Offer what an earlier process of this site has trained for this task, if there is that."""
         if not self._updates.deliver_kept(task):
             return False
+        self.took_part = True
         self._at_hand = (task.round, task.version)
         self._end(task.kind, task.round)
         return True
@@ -562,7 +593,13 @@ def get_session() -> Session:
 
             _session = InspectingSession(report)
         else:
-            _session = Session(SiteSettings.from_environment())
+            settings = SiteSettings.from_environment()
+            _session = Session(replace(settings, run=wanted_run(settings.run)))
+    return _session
+
+
+def made_session() -> Session | None:
+    """Return this process's session if there is one."""
     return _session
 
 
@@ -572,6 +609,7 @@ def reset_session() -> None:
     if _session is not None:
         _session.close()
     _session = None
+    forget_intent()
 
 
 def _show_log() -> None:

@@ -29,6 +29,7 @@ class SiteSettings:
             removed at the end, so that a process that is started again trains again.
         connect_timeout: seconds to wait for the server's first answer.
         idle_timeout: seconds of the server's silence after which a wait is given up.
+        run: name or id of the run that is meant; None: whichever the server has.
     """
 
     server: str
@@ -37,13 +38,14 @@ class SiteSettings:
     work: Path | None = None
     connect_timeout: float = 60.0
     idle_timeout: float = 600.0
+    run: str | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> SiteSettings:
         """Read the kit folder that ``FEDCORE_KIT`` names, or ``FEDCORE_SERVER`` and ``FEDCORE_SITE``.
 
-        ``FEDCORE_SERVER`` wins over the kit's address. Without a kit the connection is plain text, which
-        ``FEDCORE_INSECURE=1`` must ask for.
+        ``FEDCORE_SERVER`` and ``FEDCORE_RUN`` win over the kit's address and run. Without a kit the connection is
+        plain text, which ``FEDCORE_INSECURE=1`` must ask for.
 
         Raises:
             ConfigError: something is missing, malformed, or would be sent in plain text unasked.
@@ -74,6 +76,9 @@ class SiteSettings:
             site=site,
             credentials=kit.credentials if kit else None,
             work=work,
+            run=check_name(env["FEDCORE_RUN"], "FEDCORE_RUN")
+            if env.get("FEDCORE_RUN")
+            else (kit.run if kit else None),
             connect_timeout=_seconds(env, "FEDCORE_CONNECT_TIMEOUT", cls.connect_timeout),
             idle_timeout=_seconds(env, "FEDCORE_IDLE_TIMEOUT", cls.idle_timeout),
         )

@@ -90,7 +90,8 @@ class Join(Message):
     """First message of a site's process, and again whenever the server asks for it with `Rejoin`.
 
     ``instance`` is random per process: it tells a site that came back from a second process that was
-    started under the same name by mistake. ``features`` are what this process can do (`features`).
+    started under the same name by mistake. ``features`` are what this process can do (`features`), and ``run`` is
+    the name or id of the run that it wants to take part in; None: of any.
     """
 
     type: Literal["join"] = "join"
@@ -99,6 +100,11 @@ class Join(Message):
     site: SiteName
     instance: SetId
     features: Features = {}
+    run: Text | None = None
+
+    def left_out(self) -> set[str]:
+        """Return the fields that are not written where they say nothing."""
+        return super().left_out() | ({"run"} if self.run is None else set())
 
 
 class Declare(OfRun):

@@ -61,10 +61,16 @@ def unlike_version(join: protocol.Greeting | protocol.Join, error: str = "") -> 
 
 
 class Peers:
-    """Who is there, by the link's routing id."""
+    """Who is there, by the link's routing id.
 
-    def __init__(self, link: ServerLink, roster: Roster) -> None:
+    Args:
+        link, roster: how they are reached, and who may be there.
+        run: the run's name and id, for sites that want a certain one.
+    """
+
+    def __init__(self, link: ServerLink, roster: Roster, run: tuple[str, str] = ("", "")) -> None:
         self._link = link
+        self._run = run
         self._roster = roster
         self._known: dict[bytes, Peer] = {}
         self._lost: dict[str, bytes] = {}
@@ -148,6 +154,13 @@ class Peers:
     def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:
         if join.protocol != protocol.PROTOCOL_VERSION:
             return unlike_version(join)
+        if join.run not in (None, *self._run):
+            return protocol.Refused(
+                code="other-run",
+                message=f"this server serves run {self._run[0]!r}, and site {join.site!r} wants run {join.run!r}; "
+                "check the server's address, or which run the site names (FEDCORE_RUN, its kit, or run=... in its "
+                "script)",
+            )
         reason = self._roster.refusal(join.site)
         if reason is not None:
             return protocol.Refused(code="unknown-site", message=reason)

@@ -154,7 +154,7 @@ class Server:
         self._round_started = time.monotonic()
         people = config.participants
         roster = Roster(people.sites, people.count)
-        self._peers = Peers(self._link, roster)
+        self._peers = Peers(self._link, roster, (config.run.name, self._store.run_id))
         self._guard = Guard(self._link, self._peers, self._access, self._end_part)
         self._outcome = Outcome(config, self._store, roster)
         self._rounds = make_rounds(config, roster, self._store.last_version)
