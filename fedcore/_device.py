@@ -64,7 +64,7 @@ def _open_gpu(source: str) -> Device:
     except ImportError as error:
         raise ConfigError(
             f"{source}=cuda: this installation was built without CUDA ({error}); install it again where nvcc "
-            "is on the path, or use cpu"
+            "is on the path with -C cmake.define.FEDCORE_CUDA=ON, or use cpu"
         ) from None
     count, why = _cuda.device_count()
     if count == 0:

@@ -25,6 +25,7 @@ from .cli_security import Insecure, InsecureNetwork, register
 from .cli_status import WATCH_SECONDS, status
 from .cli_steering import register as register_steering
 from .errors import ConfigError
+from .words import plural
 
 if TYPE_CHECKING:
     from .config import RunConfig
@@ -333,7 +334,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     if failure := device_failure():
         typer.echo(f"the GPU failed and the CPU went on, with the same result: {failure}", err=True)
     typer.echo(
-        f"{out}: {len(result.layout.tensors)} tensors, {result.layout.total_bytes:,} bytes, "
+        f"{out}: {plural(len(result.layout.tensors), 'tensor')}, {result.layout.total_bytes:,} bytes, "
         f"sha256 {result.sha256()}"
     )
 

@@ -13,6 +13,7 @@ from .errors import ConfigError
 from .frozen import FrozenGroup
 from .layout import DEFAULT_CHUNK_BYTES, FLOATS, ITEMSIZE, TensorSpec, open_model, table
 from .protocol import Transfer, shown
+from .words import plural
 
 __all__ = ["Inspection", "describe", "inspect_file", "lines"]
 
@@ -99,7 +100,7 @@ def lines(found: Inspection, transfer: Transfer | None = None) -> Iterator[str]:
         cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2].rjust(widths[2])]
         yield "  ".join((*cells, row[3].rjust(widths[3]), row[4]))
     yield ""
-    unit = "1 tensor" if len(rows) == 1 else f"{len(rows)} tensors"
+    unit = plural(len(rows), "tensor")
     size = f"{found.nbytes:,} bytes"
     if transfer.update != "raw":
         encoded = sum(_encoded_size(dtype, shape, transfer) for _, dtype, shape in found.tensors)

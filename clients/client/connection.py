@@ -34,6 +34,7 @@ from fedcore.transport import (
     now_ms,
     other_version,
 )
+from fedcore.words import plural
 
 from .memory import keep_warm
 from .progress import Bar
@@ -518,8 +519,8 @@ class Connection:
         self._settle(range(message.version + 1), message.version if message.included else None)
         if message.version:
             logger.info(
-                "%s: round %d of %d is committed (%d sites%s)%s",
-                self._site, message.version, self.rounds, len(message.participants),
+                "%s: round %d of %d is committed (%s%s)%s",
+                self._site, message.version, self.rounds, plural(len(message.participants), "site"),
                 "" if message.included else ", without this one",
                 f": {message.message}" if message.message else "",
             )  # fmt: skip

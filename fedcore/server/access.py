@@ -36,6 +36,7 @@ from fedcore.security import (
     write_kit,
 )
 from fedcore.transport import ServerLink
+from fedcore.words import plural
 
 __all__ = ["Access"]
 
@@ -157,7 +158,7 @@ class Access:
             )
             return f"no key of the allow-list is that of site {few}, so it can't connect; {how}"
         if count is not None and len(having) < count:
-            return f"the run expects {count} sites, and the allow-list has keys of {len(having)}; {how}"
+            return f"the run expects {plural(count, 'site')}, and the allow-list has keys of {len(having)}; {how}"
         return None
 
     def knows(self, name: str) -> bool:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import os
 from dataclasses import dataclass
 from typing import Final
 
 from fedcore.errors import ConfigError
 from fedcore.files import require_files
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
+from fedcore.words import plural
 
-__all__ = ["Budget", "require_connections", "steady_heap"]
+__all__ = ["Budget", "check_memory", "machine_memory", "steady_heap"]
 
 logger = logging.getLogger("fedcore.server")
 
@@ -73,8 +75,8 @@ class Budget:
         if chunks < least:
             needed = (least + sites * SITE_BYTES) * 4 // 3 + chunk_bytes
             raise ConfigError(
-                f"server.memory = {memory >> 20}MiB is too little for {sites} sites; it must be at least "
-                f"{-(-needed >> 20)}MiB"
+                f"server.memory = {memory >> 20}MiB is too little for {plural(sites, 'site')}; it must be at "
+                f"least {-(-needed >> 20)}MiB"
             )
         if encrypted:
             chunks -= min(sites * chunk_bytes, memory // 8, chunks - least)
@@ -86,6 +88,28 @@ class Budget:
         if spill and (folded or chunks >= sites * chunk_bytes + read_back):
             chunks -= min(read_back, chunks - least) if folded else read_back
         return cls(chunks, outgoing, control, control // 2)
+
+
+def check_memory(memory: int, available: int) -> str:
+    """Return a warning if a budget is more than this machine has; an empty text otherwise.
+
+    Args:
+        memory: ``server.memory``, in bytes.
+        available: what the machine has, in bytes; 0 if it does not say.
+    """
+    if not available or memory <= available:
+        return ""
+    return (
+        f"server.memory is {memory / (1 << 30):.1f} GiB, and this machine has {available / (1 << 30):.1f} GiB: "
+        "the system may end the server; set it to what can be spared"
+    )
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has; 0 where the system does not say."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 0
 
 
 def steady_heap() -> None:

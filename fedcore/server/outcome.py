@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 from fedcore import __version__, protocol
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError
+from fedcore.words import plural
 
 from .participation import Roster, SiteState
 from .selection import best_version, weighted_metrics
@@ -153,8 +154,9 @@ class Outcome:
                 chosen = version
                 if self._config.selection.metric is not None and ending != "stopped":
                     logger.warning(
-                        "no model was scored with %r by %d sites: best/ is the last model; %s",
-                        self._config.selection.metric, self._config.participants.quorum, self._reported(),
+                        "no model was scored with %r by %s: best/ is the last model; %s",
+                        self._config.selection.metric, plural(self._config.participants.quorum, "site"),
+                        self._reported(),
                     )  # fmt: skip
             best = self._export("best", chosen)
         self.best = chosen

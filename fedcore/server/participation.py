@@ -9,6 +9,8 @@ import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from fedcore.words import plural
+
 __all__ = ["Delivery", "Member", "Roster", "SiteState"]
 
 
@@ -87,7 +89,7 @@ class Roster:
             return None
         if self._listed:
             return f"no site {name!r} in this run; it lists {', '.join(sorted(self._members))}"
-        return f"this run has its {self.expected} sites already: {', '.join(sorted(self._members))}"
+        return f"this run has its {plural(self.expected, 'site')} already: {', '.join(sorted(self._members))}"
 
     def admit(self, name: str, instance: str) -> Member:
         """Add a site, or return the member that it is; its process is ``instance`` from now on."""

@@ -24,6 +24,7 @@ from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, ta
 from fedcore.opening import CARD
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 from fedcore.weighing import effective_weight
+from fedcore.words import plural
 
 from .access import Access
 from .actions import (
@@ -39,7 +40,7 @@ from .actions import (
     StartCollect,
 )
 from .agreement import Agreement
-from .budget import Budget, require_connections, steady_heap
+from .budget import Budget, check_memory, machine_memory, require_connections, steady_heap
 from .collecting import Collecting, Reduced, Rejected, Stalled
 from .goodbye import Goodbye
 from .guard import Guard
@@ -269,14 +270,16 @@ class Server:
         if self._versions.model is not None:
             self._versions.publish()
         logger.info(
-            "run %s: %d rounds, listening on %s, waiting for %d sites (a round needs %d)",
-            self.config.run.name, self._rounds.rounds, self.endpoint,
-            self.config.participants.expected, self.config.participants.quorum,
+            "run %s: %s, listening on %s, waiting for %s (a round needs %d)",
+            self.config.run.name, plural(self._rounds.rounds, "round"), self.endpoint,
+            plural(self.config.participants.expected, "site"), self.config.participants.quorum,
         )  # fmt: skip
         people = self.config.participants
         keyless = self._access.without_key(people.sites, people.count)
         if keyless is not None:
             logger.warning("%s", keyless)
+        if warning := check_memory(self.config.server.memory, machine_memory()):
+            logger.warning("%s", warning)
         if self._device != "CPU":
             logger.info("means are computed on %s", self._device)
         self._expect_back()

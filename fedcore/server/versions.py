@@ -12,6 +12,7 @@ from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError, LayoutError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, layout_hash, open_model
+from fedcore.words import plural
 
 from .hashing import Hasher
 from .initial import load_initial
@@ -230,7 +231,7 @@ class Versions:
         """Return the model's size in words."""
         assert self.model is not None
         layout = self.model.layout
-        return f"{len(layout.tensors)} tensors, {layout.total_bytes:,} bytes"
+        return f"{plural(len(layout.tensors), 'tensor')}, {layout.total_bytes:,} bytes"
 
     # --- digests, which are computed beside the run ---
 

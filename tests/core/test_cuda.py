@@ -86,7 +86,10 @@ def test_a_broken_nvcc_only_leaves_the_module_out(
     monkeypatch.setenv("CUDACXX", str(nvcc))
     command = ["cmake", "-S", ROOT, "-DFEDCORE_BUILD_MODULES=OFF"]
     done = subprocess.run(
-        [*command, "-B", tmp_path / "auto"], capture_output=True, text=True, check=False
+        [*command, "-DFEDCORE_CUDA=AUTO", "-B", tmp_path / "auto"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "fedcore is built without CUDA" in done.stdout
@@ -98,6 +101,16 @@ def test_a_broken_nvcc_only_leaves_the_module_out(
     )
     assert done.returncode != 0
     assert "FEDCORE_CUDA=ON, but" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not on the path")
+def test_what_is_built_does_not_depend_on_whether_nvcc_is_there(tmp_path: Path) -> None:
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-DFEDCORE_BUILD_MODULES=OFF", "-LA", "-N"]
+    cache = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    done = subprocess.run(command[:-2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA" not in done.stdout, "it is not even looked for"
+    assert "FEDCORE_CUDA:STRING=ON" not in cache
 
 
 def gpu_or_skip() -> Any:

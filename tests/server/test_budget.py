@@ -6,9 +6,24 @@ import pytest
 
 from fedcore.errors import ConfigError
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
-from fedcore.server.budget import _FEWEST_CHUNKS, _PACKING_CHUNKS, SITE_BYTES, Budget
+from fedcore.server.budget import (
+    _FEWEST_CHUNKS,
+    _PACKING_CHUNKS,
+    SITE_BYTES,
+    Budget,
+    check_memory,
+    machine_memory,
+)
 
 MIB = 1 << 20
+
+
+def test_a_budget_beyond_the_machine_is_warned_of() -> None:
+    assert check_memory(64 << 30, 23 << 30).startswith(
+        "server.memory is 64.0 GiB, and this machine has 23.0 GiB"
+    )
+    assert check_memory(23 << 30, 23 << 30) == check_memory(64 << 30, 0) == ""
+    assert machine_memory() > 1 << 20
 
 
 @pytest.mark.parametrize("memory", [16, 64, 256, 4096])
