@@ -373,7 +373,7 @@ def test_a_role_may_say_its_own_messages_alone(
     refused = answer(links, waiting, kits.kits[name], message)
     assert isinstance(refused, protocol.Refused)
     assert refused.code == "role"
-        assert " which cannot " in refused.message
+    assert " which cannot " in refused.message
 
 
 @pytest.mark.parametrize("name", ["eye", "ops"])
