@@ -298,6 +298,22 @@ class Connection:
             self.withdraw()
         self.settled(ready, ready.round == included_in)
 
+    def _settle_before(self, task: protocol.Task) -> None:
+        """Learn from a task what became of an update whose `Commit` did not come: the server was killed before."""
+        ready = self._ready
+        if ready is None or ready.round > task.version or task.kind in ("initial", "submit"):
+            return
+        self._settle(range(task.version + 1), task.included)
+        if not ready.round:
+            return
+        counts = ready.round == task.included
+        logger.log(
+            logging.INFO if counts else logging.WARNING,
+            "%s: round %d is committed, %s",
+            self._site, ready.round,
+            "with this site's update" if counts else "without this site's update, which does not count",
+        )  # fmt: skip
+
     def upload(self) -> tuple[int, int] | None:
         """Return about how many bytes of the published update were sent, and how many it has.
 
@@ -440,8 +456,7 @@ class Connection:
                 self._on_stopped(message)
             self._note_included(message)
             self.changed.notify_all()
-        if isinstance(message, protocol.Commit | protocol.Dropped):
-            self._on_outcome(message)
+        self._on_outcome(message)
 
     def _note_included(self, message: protocol.FromServer) -> None:
         if isinstance(message, protocol.Commit) and message.included:
@@ -510,13 +525,19 @@ class Connection:
         elif self._ready is not None:  # one that an earlier process has trained
             self.send(self._ready)
 
-    def _on_outcome(self, message: protocol.Commit | protocol.Dropped) -> None:
-        if isinstance(message, protocol.Dropped):
+    def _on_outcome(self, message: protocol.FromServer) -> None:
+        """Settle the update that a message tells the fate of."""
+        if isinstance(message, protocol.Task):
+            self._settle_before(message)
+        elif isinstance(message, protocol.Dropped):
             where = f"round {message.round}: " if message.round else ""
             logger.warning("%s: %s%s", self._site, where, message.message)
             self._settle(range(message.round, message.round + 1), None)
-            return
-        self._settle(range(message.version + 1), message.version if message.included else None)
+        elif isinstance(message, protocol.Commit):
+            self._settle(range(message.version + 1), message.version if message.included else None)
+            self._tell_commit(message)
+
+    def _tell_commit(self, message: protocol.Commit) -> None:
         if message.version:
             logger.info(
                 "%s: round %d of %d is committed (%s%s)%s",

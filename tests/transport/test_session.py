@@ -424,6 +424,31 @@ def test_a_server_that_is_not_there_is_named_while_waiting_and_after_the_connect
     assert all("still trying; is fedcore-server running there" in text for text in waits)
 
 
+@pytest.mark.parametrize("included", [1, None])
+def test_the_next_task_of_a_restarted_server_tells_whether_the_last_update_counts(
+    included: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with stage() as (server, session, call):
+        begun_round(server, session, call)
+        session.submit(fill(2.5), 7)
+        server.expect(p.Ready)
+        running = call(session.is_running)
+        server.say(p.Rejoin())  # the server was killed after the commit, before it said so
+        server.expect(p.Join)
+        server.welcome()
+        task = p.Task(kind="train", round=2, rounds=2, version=1, included=included)
+        server.say(task)
+        assert running.result(DEADLINE) is True
+        server.accept()
+        session.log({"loss": 0.5})
+        server.expect(p.Log)
+        assert not [m for m in server.heard if isinstance(m, p.Ready) and m.round == 1]
+    said = "round 1 is committed, with this site's update"
+    assert (said in caplog.text) is (included == 1)
+    assert ("does not count" in caplog.text) is (included is None)
+
+
 @pytest.mark.parametrize("settled", [False, True])
 def test_a_site_whose_server_is_gone_after_the_last_round_says_what_it_knows(
     settled: bool, caplog: pytest.LogCaptureFixture
