@@ -36,6 +36,7 @@ from .counting import ExampleCounter, Examples
 from .intent import intend
 from .lightning_counting import count_batch
 from .lightning_data import DataPlace
+from .lightning_state import Carried, callbacks_of
 from .torch import (
     TorchSite,
     check_trainer,
@@ -171,7 +172,7 @@ class _Patch:
         self._place = place
         self._keep = keep_optimizer
         self._epochs, self._steps = trainer.max_epochs, trainer.max_steps
-        self._states: tuple[list[Any], list[Any]] | None = None
+        self._carried = Carried(trainer)
         self._resumed: tuple[int, int] | None = None
         self._round = 0
         self.scoring = False
@@ -263,6 +264,7 @@ class _Patch:
         """Train from the global model and send the update; in an evaluation task, end that."""
         if self._site.over:
             self._place.release()
+            self._carried.set_free()
             self._fit(model, *args, **kwargs)
             return
         with self._site.reporting():
@@ -296,11 +298,10 @@ class _Patch:
 
     def _reset_timers(self) -> None:
         """Have a limit of time (`max_time`) count within this round; a timer would go on with its first `fit`."""
-        for callback in self._trainer.callbacks:
-            if any(cls.__name__ == "Timer" for cls in type(callback).__mro__):
-                for times in (callback._start_time, callback._end_time):
-                    times.update(dict.fromkeys(times))
-                callback._offset = 0
+        for timer in callbacks_of(self._trainer.callbacks, "Timer"):
+            for times in (timer._start_time, timer._end_time):
+                times.update(dict.fromkeys(times))
+            timer._offset = 0
 
     def _module(self, model: Any) -> Any:
         module = model if model is not None else self._trainer.lightning_module
@@ -333,6 +334,7 @@ class _Patch:
         begun = self._trainer.current_epoch + self._place.behind
         epoch, step = self._resumed or (begun, self._trainer.global_step)
         self._set_budget(1, epoch, step)
+        self._carried.begin_averages(epoch)
 
     def resume(self, checkpoint: dict[str, Any]) -> None:
         """Count this round's budget from where the checkpoint given to `fit` stopped.
@@ -345,6 +347,11 @@ class _Patch:
             self._site.hold(module, warn=False)
             checkpoint["state_dict"] = module.state_dict()
             checkpoint.pop("current_model_state", None)
+            for name, state in checkpoint.get("callbacks", {}).items():
+                if name.startswith("StochasticWeightAveraging") and state.get("scheduler_state"):
+                    checkpoint[
+                        "lr_schedulers"
+                    ] = []  # the average's, which begins anew in the round
             if self._steps < 0:
                 _begin_epoch_anew(checkpoint)
             loops = checkpoint.get("loops", {}).get("fit_loop", {})
@@ -365,33 +372,27 @@ class _Patch:
         self._site.hold(module, warn=self._resumed is None)
         if self._resumed is not None:
             self._forget_early_stops()
-            return
-        if not self._keep or self._states is None:
-            return
-        optimizers, schedulers = self._states
-        for optimizer, state in zip(self._trainer.optimizers, optimizers, strict=True):
-            optimizer.load_state_dict(state)
-        for config, state in zip(self._trainer.lr_scheduler_configs, schedulers, strict=True):
-            config.scheduler.load_state_dict(state)
+        self._carried.restore(load=self._keep and self._resumed is None)
 
     def keep(self) -> None:
         """Keep the state of this round's optimisers and schedules, and the place in the data."""
+        if self._site.over:
+            return
+        self._place.end()
+        self._carried.keep()
+        self._carried.end_averages()
+        self._carried.stay_unfrozen()
+
+    def begin_epoch(self) -> None:
+        """Note what callbacks are about to change."""
         if not self._site.over:
-            self._place.end()
-        self._states = (
-            [optimizer.state_dict() for optimizer in self._trainer.optimizers],
-            [config.scheduler.state_dict() for config in self._trainer.lr_scheduler_configs],
-        )
+            self._carried.begin_epoch()
 
 
 @contextlib.contextmanager
 def _averages_hidden(callbacks: Iterable[Any]) -> Iterator[None]:
     """Keep Lightning's callbacks for weight averages from swapping the average of the last round in."""
-    averaging = [
-        callback
-        for callback in callbacks
-        if any(cls.__name__ == "WeightAveraging" for cls in type(callback).__mro__)
-    ]
+    averaging = list(callbacks_of(callbacks, "WeightAveraging"))
     averages = [callback._average_model for callback in averaging]
     for callback in averaging:
         callback._average_model = None
@@ -450,6 +451,10 @@ def _make_callback(base: Any, patch_: _Patch) -> Any:
         def on_train_start(self, *_: Any) -> None:
             """Restore."""
             patch_.restore()
+
+        def on_train_epoch_start(self, *_: Any) -> None:
+            """Note."""
+            patch_.begin_epoch()
 
         def on_train_end(self, *_: Any) -> None:
             """Keep."""

@@ -17,8 +17,8 @@ The rules:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import nn
@@ -95,8 +95,20 @@ def from_view(view: memoryview, spec: TensorSpec) -> torch.Tensor:
         return torch.frombuffer(view, dtype=_BY_NAME[dtype]).reshape(list(shape))
 
 
+class Joined(NamedTuple):
+    """What travelled when a site joined: the given module, the one inside it that holds all, and the names."""
+
+    given: nn.Module
+    root: nn.Module
+    names: tuple[str, ...]
+
+
 class ModelParameters:
     """The travelling tensors of one model.
+
+    Args:
+        model: a module, wrapped or not.
+        joined: see `joined`; what travelled when the site joined travels still, frozen or not.
 
     Attributes:
         specs: name, dtype and shape of each.
@@ -107,9 +119,11 @@ class ModelParameters:
             the meta device or ones of a dtype that can't be averaged.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, joined: Joined | None = None) -> None:
         _refuse_flat(model)
-        root = _find_root(unwrap(model))
+        if joined is not None and unwrap(joined.given) is not unwrap(model):
+            joined = None
+        root = _find_root(unwrap(model)) if joined is None else joined.root
         if not any(p.requires_grad for p in root.parameters()):
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
         self._root = root
@@ -119,6 +133,8 @@ class ModelParameters:
             self._prompt = _computes(root, self._tensors)
         else:
             self._tensors = _own_tensors(root)
+            if joined is not None:
+                self._tensors = _with(root, self._tensors, joined.names)
         check_names(self._tensors)
         for name, tensor in self._tensors.items():
             _check(name, tensor)
@@ -146,7 +162,11 @@ class ModelParameters:
 
     def refreshed(self) -> ModelParameters:
         """Return the tensors as the module has them now: moving it to another device makes new ones."""
-        return ModelParameters(self._given)
+        return ModelParameters(self._given, self.joined())
+
+    def joined(self) -> Joined:
+        """Return what travels, without the tensors."""
+        return Joined(self._given, self._root, tuple(self._tensors))
 
     def frozen(self) -> list[FrozenGroup]:
         """Return digests of what the model has and does not travel; a collective call where it is sharded."""
@@ -325,6 +345,17 @@ def _own_tensors(model: nn.Module, *, whole: bool = False) -> dict[str, torch.Te
         tensors[name] = tensor.detach()
     plain = plain_names(model, tensors)
     return {plain[name]: tensor for name, tensor in tensors.items()}
+
+
+def _with(
+    model: nn.Module, tensors: dict[str, torch.Tensor], names: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Return ``tensors`` and those of ``names`` besides, in the order of the model's ``state_dict``."""
+    wanted = {*tensors, *names}
+    if wanted == tensors.keys():
+        return tensors
+    found = _own_tensors(model, whole=True)
+    return {name: tensor for name, tensor in found.items() if name in wanted}
 
 
 def _moves_with(module: nn.Module, parent: nn.Module) -> bool:

@@ -56,6 +56,7 @@ __all__ = [
     "GlobalModel",
     "Outcome",
     "Session",
+    "changed_layout",
     "get_session",
     "loop_goes_on",
     "made_session",
@@ -522,7 +523,7 @@ class Session:
                 specs, table(self._layout), "the model now", "the model before"
             )
             if difference:
-                raise LayoutError(f"the model changed since this site joined: {difference}")
+                raise LayoutError(changed_layout(difference))
             return self._layout
         layout = Layout(
             [(n, d, list(s)) for n, d, s in specs], self._connection.welcome.chunk_bytes
@@ -574,6 +575,14 @@ def loop_goes_on(session: Session | RankedSession) -> bool:
     if session.outcome == "failed":
         raise RunFailedError("the run was given up; the log says why")
     return False
+
+
+def changed_layout(difference: str) -> str:
+    """Say what to do where other tensors are trained than when the site joined."""
+    return (
+        f"the model changed since this site joined: {difference}; what travels is settled then, so let all that "
+        "is ever trained have requires_grad when the site joins, and freeze it afterwards"
+    )
 
 
 _session: Session | None = None

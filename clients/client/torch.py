@@ -10,17 +10,17 @@ from typing import Any, Final
 from torch import nn
 
 from fedcore import protocol
-from fedcore.errors import ClosedError, ConfigError, RunEndedError
-from fedcore.layout import Reader
+from fedcore.errors import ClosedError, ConfigError, LayoutError, RunEndedError
+from fedcore.layout import Reader, compare_layouts
 
 from .choice import beside, forget_choice
 from .counting import ExampleCounter
 from .error_text import error_text
 from .extras import hidden_parameters, refuse_beside
 from .guard import Aside, Guard, Probe, shown
-from .parameters import ModelParameters
+from .parameters import Joined, ModelParameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
-from .session import GlobalModel, Outcome, Session, loop_goes_on
+from .session import GlobalModel, Outcome, Session, changed_layout, loop_goes_on
 from .still import Still
 from .tokenizer import tokenizer_fingerprint
 
@@ -55,6 +55,7 @@ class TorchSite:
         self._session = session
         self._ranks = session.ranks if isinstance(session, RankedSession) else None
         self._loaded: GlobalModel | None = None
+        self._joined: Joined | None = None
         self._guard: Guard | None = None
         self._scored: ModelParameters | None = None
         self._probe: Probe | None = None
@@ -94,7 +95,7 @@ class TorchSite:
                 "the trainer was called before fl.is_running(): validate, evaluate, fit and train belong inside "
                 "`while fl.is_running():`"
             )
-        parameters = ModelParameters(model)
+        parameters = self._parameters(model)
         files, prints, frozen = (
             ({}, {}, [])
             if self._session.bound
@@ -104,10 +105,15 @@ class TorchSite:
             parameters.specs, files, self._reader(parameters), prints, frozen
         )
         if task is not self._loaded:
+            self._joined = self._joined or parameters.joined()
             parameters.load(list(task.specs), task.tensors)
             self._restore(parameters)
             self._loaded, self._guard = task, Guard(parameters)
         return task
+
+    def _parameters(self, model: nn.Module) -> ModelParameters:
+        """Return what travels of ``model``: what did when the site joined, also where it is frozen by now."""
+        return ModelParameters(model, self._joined)
 
     def _restore(self, parameters: ModelParameters) -> None:
         """Have what is frozen be as it was before the first round, and say what training has changed."""
@@ -136,7 +142,7 @@ class TorchSite:
 
         To be called right before the first step of training.
         """
-        self._hold(ModelParameters(model), "was about to be trained from" if warn else None)
+        self._hold(self._parameters(model), "was about to be trained from" if warn else None)
 
     def before_scoring(self, model: nn.Module) -> None:
         """Have ``model`` hold the current task's global model; to be called right before each scored batch.
@@ -148,7 +154,7 @@ class TorchSite:
         """
         first = self._scored is None
         if self._scored is None:
-            self._scored = ModelParameters(model)
+            self._scored = self._parameters(model)
         elif self._probe is None or not self._probe.differs():
             return
         if self._ranks is not None and not first:
@@ -211,6 +217,7 @@ class TorchSite:
 
         Raises:
             ClosedError: not one example was trained on, so the update has no weight.
+            LayoutError: other tensors are trained now than travel.
         """
         examples = counted.total()
         if self._ranks is not None:
@@ -221,11 +228,17 @@ class TorchSite:
                 "this round trained on no example: check that the training data is not empty and that the "
                 "trainer's budget (epochs or steps) is positive"
             )
+        parameters = self._parameters(model)
+        now, before = "the model now", "the model before"
+        if self._loaded is not None and (
+            changed := compare_layouts(parameters.specs, self._loaded.specs, now, before)
+        ):
+            raise LayoutError(changed_layout(changed))
         self._ended = True
         self._loaded = self._guard = None
         weight = min(examples, protocol.MAX_WEIGHT)
         self._log_weight(weight, counted.how)
-        self._session.submit(self._reader(ModelParameters(model)), weight, metrics)
+        self._session.submit(self._reader(parameters), weight, metrics)
 
     def _log_weight(self, weight: int, how: str) -> None:
         round_ = self._session.system_info()["round"]
