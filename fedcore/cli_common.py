@@ -8,18 +8,28 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Final, ParamSpec
+from typing import Annotated, Final, ParamSpec
 
 import typer
 
 from .errors import ConfigError, FedcoreError, WeightError
 
-__all__ = ["INTERRUPTED", "WRONG_USE", "reported", "writable_output"]
+__all__ = ["INTERRUPTED", "WRONG_USE", "Timeout", "reported", "writable_output"]
 
 WRONG_USE: Final = 2
 INTERRUPTED: Final = 130
 
 _P = ParamSpec("_P")
+_MOST_SECONDS: Final = 366 * 24 * 3600.0
+
+
+def _seconds(value: float) -> float:
+    if not 0 < value <= _MOST_SECONDS:  # nor is it NaN
+        raise typer.BadParameter("expected a number of seconds above 0, of a year at most")
+    return value
+
+
+Timeout = Annotated[float, typer.Option(help="Seconds to wait for an answer.", callback=_seconds)]
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Final
 import typer
 
 from .cache import cache_folder
-from .cli_common import reported
+from .cli_common import Timeout, reported
 from .cli_security import Insecure, InsecureNetwork, KitFolder
-from .cli_steering import Timeout, say
+from .cli_steering import say
 from .errors import ConfigError
 from .words import plural
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final, Protocol
 
 import typer
 
-from .cli_common import INTERRUPTED, reported
+from .cli_common import INTERRUPTED, Timeout, reported
 from .cli_security import Insecure, InsecureNetwork, KitFolder
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def status(  # noqa: PLR0917
         bool, typer.Option("--watch", "-w", help="Show it until the run ends.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for an answer.")] = 5.0,
+    timeout: Timeout = 5.0,
     kit: KitFolder = None,
     insecure: Insecure = False,
     insecure_network: InsecureNetwork = False,

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_common import reported
+from .cli_common import Timeout, reported
 from .cli_security import Insecure, InsecureNetwork, KitFolder
 from .errors import ConfigError, FedcoreError
 
 if TYPE_CHECKING:
     from .protocol import Steer
 
-__all__ = ["Timeout", "register", "say"]
+__all__ = ["register", "say"]
 
 Target = Annotated[
     str | None,
@@ -23,7 +23,6 @@ Target = Annotated[
         metavar="[RUN_FOLDER|tcp://...]",
     ),
 ]
-Timeout = Annotated[float, typer.Option(help="Seconds to wait for an answer.")]
 
 
 @reported

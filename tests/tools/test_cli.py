@@ -179,3 +179,22 @@ def test_the_server_has_a_command_of_its_own() -> None:
         [command, "--help"], capture_output=True, text=True, check=True, env={**os.environ}
     )
     assert "Serve one run" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["status", "stop"])
+@pytest.mark.parametrize("seconds", ["nan", "-1", "0", "1e400"])
+def test_a_timeout_that_is_none_is_wrong_use(
+    fedcore: Callable[..., subprocess.CompletedProcess[str]], command: str, seconds: str
+) -> None:
+    done = fedcore(command, "tcp://127.0.0.1:9", "--insecure", f"--timeout={seconds}")
+    assert done.returncode == 2
+    assert "expected a number of seconds above 0" in " ".join(done.stderr.replace("│", "").split())
+
+
+@pytest.mark.parametrize("port", ["99999", "0"])
+def test_a_port_that_is_none_is_wrong_use(
+    fedcore: Callable[..., subprocess.CompletedProcess[str]], port: str
+) -> None:
+    done = fedcore("status", f"tcp://127.0.0.1:{port}", "--insecure")
+    assert done.returncode == 2
+    assert "a port from 1 to 65535" in done.stderr
