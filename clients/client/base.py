@@ -124,8 +124,15 @@ def frozen_tensors(
         if id(module) not in inside and not isinstance(tensor, nn.Parameter):
             continue
         if id(module) in inside:
-            short = _ADAPTED.sub("", short.removeprefix(begin).removeprefix("base_model.model."))
+            short = _ADAPTED.sub("", short.removeprefix(begin).removeprefix(_base_of(root)))
         yield short.lstrip("."), module, tensor
+
+
+def _base_of(root: Any) -> str:
+    """Return where a PEFT model holds its base, as names begin; where it computes a prompt, right below it."""
+    if not hasattr(root, "peft_config"):
+        return ""
+    return "base_model." if hasattr(root, "prompt_encoder") else "base_model.model."
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -144,7 +151,9 @@ def _unused(root: Any) -> set[int]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    found: set[int] = set()
+    # Of a prompt, what is saved is computed from all of its parts.
+    prompts = getattr(root, "prompt_encoder", {}).values()
+    found = {id(tensor) for prompt in prompts for tensor in _tensors(prompt)}
     for module in root.modules():
         if isinstance(module, ModulesToSaveWrapper):
             active = {module.active_adapter} if isinstance(module.active_adapter, str) else set()

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from fedcore.protocol import shown
 
-__all__ = ["compare_configs", "describe_model", "read_config"]
+__all__ = ["changed_base", "compare_configs", "describe_model", "read_config"]
 
 # Where a site's base model lies and what wrote the file say nothing of what the tensors mean.
 _UNSAID: Final = frozenset({"auto_mapping", "inference_mode", "peft_version", "revision"})
@@ -16,6 +16,7 @@ _UNSAID: Final = frozenset({"auto_mapping", "inference_mode", "peft_version", "r
 _FREE: Final = frozenset({"base_model_name_or_path", "runtime_config", "ephemeral_gpu_offload"})
 # Ways to draw an adapter's first values that leave the base as it is.
 _DRAWN: Final = (True, False, None, "gaussian", "orthogonal", "eva")
+_BY_CHANCE: Final = ("pissa_niter", "corda", "lora_ga")
 _LABELS: Final = {
     "r": "{type} rank r",
     "lora_alpha": "{type} scale lora_alpha",
@@ -75,6 +76,18 @@ def compare_configs(
         text = f"{label} is {_short(one, other)} at {there}, {_short(other, one)} at {here}"
         (harmless if free else differs).append(text)
     return _few(differs), _few(harmless)
+
+
+def changed_base(adapter: Mapping[str, Any]) -> list[str]:
+    """Warn of a way to start that changes the base by chance or by data: whoever opens the result has another."""
+    start = adapter.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_BY_CHANCE):
+        return [
+            f"init_lora_weights is {_short(start)}, which changes the base by random numbers or by data: the "
+            "models of this run open to what was scored over the changed base only. Save that base once, load it "
+            "at all sites and wherever the result is opened, and set init_lora_weights=True"
+        ]
+    return []
 
 
 def _few(texts: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 from fedcore import protocol
 from fedcore.frozen import FrozenGroup, compare_frozen, model_config
 
-from .adapter_config import compare_configs, describe_model, read_config
+from .adapter_config import changed_base, compare_configs, describe_model, read_config
 
 __all__ = ["Agreement", "Found", "Memory"]
 
@@ -118,6 +118,7 @@ class Agreement:
             found.notes.extend([skipped] if skipped else [])
         if found.warnings and self._strict:
             return Found(f"{found.warnings[0]}; [model] same_base is 'strict'")
+        found.warnings.extend(changed_base(mine.adapter))
         return found
 
     def note(self, site: str, declare: protocol.Declare) -> None:

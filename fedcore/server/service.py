@@ -511,7 +511,8 @@ class Server:
             self._status.declared[site] = declare
         elif CARD in declare.files:
             self._store.add_file(CARD, declare.files[CARD])
-        self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=found.warnings))
+        warnings = [text[:4096] for text in found.warnings]
+        self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=warnings))
         self._do(self._rounds.declared(site, time.monotonic()))
 
     def _has_room(self, peer: bytes, site: str, nbytes: int) -> bool:

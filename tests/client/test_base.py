@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from fedcore.client.base import frozen_groups
@@ -62,6 +62,14 @@ def test_neither_wrappers_nor_the_adapters_name_are_in_the_names_of_the_base(nam
         for name, _ in llama().named_parameters()
         if "layers.1" not in name
     }
+
+
+def test_a_prompt_is_no_part_of_the_base_and_the_base_has_its_own_names() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        found = frozen(get_peft_model(llama(), config))
+    assert found == frozen(lora(llama()))
 
 
 @pytest.mark.parametrize(

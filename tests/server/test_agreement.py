@@ -96,6 +96,13 @@ def test_a_way_to_start_that_changes_the_base_may_not_differ() -> None:
     )
 
 
+def test_a_start_that_changes_the_base_by_chance_is_warned_of_at_every_site() -> None:
+    found = Agreement(dict, strict=True).compare("a", declared(init_lora_weights="pissa_niter_4"))
+    assert found.refusal is None
+    assert "over the changed base only" in found.warnings[0]
+    assert not Agreement(dict).compare("a", declared(init_lora_weights="pissa")).warnings
+
+
 def test_a_tokenizer_that_differs_names_both_sites() -> None:
     agreement = Agreement(dict)
     assert joined(agreement, "a", declared("1")) is None
@@ -216,3 +223,36 @@ def test_of_two_sites_with_unlike_tokenizers_one_is_refused_with_both_names(tmp_
     assert "tokenizer" in refused[0]
     assert "'north'" in refused[0]
     assert "'south'" in refused[0]
+
+
+def test_a_base_that_differs_is_named_in_the_logs_of_the_server_and_of_the_site(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = parse_run(
+        {
+            "run": {"name": "t", "rounds": 1},
+            "participants": {"sites": ["north", "south"], "round_deadline": "60s"},
+            "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
+        },
+        folder=tmp_path,
+    )
+    server = Server(config)
+
+    def take_part(site: str, digit: str) -> None:
+        session = Session(SiteSettings(server.endpoint, site))
+        group = [("model.norm.weight", "float", 1, digit * 32)]
+        while session.is_running():
+            session.begin([("w", "F32", [1])], {}, lambda _: memoryview(bytes(4)), {}, group)
+            if session.model is not None and session.model.trains:
+                session.submit(lambda _: memoryview(bytes(4)), 1)
+            else:
+                session.end_task()
+        session.close()
+
+    with ThreadPoolExecutor(3) as pool:
+        serving = pool.submit(server.run)
+        list(pool.map(take_part, ["north", "south"], "12"))
+        assert serving.result(30).ok
+    said = [r for r in caplog.records if "model.norm.weight" in r.getMessage()]
+    assert {record.name for record in said} == {"fedcore.server", "fedcore.client"}
+    assert all("'north'" in r.getMessage() and "'south'" in r.getMessage() for r in said)
