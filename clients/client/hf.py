@@ -8,15 +8,16 @@
         trainer.evaluate()      # scores the global model: the server selects on it
         trainer.train()         # trains from the global model, sends the update
 
-Each ``train()`` runs for the trainer's own budget (``max_steps`` or ``num_train_epochs``) and sees the data in
-another order than the round before. The optimiser and its state live on from round to round, in memory; the
-learning-rate schedule spans all rounds, or with ``lr_schedule="per_round"`` starts anew in each. Once the run is
-over, the trainer works as if it had not been patched.
+Each ``train()`` runs for the trainer's own budget (``max_steps`` or ``num_train_epochs``) and goes on where the
+last one stopped: in the data, with steps and epochs, optimiser and learning-rate schedule. With
+``data="per_round"`` it begins the data anew, with ``lr_schedule="per_round"`` the schedule. Once the run is over,
+the trainer works as if it had not been patched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from .casting import kept_dtypes
 from .choice import choose
 from .counting import Examples
 from .hf_counting import StepCounter
+from .hf_rounds import Options, Rounds
 from .intent import intend
 from .prompts import computes_prompt
 from .tokenizer import tokenizer_of
@@ -54,7 +56,9 @@ def patch(
     trainer: Any,
     *,
     lr_schedule: Literal["all_rounds", "per_round"] = "all_rounds",
+    data: Literal["all_rounds", "per_round"] = "all_rounds",
     examples: Examples = None,
+    keep_state: bool | None = None,
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
     run: str | None = None,
@@ -65,13 +69,17 @@ def patch(
         trainer: evaluates and trains as before; what it evaluates and trains *from* is the global model.
         lr_schedule: ``"all_rounds"``: the schedule is laid out over ``rounds`` times the trainer's steps;
             ``"per_round"``: it begins anew in each round.
+        data: ``"all_rounds"``: a round goes on in the data where the last one stopped; ``"per_round"``: it begins
+            the data anew, shuffled by another seed where they are shuffled.
         examples: how the update's weight is counted; see `fedcore.client.counting.ExampleCounter`.
+        keep_state: whether optimiser and schedule are kept in the site's work folder, so that a process that is
+            started again goes on with them; None: where the optimiser's state takes at most 1 GiB.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
         run: name (or id) of the run that this script is for; a server that serves another one refuses it.
 
     Raises:
         ClosedError: this trainer or another one of this process is patched already.
-        ConfigError: this is no ``transformers.Trainer``, the name of the schedule is unknown, it trains with
+        ConfigError: this is no ``transformers.Trainer``, ``lr_schedule`` or ``data`` is unknown, it trains with
             DeepSpeed, the best model is to be loaded at the end of a round where it can't be, ``examples`` is no
             way of counting, or is needed and was not given.
     """
@@ -86,43 +94,41 @@ def patch(
         raise ConfigError(
             "load_best_model_at_end=True can't put back a prompt that a network computes; set it to False"
         )
+    if data not in ("all_rounds", "per_round"):
+        raise ConfigError(f"data={data!r}: expected 'all_rounds' or 'per_round'")
     counter = StepCounter(trainer, examples)
     intend(run)
+    options = Options(lr_schedule == "all_rounds", data == "all_rounds", keep_state)
     site = current_site()
     site.claim(trainer)
     choose(include, exclude)
     site.look_beside(trainer, trainer.model)
     site.tokenizer = tokenizer_of(trainer.processing_class)
-    trainer._fedcore = _Patch(trainer, site, lr_schedule, counter)
+    trainer._fedcore = _Patch(trainer, site, counter, options)
 
 
 class _Patch:
     """The wrappers around one trainer's methods."""
 
     def __init__(
-        self, trainer: Any, site: TorchSite, lr_schedule: str, counter: StepCounter
+        self, trainer: Any, site: TorchSite, counter: StepCounter, options: Options
     ) -> None:
         self._trainer = trainer
         self._site = site
         self._counter = counter
-        self._attempts = 0
         counter.attach()
-        trainer.add_callback(_make_callback(self))
-        self._spans = lr_schedule == "all_rounds"
+        self._rounds = Rounds(trainer, counter, options, self.begin_attempt, site.say)
+        self._rounds.attach()
+        self._first_attempt = True
         self._training = self._trained = self._begins = False
         self._scored = 0
         self._scoring = False
-        self._schedule: Any = None
-        self._created = False
-        self._rounds = 1
         self._train, self._evaluate = trainer.train, trainer.evaluate
-        self._step, self._scheduler = trainer.training_step, trainer.create_scheduler
-        self._loop = trainer.evaluation_loop
+        self._step, self._loop = trainer.training_step, trainer.evaluation_loop
         trainer.train = self.train
         trainer.evaluate = self.evaluate
         trainer.evaluation_loop = self.evaluation_loop
         trainer.training_step = self.training_step
-        trainer.create_scheduler = self.create_scheduler
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """Score the global model; inside `train` and after it, evaluate the local one as ever."""
@@ -132,6 +138,8 @@ class _Patch:
         with self._site.reporting():
             self._shard()
             task = self._site.receive(self._trainer.model)
+            if task is not None and task.trains:
+                self._rounds.recall(task.round, self._site.kept_folder())
             self._scoring, self._scored = True, 0
             try:
                 metrics = self._evaluate(*args, **kwargs)
@@ -168,7 +176,6 @@ class _Patch:
         from transformers.trainer_utils import TrainOutput
 
         if self._site.over:
-            self._trainer.accelerator.dataloader_config.data_seed = self._trainer.args.data_seed
             return self._train(*args, **kwargs)
         with self._site.reporting():
             if (args and args[0]) or kwargs.get("resume_from_checkpoint"):
@@ -185,32 +192,29 @@ class _Patch:
             if not task.trains:
                 self._site.end()
                 return TrainOutput(self._trainer.state.global_step, 0.0, {})
-            self._rounds = task.rounds
-            self._reseed(task.round)
+            self._rounds.recall(task.round, self._site.kept_folder())
+            others = dict(zip(("trial", "ignore_keys_for_eval"), args[1:], strict=False))
+            others |= {k: v for k, v in kwargs.items() if k != "resume_from_checkpoint"}
             self._training = self._trained = True
-            self._attempts = 0
             try:
-                output = self._train(*args, **kwargs)
+                output = self._rounds.train(
+                    task.round, task.rounds, functools.partial(self._train, **others)
+                )
             finally:
                 self._training = False
                 self._counter.end()
-            if self._spans:
-                self._schedule = self._trainer.lr_scheduler
             self._site.submit(
                 self._trainer.model, self._counter.counted, numbers(output.metrics or {})
             )
+            self._rounds.settle()
         return output
 
-    def begin_attempt(self) -> None:
-        """Begin the round's training; after an attempt that ran out of memory, begin it again.
+    def begin_attempt(self, *, first: bool) -> None:
+        """Note that the next training step begins the round, or begins it again after it ran out of memory.
 
         The trainer would go on with what an attempt has made of the model, which is no part of the round.
         """
-        if not self._training:
-            return
-        self._counter.begin()
-        self._begins = True
-        self._attempts += 1
+        self._begins, self._first_attempt = True, first
 
     def _shard(self) -> None:
         """Shard the model by FSDP2 as `train` will, before its tensors are shown: sharding may change their dtype.
@@ -253,37 +257,5 @@ class _Patch:
         if self._begins:
             self._begins = False
             self._site.check_optimizers(self._trainer.model, [self._trainer.optimizer])
-            self._site.hold(self._trainer.model, warn=self._attempts < 2)
+            self._site.hold(self._trainer.model, warn=self._first_attempt)
         return self._step(model, inputs, *args, **kwargs)
-
-    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """Lay the schedule out over all rounds, and go on with it in later ones."""
-        if not self._spans or self._site.over:
-            return self._scheduler(num_training_steps, *args, **kwargs)
-        if self._schedule is not None:
-            self._trainer.lr_scheduler = self._schedule
-            # The trainer drops a schedule of its own making when it trains again; after the run it must.
-            self._trainer._created_lr_scheduler = self._created
-            return self._schedule
-        schedule = self._scheduler(num_training_steps * self._rounds, *args, **kwargs)
-        self._created = self._trainer._created_lr_scheduler
-        return schedule
-
-    def _reseed(self, round_: int) -> None:
-        """Give the shuffling sampler another seed per round: it would repeat the first round's order."""
-        args = self._trainer.args
-        base = args.seed if args.data_seed is None else args.data_seed
-        self._trainer.accelerator.dataloader_config.data_seed = base + round_ - 1
-
-
-def _make_callback(patch_: _Patch) -> Any:
-    from transformers import TrainerCallback
-
-    class FedcoreCallback(TrainerCallback):
-        """Tells when the trainer begins to train."""
-
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            """Begin an attempt: with ``auto_find_batch_size`` there may be several in a round."""
-            patch_.begin_attempt()
-
-    return FedcoreCallback()

@@ -29,6 +29,7 @@ class StepCounter:
 
     Attributes:
         counted: the examples since `begin`.
+        loader: of the training data, as the trainer made it last.
         skipped: batches that the next pass over the data leaves out at its beginning.
 
     Raises:
@@ -48,7 +49,7 @@ class StepCounter:
             _refuse_cut_examples(trainer.args)
         self.skipped = 0
         self._active = False
-        self._loader: Any = None
+        self.loader: Any = None
         self._iterator: Any = None
         self._index = 0
         self._fresh: deque[Fresh | None] = deque()
@@ -101,8 +102,8 @@ class StepCounter:
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Remember the loader, which knows the rows that it repeats."""
-        self._loader = self._calls["get_train_dataloader"](*args, **kwargs)
-        return self._loader
+        self.loader = self._calls["get_train_dataloader"](*args, **kwargs)
+        return self.loader
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         """Note of each batch which of its rows are repeated."""
@@ -122,7 +123,7 @@ class StepCounter:
 
     def _fresh_rows(self) -> Fresh | None:
         """Return what accelerate knows of the batch that it has just given; None: nothing is repeated."""
-        sampler: Any = getattr(self._loader, "batch_sampler", None)
+        sampler: Any = getattr(self.loader, "batch_sampler", None)
         if type(sampler).__name__ == "BatchSamplerShard":
             ranks = sampler.num_processes
             inner = getattr(sampler.batch_sampler, "sampler", None)
@@ -131,7 +132,7 @@ class StepCounter:
             size = sampler.batch_size // (ranks if sampler.split_batches else 1)
             return fresh_rows(len(inner), size, ranks, sampler.process_index, self._index)
         state = self._trainer.accelerator.gradient_state
-        if type(self._loader).__name__ == "DataLoaderDispatcher" and state.end_of_dataloader:
+        if type(self.loader).__name__ == "DataLoaderDispatcher" and state.end_of_dataloader:
             ranks, rank = self._trainer.args.world_size, self._trainer.args.process_index
             return fresh_rows(state.remainder, -(-state.remainder // ranks), ranks, rank, 0)
         return None

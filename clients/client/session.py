@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from pydantic import ValidationError
@@ -344,6 +345,11 @@ class Session:
         self._connection.say(answer)
         self._model = None
         self._end(model.kind, model.round)
+
+    def kept_folder(self) -> Path | None:
+        """Return a folder of this run that outlives the process, once joined; None where nothing is kept."""
+        work = self._updates.folder()
+        return work.folder if work.keeps else None
 
     def submit(self, read: Reader, weight: int, metrics: Mapping[str, float] | None = None) -> None:
         """Publish this round's update and end the task; the server pulls it in the background.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
@@ -247,6 +248,10 @@ class TorchSite:
     def say(self, text: str) -> None:
         """Log a line."""
         logger.info("%s: %s", self._session.system_info()["site"], text)
+
+    def kept_folder(self) -> Path | None:
+        """Return a folder of this run that outlives the process, or None: nothing is kept, as on several ranks."""
+        return self._session.kept_folder() if isinstance(self._session, Session) else None
 
     def end(self) -> None:
         """End an evaluation task."""

@@ -29,7 +29,10 @@ from fedcore.layout import ModelFile, create_model, layout_hash, open_model
 
 from .memory import available_memory
 
-__all__ = ["Kept", "Record", "WorkFolder"]
+__all__ = ["TRAINER", "Kept", "Record", "WorkFolder"]
+
+TRAINER: Final = "trainer-"
+"""How the folders begin in which an adapter keeps the state of its trainer."""
 
 _ATTEMPTS: Final = 5
 _ENCODED: Final = "encoded"
@@ -367,14 +370,15 @@ class WorkFolder:
         return EncodedUpdate(file, offsets, bytes.fromhex(encodings), checksums)
 
     def close(self, *, keep: bool) -> None:
-        """Remove what is here; with ``keep`` not what is recorded: an update, a residual."""
+        """Remove what is here; with ``keep`` not what is recorded: an update, a residual, a trainer's state."""
         self._files.clear()
         if self.folder is None:
             return
         if not self.keeps:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
-        if not (keep and (self._record_path.exists() or self._residual_path.exists())):
+        recorded = self._record_path.exists() or self._residual_path.exists()
+        if not (keep and (recorded or any(self.folder.glob(f"{TRAINER}*")))):
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # not empty: other runs are there
                 self.folder.parent.rmdir()
