@@ -788,7 +788,8 @@ class Server:
         logger.log(
             logging.ERROR if ending == "failed" else logging.INFO,
             "the run %s%s", how.get(ending, f"failed: {message}"),
-            "" if chosen is None else f"; best model: round {chosen}, {self._outcome.metric_text(chosen)}, "
+            "" if chosen is None
+            else f"; best model{'' if ok else ' so far'}: round {chosen}, {self._outcome.metric_text(chosen)}, "
             f"in {result.best}",
         )  # fmt: skip
         for note in () if result.best is None else notes(self._store.files()):

@@ -16,7 +16,7 @@ from fedcore.client.signals import end_in_order, let_go
 
 from ..server.test_crashes import Federation, take_sigint
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 NUMBERS = [signal.SIGTERM, signal.SIGHUP]
 
