@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +20,7 @@ from fedcore.opening import CARD, Card
 from .extras import active_adapter
 from .naming import plain_names
 
-__all__ = ["adapter_files", "model_files"]
+__all__ = ["adapter_files", "frozen_by_class", "model_files"]
 
 _SENTENCE: Final = "SentenceTransformer"
 _REPOSITORY: Final = re.compile(r"models--([^/]+?)--([^/]+)")
@@ -39,6 +40,7 @@ def adapter_files(
     config = root.peft_config[active_adapter(root)]
     closed = _kept(specs, list(names)) or _sentence(given)
     notes = [_TIED] if _is_tied(root) else []
+    notes += _resized(root, config, [spec[0] for spec in specs])
     files = {"adapter_config.json": _adapter_config(config)}
     if closed or notes:
         base = _base_name(getattr(config, "base_model_name_or_path", None))
@@ -123,6 +125,18 @@ def _incomplete(root: Any, reference: nn.Module | None, specs: Sequence[TensorSp
     return None
 
 
+_frozen: weakref.WeakKeyDictionary[nn.Module, frozenset[str]] = weakref.WeakKeyDictionary()
+
+
+def frozen_by_class(root: nn.Module) -> frozenset[str]:
+    """Return the parameters that a transformers model's class freezes itself, such as sinusoidal positions."""
+    if root not in _frozen:
+        made = _built_anew(root)
+        frozen = () if made is None else made.named_parameters()
+        _frozen[root] = frozenset(name for name, p in frozen if not p.requires_grad)
+    return _frozen[root]
+
+
 def _built_anew(root: Any) -> nn.Module | None:
     """Return the model that the class makes of the configuration alone, without values; None if it can't."""
     if getattr(root, "hf_quantizer", None) is not None:
@@ -139,6 +153,46 @@ def _patterns(root: Any, *attributes: str) -> list[str]:
     return [
         p for name in attributes for p in (getattr(root, name, None) or ()) if isinstance(p, str)
     ]
+
+
+def _resized(root: Any, config: Any, names: Sequence[str]) -> list[str]:
+    """Say so if the base's embeddings have other rows than the base that the adapter's configuration names."""
+    find = getattr(root, "get_input_embeddings", None)
+    table = None if find is None else getattr(find(), "weight", None)
+    before = _vocabulary(getattr(config, "base_model_name_or_path", None))
+    if table is None or before is None or before == len(table):
+        return []
+    if any("embed" in name and "lora" not in name for name in names):
+        return []
+    return [
+        f"The base's vocabulary was resized from {before:,} to {len(table):,} tokens, and its embeddings are not "
+        "here: resize yours before you put the adapter on it. Rows that were drawn at random for new tokens will "
+        "differ; modules_to_save or trainable_token_indices would let them travel."
+    ]
+
+
+def _vocabulary(path: str | None) -> int | None:
+    """Return how many tokens a base model has, if its configuration is on this machine."""
+    if not path:
+        return None
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(path, "config.json")
+        except HFValidationError:  # it is no name at the Hub
+            return None
+        if not isinstance(found, str):
+            return None
+        file = Path(found)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        size = values.get("vocab_size") or values.get("text_config", {}).get("vocab_size")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return size if isinstance(size, int) else None
 
 
 _TIED: Final = (

@@ -29,7 +29,7 @@ from fedcore.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, check_names, compare_layouts
 
 from .base import frozen_groups, frozen_tensors
-from .cards import adapter_files, model_files
+from .cards import adapter_files, frozen_by_class, model_files
 from .choice import travelling
 from .extras import active_adapter, refuse_extras, refuse_missing
 from .naming import inner_module, own_names, plain_names
@@ -320,7 +320,9 @@ def _peft_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def _own_tensors(model: nn.Module, *, whole: bool = False) -> dict[str, torch.Tensor]:
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    whole = whole or len(trained) == len(list(model.parameters()))
+    frozen = {name for name, p in model.named_parameters() if id(p) not in trained}
+    # What the class itself freezes is a part of a model that is trained whole, and its loader expects it.
+    whole = whole or not frozen or (_is_pretrained(model) and frozen <= frozen_by_class(model))
     keep: set[str] | None = None
     if not whole:
         keep = set()

@@ -22,6 +22,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
 )
 
 import fedcore.client as fl
@@ -93,6 +95,49 @@ def test_a_whole_transformers_model_opens_as_it_was_scored(kind: str, tmp_path: 
     again = WHOLE[kind]()
     fl.restore(again, tmp_path)
     assert loss(getattr(again, "_orig_mod", again)) == loss(inner)
+
+
+def test_what_a_class_freezes_itself_travels_with_a_model_trained_whole(tmp_path: Path) -> None:
+    def build() -> Any:
+        torch.manual_seed(0)
+        return MarianMTModel(
+            MarianConfig(
+                vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=16,
+                pad_token_id=0, decoder_start_token_id=0, eos_token_id=1, forced_eos_token_id=1,
+            )
+        )  # fmt: skip
+
+    model, rows = build(), torch.arange(2, 12)[None]
+    assert any(not p.requires_grad for p in model.parameters()), "sinusoidal positions"
+    with torch.no_grad():
+        model.model.shared.weight.add_(0.5)
+    assert read_card(write_result(model, tmp_path / "whole")) is None
+    model.eval()
+    opened = MarianMTModel.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        assert opened(input_ids=rows, labels=rows).loss == model(input_ids=rows, labels=rows).loss
+    model.model.encoder.requires_grad_(False)
+    card = read_card(write_result(model, tmp_path / "partly"))
+    assert card is not None
+    assert card.closed is not None
+
+
+def test_an_adapter_on_a_resized_vocabulary_says_what_is_not_in_the_folder(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    for name, options in (
+        ("without", {}),
+        ("with", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    ):
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        base.resize_token_embeddings(70)
+        card = read_card(
+            write_result(get_peft_model(base, LoraConfig(**LORA, **options)), tmp_path / name)
+        )
+        assert (card is None) == (name == "with")
+    assert "from 64 to 70 tokens" in (tmp_path / "without" / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_dtypes_that_from_pretrained_would_change_are_noted(tmp_path: Path) -> None:
