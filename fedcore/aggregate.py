@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -12,9 +10,20 @@ from typing import Final
 from ._core import reduce_files
 from ._device import use_device
 from .errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
-from .layout import FLOATS, ModelFile, compare_layouts, create_model, open_model, sync_folder, table
+from .layout import (
+    FLOATS,
+    ModelFile,
+    check_booleans,
+    compare_layouts,
+    create_model,
+    open_model,
+    sync_folder,
+    table,
+)
 from .protocol import MAX_WEIGHT
+from .replacing import partial_of, place_of, put_in_place
 from .weighing import effective_weight
+from .weights import Weights, open_weights
 
 __all__ = ["aggregate_files"]
 
@@ -38,7 +47,8 @@ def aggregate_files(
     the same files with the same weights give the same output. Integers and booleans must be equal in all files.
 
     Args:
-        inputs: safetensors files with the same tensors, in any order within the file.
+        inputs: safetensors files with the same tensors, in any order within the file, or folders that hold one,
+            as one file or in shards; a run folder stands for its ``best/``.
         weights: one integer from 1 to 2**64 - 1 per file, of which `effective_weight` counts; all equal if None.
         out: file to write; it appears only when it is complete.
         threads: worker threads; the result does not depend on it.
@@ -56,24 +66,26 @@ def aggregate_files(
     """
     counts = _check_arguments(inputs, weights, out, force)
     use_device(device)
-    files = [open_model(path) for path in inputs]
-    for file in files[1:]:
+    for path in inputs:
+        if not path.exists():
+            raise StorageError(f"cannot open model file {path}: it does not exist")
+    models = [open_weights(path) for path in inputs]
+    if out.exists() and any(out.samefile(f.path) for model in models for f in model.files):
+        raise ConfigError(f"{out} is one of the inputs; give the result another name")
+    for model in models[1:]:
         difference = compare_layouts(
-            table(files[0].layout), table(file.layout), str(files[0].path), str(file.path)
+            table(models[0].layout), table(model.layout), str(models[0].path), str(model.path)
         )
         if difference is not None:
             raise LayoutError(f"the files hold different tensors: {difference}")
-    _check_integers(files)
-    pairs = sorted(zip(counts, files, strict=True), key=functools.cmp_to_key(_compare))
-    counts, files = [weight for weight, _ in pairs], [file for _, file in pairs]
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    try:
-        _reduce(files, counts, partial, threads, progress)
-        partial.rename(out)
-        sync_folder(out.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+    _check_integers(models)
+    pairs = sorted(zip(counts, models, strict=True), key=functools.cmp_to_key(_compare))
+    counts, models = [weight for weight, _ in pairs], [model for _, model in pairs]
+    place = place_of(out)
+    with partial_of(place) as partial:
+        _reduce(models, counts, partial, threads, progress)
+        put_in_place(partial, place)
+        sync_folder(place.parent)
     return open_model(out)
 
 
@@ -95,6 +107,7 @@ def _check_arguments(
             )
     if not out.parent.is_dir():
         raise StorageError(f"{out}: there is no folder {out.parent}")
+    place_of(out)
     if out.exists() and any(out.samefile(path) for path in inputs if path.exists()):
         raise ConfigError(f"{out} is one of the inputs; give the result another name")
     if out.exists() and not force:
@@ -102,7 +115,7 @@ def _check_arguments(
     return [effective_weight(count) for count in counts]
 
 
-def _compare(one: tuple[int, ModelFile], other: tuple[int, ModelFile]) -> int:
+def _compare(one: tuple[int, Weights], other: tuple[int, Weights]) -> int:
     """Order by weight, then by flat bytes; equal files may come in either order, which changes nothing."""
     if one[0] != other[0]:
         return -1 if one[0] < other[0] else 1
@@ -111,51 +124,59 @@ def _compare(one: tuple[int, ModelFile], other: tuple[int, ModelFile]) -> int:
             x, y = bytes(a[at : at + _BLOCK]), bytes(b[at : at + _BLOCK])
             if x != y:
                 return -1 if x < y else 1
-        for file in (one[1], other[1]):
-            file.file.release(file.data_offset + file.offsets[name], len(a))
+        for model in (one[1], other[1]):
+            model.where[name].file.release(model.offset(name), len(a))
     return 0
 
 
-def _check_integers(files: Sequence[ModelFile]) -> None:
-    first = files[0].views()
-    fixed = [(name, dtype) for name, dtype, *_ in files[0].layout.tensors if dtype not in FLOATS]
-    for file in files[1:]:
-        views = file.views()
-        for name, dtype in fixed:
-            if views[name] != first[name]:
+def _check_integers(models: Sequence[Weights]) -> None:
+    fixed = [
+        (name, dtype, nbytes)
+        for name, dtype, _, _, nbytes in models[0].layout.tensors
+        if dtype not in FLOATS
+    ]
+    for name, dtype, nbytes in fixed:
+        first = models[0].view(name, nbytes)
+        check_booleans(models[0].path, name, dtype, first)
+        for model in models[1:]:
+            if model.view(name, nbytes) != first:
                 raise LayoutError(
-                    f"tensor {name!r} is {dtype} and differs between {files[0].path.name} and "
-                    f"{file.path.name}; only floats can be averaged"
+                    f"tensor {name!r} is {dtype} and differs between {models[0].path.name} and "
+                    f"{model.path.name}; only floats can be averaged"
                 )
 
 
 def _reduce(
-    files: Sequence[ModelFile],
+    models: Sequence[Weights],
     weights: Sequence[int],
     path: Path,
     threads: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    layout = files[0].layout
+    layout = models[0].layout
     target = create_model(path, layout)
-    tensors = [
-        (
-            dtype,
-            nbytes,
-            [f.data_offset + f.offsets[name] for f in files],
-            target.data_offset + offset,
-        )
-        for name, dtype, _, offset, nbytes in layout.tensors
-    ]
+    groups: dict[tuple[int, ...], list[tuple[str, str, int, int]]] = {}  # tensors in the same files
+    for name, dtype, _, offset, nbytes in layout.tensors:
+        files = tuple(id(model.where[name]) for model in models)
+        groups.setdefault(files, []).append((name, dtype, nbytes, offset))
+    before = 0
+    for tensors in groups.values():
+        jobs = [
+            (dtype, nbytes, [m.offset(name) for m in models], target.data_offset + offset)
+            for name, dtype, nbytes, offset in tensors
+        ]
+        inputs = [model.where[tensors[0][0]].file for model in models]
 
-    def report(done: int) -> None:
-        if progress is not None:
-            progress(done, layout.total_bytes)
+        def report(done: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, layout.total_bytes)
 
-    bad = reduce_files([f.file for f in files], weights, tensors, target.file, threads, report)
-    if bad is not None:
-        source, tensor, element = bad
-        raise NonFiniteError(
-            f"{files[source].path}: NaN or infinity in tensor {layout.tensors[tensor][0]!r}, element {element}"
-        )
+        bad = reduce_files(inputs, weights, jobs, target.file, threads, report)
+        if bad is not None:
+            source, tensor, element = bad
+            file = models[source].where[tensors[tensor][0]]
+            raise NonFiniteError(
+                f"{file.path}: NaN or infinity in tensor {tensors[tensor][0]!r}, element {element}"
+            )
+        before += sum(nbytes for _, _, nbytes, _ in tensors)
     target.file.sync()

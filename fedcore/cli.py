@@ -275,7 +275,8 @@ def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> 
 @reported
 def aggregate(  # noqa: PLR0917 - typer calls it by name
     files: Annotated[
-        list[Path], typer.Argument(help="safetensors files to average.", metavar="FILE...")
+        list[Path],
+        typer.Argument(help="safetensors files, or folders with a model.", metavar="MODEL..."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
     weights: Annotated[
@@ -305,7 +306,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     \b
     Examples:
       fedcore aggregate a.safetensors b.safetensors --weights 3,5 -o mean.safetensors
-      fedcore aggregate north/adapter_model.safetensors south/adapter_model.safetensors -o mean.safetensors
+      fedcore aggregate runs/north/best runs/south/best -o mean.safetensors
     """
     import contextlib
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ._core import Layout
-from .errors import ConfigError
 from .frozen import FrozenGroup
-from .layout import DEFAULT_CHUNK_BYTES, FLOATS, ITEMSIZE, TensorSpec, open_model, table
+from .layout import DEFAULT_CHUNK_BYTES, FLOATS, ITEMSIZE, TensorSpec, table
 from .protocol import Transfer, shown
+from .weights import open_weights
 from .words import plural
 
 __all__ = ["Inspection", "describe", "inspect_file", "lines"]
@@ -58,27 +58,18 @@ def describe(
 
 
 def inspect_file(path: Path) -> Inspection:
-    """Describe a safetensors file, or the one in a folder, as if its tensors were to travel.
+    """Describe a safetensors file, or the model in a folder, as if its tensors were to travel.
 
     Raises:
-        ConfigError: there is no such file, or the folder holds none or several.
+        ConfigError: there is no such file, or the folder holds no model.
         StorageError, LayoutError: it is no valid safetensors file.
     """
-    file = path
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
-            raise ConfigError(
-                f"{path} holds {len(found)} .safetensors files: name one of them, or a training script"
-            )
-        file = found[0]
-    if not file.is_file():
-        raise ConfigError(f"{path} does not exist")
+    weights = open_weights(path)
     cards = {
         card.name: card.read_text(encoding="utf-8")
-        for card in sorted(file.parent.glob("*config.json"))
+        for card in sorted(weights.files[0].path.parent.glob("*config.json"))
     }
-    return describe(table(open_model(file).layout), cards if path.is_dir() else {})
+    return describe(table(weights.layout), cards if path.is_dir() else {})
 
 
 def lines(found: Inspection, transfer: Transfer | None = None) -> Iterator[str]:

@@ -31,6 +31,7 @@ __all__ = [
     "ModelFile",
     "Reader",
     "TensorSpec",
+    "check_booleans",
     "check_names",
     "compare_layouts",
     "create_model",
@@ -286,16 +287,53 @@ def open_model(path: Path | str, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Mode
         raise LayoutError(
             f"{path}: not a safetensors file (header length {length} in {size} bytes)"
         )
+    header = _parse_header(path, bytes(file.view(8, length)))
+    meta = header.pop(RESERVED_NAME, {})
+    if not isinstance(meta, dict) or not all(isinstance(value, str) for value in meta.values()):
+        raise LayoutError(f"{path}: {RESERVED_NAME} in the header must hold texts by name")
+    if not header:
+        raise LayoutError(f"{path}: it holds no tensors")
+    specs, offsets = _parse_entries(path, header, size - 8 - length)
+    return ModelFile(path, file, 8 + length, Layout(specs, chunk_bytes), offsets, meta)
+
+
+def _parse_header(path: Path, text: bytes) -> dict[str, object]:
+    """Return the header: one JSON object that begins with its brace, no name twice, spaces alone after it."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise LayoutError(f"{path}: the header has {shown(twice, 200)!r} twice")
+        return found
+
+    trimmed = text.rstrip(b" ")
+    if not (trimmed.startswith(b"{") and trimmed.endswith(b"}")):
+        raise LayoutError(
+            f"{path}: not a safetensors file (the header must begin with {{ and end with }} and spaces)"
+        )
     try:
-        header = json.loads(bytes(file.view(8, length)))
+        header = json.loads(trimmed, object_pairs_hook=unique)
+    except LayoutError:
+        raise
     except (ValueError, RecursionError):
         raise LayoutError(f"{path}: not a safetensors file (the header is not JSON)") from None
     if not isinstance(header, dict):
         raise LayoutError(f"{path}: not a safetensors file (the header is not a JSON object)")
-    meta = header.pop(RESERVED_NAME, {})
-    specs, offsets = _parse_entries(path, header, size - 8 - length)
-    metadata = {str(k): str(v) for k, v in meta.items()} if isinstance(meta, dict) else {}
-    return ModelFile(path, file, 8 + length, Layout(specs, chunk_bytes), offsets, metadata)
+    return header
+
+
+def check_booleans(path: Path, name: str, dtype: str, data: memoryview) -> None:
+    """Raise LayoutError if a tensor of booleans holds a byte that is neither 0 nor 1."""
+    if dtype != "BOOL":
+        return
+    for at in range(0, len(data), _HASH_BLOCK):
+        wrong = bytes(data[at : at + _HASH_BLOCK]).translate(None, b"\0\1")
+        if wrong:
+            raise LayoutError(
+                f"{path}: tensor {name!r} is BOOL and holds a byte of value {wrong[0]}, not 0 or 1"
+            )
 
 
 def _parse_entries(

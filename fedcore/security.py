@@ -23,6 +23,7 @@ from typing import Any, Final
 from .errors import ConfigError, StorageError
 from .mounts import find_mount, is_secret_mount, others_can_replace
 from .protocol import SITE_NAME
+from .replacing import place_of, put_in_place
 
 __all__ = [
     "AllowList",
@@ -467,14 +468,15 @@ class AllowList:
         text += f"# With fewer keys than it counts, the file is taken for cut short.\ncount = {len(self.keys)}\n"
         for public, who in sorted(self.keys.items(), key=lambda item: (item[1].name, item[0])):
             text += f'\n[[key]]\nname = "{who.name}"\nrole = "{who.role}"\npublic = "{public}"\n'
-        partial = path.with_suffix(".partial")
+        place = place_of(path)
+        partial = place.with_suffix(".partial")
         try:
             with partial.open("w", encoding="utf-8") as file:
                 os.fchmod(file.fileno(), 0o644)
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+            put_in_place(partial, place)
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()

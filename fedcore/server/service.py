@@ -22,6 +22,7 @@ from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, FedcoreError, IntegrityError, ProtocolError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
 from fedcore.opening import CARD
+from fedcore.replacing import partial_of, place_of, put_in_place
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 from fedcore.weighing import effective_weight
 from fedcore.words import plural
@@ -174,9 +175,10 @@ class Server:
                 self._agreement.forget(site)
         self._watchers = Watchers()
         if endpoint_file is not None:
-            partial = endpoint_file.with_suffix(".partial")
-            partial.write_text(self.endpoint, encoding="utf-8")
-            partial.rename(endpoint_file)
+            place = place_of(endpoint_file)
+            with partial_of(place) as partial:
+                partial.write_text(self.endpoint, encoding="utf-8")
+                put_in_place(partial, place)
 
     # --- the process ---
 

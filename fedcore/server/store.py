@@ -22,6 +22,7 @@ from fedcore import __version__
 from fedcore.errors import ConfigError, IntegrityError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.protocol import strict_json
+from fedcore.replacing import place_of, put_in_place
 
 from .exports import Committed, write_durably, write_export
 from .files import Files, model_name, record_name, scratch_name
@@ -478,8 +479,9 @@ class Store:
         path = self.folder / name
         partial = self.folder / f".{name}.partial"
         with storing(path):
+            place = place_of(path)
             write_durably(partial, strict_json(values, indent=2) + "\n")
-            partial.rename(path)
+            put_in_place(partial, place)
         return path
 
     def close(self) -> None:

@@ -109,7 +109,7 @@ def test_files_and_folders_are_listed_too(tmp_path: Path) -> None:
     done = inspect(tmp_path)
     assert "lora_A  F16      8x2     32  raw" in done.stdout, done.stderr
     assert "adapter_config.json (2 bytes)" in done.stdout
-    assert "holds 0 .safetensors files" in inspect(tmp_path.parent).stderr
+    assert "holds none of adapter_model.safetensors" in inspect(tmp_path.parent).stderr
 
 
 def test_a_patched_trainer_is_listed_before_it_evaluates(

@@ -95,6 +95,24 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
     "a header of 2^63": lambda: safetensors(b"{}", 0, 1 << 63),
     "a header that never ends": lambda: safetensors(b"[" * 1_000_000, 0),
     "a number of a million digits": lambda: safetensors(b'{"a":' + b"9" * 1_000_000 + b"}", 0),
+    "a name twice": lambda: safetensors(
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+        b'"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
+        4,
+    ),
+    "a member twice": lambda: safetensors(
+        b'{"w":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4
+    ),
+    "no tensors": lambda: safetensors(b"{}", 0) + b"    ",
+    "a header after a line break": lambda: safetensors(
+        b'\n{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4
+    ),
+    "a header before a line break": lambda: safetensors(
+        b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}\n', 4
+    ),
+    "metadata that is no text": lambda: safetensors(
+        b'{"__metadata__":{"a":1},"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4
+    ),
     "a pickle": pickled,
     "a file of torch.save": zipped,
 }

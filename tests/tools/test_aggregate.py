@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -169,3 +171,90 @@ def test_a_weight_that_is_none_is_refused_with_its_file(weight: object, tmp_path
         WeightError, match=r"a\.safetensors: expected an integer from 1 to 2\*\*64 - 1"
     ):
         aggregate_files([path], [weight], tmp_path / "out")  # type: ignore[list-item]
+
+
+# --- what is named, and what is replaced ---
+
+
+def sharded(folder: Path, seed: int) -> Path:
+    """The tensors that `write` makes, in two shards as ``save_pretrained`` leaves them."""
+    folder.mkdir()
+    whole = load_file(write(folder, "whole", seed))
+    (folder / "whole").unlink()
+    where = {name: f"model-0000{1 + n % 2}.safetensors" for n, name in enumerate(sorted(whole))}
+    for shard in set(where.values()):
+        save_file({n: whole[n] for n, at in where.items() if at == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return folder
+
+
+def test_folders_and_shards_give_the_bytes_that_their_files_give(tmp_path: Path) -> None:
+    files = [write(tmp_path, f"{i}.safetensors", i) for i in (1, 2)]
+    expected = aggregate_files(files, [3, 5], tmp_path / "files").sha256()
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "run.sqlite").touch()
+    (run / "best" / "adapter_model.safetensors").write_bytes(files[1].read_bytes())
+    shards = sharded(tmp_path / "sharded", 1)
+    seen: list[tuple[int, int]] = []
+    for number, second in enumerate((run, run / "best", sharded(tmp_path / "other", 2))):
+        out = tmp_path / f"out{number}"
+        found = aggregate_files([shards, second], [3, 5], out, progress=lambda *at: seen.append(at))
+        assert found.sha256() == expected
+        assert seen[-1][0] == seen[-1][1]
+    with pytest.raises(ConfigError, match="one of the inputs"):
+        aggregate_files([shards], None, shards / "model-00001.safetensors", force=True)
+    (run / "best").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="run folder without best/ and final/"):
+        aggregate_files([run], None, tmp_path / "none")
+
+
+def test_a_boolean_that_is_neither_0_nor_1_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.safetensors", 1, flags=np.array([True, True, True]))
+    path.write_bytes(path.read_bytes().replace(b"\1\1\1", b"\1\2\1"))
+    with pytest.raises(LayoutError, match="'flags' is BOOL and holds a byte of value 2"):
+        aggregate_files([path], None, tmp_path / "out")
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.safetensors", 1)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name, kind in (
+        ("pipe", "a named pipe"),
+        ("folder", "a folder"),
+        ("circle", "cannot write"),
+    ):
+        before = (tmp_path / name).lstat().st_ino
+        with pytest.raises(StorageError, match=kind):
+            aggregate_files([path], None, tmp_path / name, force=True)
+        assert (tmp_path / name).lstat().st_ino == before
+    with pytest.raises(StorageError, match="/dev/full: it is a device"):
+        aggregate_files([path], None, Path("/dev/full"), force=True)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_file_that_is_replaced_keeps_its_mode_and_the_link_to_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.safetensors", 1)
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "real").chmod(0o640)
+    (tmp_path / "link").symlink_to("real")
+    aggregate_files([path], None, tmp_path / "link", force=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o640
+    assert load_file(tmp_path / "real").keys() == load_file(path).keys()
+
+
+def test_what_a_killed_process_left_is_removed_and_a_running_ones_is_not(tmp_path: Path) -> None:
+    path, out = write(tmp_path, "a.safetensors", 1), tmp_path / "out"
+    left, running = (tmp_path / f".out.{pid}.partial" for pid in (11, 12))
+    for partial in (left, running):
+        partial.write_bytes(b"part of a mean")
+        partial.with_name(f"{partial.name}.lock").touch()
+    with running.with_name(f"{running.name}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        aggregate_files([path], None, out)
+    assert not left.exists()
+    assert not left.with_name(f"{left.name}.lock").exists()
+    assert running.read_bytes() == b"part of a mean"
