@@ -122,6 +122,7 @@ class _Patch:
         self._first_attempt = True
         self._training = self._trained = self._begins = False
         self._scored = 0
+        self._measured: dict[str, int] = {}
         self._scoring = False
         self._train, self._evaluate = trainer.train, trainer.evaluate
         self._step, self._loop = trainer.training_step, trainer.evaluation_loop
@@ -141,6 +142,7 @@ class _Patch:
             if task is not None and task.trains:
                 self._rounds.recall(task.round, self._site.kept_folder())
             self._scoring, self._scored = True, 0
+            self._measured.clear()
             try:
                 metrics = self._evaluate(*args, **kwargs)
             finally:
@@ -152,7 +154,7 @@ class _Patch:
                     for k, v in metrics.items()
                     if k != "epoch" and not k.endswith(_NOT_METRICS)
                 }
-                self._site.score(numbers(found), self._scored)
+                self._site.score(numbers(found), self._scored, self._measured)
         return metrics
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,7 +170,9 @@ class _Patch:
                 output = self._loop(*args, **kwargs)
         finally:
             self._site.after_scoring()
-        self._scored += output.num_samples or 0
+        rows = output.num_samples or 0
+        self._scored += rows
+        self._measured.update(dict.fromkeys(map(str, output.metrics or {}), rows))
         return output
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -177,6 +177,7 @@ class _Patch:
         self._round = 0
         self.scoring = False
         self.counted, self.scored = counted, ExampleCounter()
+        self.scored_by_loader: dict[int, ExampleCounter] = {}
         self._stated = counted.stated
         self._trained = False
         self._fit, self._validate = trainer.fit, trainer.validate
@@ -199,6 +200,7 @@ class _Patch:
             task = self._site.receive(self._module(model))
             self.scoring = True
             self.scored.clear()
+            self.scored_by_loader.clear()
             try:
                 # The order in which training draws its data is that of one training without scores.
                 with _averages_hidden(self._trainer.callbacks), torch.random.fork_rng(devices=[]):
@@ -207,7 +209,8 @@ class _Patch:
                 self.scoring = False
                 self._site.after_scoring()
             if task is not None:
-                self._site.score_parts(numbers(self._trainer.callback_metrics), self.scored.total())
+                metrics = numbers(self._trainer.callback_metrics)
+                self._site.score_parts(metrics, self.scored.total(), self._rows(metrics))
         return results
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -222,6 +225,18 @@ class _Patch:
         loader = loop._combined_loader
         source = loader.flattened[number] if loop._is_sequential else loader.iterables
         count_batch(self.scored, source, batch, index)
+        count_batch(
+            self.scored_by_loader.setdefault(number, ExampleCounter()), source, batch, index
+        )
+
+    def _rows(self, metrics: Iterable[str]) -> dict[str, int]:
+        """Return the number of examples of each metric that Lightning has named after one of several loaders."""
+        found = {}
+        for name in metrics:
+            _, mark, number = name.rpartition("/dataloader_idx_")
+            if mark and number.isdigit() and int(number) in self.scored_by_loader:
+                found[name] = self.scored_by_loader[int(number)].total()
+        return found
 
     def count(self, output: Any, batch: Any, index: int) -> None:
         """Count a batch that was trained on.

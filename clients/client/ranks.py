@@ -248,9 +248,11 @@ class RankedSession:
             raise ClosedError("call fl.receive() on every rank before rank 0 calls fl.send")
         return self._session
 
-    def score(self, metrics: Mapping[str, float], examples: int) -> None:
+    def score(
+        self, metrics: Mapping[str, float], examples: int, rows: Mapping[str, int] | None = None
+    ) -> None:
         """Report the global model's metrics, those of rank 0; see `Session.score`."""
-        self.ranks.together(lambda: self._lead().score(metrics, examples))
+        self.ranks.together(lambda: self._lead().score(metrics, examples, rows))
 
     def end_task(self) -> None:
         """End an evaluation task."""

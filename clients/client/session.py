@@ -301,10 +301,13 @@ class Session:
         """The global model of the task at hand, or None outside one."""
         return self._model
 
-    def score(self, metrics: Mapping[str, float], examples: int) -> None:
+    def score(
+        self, metrics: Mapping[str, float], examples: int, rows: Mapping[str, int] | None = None
+    ) -> None:
         """Report validation metrics of the current global model on ``examples`` local examples.
 
-        The first call per version counts; later ones are ignored.
+        ``rows`` holds the number of examples of each metric that was measured on others than all of them. The
+        first call per version counts; later ones are ignored.
         """
         model = self._need_model("score")
         if self._score is not None and self._score.version == model.version:
@@ -313,6 +316,11 @@ class Session:
             version=model.version,
             metrics=checked_metrics(metrics),
             examples=min(max(1, int(examples)), protocol.MAX_WEIGHT),
+            rows={
+                name: min(n, protocol.MAX_WEIGHT)
+                for name, n in (rows or {}).items()
+                if name in metrics and n != examples
+            },
         )
         self._connection.say(self._score)
 

@@ -197,19 +197,24 @@ class TorchSite:
     def _reader(self, parameters: ModelParameters) -> Reader:
         return Gathered(parameters.read) if parameters.sharded else parameters.read
 
-    def score(self, metrics: Mapping[str, float], examples: int) -> None:
-        """Report the global model's validation metrics."""
-        self._session.score(metrics, examples)
+    def score(
+        self, metrics: Mapping[str, float], examples: int, rows: Mapping[str, int] | None = None
+    ) -> None:
+        """Report the global model's validation metrics; see `Session.score`."""
+        self._session.score(metrics, examples, rows)
 
-    def score_parts(self, metrics: Mapping[str, float], examples: int) -> None:
+    def score_parts(
+        self, metrics: Mapping[str, float], examples: int, rows: Mapping[str, int] | None = None
+    ) -> None:
         """Report the weighted mean of what each rank measured on ``examples`` of its own part of the data."""
         if self._ranks is None:
-            self._session.score(metrics, examples)
+            self._session.score(metrics, examples, rows)
             return
-        parts = [
-            (dict(found), int(n)) for found, n in self._ranks.gather((dict(metrics), examples))
-        ]
-        self._session.score(_weighted_mean(parts), sum(n for _, n in parts))
+        parts = self._ranks.gather((dict(metrics), examples, dict(rows or {})))
+        total = {
+            name: sum(part[2].get(name, 0) for part in parts) for part in parts for name in part[2]
+        }
+        self._session.score(_weighted_mean(parts), sum(int(n) for _, n, _ in parts), total)
 
     def submit(
         self, model: nn.Module, counted: ExampleCounter, metrics: Mapping[str, float]
@@ -356,11 +361,13 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return dict(list(found.items())[: protocol.MAX_METRICS])
 
 
-def _weighted_mean(parts: Sequence[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+def _weighted_mean(
+    parts: Sequence[tuple[Mapping[str, float], int, Mapping[str, int]]],
+) -> dict[str, float]:
     """Return the mean of each metric over those that have it; one that all have alike is left as it is."""
     found: dict[str, float] = {}
-    for name in dict.fromkeys(name for metrics, _ in parts for name in metrics):
-        values = [(metrics[name], max(n, 0)) for metrics, n in parts if name in metrics]
+    for name in dict.fromkeys(name for metrics, *_ in parts for name in metrics):
+        values = [(m[name], max(rows.get(name, n), 0)) for m, n, rows in parts if name in m]
         total = sum(n for _, n in values)
         alike = all(value == values[0][0] for value, _ in values)
         found[name] = values[0][0] if alike or not total else sum(v * n for v, n in values) / total

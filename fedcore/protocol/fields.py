@@ -70,6 +70,9 @@ MetricName = Annotated[
 Metrics = Annotated[
     dict[MetricName, Annotated[float, Field(allow_inf_nan=True)]], Field(max_length=MAX_METRICS)
 ]
+MetricRows = Annotated[
+    dict[MetricName, Annotated[int, Field(ge=0, le=MAX_WEIGHT)]], Field(max_length=MAX_METRICS)
+]
 SetId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 LayoutHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, StringConstraints(max_length=4096), shown_within(4096)]

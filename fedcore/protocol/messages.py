@@ -21,6 +21,7 @@ from .fields import (
     Features,
     FrozenTable,
     LayoutHash,
+    MetricRows,
     Metrics,
     Outputs,
     Round,
@@ -163,12 +164,16 @@ class Ready(OfRun):
 
 
 class Score(OfRun):
-    """Validation metrics of global model ``version`` on this site's data (``examples`` of them)."""
+    """Validation metrics of global model ``version`` on this site's data (``examples`` of them).
+
+    ``rows`` holds the number of examples of each metric that was measured on others than all ``examples``.
+    """
 
     type: Literal["score"] = "score"
     version: Round
     metrics: Metrics
     examples: Weight
+    rows: MetricRows = {}
 
 
 class Answer(OfRun):

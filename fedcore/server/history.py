@@ -9,7 +9,7 @@ from typing import Any
 
 from .selection import SiteScore
 
-__all__ = ["Life", "VersionRow", "read_life", "read_scores", "read_versions"]
+__all__ = ["Life", "VersionRow", "read_life", "read_scores", "read_versions", "score_text"]
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,22 @@ def read_scores(rows: Callable[[str], list[tuple[Any, ...]]]) -> dict[int, list[
     """Return a journal's scores by version; ``rows`` runs a query on it."""
     found: dict[int, list[SiteScore]] = {}
     query = "SELECT version, site, examples, metrics FROM scores ORDER BY version, site"
-    for version, site, examples, metrics in rows(query):
-        found.setdefault(version, []).append(SiteScore(site, int(examples), json.loads(metrics)))
+    for version, site, examples, text in rows(query):
+        values = json.loads(text)
+        measured = {name: value[1] for name, value in values.items() if isinstance(value, list)}
+        metrics = {name: values[name][0] if name in measured else values[name] for name in values}
+        found.setdefault(version, []).append(SiteScore(site, int(examples), metrics, measured))
     return found
+
+
+def score_text(score: SiteScore) -> str:
+    """Return a score's metrics for the journal: a number, or number and examples where it has its own."""
+    return json.dumps(
+        {
+            name: [value, score.rows[name]] if name in score.rows else value
+            for name, value in score.metrics.items()
+        }
+    )
 
 
 def read_life(text: str | None) -> Life:

@@ -1,15 +1,15 @@
 """Selection of the best global model by a named validation metric.
 
 Every version is scored by the sites on their own validation data. A version's metric is the mean over the sites
-that scored it, weighted by their numbers of validation examples; the best version has the least or the greatest,
-as the run file says, and a tie goes to the earlier one.
+that scored it, weighted by the numbers of validation examples behind it; the best version has the least or the
+greatest, as the run file says, and a tie goes to the earlier one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 __all__ = ["SiteScore", "best_version", "weighted_metrics"]
@@ -17,15 +17,24 @@ __all__ = ["SiteScore", "best_version", "weighted_metrics"]
 
 @dataclass(frozen=True)
 class SiteScore:
-    """One site's metrics of one version, on ``examples`` validation examples."""
+    """One site's metrics of one version, on ``examples`` validation examples.
+
+    Attributes:
+        rows: the number of examples of each metric that was measured on others than all ``examples``.
+    """
 
     site: str
     examples: int
     metrics: Mapping[str, float]
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    def examples_of(self, metric: str) -> int:
+        """Return the number of examples that a metric was measured on."""
+        return self.rows.get(metric, self.examples)
 
 
 def weighted_metrics(scores: Iterable[SiteScore]) -> dict[str, float]:
-    """Return the example-weighted mean of each metric over the sites that report a finite value of it.
+    """Return the mean of each metric over the sites that report a finite value, weighted by its examples.
 
     Sites are summed in the order of their names, so that the result does not depend on arrival. A metric whose sum
     is beyond the numbers there are is left out.
@@ -33,9 +42,10 @@ def weighted_metrics(scores: Iterable[SiteScore]) -> dict[str, float]:
     sums: dict[str, tuple[float, int]] = {}
     for score in sorted(scores, key=lambda s: s.site):
         for name, value in score.metrics.items():
-            if math.isfinite(value):
+            rows = score.examples_of(name)
+            if math.isfinite(value) and rows:
                 total, examples = sums.get(name, (0.0, 0))
-                sums[name] = total + score.examples * value, examples + score.examples
+                sums[name] = total + rows * value, examples + rows
     return {
         name: total / examples
         for name, (total, examples) in sorted(sums.items())

@@ -597,8 +597,10 @@ class Server:
             )
         self._check_metrics(site, score.version, score.metrics)
         if score.metrics:
+            rows = {name: rows and effective_weight(rows) for name, rows in score.rows.items()}
             self._store.add_score(
-                score.version, SiteScore(site, effective_weight(score.examples), score.metrics)
+                score.version,
+                SiteScore(site, effective_weight(score.examples), score.metrics, rows),
             )
             self._status.refresh()
         self._do(self._rounds.scored(site, score.version))

@@ -26,7 +26,7 @@ from fedcore.replacing import place_of, put_in_place
 
 from .exports import Committed, write_durably, write_export
 from .files import Files, model_name, record_name, scratch_name
-from .history import Life, VersionRow, read_life, read_scores, read_versions
+from .history import Life, VersionRow, read_life, read_scores, read_versions, score_text
 from .integrity import verify_model
 from .journal import SCHEMA, Journal, holds_something, storing
 from .lock import FolderLock
@@ -339,7 +339,7 @@ class Store:
         with self._journal.transaction():
             self._db.execute(
                 "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
-                (version, score.site, _number(score.examples), json.dumps(dict(score.metrics))),
+                (version, score.site, _number(score.examples), score_text(score)),
             )
 
     def scores(self) -> dict[int, list[SiteScore]]:

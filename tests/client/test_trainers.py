@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import sqlite3
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
 from fedcore.errors import ClosedError, ConfigError, LayoutError
+from fedcore.server.history import read_scores
 from fedcore.server.outcome import RunResult
 
 ROUNDS = 3
@@ -164,6 +167,35 @@ def test_several_sets_of_rows_are_one_score(run: Future[RunResult], tmp_path: Pa
     last = json.loads((tmp_path / "runs/t/summary.json").read_text())["versions"][-1]
     scored = {name: found[name] for name in ("eval_all_loss", "eval_streamed_loss")}
     assert last["metrics_by_site"]["a"] == pytest.approx({**scored, "examples": 16 + 5})
+    assert rows_of_metrics(tmp_path) == {"eval_all_loss": 16, "eval_streamed_loss": 5}
+
+
+def rows_of_metrics(folder: Path) -> Any:
+    """Return the numbers of examples that the server weighs the last model's metrics by."""
+    with contextlib.closing(sqlite3.connect(folder / "runs/t/run.sqlite")) as journal:
+        found = read_scores(lambda query: journal.execute(query).fetchall())
+    return found[ROUNDS][0].rows
+
+
+def test_each_of_several_loaders_weighs_its_own_metrics(
+    run: Future[RunResult], tmp_path: Path
+) -> None:
+    package = importlib.import_module("lightning.pytorch")
+
+    class Model(type(lightning_module(package))):  # type: ignore[misc]
+        def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, index)
+
+    sets = [torch.utils.data.TensorDataset(torch.ones(n, 4), torch.ones(n, 1)) for n in (3, 10)]
+    loaders = [torch.utils.data.DataLoader(one, batch_size=4) for one in sets]
+    model, trainer = Model(), make_trainer(package, max_epochs=1)
+    fl_lightning.patch(trainer)
+    while fl_lightning.is_running():
+        trainer.validate(model, loaders, verbose=False)
+        trainer.fit(model, loader())
+    assert run.result(30).ok
+    rows = {"val_loss/dataloader_idx_0": 3, "val_loss/dataloader_idx_1": 10}
+    assert rows_of_metrics(tmp_path) == rows
 
 
 def test_a_checkpoint_is_no_place_to_train_from(run: Future[RunResult], tmp_path: Path) -> None:

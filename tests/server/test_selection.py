@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fedcore.server.history import read_scores, score_text
 from fedcore.server.selection import SiteScore, best_version, weighted_metrics
 
 
@@ -14,6 +15,16 @@ def scores(*values: tuple[str, int, float]) -> list[SiteScore]:
 def test_metrics_are_weighted_by_examples_and_leave_out_what_is_not_finite() -> None:
     nan = float("nan")
     assert weighted_metrics(scores(("a", 1, 1.0), ("b", 3, 2.0), ("c", 9, nan))) == {"loss": 1.75}
+
+
+def test_each_metric_is_weighted_by_the_examples_that_it_was_measured_on() -> None:
+    found = [
+        SiteScore("a", 100, {"x": 1.0, "y": 1.0, "z": 1.0}, {"x": 10, "y": 90, "z": 0}),
+        SiteScore("b", 100, {"x": 2.0, "y": 2.0, "w": 5.0}, {"x": 90, "y": 10}),
+    ]
+    assert weighted_metrics(found) == pytest.approx({"w": 5.0, "x": 1.9, "y": 1.1})
+    rows = [(0, one.site, one.examples, score_text(one)) for one in found]
+    assert read_scores(lambda _: rows) == {0: found}, "from the journal, too"
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 0)])
