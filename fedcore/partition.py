@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .errors import ConfigError
+from .pictures import SITES, caption, new_figure, save, styled
 
 __all__ = ["Partition", "by_length", "by_source", "dirichlet", "iid", "plot"]
 
@@ -162,6 +163,7 @@ def by_length(lengths: Sequence[float], sites: int, *, seed: int = 0) -> Partiti
     return _cut(order, _even(len(lengths), sites))
 
 
+@styled
 def plot(
     partition: Partition,
     values: Sequence[Hashable],
@@ -182,31 +184,34 @@ def plot(
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-    except ImportError:
-        raise ConfigError(
-            "a plot needs matplotlib; install it with: pip install 'fedcore-fl[plot]'"
-        ) from None
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     counts = partition.counts(values)
     kinds = sorted({kind for count in counts for kind in count}, key=str)
     shown = list(names) if names is not None else _site_names(len(counts))
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.4 * len(shown)), layout="constrained")
-    colours = plt.get_cmap("tab20" if len(kinds) > 10 else "tab10")
+    figure, (axes,) = new_figure(size=(7, 1.4 + 0.4 * len(shown)))
+    colours = _colours(len(kinds))
     left = [0] * len(shown)
     for place, kind in enumerate(kinds):
         widths = [count.get(kind, 0) for count in counts]
-        axes.barh(shown, widths, left=left, color=colours(place % colours.N), label=str(kind))
+        axes.barh(shown, widths, left=left, color=colours[place % len(colours)], label=str(kind))
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.invert_yaxis()
     axes.set(xlabel="examples", title=title)
     if len(kinds) <= 20:
-        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    caption(
+        figure, [f"{sum(map(sum, (c.values() for c in counts))):,} examples, each at one site."]
+    )
+    save(figure, Path(path), beside=())
+
+
+def _colours(kinds: int) -> Sequence[Any]:
+    """Return colours that tell so many kinds apart, as far as there are so many."""
+    if kinds <= len(SITES):
+        return SITES
+    import matplotlib as mpl
+
+    colours: Sequence[Any] = mpl.colormaps["tab20" if kinds > 10 else "tab10"].colors
+    return colours
 
 
 def _site_names(sites: int) -> list[str]:

@@ -8,18 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from fedcore.pictures import ARMS, GREY, SITES, alone, caption, new_figure, save, styled
+
 from .peft import STEADY
 from .summary import steady_cells
 
 __all__ = ["draw_peft", "draw_sft", "draw_steady", "draw_swing"]
 
-_COLOURS: Final = {"federated": "#1f77b4", "centralised": "#2ca02c", "combined": "#2ca02c"}
-_SITE: Final = "#9a9a9a"
-_ARMS: Final = ("#d98032", "#8c564b", "#9467bd", "#17becf")
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.savefig(path, dpi=80, bbox_inches="tight", metadata={"Software": None})
+_BAND: Final = "Line: mean over the seeds; band: least to greatest of them."
+_THIN: Final = "Thin lines: one seed each; thick line: their mean."
 
 
 def _band(axes: Any, curves: Sequence[Sequence[float]], colour: str, label: str) -> None:
@@ -52,22 +49,19 @@ def _split_title(split: str) -> str:
 
 def _grid(panels: int, columns: int) -> tuple[Any, list[Any]]:
     """Return a figure and its panels, row by row, all with the same scale of accuracy."""
-    from matplotlib.figure import Figure
-
     columns = min(columns, panels)
     rows = -(-panels // columns)
-    figure = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True).ravel())
+    figure, grid = new_figure(rows, columns, size=(3.6 * columns, 2.9 * rows), share_y=True)
     for axes in grid[panels:]:
         axes.set_visible(False)
     for number, axes in enumerate(grid[:panels]):
-        axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelleft=True)
         if number % columns == 0:
             axes.set_ylabel("accuracy on all sites' test rows")
     return figure, grid[:panels]
 
 
+@styled
 def draw_peft(cells: Mapping[str, Any], path: Path) -> None:
     """Draw a panel for each method and split."""
     pairs = dict.fromkeys(
@@ -78,12 +72,14 @@ def draw_peft(cells: Mapping[str, Any], path: Path) -> None:
     figure, grid = _grid(len(pairs), 3)
     for axes, (method, split) in zip(grid, pairs, strict=True):
         _panel(axes, cells, method, split)
-        axes.legend(frameon=False, fontsize=7, loc="lower right")
+        axes.legend(loc="lower right")
     low, high = grid[0].get_ylim()
     grid[0].set_ylim(bottom=low - 0.4 * (high - low))  # room for the keys
-    _save(figure, path)
+    caption(figure, [_BAND])
+    save(figure, path)
 
 
+@styled
 def draw_steady(cells: Mapping[str, Any], split: str, path: Path) -> bool:
     """Draw plain averaging beside each of what was tried against its swings: a thin line for a seed, a thick mean.
 
@@ -96,16 +92,17 @@ def draw_steady(cells: Mapping[str, Any], split: str, path: Path) -> bool:
         return False
     figure, grid = _grid(len(tried), 2)
     for axes, name in zip(grid, tried, strict=True):
-        for steady, colour in (("plain", _SITE), (name, _COLOURS["federated"])):
+        for steady, colour in (("plain", GREY), (name, ARMS["federated"])):
             steps = found[steady][0]["steps_per_round"]
             curves = [result["curves"]["federated"]["accuracy"] for result in found[steady]]
             label = f"{steady}: {len(curves[0]) - 1} rounds of {steps} steps"
             _seeds(axes, curves, steps, colour, label)
         method = found[name][0]["cell"]["method"]
-        axes.set_title(f"{method}, {_split_title(split)}: {name}", fontsize=9, loc="left")
+        axes.set_title(f"{method}, {_split_title(split)}: {name}")
         axes.set_xlabel("steps at each site")
-        axes.legend(frameon=False, fontsize=7, loc="lower right")
-    _save(figure, path)
+        axes.legend(loc="lower right")
+    caption(figure, [_THIN])
+    save(figure, path)
     return True
 
 
@@ -120,12 +117,13 @@ def _seeds(
     axes.plot(at, means, color=colour, linewidth=2.2, label=label)
 
 
+@styled
 def draw_swing(found: Mapping[str, Sequence[Any]], path: Path) -> None:
     """Draw plain averaging beside each other way."""
     plain, *others = found
     figure, grid = _grid(len(others), 3)
     for axes, name in zip(grid, others, strict=True):
-        for way, colour in ((plain, _SITE), (name, _COLOURS["federated"])):
+        for way, colour in ((plain, GREY), (name, ARMS["federated"])):
             first = found[way][0]
             curves = [result["accuracy"] for result in found[way]]
             steps = first["rounds"] * first["steps_per_round"] // (len(curves[0]) - 1)
@@ -133,10 +131,11 @@ def draw_swing(found: Mapping[str, Sequence[Any]], path: Path) -> None:
                 f"{way}: {first['sampled']} sites a round, {first['steps_per_round']} steps each"
             )
             _seeds(axes, curves, steps, colour, label)
-        axes.set_title(name, fontsize=9, loc="left")
+        axes.set_title(name)
         axes.set_xlabel("steps of a site that always takes part")
-        axes.legend(frameon=False, fontsize=7, loc="lower right")
-    _save(figure, path)
+        axes.legend(loc="lower right")
+    caption(figure, [_THIN])
+    save(figure, path)
 
 
 def _panel(axes: Any, cells: Mapping[str, Any], method: str, split: str) -> None:
@@ -145,52 +144,53 @@ def _panel(axes: Any, cells: Mapping[str, Any], method: str, split: str) -> None
     )
     sites = [name for name in first["curves"] if name != "federated"]
     for number, site in enumerate(sites):
-        label = (
-            f"{site} alone" if split == "natural" else ("each site alone" if not number else "_")
-        )
-        colour = _ARMS[number % len(_ARMS)] if split == "natural" else _SITE
+        label = alone(site) if split == "natural" else ("each site alone" if not number else "_")
+        colour = SITES[number % len(SITES)] if split == "natural" else GREY
         _band(axes, _curves(cells, site, method=method, split=split, steady="plain"), colour, label)
     pooled = _curves(cells, "centralised", method=method, split="pooled", steady="plain")
     if pooled:
-        _band(axes, pooled, _COLOURS["centralised"], "centralised")
+        _band(axes, pooled, ARMS["centralised"], "centralised")
     _band(
         axes,
         _curves(cells, "federated", method=method, split=split, steady="plain"),
-        _COLOURS["federated"],
+        ARMS["federated"],
         "federated",
     )
-    axes.set_title(f"{method}, {_split_title(split)}", fontsize=9, loc="left")
+    axes.set_title(f"{method}, {_split_title(split)}")
     axes.set_xlabel("round")
 
 
+@styled
 def draw_sft(runs: Mapping[int, Mapping[str, Any]], path: Path) -> None:
     """Draw the validation loss of every arm over steps; a panel for each seed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * len(runs) + 1.6, 3.6), layout="constrained")
-    row = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    figure, row = new_figure(1, len(runs), size=(4.6 * len(runs) + 1.6, 3.8), share_y=True)
     for axes, (seed, curves) in zip(row, runs.items(), strict=True):
         _sft_panel(axes, curves)
-        axes.set_title(f"seed {seed}", fontsize=9, loc="left")
+        axes.set_title(f"seed {seed}")
         axes.set_xlabel("steps at each site")
-        axes.spines[["top", "right"]].set_visible(False)
     row[0].set_ylabel("validation loss, mean of the sites' sets")
-    row[-1].legend(frameon=False, fontsize=7, bbox_to_anchor=(1.0, 1.0), loc="upper left")
-    _save(figure, path)
+    caption(
+        figure,
+        [
+            "One panel a seed. A site in the federation jumps to the shared model where a round starts."
+        ],
+    )
+    row[-1].legend(bbox_to_anchor=(1.0, 1.0), loc="upper left")
+    save(figure, path)
 
 
 def _sft_panel(axes: Any, curves: Mapping[str, Any]) -> None:
     """Draw the arms of one seed; a federated site's curve jumps where a round starts."""
-    sites = [name for name in curves if name not in ("federated", "combined")]
-    colours = dict(zip(sites, _ARMS, strict=False)) | _COLOURS
+    sites = [name for name in curves if name not in ARMS]
+    colours = dict(zip(sites, SITES, strict=False)) | ARMS
     for name, curve in curves.items():
         points = [(p["step"], _mean(p)) for p in curve["points"] if p["who"] == name]
-        whole = name in ("federated", "combined")
+        whole = name in ARMS
         axes.plot(
             *zip(*points, strict=True),
             "-" if whole else "--",
             color=colours[name],
-            label=name if whole else f"{name} alone",
+            label=name if whole else alone(name),
             marker="o",
             markersize=3,
         )

@@ -222,7 +222,7 @@ def score_arms(
 
 
 def _arm_label(arm: str) -> str:
-    return arm if arm in ("base", "combined", "federated") else f"{arm} alone"
+    return arm if arm in ("base", "centralised", "federated") else f"{arm} alone"
 
 
 def _score_table(runs: Sequence[Mapping[str, Any]]) -> str:

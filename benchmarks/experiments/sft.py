@@ -246,7 +246,7 @@ def train_arms(
     mark = _mark(base, sites, settings)
     fresh = {"settings": mark, "points": [], "seconds": 0.0, "cpu_seconds": 0.0, "rounds": 0}
     curves: dict[str, Any] = {}
-    for arm in ("federated", *sites, "combined"):
+    for arm in ("federated", *sites, "centralised"):
         curves[arm] = _curve(folder / arm) or {**fresh, "points": []}
         if curves[arm]["settings"] != mark:
             raise ConfigError(
@@ -282,7 +282,7 @@ def _one_round(school: School, folder: Path, arm: str, curve: dict[str, Any]) ->
     if arm == "federated":
         weights = _federated(school, folder, curve, step)
     else:
-        names = school.names if arm == "combined" else (arm,)
+        names = school.names if arm == "centralised" else (arm,)
         school.train(names, arm, done)
     curve["points"].append({"step": step, "who": arm, "loss": school.score()})
     curve["rounds"] = done + 1

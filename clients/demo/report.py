@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedcore.pictures import ARMS, GREY, alone, caption, new_figure, save, styled
 from fedcore.view import human_bytes
 
 from .tasks import Task
@@ -66,38 +67,41 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
+@styled
 def plot(report: Mapping[str, Any], task: Task, path: Path) -> None:
     """Draw the comparison, and the global model over the rounds."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    names = [*report["local"], "federated", "centralised"]
-    values = [*report["local"].values(), report["federated"], report["centralised"]]
-    colours = ["tab:gray"] * len(report["local"]) + ["tab:blue", "tab:green"]
+    figure, (left, right) = new_figure(1, 2, size=(9, 4))
+    names = [*report["local"], *ARMS]
+    values = [*report["local"].values(), *(report[arm] for arm in ARMS)]
     bars = left.bar(
-        [n if n not in report["local"] else f"{n}\nalone" for n in names], values, color=colours
+        [alone(name).replace(" ", "\n") if name in report["local"] else name for name in names],
+        values,
+        color=[ARMS.get(name, GREY) for name in names],
     )
-    left.bar_label(bars, fmt="%.3f")
+    left.bar_label(bars, fmt="%.3f", fontsize=8)
     label = task.metric_label + (" (less is better)" if task.mode == "min" else "")
-    left.set(ylabel=label, title=f"{report['test_examples']} held-out {task.held_out}")
+    left.set(ylabel=label, title="after the last round")
     curve = [v.get(f"val_{task.metric}", math.nan) for v in report["validation_by_round"]]
-    right.plot(range(len(curve)), curve, marker="o")
+    right.plot(range(len(curve)), curve, marker="o", color=ARMS["federated"], label="federated")
     best = report["best_version"]
     right.scatter(
-        [best], [curve[best]], s=160, facecolors="none", edgecolors="tab:red", label="best model"
+        [best], [curve[best]], s=120, facecolors="none", edgecolors="black", label="best model"
     )
     right.set(
-        xlabel="round", ylabel=f"validation {task.metric_label} at the sites", title="global model"
+        xlabel="round", ylabel=f"validation {task.metric_label} at the sites", title="over rounds"
     )
     right.legend()
+    right.xaxis.get_major_locator().set_params(integer=True)
     top = 1.0 if task.mode == "max" else 1.1 * max(*values, *curve)
     for axes in (left, right):
         axes.set_ylim(0, top)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    lead, error = report["lead_over_best_local"], report["lead_standard_error"]
+    rows = f"Left: n = {report['test_examples']} held-out {task.held_out}, seed {report['seed']}."
+    against = (
+        f"The federated model leads the best site by {lead:.3f} ± {error:.3f} (its standard error)."
+    )
+    caption(figure, [rows, against])
+    save(figure, path)
 
 
 def show(console: Console, report: Mapping[str, Any], task: Task, out: Path) -> None:

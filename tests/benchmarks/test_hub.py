@@ -91,7 +91,7 @@ def test_a_causal_model_and_instruction_sets_come_by_name_and_a_task_of_the_scor
             "Rowan/hellaswag",
         }
     found = json.loads((out / "sft.json").read_text())["seeds"]["1"]
-    assert list(found["curves"]) == ["federated", "north", "south", "combined"]
+    assert list(found["curves"]) == ["federated", "north", "south", "centralised"]
     assert [s["task"] for s in found["scores"]["federated"]["scores"]] == ["hellaswag"]
     head = (out / "sft.md").read_text().splitlines()[-7]
     assert "| hellaswag acc | hellaswag acc_norm | winogrande: not run |" in head

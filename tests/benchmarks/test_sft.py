@@ -53,7 +53,7 @@ def test_the_mean_of_one_site_is_that_site_and_every_arm_opens_as_a_model(
 ) -> None:
     sites = share_out({"north": SOURCES["north"]}, SETTINGS)
     curves = train_arms(tmp_path, base, sites, SETTINGS, lambda _: None)
-    assert list(curves) == ["federated", "north", "combined"]
+    assert list(curves) == ["federated", "north", "centralised"]
     for name, tensor in weights(tmp_path / "north").items():
         assert torch.equal(weights(tmp_path / "federated")[name], tensor), name
     model = LlamaForCausalLM.from_pretrained(tmp_path / "federated")
@@ -142,7 +142,7 @@ def test_all_arms_take_a_round_before_any_takes_the_next(base: Path, tmp_path: P
     told: list[str] = []
     train_arms(tmp_path, base, share_out(SOURCES, SETTINGS), SETTINGS, told.append)
     rounds = [line.split(",")[0] for line in told]
-    arms = ("federated", "north", "south", "combined")
+    arms = ("federated", "north", "south", "centralised")
     assert rounds == [f"{arm}: round {number} of 2" for number in (1, 2) for arm in arms]
 
 
@@ -201,7 +201,7 @@ def test_the_quick_form_trains_every_arm_and_draws_the_curves(
     assert "north alone" in shown
     found = json.loads((out / "sft.json").read_text())
     assert list(found["seeds"]) == ["1"]
-    assert list(found["seeds"]["1"]["curves"]) == ["federated", "north", "south", "combined"]
+    assert list(found["seeds"]["1"]["curves"]) == ["federated", "north", "south", "centralised"]
     assert (out / "sft.png").read_bytes().startswith(b"\x89PNG")
 
 

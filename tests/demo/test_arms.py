@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 from rich.console import Console
 
@@ -146,6 +147,13 @@ def test_the_table_and_the_plot_show_every_arm(tmp_path: Path) -> None:
         assert "3.000" in line
         assert line.count(f"{number}.125") == 3
     assert "less is better" in text.getvalue()
+    before = mpl.rcParams["font.size"]
     plot(report, task, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "a.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    width = int.from_bytes(picture[16:20], "big")
+    assert width >= 2000, "300 dots an inch"
+    assert b"The federated model leads" in (tmp_path / "a.svg").read_bytes(), "text stays text"
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    assert mpl.rcParams["font.size"] == before, "the caller's own settings stay"
     json.dumps(report)
