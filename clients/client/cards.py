@@ -22,7 +22,8 @@ from .naming import plain_names
 
 __all__ = ["adapter_files", "frozen_by_class", "model_files"]
 
-_SENTENCE: Final = "SentenceTransformer"
+_SENTENCE: Final = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
+"""The classes of sentence-transformers, which make up what a folder lacks."""
 _REPOSITORY: Final = re.compile(r"models--([^/]+?)--([^/]+)")
 
 
@@ -38,15 +39,17 @@ def adapter_files(
         names: all tensors of the adapter.
     """
     config = root.peft_config[active_adapter(root)]
-    closed = _kept(specs, list(names)) or _sentence(given)
+    sentence = _sentence(given)
+    closed = _kept(specs, list(names)) or _why(sentence)
     notes = [_TIED] if _is_tied(root) else []
     notes += _resized(root, config, [spec[0] for spec in specs])
     files = {"adapter_config.json": _adapter_config(config)}
     if closed or notes:
         base = _base_name(getattr(config, "base_model_name_or_path", None))
-        kind = _SENTENCE if _sentence(given) else _class_name(root)
-        library = "sentence_transformers" if kind == _SENTENCE else "peft"
-        files[CARD] = Card(library, kind, base, closed, tuple(notes)).text()
+        library = "sentence_transformers" if sentence else "peft"
+        files[CARD] = Card(
+            library, sentence or _class_name(root), base, closed, tuple(notes)
+        ).text()
     return files
 
 
@@ -56,19 +59,17 @@ def model_files(
     """Return the files of a model without an adapter; see `adapter_files`."""
     sentence = _sentence(given)
     if not pretrained:
-        card = Card("sentence_transformers", _SENTENCE, None, sentence)
-        return {CARD: card.text()} if sentence else {}
+        if sentence is None:
+            return {}
+        return {CARD: Card("sentence_transformers", sentence, None, _why(sentence)).text()}
     files = _configs(root)
     reference = _built_anew(root)
-    closed = _incomplete(root, reference, specs) or sentence
+    closed = _incomplete(root, reference, specs) or _why(sentence)
     notes = _dtype_notes(root, reference)
     if closed or notes:
         base = _base_name(getattr(root, "name_or_path", None))
-        library, kind = (
-            ("sentence_transformers", _SENTENCE)
-            if sentence
-            else ("transformers", _class_name(root))
-        )
+        library = "sentence_transformers" if sentence else "transformers"
+        kind = sentence or _class_name(root)
         files[CARD] = Card(library, kind, base, closed, tuple(notes)).text()
     return files
 
@@ -78,12 +79,16 @@ def _class_name(model: nn.Module) -> str:
 
 
 def _sentence(given: nn.Module) -> str | None:
-    """Say why a sentence-transformers model does not open, if this is one."""
-    if not any(cls.__name__ == _SENTENCE for m in given.modules() for cls in type(m).__mro__):
-        return None
-    return (
-        "its tokenizer, its pooling and the order of its modules are not here, and SentenceTransformer would make "
-        "up its own"
+    """Return the name of the class of sentence-transformers, if the model is of one."""
+    names = (cls.__name__ for module in given.modules() for cls in type(module).__mro__)
+    return next((name for name in names if name in _SENTENCE), None)
+
+
+def _why(sentence: str | None) -> str | None:
+    """Say why a model of sentence-transformers does not open."""
+    return sentence and (
+        f"its tokenizer, its pooling and the order of its modules are not here, and {sentence} would make up "
+        "its own"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,12 @@ from transformers import (
 import fedcore.client as fl
 import fedcore.client.hf as fl_hf
 from fedcore.client.choice import choose, forget_choice
+from fedcore.config import parse_run
 from fedcore.errors import ConfigError, LayoutError
 from fedcore.opening import read_card
 from fedcore.server.initial import load_initial
 from fedcore.server.outcome import RunResult
+from fedcore.server.service import Server
 
 from .tiny_models import ROWS, llama, loss, train, write_result
 
@@ -278,12 +280,19 @@ class SentenceTransformer(nn.Sequential):
     """Built as the class of that name is: a transformers model, a pooling and perhaps a layer of its own."""
 
 
+class CrossEncoder(nn.Sequential):
+    """Another class of sentence-transformers."""
+
+
+@pytest.mark.parametrize("cls", [SentenceTransformer, CrossEncoder])
 @pytest.mark.parametrize("dense", [False, True], ids=["pooling", "dense"])
-def test_a_sentence_transformer_refuses_to_open_and_says_how(dense: bool, tmp_path: Path) -> None:
+def test_a_sentence_transformer_refuses_to_open_and_says_how(
+    cls: type[nn.Module], dense: bool, tmp_path: Path
+) -> None:
     def build() -> Any:
         body = nn.Module()
         body.auto_model = llama().model
-        return SentenceTransformer(body, nn.Identity(), *([nn.Linear(32, 8)] if dense else []))
+        return cls(body, nn.Identity(), *([nn.Linear(32, 8)] if dense else []))
 
     model = build()
     with torch.no_grad():
@@ -292,7 +301,7 @@ def test_a_sentence_transformer_refuses_to_open_and_says_how(dense: bool, tmp_pa
     write_result(model, tmp_path)
     with pytest.raises((OSError, ValueError), match=r"no file named|in its config\.json"):
         AutoModel.from_pretrained(tmp_path)
-    assert "SentenceTransformer" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert cls.__name__ in (tmp_path / "README.md").read_text(encoding="utf-8")
     again = build()
     fl.restore(again, tmp_path)
     assert all(
@@ -350,6 +359,43 @@ def test_a_run_goes_on_from_a_result_that_does_not_open_by_itself(tmp_path: Path
     files = write_result(frozen_body(), tmp_path / "best")
     _, cards = load_initial(tmp_path / "best", tmp_path / "copy.safetensors", {})
     assert cards == files
+
+
+def test_a_site_says_that_an_initial_model_of_the_server_does_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> Any:
+        body = nn.Module()
+        body.auto_model = llama().model
+        return SentenceTransformer(body, nn.Identity())
+
+    build()[0].auto_model.save_pretrained(tmp_path / "initial")
+    config = parse_run(
+        {
+            "run": {"name": "t", "rounds": 1},
+            "participants": {"sites": ["a"], "round_deadline": "60s", "idle_timeout": "30s"},
+            "model": {"initial": "initial"},
+            "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
+        },
+        folder=tmp_path,
+    )
+    server = Server(config)
+    for name, value in (("SERVER", server.endpoint), ("SITE", "a"), ("INSECURE", "1")):
+        monkeypatch.setenv(f"FEDCORE_{name}", value)
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(server.run)
+        try:
+            fl.init(build())
+            while fl.is_running():
+                fl.receive()
+                fl.send(weight=1)
+            assert result.result(30).ok
+        finally:
+            fl.shutdown()
+            server.stop()
+    assert (tmp_path / "runs/t/final/config.json").is_file()
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        AutoModel.from_pretrained(tmp_path / "runs/t/final")
 
 
 def test_an_adapter_on_tied_weights_warns_of_merging(tmp_path: Path) -> None:
