@@ -210,7 +210,8 @@ def _colours(kinds: int) -> Sequence[Any]:
         return SITES
     import matplotlib as mpl
 
-    colours: Sequence[Any] = mpl.colormaps["tab20" if kinds > 10 else "tab10"].colors
+    palette: Any = mpl.colormaps["tab20" if kinds > 10 else "tab10"]
+    colours: Sequence[Any] = palette.colors
     return colours
 
 

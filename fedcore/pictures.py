@@ -23,7 +23,7 @@ GREY: Final = "#8C8C8C"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _DPI: Final = 300
-_STYLE: Final = {
+_STYLE: Final[dict[Any, Any]] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.labelsize": 9,
