@@ -221,7 +221,7 @@ def create_model(
     reader, and every tensor is aligned to its item size.
 
     Raises:
-        LayoutError: a tensor has the name that the format keeps for its header.
+        LayoutError: a tensor has the name that the format keeps for its header, or there are too many for one.
         StorageError: the file exists, or the disk is full (the space is reserved at once).
     """
     head, offsets, meta = _model_head(layout, metadata)
@@ -262,6 +262,12 @@ def _model_head(
             "data_offsets": [offset, offset + nbytes],
         }
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(header) > _MAX_HEADER - _PAGE:
+        raise LayoutError(
+            f"the names and shapes of {len(entries) - 1:,} tensors take {len(header):,} bytes, and the header of "
+            f"a safetensors file may have {_MAX_HEADER:,}: choose fewer tensors (include, exclude), or give them "
+            "shorter names"
+        )
     length = -(-(8 + len(header)) // _PAGE) * _PAGE - 8
     return length.to_bytes(8, "little") + header.ljust(length), offsets, meta
 

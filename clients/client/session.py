@@ -539,13 +539,20 @@ class Session:
             if difference:
                 raise LayoutError(changed_layout(difference))
             return self._layout
+        if len(specs) > protocol.MAX_TENSORS:
+            raise LayoutError(
+                f"the model has {len(specs):,} tensors that travel, and at most {protocol.MAX_TENSORS:,} may: "
+                "choose fewer (include, exclude), or stack those of one shape into one tensor"
+            )
         layout = Layout(
             [(n, d, list(s)) for n, d, s in specs], self._connection.welcome.chunk_bytes
         )
         if layout.total_bytes == 0:
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
+        tensors = table(layout)
         declare = protocol.Declare(
-            tensors=[(n, d, list(s)) for n, d, s in table(layout)],
+            tensors=tensors,
+            packed=protocol.pack_table(tensors) if protocol.packs(tensors) else None,
             files=dict(files),
             fingerprints=dict(fingerprints),
             frozen=list(frozen),

@@ -27,6 +27,7 @@ from .fields import (
     MAX_ANSWER_BYTES,
     MAX_DECLARE_BYTES,
     MAX_FEATURES,
+    MAX_LISTED,
     MAX_METRICS,
     MAX_NAME,
     MAX_SETS,
@@ -100,6 +101,7 @@ from .status import (
     StatusRequest,
     VersionStatus,
 )
+from .tables import pack_table, packs
 
 __all__ = [
     "DEFAULT_CHUNK_BYTES",
@@ -112,6 +114,7 @@ __all__ = [
     "MAX_CONTROL_BYTES",
     "MAX_DECLARE_BYTES",
     "MAX_FEATURES",
+    "MAX_LISTED",
     "MAX_METRICS",
     "MAX_NAME",
     "MAX_SETS",
@@ -183,6 +186,8 @@ __all__ = [
     "first_metrics",
     "greeting",
     "is_of_run",
+    "pack_table",
+    "packs",
     "shown",
     "strict_json",
 ]

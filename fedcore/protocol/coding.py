@@ -15,6 +15,7 @@ from fedcore.errors import ProtocolError
 from .base import Message
 from .fields import (
     MAX_ANSWER_BYTES,
+    MAX_LISTED,
     MAX_METRICS,
     MAX_TENSORS,
     SMALL_BYTES,
@@ -110,11 +111,12 @@ def decode_from_site(body: bytes, tensors: int = MAX_TENSORS) -> FromSite:
         ProtocolError: names the field, what was expected and what came.
     """
     if len(body) <= SMALL_BYTES:
-        return _decode(_FROM_SITE, body)
+        return _decode(_FROM_SITE, body, tensors=tensors)
     found = _LARGE_TYPE.match(body)
     kind = found[1].decode() if found else ""
     if kind == "declare":
-        most, brackets, commas = MAX_CONTROL_BYTES, 2 * tensors, 5 * tensors
+        listed = min(tensors, MAX_LISTED)
+        most, brackets, commas = MAX_CONTROL_BYTES, 2 * listed, 5 * listed
     elif kind == "answer":
         most, brackets, commas = MAX_ANSWER_BYTES + SMALL_BYTES, 0, MAX_ANSWER_BYTES
     else:
@@ -129,8 +131,10 @@ def decode_from_site(body: bytes, tensors: int = MAX_TENSORS) -> FromSite:
         or body.count(b",") > commas + _TEXT_MARKS
         or body.count(b":") > brackets // 2 + _TEXT_MARKS
     ):
-        raise ProtocolError(f"bad control message: {kind}: more than {tensors} tensors or values")
-    return _decode(_LARGE[kind], body, kind)
+        raise ProtocolError(
+            f"bad control message: {kind}: more than {min(tensors, MAX_LISTED)} tensors or values"
+        )
+    return _decode(_LARGE[kind], body, kind, tensors)
 
 
 class Greeting(BaseModel):
@@ -178,9 +182,11 @@ def first_metrics(metrics: Mapping[str, float], chosen: str | None) -> dict[str,
     return {name: metrics[name] for name in sorted(names)}
 
 
-def _decode(adapter: TypeAdapter[_M], body: bytes, kind: str = "") -> _M:
+def _decode(
+    adapter: TypeAdapter[_M], body: bytes, kind: str = "", tensors: int = MAX_TENSORS
+) -> _M:
     try:
-        message = adapter.validate_json(body)
+        message = adapter.validate_json(body, context={"tensors": tensors})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         # What the sender wrote can be in both: its keys are part of the place, its type of the message.

@@ -17,7 +17,9 @@ MAX_NAME: Final = 128
 MAX_FEATURES: Final = 64
 MAX_SETS: Final = 16
 MAX_ANSWER_BYTES: Final = 1 << 20
-MAX_TENSORS: Final = 100_000
+MAX_TENSORS: Final = 1_000_000
+MAX_LISTED: Final = 100_000
+"""Tensors of a message that lists them; a table of more is packed."""
 MAX_TENSOR_NAME: Final = 1024
 RESERVED_NAME: Final = "__metadata__"
 """The key of a safetensors header that is no tensor."""
@@ -124,9 +126,7 @@ TensorEntry = tuple[
     Annotated[str, StringConstraints(max_length=8), AfterValidator(_printable)],
     Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16, fail_fast=True)],
 ]
-TensorTable = Annotated[
-    list[TensorEntry], Field(min_length=1, max_length=MAX_TENSORS, fail_fast=True)
-]
+TensorTable = Annotated[list[TensorEntry], Field(max_length=MAX_TENSORS, fail_fast=True)]
 FrozenTable = Annotated[
     list[
         tuple[

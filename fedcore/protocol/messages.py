@@ -9,6 +9,7 @@ from pydantic import (
     BeforeValidator,
     Field,
     StringConstraints,
+    ValidationInfo,
     model_validator,
 )
 
@@ -37,6 +38,7 @@ from .fields import (
     shown_within,
 )
 from .frames import MAX_CHUNK_BYTES, PROTOCOL_VERSION
+from .tables import Packed, tensor_limit, unpack_table
 
 _S = TypeVar("_S", bound="NamedSet")
 
@@ -62,15 +64,32 @@ class NamedSet(Part):
 
 
 class OpenSet(NamedSet):
-    """A published set for those who may not know its layout: ``tensors`` describes it."""
+    """A published set for those who may not know its layout: ``tensors``, or ``packed``, describes it."""
 
-    tensors: TensorTable
+    tensors: TensorTable = []
+    packed: Packed | None = None
+
+    @model_validator(mode="after")
+    def _unpacked(self, info: ValidationInfo) -> OpenSet:
+        _unpack(self, info)
+        return self
 
 
 def _unique(sets: list[_S]) -> list[_S]:
     if len({one.name for one in sets}) != len(sets):
         raise ValueError("two sets have one name")
     return sets
+
+
+def _unpack(message: OpenSet | Declare, info: ValidationInfo) -> None:
+    """Put the tensors of a packed table where the readers of a message look for them."""
+    if message.packed is not None and (info.mode == "json" or not message.tensors):
+        if message.tensors:
+            raise ValueError("tensors: given twice, listed and packed")
+        found = unpack_table(message.packed, tensor_limit(info))
+        object.__setattr__(message, "tensors", found)  # its own, before anyone else has seen it
+    if not message.tensors:
+        raise ValueError("tensors: expected at least one")
 
 
 def _with_model(sets: list[_S]) -> list[_S]:
@@ -113,12 +132,14 @@ class Declare(OfRun):
 
     ``files`` holds the likes of ``config.json`` or ``adapter_config.json``; the server writes them beside
     ``best/`` and ``final/`` so that the folders open with the usual loaders. ``fingerprints`` are digests of what
-    must be alike at all sites, such as the tokenizer. ``frozen`` describes what the model has and does not
+    must be alike at all sites, such as the tokenizer. ``packed`` stands for ``tensors`` on the wire where there
+    are many: `fedcore.protocol.tables`. ``frozen`` describes what the model has and does not
     travel, as `fedcore.frozen` compares it.
     """
 
     type: Literal["declare"] = "declare"
-    tensors: TensorTable
+    tensors: TensorTable = []
+    packed: Packed | None = None
     files: Annotated[
         dict[
             Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\.json$")],
@@ -136,11 +157,16 @@ class Declare(OfRun):
     frozen: FrozenTable = []
 
     @model_validator(mode="after")
-    def _leaves_room(self) -> Declare:
+    def _leaves_room(self, info: ValidationInfo) -> Declare:
         """What a site declares comes back in each `Task`, with a little more beside it."""
-        if len(self.model_dump_json()) > MAX_DECLARE_BYTES:
+        _unpack(self, info)
+        if len(self.model_dump_json(exclude=self.left_out())) > MAX_DECLARE_BYTES:
             raise ValueError("tensors and files are too large")
         return self
+
+    def left_out(self) -> set[str]:
+        """Return the fields that are not written where they say nothing, or where another one says it."""
+        return super().left_out() | ({"packed"} if self.packed is None else {"tensors"})
 
 
 class Ready(OfRun):

@@ -510,6 +510,13 @@ class Server:
         for text in found.notes:
             self._peers.tell(site, "%s: %s", text, level=logging.INFO)
         if model is None:
+            seen = next(
+                (d for d in self._status.declared.values() if d.tensors == declare.tensors), None
+            )
+            if seen is not None:  # a table that is kept once for all sites
+                declare = declare.model_copy(
+                    update={"tensors": seen.tensors, "packed": seen.packed}
+                )
             self._status.declared[site] = declare
         elif CARD in declare.files:
             self._store.add_file(CARD, declare.files[CARD])
@@ -696,7 +703,7 @@ class Server:
             seed=self.config.run.seed * 1_000_003 + action.round,
         )
         if self._versions.model is not None:
-            layout = self._versions.model.layout
+            listed, packed = self._versions.described()
             task = task.model_copy(
                 update={
                     "included": self._versions.included.get(action.site),
@@ -705,7 +712,8 @@ class Server:
                         protocol.OpenSet.model_construct(
                             id=self._set_id_for(action.site).hex(),
                             layout=self._versions.layout_hash,
-                            tensors=table(layout),
+                            tensors=listed,
+                            packed=packed,
                         )
                     ],
                 }

@@ -6,12 +6,13 @@ import logging
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from fedcore import protocol
 from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError, LayoutError, StorageError
-from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, layout_hash, open_model
+from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, layout_hash, open_model, table
 from fedcore.words import plural
 
 from .hashing import Hasher
@@ -20,6 +21,9 @@ from .integrity import checksum_of, verify_model
 from .store import Store, VersionRow
 
 __all__ = ["Versions", "checksum_of", "declared_layout"]
+
+_TENSOR_BYTES: Final = 1024
+"""What a tensor of a declared table takes in memory, at most, while the table is parsed and kept."""
 
 logger = logging.getLogger("fedcore.server")
 
@@ -49,6 +53,7 @@ class Versions:
         self.set_id = self.packed_id = b""
         self.included: dict[str, int] = {}
         self._config = config
+        self._described: tuple[Layout, list[tuple[str, str, list[int]]], str | None] | None = None
         self._store = store
         self._exchange = exchange
         self._checksums: list[int] = []
@@ -214,13 +219,30 @@ class Versions:
     @property
     def table_bytes(self) -> int:
         """About how large a message is that names the model's tensors."""
-        return 0 if self.model is None else 128 * self.model.layout.tensor_count
+        if self.model is None:
+            return 0
+        listed, packed = self.described()
+        return len(packed) if packed is not None else 128 * len(listed)
+
+    def described(self) -> tuple[list[tuple[str, str, list[int]]], str | None]:
+        """Return the model's tensors as a `protocol.OpenSet` has them: listed, or packed where there are many."""
+        assert self.model is not None
+        layout = self.model.layout
+        if self._described is None or self._described[0] is not layout:
+            listed = table(layout)
+            if protocol.packs(listed):
+                self._described = (layout, [], protocol.pack_table(listed))
+            else:
+                self._described = (layout, listed, None)
+        return self._described[1:]
 
     def most_tensors(self) -> int:
         """Return how many tensors a site may declare: where there is a model, few more than it has."""
-        if self.model is None:
-            return protocol.MAX_TENSORS
-        return max(10_000, 2 * self.model.layout.tensor_count)
+        if self.model is not None:
+            return max(10_000, 2 * self.model.layout.tensor_count)
+        # Each site's table is kept until there is a model.
+        room = self._config.server.memory // (_TENSOR_BYTES * self._config.participants.expected)
+        return min(protocol.MAX_TENSORS, max(protocol.MAX_LISTED, room))
 
     @property
     def checksum(self) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import resource
+import zlib
 
 import pytest
 
@@ -80,3 +83,67 @@ def test_what_names_a_run_is_acted_on_in_that_run_alone() -> None:
     assert protocol.is_of_run(protocol.Alive(run_id=run), run)
     assert not protocol.is_of_run(protocol.Alive(run_id="1" * 32), run)
     assert protocol.is_of_run(protocol.Rejoin(), run)
+
+
+def table(count: int) -> list[tuple[str, str, list[int]]]:
+    return [
+        (f"layers.{i // 128}.experts.{i % 128}.lora_A.weight", "F32", [8, 64]) for i in range(count)
+    ]
+
+
+def declared(packed: str) -> bytes:
+    return json.dumps({"type": "declare", "packed": packed}).encode()
+
+
+def squeezed(text: bytes) -> str:
+    return base64.b64encode(zlib.compress(text)).decode()
+
+
+def test_a_table_of_many_tensors_travels_packed_and_comes_out_the_same() -> None:
+    tensors = table(138_240)
+    message = protocol.Declare(tensors=tensors, packed=protocol.pack_table(tensors))
+    body = protocol.encode(message)
+    assert len(body) < 1 << 20
+    found = protocol.decode_from_site(body, 138_240)
+    assert isinstance(found, protocol.Declare)
+    assert found.tensors == tensors
+    opened = protocol.OpenSet.model_construct(
+        id="0" * 32, layout="1" * 64, tensors=[], packed=message.packed
+    )
+    task = protocol.Task(kind="train", round=1, rounds=1, version=0).model_copy(
+        update={"sets": [opened]}
+    )
+    told = protocol.decode_from_server(protocol.encode(task))
+    assert isinstance(told, protocol.Task)
+    assert told.model is not None
+    assert told.model.tensors == tensors
+
+
+@pytest.mark.parametrize(
+    ("packed", "said"),
+    [
+        (squeezed(json.dumps(table(1001)).encode()), "more than 1,000 tensors"),
+        (squeezed(b"[" * 100_000), "more than 1,000 tensors"),
+        (squeezed(b"[" + b"0," * 100_000 + b"0]"), "more than 1,000 tensors"),
+        (squeezed(b" " * (200 << 20)), "more than 2,048,000 bytes of text"),
+        (squeezed(b'[["w","F32",[1]]]')[:-8], "expected a packed table of tensors"),
+        (base64.b64encode(b"no zlib").decode(), "expected a packed table of tensors"),
+        ("no base64!", "expected a packed table of tensors"),
+        (squeezed(b'[["w","F32",[-1]]]'), r"0\.2\.0: Input should be greater"),
+        (squeezed(b'[["w\\u202e","F32",[1]]]'), r"0\.0: Value error, expected printable"),
+        (squeezed(b"[]"), "at least 1 item"),
+    ],
+)  # fmt: skip
+def test_a_packed_table_that_is_none_or_too_large_is_refused(packed: str, said: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ProtocolError, match=said):
+        protocol.decode_from_site(declared(packed), 1000)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
+
+
+def test_a_declaration_has_its_tensors_once() -> None:
+    packed = protocol.pack_table([("w", "F32", [1])])
+    with pytest.raises(ProtocolError, match="given twice"):
+        site(type="declare", tensors=[["w", "F32", [1]]], packed=packed)
+    with pytest.raises(ProtocolError, match="expected at least one"):
+        site(type="declare")
