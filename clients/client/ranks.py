@@ -8,6 +8,8 @@ An error of rank 0 is raised by all; an error of another rank ends its process, 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import os
 import sys
@@ -51,7 +53,26 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Let go of the group, and wait for its threads.
+
+        A thread of gloo drops the last collective's tensors some time after that has returned, which takes the
+        interpreter. Where the interpreter ends first, the whole process aborts ("terminate called without an
+        active exception"). So this runs before it ends. The same holds for a default group of gloo, which scripts
+        and trainers leave open.
+        """
+        atexit.unregister(self.close)
+        group, self._group = self._group, None
+        if group is None:
+            return
+        with contextlib.suppress(RuntimeError, ValueError):  # the script has let go of it before
+            dist.destroy_process_group(group)
+        del group
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
 
     def together(
         self, lead: Callable[[], Any], serve: Callable[[str], object] | None = None

@@ -235,6 +235,18 @@ def test_a_rank_other_than_0_that_sends_is_refused_and_ends_both(run: Future[Run
     assert "rank 0 lost another process of this site" in zero.said
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+@pytest.mark.parametrize("script_lets_go", [[], ["destroy"]], ids=["left open", "destroyed"])
+def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(
+    tmp_path: Path, script_lets_go: list[str]
+) -> None:
+    """One that still drops a tensor then aborts the process."""
+    (process,) = start("leaves.py", tmp_path / "store", *script_lets_go)
+    assert process.returncode == 0, process.said
+    assert "at work True" in process.said
+    assert "at the end 0" in process.said
+
+
 def test_an_error_of_rank_0_is_raised_by_all(run: Future[RunResult], tmp_path: Path) -> None:
     zero, one = start_two("hf_ddp.py", tmp_path / "hf", "frozen")
     assert "LayoutError: the model has no trainable tensor" in zero.said
