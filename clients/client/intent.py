@@ -65,10 +65,15 @@ def wanted_run(settings: str | None) -> str | None:
 def _warn(pid: int) -> None:
     """Say at the exit that the script took no part; one that failed has said why."""
     from .session import made_session
+    from .signals import ended_by
 
     session = made_session()
     failed = getattr(sys, "last_value", None) is not None
     if not _intends or failed or session is None or session.took_part or os.getpid() != pid:
+        return
+    if (
+        ended_by() or session.outcome is not None
+    ):  # a signal ended it, or it came after the end of the run
         return
     if session.run:
         logger.warning(

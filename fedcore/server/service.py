@@ -849,8 +849,9 @@ class Server:
         if untold and linger:
             names = ", ".join(sorted(untold))
             logger.warning("%s may not know that the run is over: nothing heard from there", names)
-        # Whoever still waits for a run that did not end as planned joins the server that goes on with it.
-        self._store.forget_members(members if self._result.ok else members - untold)
+        # Whoever still waits joins the next server: one that goes on with the run, or says these words again.
+        over = self._result.ok and not self._interrupted
+        self._store.forget_members(members if over else members - untold)
 
     def _reply_status(self, peer: bytes) -> None:
         if self._result is None:

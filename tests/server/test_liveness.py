@@ -1,4 +1,4 @@
-"""Sites and servers come and go at random; once nothing is lost any more, the run comes to its end.
+"""Sites and servers come and go at random; nobody trains in vain, and once all are there the run comes to its end.
 
 The round state machine is driven through drawn events without a clock or a socket. What the process does with its
 actions, and what a site does with its tasks, is played here as `fedcore.server.service` and
@@ -15,6 +15,7 @@ import pytest
 from fedcore.server.actions import (
     Action,
     CancelCollect,
+    Choose,
     Commit,
     EndRun,
     Participant,
@@ -38,6 +39,8 @@ class Site:
     process: int = 0
     task: tuple[str, int] | None = None
     update: tuple[int, Delivery] | None = None
+    offers: int = -1
+    """The process that announces it again whenever it has joined again."""
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Disk:
     members: set[str] = field(default_factory=set)
     scored: dict[int, set[str]] = field(default_factory=dict)
     decided: tuple[Participant, ...] = ()
+    chosen: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
 
 class Game:
@@ -82,7 +86,10 @@ class Game:
         for action in actions:
             if isinstance(action, SendTask) and self.sites[action.site].up:
                 self.sites[action.site].task = (action.kind, action.round)
+            elif isinstance(action, Choose):
+                self.disk.chosen = {action.round: action.sites}
             elif isinstance(action, SendDropped):
+                assert "not chosen" not in action.message, (action, self.disk)
                 self.sites[action.site].update = None
             elif isinstance(action, StartCollect):
                 self.collecting, self.disk.decided = True, action.participants
@@ -133,12 +140,15 @@ class Game:
         if disk.members:
             scored = () if disk.version is None else disk.scored.get(disk.version, ())
             until = self.now + RETURN_SECONDS
-            self.rounds.restarted(sorted(disk.members), sorted(scored), until, disk.decided)
+            chosen = disk.chosen.get(self.rounds.round, ())
+            self.rounds.restarted(sorted(disk.members), sorted(scored), until, disk.decided, chosen)
 
     def work(self, name: str, site: Site) -> None:
         if not site.declared:
             site.declared = True
             self.do(self.rounds.declared(name, self.now))
+            if site.update is not None and site.offers == site.process:
+                self.do(self.rounds.ready(name, *site.update))
             return
         version, task = self.disk.version, site.task
         if task is None:
@@ -153,6 +163,7 @@ class Game:
                 self.score(name, round_ - 1)
             if site.update is None or site.update[0] != round_:
                 site.update = round_, Delivery(f"{self.draw.getrandbits(120):032x}", 3)
+            site.offers = site.process
             self.do(self.rounds.ready(name, round_, site.update[1]))
 
     def score(self, name: str, version: int) -> None:

@@ -125,14 +125,15 @@ def test_a_site_that_is_back_within_the_linger_time_learns_of_the_end(
     assert "may not know" not in over(federation)
 
 
-def test_a_server_killed_in_its_last_words_says_them_when_it_is_started_again(
-    federation: Federation,
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_ended_in_its_last_words_says_them_when_it_is_started_again(
+    federation: Federation, number: signal.Signals
 ) -> None:
     server, b = away_at_the_end(federation, "20s")
     b.process.kill()
     over(federation)
-    server.kill()
-    server.wait()
+    server.send_signal(number)
+    assert server.wait() == (0 if number == signal.SIGTERM else -number)
     again, site = federation.server(), federation.site("b")
     ended([site], "complete")
     assert (site.process.returncode, again.wait()) == (0, 0)
