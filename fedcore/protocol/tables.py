@@ -19,7 +19,7 @@ from .fields import MAX_TENSORS, TensorEntry, shown
 
 __all__ = ["MAX_PACKED_TEXT", "Packed", "pack_table", "packs", "tensor_limit", "unpack_table"]
 
-PACK_FROM: Final = 5000
+PACK_FROM: Final = 10_000
 """So many tensors and more travel packed."""
 MAX_PACKED_TEXT: Final = 100_000_000
 """Bytes that a packed table may unpack to: the header of a model file, which says more, may have no more."""

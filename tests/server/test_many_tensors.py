@@ -58,9 +58,13 @@ def rounds_of(tmp_path: Path, count: int) -> None:
     assert all((value == 2).all() for value in final.values())
 
 
-def test_a_model_whose_table_travels_packed_goes_through_its_rounds(tmp_path: Path) -> None:
-    assert protocol.packs(specs(6000))
-    rounds_of(tmp_path, 6000)
+def test_a_model_whose_table_travels_packed_goes_through_its_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert protocol.packs(specs(10_000))
+    monkeypatch.setattr("fedcore.protocol.tables.PACK_FROM", 100)
+    assert protocol.packs(specs(600))
+    rounds_of(tmp_path, 600)
 
 
 @pytest.mark.slow
