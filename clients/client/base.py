@@ -118,7 +118,10 @@ def frozen_tensors(
         if id(tensor) in seen or id(tensor) in unused or not tensor.numel():
             continue
         seen.add(id(tensor))
-        if tensor.requires_grad or (not tensor.is_meta and address(tensor) in starts):
+        if tensor.requires_grad:
+            continue
+        # Where a rank's part lies says nothing if it is empty, and all ranks have to choose the same tensors.
+        if not (tensor.is_meta or is_sharded(tensor)) and address(tensor) in starts:
             continue
         short = plain[name]
         if id(module) not in inside and not isinstance(tensor, nn.Parameter):
