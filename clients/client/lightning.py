@@ -9,12 +9,12 @@
         trainer.fit(model, data)           # trains from the global model, sends the update
 
 Each ``fit`` runs for the trainer's own budget (``max_epochs``, ``max_steps``, ``max_time``), counted from where
-the round before stopped. Lightning makes new optimisers for each ``fit``; their state and that of the
-learning-rate schedules is carried over in memory, unless ``patch(trainer, keep_optimizer=False)`` asks for fresh
-ones. While they are made, ``trainer.max_epochs``, ``trainer.max_steps`` and
-``trainer.estimated_stepping_batches`` are those of the whole run, so that a schedule laid out with them spans all
-rounds; for fresh ones, those of one round. Sanity checks and validation inside ``fit`` never score the global
-model. Once the run is over, the trainer works as if it had not been patched.
+the round before stopped, in the data too. Lightning makes new optimisers for each ``fit``; their state and that of
+the learning-rate schedules is carried over, also to a process that is started again, unless
+``patch(trainer, keep_optimizer=False)`` asks for fresh ones. While they are made, ``trainer.max_epochs``,
+``trainer.max_steps`` and ``trainer.estimated_stepping_batches`` are those of the whole run, so that a schedule
+laid out with them spans all rounds; for fresh ones, those of one round. Sanity checks and validation inside
+``fit`` never score the global model. Once the run is over, the trainer works as if it had not been patched.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ from .counting import ExampleCounter, Examples
 from .intent import intend
 from .lightning_counting import count_batch
 from .lightning_data import DataPlace
+from .lightning_kept import KeptState
 from .lightning_state import Carried, callbacks_of
+from .randomness import put_back, take
 from .torch import (
     TorchSite,
     check_trainer,
@@ -68,6 +70,7 @@ def patch(
     keep_optimizer: bool = True,
     data: Literal["all_rounds", "per_round"] = "all_rounds",
     examples: Examples = None,
+    keep_state: bool | None = None,
     tokenizer: Any = None,
     include: Iterable[str] | str = (),
     exclude: Iterable[str] | str = (),
@@ -84,6 +87,8 @@ def patch(
         data: ``"all_rounds"``: a round that begins within an epoch goes on with the batch after the last one;
             ``"per_round"``: it begins its data anew.
         examples: how the update's weight is counted; see `fedcore.client.counting.ExampleCounter`.
+        keep_state: whether optimisers and schedules are kept in the site's work folder, so that a process that is
+            started again goes on with them; None: where their state takes at most 1 GiB.
         tokenizer: the server refuses sites whose tokenizers differ.
         include, exclude: which of the tensors travel, by name; see `fedcore.client.choice`.
         run: name (or id) of the run that this script is for; a server that serves another one refuses it.
@@ -106,7 +111,10 @@ def patch(
     choose(include, exclude)
     site.tokenizer = tokenizer
     place = DataPlace(trainer, data == "all_rounds", site.say)
-    trainer._fedcore = _Patch(trainer, site, keep_optimizer, counted, place)
+    kept = KeptState(keep_state)
+    trainer._fedcore = _Patch(
+        trainer, site, counted, keep_optimizer=keep_optimizer, place=place, kept=kept
+    )
     name = "lightning.pytorch" if package == "lightning" else "pytorch_lightning"
     base = importlib.import_module(name).Callback
     trainer.callbacks.insert(0, _make_callback(base, trainer._fedcore))
@@ -163,13 +171,16 @@ class _Patch:
         self,
         trainer: Any,
         site: TorchSite,
-        keep_optimizer: bool,
         counted: ExampleCounter,
+        *,
+        keep_optimizer: bool,
         place: DataPlace,
+        kept: KeptState,
     ) -> None:
         self._trainer = trainer
         self._site = site
-        self._place = place
+        self._place, self._kept = place, kept
+        self._recalled = False
         self._keep = keep_optimizer
         self._epochs, self._steps = trainer.max_epochs, trainer.max_steps
         self._carried = Carried(trainer)
@@ -203,8 +214,10 @@ class _Patch:
             self.scored_by_loader.clear()
             try:
                 # The order in which training draws its data is that of one training without scores.
-                with _averages_hidden(self._trainer.callbacks), torch.random.fork_rng(devices=[]):
+                random = take()
+                with _averages_hidden(self._trainer.callbacks):
                     results = self._validate(model, *args, **kwargs)
+                put_back(random)
             finally:
                 self.scoring = False
                 self._site.after_scoring()
@@ -270,8 +283,11 @@ class _Patch:
                 )
             return None
         found = self._select(fn, ckpt_path, *args, **kwargs)
-        if found is not None and ckpt_path is None and self._round == 1:
-            logger.info("%s is left out of account: the run is in its first round", found)
+        if found is not None and ckpt_path is None and (self._round == 1 or self._recalled):
+            why = "the run is in its first round"
+            if self._recalled:
+                why = "the state that was kept at the end of the last round is used"
+            logger.info("%s is left out of account: %s", found, why)
             return None
         return found
 
@@ -298,12 +314,15 @@ class _Patch:
             self._reset_timers()
             self.counted.clear()
             self._resumed, self._round = None, task.round
+            if not self._trained:
+                self._recall()
             self._place.begin()
             self._fit(module, *args, **kwargs)
             self._trained = True
             if getattr(self._trainer, "interrupted", False):
                 raise KeyboardInterrupt
             self._site.submit(module, self.counted, numbers(self._trainer.callback_metrics))
+            self._kept.settle(self._site.kept_folder())
 
     def _forget_early_stops(self) -> None:
         """Have early stopping compare within this round: the global model it starts from is another one."""
@@ -359,6 +378,8 @@ class _Patch:
         """
         if not self._site.over and self._trainer.training:
             module = self._trainer.lightning_module
+            self._recalled = False
+            self._place.recall({"batches": 0, "epoch_random": None})
             self._site.hold(module, warn=False)
             checkpoint["state_dict"] = module.state_dict()
             checkpoint.pop("current_model_state", None)
@@ -389,12 +410,34 @@ class _Patch:
             self._forget_early_stops()
         self._carried.restore(load=self._keep and self._resumed is None)
 
+    def _recall(self) -> None:
+        """Go on where an earlier process of this site stopped."""
+        state = self._kept.find(self._site.kept_folder(), self._round)
+        if state is None:
+            return
+        self._recalled = True
+        loop = self._trainer.fit_loop
+        loop.load_state_dict(state["loops"])
+        _rest(loop)
+        self._place.recall(state["place"])
+        if state["carried"] is not None:
+            self._carried.recall(state["carried"])
+        put_back(state["random"])
+        how = "go on" if state["carried"] else "begin anew"
+        epoch = loop.epoch_progress.current.completed
+        self._site.say(f"optimisers and schedules {how}; steps and epochs go on with epoch {epoch}")
+
     def keep(self) -> None:
         """Keep the state of this round's optimisers and schedules, and the place in the data."""
         if self._site.over:
             return
         self._place.end()
         self._carried.keep()
+        state = {"place": self._place.kept(), "random": take(), "carried": None}
+        state["loops"] = self._trainer.fit_loop.state_dict()
+        if self._keep and self._kept.keeps(self._trainer.optimizers):
+            state["carried"] = self._carried.kept()
+        self._kept.save(self._site.kept_folder(), self._round, state)
         self._carried.end_averages()
         self._carried.stay_unfrozen()
 
@@ -416,6 +459,14 @@ def _averages_hidden(callbacks: Iterable[Any]) -> Iterator[None]:
     finally:
         for callback, average in zip(averaging, averages, strict=True):
             callback._average_model = average
+
+
+def _rest(loop: Any) -> None:
+    """Have loops that have loaded their counters begin a ``fit`` as those do that have counted themselves."""
+    loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+    for inner in vars(loop).values():
+        if hasattr(inner, "_loaded_from_state_dict"):
+            _rest(inner)
 
 
 def _begin_epoch_anew(checkpoint: Mapping[str, Any]) -> None:

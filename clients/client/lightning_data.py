@@ -2,13 +2,16 @@
 
 A round that a number of steps or a limit of time ends stops within an epoch. `DataPlace` keeps the iterator of the
 loader then, and puts it back in the next round, with the trainer's counters as they were: the epoch goes on with
-the next batch. Another loader than the last round's is brought to the same place: it leaves out as many batches.
+the next batch. Another loader than the last round's is brought to the same place: with the random numbers that
+the epoch began with, it leaves out as many batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from .randomness import put_back, take
 
 __all__ = ["DataPlace"]
 
@@ -39,7 +42,8 @@ class DataPlace:
         self._held: _Held | None = None
         self._source: Any = None
         self._batches = 0
-        self._pending = self._continuing = self._limited = False
+        self._pending = self._continuing = self._limited = self._begun = False
+        self._random: dict[str, Any] | None = None
 
     @property
     def behind(self) -> int:
@@ -81,6 +85,7 @@ class DataPlace:
             self._setup()
             return
         self._pending = False
+        self._begun = True
         if self._batches and self._goes_on and self._go_on():
             epoch = self._trainer.current_epoch
             self._say(f"the data go on in epoch {epoch}, after batch {self._batches} of it")
@@ -88,7 +93,9 @@ class DataPlace:
         if self._batches:
             self.release()
             self._say("the data begin anew")
+        self._random = _take(None)
         self._setup()
+        self._random = _take(self._loop._combined_loader, self._random)
         # The loader's iterator is made: the loop would make another one, which a stream would notice.
         self._loop._resuming_from_checkpoint = True
 
@@ -96,8 +103,11 @@ class DataPlace:
         """Let an epoch that goes on keep its count of batches."""
         if not self._continuing:
             self._reset()
+            if not self._begun:  # an epoch begins here, with a new iterator
+                self._random = _take(self._loop._combined_loader)
+            self._begun = False
             return
-        self._continuing = False
+        self._continuing = self._begun = False
         self._loop._restarting = False
         done = self._loop.epoch_loop.batch_progress
         done.reset_on_restart()
@@ -115,15 +125,28 @@ class DataPlace:
             return True
         if held is not None:
             held.fetcher.teardown()
+        now = take()
         self._setup()
-        if any(_draws(loader) for loader in loop._combined_loader.flattened):
+        drawn = any(_draws(loader) for loader in loop._combined_loader.flattened)
+        if drawn and self._random is None:
             return False
         self._return_to_epoch(1)
-        if not self._leave_out(self._batches):
+        if self._random is not None:  # the epoch has the order with which it began
+            _put_back(self._random, loop._combined_loader)
+        found = self._leave_out(self._batches)
+        put_back(now)
+        if not found:
             self._return_to_epoch(-1)
             iter(loop._data_fetcher)
-            return False
-        return True
+        return found
+
+    def kept(self) -> dict[str, Any]:
+        """Return the place, for another process."""
+        return {"batches": self._batches, "epoch_random": self._random}
+
+    def recall(self, kept: dict[str, Any]) -> None:
+        """Go on where another process stopped."""
+        self._batches, self._random = int(kept["batches"]), kept["epoch_random"]
 
     def _return_to_epoch(self, by: int) -> None:
         """Count the epoch that the last round ended in as under way; with -1, as done again."""
@@ -166,6 +189,18 @@ class DataPlace:
                     "training; to go on through the data from round to round, set max_steps instead"
                 )
                 return
+
+
+def _take(loader: Any, states: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the random states that decide a pass over the data, those of the loader's own generators included."""
+    parts = [] if loader is None else loader.flattened
+    return {**(states or take()), "loaders": [take(part)["loader"] for part in parts]}
+
+
+def _put_back(states: dict[str, Any], loader: Any) -> None:
+    for part, own in zip(loader.flattened, states["loaders"], strict=False):
+        put_back({**states, "loader": own}, part)
+    put_back(states)
 
 
 def _length(loader: Any) -> float:

@@ -77,6 +77,14 @@ class Carried:
             self._optimizers.append((state, self._names(optimizer)))
         self._schedulers = [c.scheduler.state_dict() for c in (self._own if averaging else configs)]
 
+    def kept(self) -> dict[str, Any]:
+        """Return what `keep` kept, for another process."""
+        return {"optimizers": self._optimizers, "schedulers": self._schedulers}
+
+    def recall(self, kept: dict[str, Any]) -> None:
+        """Take what another process kept in place of this one's."""
+        self._optimizers, self._schedulers = kept["optimizers"], kept["schedulers"]
+
     def _names(self, optimizer: Any) -> list[list[str]]:
         names = {id(p): name for name, p in self._trainer.lightning_module.named_parameters()}
         return [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
@@ -88,6 +96,8 @@ class Carried:
         parameters = dict(self._trainer.lightning_module.named_parameters())
         if not mine <= theirs <= parameters.keys():
             return False
+        for name in theirs - mine:  # a process that was started again has frozen them
+            parameters[name].requires_grad_(True)
         optimizer.param_groups[:] = [
             {**options, "params": [parameters[name] for name in group]}
             for options, group in zip(state["param_groups"], names, strict=True)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fedcore.client.lightning as fl
+from fedcore.client.torch import forget_site
 from fedcore.errors import ConfigError
 from fedcore.server.outcome import RunResult
 
@@ -149,7 +150,7 @@ def test_rounds_go_on_in_the_data(
     equal_to(unbroken, model, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["stream", "in-order", "by-epoch", "two"])
+@pytest.mark.parametrize("kind", ["stream", "in-order", "shuffled", "by-epoch", "two"])
 def test_a_loader_that_is_made_anew_in_each_round_goes_on_as_well(
     kind: str, run: Future[RunResult], tmp_path: Path
 ) -> None:
@@ -219,3 +220,44 @@ def test_an_unknown_choice_of_data_is_refused(run: Future[RunResult]) -> None:
     package = importlib.import_module("lightning.pytorch")
     with pytest.raises(ConfigError, match=r"data='anew'.*'all_rounds' or 'per_round'"):
         fl.patch(make_trainer(package, max_steps=1), data="anew")
+
+
+@pytest.mark.parametrize(
+    ("kind", "budget"),
+    [
+        ("in-order", {"max_steps": 7}),
+        ("shuffled", {"max_steps": 7}),
+        ("shuffled", {"max_epochs": 2}),
+    ],
+    ids=["in-order", "shuffled", "epochs"],
+)
+def test_a_site_that_is_started_again_goes_on_with_data_optimiser_and_schedule(
+    kind: str,
+    budget: dict[str, int],
+    run: Future[RunResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    package = importlib.import_module("lightning.pytorch")
+    total = {k: v * ROUNDS for k, v in budget.items()}
+    unbroken = make_module(package)
+    make_trainer(package, **{"max_epochs": -1, **total}).fit(unbroken, LOADERS[kind]())
+
+    monkeypatch.setenv("FEDCORE_WORK", str(tmp_path / "work"))
+    models = []
+    for number in range(ROUNDS):  # each is a process of its own
+        if number:
+            assert fl.is_running(), "the update is committed"
+            forget_site()
+        models.append(model := make_module(package))
+        trainer = make_trainer(package, **{"max_epochs": -1, **budget})
+        fl.patch(trainer)
+        assert fl.is_running()
+        trainer.validate(model, DataLoader(dataset(), batch_size=5), verbose=False)
+        trainer.fit(model, LOADERS[kind]())
+    while fl.is_running():
+        trainer.fit(model, LOADERS[kind]())
+    assert run.result(30).ok
+    model.seen = [batch for one in models for batch in one.seen]
+    model.epochs = [epoch for one in models for epoch in one.epochs]
+    equal_to(unbroken, model, tmp_path)

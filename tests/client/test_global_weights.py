@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -202,10 +203,18 @@ def test_training_begins_with_the_global_model_whatever_happened_before(
     assert "something else than the global model was about to be trained from" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("kept", "expected"), [(False, [(3, 14), (5, 22)]), (True, [(2, 8), (4, 16)])]
+)
 def test_a_checkpoint_of_a_requeued_job_gives_its_state_once_and_never_its_weights(
-    run: Future[RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: bool,
+    expected: list[tuple[int, int]],
+    run: Future[RunResult],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     package = importlib.import_module("lightning.pytorch")
+    monkeypatch.setenv("FEDCORE_WORK", str(tmp_path / "work"))
     for name in ("NTASKS", "JOB_ID", "PROCID", "LOCALID", "NODEID", "NTASKS_PER_NODE"):
         monkeypatch.setenv(f"SLURM_{name}", "1" if name.startswith("NTASKS") else "0")
     monkeypatch.setenv("SLURM_JOB_NAME", "train")
@@ -224,6 +233,10 @@ def test_a_checkpoint_of_a_requeued_job_gives_its_state_once_and_never_its_weigh
         scores_and_truth(trainer, make_module(package))
     assert ended.exists()
     forget_site()
+    states = list((tmp_path / "work").glob("a/*/trainer-*"))
+    assert states
+    for path in [] if kept else states:
+        shutil.rmtree(path)
 
     model, trainer = make_module(package), make_trainer(package, [], default_root_dir=tmp_path)
     begun, rows, steps = [], [], []
@@ -241,9 +254,9 @@ def test_a_checkpoint_of_a_requeued_job_gives_its_state_once_and_never_its_weigh
     found, truth = scores_and_truth(trainer, model, train)
     assert run.result(30).ok
     assert found == pytest.approx(truth)
-    assert begun == [(3, 14), (5, 22)], "the epoch that was cut short begins anew"
+    assert begun == expected, "the epoch that was cut short begins anew, or the whole round"
     assert rows[:2] == [64, 64]
-    assert steps[:2] == [22, 30]
+    assert steps[:2] == [expected[1][1], expected[1][1] + 8]
 
 
 def hf_trainer(base: Any, tmp_path: Path, **given: Any) -> Any:
