@@ -60,6 +60,13 @@ _OWN_NAMES: Final = (
 _TO_NUMPY: Final = {name: dtype for dtype, name in _NUMPY.items()}
 
 
+LEFT_OUT: Final[Any] = object()
+"""Stands for an argument that `send` was not given."""
+
+_warned: set[str] = set()
+"""Which arguments of `send` were left out and warned of."""
+
+
 class _Arrays:
     """A set of named arrays: torch tensors, or whatever NumPy can read."""
 
@@ -341,7 +348,7 @@ def begin() -> tuple[GlobalModel, bool]:
 def send(
     params: Mapping[str, Any] | None = None,
     *,
-    weight: int = 1,
+    weight: int = LEFT_OUT,
     metrics: Mapping[str, float] | None = None,
     examples: int | None = None,
     train_metrics: Mapping[str, float] | None = None,
@@ -352,9 +359,9 @@ def send(
         params: name -> array of every tensor that travels; more names (a whole ``state_dict``) are ignored. After
             ``init(module)`` it may be left out: the module's own values are sent.
         weight: number of training examples seen this round, an integer (of NumPy or torch as well) from 1 to
-            2**64 - 1.
+            2**64 - 1. Left out, it is 1, with a warning: a site of 10,000 examples weighs as much as one of 10.
         metrics: validation metrics of the *global* model, as received; the server selects on them.
-        examples: number of validation examples behind ``metrics``; ``weight`` if left out.
+        examples: number of validation examples behind ``metrics``; ``weight`` if left out, else 1 with a warning.
         train_metrics: shown at the server.
 
     In an evaluation task (`is_evaluate`) only ``metrics`` count.
@@ -373,15 +380,29 @@ def send(
             "this task asks for outputs of the model, not for an update: fl.answer(...)"
         )
     read = _reader(params, task) if task.trains else None
-    if read is not None:
-        weight = _integer(weight)
+    stated = None if weight is LEFT_OUT else weight if read is None else _integer(weight)
     if metrics:
-        session.score(metrics, examples if examples is not None else weight)
+        scored = examples if examples is not None else stated
+        session.score(metrics, 1 if scored is None else scored)
+        if scored is None:
+            _warn_of_one("examples=", "this score", "validation")
     if read is None:
         session.end_task()
     else:
-        session.submit(read, weight, train_metrics)
+        if stated is None:
+            _warn_of_one("weight=", "this update", "training")
+        session.submit(read, 1 if stated is None else stated, train_metrics)
     _sent = True
+
+
+def _warn_of_one(argument: str, what: str, kind: str) -> None:
+    """Say once that a number was left out by which the server weighs sites."""
+    if argument not in _warned:
+        _warned.add(argument)
+        logger.warning(
+            "%s: fl.send() was given no %s: %s weighs 1, whatever the number of %s examples; state that number",
+            _get_session().system_info()["site"], argument.rstrip("="), what, kind,
+        )  # fmt: skip
 
 
 def _sender() -> Session:
@@ -486,6 +507,7 @@ def shutdown() -> None:
     _forget_model()
     _tokenizer = _listener = None
     _sent = False
+    _warned.clear()
     forget_choice()
     if "fedcore.client.ranks" in sys.modules:
         from .ranks import forget_session

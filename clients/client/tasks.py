@@ -65,7 +65,7 @@ def task() -> Iterator[Task]:
         )
     plain.send(
         None if whole else current.params,
-        weight=1 if current.weight is None else current.weight,
+        weight=plain.LEFT_OUT if current.weight is None else current.weight,
         metrics=current.metrics,
         examples=current.examples,
         train_metrics=current.train_metrics,

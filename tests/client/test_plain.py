@@ -148,3 +148,19 @@ def test_what_is_listed_is_what_a_script_may_use() -> None:
         assert dir(module) == sorted(module.__all__)
         assert all(callable(getattr(module, name)) for name in dir(module))
     assert {"init", "receive", "send", "restore"} <= set(dir(fl))
+
+
+def test_a_number_that_was_left_out_counts_one_and_is_warned_of_once(
+    run: Future[RunResult], caplog: pytest.LogCaptureFixture
+) -> None:
+    fl.init(values())
+    while fl.is_running():
+        fl.send(fl.receive(), metrics={"val_loss": 1.0})
+    assert run.result(30).ok
+    said = [record.getMessage() for record in caplog.records if "was given no" in record.message]
+    assert said == [
+        "a: fl.send() was given no examples: this score weighs 1, whatever the number of validation examples; "
+        "state that number",
+        "a: fl.send() was given no weight: this update weighs 1, whatever the number of training examples; state "
+        "that number",
+    ]

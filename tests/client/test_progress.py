@@ -24,7 +24,7 @@ while fl.is_running():
     w = fl.receive()["w"]
     if fl.is_train() and sys.argv[1] == "held":
         sys.stdin.readline()
-    fl.send({"w": w + 1}, metrics={"loss": 1.0})
+    fl.send({"w": w + 1}, weight=1, metrics={"loss": 1.0})
 """
 RUN = """
 [run]
@@ -162,7 +162,7 @@ def test_a_site_on_a_terminal_shows_that_it_waits_and_erases_it(tmp_path: Path) 
             seen += os.read(outer, 4096)
         _, off_the_terminal = held.communicate(b"\n", timeout=60)
         assert free.wait(60) == server.wait(60) == 0
-        while "the run is over" not in seen.decode():
+        while "the run is complete" not in seen.decode():
             seen += os.read(outer, 4096)
     finally:
         for process in started:
