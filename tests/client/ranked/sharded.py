@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from fedcore.client.counting import ExampleCounter
 from fedcore.client.parameters import ModelParameters
 from fedcore.client.torch import current_site
 
@@ -40,11 +41,13 @@ def main() -> None:
         if task.kind == "evaluate":
             site.end()
             continue
+        counter = ExampleCounter()
         for _ in range(5):
+            counter.add(part)
             optimizer.zero_grad()
             torch.nn.functional.mse_loss(model(part), part.sum(1, keepdim=True)).backward()
             optimizer.step()
-        site.submit(model, 5 * len(part), {})
+        site.submit(model, counter, {})
     print(f"rank {rank} of {dist.get_world_size()}: {passes} passes", flush=True)
     dist.destroy_process_group()
 
