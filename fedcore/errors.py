@@ -42,7 +42,7 @@ class ProtocolError(FedcoreError, ValueError):
 
 
 class MetricError(FedcoreError, ValueError):
-    """A metric is no number, or has no name that can be sent."""
+    """A metric is no number, or there are too many."""
 
 
 class NonFiniteError(FedcoreError, ValueError):

@@ -25,7 +25,7 @@ def checked_metrics(metrics: Any, what: str = "metrics") -> dict[str, float]:
         what: the argument that a message names.
 
     Raises:
-        MetricError: it is no mapping, one is no number, a name is empty or too long, or there are too many.
+        MetricError: it is no mapping, one is no number, or there are too many.
     """
     if not isinstance(metrics, Mapping):
         raise MetricError(
@@ -42,12 +42,19 @@ def checked_metrics(metrics: Any, what: str = "metrics") -> dict[str, float]:
 
 
 def _name(name: Any, what: str) -> str:
+    """Return a name that a message can have: it costs neither the other metrics nor the update."""
     text = str(name)
-    if not 1 <= len(text) <= MAX_NAME:
-        raise MetricError(
-            f"{what}: a name has 1 to {MAX_NAME} characters, and {text[:40]!r} has {len(text)}"
+    short = text[:MAX_NAME] or "unnamed"
+    if short != text and short not in _warned:
+        _warned.add(short)
+        logger.warning(
+            "%s: a name has 1 to %d characters; one of %d is sent as %r",
+            what,
+            MAX_NAME,
+            len(text),
+            short[:40],
         )
-    return text
+    return short
 
 
 def _number(name: Any, value: Any, what: str) -> float:

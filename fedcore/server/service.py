@@ -498,6 +498,7 @@ class Server:
                 return
             try:
                 layout = declared_layout(declare)
+                self._store.check_possible(layout.total_bytes)
             except FedcoreError as error:
                 self._guard.put_out(peer, site, "layout", str(error))
                 return

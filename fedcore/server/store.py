@@ -40,6 +40,9 @@ _FIXED: Final = (
     "selection.metric", "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
 
+_BEYOND_DISK: Final = 16
+"""A model larger than so many times the whole disk is not waited for: no disk is made so much larger."""
+
 logger = logging.getLogger("fedcore.server")
 
 
@@ -162,6 +165,14 @@ class Store:
                     f"run folder {self.folder} holds a run with another {key}: it was {_shown(old)} and is now "
                     f"{_shown(new)}; give this run another name (run.name), or remove the folder"
                 )
+
+    def check_possible(self, nbytes: int) -> None:
+        """Raise StorageError if no room that could be made would hold a model of ``nbytes`` bytes."""
+        whole = shutil.disk_usage(self.folder).total
+        if nbytes > _BEYOND_DISK * whole:
+            raise StorageError(
+                f"a model of {nbytes:,} bytes is far beyond the server's whole disk of {whole:,} bytes"
+            )
 
     def check_space(self, nbytes: int) -> None:
         """Raise StorageError if the disk can't hold a model of ``nbytes`` bytes."""

@@ -196,7 +196,6 @@ def test_a_metric_that_no_site_reports_is_told_with_those_that_they_do(
         ({"x": [1, 2]}, "'x' is a list, which is no number; give one number"),
         ({"x": "0.3"}, r"'x' is the text '0.3'; give a number, such as float\('0.3'\)"),
         ({"x": torch.ones(2)}, "'x' is a Tensor, which is no number"),
-        ({"": 1.0}, "a name has 1 to 128 characters"),
         ({str(i): 1.0 for i in range(65)}, "65 are given; at most 64"),
         ([("x", 1.0)], "expected numbers by name"),
     ],
