@@ -57,7 +57,7 @@ class Scoring(Rounds):
     """Every site scores the given model, or answers with outputs of it; then the run is over.
 
     It waits for all sites up to the deadline, and is complete if at least ``quorum`` have answered then. A site
-    that never joined is waited for up to the join timeout, or up to the deadline where fewer have answered.
+    that never joined is waited for up to the join timeout; where fewer have answered, all are up to the deadline.
 
     Args:
         kind: the task that sites get.
@@ -91,7 +91,7 @@ class Scoring(Rounds):
 
     def _end_if_evaluated(self) -> list[Action]:
         short = len(self._answered()) < self.quorum
-        if self.awaited or (short and self.roster.missing):
+        if self.awaited or short:
             return []
         return super()._end_if_evaluated()
 

@@ -86,6 +86,15 @@ def test_at_the_deadline_enough_answers_do_and_too_few_are_named() -> None:
     assert rounds.tick(102.0) == [EndRun(True, "")]
 
 
+def test_a_site_that_is_gone_before_it_has_answered_is_waited_for_where_it_is_needed() -> None:
+    rounds = scoring()
+    join(rounds, "a", "b", "c")
+    assert rounds.lost("c", "its process was ended by SIGTERM", 2.0, left=True) == []
+    assert rounds.scored("a", 0) == rounds.scored("b", 0) == []
+    assert join(rounds, "c") == [SendTask("c", "infer", 0)]
+    assert rounds.scored("c", 0) == [EndRun(True, "")]
+
+
 def test_each_submission_becomes_a_version_that_all_score() -> None:
     rounds = comparing(quorum=3)
     assert join(rounds, *SITES) == [SendTask(n, "submit", i) for i, n in enumerate(SITES, 1)]
