@@ -29,6 +29,8 @@ _WHOLE: Final = 1 << 20
 _BLOCKS: Final = 64
 _BLOCK: Final = 2048
 _ROWS: Final = 8 << 20
+_PIECE: Final = 1 << 15
+"""Elements that are rounded and digested at a time: a copy of all of them would stay in the process's memory."""
 _DIGITS: Final = 32
 _NAME: Final = 200
 _FLOATS: Final = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
@@ -225,20 +227,20 @@ def _digest(tensor: torch.Tensor, rows: bool) -> str:
         for part in parts:
             try:
                 flat = part.detach().reshape(-1)
-                chosen = _chosen(flat, rows)
-                if chosen.dtype in _FLOATS:
-                    chosen = chosen.to(torch.bfloat16)
-                hasher.update(chosen.cpu().contiguous().view(torch.uint8).numpy().data)
+                for piece in (piece for run in _chosen(flat, rows) for piece in run.split(_PIECE)):
+                    rounded = piece.to(torch.bfloat16) if piece.dtype in _FLOATS else piece
+                    hasher.update(rounded.cpu().contiguous().view(torch.uint8).numpy().data)
             except (RuntimeError, NotImplementedError):  # a tensor of a kind of its own
                 return ""
     return hasher.hexdigest()[:_DIGITS]
 
 
-def _chosen(flat: torch.Tensor, rows: bool) -> torch.Tensor:
+def _chosen(flat: torch.Tensor, rows: bool) -> list[torch.Tensor]:
+    """Return the parts of a flat tensor that are digested, one after the other; they share its storage."""
     count = flat.numel()
     if count <= _WHOLE:
-        return flat
+        return [flat]
     step = (count - _BLOCK) / (_BLOCKS - 1)
     starts = [round(place * step) for place in range(_BLOCKS)]
     blocks = [flat[start : start + _BLOCK] for start in starts]
-    return torch.cat([*blocks, flat[-_ROWS:]] if rows else blocks)
+    return [*blocks, flat[-_ROWS:]] if rows else blocks
