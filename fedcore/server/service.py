@@ -19,9 +19,8 @@ from fedcore import __version__, protocol
 from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
-from fedcore.errors import ConfigError, FedcoreError, IntegrityError, ProtocolError, StorageError
-from fedcore.layout import DEFAULT_CHUNK_BYTES, compare_layouts, layout_hash, table
-from fedcore.opening import CARD
+from fedcore.errors import ConfigError, IntegrityError, ProtocolError, StorageError
+from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.replacing import partial_of, place_of, put_in_place
 from fedcore.transport import Control, DataEvent, ServerLink, now_ms
 from fedcore.weighing import effective_weight
@@ -40,9 +39,9 @@ from .actions import (
     SendTask,
     StartCollect,
 )
-from .agreement import Agreement
 from .budget import Budget, check_memory, machine_memory, require_connections, steady_heap
 from .collecting import Collecting, Reduced, Rejected, Stalled
+from .declaring import Declaring
 from .goodbye import Goodbye
 from .guard import Guard
 from .outcome import Ending, Outcome, RunResult
@@ -56,14 +55,13 @@ from .status import StatusBuilder, Watchers, merge_metrics, within_a_message
 from .steering import steer
 from .store import Store, VersionRow
 from .tasks import make_rounds
-from .versions import Versions, declared_layout
+from .versions import Versions
 from .waiting import WaitingLog
 
 __all__ = ["RunResult", "Server"]
 
 _CHECK_SECONDS: Final = 0.5
 _MOST_AT_ONCE: Final = 4096
-_TENSORS_NAMED: Final = 2
 """Messages that are read at a deadline before it is acted on: nobody can put it off by sending more."""
 _GOODBYE_SECONDS: Final = 3.0
 _UNASKED: Final = 64 << 20
@@ -164,15 +162,14 @@ class Server:
         self._status = StatusBuilder(config, self._rounds, self._store)
         self._store.taken = lambda: self._status.taken(self._link.exchange.stats())
         self._overtime = Overtime()
-        self._agreement = Agreement(
-            self._store.files,
-            strict=config.model.same_base == "strict",
-            memory=self._store,
-            owner=self._whose_model,
+        self._declaring = Declaring(
+            config,
+            self._link,
+            (self._peers, self._guard),
+            (self._store, self._versions),
+            self._status,
         )
-        for site in self._agreement.sites():
-            if not self._access.knows(site):  # its key was revoked while no server was here
-                self._agreement.forget(site)
+        self._declaring.forget_revoked(self._access)
         self._watchers = Watchers()
         if endpoint_file is not None:
             place = place_of(endpoint_file)
@@ -339,7 +336,7 @@ class Server:
 
     def _check_access(self) -> None:
         for name in self._guard.take_out_revoked():
-            self._agreement.forget(name)
+            self._declaring.forget(name)
 
     def _check_alive(self) -> None:
         """Look at all sites: not with each message, as there may be a thousand of them, but now and then, and when
@@ -474,103 +471,8 @@ class Server:
         self._do(self._rounds.joined(join.site, join.instance, time.monotonic()))
 
     def _on_declare(self, peer: bytes, site: str, declare: protocol.Declare) -> None:
-        model = self._versions.model
-        found = self._agreement.compare(site, declare)
-        if found.refusal is not None:
-            self._guard.put_out(peer, site, "unlike", found.refusal)
-            return
-        if model is not None:
-            difference = compare_layouts(
-                declare.tensors,
-                table(model.layout),
-                f"site {site}",
-                "the global model",
-                limit=_TENSORS_NAMED,
-            )
-            if difference is not None:
-                text = f"the model's tensors differ: {difference}; {self._whose_model()}"
-                self._guard.put_out(peer, site, "layout", text)
-                return
-            hash_ = self._versions.layout_hash
-        else:
-            if (unlike := self._unlike_declared(site, declare)) is not None:
-                self._guard.put_out(peer, site, "layout", unlike)
-                return
-            try:
-                layout = declared_layout(declare)
-                self._store.check_possible(layout.total_bytes)
-            except FedcoreError as error:
-                self._guard.put_out(peer, site, "layout", str(error))
-                return
-            if not self._has_room(peer, site, layout.total_bytes):
-                return
-            hash_ = layout_hash(layout)
-        self._agreement.note(site, declare)
-        for text in found.warnings:
-            self._peers.tell(site, "%s: %s", text)
-        for text in found.notes:
-            self._peers.tell(site, "%s: %s", text, level=logging.INFO)
-        if model is None:
-            seen = next(
-                (d for d in self._status.declared.values() if d.tensors == declare.tensors), None
-            )
-            if seen is not None:  # a table that is kept once for all sites
-                declare = declare.model_copy(
-                    update={"tensors": seen.tensors, "packed": seen.packed}
-                )
-            self._status.declared[site] = declare
-        elif CARD in declare.files:
-            self._store.add_file(CARD, declare.files[CARD])
-        warnings = [text[:4096] for text in found.warnings]
-        self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=warnings))
-        self._do(self._rounds.declared(site, time.monotonic()))
-
-    def _has_room(self, peer: bytes, site: str, nbytes: int) -> bool:
-        """Whether a first model fits on the disk. Until it does, its site declares it again and again."""
-        known = self._peers.get(peer)
-        assert known is not None
-        try:
-            self._store.check_space(nbytes)
-        except StorageError as error:
-            if not known.lacks_room:
-                self._peers.tell(
-                    site, "the model of %s has to wait: %s; make some room", str(error)
-                )
-                self._status.note(site, "waits for room on the server's disk")
-                text = (
-                    f"the server's disk has no room for a model of {nbytes:,} bytes; waiting for it"
-                )
-                self._link.send(peer, protocol.Dropped(round=0, message=text))
-            known.lacks_room = True
-            return False
-        if known.lacks_room:
-            known.lacks_room = False
-            self._status.note(site, "")
-        return True
-
-    def _unlike_declared(self, site: str, declare: protocol.Declare) -> str | None:
-        """Say how a site's tensors differ from those of another that is there, while there is no model yet."""
-        here = self._peers.addresses()
-        for other, seen in self._status.declared.items():
-            if other != site and other in here:
-                difference = compare_layouts(
-                    declare.tensors,
-                    seen.tensors,
-                    f"site {site}",
-                    f"site {other}",
-                    limit=_TENSORS_NAMED,
-                )
-                return difference and f"the model's tensors differ: {difference}"
-        return None
-
-    def _whose_model(self) -> str:
-        """Say where the global model came from; empty while there is none."""
-        if self._versions.model is None:
-            return ""
-        if self.config.initial_path is not None:
-            return "the global model began as [model] initial of the run file"
-        owner = self._store.initial_site()
-        return f"the global model began as that of site {owner!r}" if owner else ""
+        if self._declaring.take(peer, site, declare):
+            self._do(self._rounds.declared(site, time.monotonic()))
 
     def _on_ready(self, peer: bytes, known: Peer, ready: protocol.Ready) -> None:
         declare = self._status.declared.get(known.site)

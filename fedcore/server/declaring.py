@@ -1,0 +1,166 @@
+"""What a site says of its model before it takes part: it is compared with the run and with the other sites."""
+
+from __future__ import annotations
+
+import logging
+from typing import Final
+
+from fedcore import protocol
+from fedcore.config import RunConfig
+from fedcore.errors import FedcoreError, StorageError
+from fedcore.layout import compare_layouts, layout_hash, table
+from fedcore.opening import CARD
+from fedcore.transport import ServerLink
+
+from .access import Access
+from .agreement import Agreement
+from .guard import Guard
+from .peers import Peers
+from .status import StatusBuilder
+from .store import Store
+from .versions import Versions, declared_layout
+
+__all__ = ["Declaring"]
+
+_TENSORS_NAMED: Final = 2
+
+
+class Declaring:
+    """Accepts or refuses what sites declare.
+
+    Args:
+        config: the run file.
+        link, peers, guard: how sites are answered, and put out.
+        store, versions: the run's files and models.
+        status: shows notes with a site, and keeps what was declared while there is no model.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        link: ServerLink,
+        people: tuple[Peers, Guard],
+        files: tuple[Store, Versions],
+        status: StatusBuilder,
+    ) -> None:
+        self._config = config
+        self._link = link
+        self._peers, self._guard = people
+        self._store, self._versions = files
+        self._status = status
+        self._agreement = Agreement(
+            self._store.files,
+            strict=config.model.same_base == "strict",
+            memory=self._store,
+            owner=self._whose_model,
+        )
+
+    def forget(self, site: str) -> None:
+        """Compare nobody with a site any more: its key was revoked."""
+        self._agreement.forget(site)
+
+    def forget_revoked(self, access: Access) -> None:
+        """Forget the sites whose keys were revoked while no server worked on the run."""
+        for site in self._agreement.sites():
+            if not access.knows(site):
+                self._agreement.forget(site)
+
+    def take(self, peer: bytes, site: str, declare: protocol.Declare) -> bool:
+        """Accept or refuse what a site declares, and tell it so; returns whether it is accepted."""
+        model = self._versions.model
+        found = self._agreement.compare(site, declare)
+        if found.refusal is not None:
+            self._guard.put_out(peer, site, "unlike", found.refusal)
+            return False
+        if model is not None:
+            difference = compare_layouts(
+                declare.tensors,
+                table(model.layout),
+                f"site {site}",
+                "the global model",
+                limit=_TENSORS_NAMED,
+            )
+            if difference is not None:
+                text = f"the model's tensors differ: {difference}; {self._whose_model()}"
+                self._guard.put_out(peer, site, "layout", text)
+                return False
+            hash_ = self._versions.layout_hash
+        else:
+            if (unlike := self._unlike_declared(site, declare)) is not None:
+                self._guard.put_out(peer, site, "layout", unlike)
+                return False
+            try:
+                layout = declared_layout(declare)
+                self._store.check_possible(layout.total_bytes)
+            except FedcoreError as error:
+                self._guard.put_out(peer, site, "layout", str(error))
+                return False
+            if not self._has_room(peer, site, layout.total_bytes):
+                return False
+            hash_ = layout_hash(layout)
+        self._agreement.note(site, declare)
+        for text in found.warnings:
+            self._peers.tell(site, "%s: %s", text)
+        for text in found.notes:
+            self._peers.tell(site, "%s: %s", text, level=logging.INFO)
+        if model is None:
+            seen = next(
+                (d for d in self._status.declared.values() if d.tensors == declare.tensors), None
+            )
+            if seen is not None:  # a table that is kept once for all sites
+                declare = declare.model_copy(
+                    update={"tensors": seen.tensors, "packed": seen.packed}
+                )
+            self._status.declared[site] = declare
+        elif CARD in declare.files:
+            self._store.add_file(CARD, declare.files[CARD])
+        warnings = [text[:4096] for text in found.warnings]
+        self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=warnings))
+        return True
+
+    def _has_room(self, peer: bytes, site: str, nbytes: int) -> bool:
+        """Whether a first model fits on the disk. Until it does, its site declares it again and again."""
+        known = self._peers.get(peer)
+        assert known is not None
+        try:
+            self._store.check_space(nbytes)
+        except StorageError as error:
+            if not known.lacks_room:
+                self._peers.tell(
+                    site, "the model of %s has to wait: %s; make some room", str(error)
+                )
+                self._status.note(site, "waits for room on the server's disk")
+                text = (
+                    f"the server's disk has no room for a model of {nbytes:,} bytes; waiting for it"
+                )
+                self._link.send(peer, protocol.Dropped(round=0, message=text))
+            known.lacks_room = True
+            return False
+        if known.lacks_room:
+            known.lacks_room = False
+            self._status.note(site, "")
+        return True
+
+    def _unlike_declared(self, site: str, declare: protocol.Declare) -> str | None:
+        """Say how a site's tensors differ from those of another that is there, while there is no model yet."""
+        here = self._peers.addresses()
+        for other, seen in self._status.declared.items():
+            if other != site and other in here:
+                difference = compare_layouts(
+                    declare.tensors,
+                    seen.tensors,
+                    f"site {site}",
+                    f"site {other}",
+                    limit=_TENSORS_NAMED,
+                )
+                return difference and f"the model's tensors differ: {difference}"
+        return None
+
+    def _whose_model(self) -> str:
+        """Say where the global model came from; empty while there is none."""
+        if self._versions.model is None:
+            return ""
+        if self._config.initial_path is not None:
+            return "the global model began as [model] initial of the run file"
+        owner = self._store.initial_site()
+        return f"the global model began as that of site {owner!r}" if owner else ""
