@@ -233,6 +233,10 @@ class Server:
             "%s; the run goes on once the server is started again, and the sites wait for it", why
         )
         self._peers.broadcast(protocol.Stopped(message=f"it was ended by {self._interrupted}"))
+        try:
+            self._store.leave()
+        except StorageError as error:  # as where the disk is full: nothing that counts is lost
+            logger.warning("the totals of the run are those of its last commit: %s", error)
         text = f"{why}; start it again to go on with the run"
         version = self._store.last_version
         return RunResult("interrupted", version, self._outcome.best, None, None, text)

@@ -65,7 +65,7 @@ class Store:
         chunk_bytes: over what the chunks' checksums are taken.
 
     Attributes:
-        taken: gives what the run has taken up to now; it is kept with each commit.
+        taken: gives what the run has taken up to now; it is kept with each commit, and at the end.
 
     Raises:
         BusyError: another process has the folder.
@@ -439,6 +439,11 @@ class Store:
         """Note that these sites know that the run has ended, so that nobody expects them back."""
         with self._journal.transaction():
             self._db.executemany("DELETE FROM members WHERE site = ?", [(site,) for site in sites])
+
+    def leave(self) -> None:
+        """Note what the run has taken, before this process ends and the run goes on."""
+        with self._journal.transaction():
+            self._keep_life()
 
     def end(self, *, finished: bool) -> None:
         """Note that the run ends in order, and whether as planned.

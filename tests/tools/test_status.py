@@ -186,6 +186,18 @@ def test_a_run_that_was_cut_off_is_read_from_its_journal(
     assert "no server works on" in reply.message
 
 
+def test_the_totals_hold_what_a_server_took_before_sigterm(config: RunConfig) -> None:
+    """Also what it took after its last commit."""
+    before = 0.0
+    for _ in range(2):
+        server, thread = serve(config)
+        server.interrupt("SIGTERM")
+        thread.join(30)
+        now = read_past(config.run_folder).elapsed
+        assert now > before
+        before = now
+
+
 def after(folder: Path, models: int) -> Callable[[], None]:
     """Kill the server once so many models are committed: the file of one more is there."""
 
