@@ -229,6 +229,10 @@ def find_server(folder: Path) -> Target | None:
         ConfigError: the folder is no run folder.
     """
     if not (folder / "run.sqlite").is_file():
+        if (folder / "models").is_dir():
+            raise ConfigError(
+                f"{folder} holds models of a run, but no journal (run.sqlite): put it back from a backup"
+            )
         raise ConfigError(
             f"{folder} is neither a run folder nor an address such as tcp://HOST:PORT"
         )

@@ -26,7 +26,12 @@ def steer(
     if action == "resume":
         actions = rounds.resume(now)
         return protocol.CommandReply(ok=True, message="the rounds go on"), actions
-    if not rounds.held or rounds.version is None:
+    if rounds.version is None:
+        text = (
+            "there is no model yet that could be scored; `fedcore status` shows who is waited for"
+        )
+        return protocol.CommandReply(ok=False, message=text), []
+    if not rounds.held:
         text = (
             "every model is scored when its successor's round begins; to have it scored in between, pause "
             "first, and ask again once the round under way is committed"

@@ -74,6 +74,7 @@ def test_a_pause_taken_back_in_the_same_round_changes_nothing() -> None:
 def test_a_run_paused_before_its_first_model_asks_nobody_for_it() -> None:
     rounds = joined(version=None)
     steer(rounds, "pause", 0)
+    assert steer(rounds, "evaluate", 0)[0].message.startswith("there is no model yet")
     assert rounds.declared("a", 0) + rounds.declared("b", 0) == []
     assert tasks(steer(rounds, "resume", 1)[1]) == [("a", "initial", 0)]
 

@@ -249,3 +249,9 @@ def test_what_cannot_be_asked_is_explained(
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_a_run_folder_that_lost_its_journal_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ConfigError, match="no journal .*put it back from a backup"):
+        find_server(tmp_path)
