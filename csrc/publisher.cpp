@@ -165,6 +165,7 @@ std::optional<std::string> Publisher::reread(const wire::SetId& id, std::uint64_
   for (std::uint64_t index = first; index < std::min<std::uint64_t>(end, set.crcs.size());
        ++index) {
     const bool same = set.is_as_it_was(index);
+    set.file->release(set.begin(index), set.end(index) - set.begin(index));
     const std::string& path = set.file->path();
     if (!set.file->whole()) {
       return path + " became shorter while it was served, or its disk could not read it";
