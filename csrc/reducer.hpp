@@ -26,7 +26,8 @@ struct BadValue {
 
 class Reducer {
  public:
-  // Throws Error{kWeight} unless kernels::is_weight() holds for every weight and there is at least one.
+  // Throws Error{kWeight} unless kernels::is_weight() holds for every weight and there is at least
+  // one.
   explicit Reducer(const std::vector<std::uint64_t>& weights);
 
   std::size_t sources() const noexcept { return weights_.size(); }
