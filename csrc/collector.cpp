@@ -48,6 +48,9 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   if (differences() && !base_.file) {
     throw Error(Errc::kLayout, "differences can't be decoded without the base that they are to");
   }
+  if (!options_.base_crcs.empty() && options_.base_crcs.size() != layout_->chunk_count()) {
+    throw Error(Errc::kLayout, "the base must have a checksum of each chunk");
+  }
   if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
     throw Error(Errc::kStorage, "the spill file's slots are smaller than a chunk");
   }

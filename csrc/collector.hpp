@@ -121,6 +121,9 @@ struct CollectorOptions {
   // Chunks that are reduced at the same time, each by a thread and into a buffer of its own; fewer
   // where the buffers would take more than an eighth of the budget.
   unsigned threads = 1;
+  // CRC-32C of each chunk of the base, which a chunk that is reduced with it is compared with;
+  // empty: it is not checked.
+  std::vector<std::uint32_t> base_crcs = {};
 };
 
 struct GetRequest {
@@ -133,7 +136,8 @@ struct CollectorEvent {
   // kRejected: nothing more is asked of the source, and nothing is reduced until it is dropped.
   // kBroken: the output can't be written; no source is at fault.
   // kNoRoom: a chunk could not be spilled; sources that are ahead are held back from now on.
-  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom } kind;
+  // kDamaged: the base is not what it was; nothing is reduced any more.
+  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom, kDamaged } kind;
   std::size_t source = 0;
   std::string code;
   std::string message;
@@ -152,7 +156,8 @@ class Collector {
   static constexpr std::uint64_t kReadTogether = 4;
 
   // Open, for about `expected` sources, among which the budget is divided. Throws
-  // Error{kLayout, kStorage} for a base that is too small, or differences without a base.
+  // Error{kLayout, kStorage} for a base that is too small or has too few checksums, or differences
+  // without a base.
   Collector(std::shared_ptr<const Layout> layout, std::size_t expected, Place base,
             CollectorOptions options);
   // Closed. Throws what close() throws, too, and Error{kStorage} for a record of another
@@ -273,6 +278,7 @@ class Collector {
     std::vector<std::uint8_t> out;  // hot in the cache when it is written out
     std::uint32_t crc = 0;
     std::optional<BadValue> bad;
+    bool base_changed = false;
   };
 
   std::uint64_t chunk_of(std::uint64_t position) const noexcept {
@@ -329,6 +335,9 @@ class Collector {
   void reduce_ready();
   bool reduce_some();
   void reduce(Part& part) const;
+  bool base_changed(std::uint64_t index) const;
+  bool check_base(std::uint64_t index);
+  void report_base(std::uint64_t index);
   bool reduce_parts(unsigned count);
   void advance();
   void finish();

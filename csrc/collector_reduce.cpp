@@ -6,6 +6,7 @@
 #include "collector.hpp"
 #include "crc32c.hpp"
 #include "error.hpp"
+#include "kernels.hpp"
 
 namespace fedcore {
 // Points at the next chunk of every source that has it in memory or its slot; false while one is
@@ -133,7 +134,43 @@ void Collector::reduce(Part& part) const {
   part.bad = part.reducer->reduce(*layout_, range, part.inputs.data(), base, part.out.data());
   if (!part.bad) {
     part.crc = crc32c(part.out.data(), range.nbytes);
+    part.base_changed = base_changed(part.index);
   }
+}
+
+// Whether a chunk was made with bytes of the base that are not those that were recorded. It is
+// asked once the chunk is made: what changes before is seen, and the bytes are hot in the cache.
+bool Collector::base_changed(std::uint64_t index) const {
+  if (!base_.file || options_.base_crcs.empty()) {
+    return false;
+  }
+  const Range range = layout_->chunk_range(index);
+  const std::vector<Run> runs = differences() ? std::vector<Run>{} : layout_->runs(range);
+  const bool read = differences() || std::any_of(runs.begin(), runs.end(), [](const Run& run) {
+                      return kernels::sums_per_element(run.dtype) == 0;
+                    });
+  return read && crc32c(base_.file->data() + base_.offset + range.offset, range.nbytes) !=
+                     options_.base_crcs[static_cast<std::size_t>(index)];
+}
+
+// True if the base is as it was; else says that it is not, and stops.
+bool Collector::check_base(std::uint64_t index) {
+  if (!base_changed(index)) {
+    return true;
+  }
+  report_base(index);
+  return false;
+}
+
+void Collector::report_base(std::uint64_t index) {
+  const std::string& path = base_.file->path();
+  const std::string what =
+      base_.file->whole()
+          ? " has changed while updates were added to it: chunk " + std::to_string(index) +
+                " is not what it was"
+          : " became shorter while updates were added to it, or its disk could not read it";
+  events_.push_back({CollectorEvent::Kind::kDamaged, 0, "", path + what});
+  stop();
 }
 
 // Reduces the first `count` parts, at the same time, and writes them one after the other; false if
@@ -151,6 +188,10 @@ bool Collector::reduce_parts(unsigned count) {
     const Part& part = parts_[i];
     if (part.bad) {
       reject_value(*part.bad);
+      return false;
+    }
+    if (part.base_changed) {
+      report_base(part.index);
       return false;
     }
     checksums_[part.index] = part.crc;
@@ -209,7 +250,7 @@ bool Collector::fold_all(std::uint64_t index) {
   }
   parts_[0].reducer->finish(*layout_, range, parts_[0].out.data());
   checksums_[index] = crc32c(parts_[0].out.data(), range.nbytes);
-  return write(index, parts_[0].out.data());
+  return check_base(index) && write(index, parts_[0].out.data());
 }
 
 // Adds what is there of the next chunk to its sums, in the order of the sources; true once it is
@@ -236,7 +277,7 @@ bool Collector::fold_next() {
   }
   parts_[0].reducer->finish(*layout_, range, parts_[0].out.data());
   checksums_[index] = crc32c(parts_[0].out.data(), range.nbytes);
-  return write(index, parts_[0].out.data());
+  return check_base(index) && write(index, parts_[0].out.data());
 }
 
 // Begins the next chunk again: its sums hold a source that counts no longer. What is on its way

@@ -69,6 +69,9 @@ std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64
   const std::uint64_t near = near_end(source);
   if (pull.next >= near && pull.next < end_ && !pull.ahead) {
     start_spilling(source, now_ms);
+    if (state_ != State::kActive) {
+      return std::nullopt;
+    }
   }
   const bool ahead = pull.ahead && !no_room_;
   const std::uint64_t limit = ahead ? end_ : near;

@@ -11,7 +11,7 @@ std::uint64_t Collector::spill_room(const Pull& pull) const noexcept {
   return std::clamp<std::uint64_t>(pull.window / 2, 1, std::uint64_t{2} * kMaxRange);
 }
 
-// A chunk's flat bytes, until the next call.
+// A chunk's flat bytes, until the next call; null, and all stops, if the base has changed.
 const std::uint8_t* Collector::flat_bytes(std::uint64_t index, const Held& chunk) {
   if (chunk.scheme == Scheme::kRaw) {
     return chunk.frame.data();
@@ -20,8 +20,9 @@ const std::uint8_t* Collector::flat_bytes(std::uint64_t index, const Held& chunk
   const std::uint64_t at = base_.offset + range.offset;
   flat_chunk_.resize(std::max<std::size_t>(flat_chunk_.size(), range.nbytes));
   options_.codec->decode(index, chunk.body(), base_.file->data() + at, flat_chunk_.data());
+  const bool same = check_base(index);
   base_.file->release(at, range.nbytes);  // the reduction comes there much later
-  return flat_chunk_.data();
+  return same ? flat_chunk_.data() : nullptr;
 }
 
 bool Collector::spill(std::size_t source, std::uint64_t position, const Held& chunk) {
@@ -30,6 +31,9 @@ bool Collector::spill(std::size_t source, std::uint64_t position, const Held& ch
   }
   const std::uint64_t index = chunk_of(position);
   const std::uint8_t* const bytes = flat_bytes(index, chunk);
+  if (bytes == nullptr) {
+    return false;
+  }
   const auto put = [&] {
     return options_.spill->put(sources_[source].set, index, bytes,
                                layout_->chunk_range(index).nbytes);

@@ -422,6 +422,7 @@ void Exchange::collect_events(Collector& collector) {
                       : event.kind == CollectorEvent::Kind::kRejected ? Event::Kind::kRejected
                       : event.kind == CollectorEvent::Kind::kBroken   ? Event::Kind::kBroken
                       : event.kind == CollectorEvent::Kind::kNoRoom   ? Event::Kind::kNoRoom
+                      : event.kind == CollectorEvent::Kind::kDamaged  ? Event::Kind::kDamaged
                                                                       : Event::Kind::kStalled;
     events_.push_back({kind, collector.id(), event.source, std::move(event.code),
                        std::move(event.message), event.silent_ms});

@@ -128,6 +128,7 @@ class Collector:
         codec: Codec | None = None,
         progress: Progress | None = None,
         threads: int = 1,
+        base_checksums: Sequence[int] = (),
     ) -> None: ...
     @staticmethod
     def open(
@@ -140,6 +141,7 @@ class Collector:
         spill_after_ms: int = 250,
         codec: Codec | None = None,
         threads: int = 1,
+        base_checksums: Sequence[int] = (),
     ) -> Collector: ...
     @property
     def id(self) -> int: ...

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -65,6 +65,7 @@ class Setting:
         memory: what chunks may take.
         base: the current global model, which integers and booleans are taken from and encoded chunks are
             decoded onto; None for the initial one.
+        checksums: those of the base's chunks: a chunk of it that has changed ends the collection.
         codec: what encoded chunks are decoded with, as they come; None: all must be raw.
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
         threads: how many chunks are reduced at the same time.
@@ -75,6 +76,7 @@ class Setting:
     scratch: Scratch
     memory: int
     base: ModelFile | None = None
+    checksums: Sequence[int] = ()
     codec: Codec | None = None
     spill: Spill | None = None
     threads: int = 1
@@ -108,6 +110,7 @@ class Aggregation:
             spill=setting.spill,
             codec=setting.codec,
             threads=setting.threads,
+            base_checksums=setting.checksums,
         )
         self._exchange.start(self.collector)
 
@@ -136,6 +139,7 @@ class Aggregation:
             codec=setting.codec,
             progress=progress,
             threads=setting.threads,
+            base_checksums=setting.checksums,
         )
         reduced, total, here = made.collector.progress()
         if any(here):

@@ -171,6 +171,7 @@ class Collecting:
             layout,
             self.scratch(version),
             base=base,
+            checksums=self._versions.checksums,
             codec=update_codec(self._config.transfer, layout, initial=base is None),
             memory=self._memory,
             spill=self._spill,

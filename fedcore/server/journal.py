@@ -118,7 +118,7 @@ class Journal:
             raise ConfigError(
                 f"run folder {self.path.parent} has format {found}, written by fedcore {written}; this is fedcore "
                 f"{__version__}, which reads formats {' and '.join(_READABLE)}: go on under fedcore {written}, or "
-                " give this run another name (run.name)"
+                "give this run another name (run.name)"
             )
         # Leaving the write-ahead log of an older fedcore copies what it holds into the file.
         mode = self._patiently(lambda: self.db.execute("PRAGMA journal_mode=TRUNCATE").fetchone())

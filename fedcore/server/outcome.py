@@ -140,14 +140,16 @@ class Outcome:
     def conclude(self, ending: Ending, message: str) -> RunResult:
         """Write ``final/`` and ``best/`` from what is committed; returns the run's result.
 
+        A run that was stopped or failed ends in order without a folder whose model is damaged.
+
         Raises:
-            IntegrityError: the last or the best model is not what was committed.
+            IntegrityError: the run is complete, and its last or best model is not what was committed.
         """
         version = self._store.last_version
         best = final = chosen = None
         task = self._config.run.task
         if version is not None and task == "train":
-            final = self._export("final", version)
+            final = self._export("final", version, ending)
         if version is not None and task in ("train", "compare"):
             chosen = self._select()
             if chosen is None:
@@ -158,15 +160,18 @@ class Outcome:
                         self._config.selection.metric, plural(self._config.participants.quorum, "site"),
                         self._reported(),
                     )  # fmt: skip
-            best = self._export("best", chosen)
+            best = self._export("best", chosen, ending)
         self.best = chosen
         return RunResult(ending, version, chosen, best, final, message)
 
-    def _export(self, name: str, version: int) -> Path:
+    def _export(self, name: str, version: int, ending: Ending) -> Path | None:
         try:
             return self._store.export(name, version)
         except IntegrityError as error:
-            raise IntegrityError(f"{error}; {_WAY_ON}") from None
+            if ending == "complete":
+                raise IntegrityError(f"{error}; {_WAY_ON}") from None
+            logger.error("%s; %s", error, _WAY_ON)
+            return None
 
     def _reported(self) -> str:
         """Return what the sites reported in place of the metric that selects, and what to do."""

@@ -538,7 +538,9 @@ class Server:
     def _handle_event(self, event: DataEvent) -> None:
         if self._guard.heard(event):
             return
-        if event[0] == "damaged":  # found when a site asked for a chunk again
+        if (
+            event[0] == "damaged"
+        ):  # found when a site asked for a chunk again, or an update was added
             raise self._versions.damaged(event[2])
         found = self._collecting.heard(event)
         if isinstance(found, Reduced):
@@ -708,8 +710,8 @@ class Server:
             logging.ERROR if ending == "failed" else logging.INFO,
             "the run %s%s", how.get(ending, f"failed: {message}"),
             "" if chosen is None
-            else f"; best model{'' if ok else ' so far'}: round {chosen}, {self._outcome.metric_text(chosen)}, "
-            f"in {result.best}",
+            else f"; best model{'' if ok else ' so far'}: round {chosen}, {self._outcome.metric_text(chosen)}"
+            + ("" if result.best is None else f", in {result.best}"),
         )  # fmt: skip
         for note in () if result.best is None else notes(self._store.files()):
             logger.info("before you use %s: %s", result.best, note)

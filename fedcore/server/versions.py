@@ -94,8 +94,10 @@ class Versions:
 
     def damaged(self, problem: str) -> IntegrityError:
         """Return the error of a last model that is no longer what was committed while it is served."""
-        version = self._store.last_version
-        return IntegrityError(f"{problem}; {self._way_back(0 if version is None else version)}")
+        version = self._store.last_version or 0
+        # A file is known to the core by the name under which it was written.
+        scratch, path = str(self._store.scratch(version)), str(self._store.path(version))
+        return IntegrityError(f"{problem.replace(scratch, path)}; {self._way_back(version)}")
 
     def _way_back(self, version: int) -> str:
         """Return what can be done where the last model can't be used."""
@@ -243,6 +245,11 @@ class Versions:
         # Each site's table is kept until there is a model.
         room = self._config.server.memory // (_TENSOR_BYTES * self._config.participants.expected)
         return min(protocol.MAX_TENSORS, max(protocol.MAX_LISTED, room))
+
+    @property
+    def checksums(self) -> list[int]:
+        """The checksums of the last model's chunks, as they were recorded; empty before the first."""
+        return self._checksums
 
     @property
     def checksum(self) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from fedcore.client import connection, outgoing, waits
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.config import RunConfig, parse_run
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, IntegrityError
 from fedcore.server import service
 from fedcore.server.service import Server
 
@@ -144,6 +146,39 @@ def test_each_model_is_the_mean_of_what_the_encoded_updates_stand_for(
     assert came / ((ROUNDS + 1) * LAYOUT.total_bytes) < (0.97 if lossless else 1.01)
     said = json.loads((tmp_path / "runs/t/summary.json").read_text())["bytes_in"]
     assert abs(said - sent - more) < 10_000
+
+
+@pytest.mark.parametrize("update", ["int8", "raw"])
+def test_a_model_that_changes_while_sites_train_from_it_makes_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: str
+) -> None:
+    path = tmp_path / "runs/t/models/round-0001.safetensors"
+    good = trained
+
+    def put(value: bytes) -> None:  # an integer, which is taken from the model whatever is sent
+        with path.open("r+b") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            file.write(value)
+
+    def spoiling(flat: Flat, name: str, round_: int) -> Flat:
+        if round_ == 2:  # both have pulled it
+            both_train.wait(15)
+        return good(flat, name, round_)
+
+    both_train = threading.Barrier(2, action=lambda: put(b"\x63"))
+    monkeypatch.setitem(globals(), "trained", spoiling)
+    first = config(tmp_path, {"update": update})
+    server = Server(first)
+    listen = first.server.model_copy(update={"listen": server.endpoint})
+    with ThreadPoolExecutor(2) as pool:
+        sites = [pool.submit(site(server, name)) for name in WEIGHTS]
+        with pytest.raises(IntegrityError, match=r"round-0001\.safetensors has changed.*rollback"):
+            server.run()
+        assert not path.with_name("round-0002.safetensors").exists()
+        put(b"\x01")
+        assert Server(first.model_copy(update={"server": listen})).run().ok
+        assert all(one.result(60) for one in sites)
+    assert committed(tmp_path, ROUNDS)[:16].tobytes() == start()[:16].tobytes()
 
 
 def test_an_update_with_nan_leaves_raw_and_is_refused_by_tensor_and_element(

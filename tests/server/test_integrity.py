@@ -19,7 +19,7 @@ from fedcore.config import parse_run
 from fedcore.errors import BusyError, ConfigError, IntegrityError, StorageError
 from fedcore.server.files import Files
 from fedcore.server.journal import Journal
-from fedcore.server.outcome import Outcome
+from fedcore.server.outcome import Ending, Outcome
 from fedcore.server.participation import Roster
 from fedcore.server.service import Server
 from fedcore.server.store import Store
@@ -379,6 +379,23 @@ def test_a_best_model_that_changes_after_its_export_is_found_at_the_end(tmp_path
         flip(store.path(1))
         with pytest.raises(IntegrityError, match=r"round-0001\.safetensors is not the file"):
             outcome.conclude("complete", "")
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("ending", ["stopped", "failed"])
+def test_a_run_that_is_stopped_or_failed_ends_in_order_with_a_damaged_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, version: int, ending: Ending
+) -> None:
+    folder = run_of(tmp_path / "run", 3.0, 1.0, 2.0)
+    flip(folder / "models" / f"round-{version:04d}.safetensors")
+    store, outcome = outcome_of(folder)
+    try:
+        result = outcome.conclude(ending, "")
+        assert (result.best_version, result.version) == (1, 2)
+        assert (result.best is None, result.final is None) == (version == 1, version == 2)
+        assert any(f"round-000{version}.safetensors is not the file" in m for m in caplog.messages)
     finally:
         store.close()
 
