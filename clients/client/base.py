@@ -227,7 +227,9 @@ def _digest(tensor: torch.Tensor, rows: bool) -> str:
         for part in parts:
             try:
                 flat = part.detach().reshape(-1)
-                for piece in (piece for run in _chosen(flat, rows) for piece in run.split(_PIECE)):
+                for piece in (
+                    piece for run in _chosen(flat, rows) for piece in torch.split(run, _PIECE)
+                ):
                     rounded = piece.to(torch.bfloat16) if piece.dtype in _FLOATS else piece
                     hasher.update(rounded.cpu().contiguous().view(torch.uint8).numpy().data)
             except (RuntimeError, NotImplementedError):  # a tensor of a kind of its own
