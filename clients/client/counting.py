@@ -265,6 +265,8 @@ def _sequence_size(value: Sequence[Any], expected: int | None, choice: Choice | 
     if not value:
         return 0
     sizes = {size for part in value if (size := _column_size(part)) is not None}
+    if all(isinstance(part, list | tuple) for part in value):  # columns that could not be stacked
+        sizes = {len(part) for part in value}
     columns = next(iter(sizes)) if len(sizes) == 1 else None
     rows = len(value) if len({_kind(part) for part in value}) == 1 else None
     if rows is None or columns is None:

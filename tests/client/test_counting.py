@@ -75,6 +75,10 @@ def test_the_loaders_batch_size_decides_between_rows_and_columns() -> None:
         counter.add({"x": t(rows, 4), "weights": t(5)}, expected=8)
     assert counter.total() == 19
     assert count([t(8, 4), t(8, 4)], expected=8) == 8
+    counter = ExampleCounter()
+    for rows in (4, 4, 1):  # images and boxes of torchvision's detectors: tuple(zip(*rows))
+        counter.add(((t(3, 8, 8),) * rows, ({"boxes": t(2, 4)},) * rows), expected=4)
+    assert counter.total() == 9
 
 
 @pytest.mark.parametrize(
