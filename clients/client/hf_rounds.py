@@ -249,11 +249,11 @@ class Rounds:
             args.num_train_epochs = max(rounds, math.ceil(begun / args.num_train_epochs) + 1)
             args.num_train_epochs *= self._budget[1]
         trainer.model_init = None  # it would put a new model in the place of the global one
-        if self._options.goes_on:
-            config.data_seed = self._base_seed()
-        else:
-            config.data_seed = self._base_seed() + now.number - 1
-            args.ignore_data_skip = True
+        # What a script says of its own checkpoints is not meant for the rounds: they would all see the same rows.
+        args.ignore_data_skip = not self._options.goes_on
+        config.data_seed = self._base_seed()
+        if not self._options.goes_on:
+            config.data_seed += now.number - 1
         try:
             yield
         finally:
