@@ -183,6 +183,7 @@ class _Patch:
         self._recalled = False
         self._keep = keep_optimizer
         self._epochs, self._steps = trainer.max_epochs, trainer.max_steps
+        self._accumulated = trainer.accumulate_grad_batches
         self._carried = Carried(trainer)
         self._resumed: tuple[int, int] | None = None
         self._round = 0
@@ -312,6 +313,8 @@ class _Patch:
             self._trainer.should_stop = False
             self._forget_early_stops()
             self._reset_timers()
+            if any(callbacks_of(self._trainer.callbacks, "GradientAccumulationScheduler")):
+                self._trainer.accumulate_grad_batches = self._accumulated
             self.counted.clear()
             self._resumed, self._round = None, task.round
             if not self._trained:

@@ -44,6 +44,8 @@ class DataPlace:
         self._batches = 0
         self._pending = self._continuing = self._limited = self._begun = False
         self._random: dict[str, Any] | None = None
+        self._first_pass = True  # of the loader that the epoch began with
+        self._reloaded: float = 0
 
     @property
     def behind(self) -> int:
@@ -65,6 +67,7 @@ class DataPlace:
         if loop._data_fetcher is None or loop.epoch_loop._num_ready_batches_reached():
             return
         self._batches = loop.epoch_loop.batch_progress.current.completed
+        self._reloaded = loop._last_train_dl_reload_epoch
         self._source = loop._data_source.instance
         if self._goes_on:
             loader = loop._combined_loader
@@ -93,8 +96,12 @@ class DataPlace:
         if self._batches:
             self.release()
             self._say("the data begin anew")
-        self._random = _take(None)
+        reloads = self._trainer.current_epoch > 0 and self._loop._should_reload_train_dl
+        self._random, self._first_pass = _take(None), True
         self._setup()
+        if reloads:  # one training makes two iterators then, and goes through the second
+            self._begun = False
+            return
         self._random = _take(self._loop._combined_loader, self._random)
         # The loader's iterator is made: the loop would make another one, which a stream would notice.
         self._loop._resuming_from_checkpoint = True
@@ -105,6 +112,7 @@ class DataPlace:
             self._reset()
             if not self._begun:  # an epoch begins here, with a new iterator
                 self._random = _take(self._loop._combined_loader)
+                self._first_pass = False
             self._begun = False
             return
         self._continuing = self._begun = False
@@ -131,6 +139,9 @@ class DataPlace:
         if drawn and self._random is None:
             return False
         self._return_to_epoch(1)
+        loop._last_train_dl_reload_epoch = self._reloaded
+        if self._first_pass:  # persistent workers draw another number when they are started
+            loop._combined_loader.reset()
         if self._random is not None:  # the epoch has the order with which it began
             _put_back(self._random, loop._combined_loader)
         found = self._leave_out(self._batches)
@@ -142,11 +153,16 @@ class DataPlace:
 
     def kept(self) -> dict[str, Any]:
         """Return the place, for another process."""
-        return {"batches": self._batches, "epoch_random": self._random}
+        return {
+            "batches": self._batches, "epoch_random": self._random, "first_pass": self._first_pass,
+            "reloaded": self._reloaded,
+        }  # fmt: skip
 
     def recall(self, kept: dict[str, Any]) -> None:
         """Go on where another process stopped."""
         self._batches, self._random = int(kept["batches"]), kept["epoch_random"]
+        self._first_pass = kept.get("first_pass", True)
+        self._reloaded = kept.get("reloaded", 0)
 
     def _return_to_epoch(self, by: int) -> None:
         """Count the epoch that the last round ended in as under way; with -1, as done again."""

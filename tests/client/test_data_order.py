@@ -190,6 +190,62 @@ def test_the_loaders_of_a_datamodule_go_on(
     equal_to(unbroken, model, tmp_path)
 
 
+@pytest.mark.parametrize("budget", [{"max_steps": 4}, {"max_epochs": 1}], ids=["steps", "epochs"])
+def test_shuffled_loaders_that_are_made_in_each_epoch_go_on(
+    budget: dict[str, int], run: Future[RunResult], tmp_path: Path
+) -> None:
+    package = importlib.import_module("lightning.pytorch")
+    options = {"max_epochs": -1, "reload_dataloaders_every_n_epochs": 1}
+
+    def loader() -> Any:
+        return DataLoader(dataset(), batch_size=3, shuffle=True)
+
+    unbroken, trainer = make_module(package), make_trainer(package, **{**options, **budget})
+    total = {name: value * ROUNDS for name, value in budget.items()}
+    torch.manual_seed(7)
+    make_trainer(package, **{**options, **total}).fit(unbroken, loader())
+
+    model = make_module(package)
+    torch.manual_seed(7)
+    federated(trainer, model, lambda: trainer.fit(model, loader()))
+    assert run.result(30).ok
+    equal_to(unbroken, model, tmp_path)
+
+
+def test_persistent_workers_of_a_new_loader_go_on(run: Future[RunResult], tmp_path: Path) -> None:
+    package = importlib.import_module("lightning.pytorch")
+
+    def loader() -> Any:
+        workers = {"num_workers": 1, "persistent_workers": True}
+        return DataLoader(dataset(), batch_size=3, shuffle=True, **workers)
+
+    unbroken, model = make_module(package), make_module(package)
+    torch.manual_seed(7)
+    make_trainer(package, max_epochs=-1, max_steps=9).fit(unbroken, loader())
+    trainer = make_trainer(package, max_epochs=-1, max_steps=3)
+    torch.manual_seed(7)
+    federated(trainer, model, lambda: trainer.fit(model, loader()))
+    assert run.result(30).ok
+    assert model.seen[:7] == unbroken.seen[:7], "the first epoch"
+
+
+def test_accumulation_that_a_schedule_changes_goes_on(
+    run: Future[RunResult], tmp_path: Path
+) -> None:
+    package = importlib.import_module("lightning.pytorch")
+
+    def make(rounds: int) -> Any:
+        schedule = package.callbacks.GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})
+        return make_trainer(package, max_epochs=rounds, callbacks=[schedule])
+
+    unbroken, model = make_module(package), make_module(package)
+    make(ROUNDS).fit(unbroken, LOADERS["in-order"]())
+    trainer = make(1)
+    federated(trainer, model, lambda: trainer.fit(model, LOADERS["in-order"]()))
+    assert run.result(30).ok
+    equal_to(unbroken, model, tmp_path)
+
+
 def test_by_choice_each_round_begins_its_data_anew_and_says_so(
     run: Future[RunResult], caplog: pytest.LogCaptureFixture
 ) -> None:
