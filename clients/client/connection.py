@@ -502,8 +502,10 @@ class Connection:
 
     def _on_welcome(self, welcome: protocol.Welcome) -> None:
         if self.welcome is not None and self.welcome.run_id != welcome.run_id:
+            same = welcome.run == self.welcome.run
+            what = "under another id, as after a rollback" if same else "and not this site's"
             self._error = RefusedError(
-                f"the server at {self._server} now serves another run ({welcome.run!r}); start this site "
+                f"the server at {self._server} now serves run {welcome.run!r} {what}; start this site "
                 "again to take part in it",
                 "other-run",
             )

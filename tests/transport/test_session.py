@@ -285,6 +285,19 @@ def test_what_is_said_in_another_run_changes_nothing(pump: str) -> None:
         assert session.system_info()["round"] == 1
 
 
+def test_a_run_that_was_taken_back_while_a_site_took_part_is_named_by_its_cause() -> None:
+    with stage() as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.run_id = uuid.uuid4().hex
+        server.welcome()
+        again = r"run 'r' under another id, as after a rollback; start this site again"
+        with pytest.raises(RefusedError, match=again) as caught:
+            running.result(DEADLINE)
+        assert caught.value.code == "other-run"
+
+
 def test_a_name_that_is_held_is_asked_for_until_it_is_free(
     pump: str, caplog: pytest.LogCaptureFixture
 ) -> None:
