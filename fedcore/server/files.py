@@ -9,6 +9,7 @@ own files is named, and never touched.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -265,9 +266,16 @@ class Files:
         )
 
     def put_in_place(self, version: int) -> None:
-        """Rename a version's pending files, which are written and synchronised, to their own names."""
+        """Rename a version's pending files, which are written and synchronised, to their own names.
+
+        The record beside each says to the next start that a crash came before it was committed.
+        """
         names = [Path(path).name for path, of, _ in self._rows("pending") if of == version]
         for name in names:
+            with contextlib.suppress(
+                OSError
+            ):  # a round for whose record there was no room has one now
+                (self.models / record_name(name)).touch()
             with storing(self.models / name):
                 (self.models / scratch_name(name)).rename(self.models / name)
         with storing(self.models):

@@ -122,6 +122,33 @@ def test_half_a_model_that_was_not_committed_is_moved_away_and_the_run_goes_on(
     assert any("round-0001.safetensors, which was not committed" in m for m in caplog.messages)
 
 
+@pytest.mark.parametrize("version", [0, 1])
+def test_a_crash_in_a_commit_without_a_record_costs_a_round_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    folder = tmp_path / "run"
+    store = Store(folder, SETTINGS)
+    if version:
+        commit(store, 0)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Files, "mark", crash)
+        with pytest.raises(KeyboardInterrupt):
+            commit(store, version)
+    store.close()
+    store = Store(folder, SETTINGS)
+    try:
+        store.clear(version)
+        commit(store, version)
+        assert store.last_version == version
+    finally:
+        store.close()
+    assert not list(folder.glob("discarded-*"))
+
+
 @pytest.mark.parametrize(
     "name", ["best", "final", ".best-new", ".final-old", "models/.round-0004.partial"]
 )
