@@ -13,6 +13,7 @@ namespace fedcore {
 namespace {
 
 constexpr std::size_t kSlots = 1024;
+constexpr std::size_t kHandlers = 64;
 
 // `from` is 0 in a free slot. The handler reads without a lock: a slot is filled with `from` last
 // and emptied with `from` first.
@@ -23,21 +24,37 @@ struct Slot {
 };
 
 // What a signal handler needs has to be global.
-std::array<Slot, kSlots> slots;          // NOLINT(bugprone-dynamic-static-initializers)
-struct sigaction before;                 // the handler that was there
+std::array<Slot, kSlots> slots;  // NOLINT(bugprone-dynamic-static-initializers)
+std::array<struct sigaction, kHandlers>
+    others;  // handlers that were there, the last at `known` - 1
+std::atomic<std::size_t> known{0};
+std::atomic<bool> passing{false};
 std::atomic<std::uintptr_t> page{4096};  // bytes of a page
 std::mutex filling;
 
+void end_by(int number) {
+  struct sigaction plain{};
+  plain.sa_handler = SIG_DFL;
+  sigaction(number, &plain, nullptr);
+  static_cast<void>(raise(number));
+}
+
 void pass_on(int number, siginfo_t* info, void* context) {
+  const std::size_t count = known.load(std::memory_order_acquire);
+  // A handler that raises the signal once more for the one before it comes back here.
+  if (count == 0 || passing.exchange(true)) {
+    end_by(number);
+    return;
+  }
+  const struct sigaction& before = others[count - 1];
   if ((before.sa_flags & SA_SIGINFO) != 0 && before.sa_sigaction != nullptr) {
     before.sa_sigaction(number, info, context);
   } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
     before.sa_handler(number);
-  } else {  // the instruction faults again, and ends the process
-    struct sigaction plain{};
-    plain.sa_handler = SIG_DFL;
-    sigaction(number, &plain, nullptr);
+  } else {
+    end_by(number);
   }
+  passing.store(false);
 }
 
 void on_bus(int number, siginfo_t* info, void* context) {
@@ -66,13 +83,23 @@ void on_bus(int number, siginfo_t* info, void* context) {
   pass_on(number, info, context);
 }
 
+// Puts the handler in the place of whatever is there: a library may have set its own since the last
+// mapping, and so may Python's faulthandler.
 void install() {
+  struct sigaction there{};
+  const std::size_t count = known.load(std::memory_order_relaxed);
+  if (sigaction(SIGBUS, nullptr, &there) != 0 || count == kHandlers ||
+      ((there.sa_flags & SA_SIGINFO) != 0 && there.sa_sigaction == on_bus)) {
+    return;
+  }
+  others[count] = there;
+  known.store(count + 1, std::memory_order_release);
   page.store(static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)), std::memory_order_relaxed);
   struct sigaction action{};
   action.sa_sigaction = on_bus;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigemptyset(&action.sa_mask);
-  sigaction(SIGBUS, &action, &before);
+  sigaction(SIGBUS, &action, nullptr);
 }
 
 }  // namespace
@@ -85,9 +112,8 @@ void MappingGuard::forget() noexcept {
 }
 
 void MappingGuard::watch(const void* data, std::uint64_t size) noexcept {
-  static std::once_flag installed;
-  std::call_once(installed, install);
   const std::lock_guard lock(filling);
+  install();
   const auto from = reinterpret_cast<std::uintptr_t>(data);
   for (std::size_t i = 0; slot_ == kNone && i < kSlots; ++i) {
     if (slots[i].from.load(std::memory_order_relaxed) == 0) {

@@ -4,7 +4,8 @@
 // place of what is gone, from the page that was read to the end of the mapping, and marks the
 // mapping. Whoever uses what was read asks for the mark first: MappedFile::check_whole(). The
 // same goes for pages that the disk can't read. What the guard does not know goes to the handler
-// that was there before.
+// that was there before. A handler that is set after the last mapping was made comes first until
+// the next one is.
 //
 // Slots are few and fixed, as a signal handler can't take a lock; a mapping beyond them is not
 // guarded. Methods are usable from any thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,31 @@ def test_a_mapped_file_that_becomes_shorter_is_an_error_that_names_it(tmp_path: 
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert f"{path} became shorter" in done.stdout
+
+
+LATE = """
+import faulthandler, os, sys
+from fedcore._core import MappedFile
+first = MappedFile.open(sys.argv[1])
+for _ in range(3):
+    faulthandler.disable()
+    faulthandler.enable()  # its handler takes the place of the guard's
+    file = MappedFile.open(sys.argv[1])
+os.truncate(sys.argv[1], 5000)
+assert bytes(file.view()) == b"x" * 5000 + bytes(95_000)
+print("read", flush=True)
+os.kill(os.getpid(), 7)  # not the guard's: it goes to the handler before, and ends the process
+"""
+
+
+def test_a_handler_that_another_library_sets_later_is_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "mapped"
+    path.write_bytes(b"x" * 100_000)
+    command = [sys.executable, "-P", "-c", LATE, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "read\n", done.stderr
+    assert done.returncode == -signal.SIGBUS
+    assert done.stderr.count("Fatal Python error: Bus error") == 1
 
 
 def test_a_mapping_that_was_grown_or_made_anew_is_guarded_as_well(tmp_path: Path) -> None:
