@@ -53,7 +53,7 @@ def ended(sites: list[Site], outcome: str) -> list[str]:
 
 
 def test_every_script_of_a_run_that_fails_ends_with_status_1(federation: Federation) -> None:
-    server, sites = begun(federation, "2s")
+    server, sites = begun(federation, "5s")
     assert server.wait() == 1
     sites[0].go()
     for said in ended(sites, "failed"):
