@@ -8,16 +8,18 @@ import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from fedcore import protocol
 from fedcore.errors import ConfigError
 from fedcore.status import read_summary
 
-from .history import read_life, read_scores, read_versions
+from .history import Life, read_life, read_scores, read_versions
 from .selection import best_version, weighted_metrics
 
 __all__ = ["read_past"]
+
+_ENDS: Final[tuple[Literal["stopped", "failed"], ...]] = ("stopped", "failed")
 
 
 def read_past(folder: Path) -> protocol.StatusReply:
@@ -47,6 +49,20 @@ def _rows(db: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
     return db.execute(query).fetchall()
 
 
+def _phase(folder: Path, last: int | None, life: Life) -> Literal["waiting", "stopped", "failed"]:
+    """Return how the last server ended the run, or ``"waiting"`` if that was not the last that happened to it."""
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "waiting"
+    if (summary.get("version"), summary.get("seconds")) != (last, life.seconds):
+        return "waiting"
+    for ended in _ENDS:
+        if summary.get("outcome") == ended:
+            return ended
+    return "waiting"
+
+
 def _read(folder: Path, rows: Callable[[str], list[tuple[Any, ...]]]) -> protocol.StatusReply:
     meta = dict(rows("SELECT key, value FROM meta"))
     versions, scores = read_versions(rows), read_scores(rows)
@@ -71,7 +87,7 @@ def _read(folder: Path, rows: Callable[[str], list[tuple[Any, ...]]]) -> protoco
     ]
     return protocol.StatusReply(
         run=run.get("name", folder.name),
-        phase="waiting",
+        phase=_phase(folder, last, life),
         round=min((last or 0) + 1, run.get("rounds") or 1) if last is not None else 0,
         rounds=run.get("rounds") or 0,
         metric=metric,

@@ -178,7 +178,7 @@ def test_a_run_that_was_cut_off_is_read_from_its_journal(
     assert reply.phase == "waiting"
     assert len(reply.versions) >= 4
     assert [v.metrics["loss"] for v in reply.versions[:3]] == [0, 1, 2]
-    assert reply.best_version == max(v.version for v in reply.versions if v.metrics)
+    assert reply.best_version == max(v.version for v in reply.versions if v.scored == 2)
     assert (reply.round, reply.rounds) == (reply.versions[-1].version + 1, 1_000_000)
     assert reply.elapsed > before.elapsed
     assert reply.bytes_in > before.bytes_in
@@ -196,6 +196,16 @@ def test_the_totals_hold_what_a_server_took_before_sigterm(config: RunConfig) ->
         now = read_past(config.run_folder).elapsed
         assert now > before
         before = now
+
+
+def test_a_stopped_run_is_shown_as_stopped_until_it_goes_on(config: RunConfig) -> None:
+    phases = []
+    for end in ("stop", "interrupt"):
+        server, thread = serve(config)
+        server.stop() if end == "stop" else server.interrupt("SIGTERM")
+        thread.join(30)
+        phases.append(read_past(config.run_folder).phase)
+    assert phases == ["stopped", "waiting"]
 
 
 def after(folder: Path, models: int) -> Callable[[], None]:
