@@ -1,9 +1,9 @@
 """What a ``transformers.Trainer`` keeps on the site's disk, for a process that is started again.
 
 ``FOLDER/trainer-ROUND`` holds the trainer's state (``trainer_state.json``), the place in the data with the random
-states (``place.pt``), and optimiser, schedule and scaler under the names of the trainer's own checkpoints. It is
-written under another name and renamed. It goes once the update of a later round is recorded. Nothing of it leaves
-the site.
+states (``place.state``), and optimiser, schedule and scaler under the names of the trainer's own checkpoints. It
+is written under another name and renamed. It goes once the update of a later round is recorded. Nothing of it
+leaves the site.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any, Final
 
 import torch
 
+from .state_file import read_state, write_state
 from .work import TRAINER
 
 __all__ = ["KeptRounds", "Place"]
 
 _SMALL_BYTES: Final = 1 << 30  # what optimiser state is kept unasked
 _STATE: Final = "trainer_state.json"
+_PLACE: Final = "place.state"
 
 logger = logging.getLogger("fedcore.client")
 
@@ -72,7 +74,7 @@ class KeptRounds:
             if int(path.name.removeprefix(TRAINER)) >= round_:
                 continue  # of a round that is trained again
             try:
-                values = torch.load(path / "place.pt", weights_only=True, map_location="cpu")
+                values = read_state(path / _PLACE)
                 found = Place(**values), TrainerState.load_from_json(str(path / _STATE))
             except Exception as error:
                 logger.warning("what the trainer kept in %s is not used: %s", path, error)
@@ -92,13 +94,13 @@ class KeptRounds:
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(mode=0o700)
             self._trainer.state.save_to_json(str(partial / _STATE))
-            torch.save(asdict(place), partial / "place.pt")
+            write_state(partial / _PLACE, asdict(place))
             if self._keeps_optimizer():
                 self._trainer._save_optimizer_and_scheduler(str(partial))
                 self._trainer._save_scaler(str(partial))
             partial.rename(path)
             self.last = path
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, TypeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             logger.warning(
                 "optimiser and schedule are not kept should this process be started again: %s",

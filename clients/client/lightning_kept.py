@@ -1,6 +1,6 @@
 """What a Lightning trainer keeps of a round on the site's disk, for a process that is started again.
 
-``FOLDER/trainer-ROUND/state.pt`` holds the loops' counters, the place in the data, the random states, and
+``FOLDER/trainer-ROUND/trainer.state`` holds the loops' counters, the place in the data, the random states, and
 optimisers and schedules. It is written under another name and renamed; it goes once the update of a later round is
 on its way. Nothing of it leaves the site.
 """
@@ -12,15 +12,14 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from .hf_kept import state_bytes
+from .state_file import read_state, write_state
 from .work import TRAINER
 
 __all__ = ["KeptState"]
 
 _SMALL_BYTES: Final = 1 << 30  # what optimiser state is kept unasked
-_FILE: Final = "state.pt"
+_FILE: Final = "trainer.state"
 
 logger = logging.getLogger("fedcore.client")
 
@@ -42,9 +41,7 @@ class KeptState:
             if int(path.name.removeprefix(TRAINER)) >= round_:
                 continue  # of a round that is trained again
             try:
-                found: dict[str, Any] = torch.load(
-                    path / _FILE, weights_only=True, map_location="cpu"
-                )
+                found: dict[str, Any] = read_state(path / _FILE)
             except Exception as error:
                 logger.warning("what the trainer kept in %s is not used: %s", path, error)
                 continue
@@ -61,7 +58,7 @@ class KeptState:
             for old in (partial, path):
                 shutil.rmtree(old, ignore_errors=True)
             partial.mkdir(mode=0o700)
-            torch.save(state, partial / _FILE)
+            write_state(partial / _FILE, state)
             partial.rename(path)
             self._last = path
         except (OSError, RuntimeError, AttributeError, TypeError) as error:

@@ -14,7 +14,7 @@ __all__ = ["put_back", "take"]
 def take(loader: Any = None) -> dict[str, Any]:
     """Return the states of Python's, NumPy's and torch's generators, and of those that a loader's samplers hold.
 
-    All of it can be written by ``torch.save`` and read with ``weights_only=True``.
+    All of it can be written by `fedcore.client.state_file.write_state`.
     """
     import numpy as np
 

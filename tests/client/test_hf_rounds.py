@@ -281,7 +281,7 @@ def test_an_optimiser_is_kept_by_choice_or_where_it_is_small(tmp_path: Path) -> 
         rounds.recall(1, tmp_path)
         rounds.train(1, 2, trainer.train)
         assert (tmp_path / "trainer-00000001/optimizer.pt").exists() is (keep is None)
-        assert (tmp_path / "trainer-00000001/place.pt").exists()
+        assert (tmp_path / "trainer-00000001/place.state").exists()
 
 
 def test_damaged_state_is_named_and_not_used(
@@ -291,7 +291,7 @@ def test_damaged_state_is_named_and_not_used(
     rounds = by_rounds(trainer)
     rounds.recall(1, tmp_path)
     rounds.train(1, 2, trainer.train)
-    (tmp_path / "trainer-00000001/place.pt").write_bytes(b"torn")
+    (tmp_path / "trainer-00000001/place.state").write_bytes(b"torn")
     again = make(tmp_path / "some")
     rounds = by_rounds(again)
     rounds.recall(2, tmp_path)
