@@ -97,14 +97,27 @@ class DataPlace:
             self.release()
             self._say("the data begin anew")
         reloads = self._trainer.current_epoch > 0 and self._loop._should_reload_train_dl
-        self._random, self._first_pass = _take(None), True
-        self._setup()
+        self._first_pass = True
+        self._make_first_iterator()
         if reloads:  # one training makes two iterators then, and goes through the second
             self._begun = False
             return
-        self._random = _take(self._loop._combined_loader, self._random)
         # The loader's iterator is made: the loop would make another one, which a stream would notice.
         self._loop._resuming_from_checkpoint = True
+
+    def _make_first_iterator(self) -> None:
+        """Set up a loader; noted are the random states right before its first iterator draws from them."""
+        loop, load = self._loop, self._loop._load_combined_loader_states
+
+        def note() -> None:
+            load()
+            self._random = _take(loop._combined_loader)
+
+        loop._load_combined_loader_states = note
+        try:
+            self._setup()
+        finally:
+            loop._load_combined_loader_states = load
 
     def reset(self) -> None:
         """Let an epoch that goes on keep its count of batches."""
@@ -207,10 +220,9 @@ class DataPlace:
                 return
 
 
-def _take(loader: Any, states: dict[str, Any] | None = None) -> dict[str, Any]:
+def _take(loader: Any) -> dict[str, Any]:
     """Return the random states that decide a pass over the data, those of the loader's own generators included."""
-    parts = [] if loader is None else loader.flattened
-    return {**(states or take()), "loaders": [take(part)["loader"] for part in parts]}
+    return {**take(), "loaders": [take(part)["loader"] for part in loader.flattened]}
 
 
 def _put_back(states: dict[str, Any], loader: Any) -> None:

@@ -54,6 +54,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "stream": lambda: DataLoader(Stream(), batch_size=2),
     "in-order": lambda: DataLoader(dataset(), batch_size=2),
     "shuffled": lambda: DataLoader(dataset(), batch_size=2, shuffle=True),
+    "own-generator": lambda: DataLoader(
+        dataset(), batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(5)
+    ),
     "by-epoch": lambda: DataLoader(dataset(), batch_size=2, sampler=Alternating()),
     "two": lambda: {
         "a": DataLoader(dataset(), batch_size=2),
@@ -150,7 +153,9 @@ def test_rounds_go_on_in_the_data(
     equal_to(unbroken, model, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["stream", "in-order", "shuffled", "by-epoch", "two"])
+@pytest.mark.parametrize(
+    "kind", ["stream", "in-order", "shuffled", "own-generator", "by-epoch", "two"]
+)
 def test_a_loader_that_is_made_anew_in_each_round_goes_on_as_well(
     kind: str, run: Future[RunResult], tmp_path: Path
 ) -> None:
@@ -283,9 +288,10 @@ def test_an_unknown_choice_of_data_is_refused(run: Future[RunResult]) -> None:
     [
         ("in-order", {"max_steps": 7}),
         ("shuffled", {"max_steps": 7}),
+        ("own-generator", {"max_steps": 7}),
         ("shuffled", {"max_epochs": 2}),
     ],
-    ids=["in-order", "shuffled", "epochs"],
+    ids=["in-order", "shuffled", "own-generator", "epochs"],
 )
 def test_a_site_that_is_started_again_goes_on_with_data_optimiser_and_schedule(
     kind: str,
