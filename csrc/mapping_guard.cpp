@@ -24,10 +24,10 @@ struct Slot {
 };
 
 // What a signal handler needs has to be global.
-std::array<Slot, kSlots> slots;  // NOLINT(bugprone-dynamic-static-initializers)
-std::array<struct sigaction, kHandlers>
-    others;  // handlers that were there, the last at `known` - 1
-std::atomic<std::size_t> known{0};
+std::array<Slot, kSlots> slots;                  // NOLINT(bugprone-dynamic-static-initializers)
+std::array<struct sigaction, kHandlers> others;  // the handlers that were there, each once
+std::atomic<std::size_t> last{0};  // one after the place of the one that was there last
+std::size_t known = 0;             // how many there are
 std::atomic<bool> passing{false};
 std::atomic<std::uintptr_t> page{4096};  // bytes of a page
 std::mutex filling;
@@ -40,13 +40,13 @@ void end_by(int number) {
 }
 
 void pass_on(int number, siginfo_t* info, void* context) {
-  const std::size_t count = known.load(std::memory_order_acquire);
+  const std::size_t place = last.load(std::memory_order_acquire);
   // A handler that raises the signal once more for the one before it comes back here.
-  if (count == 0 || passing.exchange(true)) {
+  if (place == 0 || passing.exchange(true)) {
     end_by(number);
     return;
   }
-  const struct sigaction& before = others[count - 1];
+  const struct sigaction& before = others[place - 1];
   if ((before.sa_flags & SA_SIGINFO) != 0 && before.sa_sigaction != nullptr) {
     before.sa_sigaction(number, info, context);
   } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
@@ -83,22 +83,37 @@ void on_bus(int number, siginfo_t* info, void* context) {
   pass_on(number, info, context);
 }
 
-// Puts the handler in the place of whatever is there: a library may have set its own since the last
-// mapping, and so may Python's faulthandler.
-void install() {
-  struct sigaction there{};
-  const std::size_t count = known.load(std::memory_order_relaxed);
-  if (sigaction(SIGBUS, nullptr, &there) != 0 || count == kHandlers ||
-      ((there.sa_flags & SA_SIGINFO) != 0 && there.sa_sigaction == on_bus)) {
-    return;
+bool is_same(const struct sigaction& one, const struct sigaction& other) {
+  const bool full = (one.sa_flags & SA_SIGINFO) != 0;
+  if (full != ((other.sa_flags & SA_SIGINFO) != 0)) {
+    return false;
   }
-  others[count] = there;
-  known.store(count + 1, std::memory_order_release);
-  page.store(static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)), std::memory_order_relaxed);
+  return full ? one.sa_sigaction == other.sa_sigaction : one.sa_handler == other.sa_handler;
+}
+
+// Puts the handler in the place of whatever is there. Since the last mapping a library may have set
+// its own, as Python's faulthandler does, or the default again, as Lightning does after each fit.
+void install() {
   struct sigaction action{};
   action.sa_sigaction = on_bus;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigemptyset(&action.sa_mask);
+  struct sigaction there{};
+  if (sigaction(SIGBUS, nullptr, &there) != 0 || is_same(there, action)) {
+    return;
+  }
+  std::size_t place = 0;
+  while (place < known && !is_same(others[place], there)) {
+    ++place;
+  }
+  if (place == kHandlers) {
+    return;
+  }
+  if (place == known) {
+    others[known++] = there;
+  }
+  last.store(place + 1, std::memory_order_release);
+  page.store(static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)), std::memory_order_relaxed);
   sigaction(SIGBUS, &action, nullptr);
 }
 

@@ -47,10 +47,12 @@ def test_a_mapped_file_that_becomes_shorter_is_an_error_that_names_it(tmp_path: 
 
 
 LATE = """
-import faulthandler, os, sys
+import faulthandler, os, signal, sys
 from fedcore._core import MappedFile
 first = MappedFile.open(sys.argv[1])
-for _ in range(3):
+for _ in range(100):
+    signal.signal(signal.SIGBUS, signal.SIG_DFL)
+    file = MappedFile.open(sys.argv[1])
     faulthandler.disable()
     faulthandler.enable()  # its handler takes the place of the guard's
     file = MappedFile.open(sys.argv[1])
