@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from fedcore.client.counting import ExampleCounter
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.client.torch import TorchSite
@@ -62,7 +63,9 @@ def test_one_local_step_with_all_sites_is_one_centralised_step(tmp_path: Path) -
                 site.end()
                 continue
             step(model, *shard)
-            site.submit(model, len(shard[0]), {})
+            counted = ExampleCounter(len(shard[0]))
+            counted.add(None)
+            site.submit(model, counted, {})
 
     with ThreadPoolExecutor(len(SIZES) + 1) as pool:
         serving = pool.submit(server.run)
