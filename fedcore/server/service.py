@@ -519,6 +519,14 @@ class Server:
             self._status.refresh()
         self._do(self._rounds.scored(site, score.version))
 
+    def _check_scored(self, version: int, sites: Collection[str]) -> None:
+        """Name the sites that trained from a model without a score of it, where a metric selects."""
+        if self.config.selection.metric is None or self.config.run.task != "train":
+            return
+        scored = {score.site for score in self._store.scores().get(version, [])}
+        for site in sorted({*sites} - scored):
+            self._check_metrics(site, version, ())
+
     def _check_metrics(self, site: str, version: int, metrics: Collection[str]) -> None:
         """Say at once, and not after the last round, if a site's metrics select nothing."""
         problem = self._outcome.metric_problem(site, version, metrics)
@@ -658,10 +666,8 @@ class Server:
         self._versions.commit(row, (model, checksums), metrics)
         self._status.refresh()
         names = [p.site for p in action.participants]
-        if action.version and self.config.run.task == "train":
-            scored = {score.site for score in self._store.scores().get(action.version - 1, [])}
-            for name in sorted({*names} - scored):
-                self._check_metrics(name, action.version - 1, ())
+        if action.version:
+            self._check_scored(action.version - 1, names)
             logger.info(
                 "round %d of %d committed: %s, %.1f s, of which %.2f s to pull and reduce",
                 action.version, self._rounds.rounds, ", ".join(names), seconds,

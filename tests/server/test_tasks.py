@@ -257,6 +257,8 @@ def test_each_sites_own_model_is_scored_at_every_site(
     results: Callable[[str], dict[str, Any]], tmp_path: Path
 ) -> None:
     models = results("compare")["models"]
+    log = (tmp_path / "runs" / "t" / "server.log").read_text(encoding="utf-8")
+    assert (log.count(" committed: "), log.count("initial model from ")) == (2, 0)
     assert [model["from"] for model in models] == ["initial", "north", "south"]
     assert [model["sites"]["north"]["metrics"]["loss"] for model in models] == [2.0, 2.0, 4.0]
     assert [model["sites"]["south"]["metrics"]["loss"] for model in models] == [2.0, 0.0, 2.0]
