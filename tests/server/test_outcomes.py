@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fedcore.protocol import SiteStatus
+from fedcore.status import StatusClient
 
 from .test_crashes import Federation, Site
 
@@ -28,13 +28,15 @@ def begun(federation: Federation, deadline: str) -> tuple[subprocess.Popen[str],
     """Return the server and two sites: the first trains, the other one waits for its first model."""
     federation.write(1, sites=["a", "b"], sample=1, round_deadline=deadline)
     server, sites = federation.server(), [federation.site("a"), federation.site("b")]
-    chosen: list[str] = []
-
-    def one_trains(states: Mapping[str, SiteStatus]) -> bool:
-        chosen[:] = [name for name in "ab" if states[name].state == "training"]
-        return len(chosen) == 1 and all(state.state != "absent" for state in states.values())
-
-    federation.until(one_trains)
+    with StatusClient(federation.address) as client:
+        while True:
+            reply = client.ask(20)
+            # Before round 1, "training" is shown for the site that is asked for the first model.
+            chosen = [site.site for site in reply.sites if site.state == "training"]
+            joined = all(site.state != "absent" for site in reply.sites)
+            if reply.phase == "training" and len(chosen) == 1 and joined:
+                break
+            time.sleep(0.02)
     if chosen == ["b"]:
         sites.reverse()
     sites[0].reached(1)
