@@ -17,7 +17,7 @@ MIB = 1 << 20
 
 WINDOW_MIB = 16  # under way in one direction, never in both at once
 TENSOR_MIB = 4  # read out one by one, 24 of them
-CODE_MIB = 16  # sockets, threads and modules, whatever the adapter's size
+CODE_MIB = 28  # sockets, threads, modules and arenas of the allocator, whatever the adapter's size
 
 
 def test_an_adapters_rounds_are_timed_and_the_site_takes_the_update_and_a_window() -> None:
