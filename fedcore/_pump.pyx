@@ -13,7 +13,8 @@ Where connections are encrypted, the sink and the inbox know a peer as ``USER NU
 the server's door gave the connection (ZeroMQ's "User-Id"), so that nothing a peer says can make it another.
 
 Of each connection it notes, by its file number, whether it was understood last or may go, at once or soon, whose it is,
-and that a message of it was whole; the door reads that (`fedcore.connections`). libzmq tells the number with each message.
+and that a message of it was whole; the door reads that (`fedcore.security.connections`). libzmq tells the number with
+each message.
 
 A site's socket has one connection. Where nothing comes over it any more (`silence.hpp`), the pump lets go of it and
 dials the same address again.

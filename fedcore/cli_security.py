@@ -67,8 +67,8 @@ def provision(
       fedcore provision project.toml
       fedcore provision project.toml --out /srv/fl/kits
     """
-    from .provision import load_project
-    from .provision import provision as make
+    from fedcore.security.provision import load_project
+    from fedcore.security.provision import provision as make
 
     folder = out if out is not None else project.parent / "kits"
     parties = load_project(project)
@@ -107,7 +107,7 @@ def keygen(
       fedcore keygen kit --name north --server tcp://fl.example.org:7733 --server-key KEY
       fedcore keygen kit-2 --like kit
     """
-    from .provision import make_key
+    from fedcore.security.provision import make_key
 
     kit = make_key(folder, like, server, server_key, name)
     public = kit.credentials.pair.public
@@ -133,8 +133,8 @@ def admit(
       fedcore admit north 'PUBLIC_KEY'
       fedcore admit ops 'PUBLIC_KEY' --role operator --server-kit /srv/fl/kits/server
     """
-    from .provision import admit as put
-    from .security import Role
+    from fedcore.security.keys import Role
+    from fedcore.security.provision import admit as put
 
     keys = put(server_kit, name, Role(role), public_key)
     typer.echo(f"{name} is admitted as {role}" + (f", with {keys} keys" if keys > 1 else ""))
@@ -157,7 +157,7 @@ def revoke(
       fedcore revoke north
       fedcore revoke north --key 'OLD_PUBLIC_KEY'
     """
-    from .provision import revoke as take
+    from fedcore.security.provision import revoke as take
 
     left = take(server_kit, name, key)
     typer.echo(f"{name}: revoked" + (f", {left} key left" if left else ""))

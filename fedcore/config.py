@@ -18,9 +18,10 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from fedcore.security.keys import is_loopback, parse_toml
+
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer, UpdateEncoding
-from .security import is_loopback, parse_toml
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 

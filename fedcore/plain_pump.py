@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import zmq
 
-from .connections import DROP, Notes, note
+from fedcore.security.connections import DROP, Notes, note
+
 from .sockets import moved_bytes
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ between the socket and the core (`fedcore._core.Exchange`) inside the pump threa
 appears here is control messages and the core's events.
 
 With keys, a link is encrypted (CURVE), and a server's peer is ``USER NUL ROUTING-ID``: the text that the door
-(`fedcore.admission`) gave the connection, which no peer can choose, and the id that the peer chose. Without keys,
-a peer is its routing id alone.
+(`fedcore.security.door`) gave the connection, which no peer can choose, and the id that the peer chose. Without
+keys, a peer is its routing id alone.
 
 The pump is `fedcore._pump`, which runs without the GIL. `FEDCORE_PUMP=python` forces `fedcore.plain_pump`, which
 is also the fallback where the compiled one cannot find pyzmq's libzmq. What a site dials is up to
@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import zmq
 
+from fedcore.security.connections import Notes
+
 from . import protocol
 from ._core import Exchange, crc32c
-from .connections import Notes
 from .dialling import HANDSHAKES, Dialler, Server
 from .errors import BusyError, ClosedError, ConfigError
 from .files import require_free_files
@@ -37,8 +38,8 @@ from .plain_pump import now_ms, run_pump
 from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
 
 if TYPE_CHECKING:
-    from .admission import Secured
-    from .security import AllowList, Credentials
+    from fedcore.security.door import Secured
+    from fedcore.security.keys import AllowList, Credentials
 
 __all__ = [
     "Control",
@@ -325,7 +326,7 @@ class ServerLink(_Link):
         net.setsockopt(zmq.TCP_MAXRT, UNREAD_MS)
         self._door = None
         if secured is not None:
-            from .admission import DOMAIN, Doorkeeper
+            from fedcore.security.door import DOMAIN, Doorkeeper
 
             self._secure = True
             net.setsockopt(zmq.CURVE_SERVER, 1)

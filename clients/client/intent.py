@@ -11,7 +11,7 @@ import os
 import sys
 
 from fedcore.errors import ConfigError
-from fedcore.security import check_name
+from fedcore.security.keys import check_name
 
 __all__ = ["forget_intent", "intend", "wanted_run"]
 

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 
 from fedcore import protocol
 from fedcore._core import Layout
-from fedcore.allowance import Allowance
 from fedcore.errors import (
     ClosedError,
     ConfigError,
@@ -39,6 +38,7 @@ from fedcore.layout import (
     layout_hash,
     table,
 )
+from fedcore.security.rate_limit import Allowance
 
 from .connection import Connection
 from .intent import forget_intent, wanted_run

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedcore.config import parse_duration
 from fedcore.errors import ConfigError
-from fedcore.security import Credentials, Kit, check_address, check_name, is_loopback, load_kit
+from fedcore.security.keys import Credentials, Kit, check_address, check_name, is_loopback, load_kit
 
 __all__ = ["SiteSettings"]
 

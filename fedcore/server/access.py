@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from fedcore import protocol
-from fedcore.admission import Secured
 from fedcore.config import RunConfig
-from fedcore.connections import Limits
 from fedcore.errors import ConfigError
-from fedcore.security import (
+from fedcore.security.connections import Limits
+from fedcore.security.door import Secured
+from fedcore.security.keys import (
     ALLOW_FILE,
     KIT_FILE,
     LOCAL_KIT,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from fedcore import __version__, protocol
-from fedcore.security import Identity
+from fedcore.security.keys import Identity
 from fedcore.transport import DataEvent, ServerLink, other_version
 
 from .access import Access

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fedcore import __version__, protocol
-from fedcore.allowance import Allowance
-from fedcore.security import Identity
+from fedcore.security.keys import Identity
+from fedcore.security.rate_limit import Allowance
 from fedcore.transport import ServerLink
 
 from .participation import Roster

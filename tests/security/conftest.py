@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fedcore.admission import Secured
-from fedcore.connections import Limits
-from fedcore.security import AllowList, Credentials, KeyPair, Role
+from fedcore.security.connections import Limits
+from fedcore.security.door import Secured
+from fedcore.security.keys import AllowList, Credentials, KeyPair, Role
 from fedcore.transport import ServerLink, SiteLink
 
 DEADLINE = 20.0

@@ -10,8 +10,8 @@ import pytest
 
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError
-from fedcore.provision import Provisioned, admit, revoke
-from fedcore.security import AllowList, KeyPair, Role
+from fedcore.security.keys import AllowList, KeyPair, Role
+from fedcore.security.provision import Provisioned, admit, revoke
 from fedcore.server import access
 from fedcore.server.access import Access
 

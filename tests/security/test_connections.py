@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedcore.connections import (
+from fedcore.security.connections import (
     _GRACE_LOOKS,
     CUT,
     HEARD,

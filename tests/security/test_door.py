@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import zmq
 
-from fedcore import admission, protocol
-from fedcore.admission import Doorkeeper
-from fedcore.connections import Connections, Limits
-from fedcore.security import Credentials, KeyPair
+from fedcore import protocol
+from fedcore.security import door as admission
+from fedcore.security.connections import Connections, Limits
+from fedcore.security.door import Doorkeeper
+from fedcore.security.keys import Credentials, KeyPair
 from fedcore.transport import Control, control_frames
 
 from ..server.relay import Relay

@@ -25,9 +25,9 @@ SERVER = f"""
 import sys
 import numpy as np
 from fedcore._core import Layout
-from fedcore.admission import Secured
+from fedcore.security.door import Secured
 from fedcore.layout import create_model
-from fedcore.security import AllowList, KeyPair, Role
+from fedcore.security.keys import AllowList, KeyPair, Role
 from fedcore.transport import ServerLink
 
 secret, north, south = sys.stdin.readline().split()

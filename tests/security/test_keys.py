@@ -13,16 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import ConfigError, StorageError
-from fedcore.provision import (
-    Project,
-    Provisioned,
-    admit,
-    load_project,
-    make_key,
-    provision,
-    revoke,
-)
-from fedcore.security import (
+from fedcore.security.keys import (
     AllowList,
     Credentials,
     KeyPair,
@@ -32,6 +23,15 @@ from fedcore.security import (
     read_secret,
     write_kit,
     write_secret,
+)
+from fedcore.security.provision import (
+    Project,
+    Provisioned,
+    admit,
+    load_project,
+    make_key,
+    provision,
+    revoke,
 )
 
 ADDRESS = "tcp://fl.example.org:7733"

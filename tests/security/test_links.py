@@ -14,7 +14,7 @@ import pytest
 from fedcore import protocol
 from fedcore._core import Collector, Layout
 from fedcore.layout import ModelFile, create_model
-from fedcore.security import Credentials, Identity, KeyPair, Role
+from fedcore.security.keys import Credentials, Identity, KeyPair, Role
 from fedcore.transport import Control, ServerLink, SiteLink
 
 from .conftest import Links, Parties, refusal, relay, wait

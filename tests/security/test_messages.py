@@ -13,8 +13,8 @@ import pytest
 from fedcore import protocol
 from fedcore._core import crc32c
 from fedcore.errors import ProtocolError
-from fedcore.provision import Provisioned
-from fedcore.security import load_kit
+from fedcore.security.keys import load_kit
+from fedcore.security.provision import Provisioned
 from fedcore.server import peers
 from fedcore.server.service import Server
 from fedcore.server.status import within_a_message

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 
 from fedcore.errors import ConfigError
-from fedcore.mounts import Mount, find_mount, is_secret_mount
-from fedcore.provision import Project, provision
-from fedcore.security import Role, load_kit
+from fedcore.security.keys import Role, load_kit
+from fedcore.security.mounts import Mount, find_mount, is_secret_mount
+from fedcore.security.provision import Project, provision
 
 ADDRESS = "tcp://fl.example.org:7733"
 
 LOAD = """
 import sys
 from fedcore.errors import ConfigError
-from fedcore.security import load_kit
+from fedcore.security.keys import load_kit
 try:
     print("loaded", load_kit(__import__("pathlib").Path(sys.argv[1])).name)
 except ConfigError as error:

@@ -23,8 +23,8 @@ from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, RefusedError, TransferTimeout
-from fedcore.provision import Project, Provisioned, admit, make_key, provision, revoke
-from fedcore.security import KeyPair, Role, edited, load_kit
+from fedcore.security.keys import KeyPair, Role, edited, load_kit
+from fedcore.security.provision import Project, Provisioned, admit, make_key, provision, revoke
 from fedcore.server.access import Access
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server

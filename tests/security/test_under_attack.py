@@ -26,8 +26,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedcore import protocol
-from fedcore.provision import Project, Provisioned, provision
-from fedcore.security import Role, load_kit
+from fedcore.security.keys import Role, load_kit
+from fedcore.security.provision import Project, Provisioned, provision
 from fedcore.transport import Control, SiteLink
 
 from ..server.test_fuzz import anonymous_bytes

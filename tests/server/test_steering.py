@@ -11,8 +11,8 @@ import pytest
 
 from fedcore import protocol
 from fedcore.cli import app
-from fedcore.provision import Project, Provisioned, provision
-from fedcore.security import Role, load_kit
+from fedcore.security.keys import Role, load_kit
+from fedcore.security.provision import Project, Provisioned, provision
 from fedcore.server.actions import Action, EndRun, SendTask, StartCollect
 from fedcore.server.participation import Delivery, Roster
 from fedcore.server.rounds import Phase, Rounds

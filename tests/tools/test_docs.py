@@ -15,8 +15,8 @@ from pydantic.fields import FieldInfo
 
 from fedcore import protocol, transport
 from fedcore.config import RunConfig, load_run_file
-from fedcore.connections import Limits
 from fedcore.protocol import SiteStatus, StatusReply, VersionStatus
+from fedcore.security.connections import Limits
 from fedcore.transport import control_frames
 
 ROOT = Path(__file__).parents[2]

@@ -114,7 +114,7 @@ def test_a_simulation_is_encrypted_with_keys_that_are_thrown_away(
 ) -> None:
     tell = """
     import os, pathlib
-    from fedcore.security import load_kit
+    from fedcore.security.keys import load_kit
     kit = load_kit(pathlib.Path(os.environ["FEDCORE_KIT"]))
     said = f"{os.environ['FEDCORE_KIT']} {kit.name} {kit.credentials.pair.public}"
     (pathlib.Path(FOLDER) / f"{kit.name}.said").write_text(said)

@@ -14,9 +14,9 @@ import zmq
 
 from fedcore import protocol, transport
 from fedcore._core import Collector, Exchange, Layout, MappedFile, crc32c
-from fedcore.admission import Secured
 from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
-from fedcore.security import AllowList, Credentials, KeyPair
+from fedcore.security.door import Secured
+from fedcore.security.keys import AllowList, Credentials, KeyPair
 from fedcore.transport import ServerLink, SiteLink, control_frames
 
 CHUNK = 64 << 10

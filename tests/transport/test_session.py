@@ -27,8 +27,8 @@ from fedcore.errors import (
     WeightError,
 )
 from fedcore.layout import ModelFile, create_model, layout_hash, table
-from fedcore.provision import Project, provision
-from fedcore.security import Role, load_kit
+from fedcore.security.keys import Role, load_kit
+from fedcore.security.provision import Project, provision
 from fedcore.transport import Control, ServerLink
 
 DEADLINE = 20.0

@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from .errors import ConfigError, StorageError
+from fedcore.errors import ConfigError, StorageError
+from fedcore.protocol import SITE_NAME
+from fedcore.replacing import place_of, put_in_place
+
 from .mounts import find_mount, is_secret_mount, others_can_replace
-from .protocol import SITE_NAME
-from .replacing import place_of, put_in_place
 
 __all__ = [
     "AllowList",
@@ -224,8 +225,8 @@ def write_secret(path: Path, pair: KeyPair) -> None:
 def read_secret(path: Path) -> KeyPair:
     """Read a secret key.
 
-    On a mount that a container platform fills (`fedcore.mounts`), the file may be a link within that mount, and
-    others may read it: whoever sees the mount is in this container.
+    On a mount that a container platform fills (`fedcore.security.mounts`), the file may be a link within
+    that mount, and others may read it: whoever sees the mount is in this container.
 
     Raises:
         ConfigError: the file is not there, not this user's alone, no plain file, or holds no key.

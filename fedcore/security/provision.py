@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from .errors import ConfigError, StorageError
-from .security import (
+from fedcore.errors import ConfigError, StorageError
+
+from .keys import (
     ALLOW_FILE,
     KIT_FILE,
     SECRET_FILE,

@@ -18,7 +18,7 @@ from mmap import mmap
 from typing import Final
 from zlib import crc32
 
-from .allowance import Allowance
+from .rate_limit import Allowance
 
 __all__ = ["CUT", "DROP", "HEARD", "MUTED", "Connections", "Limits", "Notes", "note"]
 

@@ -21,10 +21,11 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from .allowance import Allowance
+from fedcore.sockets import received_bytes
+
 from .connections import Connections, Limits, Notes
-from .security import AllowList, KeyPair, fingerprint
-from .sockets import received_bytes
+from .keys import AllowList, KeyPair, fingerprint
+from .rate_limit import Allowance
 
 __all__ = ["DOMAIN", "Doorkeeper", "Limits", "Secured"]
 

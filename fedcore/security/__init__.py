@@ -1,0 +1,1 @@
+"""Keys, kits, the allow-list, and the door of an encrypted server."""
