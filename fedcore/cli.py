@@ -124,9 +124,10 @@ def server(  # noqa: PLR0917 - typer calls it by name
       fedcore server run.toml
       fedcore server run.toml --set server.listen=tcp://0.0.0.0:7733 --set run.rounds=20
     """
+    from fedcore.monitor.ask import ENDPOINT_FILE
+
     from .config import load_run_file
     from .server.service import Server
-    from .status import ENDPOINT_FILE
 
     config = load_run_file(run_file, [*overrides, *_plain_text(insecure, insecure_network)])
     process = Server(config, endpoint_file, discard=discard)
@@ -238,9 +239,10 @@ def _end_as_by_ctrl_c(*numbers: signal.Signals) -> None:
 
 
 def _simulate_live(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:
+    from fedcore.monitor.ask import following, read_summary
+    from fedcore.monitor.view import LiveView
+
     from .simulate import simulate as run
-    from .status import following, read_summary
-    from .view import LiveView
 
     with LiveView() as view, following(view.show, config.run_folder, WATCH_SECONDS) as tick:
         result = run(run_file, config, overrides=overrides, tick=tick)

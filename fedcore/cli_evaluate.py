@@ -113,7 +113,7 @@ def evaluate(
 
 def _wait(where: tuple[str | None, Path | None, bool, bool], timeout: float) -> None:
     """Wait until no site scores the last model any more, and print its metrics."""
-    from .status import StatusClient, find_target
+    from fedcore.monitor.ask import StatusClient, find_target
 
     found = find_target(*where)
     if found is None:

@@ -15,8 +15,9 @@ from .cli_common import INTERRUPTED, Timeout, reported
 from .cli_security import Insecure, InsecureNetwork, KitFolder
 
 if TYPE_CHECKING:
+    from fedcore.monitor.ask import Target
+
     from .protocol import StatusReply
-    from .status import Target
 
 __all__ = ["WATCH_SECONDS", "status"]
 
@@ -58,8 +59,9 @@ def status(  # noqa: PLR0917
       fedcore status runs/sentiment --watch
       fedcore status --kit kits/dashboard --json
     """
+    from fedcore.monitor.ask import ask_status, find_target
+
     from .protocol import ENDED
-    from .status import ask_status, find_target
 
     found = find_target(target, kit, insecure, insecure_network)
     folder = Path(target) if target is not None and not target.startswith("tcp://") else None
@@ -85,7 +87,7 @@ def _print_status(reply: StatusReply, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from .view import render
+    from fedcore.monitor.view import render
 
     Console().print(render(reply))
 
@@ -93,8 +95,9 @@ def _print_status(reply: StatusReply, as_json: bool) -> None:
 @contextlib.contextmanager
 def _shown(as_json: bool) -> Iterator[_Show]:
     """Give what shows snapshots: a live view on a terminal, else lines."""
+    from fedcore.monitor.view import LiveView, PlainLines
+
     from .protocol import strict_json
-    from .view import LiveView, PlainLines
 
     if as_json:
 
@@ -114,8 +117,9 @@ def _shown(as_json: bool) -> Iterator[_Show]:
 
 def _watch(target: Target, folder: Path | None, timeout: float, as_json: bool) -> None:
     """Show snapshots until the run is over; a server that goes away and comes back is no error."""
+    from fedcore.monitor.ask import snapshots
+
     from .protocol import ENDED
-    from .status import snapshots
 
     phase = ""
     with _shown(as_json) as show:

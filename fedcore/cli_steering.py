@@ -89,7 +89,7 @@ def say(action: Steer, where: tuple[str | None, Path | None, bool, bool], timeou
         where: run folder or address, kit folder, and whether an insecure link and an insecure network will do.
         timeout: seconds to wait for an answer.
     """
-    from .status import StatusClient, find_target
+    from fedcore.monitor.ask import StatusClient, find_target
 
     found = find_target(*where)
     if found is None:

@@ -19,9 +19,9 @@ from rich.console import Console
 from fedcore.cache import cache_folder
 from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
+from fedcore.monitor.ask import following, read_summary
+from fedcore.monitor.view import LiveView, human_seconds
 from fedcore.simulate import simulate
-from fedcore.status import following, read_summary
-from fedcore.view import LiveView, human_seconds
 
 from .arms import SITE_ENV, run_arms, worker
 from .catalogue import task_class

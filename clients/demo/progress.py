@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
-from fedcore.view import human_seconds
+from fedcore.monitor.view import human_seconds
 
 __all__ = ["ArmsView", "tell"]
 

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedcore.monitor.view import human_bytes
 from fedcore.pictures import ARMS, GREY, alone, caption, new_figure, save, styled
-from fedcore.view import human_bytes
 
 from .tasks import Task
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from fedcore import protocol
 from fedcore.errors import ConfigError
-from fedcore.status import read_summary
+from fedcore.monitor.ask import read_summary
 
 from .history import Life, read_life, read_scores, read_versions
 from .selection import best_version, weighted_metrics

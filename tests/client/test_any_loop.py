@@ -18,8 +18,8 @@ from safetensors.numpy import load_file
 import fedcore.client as fl
 from fedcore.client.plain import _Arrays
 from fedcore.errors import LayoutError, WeightError
+from fedcore.monitor.ask import ask_status
 from fedcore.server.outcome import RunResult
-from fedcore.status import ask_status
 
 
 class OnlyDlpack:

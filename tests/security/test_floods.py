@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from fedcore import protocol
+from fedcore.monitor.ask import ask_status
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import Provisioned
 from fedcore.server import peers
-from fedcore.status import ask_status
 from fedcore.transport import Control, SiteLink, control_frames
 
 from .conftest import DEADLINE, Links

@@ -23,12 +23,12 @@ from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, RefusedError, TransferTimeout
+from fedcore.monitor.ask import ask_status, find_server
 from fedcore.security.keys import KeyPair, Role, edited, load_kit
 from fedcore.security.provision import Project, Provisioned, admit, make_key, provision, revoke
 from fedcore.server.access import Access
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
-from fedcore.status import ask_status, find_server
 from fedcore.transport import Control, control_frames, now_ms
 
 from .conftest import DEADLINE, Links, wait

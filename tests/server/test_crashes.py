@@ -19,9 +19,9 @@ from safetensors.numpy import load_file
 
 from fedcore import protocol
 from fedcore.config import load_run_file
+from fedcore.monitor.ask import StatusClient
 from fedcore.protocol import SiteStatus
 from fedcore.server.service import Server
-from fedcore.status import StatusClient
 
 pytestmark = pytest.mark.timeout(60)
 

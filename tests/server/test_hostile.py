@@ -21,9 +21,9 @@ from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.config import ModelSection
 from fedcore.errors import LayoutError
+from fedcore.monitor.ask import ask_status
 from fedcore.server import service
 from fedcore.server.service import Server
-from fedcore.status import ask_status
 from fedcore.transport import Control, SiteLink, control_frames
 
 from .test_runs import SPECS, run, run_config, site, writer

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.status import StatusClient
+from fedcore.monitor.ask import StatusClient
 
 from .test_crashes import Federation, Site
 

@@ -17,9 +17,9 @@ from fedcore._core import crc32c
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.errors import ProtocolError
+from fedcore.monitor.ask import ask_status, read_summary
 from fedcore.server.selection import SiteScore, best_version, weighted_metrics
 from fedcore.server.service import Server
-from fedcore.status import ask_status, read_summary
 from fedcore.transport import control_frames
 
 from .test_hostile import DEADLINE, RawSite

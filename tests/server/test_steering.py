@@ -11,13 +11,13 @@ import pytest
 
 from fedcore import protocol
 from fedcore.cli import app
+from fedcore.monitor.ask import StatusClient
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
 from fedcore.server.actions import Action, EndRun, SendTask, StartCollect
 from fedcore.server.participation import Delivery, Roster
 from fedcore.server.rounds import Phase, Rounds
 from fedcore.server.steering import steer
-from fedcore.status import StatusClient
 
 from ..security.conftest import DEADLINE, Links
 from ..security.test_runs import answer, models, running, server_of, site

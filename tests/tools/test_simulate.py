@@ -17,8 +17,8 @@ import pytest
 
 from fedcore.config import load_run_file
 from fedcore.errors import ConfigError
+from fedcore.monitor.ask import find_server, read_summary
 from fedcore.simulate import SimulationResult, simulate
-from fedcore.status import find_server, read_summary
 
 from .conftest import ADD_ONE
 

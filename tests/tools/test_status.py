@@ -19,11 +19,7 @@ import pytest
 from fedcore.cli import main
 from fedcore.config import RunConfig, load_run_file, parse_run
 from fedcore.errors import ConfigError
-from fedcore.protocol import ENDED, StatusReply
-from fedcore.server.past import read_past
-from fedcore.server.service import Server
-from fedcore.simulate import simulate
-from fedcore.status import (
+from fedcore.monitor.ask import (
     ENDPOINT_FILE,
     Target,
     find_server,
@@ -31,6 +27,10 @@ from fedcore.status import (
     read_summary,
     snapshots,
 )
+from fedcore.protocol import ENDED, StatusReply
+from fedcore.server.past import read_past
+from fedcore.server.service import Server
+from fedcore.simulate import simulate
 
 
 @pytest.fixture

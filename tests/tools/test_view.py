@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
+from fedcore.monitor.view import LiveView, PlainLines, human_bytes, human_seconds, render
 from fedcore.protocol import StatusReply, VersionStatus
-from fedcore.view import LiveView, PlainLines, human_bytes, human_seconds, render
 
 
 def drawn(reply: StatusReply) -> str:

@@ -16,7 +16,7 @@ from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
 from fedcore.dialling import Route, Server
 from fedcore.errors import ConfigError, TransferTimeout
-from fedcore.status import StatusClient
+from fedcore.monitor.ask import StatusClient
 from fedcore.transport import Control, ServerLink, SiteLink
 
 from ..server.relay import Relay

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
+from fedcore import protocol
+from fedcore.errors import ConfigError, RefusedError, TransferTimeout
 from fedcore.security.keys import LOCAL_KIT, Credentials, is_loopback, load_kit
-
-from . import protocol
-from .errors import ConfigError, RefusedError, TransferTimeout
-from .transport import Control, SiteLink
+from fedcore.transport import Control, SiteLink
 
 __all__ = [
     "ENDPOINT_FILE",

@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .protocol import ENDED, SiteStatus, StatusReply, VersionStatus
-from .words import plural
+from fedcore.protocol import ENDED, SiteStatus, StatusReply, VersionStatus
+from fedcore.words import plural
 
 __all__ = ["LiveView", "PlainLines", "human_bytes", "human_seconds", "render"]
 
