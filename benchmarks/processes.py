@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedcore import _watchdog
+from fedcore.simulation import watchdog as _watchdog
 
 _MARK = "FEDCORE_BENCHMARK_FAMILY"
 _SAMPLE_SECONDS = 0.05

@@ -27,7 +27,7 @@ from fedcore._core import Layout
 from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
 from fedcore.layout import create_model, open_model
-from fedcore.simulate import simulate
+from fedcore.simulation.processes import simulate
 
 from .limits import Limits
 from .processes import Family

@@ -28,9 +28,10 @@ from .errors import ConfigError
 from .words import plural
 
 if TYPE_CHECKING:
+    from fedcore.simulation.processes import SimulationResult
+
     from .config import RunConfig
     from .server.service import Server
-    from .simulate import SimulationResult
 
 __all__ = ["main", "server_main"]
 
@@ -241,8 +242,7 @@ def _end_as_by_ctrl_c(*numbers: signal.Signals) -> None:
 def _simulate_live(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:
     from fedcore.monitor.ask import following, read_summary
     from fedcore.monitor.view import LiveView
-
-    from .simulate import simulate as run
+    from fedcore.simulation.processes import simulate as run
 
     with LiveView() as view, following(view.show, config.run_folder, WATCH_SECONDS) as tick:
         result = run(run_file, config, overrides=overrides, tick=tick)
@@ -252,7 +252,7 @@ def _simulate_live(run_file: Path, config: RunConfig, overrides: list[str]) -> S
 
 
 def _simulate_plain(run_file: Path, config: RunConfig, overrides: list[str]) -> SimulationResult:
-    from .simulate import simulate as run
+    from fedcore.simulation.processes import simulate as run
 
     log = config.run_folder / "logs" / "server.log"
     position = 0

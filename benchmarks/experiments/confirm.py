@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
-from fedcore.simulate import simulate
+from fedcore.simulation.processes import simulate
 
 from .peft import Cell, Lab, Settings, Source, fingerprint, shares
 

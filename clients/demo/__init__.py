@@ -21,7 +21,7 @@ from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
 from fedcore.monitor.ask import following, read_summary
 from fedcore.monitor.view import LiveView, human_seconds
-from fedcore.simulate import simulate
+from fedcore.simulation.processes import simulate
 
 from .arms import SITE_ENV, run_arms, worker
 from .catalogue import task_class

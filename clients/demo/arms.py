@@ -14,7 +14,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from fedcore.errors import FedcoreError
-from fedcore.simulate import tail
+from fedcore.simulation.processes import tail
 
 from .progress import ArmsView
 

@@ -9,7 +9,7 @@ import pytest
 
 import fedcore.cli
 from fedcore.config import load_run_file
-from fedcore.simulate import simulate
+from fedcore.simulation.processes import simulate
 
 EXAMPLES = Path(__file__).parents[2] / "clients" / "examples"
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedcore.config import load_run_file
-from fedcore.simulate import simulate
+from fedcore.simulation.processes import simulate
 
 from .tiny_llama import llama, tokenizer, write_rows
 

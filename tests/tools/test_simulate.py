@@ -18,7 +18,7 @@ import pytest
 from fedcore.config import load_run_file
 from fedcore.errors import ConfigError
 from fedcore.monitor.ask import find_server, read_summary
-from fedcore.simulate import SimulationResult, simulate
+from fedcore.simulation.processes import SimulationResult, simulate
 
 from .conftest import ADD_ONE
 
@@ -276,7 +276,7 @@ def test_kill_9_leaves_no_process_behind(
 def test_a_finished_script_in_an_unfinished_run_is_explained(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.simulate._UNFINISHED_SECONDS", 1.0)
+    monkeypatch.setattr("fedcore.simulation.processes._UNFINISHED_SECONDS", 1.0)
     result = run(run_file("print('nothing to do')"))
     assert result.status == 1
     assert "while fl.is_running()" in result.message

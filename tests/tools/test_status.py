@@ -30,7 +30,7 @@ from fedcore.monitor.ask import (
 from fedcore.protocol import ENDED, StatusReply
 from fedcore.server.past import read_past
 from fedcore.server.service import Server
-from fedcore.simulate import simulate
+from fedcore.simulation.processes import simulate
 
 
 @pytest.fixture

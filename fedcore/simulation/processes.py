@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from fedcore.config import RunConfig
+from fedcore.errors import BusyError, ConfigError, FedcoreError, StorageError
 from fedcore.monitor.ask import is_served
 from fedcore.security.keys import SECRET_ENV, Role
 from fedcore.security.provision import SERVER_FOLDER, Project, provision
 
-from . import _watchdog
-from .config import RunConfig
-from .errors import BusyError, ConfigError, FedcoreError, StorageError
+from . import watchdog as _watchdog
 
 __all__ = ["SimulationResult", "simulate", "site_commands", "tail"]
 

@@ -1,0 +1,1 @@
+"""A server and its sites as processes of this machine."""
