@@ -22,7 +22,7 @@ from fedcore import protocol
 from fedcore._core import Codec, Layout, crc32c
 from fedcore.layout import layout_hash, table
 from fedcore.protocol import DEFAULT_CHUNK_BYTES, HEADER, MAGIC, PROTOCOL_VERSION, Kind
-from fedcore.transport import control_frames
+from fedcore.transport.link import control_frames
 
 _CHUNK_ELEMENTS: Final = DEFAULT_CHUNK_BYTES // 4
 _STEP: Final = 7  # elements between the first values of one chunk and the next

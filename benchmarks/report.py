@@ -49,7 +49,7 @@ def size_text(count: int) -> str:
 def machine() -> dict[str, Any]:
     """Return what a figure depends on: processor, cores, memory, versions, and the load of others just now."""
     from fedcore import __version__, _core
-    from fedcore.transport import pump_name
+    from fedcore.transport.link import pump_name
 
     return {
         "processor": _first_field("/proc/cpuinfo", "model name") or platform.processor(),

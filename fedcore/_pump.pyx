@@ -3,7 +3,7 @@
 
 The pump calls the libzmq that pyzmq itself was built with: its functions are looked up in pyzmq's own
 extension module, so there is no second libzmq in the process and nothing to install. Where they cannot be
-found, importing this module fails with ImportError and `fedcore.transport` uses its plain Python loop, which
+found, importing this module fails with ImportError and `fedcore.transport.link` uses its plain Python loop, which
 follows the same rules.
 
 One thread runs `run` and owns the network socket until it returns. It wakes up for a frame, for a

@@ -26,14 +26,7 @@ from fedcore.errors import (
     RefusedError,
     TransferTimeout,
 )
-from fedcore.transport import (
-    HEARTBEAT_MS,
-    Control,
-    DataEvent,
-    SiteLink,
-    now_ms,
-    other_version,
-)
+from fedcore.transport.link import HEARTBEAT_MS, Control, DataEvent, SiteLink, now_ms, other_version
 from fedcore.words import plural
 
 from .memory import keep_warm

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, TypeVar
 from fedcore import protocol
 from fedcore.errors import ConfigError, RefusedError, TransferTimeout
 from fedcore.security.keys import LOCAL_KIT, Credentials, is_loopback, load_kit
-from fedcore.transport import Control, SiteLink
+from fedcore.transport.link import Control, SiteLink
 
 __all__ = [
     "ENDPOINT_FILE",

@@ -21,7 +21,7 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from fedcore.sockets import received_bytes
+from fedcore.transport.sockets import received_bytes
 
 from .connections import Connections, Limits, Notes
 from .keys import AllowList, KeyPair, fingerprint

@@ -35,7 +35,7 @@ from fedcore.security.keys import (
     secret_file,
     write_kit,
 )
-from fedcore.transport import ServerLink
+from fedcore.transport.link import ServerLink
 from fedcore.words import plural
 
 __all__ = ["Access"]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedcore.errors import ConfigError
-from fedcore.files import require_files
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
+from fedcore.transport.open_files import require_files
 from fedcore.words import plural
 
 __all__ = ["Budget", "check_memory", "machine_memory", "steady_heap"]

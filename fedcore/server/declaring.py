@@ -10,7 +10,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, StorageError
 from fedcore.layout import compare_layouts, layout_hash, table
 from fedcore.opening import CARD
-from fedcore.transport import ServerLink
+from fedcore.transport.link import ServerLink
 
 from .access import Access
 from .agreement import Agreement

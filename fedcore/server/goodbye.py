@@ -8,7 +8,7 @@ from typing import Final
 
 from fedcore import protocol
 from fedcore.errors import ProtocolError
-from fedcore.transport import HEARTBEAT_MS, Control, DataEvent, ServerLink, now_ms
+from fedcore.transport.link import HEARTBEAT_MS, Control, DataEvent, ServerLink, now_ms
 
 from .access import Access
 from .peers import Peers

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
-from fedcore.transport import DataEvent, ServerLink, other_version
+from fedcore.transport.link import DataEvent, ServerLink, other_version
 
 from .access import Access
 from .peers import Peers, unlike_version

@@ -11,7 +11,7 @@ from typing import Final
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
 from fedcore.security.rate_limit import Allowance
-from fedcore.transport import ServerLink
+from fedcore.transport.link import ServerLink
 
 from .participation import Roster
 

@@ -22,7 +22,7 @@ from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, IntegrityError, ProtocolError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.replacing import partial_of, place_of, put_in_place
-from fedcore.transport import Control, DataEvent, ServerLink, now_ms
+from fedcore.transport.link import Control, DataEvent, ServerLink, now_ms
 from fedcore.weighing import effective_weight
 from fedcore.words import plural
 

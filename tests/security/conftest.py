@@ -15,7 +15,7 @@ import pytest
 from fedcore.security.connections import Limits
 from fedcore.security.door import Secured
 from fedcore.security.keys import AllowList, Credentials, KeyPair, Role
-from fedcore.transport import ServerLink, SiteLink
+from fedcore.transport.link import ServerLink, SiteLink
 
 DEADLINE = 20.0
 

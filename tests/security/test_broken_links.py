@@ -12,7 +12,7 @@ import pytest
 from fedcore import protocol
 from fedcore._core import Collector, Layout
 from fedcore.layout import create_model
-from fedcore.transport import Control
+from fedcore.transport.link import Control
 
 from ..server.relay import Relay
 from .conftest import DEADLINE, Links, Parties, wait

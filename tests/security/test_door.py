@@ -18,7 +18,7 @@ from fedcore.security import door as admission
 from fedcore.security.connections import Connections, Limits
 from fedcore.security.door import Doorkeeper
 from fedcore.security.keys import Credentials, KeyPair
-from fedcore.transport import Control, control_frames
+from fedcore.transport.link import Control, control_frames
 
 from ..server.relay import Relay
 from .conftest import DEADLINE, Links, Parties, wait

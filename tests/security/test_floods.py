@@ -16,7 +16,7 @@ from fedcore.monitor.ask import ask_status
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import Provisioned
 from fedcore.server import peers
-from fedcore.transport import Control, SiteLink, control_frames
+from fedcore.transport.link import Control, SiteLink, control_frames
 
 from .conftest import DEADLINE, Links
 from .test_runs import join, kits, models, running, server_of, site  # noqa: F401  (a fixture)

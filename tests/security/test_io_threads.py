@@ -13,7 +13,7 @@ import pytest
 
 from fedcore._core import Collector
 from fedcore.layout import create_model
-from fedcore.transport import _IO_THREADS, SiteLink
+from fedcore.transport.link import _IO_THREADS, SiteLink
 
 from .conftest import Links, Parties, wait
 from .test_links import model
@@ -28,7 +28,7 @@ from fedcore._core import Layout
 from fedcore.security.door import Secured
 from fedcore.layout import create_model
 from fedcore.security.keys import AllowList, KeyPair, Role
-from fedcore.transport import ServerLink
+from fedcore.transport.link import ServerLink
 
 secret, north, south = sys.stdin.readline().split()
 allowed = AllowList.of([("north", Role.SITE, north), ("south", Role.SITE, south)])

@@ -15,7 +15,7 @@ from fedcore import protocol
 from fedcore._core import Collector, Layout
 from fedcore.layout import ModelFile, create_model
 from fedcore.security.keys import Credentials, Identity, KeyPair, Role
-from fedcore.transport import Control, ServerLink, SiteLink
+from fedcore.transport.link import Control, ServerLink, SiteLink
 
 from .conftest import Links, Parties, refusal, relay, wait
 

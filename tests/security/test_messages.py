@@ -18,7 +18,7 @@ from fedcore.security.provision import Provisioned
 from fedcore.server import peers
 from fedcore.server.service import Server
 from fedcore.server.status import within_a_message
-from fedcore.transport import Control, SiteLink, control_frames
+from fedcore.transport.link import Control, SiteLink, control_frames
 
 from .conftest import DEADLINE, Links, wait
 from .test_runs import join, kits, waiting  # noqa: F401  (fixtures)

@@ -29,7 +29,7 @@ from fedcore.security.provision import Project, Provisioned, admit, make_key, pr
 from fedcore.server.access import Access
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
-from fedcore.transport import Control, control_frames, now_ms
+from fedcore.transport.link import Control, control_frames, now_ms
 
 from .conftest import DEADLINE, Links, wait
 

@@ -28,7 +28,7 @@ from safetensors.numpy import load_file
 from fedcore import protocol
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
-from fedcore.transport import Control, SiteLink
+from fedcore.transport.link import Control, SiteLink
 
 from ..server.test_fuzz import anonymous_bytes
 from .conftest import wait

@@ -15,7 +15,7 @@ from fedcore._core import Exchange, Layout
 from fedcore.errors import ProtocolError
 from fedcore.layout import ModelFile, create_model, layout_hash, table
 from fedcore.protocol import Kind
-from fedcore.transport import HEARTBEAT_MS, control_frames, now_ms
+from fedcore.transport.link import HEARTBEAT_MS, control_frames, now_ms
 
 ANY = -1
 

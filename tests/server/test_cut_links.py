@@ -106,7 +106,7 @@ def test_an_upload_that_is_cut_in_the_middle_sends_at_most_a_window_again(tmp_pa
 def test_packets_that_vanish_cost_no_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: bool
 ) -> None:
-    monkeypatch.setattr("fedcore.transport.HEARTBEAT_MS", 100)
+    monkeypatch.setattr("fedcore.transport.link.HEARTBEAT_MS", 100)
     with begun(tmp_path) as (_, result, relay, session):
         session.begin(SPECS, {}, reader(3))
         if training:

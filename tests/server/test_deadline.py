@@ -15,7 +15,7 @@ from fedcore.layout import create_model, layout_hash, table
 from fedcore.server import service
 from fedcore.server.rounds import Phase
 from fedcore.server.service import Server
-from fedcore.transport import Control
+from fedcore.transport.link import Control
 
 LAYOUT = Layout([("w", "F32", [1000])], protocol.DEFAULT_CHUNK_BYTES)
 

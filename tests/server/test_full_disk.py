@@ -17,7 +17,7 @@ from fedcore.errors import StorageError
 from fedcore.layout import sync_folder
 from fedcore.server import files
 from fedcore.server.service import Server
-from fedcore.transport import DataEvent
+from fedcore.transport.link import DataEvent
 
 from .test_runs import run, run_config, site
 

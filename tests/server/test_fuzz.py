@@ -20,7 +20,7 @@ import zmq
 from fedcore import protocol
 from fedcore._core import crc32c
 from fedcore.protocol import HEADER, MAGIC, Kind
-from fedcore.transport import control_frames
+from fedcore.transport.link import control_frames
 
 from .test_crashes import Federation
 

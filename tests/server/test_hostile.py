@@ -24,7 +24,7 @@ from fedcore.errors import LayoutError
 from fedcore.monitor.ask import ask_status
 from fedcore.server import service
 from fedcore.server.service import Server
-from fedcore.transport import Control, SiteLink, control_frames
+from fedcore.transport.link import Control, SiteLink, control_frames
 
 from .test_runs import SPECS, run, run_config, site, writer
 

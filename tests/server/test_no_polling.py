@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from fedcore import transport
 from fedcore.client import connection, progress
 from fedcore.server import service
 from fedcore.server.service import Server
-from fedcore.transport import Control, DataEvent
+from fedcore.transport import link as transport
+from fedcore.transport.link import Control, DataEvent
 
 from .test_runs import run_config, site
 

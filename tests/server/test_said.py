@@ -20,7 +20,7 @@ from fedcore.errors import ProtocolError
 from fedcore.monitor.ask import ask_status, read_summary
 from fedcore.server.selection import SiteScore, best_version, weighted_metrics
 from fedcore.server.service import Server
-from fedcore.transport import control_frames
+from fedcore.transport.link import control_frames
 
 from .test_hostile import DEADLINE, RawSite
 from .test_runs import SPECS, run, run_config, site, writer

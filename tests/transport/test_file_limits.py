@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.files import require_free_files
+from fedcore.transport.open_files import require_free_files
 
 RUN = """
 [run]
@@ -25,7 +25,7 @@ insecure = true
 SITE = """
 import resource, sys, uuid
 from fedcore.errors import ConfigError
-from fedcore.transport import SiteLink, ServerLink
+from fedcore.transport.link import SiteLink, ServerLink
 
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])))
 try:

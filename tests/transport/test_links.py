@@ -18,7 +18,7 @@ from fedcore import protocol
 from fedcore._core import Collector, Layout
 from fedcore.errors import BusyError, ClosedError, ConfigError
 from fedcore.layout import ModelFile, create_model
-from fedcore.transport import Control, ServerLink, SiteLink, now_ms, pump_name
+from fedcore.transport.link import Control, ServerLink, SiteLink, now_ms, pump_name
 
 DEADLINE = 20.0
 
@@ -215,7 +215,7 @@ def test_the_server_hears_a_site_whose_interpreter_is_busy() -> None:
     """A site computes for seconds without giving the GIL away; its heartbeat must go on."""
     program = (
         "import sys, time\n"
-        "from fedcore.transport import SiteLink\n"
+        "from fedcore.transport.link import SiteLink\n"
         "from fedcore import protocol\n"
         "run = SiteLink._run\n"
         "SiteLink._run = lambda self: (time.sleep(0.5), run(self))\n"  # a thread that is slow to start
@@ -270,7 +270,7 @@ def test_an_unknown_pump_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_process_with_an_open_link_exits(pump: str) -> None:
     program = (
-        "from fedcore.transport import ServerLink, SiteLink\n"
+        "from fedcore.transport.link import ServerLink, SiteLink\n"
         "import uuid\n"
         "server = ServerLink('tcp://127.0.0.1:0')\n"
         "site = SiteLink(server.endpoint, uuid.uuid4().bytes)\n"

@@ -12,12 +12,13 @@ from uuid import uuid4
 import pytest
 import zmq
 
-from fedcore import protocol, transport
+from fedcore import protocol
 from fedcore._core import Collector, Exchange, Layout, MappedFile, crc32c
 from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
 from fedcore.security.door import Secured
 from fedcore.security.keys import AllowList, Credentials, KeyPair
-from fedcore.transport import ServerLink, SiteLink, control_frames
+from fedcore.transport import link as transport
+from fedcore.transport.link import ServerLink, SiteLink, control_frames
 
 CHUNK = 64 << 10
 SET = bytes(range(16))

@@ -11,13 +11,15 @@ from contextlib import closing
 
 import pytest
 
-from fedcore import dialling, protocol, transport
+from fedcore import protocol
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
-from fedcore.dialling import Route, Server
 from fedcore.errors import ConfigError, TransferTimeout
 from fedcore.monitor.ask import StatusClient
-from fedcore.transport import Control, ServerLink, SiteLink
+from fedcore.transport import dialling
+from fedcore.transport import link as transport
+from fedcore.transport.dialling import Route, Server
+from fedcore.transport.link import Control, ServerLink, SiteLink
 
 from ..server.relay import Relay
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from fedcore import protocol as p
-from fedcore import transport
 from fedcore._core import Collector, Layout
 from fedcore.client.session import Session
 from fedcore.client.settings import SiteSettings
@@ -29,7 +28,8 @@ from fedcore.errors import (
 from fedcore.layout import ModelFile, create_model, layout_hash, table
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, provision
-from fedcore.transport import Control, ServerLink
+from fedcore.transport import link as transport
+from fedcore.transport.link import Control, ServerLink
 
 DEADLINE = 20.0
 SPECS = [("head.weight", "F32", [40, 50]), ("head.bias", "F32", [50])]

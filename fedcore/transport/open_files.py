@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 from typing import Final
 
-from .errors import ConfigError
+from fedcore.errors import ConfigError
 
 __all__ = ["file_limit", "require_files", "require_free_files"]
 

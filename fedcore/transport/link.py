@@ -8,9 +8,9 @@ With keys, a link is encrypted (CURVE), and a server's peer is ``USER NUL ROUTIN
 (`fedcore.security.door`) gave the connection, which no peer can choose, and the id that the peer chose. Without
 keys, a peer is its routing id alone.
 
-The pump is `fedcore._pump`, which runs without the GIL. `FEDCORE_PUMP=python` forces `fedcore.plain_pump`, which
-is also the fallback where the compiled one cannot find pyzmq's libzmq. What a site dials is up to
-`fedcore.dialling`.
+The pump is `fedcore._pump`, which runs without the GIL. `FEDCORE_PUMP=python` forces
+`fedcore.transport.plain_pump`, which is also the fallback where the compiled one cannot find pyzmq's libzmq. What a
+site dials is up to `fedcore.transport.dialling`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import zmq
 
+from fedcore import protocol
+from fedcore._core import Exchange, crc32c
+from fedcore.errors import BusyError, ClosedError, ConfigError
+from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
 from fedcore.security.connections import Notes
 
-from . import protocol
-from ._core import Exchange, crc32c
 from .dialling import HANDSHAKES, Dialler, Server
-from .errors import BusyError, ClosedError, ConfigError
-from .files import require_free_files
+from .open_files import require_free_files
 from .plain_pump import now_ms, run_pump
-from .protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
 
 if TYPE_CHECKING:
     from fedcore.security.door import Secured
@@ -106,7 +106,7 @@ def _compiled_pump() -> Any | None:
     if choice == "python":
         return None
     try:
-        from . import _pump
+        from fedcore import _pump
     except ImportError:
         if choice == "compiled":
             raise

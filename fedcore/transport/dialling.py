@@ -21,7 +21,7 @@ from typing import Final
 
 import zmq
 
-from .errors import ConfigError
+from fedcore.errors import ConfigError
 
 __all__ = ["HANDSHAKES", "Dialler", "Route", "Server"]
 

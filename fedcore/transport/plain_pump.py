@@ -14,7 +14,7 @@ from fedcore.security.connections import DROP, Notes, note
 from .sockets import moved_bytes
 
 if TYPE_CHECKING:
-    from ._core import Exchange
+    from fedcore._core import Exchange
 
 __all__ = ["now_ms", "run_pump"]
 
