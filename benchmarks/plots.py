@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fedcore.pictures import ARMS, GREY, SITES, caption, new_figure, save, styled
+from fedcore.files.pictures import ARMS, GREY, SITES, caption, new_figure, save, styled
 
 from .report import MIB, console
 

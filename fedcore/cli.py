@@ -312,8 +312,9 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     """
     import contextlib
 
+    from fedcore.files.average import aggregate_files
+
     from ._device import device_failure
-    from .aggregate import aggregate_files
 
     try:
         counts = None if weights is None else [int(text) for text in weights.split(",")]

@@ -15,7 +15,7 @@ from .cli_common import reported
 from .errors import ConfigError, FedcoreError
 
 if TYPE_CHECKING:
-    from .inspection import Inspection
+    from fedcore.files.inspection import Inspection
 
 __all__ = ["inspect"]
 
@@ -64,7 +64,7 @@ def inspect(
     if target.suffix == ".py":
         found = _run_script(target, context.args, given)
     else:
-        from .inspection import inspect_file
+        from fedcore.files.inspection import inspect_file
 
         if given or context.args:
             raise ConfigError(
@@ -74,14 +74,14 @@ def inspect(
     if as_json:
         typer.echo(found.model_dump_json(indent=2))
         return
-    from .inspection import lines
+    from fedcore.files.inspection import lines
 
     for line in lines(found, transfer):
         typer.echo(line)
 
 
 def _run_script(script: Path, arguments: list[str], env: dict[str, str]) -> Inspection:
-    from .inspection import Inspection
+    from fedcore.files.inspection import Inspection
 
     if not script.is_file():
         raise ConfigError(f"{script} does not exist")

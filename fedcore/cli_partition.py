@@ -16,7 +16,7 @@ from .cli_common import reported
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .partition import Partition
+    from fedcore.files.partition import Partition
 
 __all__ = ["partition"]
 
@@ -89,7 +89,7 @@ def partition(
     }
     (out / "partition.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     if plot is not None:
-        from .partition import plot as draw
+        from fedcore.files.partition import plot as draw
 
         draw(split, shown, plot, names=names, title=f"{file.name} by {by}")
     for name, size, count in zip(names, split.sizes, counts, strict=True):
@@ -106,7 +106,7 @@ def _split(
     min_size: int,
     seed: int,
 ) -> Partition:
-    from . import partition as split
+    from fedcore.files import partition as split
 
     if by is _By.SOURCE:
         return split.by_source(values, sites, seed=seed)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fedcore.aggregate import aggregate_files
+from fedcore.files.average import aggregate_files
 
 __all__ = ["State", "Stride", "load_state", "mean", "state_of"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from fedcore.pictures import ARMS, GREY, SITES, alone, caption, new_figure, save, styled
+from fedcore.files.pictures import ARMS, GREY, SITES, alone, caption, new_figure, save, styled
 
 from .peft import STEADY
 from .summary import steady_cells

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from fedcore.errors import ConfigError
-from fedcore.partition import by_source, dirichlet
+from fedcore.files.partition import by_source, dirichlet
 
 if TYPE_CHECKING:
     from .classifier import Encoder, Rows

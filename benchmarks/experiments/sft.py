@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedcore.aggregate import aggregate_files
 from fedcore.demo.causal import CausalTask, Exchange
 from fedcore.demo.causal_model import tokenise
 from fedcore.demo.tasks import batch_order
 from fedcore.errors import ConfigError
+from fedcore.files.average import aggregate_files
 
 from .hub import load_columns
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from fedcore.partition import dirichlet
+from fedcore.files.partition import dirichlet
 
 from .peft import Lab, Settings, Source, Steadier, Trainee, keep, read_kept
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from fedcore.frozen import FLOAT, HALF, MAX_GROUPS, FrozenGroup, config_groups
+from fedcore.files.frozen import FLOAT, HALF, MAX_GROUPS, FrozenGroup, config_groups
 
 from .naming import plain_names
 from .sharding import address, is_sharded, whole
@@ -40,7 +40,7 @@ _ADAPTED: Final = re.compile(r"(^|\.)(base_layer|original_module)(?=\.|$)")
 def frozen_groups(
     model: nn.Module, sent: Mapping[str, torch.Tensor], root: nn.Module
 ) -> list[FrozenGroup]:
-    """Describe what of a model is frozen, as `fedcore.frozen` compares it; a collective call where it is sharded.
+    """Describe what of a model is frozen, as `fedcore.files.frozen` compares it; collective where it is sharded.
 
     Args:
         model: all that a site trains with.

@@ -14,8 +14,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from fedcore.files.opening import CARD, Card
 from fedcore.layout import TensorSpec
-from fedcore.opening import CARD, Card
 
 from .extras import active_adapter
 from .naming import plain_names

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.errors import ConfigError
-from fedcore.opening import CLOSED
+from fedcore.files.opening import CLOSED
 
 __all__ = ["TaskScore", "evaluate", "model_arguments", "scores_of"]
 

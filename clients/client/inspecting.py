@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from fedcore.errors import ClosedError, ConfigError
-from fedcore.frozen import FrozenGroup
-from fedcore.inspection import describe, lines
+from fedcore.files.frozen import FrozenGroup
+from fedcore.files.inspection import describe, lines
 from fedcore.layout import Reader, TensorSpec
 
 from .session import GlobalModel, Session

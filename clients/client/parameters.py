@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from fedcore.errors import LayoutError
-from fedcore.frozen import FrozenGroup
+from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, check_names, compare_layouts
 
 from .base import frozen_groups, frozen_tensors

@@ -20,7 +20,7 @@ from .loading import LoadingHooks
 from .session import GlobalModel, Outcome, Session, get_session, loop_goes_on, reset_session
 
 if TYPE_CHECKING:
-    from fedcore.frozen import FrozenGroup
+    from fedcore.files.frozen import FrozenGroup
     from fedcore.layout import Reader
 
     from .parameters import ModelParameters

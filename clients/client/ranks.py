@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from fedcore import errors
 from fedcore.errors import ClosedError
-from fedcore.frozen import FrozenGroup
+from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import Reader, TensorSpec
 
 from .session import GlobalModel, Outcome, Session, get_session, reset_session

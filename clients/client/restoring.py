@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.errors import LayoutError
+from fedcore.files.opening import weights_file
 from fedcore.layout import compare_layouts, open_model, table
-from fedcore.opening import weights_file
 
 __all__ = ["restore"]
 

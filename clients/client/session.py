@@ -30,7 +30,7 @@ from fedcore.errors import (
     TransferTimeout,
     WeightError,
 )
-from fedcore.frozen import FrozenGroup
+from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import (
     Reader,
     TensorSpec,
@@ -224,7 +224,7 @@ class Session:
             files: small JSON files that describe the model, by name, such as ``adapter_config.json``.
             read: gives the local values; called if the server asks this site for the initial model.
             fingerprints: digests, by name, of what all sites must have alike, such as the tokenizer.
-            frozen: digests of what the model has and does not travel; see `fedcore.frozen`.
+            frozen: digests of what the model has and does not travel; see `fedcore.files.frozen`.
 
         Raises:
             RefusedError: another site has other files or fingerprints; both are named.

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fedcore.files.pictures import ARMS, GREY, alone, caption, new_figure, save, styled
 from fedcore.monitor.view import human_bytes
-from fedcore.pictures import ARMS, GREY, alone, caption, new_figure, save, styled
 
 from .tasks import Task
 

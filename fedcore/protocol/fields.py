@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from fedcore.frozen import MAX_GROUPS
+from fedcore.files.frozen import MAX_GROUPS
 
 from .frames import MAX_CONTROL_BYTES
 
@@ -138,4 +138,4 @@ FrozenTable = Annotated[
     ],
     Field(max_length=MAX_GROUPS, fail_fast=True),
 ]
-"""Groups of tensors that do not travel: name, form, number and digest of each; see `fedcore.frozen`."""
+"""Groups of tensors that do not travel: name, form, number and digest of each; see `fedcore.files.frozen`."""

@@ -134,7 +134,7 @@ class Declare(OfRun):
     ``best/`` and ``final/`` so that the folders open with the usual loaders. ``fingerprints`` are digests of what
     must be alike at all sites, such as the tokenizer. ``packed`` stands for ``tensors`` on the wire where there
     are many: `fedcore.protocol.tables`. ``frozen`` describes what the model has and does not
-    travel, as `fedcore.frozen` compares it.
+    travel, as `fedcore.files.frozen` compares it.
     """
 
     type: Literal["declare"] = "declare"

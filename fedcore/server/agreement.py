@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from fedcore import protocol
-from fedcore.frozen import FrozenGroup, compare_frozen, model_config
+from fedcore.files.frozen import FrozenGroup, compare_frozen, model_config
 
 from .adapter_config import changed_base, compare_configs, describe_model, read_config
 

@@ -8,8 +8,8 @@ from typing import Final
 from fedcore import protocol
 from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, StorageError
+from fedcore.files.opening import CARD
 from fedcore.layout import compare_layouts, layout_hash, table
-from fedcore.opening import CARD
 from fedcore.transport.link import ServerLink
 
 from .access import Access

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.errors import IntegrityError
+from fedcore.files.opening import weights_name
 from fedcore.layout import sync_folder
-from fedcore.opening import weights_name
 
 from .files import ABOUT, Files, about_export, keep_additions, new_and_old, remove_export
 from .integrity import verify_model

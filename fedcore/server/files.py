@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Final
 
 from fedcore.errors import IntegrityError, LayoutError, StorageError
+from fedcore.files.opening import CARD, WEIGHTS
 from fedcore.layout import open_model, sync_folder
-from fedcore.opening import CARD, WEIGHTS
 
 from .journal import Journal, storing
 

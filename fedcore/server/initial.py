@@ -8,6 +8,8 @@ from typing import Final
 
 from fedcore._core import find_non_finite
 from fedcore.errors import NonFiniteError
+from fedcore.files.opening import CARD
+from fedcore.files.weights import open_weights
 from fedcore.layout import (
     FLOATS,
     ModelFile,
@@ -16,8 +18,6 @@ from fedcore.layout import (
     create_model,
     table,
 )
-from fedcore.opening import CARD
-from fedcore.weights import open_weights
 
 __all__ = ["load_initial"]
 

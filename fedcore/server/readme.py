@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Final
 
-from fedcore.opening import Card, read_card, weights_name
+from fedcore.files.opening import Card, read_card, weights_name
 
 __all__ = ["README", "notes", "readme"]
 

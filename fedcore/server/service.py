@@ -20,8 +20,8 @@ from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, IntegrityError, ProtocolError, StorageError
+from fedcore.files.replacing import partial_of, place_of, put_in_place
 from fedcore.layout import DEFAULT_CHUNK_BYTES
-from fedcore.replacing import partial_of, place_of, put_in_place
 from fedcore.transport.link import Control, DataEvent, ServerLink, now_ms
 from fedcore.weighing import effective_weight
 from fedcore.words import plural

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedcore.client.base import frozen_groups
 from fedcore.client.parameters import ModelParameters
-from fedcore.frozen import Comparison, FrozenGroup, compare_frozen
+from fedcore.files.frozen import Comparison, FrozenGroup, compare_frozen
 
 from .tiny_llama import llama
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 import fedcore.client
 import fedcore.client.hf as fl_hf
 from fedcore.client.torch import forget_site
-from fedcore.inspection import Inspection
+from fedcore.files.inspection import Inspection
 
 SCRIPT = """
 import sys

@@ -31,7 +31,7 @@ import fedcore.client.hf as fl_hf
 from fedcore.client.choice import choose, forget_choice
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, LayoutError
-from fedcore.opening import read_card
+from fedcore.files.opening import read_card
 from fedcore.server.initial import load_initial
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server

@@ -13,9 +13,9 @@ import pytest
 
 from fedcore import _core
 from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile
-from fedcore.aggregate import aggregate_files
 from fedcore.encoding import can_pack
 from fedcore.errors import StorageError
+from fedcore.files.average import aggregate_files
 from fedcore.layout import ModelFile, create_model, open_model
 
 CHUNK = 4096
@@ -99,7 +99,7 @@ def test_an_input_that_shrinks_while_it_is_averaged_is_named(
         os.truncate(inputs[1], 1 << 20)
         return _core.reduce_files(*work)
 
-    monkeypatch.setattr("fedcore.aggregate.reduce_files", cut)
+    monkeypatch.setattr("fedcore.files.average.reduce_files", cut)
     with pytest.raises(StorageError, match=r"b\.safetensors became shorter"):
         aggregate_files(inputs, None, tmp_path / "mean.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]

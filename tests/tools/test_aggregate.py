@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedcore.aggregate import aggregate_files
 from fedcore.cli import main
 from fedcore.errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
+from fedcore.files.average import aggregate_files
 
 
 def write(folder: Path, name: str, seed: int, **extra: np.ndarray) -> Path:

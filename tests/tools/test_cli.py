@@ -138,7 +138,7 @@ def test_ctrl_c_gives_130(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fedcore.aggregate.aggregate_files", interrupted)
+    monkeypatch.setattr("fedcore.files.average.aggregate_files", interrupted)
     with pytest.raises(SystemExit) as ended:
         main(["aggregate", "a.st", "-o", str(tmp_path / "out.st")])
     assert ended.value.code == 130

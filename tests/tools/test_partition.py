@@ -16,7 +16,7 @@ from statistics import mean, pvariance
 import pytest
 
 from fedcore.errors import ConfigError
-from fedcore.partition import Partition, by_length, by_source, dirichlet, iid, plot
+from fedcore.files.partition import Partition, by_length, by_source, dirichlet, iid, plot
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -161,7 +161,9 @@ def test_lengths_rise_from_site_to_site_and_ties_are_shuffled() -> None:
 def test_a_plot_is_drawn_without_a_display_and_nothing_heavy_is_imported_before(
     tmp_path: Path,
 ) -> None:
-    program = "import sys, fedcore.partition; print({'numpy', 'matplotlib'} & set(sys.modules))"
+    program = (
+        "import sys, fedcore.files.partition; print({'numpy', 'matplotlib'} & set(sys.modules))"
+    )
     done = subprocess.run(
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
     )

@@ -25,7 +25,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
-from .errors import ConfigError
+from fedcore.errors import ConfigError
+
 from .pictures import SITES, caption, new_figure, save, styled
 
 __all__ = ["Partition", "by_length", "by_source", "dirichlet", "iid", "plot"]
@@ -301,7 +302,7 @@ class _Stream:
     def __init__(self, seed: int, purpose: str) -> None:
         if seed < 0:
             raise ConfigError(f"seed {seed}: expected 0 or more")
-        self._prefix = f"fedcore.partition/{purpose}/{seed}/".encode()
+        self._prefix = f"fedcore.files.partition/{purpose}/{seed}/".encode()
         self._block = 0
         self._words: list[int] = []
 

@@ -10,7 +10,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import StorageError
+from fedcore.errors import StorageError
 
 __all__ = ["partial_of", "place_of", "put_in_place"]
 

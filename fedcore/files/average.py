@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from ._core import reduce_files
-from ._device import use_device
-from .errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
-from .layout import (
+from fedcore._core import reduce_files
+from fedcore._device import use_device
+from fedcore.errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
+from fedcore.layout import (
     FLOATS,
     ModelFile,
     check_booleans,
@@ -20,9 +20,10 @@ from .layout import (
     sync_folder,
     table,
 )
-from .protocol import MAX_WEIGHT
+from fedcore.protocol import MAX_WEIGHT
+from fedcore.weighing import effective_weight
+
 from .replacing import partial_of, place_of, put_in_place
-from .weighing import effective_weight
 from .weights import Weights, open_weights
 
 __all__ = ["aggregate_files"]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from ._core import Layout
+from fedcore._core import Layout
+from fedcore.layout import DEFAULT_CHUNK_BYTES, FLOATS, ITEMSIZE, TensorSpec, table
+from fedcore.protocol import Transfer, shown
+from fedcore.words import plural
+
 from .frozen import FrozenGroup
-from .layout import DEFAULT_CHUNK_BYTES, FLOATS, ITEMSIZE, TensorSpec, table
-from .protocol import Transfer, shown
 from .weights import open_weights
-from .words import plural
 
 __all__ = ["Inspection", "describe", "inspect_file", "lines"]
 
@@ -25,7 +26,7 @@ class Inspection(BaseModel):
         tensors: name, dtype and shape of each.
         files: texts by name, such as ``adapter_config.json``.
         fingerprints: digests by name of what all sites must have alike.
-        frozen: digests of groups of tensors that do not travel; see `fedcore.frozen`.
+        frozen: digests of groups of tensors that do not travel; see `fedcore.files.frozen`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
-from .errors import ConfigError
+from fedcore.errors import ConfigError
 
 __all__ = ["ARMS", "GREY", "SITES", "alone", "caption", "new_figure", "save", "styled"]
 

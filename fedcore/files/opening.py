@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from .errors import ConfigError
-from .protocol import shown
+from fedcore.errors import ConfigError
+from fedcore.protocol import shown
 
 __all__ = ["CARD", "CLOSED", "WEIGHTS", "Card", "read_card", "weights_file", "weights_name"]
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ._core import Layout
-from .errors import ConfigError, LayoutError
-from .layout import DEFAULT_CHUNK_BYTES, ModelFile, open_model, table
+from fedcore._core import Layout
+from fedcore.errors import ConfigError, LayoutError
+from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, open_model, table
+
 from .opening import WEIGHTS
 
 __all__ = ["Weights", "find_weights", "open_weights"]
