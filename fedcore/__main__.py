@@ -1,5 +1,5 @@
 """``python -m fedcore`` is the ``fedcore`` command."""
 
-from .cli import main
+from fedcore.cli.app import main
 
 main()

@@ -62,7 +62,7 @@ def test_what_host_and_device_share_includes_nothing_that_a_device_lacks(
         ("fedcore", ["torch", "numpy", "fedcore._core", "zmq", "pydantic"]),
         ("fedcore.client", ["torch", "numpy"]),
         ("fedcore.server.service", ["torch", "numpy"]),
-        ("fedcore.cli", ["torch", "numpy", "zmq", "fedcore._core"]),
+        ("fedcore.cli.app", ["torch", "numpy", "zmq", "fedcore._core"]),
     ],
 )
 def test_importing_stays_light(module: str, absent: list[str]) -> None:

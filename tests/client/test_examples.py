@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import fedcore.cli
+import fedcore.cli.app
 from fedcore.config import load_run_file
 from fedcore.simulation.processes import simulate
 
@@ -55,7 +55,7 @@ def test_a_site_that_fails_is_named_with_its_error(
         '[run]\nname = "x"\nrounds = 1\n[participants]\ncount = 1\n[simulate]\nscript = "train.py"\n'
     )
     with pytest.raises(SystemExit) as ended:
-        fedcore.cli.main(["simulate", str(tmp_path / "run.toml")])
+        fedcore.cli.app.main(["simulate", str(tmp_path / "run.toml")])
     assert ended.value.code == 1
     said = capsys.readouterr().err
     assert "site site-1 ended with status 1" in said
@@ -67,7 +67,7 @@ def test_a_run_file_with_mistakes_is_explained(
 ) -> None:
     (tmp_path / "run.toml").write_text('[run]\nname = "x"\nround = 1\n')
     with pytest.raises(SystemExit) as ended:
-        fedcore.cli.main(["simulate", str(tmp_path / "run.toml")])
+        fedcore.cli.app.main(["simulate", str(tmp_path / "run.toml")])
     assert ended.value.code == 2
     said = capsys.readouterr().err
     assert "unknown key 'run.round'; did you mean 'rounds'?" in said

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.cli import main
+from fedcore.cli.app import main
 from fedcore.demo.assets import Asset, AssetError, Member, ensure
 from fedcore.demo.encoder import SITE_TOPICS, EncoderTask, build_sites, topic_names
 from fedcore.demo.tasks import batch_order

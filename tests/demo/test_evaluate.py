@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcore.cache import cache_folder
-from fedcore.cli import app
+from fedcore.cli.app import app
 from fedcore.client.evaluate import TaskScore, _manager, model_arguments, scores_of
 from fedcore.demo.choices import CHOICES, LOCAL_TASKS, write_tasks
 from fedcore.errors import ConfigError

@@ -134,7 +134,7 @@ def world(tmp_path: Path) -> Iterator[World]:
         f'[server]\nlisten = "{address}"\nkeys = "kits/server"\nkeep_versions = {ROUNDS + 1}\n'
     )
     with (tmp_path / "server.log").open("wb") as log:
-        command = "from fedcore.cli import server_main; server_main()"
+        command = "from fedcore.cli.app import server_main; server_main()"
         server = subprocess.Popen(
             [sys.executable, "-P", "-c", command, str(tmp_path / "run.toml")],
             stdout=log,

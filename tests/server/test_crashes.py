@@ -118,7 +118,7 @@ class Federation:
 
     def server(self, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         with (self.folder / "server.log").open("ab") as log:
-            command = "from fedcore.cli import server_main; server_main()"
+            command = "from fedcore.cli.app import server_main; server_main()"
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", command, str(self.folder / "run.toml")],
                 stdout=log,

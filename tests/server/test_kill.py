@@ -65,7 +65,7 @@ class Killed:
         return lambda round_: bytes(layout.total_bytes)
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = "from fedcore.cli import server_main; server_main()"
+        command = "from fedcore.cli.app import server_main; server_main()"
         with (self.folder / "server.log").open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, "-P", "-c", command, str(self.folder / "run.toml")],

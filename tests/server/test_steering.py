@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedcore import protocol
-from fedcore.cli import app
+from fedcore.cli.app import app
 from fedcore.monitor.ask import StatusClient
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fedcore.cli import main
+from fedcore.cli.app import main
 from fedcore.errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
 from fedcore.files.average import aggregate_files
 

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("module", ["fedcore.client", "fedcore.client.hf", "fedcore.cli"])
+@pytest.mark.parametrize("module", ["fedcore.client", "fedcore.client.hf", "fedcore.cli.app"])
 def test_the_folder_without_its_compiled_core_says_what_it_is(module: str, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "fedcore", tmp_path / "fedcore", ignore=shutil.ignore_patterns("*.so"))
     script = tmp_path / "train.py"

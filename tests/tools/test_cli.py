@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcore import __version__
-from fedcore.cli import app, main
+from fedcore.cli.app import app, main
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMANDS = (

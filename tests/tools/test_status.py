@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.cli import main
+from fedcore.cli.app import main
 from fedcore.config import RunConfig, load_run_file, parse_run
 from fedcore.errors import ConfigError
 from fedcore.monitor.ask import (

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_common import Timeout, reported
-from .cli_security import Insecure, InsecureNetwork, KitFolder
-from .errors import ConfigError, FedcoreError
+from fedcore.errors import ConfigError, FedcoreError
+
+from .common import Timeout, reported
+from .security import Insecure, InsecureNetwork, KitFolder
 
 if TYPE_CHECKING:
-    from .protocol import Steer
+    from fedcore.protocol import Steer
 
 __all__ = ["register", "say"]
 

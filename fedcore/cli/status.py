@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Final, Protocol
 
 import typer
 
-from .cli_common import INTERRUPTED, Timeout, reported
-from .cli_security import Insecure, InsecureNetwork, KitFolder
+from .common import INTERRUPTED, Timeout, reported
+from .security import Insecure, InsecureNetwork, KitFolder
 
 if TYPE_CHECKING:
     from fedcore.monitor.ask import Target
-
-    from .protocol import StatusReply
+    from fedcore.protocol import StatusReply
 
 __all__ = ["WATCH_SECONDS", "status"]
 
@@ -60,14 +59,13 @@ def status(  # noqa: PLR0917
       fedcore status --kit kits/dashboard --json
     """
     from fedcore.monitor.ask import ask_status, find_target
-
-    from .protocol import ENDED
+    from fedcore.protocol import ENDED
 
     found = find_target(target, kit, insecure, insecure_network)
     folder = Path(target) if target is not None and not target.startswith("tcp://") else None
     if found is None:
         assert folder is not None
-        from .server.past import read_past
+        from fedcore.server.past import read_past
 
         reply = read_past(folder)
         _print_status(reply, as_json)
@@ -81,7 +79,7 @@ def status(  # noqa: PLR0917
 
 def _print_status(reply: StatusReply, as_json: bool) -> None:
     if as_json:
-        from .protocol import strict_json
+        from fedcore.protocol import strict_json
 
         typer.echo(strict_json(reply.model_dump(exclude=reply.left_out()), indent=2))
         return
@@ -96,8 +94,7 @@ def _print_status(reply: StatusReply, as_json: bool) -> None:
 def _shown(as_json: bool) -> Iterator[_Show]:
     """Give what shows snapshots: a live view on a terminal, else lines."""
     from fedcore.monitor.view import LiveView, PlainLines
-
-    from .protocol import strict_json
+    from fedcore.protocol import strict_json
 
     if as_json:
 
@@ -118,8 +115,7 @@ def _shown(as_json: bool) -> Iterator[_Show]:
 def _watch(target: Target, folder: Path | None, timeout: float, as_json: bool) -> None:
     """Show snapshots until the run is over; a server that goes away and comes back is no error."""
     from fedcore.monitor.ask import snapshots
-
-    from .protocol import ENDED
+    from fedcore.protocol import ENDED
 
     phase = ""
     with _shown(as_json) as show:

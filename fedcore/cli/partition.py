@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from .cli_common import reported
-from .errors import ConfigError
+from fedcore.errors import ConfigError
+
+from .common import reported
 
 if TYPE_CHECKING:
     from fedcore.files.partition import Partition

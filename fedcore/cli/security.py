@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import reported
+from .common import reported
 
 __all__ = ["Insecure", "InsecureNetwork", "KitFolder", "register"]
 

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from .cache import cache_folder
-from .cli_common import Timeout, reported
-from .cli_security import Insecure, InsecureNetwork, KitFolder
-from .cli_steering import say
-from .errors import ConfigError
-from .words import plural
+from fedcore.cache import cache_folder
+from fedcore.errors import ConfigError
+from fedcore.words import plural
+
+from .common import Timeout, reported
+from .security import Insecure, InsecureNetwork, KitFolder
+from .steering import say
 
 __all__ = ["evaluate"]
 

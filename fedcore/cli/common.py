@@ -12,7 +12,7 @@ from typing import Annotated, Final, ParamSpec
 
 import typer
 
-from .errors import ConfigError, FedcoreError, WeightError
+from fedcore.errors import ConfigError, FedcoreError, WeightError
 
 __all__ = ["INTERRUPTED", "WRONG_USE", "Timeout", "reported", "writable_output"]
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_common import reported
-from .errors import ConfigError, FedcoreError
+from fedcore.errors import ConfigError, FedcoreError
+
+from .common import reported
 
 if TYPE_CHECKING:
     from fedcore.files.inspection import Inspection
@@ -56,7 +57,7 @@ def inspect(
       fedcore inspect --exclude '*.bias' train.py --data notes.jsonl
       fedcore inspect --json runs/sentiment/best
     """
-    from .config import load_run_file
+    from fedcore.config import load_run_file
 
     transfer = None if run is None else load_run_file(run).transfer.message
     patterns = {"FEDCORE_INCLUDE": include, "FEDCORE_EXCLUDE": exclude}

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import reported
-from .errors import ConfigError
+from fedcore.errors import ConfigError
+
+from .common import reported
 
 __all__ = ["rollback"]
 
@@ -29,7 +30,7 @@ def rollback(
     Examples:
       fedcore rollback runs/sentiment 3
     """
-    from .server.store import Store
+    from fedcore.server.store import Store
 
     if not (folder / "run.sqlite").is_file():
         raise ConfigError(f"{folder} is no run folder: it has no journal (run.sqlite)")

@@ -15,23 +15,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import __version__
-from .cli_common import INTERRUPTED, reported, writable_output
-from .cli_evaluate import evaluate
-from .cli_inspect import inspect
-from .cli_partition import partition
-from .cli_rollback import rollback
-from .cli_security import Insecure, InsecureNetwork, register
-from .cli_status import WATCH_SECONDS, status
-from .cli_steering import register as register_steering
-from .errors import ConfigError
-from .words import plural
+from fedcore import __version__
+from fedcore.errors import ConfigError
+from fedcore.words import plural
+
+from .common import INTERRUPTED, reported, writable_output
+from .evaluate import evaluate
+from .inspect import inspect
+from .partition import partition
+from .rollback import rollback
+from .security import Insecure, InsecureNetwork, register
+from .status import WATCH_SECONDS, status
+from .steering import register as register_steering
 
 if TYPE_CHECKING:
+    from fedcore.config import RunConfig
+    from fedcore.server.service import Server
     from fedcore.simulation.processes import SimulationResult
-
-    from .config import RunConfig
-    from .server.service import Server
 
 __all__ = ["main", "server_main"]
 
@@ -125,10 +125,9 @@ def server(  # noqa: PLR0917 - typer calls it by name
       fedcore server run.toml
       fedcore server run.toml --set server.listen=tcp://0.0.0.0:7733 --set run.rounds=20
     """
+    from fedcore.config import load_run_file
     from fedcore.monitor.ask import ENDPOINT_FILE
-
-    from .config import load_run_file
-    from .server.service import Server
+    from fedcore.server.service import Server
 
     config = load_run_file(run_file, [*overrides, *_plain_text(insecure, insecure_network)])
     process = Server(config, endpoint_file, discard=discard)
@@ -207,7 +206,7 @@ def simulate(
       fedcore simulate run.toml
       fedcore simulate run.toml --set run.name=second --set run.rounds=3
     """
-    from .config import load_run_file
+    from fedcore.config import load_run_file
 
     overrides = [*overrides, *_plain_text(insecure, False)]
     config = load_run_file(run_file, overrides)
@@ -312,9 +311,8 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     """
     import contextlib
 
+    from fedcore._device import device_failure
     from fedcore.files.average import aggregate_files
-
-    from ._device import device_failure
 
     try:
         counts = None if weights is None else [int(text) for text in weights.split(",")]
