@@ -9,8 +9,8 @@ With keys, a link is encrypted (CURVE), and a server's peer is ``USER NUL ROUTIN
 keys, a peer is its routing id alone.
 
 The pump is `fedcore._pump`, which runs without the GIL. `FEDCORE_PUMP=python` forces
-`fedcore.transport.plain_pump`, which is also the fallback where the compiled one cannot find pyzmq's libzmq. What a
-site dials is up to `fedcore.transport.dialling`.
+`fedcore.transport.plain_pump`, which is also the fallback where the compiled one cannot find pyzmq's libzmq. What
+a site dials is up to `fedcore.transport.dialling`.
 """
 
 from __future__ import annotations
