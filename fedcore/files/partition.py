@@ -302,7 +302,7 @@ class _Stream:
     def __init__(self, seed: int, purpose: str) -> None:
         if seed < 0:
             raise ConfigError(f"seed {seed}: expected 0 or more")
-        self._prefix = f"fedcore.files.partition/{purpose}/{seed}/".encode()
+        self._prefix = f"fedcore.partition/{purpose}/{seed}/".encode()
         self._block = 0
         self._words: list[int] = []
 
