@@ -59,7 +59,7 @@ def parse_size(text: str) -> int:
 
 def _quantity(text: object, units: Mapping[str, float], expected: str) -> float:
     match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+        re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
         if isinstance(text, str)
         else None
     )
@@ -199,7 +199,9 @@ class ServerSection(_Section):
     """``[server]``: where to listen, the server's keys or plain text instead, the memory budget for chunks, the
     spill file beyond it, the threads that reduce, how many models are kept, and how long to stay after the end."""
 
-    listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:(\d{1,5}|\*)$")] = "tcp://127.0.0.1:7733"
+    listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:([0-9]{1,5}|\*)$")] = (
+        "tcp://127.0.0.1:7733"
+    )
     keys: str | None = None
     insecure: bool = False
     insecure_network: bool = False

@@ -248,7 +248,7 @@ class _Patch:
         found = {}
         for name in metrics:
             _, mark, number = name.rpartition("/dataloader_idx_")
-            if mark and number.isdigit() and int(number) in self.scored_by_loader:
+            if mark and number.isdecimal() and int(number) in self.scored_by_loader:
                 found[name] = self.scored_by_loader[int(number)].total()
         return found
 

@@ -151,7 +151,7 @@ def _readable(view: memoryview) -> torch.Tensor:
 
 def _error(kind: str, text: str) -> BaseException:
     if kind == "SystemExit":
-        return SystemExit(int(text) if text.isdigit() else text)
+        return SystemExit(int(text) if text.isascii() and text.isdigit() else text)
     known = getattr(errors, kind, None)
     if isinstance(known, type) and issubclass(known, errors.FedcoreError):
         return known(f"rank 0: {text}")

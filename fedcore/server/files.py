@@ -43,8 +43,8 @@ EXPORTS: Final = ("best", "final")
 ABOUT: Final = "fedcore.json"
 """What says in them whose they are; the first file that is written there, and the last that is removed."""
 _MODELS: Final = "models"
-_MODEL: Final = re.compile(r"round-(\d{4,})\.safetensors")
-_OWN_NAME: Final = re.compile(r"round-\d{4,}\.safetensors|\.round-\d{4,}\.(partial|progress)")
+_MODEL: Final = re.compile(r"round-([0-9]{4,})\.safetensors")
+_OWN_NAME: Final = re.compile(r"round-[0-9]{4,}\.safetensors|\.round-[0-9]{4,}\.(partial|progress)")
 _SHOWN: Final = 6
 
 logger = logging.getLogger("fedcore.server")

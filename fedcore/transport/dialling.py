@@ -65,7 +65,7 @@ class Server:
             ConfigError: it is no ``tcp://HOST:PORT``.
         """
         found = re.fullmatch(
-            r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[^\s\]]+)?)\]|([^\s\[\]/:]+)):(\d{1,5})", address
+            r"tcp://(?:\[([0-9A-Fa-f:.]+(?:%[^\s\]]+)?)\]|([^\s\[\]/:]+)):([0-9]{1,5})", address
         )
         if found is None or not 1 <= int(found[3]) <= 65535:
             raise ConfigError(

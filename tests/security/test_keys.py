@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from fedcore.config import ServerSection, parse_size
+from fedcore.dialling import Server
 from fedcore.errors import ConfigError, StorageError
 from fedcore.security.keys import (
     AllowList,
@@ -19,6 +22,7 @@ from fedcore.security.keys import (
     KeyPair,
     Kit,
     Role,
+    check_address,
     load_kit,
     read_secret,
     write_kit,
@@ -446,3 +450,16 @@ def test_the_commands_make_kits_admit_and_revoke(
     assert fedcore("revoke", "north", *home).stdout == "north: revoked\n"
     done = fedcore("revoke", "north", *home)
     assert (done.returncode, done.stderr) == (2, "error: the allow-list has no keys for 'north'\n")
+
+
+@pytest.mark.parametrize("port", ["٧٧٣٣", "७७३३"])
+def test_a_port_in_other_digits_than_ascii_is_refused_everywhere(port: str) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    with pytest.raises(ConfigError):
+        check_address(address, "kit")
+    with pytest.raises(ConfigError):
+        Server.of(address)
+    with pytest.raises(ValidationError):
+        ServerSection(listen=address, insecure=True)
+    with pytest.raises(ValueError, match="expected a size"):
+        parse_size(f"{port}MiB")
