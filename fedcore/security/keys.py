@@ -35,6 +35,7 @@ __all__ = [
     "Role",
     "check_key",
     "load_kit",
+    "read_own_secret",
     "read_secret",
     "write_kit",
     "write_secret",
@@ -280,12 +281,33 @@ def secret_file(folder: Path, environ: Mapping[str, str] | None = None) -> Path:
     """Return the file of a kit's secret key: the one that ``FEDCORE_SECRET_KEY_FILE`` names, or the kit's own.
 
     A link that the variable names is followed: who sets it has chosen the file.
+
+    Raises:
+        ConfigError: the variable names a link that leads nowhere.
     """
     named = (os.environ if environ is None else environ).get(SECRET_ENV)
     if not named:
         return folder / SECRET_FILE
     path = Path(named)
-    return path.resolve() if path.is_symlink() else path
+    try:
+        return path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError) as error:  # links in a circle are a RuntimeError
+        raise ConfigError(f"{SECRET_ENV}: cannot find {named}: {error}") from None
+
+
+def read_own_secret(folder: Path, environ: Mapping[str, str] | None = None) -> KeyPair:
+    """Read the secret key of a kit, from the file that `secret_file` names.
+
+    Raises:
+        ConfigError: as `read_secret`; the error names the environment variable where that chose the file.
+    """
+    path = secret_file(folder, environ)
+    try:
+        return read_secret(path)
+    except ConfigError as error:
+        if path == folder / SECRET_FILE:
+            raise
+        raise ConfigError(f"{SECRET_ENV}: {error}") from None
 
 
 # --- kits --------------------------------------------------------------------------------------------
@@ -347,7 +369,7 @@ def load_kit(folder: Path, environ: Mapping[str, str] | None = None) -> Kit:
         check_address(found["server"], f"{path}: server"),
         Credentials(
             check_key(found["server_key"], f"{path}: server_key"),
-            read_secret(secret_file(folder, {} if environ is None else environ)),
+            read_own_secret(folder, {} if environ is None else environ),
         ),
         None if found["run"] is None else check_name(found["run"], f"{path}: run"),
     )

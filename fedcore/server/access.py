@@ -31,8 +31,7 @@ from fedcore.security.keys import (
     Kit,
     Role,
     fingerprint,
-    read_secret,
-    secret_file,
+    read_own_secret,
     write_kit,
 )
 from fedcore.transport.link import ServerLink
@@ -95,7 +94,7 @@ class Access:
         self._pair = KeyPair.generate()
         self._operator = Identity("run-folder", Role.OPERATOR, fingerprint(self._pair.public))
         self.secured = Secured(
-            read_secret(secret_file(home)),
+            read_own_secret(home),
             self._with_operator(self._listed),
             Limits.of(config.participants.expected, config.server.memory),
         )

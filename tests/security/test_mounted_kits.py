@@ -156,5 +156,17 @@ def test_a_variable_names_the_secret_key_of_a_kit(kit: Path, tmp_path: Path) -> 
     elsewhere.chmod(0o644)
     with pytest.raises(ConfigError, match="elsewhere.key can be read or written by others"):
         load_kit(kit, {"FEDCORE_SECRET_KEY_FILE": str(elsewhere)})
-    with pytest.raises(ConfigError, match="cannot read the secret key"):
+    with pytest.raises(ConfigError, match="^cannot read the secret key"):
         load_kit(kit)
+
+
+def test_a_secret_key_that_a_variable_names_wrongly_is_an_error_that_names_it(
+    kit: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "circle.key").symlink_to(tmp_path / "circle.key")
+    (tmp_path / "dangling.key").symlink_to(tmp_path / "none.key")
+    (tmp_path / "other.key").write_text("no key")
+    (tmp_path / "other.key").chmod(0o600)
+    for name in ("none.key", "circle.key", "dangling.key", "other.key", ".", "k" * 5000):
+        with pytest.raises(ConfigError, match=r"^FEDCORE_SECRET_KEY_FILE: "):
+            load_kit(kit, {"FEDCORE_SECRET_KEY_FILE": str(tmp_path / name)})
