@@ -85,6 +85,11 @@ def evaluate(
         given = {"--base": base, "--limit": limit, "--include": include, "--out": out}
         if wrong := [name for name, value in given.items() if value is not None]:
             raise ConfigError(f"{', '.join(wrong)}: only with --tasks, which scores a model here")
+        if target is not None and _is_model(Path(target)):
+            raise ConfigError(
+                f"{target} is a model, and none of a run's sites would score it: give --tasks to score it here, "
+                "or name the run folder, whose sites score its last model"
+            )
         where = (target, kit, insecure, insecure_network)
         say("evaluate", where, timeout)
         if wait:
@@ -110,6 +115,20 @@ def evaluate(
         content: dict[str, Any] = {"model": target, "base": base, "dtype": dtype, "limit": limit}
         content["scores"] = [asdict(score) for score in scores]
         out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_model(path: Path) -> bool:
+    """Return whether a path is a model's file or folder, and no run folder."""
+    if (path / "run.sqlite").exists():
+        return False
+    return (
+        path.suffix == ".safetensors"
+        or any(
+            (path / name).is_file()
+            for name in ("config.json", "adapter_config.json", "fedcore.json")
+        )
+        or any(path.glob("*.safetensors"))
+    )
 
 
 def _wait(where: tuple[str | None, Path | None, bool, bool], timeout: float) -> None:

@@ -148,6 +148,17 @@ def test_options_of_the_scorer_without_tasks_are_refused_by_name() -> None:
     assert "name the model" in result.output
 
 
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "model.safetensors"])
+def test_a_model_without_tasks_is_refused_with_the_option_that_scores_it(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / name).write_text("{}")
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path / "best")])
+    assert result.exit_code == 2
+    assert "give --tasks" in result.output
+
+
 def test_the_scorers_own_tasks_are_read_only_where_one_is_asked_for_and_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
