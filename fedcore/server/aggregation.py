@@ -285,10 +285,17 @@ class Aggregation:
         """
         assert self.file is not None
         self._exchange.cancel(self.collector)
-        if self._base is not None:
-            self._base.file.check_whole()
         self.file.file.sync()
         return self.file, self.collector.checksums
+
+    def check_base(self) -> None:
+        """Check that the model that updates were added to was readable to its end; call it before `finish`.
+
+        Raises:
+            StorageError: it has become shorter, or its disk could not read it.
+        """
+        if self._base is not None:
+            self._base.file.check_whole()
 
     def cancel(self) -> None:
         """Stop pulling and remove the scratch files."""

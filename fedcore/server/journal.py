@@ -77,6 +77,7 @@ class Journal:
 
     Raises:
         ConfigError: the file is of a version of fedcore that this one can't read.
+        IntegrityError: the file does not hold the run's id.
         StorageError: the file can't be read or written.
     """
 
@@ -132,6 +133,11 @@ class Journal:
             complaint = self.db.execute("PRAGMA quick_check(1)").fetchone()[0]
             if complaint != "ok":
                 raise sqlite3.DatabaseError(complaint)
+        if found is not None and self._read_meta("run_id") is None:
+            raise IntegrityError(
+                f"{self.path} does not say which run it is (its table meta has no row run_id): put a whole one "
+                "back from a backup (the models are still there), or give this run another name (run.name)"
+            )
         self._inode = _inode(self.path)
         self.found_schema = found
         if found != str(SCHEMA):
@@ -250,7 +256,10 @@ class Journal:
     def run_id(self) -> str:
         """Random id of the run, the same after a restart."""
         value = self.meta("run_id")
-        assert value is not None
+        if value is None:  # it was there when the file was opened
+            raise IntegrityError(
+                f"{self.path} has lost the id of its run: put it back from a backup"
+            )
         return value
 
     @property

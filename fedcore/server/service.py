@@ -656,6 +656,10 @@ class Server:
     def _commit(self, action: Commit) -> None:
         running = self._collecting.take()
         self._status.aggregation = None
+        try:
+            running.check_base()
+        except StorageError as error:
+            raise self._versions.damaged(str(error)) from None
         model, checksums = running.finish()
         weights = {p.site: p.weight for p in action.participants} if action.version else {}
         seconds = time.monotonic() - self._round_started

@@ -12,11 +12,15 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fedcore.config import parse_run
 from fedcore.errors import BusyError, ConfigError, IntegrityError, StorageError
+from fedcore.layout import open_model
+from fedcore.server.actions import Commit
+from fedcore.server.aggregation import Aggregation
 from fedcore.server.files import Files
 from fedcore.server.journal import Journal
 from fedcore.server.outcome import Ending, Outcome
@@ -283,6 +287,17 @@ def test_a_run_folder_of_a_later_format_names_both_versions(tmp_path: Path) -> N
     assert contents(folder) == before
 
 
+def test_a_journal_without_the_runs_id_is_named_with_what_to_do(tmp_path: Path) -> None:
+    folder = run_of(tmp_path / "run", 3.0)
+    with sqlite3.connect(folder / JOURNAL) as db:
+        db.execute("DELETE FROM meta WHERE key = 'run_id'")
+    db.close()
+    before = contents(folder)
+    with pytest.raises(IntegrityError, match=r"run\.sqlite.* no row run_id.*from a backup"):
+        Store(folder, SETTINGS)
+    assert contents(folder) == before
+
+
 def test_a_lock_file_that_was_removed_lets_no_second_server_in(tmp_path: Path) -> None:
     store = Store(tmp_path / "run", SETTINGS)
     try:
@@ -538,4 +553,31 @@ def test_a_model_that_changes_while_it_is_served_ends_the_server_with_its_name(
     )
     monkeypatch.setattr(server._link, "recv", lambda _: next(events))
     with pytest.raises(IntegrityError, match=r"has changed while it was served.*rollback \S+ 0"):
+        server.run()
+
+
+def test_a_model_that_shrank_under_a_collection_is_named_as_it_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_file(tmp_path, rounds=9)
+    store = Store(config.run_folder, config.model_dump(mode="json", exclude={"folder", "simulate"}))
+    for version in range(2):
+        commit(store, version)
+    store.close()
+    server = Server(config)
+
+    def shrinks() -> None:
+        # The model that a server has committed itself is known to the core by its scratch name.
+        path, scratch = server._store.path(1), server._store.scratch(1)
+        path.rename(scratch)
+        base = open_model(scratch)
+        scratch.rename(path)
+        os.truncate(path, 0)
+        bytes(base.file.view())
+        running = Mock(check_base=lambda: Aggregation.check_base(Mock(_base=base)))
+        server._collecting.running = running
+        server._commit(Commit(2, ()))
+
+    monkeypatch.setattr(server, "_step", shrinks)
+    with pytest.raises(IntegrityError, match=r"models/round-0001\.safetensors became.*rollback"):
         server.run()
