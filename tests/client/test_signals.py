@@ -14,7 +14,7 @@ import pytest
 
 from fedcore.client.signals import end_in_order, let_go
 
-from ..server.test_crashes import Federation, take_sigint
+from ..server.test_crashes import Federation, heed_signals
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -131,4 +131,4 @@ if (child := os.fork()) == 0:
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     command = [sys.executable, "-P", "-c", script]
-    assert subprocess.run(command, check=False, preexec_fn=take_sigint).returncode == 0
+    assert subprocess.run(command, check=False, preexec_fn=heed_signals).returncode == 0

@@ -74,7 +74,7 @@ class Site:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                preexec_fn=take_sigint,  # noqa: PLW1509
+                preexec_fn=heed_signals,  # noqa: PLW1509
             )
 
     def reached(self, round_: int) -> None:
@@ -124,7 +124,7 @@ class Federation:
                 stdout=log,
                 stderr=log,
                 text=True,
-                preexec_fn=prepare or take_sigint,  # noqa: PLW1509
+                preexec_fn=prepare or heed_signals,  # noqa: PLW1509
             )
         self.started.append(process)
         return process
@@ -166,9 +166,10 @@ class Federation:
             process.wait()
 
 
-def take_sigint() -> None:
-    """Undo the ignored SIGINT that jobs inherit from a shell that starts them in the background."""
+def heed_signals() -> None:
+    """Undo the ignored SIGINT of a shell's background jobs, and the ignored SIGHUP of nohup."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def ignore_hangup() -> None:
