@@ -21,6 +21,7 @@ from .test_crashes import WEIGHTS, Federation, Site
 
 SEED: Final = 7  # of the run file, see Federation.write
 WAIT: Final = 150.0
+LATE: Final = 3.0  # seconds for what a joined site does after the end
 SERVER_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGKILL, signal.SIGKILL)
 SITE_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGKILL)
 
@@ -121,6 +122,9 @@ class Processes:
         self.made = made
         self.server: subprocess.Popen[str] = made.server()
         self.sites: dict[str, Site] = {name: made.site(name) for name in plan.present}
+        self.logged = dict.fromkeys(
+            plan.present, 0
+        )  # characters that earlier processes have logged
         self.ended: list[str] = []
 
     @property
@@ -138,6 +142,7 @@ class Processes:
         if name == "server":
             self.server = self.made.server()
         else:
+            self.logged[name] = len(self.sites[name].log.read_text())
             self.sites[name] = self.made.site(name)
 
     def reach(self, version: int) -> None:
@@ -157,11 +162,21 @@ class Processes:
         if self.server.returncode:  # killed in its last words, after all had left
             assert "is finished; give this run another name" in self.log, self.log
         for name, site in self.sites.items():
+            if self.came_late(name, site):
+                site.process.kill()
+                continue
             code, said = site.process.wait(WAIT), site.log.read_text()
-            # A process that was ended once it knew of the end is not waited for when it is started again.
-            again = any(ended.startswith(name) for ended in self.ended)
-            late = again and "no answer from the server" in said
-            assert code == 0 or late, (name, code, said, self.log)
+            assert code == 0, (name, code, said, self.log)
+
+    def came_late(self, name: str, site: Site) -> bool:
+        """Whether a site that was started again found no server, and waits in vain for as long as it may."""
+        if not any(ended.startswith(name) for ended in self.ended):
+            return False
+        until = time.monotonic() + LATE
+        while site.process.poll() is None and time.monotonic() < until:
+            time.sleep(0.02)
+        joined = "joined run" in site.log.read_text()[self.logged[name] :]
+        return site.process.poll() is None and not joined
 
 
 def update(plan: Plan, base: np.ndarray, round_: int, name: str) -> np.ndarray:
