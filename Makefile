@@ -11,13 +11,12 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedco
 	-not -name '*.pyc' -not -name '*.so')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CMAKE := $(BIN)/cmake
-TIDY := $(filter-out csrc/bindings%,$(wildcard csrc/*.cpp)) csrc/cuda/staging.cpp
+TIDY := $(shell find csrc -name '*.cpp' -not -name 'bindings*')
 # The first clang++ that has libFuzzer; looked for when it is used.
 FUZZER = $(shell for c in clang++ clang++-{20,19,18,17,16,15,14}; do command -v $$c >/dev/null && \
 	echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' | \
 	$$c -x c++ - -fsanitize=fuzzer,address,undefined -o /dev/null 2>/dev/null && echo $$c && break; done)
-NATIVE := $(wildcard csrc/*.h csrc/*.hpp csrc/*.cpp csrc/*.inl csrc/cuda/*.hpp csrc/cuda/*.cpp csrc/cuda/*.cu \
-	tests/cpp/*.hpp tests/cpp/*.cpp)
+NATIVE := $(shell find csrc tests/cpp -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
 .PHONY: help demo test test-slow lint tidy format types native fuzz has-libfuzzer cuda bench clean
 

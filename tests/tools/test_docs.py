@@ -59,7 +59,7 @@ def test_every_variable_is_in_the_table_of_settings() -> None:
     sources = [
         *ROOT.glob("fedcore/**/*.py"),
         *ROOT.glob("clients/**/*.py"),
-        *ROOT.glob("csrc/*.cpp"),
+        *ROOT.glob("csrc/**/*.cpp"),
     ]
     used = {
         name
