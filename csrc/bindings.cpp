@@ -10,14 +10,14 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "base/crc32c.hpp"
+#include "base/error.hpp"
+#include "base/mapped_file.hpp"
 #include "bindings.hpp"
-#include "crc32c.hpp"
-#include "error.hpp"
 #include "exchange.hpp"
 #include "flat_writer.hpp"
 #include "kernels.hpp"
 #include "layout.hpp"
-#include "mapped_file.hpp"
 #include "reducer.hpp"
 #include "sink.h"
 

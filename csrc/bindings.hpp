@@ -10,10 +10,10 @@
 #include <optional>
 #include <vector>
 
+#include "base/error.hpp"
+#include "base/mapped_file.hpp"
 #include "codec.hpp"
-#include "error.hpp"
 #include "layout.hpp"
-#include "mapped_file.hpp"
 #include "wire.hpp"
 
 namespace fedcore {

@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "base/error.hpp"
 #include "bindings.hpp"
 #include "codec.hpp"
-#include "error.hpp"
 
 namespace fedcore {
 namespace {

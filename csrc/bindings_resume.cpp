@@ -9,8 +9,8 @@
 #include <tuple>
 #include <vector>
 
+#include "base/error.hpp"
 #include "bindings.hpp"
-#include "error.hpp"
 #include "progress.hpp"
 #include "spill.hpp"
 

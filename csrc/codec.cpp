@@ -8,8 +8,8 @@
 #include <limits>
 #include <string>
 
+#include "base/error.hpp"
 #include "element.hpp"
-#include "error.hpp"
 #include "kernels.hpp"
 #include "run_reader.hpp"
 #include "wire.hpp"

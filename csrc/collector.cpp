@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "error.hpp"
+#include "base/error.hpp"
 #include "kernels.hpp"
 
 namespace fedcore {

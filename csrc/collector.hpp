@@ -41,15 +41,15 @@
 #include <utility>
 #include <vector>
 
+#include "base/mapped_file.hpp"
+#include "base/workers.hpp"
 #include "codec.hpp"
 #include "layout.hpp"
-#include "mapped_file.hpp"
 #include "pace.hpp"
 #include "progress.hpp"
 #include "reducer.hpp"
 #include "spill.hpp"
 #include "wire.hpp"
-#include "workers.hpp"
 
 namespace fedcore {
 

@@ -3,9 +3,9 @@
 #include <string>
 #include <utility>
 
+#include "base/crc32c.hpp"
+#include "base/error.hpp"
 #include "collector.hpp"
-#include "crc32c.hpp"
-#include "error.hpp"
 #include "kernels.hpp"
 
 namespace fedcore {

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <string>
 
+#include "base/error.hpp"
 #include "collector.hpp"
-#include "error.hpp"
 
 namespace fedcore {
 namespace {

@@ -2,9 +2,9 @@
 #include <algorithm>
 #include <vector>
 
+#include "base/crc32c.hpp"
+#include "base/error.hpp"
 #include "collector.hpp"
-#include "crc32c.hpp"
-#include "error.hpp"
 
 namespace fedcore {
 namespace {

@@ -4,8 +4,8 @@
 #include <string>
 #include <utility>
 
-#include "crc32c.hpp"
-#include "error.hpp"
+#include "base/crc32c.hpp"
+#include "base/error.hpp"
 
 namespace fedcore {
 namespace {

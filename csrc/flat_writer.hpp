@@ -8,7 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "mapped_file.hpp"
+#include "base/mapped_file.hpp"
 
 namespace fedcore {
 

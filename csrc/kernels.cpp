@@ -5,8 +5,8 @@
 #include <cstring>
 
 #include "arith.hpp"
+#include "base/error.hpp"
 #include "decode.hpp"
-#include "error.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

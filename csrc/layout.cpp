@@ -4,7 +4,7 @@
 #include <array>
 #include <unordered_set>
 
-#include "error.hpp"
+#include "base/error.hpp"
 
 namespace fedcore {
 namespace {

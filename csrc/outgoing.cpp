@@ -8,7 +8,7 @@
 #include <cstring>
 #include <utility>
 
-#include "error.hpp"
+#include "base/error.hpp"
 
 #if defined(__linux__)
 #include <sys/eventfd.h>

@@ -13,7 +13,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "mapped_file.hpp"
+#include "base/mapped_file.hpp"
 
 namespace fedcore {
 

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "crc32c.hpp"
-#include "error.hpp"
+#include "base/crc32c.hpp"
+#include "base/error.hpp"
 #include "wire.hpp"
 
 namespace fedcore {

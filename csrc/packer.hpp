@@ -13,8 +13,8 @@
 #include <optional>
 #include <vector>
 
+#include "base/mapped_file.hpp"
 #include "codec.hpp"
-#include "mapped_file.hpp"
 
 namespace fedcore {
 

@@ -7,8 +7,8 @@
 #include <cstring>
 #include <iterator>
 
-#include "crc32c.hpp"
-#include "error.hpp"
+#include "base/crc32c.hpp"
+#include "base/error.hpp"
 
 namespace fedcore {
 namespace {

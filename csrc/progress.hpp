@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-#include "mapped_file.hpp"
+#include "base/mapped_file.hpp"
 #include "wire.hpp"
 
 namespace fedcore {

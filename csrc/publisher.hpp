@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "mapped_file.hpp"
+#include "base/mapped_file.hpp"
 #include "packer.hpp"
 #include "wire.hpp"
 

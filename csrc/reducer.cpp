@@ -9,8 +9,8 @@
 #include <thread>
 #include <tuple>
 
+#include "base/error.hpp"
 #include "element.hpp"
-#include "error.hpp"
 #include "kernels.hpp"
 
 namespace fedcore {

@@ -11,9 +11,9 @@
 #include <optional>
 #include <vector>
 
+#include "base/mapped_file.hpp"
 #include "codec.hpp"
 #include "layout.hpp"
-#include "mapped_file.hpp"
 #include "run_reader.hpp"
 
 namespace fedcore {

@@ -10,8 +10,8 @@
 #include <limits>
 #include <utility>
 
-#include "crc32c.hpp"
-#include "error.hpp"
+#include "base/crc32c.hpp"
+#include "base/error.hpp"
 
 namespace fedcore {
 namespace {

@@ -20,7 +20,7 @@
 #include <utility>
 #include <vector>
 
-#include "mapped_file.hpp"
+#include "base/mapped_file.hpp"
 #include "wire.hpp"
 
 namespace fedcore {

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "crc32c.hpp"
+#include "base/crc32c.hpp"
 
 namespace fedcore::wire {
 

@@ -6,8 +6,8 @@
 #include <map>
 #include <memory>
 
+#include "base/error.hpp"
 #include "cuda/reduce.hpp"
-#include "error.hpp"
 
 namespace py = pybind11;
 using namespace fedcore;

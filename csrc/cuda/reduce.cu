@@ -4,9 +4,9 @@
 #include <memory>
 
 #include "arith.hpp"
+#include "base/error.hpp"
 #include "cuda/reduce.hpp"
 #include "decode.hpp"
-#include "error.hpp"
 
 namespace fedcore::cuda {
 namespace {

@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/error.hpp"
 #include "check.hpp"
-#include "error.hpp"
 #include "exchange.hpp"
 #include "guarded.hpp"
 #include "kernels.hpp"

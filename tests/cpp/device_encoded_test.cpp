@@ -7,10 +7,10 @@
 #include <thread>
 #include <vector>
 
+#include "base/error.hpp"
 #include "check.hpp"
 #include "cuda/staging.hpp"
 #include "encoded_inputs.hpp"
-#include "error.hpp"
 #include "kernels.hpp"
 #include "late_queue.hpp"
 

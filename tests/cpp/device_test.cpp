@@ -8,9 +8,9 @@
 #include <thread>
 #include <vector>
 
+#include "base/error.hpp"
 #include "check.hpp"
 #include "cuda/staging.hpp"
-#include "error.hpp"
 #include "kernels.hpp"
 #include "late_queue.hpp"
 

@@ -5,9 +5,9 @@
 #include <random>
 #include <vector>
 
+#include "base/crc32c.hpp"
+#include "base/error.hpp"
 #include "check.hpp"
-#include "crc32c.hpp"
-#include "error.hpp"
 #include "guarded.hpp"
 #include "packer.hpp"
 #include "wire.hpp"

@@ -11,9 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "base/crc32c.hpp"
 #include "check.hpp"
 #include "collector.hpp"
-#include "crc32c.hpp"
 
 using namespace fedcore;
 

@@ -1,5 +1,5 @@
 // Workers: every part of every job once, on several threads, and errors after all have ended.
-#include "workers.hpp"
+#include "base/workers.hpp"
 
 #include <atomic>
 #include <condition_variable>

@@ -16,7 +16,7 @@
 #include <memory>
 #include <string>
 
-#include "mapping_guard.hpp"
+#include "base/mapping_guard.hpp"
 
 namespace fedcore {
 

@@ -1,4 +1,4 @@
-#include "mapping_guard.hpp"
+#include "base/mapping_guard.hpp"
 
 #include <sys/mman.h>
 #include <unistd.h>

@@ -1,4 +1,4 @@
-#include "mapped_file.hpp"
+#include "base/mapped_file.hpp"
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -9,8 +9,8 @@
 #include <cerrno>
 #include <cstring>
 
-#include "copy.hpp"
-#include "error.hpp"
+#include "base/copy.hpp"
+#include "base/error.hpp"
 
 namespace fedcore {
 namespace {
