@@ -15,9 +15,9 @@
 #include "base/mapped_file.hpp"
 #include "bindings.hpp"
 #include "exchange.hpp"
-#include "flat_writer.hpp"
+#include "format/flat_writer.hpp"
+#include "format/layout.hpp"
 #include "kernels.hpp"
-#include "layout.hpp"
 #include "reducer.hpp"
 #include "sink.h"
 

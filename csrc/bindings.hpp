@@ -13,8 +13,8 @@
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
 #include "codec.hpp"
-#include "layout.hpp"
-#include "wire.hpp"
+#include "format/layout.hpp"
+#include "format/wire.hpp"
 
 namespace fedcore {
 

@@ -10,9 +10,9 @@
 
 #include "base/error.hpp"
 #include "element.hpp"
+#include "format/wire.hpp"
 #include "kernels.hpp"
 #include "run_reader.hpp"
-#include "wire.hpp"
 
 namespace fedcore {
 namespace {

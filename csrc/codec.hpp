@@ -15,7 +15,7 @@
 #include <string_view>
 #include <vector>
 
-#include "layout.hpp"
+#include "format/layout.hpp"
 #include "quantise.hpp"
 
 namespace fedcore {

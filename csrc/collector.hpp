@@ -44,12 +44,12 @@
 #include "base/mapped_file.hpp"
 #include "base/workers.hpp"
 #include "codec.hpp"
-#include "layout.hpp"
+#include "format/layout.hpp"
+#include "format/wire.hpp"
 #include "pace.hpp"
 #include "progress.hpp"
 #include "reducer.hpp"
 #include "spill.hpp"
-#include "wire.hpp"
 
 namespace fedcore {
 

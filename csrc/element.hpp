@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "arith.hpp"
-#include "layout.hpp"
+#include "format/layout.hpp"
 #include "quantise.hpp"
 
 namespace fedcore {

@@ -26,11 +26,11 @@
 #include <vector>
 
 #include "collector.hpp"
+#include "format/wire.hpp"
 #include "outgoing.hpp"
 #include "publisher.hpp"
 #include "silence.hpp"
 #include "sink.h"
-#include "wire.hpp"
 
 namespace fedcore {
 

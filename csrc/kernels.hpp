@@ -20,7 +20,7 @@
 #include <vector>
 
 #include "device.h"
-#include "layout.hpp"
+#include "format/layout.hpp"
 
 namespace fedcore::kernels {
 

@@ -5,7 +5,7 @@
 
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
-#include "wire.hpp"
+#include "format/wire.hpp"
 
 namespace fedcore {
 namespace {

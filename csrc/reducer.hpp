@@ -13,7 +13,7 @@
 
 #include "base/mapped_file.hpp"
 #include "codec.hpp"
-#include "layout.hpp"
+#include "format/layout.hpp"
 #include "run_reader.hpp"
 
 namespace fedcore {

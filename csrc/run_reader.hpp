@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "layout.hpp"
+#include "format/layout.hpp"
 #include "quantise.hpp"
 
 namespace fedcore {

@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "base/mapped_file.hpp"
-#include "wire.hpp"
+#include "format/wire.hpp"
 
 namespace fedcore {
 

@@ -1,4 +1,4 @@
-#include "layout.hpp"
+#include "format/layout.hpp"
 
 #include <algorithm>
 #include <array>

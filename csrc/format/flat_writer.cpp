@@ -1,4 +1,4 @@
-#include "flat_writer.hpp"
+#include "format/flat_writer.hpp"
 
 #include <algorithm>
 #include <string>
