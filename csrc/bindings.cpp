@@ -17,7 +17,7 @@
 #include "exchange.hpp"
 #include "format/flat_writer.hpp"
 #include "format/layout.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 #include "reducer.hpp"
 #include "sink.h"
 

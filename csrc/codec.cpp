@@ -11,7 +11,7 @@
 #include "base/error.hpp"
 #include "element.hpp"
 #include "format/wire.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 #include "run_reader.hpp"
 
 namespace fedcore {

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "base/error.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 
 namespace fedcore {
 namespace {

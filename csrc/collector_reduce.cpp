@@ -6,7 +6,7 @@
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "collector.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 
 namespace fedcore {
 // Points at the next chunk of every source that has it in memory or its slot; false while one is

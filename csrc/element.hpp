@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "arith.hpp"
 #include "format/layout.hpp"
+#include "kernels/arith.hpp"
 #include "quantise.hpp"
 
 namespace fedcore {

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <limits>
 
-#include "arith.hpp"
+#include "kernels/arith.hpp"
 
 namespace fedcore::quantise {
 namespace {

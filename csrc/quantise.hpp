@@ -17,7 +17,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "decode.hpp"
+#include "kernels/decode.hpp"
 
 namespace fedcore::quantise {
 

@@ -11,7 +11,7 @@
 
 #include "base/error.hpp"
 #include "element.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 
 namespace fedcore {
 namespace {

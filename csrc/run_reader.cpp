@@ -3,7 +3,7 @@
 #include <array>
 
 #include "element.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 
 namespace fedcore {
 

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <memory>
 
-#include "arith.hpp"
 #include "base/error.hpp"
 #include "cuda/reduce.hpp"
-#include "decode.hpp"
+#include "kernels/arith.hpp"
+#include "kernels/decode.hpp"
 
 namespace fedcore::cuda {
 namespace {

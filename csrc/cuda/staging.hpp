@@ -23,8 +23,8 @@
 #include <string>
 #include <vector>
 
-#include "decode.hpp"
-#include "device.h"
+#include "kernels/decode.hpp"
+#include "kernels/device.h"
 #include "quantise.hpp"
 
 namespace fedcore::cuda {

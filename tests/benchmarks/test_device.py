@@ -22,7 +22,7 @@ FINITE, DECLINED = 0, 2
 
 
 class Mean(ctypes.Structure):
-    """FcMean of csrc/device.h."""
+    """FcMean of csrc/kernels/device.h."""
 
     _fields_ = (
         ("dtype", ctypes.c_int),
@@ -41,7 +41,7 @@ _FUNCTION = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(Mean)
 
 
 class Table(ctypes.Structure):
-    """FcDevice of csrc/device.h."""
+    """FcDevice of csrc/kernels/device.h."""
 
     _fields_ = (("self", ctypes.c_void_p), ("mean", _FUNCTION))
 

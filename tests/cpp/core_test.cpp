@@ -11,7 +11,7 @@
 #include "check.hpp"
 #include "exchange.hpp"
 #include "guarded.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 
 using namespace fedcore;
 

@@ -11,7 +11,7 @@
 #include "check.hpp"
 #include "cuda/staging.hpp"
 #include "encoded_inputs.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 #include "late_queue.hpp"
 
 using namespace fedcore;

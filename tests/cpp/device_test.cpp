@@ -11,7 +11,7 @@
 #include "base/error.hpp"
 #include "check.hpp"
 #include "cuda/staging.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 #include "late_queue.hpp"
 
 using namespace fedcore;

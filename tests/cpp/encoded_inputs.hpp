@@ -9,7 +9,7 @@
 #include "check.hpp"
 #include "codec.hpp"
 #include "element.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 #include "reducer.hpp"
 
 namespace fedcore {

@@ -10,7 +10,7 @@
 #include "check.hpp"
 #include "cuda/reduce.hpp"
 #include "encoded_inputs.hpp"
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 
 using namespace fedcore;
 

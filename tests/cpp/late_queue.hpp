@@ -7,10 +7,10 @@
 #include <memory>
 #include <vector>
 
-#include "arith.hpp"
 #include "check.hpp"
 #include "cuda/staging.hpp"
-#include "decode.hpp"
+#include "kernels/arith.hpp"
+#include "kernels/decode.hpp"
 
 namespace fedcore {
 

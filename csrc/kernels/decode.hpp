@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "arith.hpp"
+#include "kernels/arith.hpp"
 
 namespace fedcore {
 

@@ -1,12 +1,12 @@
-#include "kernels.hpp"
+#include "kernels/kernels.hpp"
 
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 
-#include "arith.hpp"
 #include "base/error.hpp"
-#include "decode.hpp"
+#include "kernels/arith.hpp"
+#include "kernels/decode.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -50,9 +50,9 @@ typedef std::uint64_t UnalignedU64 __attribute__((aligned(1), may_alias));
 namespace baseline {
 #define FEDCORE_F16C 0
 #define FEDCORE_LANES 4
-#include "kernels.inl"
+#include "kernels/kernels.inl"
 
-#include "differences.inl"
+#include "kernels/differences.inl"
 #undef FEDCORE_F16C
 }  // namespace baseline
 
@@ -67,9 +67,9 @@ namespace baseline {
 #pragma GCC target("avx2,fma,f16c")
 #endif
 namespace avx2 {
-#include "kernels.inl"
+#include "kernels/kernels.inl"
 
-#include "differences.inl"
+#include "kernels/differences.inl"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -83,9 +83,9 @@ namespace avx2 {
 #undef FEDCORE_LANES
 #define FEDCORE_LANES 8
 namespace avx512 {
-#include "kernels.inl"
+#include "kernels/kernels.inl"
 
-#include "differences.inl"
+#include "kernels/differences.inl"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop

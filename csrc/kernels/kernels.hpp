@@ -19,8 +19,8 @@
 #include <string_view>
 #include <vector>
 
-#include "device.h"
 #include "format/layout.hpp"
+#include "kernels/device.h"
 
 namespace fedcore::kernels {
 
