@@ -12,7 +12,7 @@
 
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
-#include "codec.hpp"
+#include "codec/codec.hpp"
 #include "format/layout.hpp"
 #include "format/wire.hpp"
 

@@ -13,7 +13,7 @@
 
 #include "base/error.hpp"
 #include "bindings.hpp"
-#include "codec.hpp"
+#include "codec/codec.hpp"
 
 namespace fedcore {
 namespace {

@@ -43,7 +43,7 @@
 
 #include "base/mapped_file.hpp"
 #include "base/workers.hpp"
-#include "codec.hpp"
+#include "codec/codec.hpp"
 #include "format/layout.hpp"
 #include "format/wire.hpp"
 #include "pace.hpp"

@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "base/mapped_file.hpp"
+#include "codec/packer.hpp"
 #include "format/wire.hpp"
-#include "packer.hpp"
 
 namespace fedcore {
 

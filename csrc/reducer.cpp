@@ -10,7 +10,7 @@
 #include <tuple>
 
 #include "base/error.hpp"
-#include "element.hpp"
+#include "codec/element.hpp"
 #include "kernels/kernels.hpp"
 
 namespace fedcore {

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "base/mapped_file.hpp"
-#include "codec.hpp"
+#include "codec/codec.hpp"
+#include "codec/run_reader.hpp"
 #include "format/layout.hpp"
-#include "run_reader.hpp"
 
 namespace fedcore {
 

@@ -23,9 +23,9 @@
 #include <string>
 #include <vector>
 
+#include "codec/quantise.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/device.h"
-#include "quantise.hpp"
 
 namespace fedcore::cuda {
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "codec.hpp"
+#include "codec/codec.hpp"
 #include "guarded.hpp"
 
 using namespace fedcore;

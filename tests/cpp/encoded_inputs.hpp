@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "check.hpp"
-#include "codec.hpp"
-#include "element.hpp"
+#include "codec/codec.hpp"
+#include "codec/element.hpp"
 #include "kernels/kernels.hpp"
 #include "reducer.hpp"
 

@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "check.hpp"
-#include "codec.hpp"
+#include "codec/codec.hpp"
 #include "exchange.hpp"
 
 using namespace fedcore;

@@ -8,9 +8,9 @@
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "check.hpp"
+#include "codec/packer.hpp"
 #include "format/wire.hpp"
 #include "guarded.hpp"
-#include "packer.hpp"
 
 using namespace fedcore;
 

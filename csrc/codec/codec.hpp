@@ -15,8 +15,8 @@
 #include <string_view>
 #include <vector>
 
+#include "codec/quantise.hpp"
 #include "format/layout.hpp"
-#include "quantise.hpp"
 
 namespace fedcore {
 

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "codec/quantise.hpp"
 #include "format/layout.hpp"
 #include "kernels/arith.hpp"
-#include "quantise.hpp"
 
 namespace fedcore {
 

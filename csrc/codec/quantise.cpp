@@ -1,4 +1,4 @@
-#include "quantise.hpp"
+#include "codec/quantise.hpp"
 
 #include <algorithm>
 #include <array>

@@ -1,4 +1,4 @@
-#include "packer.hpp"
+#include "codec/packer.hpp"
 
 #include <algorithm>
 #include <utility>

@@ -1,8 +1,8 @@
-#include "run_reader.hpp"
+#include "codec/run_reader.hpp"
 
 #include <array>
 
-#include "element.hpp"
+#include "codec/element.hpp"
 #include "kernels/kernels.hpp"
 
 namespace fedcore {

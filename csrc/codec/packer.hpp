@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "base/mapped_file.hpp"
-#include "codec.hpp"
+#include "codec/codec.hpp"
 
 namespace fedcore {
 

@@ -1,4 +1,4 @@
-#include "codec.hpp"
+#include "codec/codec.hpp"
 
 #include <algorithm>
 #include <array>
@@ -9,10 +9,10 @@
 #include <string>
 
 #include "base/error.hpp"
-#include "element.hpp"
+#include "codec/element.hpp"
+#include "codec/run_reader.hpp"
 #include "format/wire.hpp"
 #include "kernels/kernels.hpp"
-#include "run_reader.hpp"
 
 namespace fedcore {
 namespace {

@@ -9,8 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "codec/quantise.hpp"
 #include "format/layout.hpp"
-#include "quantise.hpp"
 
 namespace fedcore {
 
