@@ -18,7 +18,7 @@
 #include "format/flat_writer.hpp"
 #include "format/layout.hpp"
 #include "kernels/kernels.hpp"
-#include "reducer.hpp"
+#include "reduce/reducer.hpp"
 #include "sink.h"
 
 using namespace fedcore;

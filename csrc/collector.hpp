@@ -48,7 +48,7 @@
 #include "format/wire.hpp"
 #include "pace.hpp"
 #include "progress.hpp"
-#include "reducer.hpp"
+#include "reduce/reducer.hpp"
 #include "spill.hpp"
 
 namespace fedcore {

@@ -10,7 +10,7 @@
 #include "codec/codec.hpp"
 #include "codec/element.hpp"
 #include "kernels/kernels.hpp"
-#include "reducer.hpp"
+#include "reduce/reducer.hpp"
 
 namespace fedcore {
 

@@ -1,4 +1,4 @@
-#include "reducer.hpp"
+#include "reduce/reducer.hpp"
 
 #include <algorithm>
 #include <atomic>
