@@ -11,8 +11,8 @@
 
 #include "base/error.hpp"
 #include "bindings.hpp"
-#include "progress.hpp"
-#include "spill.hpp"
+#include "collect/record.hpp"
+#include "collect/spill.hpp"
 
 namespace fedcore {
 namespace {

@@ -25,7 +25,7 @@
 #include <utility>
 #include <vector>
 
-#include "collector.hpp"
+#include "collect/collector.hpp"
 #include "format/wire.hpp"
 #include "outgoing.hpp"
 #include "publisher.hpp"

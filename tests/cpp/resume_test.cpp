@@ -13,7 +13,7 @@
 
 #include "base/crc32c.hpp"
 #include "check.hpp"
-#include "collector.hpp"
+#include "collect/collector.hpp"
 
 using namespace fedcore;
 

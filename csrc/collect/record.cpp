@@ -1,4 +1,4 @@
-#include "progress.hpp"
+#include "collect/record.hpp"
 
 #include <unistd.h>
 

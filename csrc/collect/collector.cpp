@@ -1,4 +1,4 @@
-#include "collector.hpp"
+#include "collect/collector.hpp"
 
 #include <algorithm>
 #include <cstring>

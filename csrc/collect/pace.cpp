@@ -1,4 +1,4 @@
-#include "pace.hpp"
+#include "collect/pace.hpp"
 
 #include <algorithm>
 

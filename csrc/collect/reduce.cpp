@@ -5,7 +5,7 @@
 
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
-#include "collector.hpp"
+#include "collect/collector.hpp"
 #include "kernels/kernels.hpp"
 
 namespace fedcore {

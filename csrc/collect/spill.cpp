@@ -1,4 +1,4 @@
-#include "spill.hpp"
+#include "collect/spill.hpp"
 
 #include <sys/statvfs.h>
 #include <unistd.h>

@@ -4,7 +4,7 @@
 
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
-#include "collector.hpp"
+#include "collect/collector.hpp"
 
 namespace fedcore {
 namespace {

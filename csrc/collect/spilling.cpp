@@ -1,5 +1,5 @@
 // The collector's use of the spill file: which chunks go there, and which slots come free again.
-#include "collector.hpp"
+#include "collect/collector.hpp"
 
 #include <algorithm>
 #include <utility>

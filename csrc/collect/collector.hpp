@@ -44,12 +44,12 @@
 #include "base/mapped_file.hpp"
 #include "base/workers.hpp"
 #include "codec/codec.hpp"
+#include "collect/pace.hpp"
+#include "collect/record.hpp"
+#include "collect/spill.hpp"
 #include "format/layout.hpp"
 #include "format/wire.hpp"
-#include "pace.hpp"
-#include "progress.hpp"
 #include "reduce/reducer.hpp"
-#include "spill.hpp"
 
 namespace fedcore {
 

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "base/error.hpp"
-#include "collector.hpp"
+#include "collect/collector.hpp"
 
 namespace fedcore {
 namespace {
