@@ -14,12 +14,12 @@
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
 #include "bindings.hpp"
-#include "exchange.hpp"
 #include "format/flat_writer.hpp"
 #include "format/layout.hpp"
 #include "kernels/kernels.hpp"
 #include "reduce/reducer.hpp"
-#include "sink.h"
+#include "transfer/exchange.hpp"
+#include "transfer/sink.h"
 
 using namespace fedcore;
 

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "bindings.hpp"
-#include "exchange.hpp"
-#include "sink.h"
+#include "transfer/exchange.hpp"
+#include "transfer/sink.h"
 
 namespace fedcore {
 namespace {

@@ -33,7 +33,7 @@ from libc.stdlib cimport atoi, free, malloc
 from libc.string cimport memchr, memcpy, strlen
 
 
-cdef extern from "sink.h" nogil:
+cdef extern from "transfer/sink.h" nogil:
     ctypedef struct FcOut:
         const uint8_t* peer
         size_t peer_len

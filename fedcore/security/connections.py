@@ -28,7 +28,7 @@ CUT: Final = 2
 """What the pump notes of a connection: its peer is not heard any more, so that it may go."""
 MUTED: Final = 3
 """What the pump notes of a connection: it was heard and said too much, which its peer is being told."""
-DROP, _UNHEARD, _MUTED = 3, 4, 5  # verdicts of the core, as in csrc/sink.h
+DROP, _UNHEARD, _MUTED = 3, 4, 5  # verdicts of the core, as in csrc/transfer/sink.h
 _GRACE_LOOKS: Final = 20
 """So often a muted connection is looked at before it is cut; the door looks every 50 ms."""
 _MAX_NETWORKS: Final = 4096

@@ -9,9 +9,9 @@
 
 #include "base/error.hpp"
 #include "check.hpp"
-#include "exchange.hpp"
 #include "guarded.hpp"
 #include "kernels/kernels.hpp"
+#include "transfer/exchange.hpp"
 
 using namespace fedcore;
 

@@ -17,7 +17,7 @@
 
 #include "check.hpp"
 #include "codec/codec.hpp"
-#include "exchange.hpp"
+#include "transfer/exchange.hpp"
 
 using namespace fedcore;
 

@@ -1,4 +1,4 @@
-#include "outgoing.hpp"
+#include "transfer/outgoing.hpp"
 
 #include <fcntl.h>
 #include <unistd.h>

@@ -1,4 +1,4 @@
-#include "publisher.hpp"
+#include "transfer/publisher.hpp"
 
 #include <algorithm>
 #include <string>

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <utility>
 
-#include "exchange.hpp"
+#include "transfer/exchange.hpp"
 
 namespace fedcore {
 namespace {

@@ -27,10 +27,10 @@
 
 #include "collect/collector.hpp"
 #include "format/wire.hpp"
-#include "outgoing.hpp"
-#include "publisher.hpp"
-#include "silence.hpp"
-#include "sink.h"
+#include "transfer/outgoing.hpp"
+#include "transfer/publisher.hpp"
+#include "transfer/silence.hpp"
+#include "transfer/sink.h"
 
 namespace fedcore {
 

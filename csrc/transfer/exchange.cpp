@@ -1,4 +1,4 @@
-#include "exchange.hpp"
+#include "transfer/exchange.hpp"
 
 #include <algorithm>
 #include <utility>
