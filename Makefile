@@ -11,7 +11,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedco
 	-not -name '*.pyc' -not -name '*.so')
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CMAKE := $(BIN)/cmake
-TIDY := $(shell find csrc -name '*.cpp' -not -name 'bindings*')
+TIDY := $(shell find csrc -name '*.cpp' -not -path 'csrc/python/*' -not -path csrc/cuda/bindings.cpp)
 # The first clang++ that has libFuzzer; looked for when it is used.
 FUZZER = $(shell for c in clang++ clang++-{20,19,18,17,16,15,14}; do command -v $$c >/dev/null && \
 	echo 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }' | \

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "bindings.hpp"
+#include "python/bindings.hpp"
 #include "transfer/exchange.hpp"
 #include "transfer/sink.h"
 

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "base/error.hpp"
-#include "bindings.hpp"
 #include "collect/record.hpp"
 #include "collect/spill.hpp"
+#include "python/bindings.hpp"
 
 namespace fedcore {
 namespace {

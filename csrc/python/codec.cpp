@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "base/error.hpp"
-#include "bindings.hpp"
 #include "codec/codec.hpp"
+#include "python/bindings.hpp"
 
 namespace fedcore {
 namespace {
