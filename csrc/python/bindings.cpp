@@ -17,6 +17,7 @@
 #include "format/layout.hpp"
 #include "kernels/kernels.hpp"
 #include "python/bindings.hpp"
+#include "reduce/files.hpp"
 #include "reduce/reducer.hpp"
 #include "transfer/exchange.hpp"
 #include "transfer/sink.h"

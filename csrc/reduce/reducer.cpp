@@ -1,24 +1,14 @@
 #include "reduce/reducer.hpp"
 
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <cstring>
-#include <mutex>
-#include <thread>
-#include <tuple>
+#include <string>
 
 #include "base/error.hpp"
 #include "codec/element.hpp"
 #include "kernels/kernels.hpp"
 
 namespace fedcore {
-namespace {
-
-constexpr std::uint64_t kFileBlock = 1u << 20;
-
-}  // namespace
 
 Reducer::Reducer(const std::vector<std::uint64_t>& weights)
     : bodies_(weights.size()), pointers_(weights.size()), encodings_(weights.size()) {
@@ -170,172 +160,6 @@ void Reducer::finish(const Layout& layout, Range range, std::uint8_t* out) {
     kernels::finish(run.dtype, at, total_, out + (run.offset - range.offset), run.nbytes);
     at += kernels::sums_per_element(run.dtype) * run.nbytes / item_size(run.dtype);
   }
-}
-
-namespace {
-
-struct Block {
-  std::size_t tensor;
-  std::uint64_t offset;
-  std::uint64_t nbytes;
-};
-
-// What the workers of one reduce_files call share.
-class FileJob {
- public:
-  FileJob(const std::vector<std::shared_ptr<MappedFile>>& inputs,
-          const std::vector<std::uint64_t>& weights, const std::vector<FileTensor>& tensors,
-          MappedFile& out)
-      : inputs_(inputs), tensors_(tensors), out_(out) {
-    Reducer checked(weights);
-    for (const std::uint64_t weight : weights) {
-      weights_.push_back(static_cast<double>(weight));
-      total_ += static_cast<double>(weight);
-    }
-    for (std::size_t t = 0; t < tensors.size(); ++t) {
-      check(tensors[t]);
-      for (std::uint64_t at = 0; at < tensors[t].nbytes; at += kFileBlock) {
-        blocks_.push_back({t, at, std::min(kFileBlock, tensors[t].nbytes - at)});
-      }
-    }
-  }
-
-  void work() {
-    std::vector<const void*> pointers(inputs_.size());
-    for (;;) {
-      const std::size_t next = next_.fetch_add(1);
-      if (next >= blocks_.size() || stop_.load()) {
-        break;
-      }
-      reduce(blocks_[next], pointers);
-      done_.fetch_add(blocks_[next].nbytes);
-    }
-    const std::lock_guard lock(mutex_);
-    ++finished_;
-    changed_.notify_all();
-  }
-
-  void stop() { stop_.store(true); }
-
-  // Waits up to 50 ms; true once all `threads` workers are through.
-  bool wait(unsigned threads) {
-    std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, std::chrono::milliseconds(50), [&] { return finished_ == threads; });
-    return finished_ == threads;
-  }
-
-  std::uint64_t done() const { return done_.load(); }
-  const std::optional<FileBadValue>& bad() const { return bad_; }
-
- private:
-  void check(const FileTensor& tensor) const {
-    if (tensor.input_offsets.size() != inputs_.size()) {
-      throw Error(Errc::kLayout, "a tensor has another number of inputs than there are files");
-    }
-    for (std::size_t k = 0; k < inputs_.size(); ++k) {
-      inputs_[k]->check_range(tensor.input_offsets[k], tensor.nbytes);
-    }
-    out_.check_range(tensor.out_offset, tensor.nbytes);
-  }
-
-  void reduce(const Block& block, std::vector<const void*>& pointers) {
-    const FileTensor& tensor = tensors_[block.tensor];
-    for (std::size_t k = 0; k < inputs_.size(); ++k) {
-      pointers[k] = inputs_[k]->data() + tensor.input_offsets[k] + block.offset;
-    }
-    if (!kernels::mean(tensor.dtype, pointers.data(), weights_.data(), weights_.size(), total_,
-                       nullptr, out_.data() + tensor.out_offset + block.offset, block.nbytes)) {
-      record(block, tensor, pointers);
-    }
-    for (std::size_t k = 0; k < inputs_.size(); ++k) {
-      inputs_[k]->release(tensor.input_offsets[k] + block.offset, block.nbytes);
-    }
-    out_.release(tensor.out_offset + block.offset, block.nbytes);
-  }
-
-  void record(const Block& block, const FileTensor& tensor,
-              const std::vector<const void*>& pointers) {
-    const std::size_t size = item_size(tensor.dtype);
-    for (std::size_t k = 0; k < pointers.size(); ++k) {
-      const std::int64_t found = kernels::find_non_finite(tensor.dtype, pointers[k], block.nbytes);
-      if (found < 0) {
-        continue;
-      }
-      const FileBadValue value{k, block.tensor,
-                               block.offset / size + static_cast<std::uint64_t>(found)};
-      const auto key = [](const FileBadValue& v) {
-        return std::make_tuple(v.tensor, v.element, v.source);
-      };
-      const std::lock_guard lock(mutex_);
-      if (!bad_ || key(value) < key(*bad_)) {
-        bad_ = value;
-      }
-    }
-  }
-
-  const std::vector<std::shared_ptr<MappedFile>>& inputs_;
-  const std::vector<FileTensor>& tensors_;
-  MappedFile& out_;
-  std::vector<double> weights_;
-  double total_ = 0;
-  std::vector<Block> blocks_;
-  std::atomic<std::size_t> next_{0};
-  std::atomic<std::uint64_t> done_{0};
-  std::atomic<bool> stop_{false};
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  unsigned finished_ = 0;
-  std::optional<FileBadValue> bad_;
-};
-
-// Joins the workers whatever happens, so that none outlives the buffers it writes to.
-class Workers {
- public:
-  Workers(FileJob& job, unsigned count) : job_(job) {
-    for (unsigned i = 0; i < count; ++i) {
-      threads_.emplace_back([&job] { job.work(); });
-    }
-  }
-  ~Workers() {
-    job_.stop();
-    for (std::thread& thread : threads_) {
-      thread.join();
-    }
-  }
-
- private:
-  FileJob& job_;
-  std::vector<std::thread> threads_;
-};
-
-}  // namespace
-
-std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
-                                         const std::vector<std::uint64_t>& weights,
-                                         const std::vector<FileTensor>& tensors,
-                                         const std::shared_ptr<MappedFile>& out, unsigned threads,
-                                         const std::function<void(std::uint64_t)>& progress) {
-  if (weights.size() != inputs.size()) {
-    throw Error(Errc::kWeight, "there must be one weight per input");
-  }
-  if (!out->writable()) {
-    throw Error(Errc::kStorage, "the output " + out->path() + " is not writable");
-  }
-  kernels::active();  // a bad FEDCORE_SIMD is to be thrown here and not in a worker
-  FileJob job(inputs, weights, tensors, *out);
-  const unsigned count = std::max(1u, threads);
-  {
-    const Workers workers(job, count);
-    while (!job.wait(count)) {
-      if (progress) {
-        progress(job.done());
-      }
-    }
-  }
-  if (progress) {
-    progress(job.done());
-  }
-  return job.bad();
 }
 
 }  // namespace fedcore

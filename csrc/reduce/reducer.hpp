@@ -1,4 +1,4 @@
-// Reducer: K chunks of one layout -> one chunk, in one pass; and whole files by the same kernels.
+// Reducer: K chunks of one layout -> one chunk, in one pass.
 //
 // Owns the weights and their sum. Inputs are always summed in the order given at construction, so
 // the result does not depend on arrival. reduce() is not reentrant (it uses scratch of its own):
@@ -6,12 +6,9 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
-#include <memory>
 #include <optional>
 #include <vector>
 
-#include "base/mapped_file.hpp"
 #include "codec/codec.hpp"
 #include "codec/run_reader.hpp"
 #include "format/layout.hpp"
@@ -62,29 +59,5 @@ class Reducer {
   std::vector<std::uint8_t> pieces_;         // what those hold, decoded
   std::vector<double> sums_;                 // of fold()
 };
-
-// One tensor of a file-to-file reduction: where it lies in each input and in the output.
-struct FileTensor {
-  Dtype dtype;
-  std::uint64_t nbytes;
-  std::vector<std::uint64_t> input_offsets;
-  std::uint64_t out_offset;
-};
-
-struct FileBadValue {
-  std::size_t source;
-  std::size_t tensor;
-  std::uint64_t element;
-};
-
-// Averages tensors of `inputs` into `out` with `threads` workers, block by block. `progress` runs
-// on the calling thread with the bytes done so far, about 20 times a second and once at the end;
-// what it throws stops the work. Returns the first non-finite value (lowest tensor, element,
-// source), or nothing. Integers and booleans are copied from the first input.
-std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
-                                         const std::vector<std::uint64_t>& weights,
-                                         const std::vector<FileTensor>& tensors,
-                                         const std::shared_ptr<MappedFile>& out, unsigned threads,
-                                         const std::function<void(std::uint64_t)>& progress);
 
 }  // namespace fedcore
