@@ -48,7 +48,28 @@ def test_the_core_includes_python_in_its_bindings_alone() -> None:
         assert not foreign or binding, path.name
 
 
-@pytest.mark.parametrize(("name", "others"), [("arith", set()), ("decode", {'"kernels/arith.hpp"'})])
+FLOORS = ("base", "format", "kernels", "codec", "reduce", "collect", "transfer", "python")
+
+
+def test_the_folders_of_the_core_include_only_what_is_below_them() -> None:
+    below = {folder: {*FLOORS[: level + 1]} for level, folder in enumerate(FLOORS)}
+    below["cuda"] = {*FLOORS[: FLOORS.index("codec") + 1], "cuda"}  # beside the CPU's reduction
+    seen = set()
+    for path in (ROOT / "csrc").glob("*/*"):
+        if path.suffix in (".h", ".hpp", ".cpp", ".inl", ".cu"):
+            folder = path.parent.name
+            included = re.findall(r'#include "(?:(.*)/)?', path.read_text(encoding="utf-8"))
+            above = set(included) - below[folder]
+            assert not above, f"{folder}/{path.name} includes {above}"
+            seen.add(folder)
+    assert seen == below.keys()
+    loose = [path.name for path in (ROOT / "csrc").iterdir() if path.is_file()]
+    assert not loose, "a source of the core lies in the folder of its subject"
+
+
+@pytest.mark.parametrize(
+    ("name", "others"), [("arith", set()), ("decode", {'"kernels/arith.hpp"'})]
+)
 def test_what_host_and_device_share_includes_nothing_that_a_device_lacks(
     name: str, others: set[str]
 ) -> None:
