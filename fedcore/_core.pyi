@@ -25,7 +25,10 @@ def reduce_files(
     out: MappedFile,
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
+    rule: str = "mean",
 ) -> tuple[int, int, int] | None: ...
+def rules() -> list[tuple[str, int, bool, bool, bool, int]]: ...
+def rule_scratch(rule: str, sources: int) -> int: ...
 
 class Layout:
     def __init__(

@@ -30,7 +30,10 @@
    level::add_f64,           \
    level::add_f32,           \
    level::add_f16,           \
-   level::add_bf16}
+   level::add_bf16,          \
+   level::exchange_16,       \
+   level::exchange_32,       \
+   level::exchange_64}
 
 namespace fedcore::kernels {
 namespace {
@@ -53,6 +56,8 @@ namespace baseline {
 #include "kernels/kernels.inl"
 
 #include "kernels/differences.inl"
+
+#include "kernels/exchange_keys.inl"
 #undef FEDCORE_F16C
 }  // namespace baseline
 
@@ -70,6 +75,8 @@ namespace avx2 {
 #include "kernels/kernels.inl"
 
 #include "kernels/differences.inl"
+
+#include "kernels/exchange_keys.inl"
 }  // namespace avx2
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -86,6 +93,8 @@ namespace avx512 {
 #include "kernels/kernels.inl"
 
 #include "kernels/differences.inl"
+
+#include "kernels/exchange_keys.inl"
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -297,6 +306,18 @@ void add(Dtype dtype, const void* base, const float* differences, void* out, std
     default:
       return table.add_bf16(base, differences, out, count);
   }
+}
+
+void exchange(std::int16_t* low, std::int16_t* high, std::size_t count) {
+  active().exchange_16(low, high, count);
+}
+
+void exchange(std::int32_t* low, std::int32_t* high, std::size_t count) {
+  active().exchange_32(low, high, count);
+}
+
+void exchange(std::int64_t* low, std::int64_t* high, std::size_t count) {
+  active().exchange_64(low, high, count);
 }
 
 std::int64_t find_non_finite(Dtype dtype, const void* data, std::uint64_t nbytes) noexcept {

@@ -45,6 +45,10 @@ using FinishFn = void (*)(const double* sums, double total, void* out, std::size
 // Elements and differences to them, added.
 using AddFn = void (*)(const void* base, const float* differences, void* out, std::size_t count);
 
+// Two rows of keys, of which `low` gets the smaller one at each place and `high` the other.
+template <typename Key>
+using ExchangeFn = void (*)(Key* low, Key* high, std::size_t count);
+
 struct Table {
   const char* name;
   MeanFn f64;
@@ -54,6 +58,9 @@ struct Table {
   FoldFn fold_f64, fold_f32, fold_f16, fold_bf16;
   FinishFn finish_f64, finish_f32, finish_f16, finish_bf16;
   AddFn add_f64, add_f32, add_f16, add_bf16;
+  ExchangeFn<std::int16_t> exchange_16;
+  ExchangeFn<std::int32_t> exchange_32;
+  ExchangeFn<std::int64_t> exchange_64;
 };
 
 // The chosen table: FEDCORE_SIMD ("baseline", "avx2", "avx512") or the best one that this CPU runs.
@@ -92,6 +99,12 @@ void finish(Dtype dtype, const double* sums, double total, void* out, std::uint6
 // out[j] = base[j] + differences[j] for `count` elements of a float dtype, rounded once and limited
 // to its finite numbers; without a base (nullptr), the differences alone. `out` may be `base`.
 void add(Dtype dtype, const void* base, const float* differences, void* out, std::size_t count);
+
+// One comparator of a sorting network over `count` places: the smaller keys go to `low`. The rows
+// do not overlap.
+void exchange(std::int16_t* low, std::int16_t* high, std::size_t count);
+void exchange(std::int32_t* low, std::int32_t* high, std::size_t count);
+void exchange(std::int64_t* low, std::int64_t* high, std::size_t count);
 
 // Index of the first NaN or infinity among the elements of a float block, or -1.
 std::int64_t find_non_finite(Dtype dtype, const void* data, std::uint64_t nbytes) noexcept;

@@ -183,7 +183,9 @@ py::object py_reduce_files(const std::vector<FileHandle*>& inputs,
                            const std::vector<py::int_>& weights,
                            const std::vector<PyFileTensor>& tensors, const FileHandle& out,
                            unsigned threads,
-                           const std::optional<std::function<void(std::uint64_t)>>& progress) {
+                           const std::optional<std::function<void(std::uint64_t)>>& progress,
+                           const std::string& rule_name) {
+  const Rule& rule = find_rule(rule_name);
   std::vector<std::shared_ptr<MappedFile>> files;
   for (const FileHandle* input : inputs) {
     files.push_back(input->share());
@@ -205,7 +207,7 @@ py::object py_reduce_files(const std::vector<FileHandle*>& inputs,
   std::optional<FileBadValue> bad;
   {
     const py::gil_scoped_release release;
-    bad = reduce_files(files, checked, jobs, out.share(), threads, report);
+    bad = reduce_files(files, checked, jobs, out.share(), rule, threads, report);
     for (const auto& file : files) {
       file->check_whole();
     }
@@ -410,11 +412,30 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_layout(m);
   bind_codec(m);
   bind_files(m);
-  m.def("reduce_files", &py_reduce_files, py::arg("inputs"), py::arg("weights"), py::arg("tensors"),
-        py::arg("out"), py::arg("threads") = 1, py::arg("progress") = std::nullopt,
-        "Average tensors of mapped files: tensors = [(dtype, nbytes, input offsets, output "
-        "offset)]. Returns None, or "
-        "(input, tensor, element) of the first non-finite value.");
+  m.def(
+      "rules",
+      [] {
+        py::list out;
+        for (const Rule* const rule : rules()) {
+          const Traits& traits = rule->traits;
+          out.append(py::make_tuple(std::string(rule->name), rule->version, traits.weighted,
+                                    traits.symmetric, traits.folds, traits.least));
+        }
+        return out;
+      },
+      "The rules of the core: (name, version, weighted, symmetric, folds, least sources).");
+  m.def(
+      "rule_scratch",
+      [](const std::string& name, std::size_t sources) { return find_rule(name).scratch(sources); },
+      py::arg("rule"), py::arg("sources"),
+      "Bytes of scratch memory that each thread of a rule takes for so many sources.");
+  m.def(
+      "reduce_files", &py_reduce_files, py::arg("inputs"), py::arg("weights"), py::arg("tensors"),
+      py::arg("out"), py::arg("threads") = 1, py::arg("progress") = std::nullopt,
+      py::arg("rule") = "mean",
+      "Combine tensors of mapped files by a rule: tensors = [(dtype, nbytes, input offsets, output "
+      "offset)]. Returns None, or "
+      "(input, tensor, element) of the first non-finite value.");
   bind_resume(m);
   bind_exchange(m);
 }

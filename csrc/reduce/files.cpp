@@ -28,13 +28,14 @@ class FileJob {
  public:
   FileJob(const std::vector<std::shared_ptr<MappedFile>>& inputs,
           const std::vector<std::uint64_t>& weights, const std::vector<FileTensor>& tensors,
-          MappedFile& out)
-      : inputs_(inputs), tensors_(tensors), out_(out) {
+          MappedFile& out, const Rule& rule)
+      : inputs_(inputs), tensors_(tensors), out_(out), rule_(rule) {
     Reducer checked(weights);
-    for (const std::uint64_t weight : weights) {
-      weights_.push_back(static_cast<double>(weight));
-      total_ += static_cast<double>(weight);
+    if (weights.size() < rule.traits.least) {
+      throw Error(Errc::kConfig, "the rule '" + std::string(rule.name) + "' needs at least " +
+                                     std::to_string(rule.traits.least) + " inputs");
     }
+    weights_.assign(weights.begin(), weights.end());
     for (std::size_t t = 0; t < tensors.size(); ++t) {
       check(tensors[t]);
       for (std::uint64_t at = 0; at < tensors[t].nbytes; at += kFileBlock) {
@@ -43,14 +44,16 @@ class FileJob {
     }
   }
 
-  void work() {
+  std::unique_ptr<Combiner> make_combiner() const { return rule_.make(weights_); }
+
+  void work(Combiner& combiner) {
     std::vector<const void*> pointers(inputs_.size());
     for (;;) {
       const std::size_t next = next_.fetch_add(1);
       if (next >= blocks_.size() || stop_.load()) {
         break;
       }
-      reduce(blocks_[next], pointers);
+      reduce(blocks_[next], combiner, pointers);
       done_.fetch_add(blocks_[next].nbytes);
     }
     const std::lock_guard lock(mutex_);
@@ -81,13 +84,13 @@ class FileJob {
     out_.check_range(tensor.out_offset, tensor.nbytes);
   }
 
-  void reduce(const Block& block, std::vector<const void*>& pointers) {
+  void reduce(const Block& block, Combiner& combiner, std::vector<const void*>& pointers) {
     const FileTensor& tensor = tensors_[block.tensor];
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
       pointers[k] = inputs_[k]->data() + tensor.input_offsets[k] + block.offset;
     }
-    if (!kernels::mean(tensor.dtype, pointers.data(), weights_.data(), weights_.size(), total_,
-                       nullptr, out_.data() + tensor.out_offset + block.offset, block.nbytes)) {
+    if (!combiner.combine(tensor.dtype, pointers.data(), nullptr,
+                          out_.data() + tensor.out_offset + block.offset, block.nbytes)) {
       record(block, tensor, pointers);
     }
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
@@ -119,8 +122,8 @@ class FileJob {
   const std::vector<std::shared_ptr<MappedFile>>& inputs_;
   const std::vector<FileTensor>& tensors_;
   MappedFile& out_;
+  const Rule& rule_;
   std::vector<double> weights_;
-  double total_ = 0;
   std::vector<Block> blocks_;
   std::atomic<std::size_t> next_{0};
   std::atomic<std::uint64_t> done_{0};
@@ -136,7 +139,10 @@ class FileWorkers {
  public:
   FileWorkers(FileJob& job, unsigned count) : job_(job) {
     for (unsigned i = 0; i < count; ++i) {
-      threads_.emplace_back([&job] { job.work(); });
+      combiners_.push_back(job.make_combiner());
+    }
+    for (const auto& combiner : combiners_) {
+      threads_.emplace_back([&job, &combiner] { job.work(*combiner); });
     }
   }
   ~FileWorkers() {
@@ -148,6 +154,7 @@ class FileWorkers {
 
  private:
   FileJob& job_;
+  std::vector<std::unique_ptr<Combiner>> combiners_;
   std::vector<std::thread> threads_;
 };
 
@@ -156,7 +163,8 @@ class FileWorkers {
 std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
                                          const std::vector<std::uint64_t>& weights,
                                          const std::vector<FileTensor>& tensors,
-                                         const std::shared_ptr<MappedFile>& out, unsigned threads,
+                                         const std::shared_ptr<MappedFile>& out, const Rule& rule,
+                                         unsigned threads,
                                          const std::function<void(std::uint64_t)>& progress) {
   if (weights.size() != inputs.size()) {
     throw Error(Errc::kWeight, "there must be one weight per input");
@@ -165,7 +173,7 @@ std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<Mappe
     throw Error(Errc::kStorage, "the output " + out->path() + " is not writable");
   }
   kernels::active();  // a bad FEDCORE_SIMD is to be thrown here and not in a worker
-  FileJob job(inputs, weights, tensors, *out);
+  FileJob job(inputs, weights, tensors, *out, rule);
   const unsigned count = std::max(1u, threads);
   {
     const FileWorkers workers(job, count);

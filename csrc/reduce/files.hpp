@@ -1,4 +1,4 @@
-// The mean of whole files, by the kernels that average chunks.
+// Whole files combined by a rule, with the kernels that average chunks.
 //
 // Owns nothing after the call: its threads are joined before it returns or throws. The result does
 // not depend on their number. Cost: one pass over the files; pages that are done are released, so
@@ -13,6 +13,7 @@
 
 #include "base/mapped_file.hpp"
 #include "format/layout.hpp"
+#include "reduce/rule.hpp"
 
 namespace fedcore {
 
@@ -30,14 +31,15 @@ struct FileBadValue {
   std::uint64_t element;
 };
 
-// Averages tensors of `inputs` into `out` with `threads` workers, block by block. `progress` runs
+// Combines tensors of `inputs` into `out` by `rule` with `threads` workers, block by block. `progress` runs
 // on the calling thread with the bytes done so far, about 20 times a second and once at the end;
 // what it throws stops the work. Returns the first non-finite value (lowest tensor, element,
 // source), or nothing. Integers and booleans are copied from the first input.
 std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
                                          const std::vector<std::uint64_t>& weights,
                                          const std::vector<FileTensor>& tensors,
-                                         const std::shared_ptr<MappedFile>& out, unsigned threads,
+                                         const std::shared_ptr<MappedFile>& out, const Rule& rule,
+                                         unsigned threads,
                                          const std::function<void(std::uint64_t)>& progress);
 
 }  // namespace fedcore

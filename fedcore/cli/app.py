@@ -17,6 +17,7 @@ import typer
 
 from fedcore import __version__
 from fedcore.errors import ConfigError
+from fedcore.rules import RULES
 from fedcore.words import plural
 
 from .common import INTERRUPTED, reported, writable_output
@@ -58,10 +59,6 @@ Overrides = Annotated[
         help="Override a key of the run file, e.g. --set run.rounds=3; may be given more than once.",
     ),
 ]
-
-
-class _Rule(enum.StrEnum):
-    MEAN = "mean"
 
 
 class _Device(enum.StrEnum):
@@ -286,9 +283,15 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             help="Numbers of training examples, one integer per file, e.g. 3,5; equal if left out."
         ),
     ] = None,
-    rule: Annotated[  # noqa: ARG001 - there is one rule; naming it keeps a script's meaning
-        _Rule, typer.Option(help="How to combine the files.")
-    ] = _Rule.MEAN,
+    rule: Annotated[
+        str,
+        typer.Option(
+            metavar=f"[{'|'.join(RULES)}]",
+            help="How to combine the files: "
+            + "; ".join(f"{rule.name}, {rule.summary}" for rule in RULES.values())
+            + ".",
+        ),
+    ] = "mean",
     threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads.")] = 1,
     device: Annotated[
         _Device | None,
@@ -298,7 +301,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
         bool, typer.Option("--force", help="Replace the output if it exists.")
     ] = False,
 ) -> None:
-    """Average safetensors files with the reducer of the server.
+    """Combine safetensors files by a rule, by default the weighted mean.
 
     The output does not depend on the order of the files, the number of threads or the device. The files hold
     the same tensors; integers and booleans must be equal in all of them. An input is never overwritten, and the
@@ -308,6 +311,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     Examples:
       fedcore aggregate a.safetensors b.safetensors --weights 3,5 -o mean.safetensors
       fedcore aggregate runs/north/best runs/south/best -o mean.safetensors
+      fedcore aggregate a.safetensors b.safetensors c.safetensors --rule median -o median.safetensors
     """
     import contextlib
 
@@ -323,16 +327,19 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     with contextlib.ExitStack() as stack:
         progress: Callable[[int, int], None] | None = None
         if sys.stderr.isatty():
-            progress = _progress_bar(stack.enter_context)
+            progress = _progress_bar(stack.enter_context, rule)
         result = aggregate_files(
             files,
             counts,
             out,
+            rule=rule,
             threads=threads,
             device=device,
             force=force,
             progress=progress,
         )
+    if counts is not None and not RULES[rule].weighted:
+        typer.echo(f"the rule '{rule}' does not weigh: --weights changed nothing", err=True)
     if failure := device_failure():
         typer.echo(f"the GPU failed and the CPU went on, with the same result: {failure}", err=True)
     typer.echo(
@@ -341,7 +348,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     )
 
 
-def _progress_bar(enter: Callable[..., object]) -> Callable[[int, int], None]:
+def _progress_bar(enter: Callable[..., object], rule: str) -> Callable[[int, int], None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
@@ -353,7 +360,7 @@ def _progress_bar(enter: Callable[..., object]) -> Callable[[int, int], None]:
         transient=True,
     )
     enter(bar)
-    task = bar.add_task("mean", total=None)
+    task = bar.add_task(rule, total=None)
     return lambda done, total: bar.update(task, completed=done, total=total)
 
 

@@ -1,4 +1,4 @@
-"""Average safetensors files by hand, with the reducer that the server uses."""
+"""Combine safetensors files by hand, with the kernels that the server uses."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fedcore.layout import (
     table,
 )
 from fedcore.protocol import MAX_WEIGHT
+from fedcore.rules import Rule, find_rule
 from fedcore.weighing import effective_weight
 
 from .replacing import partial_of, place_of, put_in_place
@@ -36,14 +37,15 @@ def aggregate_files(
     weights: Sequence[int] | None,
     out: Path,
     *,
+    rule: str = "mean",
     threads: int = 1,
     device: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelFile:
-    """Write the weighted mean of ``inputs`` to ``out``.
+    """Combine ``inputs`` by a rule, by default the weighted mean, and write the result to ``out``.
 
-    The order of the files does not matter: they are summed in the order of their weights, files of the same
+    The order of the files does not matter: a mean is summed in the order of their weights, files of the same
     weight in the order of their flat bytes (canonical order of tensors, first difference decides), so that
     the same files with the same weights give the same output. Integers and booleans must be equal in all files.
 
@@ -51,20 +53,24 @@ def aggregate_files(
         inputs: safetensors files with the same tensors, in any order within the file, or folders that hold one,
             as one file or in shards; a run folder stands for its ``best/``.
         weights: one integer from 1 to 2**64 - 1 per file, of which `effective_weight` counts; all equal if None.
+            A rule that does not weigh checks them and makes no use of them.
         out: file to write; it appears only when it is complete.
+        rule: a name in `fedcore.rules.RULES`.
         threads: worker threads; the result does not depend on it.
         device: ``auto``, ``cpu`` or ``cuda``, for the process; FEDCORE_DEVICE decides if None. The result
-            does not depend on it.
+            does not depend on it. Rules other than the mean are always computed on the CPU.
         force: replace ``out`` if it exists.
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ConfigError: no input, ``out`` is one of them, or the device can't be used.
+        ConfigError: no input or too few for the rule, ``out`` is one of them, the rule is unknown, or the device
+            can't be used.
         LayoutError: the files hold different tensors; each one is named.
         NonFiniteError: a file holds NaN or infinity; file and tensor are named.
         WeightError: a weight is out of range, or their number is wrong.
         StorageError: a file can't be read or written, or ``out`` exists.
     """
+    chosen = find_rule(rule)
     counts = _check_arguments(inputs, weights, out, force)
     use_device(device)
     for path in inputs:
@@ -80,11 +86,12 @@ def aggregate_files(
         if difference is not None:
             raise LayoutError(f"the files hold different tensors: {difference}")
     _check_integers(models)
-    pairs = sorted(zip(counts, models, strict=True), key=functools.cmp_to_key(_compare))
-    counts, models = [weight for weight, _ in pairs], [model for _, model in pairs]
+    if not chosen.symmetric:
+        pairs = sorted(zip(counts, models, strict=True), key=functools.cmp_to_key(_compare))
+        counts, models = [weight for weight, _ in pairs], [model for _, model in pairs]
     place = place_of(out)
     with partial_of(place) as partial:
-        _reduce(models, counts, partial, threads, progress)
+        _reduce(models, counts, partial, rule=chosen, threads=threads, progress=progress)
         put_in_place(partial, place)
         sync_folder(place.parent)
     return open_model(out)
@@ -94,7 +101,7 @@ def _check_arguments(
     inputs: Sequence[Path], weights: Sequence[int] | None, out: Path, force: bool
 ) -> list[int]:
     if not inputs:
-        raise ConfigError("there is no file to average")
+        raise ConfigError("there is no file to combine")
     counts = [1] * len(inputs) if weights is None else list(weights)
     if len(counts) != len(inputs):
         raise WeightError(
@@ -143,7 +150,7 @@ def _check_integers(models: Sequence[Weights]) -> None:
             if model.view(name, nbytes) != first:
                 raise LayoutError(
                     f"tensor {name!r} is {dtype} and differs between {models[0].path.name} and "
-                    f"{model.path.name}; only floats can be averaged"
+                    f"{model.path.name}; only floats can be combined"
                 )
 
 
@@ -151,6 +158,8 @@ def _reduce(
     models: Sequence[Weights],
     weights: Sequence[int],
     path: Path,
+    *,
+    rule: Rule,
     threads: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -172,7 +181,7 @@ def _reduce(
             if progress is not None:
                 progress(before + done, layout.total_bytes)
 
-        bad = reduce_files(inputs, weights, jobs, target.file, threads, report)
+        bad = reduce_files(inputs, weights, jobs, target.file, threads, report, rule.name)
         if bad is not None:
             source, tensor, element = bad
             file = models[source].where[tensors[tensor][0]]

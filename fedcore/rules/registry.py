@@ -1,0 +1,66 @@
+"""The registry of rules. A rule is a source file in ``csrc/reduce/`` and an entry here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from fedcore.errors import ConfigError
+
+__all__ = ["RULES", "Rule", "find_rule"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What is known of a rule without the compiled core, whose own traits a test compares with these.
+
+    Attributes:
+        name: how the command line names it.
+        version: changes when the same inputs give other bits.
+        summary: what it computes, in a phrase.
+        weighted: weights change the result.
+        symmetric: the order of the sources does not change the result.
+        folds: it can take one source after the other, with sums between them.
+        least: sources that it needs at least.
+    """
+
+    name: str
+    version: int
+    summary: str
+    weighted: bool
+    symmetric: bool
+    folds: bool
+    least: int
+
+
+RULES: Final[dict[str, Rule]] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            name="mean",
+            version=1,
+            summary="the mean, weighted by numbers of training examples",
+            weighted=True,
+            symmetric=False,
+            folds=True,
+            least=1,
+        ),
+        Rule(
+            name="median",
+            version=1,
+            summary="the median of each element; weights do not count",
+            weighted=False,
+            symmetric=True,
+            folds=False,
+            least=1,
+        ),
+    )
+}
+
+
+def find_rule(name: str) -> Rule:
+    """Return the rule of that name. Raises ConfigError, which names the known rules."""
+    rule = RULES.get(name)
+    if rule is None:
+        raise ConfigError(f"no rule is named {name!r}; expected one of {', '.join(RULES)}")
+    return rule

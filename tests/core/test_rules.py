@@ -1,0 +1,175 @@
+"""Rules: what the registry says of them, and the median against a reference, bit by bit."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fedcore import _core
+from fedcore.cli import main
+from fedcore.errors import ConfigError, NonFiniteError
+from fedcore.files.average import aggregate_files
+from fedcore.layout import create_model, open_model
+from fedcore.rules import RULES
+
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+COUNT = 4_099  # several pieces and a rest
+
+
+@pytest.fixture(autouse=True)
+def restore_level() -> Iterator[None]:
+    before = _core.simd_level()
+    yield
+    _core.set_simd_level(before)
+
+
+def write(path: Path, dtype: str, values: np.ndarray) -> Path:
+    path.unlink(missing_ok=True)
+    model = create_model(path, _core.Layout([("w", dtype, [len(values)])]))
+    model.view("w")[:] = values.view(np.uint8).data
+    model.file.sync()
+    return path
+
+
+def finite_bits(dtype: str, seed: int, count: int = COUNT) -> np.ndarray:
+    """Numbers of any magnitude and sign, zeros and subnormal ones among them: random bits that are finite."""
+    kind = np.dtype(DTYPES[dtype])
+    bits = np.random.default_rng(seed).bytes(count * kind.itemsize)
+    values = np.frombuffer(bits, kind).copy()
+    with np.errstate(invalid="ignore"):
+        values[~np.isfinite(values.astype(np.float64))] = kind.type(-0.0)
+    values[::7] = kind.type(0.0) if seed % 2 else kind.type(-0.0)
+    return values
+
+
+def keys(values: np.ndarray) -> np.ndarray:
+    bits = values.view(f"i{values.dtype.itemsize}")
+    return np.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
+
+
+def expected_median(inputs: list[np.ndarray]) -> np.ndarray:
+    """The middle value in the order of the bits, or half the binary64 sum of the two middle ones."""
+    stack = np.stack(inputs)
+    order = np.argsort(keys(stack), axis=0, kind="stable")
+    ranked = np.take_along_axis(stack, order, axis=0)
+    low, high = ranked[(len(inputs) - 1) // 2], ranked[len(inputs) // 2]
+    if len(inputs) % 2:
+        return low
+    a, b = low.astype(np.float64), high.astype(np.float64)
+    with np.errstate(over="ignore"):
+        middle = np.where(np.isfinite(a + b), (a + b) / 2, a / 2 + b / 2)
+    return nearest(middle, low.dtype)
+
+
+def nearest(values: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Rounded once, ties to even: bfloat16 by its neighbours, as a cast would round to binary32 first."""
+    if kind != ml_dtypes.bfloat16:
+        return values.astype(kind)
+    near = values.astype(np.float32).astype(kind)
+    around = np.stack([near.view(np.uint16) + np.uint16(step) for step in (0, 1, 0xFFFF)])
+    distance = np.abs(around.view(kind).astype(np.float64) - values)
+    tie = around & 1
+    best = np.lexsort((tie, distance), axis=0)[0]
+    chosen = np.take_along_axis(around, best[None], axis=0)[0].view(kind)
+    return np.where(values == near.astype(np.float64), near, chosen)
+
+
+def median(folder: Path, dtype: str, inputs: list[np.ndarray], threads: int = 1) -> bytes:
+    paths = [write(folder / f"{i}.safetensors", dtype, x) for i, x in enumerate(inputs)]
+    out = folder / "out.safetensors"
+    aggregate_files(paths, None, out, rule="median", threads=threads, force=True)
+    return bytes(open_model(out).view("w"))
+
+
+def test_the_registry_says_of_each_rule_what_the_core_says() -> None:
+    listed = [
+        (r.name, r.version, r.weighted, r.symmetric, r.folds, r.least) for r in RULES.values()
+    ]
+    assert listed == _core.rules()
+
+
+def test_the_page_of_numerics_lists_the_rules_of_the_registry() -> None:
+    page = (Path(__file__).parents[2] / "docs/numerics.md").read_text(encoding="utf-8")
+    table = page.split("## Rules", 1)[1].split("## ", 1)[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(RULES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sources", [1, 2, 3, 4, 5, 8, 13, 40])
+def test_the_median_has_the_bits_of_the_reference(dtype: str, sources: int, tmp_path: Path) -> None:
+    inputs = [finite_bits(dtype, seed) for seed in range(sources)]
+    assert median(tmp_path, dtype, inputs) == expected_median(inputs).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16"])
+def test_the_median_of_usual_values_is_that_of_numpy(dtype: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    inputs = [random.standard_normal(COUNT).astype(DTYPES[dtype]) for _ in range(6)]
+    wide = np.median(np.stack(inputs).astype(np.float64), axis=0)
+    assert median(tmp_path, dtype, inputs) == wide.astype(DTYPES[dtype]).tobytes()
+
+
+def test_minus_zero_lies_below_zero_and_huge_doubles_stay_finite(tmp_path: Path) -> None:
+    largest = np.finfo(np.float64).max
+    rows = [[0.0, -0.0, 0.0, -0.0, largest], [-0.0, -0.0, 0.0, 1.0, largest]]
+    found = np.frombuffer(median(tmp_path, "F64", [np.array(row) for row in rows]))
+    expected = np.array([0.0, -0.0, 0.0, 0.5, largest])
+    assert found.tobytes() == expected.tobytes()
+    odd = [np.array([value]) for value in (0.0, -0.0, -0.0)]
+    assert median(tmp_path, "F64", odd) == np.array([-0.0]).tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_order_threads_and_instruction_set_do_not_change_a_median(
+    dtype: str, tmp_path: Path
+) -> None:
+    inputs = [finite_bits(dtype, seed, 3 * (1 << 17) + 5) for seed in range(4)]
+    found = set()
+    orders = itertools.cycle(list(itertools.permutations(range(4)))[::5])
+    for level, threads in itertools.product(_core.simd_levels(), (1, 3)):
+        _core.set_simd_level(level)
+        order = next(orders)
+        found.add(median(tmp_path, dtype, [inputs[i] for i in order], threads))
+    assert found == {expected_median(inputs).tobytes()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_is_not_finite_is_named_also_where_no_median_shows_it(
+    dtype: str, tmp_path: Path
+) -> None:
+    inputs = [np.full(3_000, i, DTYPES[dtype]) for i in range(5)]
+    inputs[4][2_345] = np.inf
+    with pytest.raises(NonFiniteError, match=r"4.safetensors: NaN or infinity in .*element 2345"):
+        median(tmp_path, dtype, inputs)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_the_scratch_memory_of_a_median_does_not_grow_with_the_model() -> None:
+    assert _core.rule_scratch("mean", 64) <= 1024
+    assert _core.rule_scratch("median", 64) <= 256 << 10
+    assert _core.rule_scratch("median", 1000) <= 2 << 20
+
+
+def test_an_unknown_rule_is_refused_with_the_names_of_those_there_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", "F32", np.ones(3, np.float32))
+    with pytest.raises(ConfigError, match=r"'mode'; expected one of mean, median"):
+        aggregate_files([path], None, tmp_path / "out.safetensors", rule="mode")
+
+
+def test_the_command_takes_a_median_and_says_that_weights_changed_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = [np.full(3, value, np.float32) for value in (1, 2, 9)]
+    paths = [str(write(tmp_path / f"{i}.safetensors", "F32", x)) for i, x in enumerate(inputs)]
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(SystemExit) as ended:
+        main(["aggregate", *paths, "--rule", "median", "--weights", "1,1,99", "-o", str(out)])
+    assert ended.value.code == 0
+    assert "'median' does not weigh: --weights changed nothing" in capsys.readouterr().err
+    assert bytes(open_model(out).view("w")) == inputs[1].tobytes()
