@@ -112,7 +112,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (["simulate", "run.toml"], 2, "train.py does not exist"),
         (["aggregate", "a.st", "-o", "b.st", "--weights", "x"], 2, "expected integers"),
         (["aggregate", "a.st", "-o", "b.st", "--weights", "0"], 2, "weight 0 of a.st"),
-        (["aggregate", "a.st", "-o", "b.st", "--rule", "median"], 2, "median"),
+        (["aggregate", "a.st", "-o", "b.st", "--rule", "mode"], 2, "expected one of mean, median"),
         (["aggregate", "a.st", "-o", "b.st"], 1, "cannot open model file a.st"),
         (["aggregate", "a.st", "-o", "no/b.st"], 1, "there is no folder no"),
     ],
