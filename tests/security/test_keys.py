@@ -14,7 +14,6 @@ import pytest
 from pydantic import ValidationError
 
 from fedcore.config import ServerSection, parse_size
-from fedcore.dialling import Server
 from fedcore.errors import ConfigError, StorageError
 from fedcore.security.keys import (
     AllowList,
@@ -37,6 +36,7 @@ from fedcore.security.provision import (
     provision,
     revoke,
 )
+from fedcore.transport.dialling import Server
 
 ADDRESS = "tcp://fl.example.org:7733"
 KEY = KeyPair.generate().public
