@@ -63,6 +63,13 @@ def _phase(folder: Path, last: int | None, life: Life) -> Literal["waiting", "st
     return "waiting"
 
 
+def _message(folder: Path, last: int | None, *, stop_asked: bool) -> str:
+    if stop_asked:
+        return f"no server works on {folder}; an operator has stopped the run: start fedcore-server to end it"
+    after = " after the last committed round" if last else ""
+    return f"no server works on {folder}; start fedcore-server with its run file to go on{after}"
+
+
 def _read(folder: Path, rows: Callable[[str], list[tuple[Any, ...]]]) -> protocol.StatusReply:
     meta = dict(rows("SELECT key, value FROM meta"))
     versions, scores = read_versions(rows), read_scores(rows)
@@ -111,6 +118,5 @@ def _read(folder: Path, rows: Callable[[str], list[tuple[Any, ...]]]) -> protoco
             )
             for row in versions
         ],
-        message=f"no server works on {folder}; start fedcore-server with its run file to go on"
-        + (" after the last committed round" if last else ""),
+        message=_message(folder, last, stop_asked="stop_asked" in meta),
     )

@@ -150,6 +150,7 @@ class Server:
         self._interrupted = ""
         self._requests = 0
         self._linger = 0.0
+        self._says_end_again = False
         self._next_look = 0.0
         self._round_started = time.monotonic()
         people = config.participants
@@ -219,7 +220,8 @@ class Server:
     def _say_stopped(self, error: Exception) -> None:
         """Tell the sites that the run goes on once this server is started again, without any path."""
         damaged = isinstance(error, IntegrityError)  # its message says what can be done
-        after = "" if damaged else "; the run goes on once the server is started again"
+        goes_on = "ends" if self._stopping else "goes on"
+        after = "" if damaged else f"; the run {goes_on} once the server is started again"
         logger.error("stopped: %s%s", error, after)
         text = "of an error there"
         if isinstance(error, OSError):
@@ -286,6 +288,19 @@ class Server:
         if self._device != "CPU":
             logger.info("means are computed on %s", self._device)
         self._expect_back()
+        if self._store.stop_asked:
+            logger.info(
+                "an operator has stopped the run, and the server before this one was ended: it ends now"
+            )
+            self._stopping = True
+            self._linger_for_return()
+
+    def _linger_for_return(self) -> None:
+        """Stay at the end of the run until the sites have noticed that this server is here."""
+        self._linger = max(
+            self._linger, self.config.participants.idle_timeout + protocol.RETURN_SECONDS
+        )
+        self._says_end_again = True
 
     def _expect_back(self) -> None:
         """After a crash, give the sites that had joined the time to notice that this server is here."""
@@ -433,11 +448,21 @@ class Server:
             self._peers.tell(site, "%s left: %s", message.reason, level=logging.INFO)
             self._lose(peer, message.reason, left=True)
 
+    def _on_stop(self) -> protocol.CommandReply:
+        """Write a stop down before it is answered: it holds also if this server is killed after the answer."""
+        try:
+            self._store.ask_stop()
+        except (IntegrityError, StorageError) as error:
+            logger.error("the run is not stopped: %s", error)
+            text = "the server cannot write to its disk that the run is to end, so it goes on; its log says why"
+            return protocol.CommandReply(ok=False, message=text)
+        self._stopping = True
+        return protocol.CommandReply(ok=True, message="the run ends with what is committed")
+
     def _on_command(self, peer: bytes, command: protocol.Command) -> None:
         actions: list[Action] = []
         if command.action == "stop":
-            self._stopping = True
-            reply = protocol.CommandReply(ok=True, message="the run ends with what is committed")
+            reply = self._on_stop()
         else:
             reply, actions = steer(self._rounds, command.action, time.monotonic())
         self._peers.tell(
@@ -735,9 +760,7 @@ class Server:
         self._status.best = self._result.best_version
         logger.info("the run is complete; telling %s, who may not know yet", ", ".join(sites))
         goodbye = self._goodbye("complete", "", self._result.best_version)
-        self._linger = max(
-            self._linger, self.config.participants.idle_timeout + protocol.RETURN_SECONDS
-        )
+        self._linger_for_return()
         self._say_goodbye(goodbye, self._requests)
 
     def _goodbye(self, ending: Ending, message: str, best: int | None) -> Goodbye:
@@ -763,7 +786,8 @@ class Server:
         assert self._result is not None
         members = set(self._store.members())
         left = {m.name for m in self._rounds.roster if m.state is SiteState.LEFT}
-        linger = 0.0 if self._result.ending == "stopped" else self._linger
+        at_once = self._result.ending == "stopped" and not self._says_end_again
+        linger = 0.0 if at_once else self._linger
         untold = goodbye.until_told(members - left, linger, hurried)
         if untold and linger:
             names = ", ".join(sorted(untold))
@@ -771,6 +795,7 @@ class Server:
         # Whoever still waits joins the next server: one that goes on with the run, or says these words again.
         over = self._result.ok and not self._interrupted
         self._store.forget_members(members if over else members - untold)
+        self._store.forget_stop()
 
     def _reply_status(self, peer: bytes) -> None:
         if self._result is None:

@@ -40,6 +40,8 @@ _FIXED: Final = (
     "selection.metric", "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
 
+_STOP: Final = "stop_asked"
+
 _BEYOND_DISK: Final = 16
 """A model larger than so many times the whole disk is not waited for: no disk is made so much larger."""
 
@@ -328,6 +330,7 @@ class Store:
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
             self._db.execute("DELETE FROM chosen")
             self._db.execute("DELETE FROM meta WHERE key = 'finished'")
+            self._drop_stop()
             self._journal.renew_run_id()
         self._files.finish_leaving()
         return aside
@@ -440,6 +443,30 @@ class Store:
         with self._journal.transaction():
             self._db.executemany("DELETE FROM members WHERE site = ?", [(site,) for site in sites])
 
+    def ask_stop(self) -> None:
+        """Note that an operator ends the run: a server that is started before it has done so ends it then.
+
+        Raises:
+            IntegrityError: the journal was replaced by another file.
+            StorageError: it can't be written; the run is not stopped.
+        """
+        with self._journal.transaction():
+            self._journal.set_meta(_STOP, "1")
+
+    @property
+    def stop_asked(self) -> bool:
+        """Whether an operator has ended the run, and not all of what follows from it is done."""
+        return self._journal.meta(_STOP) is not None
+
+    def forget_stop(self) -> None:
+        """Note that the run has been stopped, and its sites know: the next server goes on with the run."""
+        if self.stop_asked:
+            with self._journal.transaction():
+                self._drop_stop()
+
+    def _drop_stop(self) -> None:
+        self._db.execute("DELETE FROM meta WHERE key = ?", (_STOP,))
+
     def leave(self) -> None:
         """Note what the run has taken, before this process ends and the run goes on."""
         with self._journal.transaction():
@@ -456,6 +483,7 @@ class Store:
             self._keep_life()
             if finished:
                 self._journal.set_meta("finished", str(self.last_version))
+                self._drop_stop()
 
     # --- folders that loaders open ---
 

@@ -5,19 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from fedcore import protocol
 from fedcore.cli.app import app
+from fedcore.errors import StorageError
 from fedcore.monitor.ask import StatusClient
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
 from fedcore.server.actions import Action, EndRun, SendTask, StartCollect
 from fedcore.server.participation import Delivery, Roster
+from fedcore.server.past import read_past
 from fedcore.server.rounds import Phase, Rounds
+from fedcore.server.service import Server
 from fedcore.server.steering import steer
+from fedcore.server.store import Store
 
 from ..security.conftest import DEADLINE, Links
 from ..security.test_runs import answer, models, running, server_of, site
@@ -175,6 +180,57 @@ def test_an_operator_stops_a_run_as_ctrl_c_does(tmp_path: Path, kits: Provisione
             "stopped",
             "stopped on request",
         )
+
+
+def test_a_stop_that_cannot_be_written_is_an_error_and_the_run_goes_on(
+    tmp_path: Path, kits: Provisioned, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Store) -> None:
+        raise StorageError("cannot write /srv/run.sqlite: database or disk is full")
+
+    monkeypatch.setattr(Store, "ask_stop", full)
+    server = server_of(tmp_path, sites=["a"])
+    credentials = load_kit(kits.kits["ops"]).credentials
+    with (
+        running(server) as (_, result),
+        StatusClient(server.endpoint, credentials) as operator,
+    ):
+        reply = operator.command("stop", DEADLINE)
+        assert not reply.ok
+        assert "cannot write to its disk" in reply.message
+        assert "/srv" not in reply.message
+        assert operator.ask(DEADLINE).phase == "waiting"
+        assert not result.done()
+
+
+@pytest.mark.parametrize("killed_in", ["_end", "_say_goodbye"])
+def test_a_run_whose_stop_was_answered_ends_also_if_the_server_is_killed(
+    tmp_path: Path, kits: Provisioned, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    server = server_of(tmp_path, sites=["a"])
+    address = server.endpoint
+    credentials = load_kit(kits.kits["ops"]).credentials
+    with ThreadPoolExecutor(2) as pool, monkeypatch.context() as patch:
+        patch.setattr(Server, killed_in, kill)
+        result = pool.submit(server.run)
+        with StatusClient(address, credentials) as operator:
+            assert operator.command("stop", DEADLINE).ok
+        assert isinstance(result.exception(60), Killed)
+    assert "an operator has stopped the run" in read_past(tmp_path / "runs/t").message
+    assert server_of(tmp_path, sites=["a"]).run().ending == "stopped"
+    server = server_of(tmp_path, sites=["a"])
+    with (
+        running(server) as (_, result),
+        StatusClient(server.endpoint, credentials) as operator,
+    ):
+        assert operator.ask(DEADLINE).phase == "waiting"  # it goes on with the run
+        assert not result.done()
 
 
 @pytest.mark.parametrize("name", ["a", "eye"])
