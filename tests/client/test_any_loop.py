@@ -155,7 +155,10 @@ def test_a_block_that_fails_or_sets_no_weight_sends_nothing(run: Future[RunResul
     assert fl.system_info()["round"] == 2
 
 
-def test_metrics_are_shown_at_the_server_while_the_site_trains(run: Future[RunResult]) -> None:
+def test_metrics_are_shown_at_the_server_while_the_site_trains(
+    run: Future[RunResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcore.server.status._WATCHER_SECONDS", 0.0)  # nobody watches on
     fl.init({"w": np.zeros(3, np.float32)})
     assert fl.is_running()
     params = fl.receive()

@@ -118,7 +118,11 @@ class Federation:
 
     def server(self, prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         with (self.folder / "server.log").open("ab") as log:
-            command = "from fedcore.cli.app import server_main; server_main()"
+            # These tests ask the server for its status but do not watch it: it need not stay for them.
+            command = (
+                "from fedcore.server import status; status._WATCHER_SECONDS = 0.0; "
+                + "from fedcore.cli.app import server_main; server_main()"
+            )
             process = subprocess.Popen(
                 [sys.executable, "-P", "-c", command, str(self.folder / "run.toml")],
                 stdout=log,
