@@ -99,13 +99,13 @@ class Spill:
     @property
     def file_bytes(self) -> int: ...
 
-class Progress:
+class Record:
     @staticmethod
     def create(
         path: str, key: bytes, sources: Sequence[tuple[str, bytes, int]], chunk_count: int
-    ) -> Progress: ...
+    ) -> Record: ...
     @staticmethod
-    def open(path: str) -> Progress | None: ...
+    def open(path: str) -> Record | None: ...
     @property
     def key(self) -> bytes: ...
     @property
@@ -129,7 +129,7 @@ class Collector:
         spill: Spill | None = None,
         spill_after_ms: int = 250,
         codec: Codec | None = None,
-        progress: Progress | None = None,
+        record: Record | None = None,
         threads: int = 1,
         base_checksums: Sequence[int] = (),
     ) -> None: ...
@@ -195,7 +195,7 @@ class Exchange:
         sources: Sequence[int],
         out: MappedFile,
         out_offset: int,
-        progress: Progress | None = None,
+        record: Record | None = None,
     ) -> None: ...
     def cancel(self, collector: Collector) -> None: ...
     def retry(self, collector: Collector, source: int, peer: bytes | None = None) -> None: ...

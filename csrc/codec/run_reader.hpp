@@ -1,5 +1,5 @@
-// RunReader: the flat bytes that an encoded run stands for, a tile at a time, so that whoever reads
-// them (the reducer, Codec::decode) never holds more than a tile of them.
+// RunReader: the flat bytes that an encoded run stands for, a piece at a time, so that whoever
+// reads them (the reducer, Codec::decode) never holds more than a piece of them.
 //
 // Owns nothing but a cursor. Reads only bodies that Codec::check let pass, and only runs that their
 // scheme encodes. Not thread-safe; any number of readers may read one body. Cost: bound by

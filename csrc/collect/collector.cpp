@@ -62,7 +62,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
 }
 
 Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
-                     Place base, CollectorOptions options, std::shared_ptr<Progress> progress)
+                     Place base, CollectorOptions options, std::shared_ptr<Record> record)
     : Collector(std::move(layout), sources.size(), std::move(base), std::move(options)) {
   std::vector<std::size_t> order;
   for (Source& source : sources) {
@@ -71,7 +71,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
     pulls_.push_back(std::make_unique<Pull>());
   }
   check_order(order, out);
-  begin(order, std::move(out), std::move(progress));
+  begin(order, std::move(out), std::move(record));
   resume_reduced();
   for (const std::size_t k : order_) {
     take_spilled(k);
@@ -119,7 +119,7 @@ void Collector::check_order(const std::vector<std::size_t>& order, const Place& 
 }
 
 void Collector::close(const std::vector<std::size_t>& order, Place out,
-                      std::shared_ptr<Progress> progress) {
+                      std::shared_ptr<Record> record) {
   if (!open_ || state_ != State::kActive) {
     throw Error(Errc::kProtocol, "this collection is closed");
   }
@@ -130,7 +130,7 @@ void Collector::close(const std::vector<std::size_t>& order, Place out,
       forget_chunks(*pulls_[k]);
     }
   }
-  begin(order, std::move(out), std::move(progress));
+  begin(order, std::move(out), std::move(record));
   if (group_ > 0) {
     rewind();
   }
@@ -141,11 +141,11 @@ void Collector::close(const std::vector<std::size_t>& order, Place out,
 }
 
 void Collector::begin(const std::vector<std::size_t>& order, Place out,
-                      std::shared_ptr<Progress> progress) {
+                      std::shared_ptr<Record> record) {
   open_ = false;
   order_ = order;
   out_ = std::move(out);
-  progress_ = std::move(progress);
+  record_ = std::move(record);
   pass_on_ = !options_.check_finite && order_.size() == 1 && !differences();
   use_sources();
   divide_budget();
@@ -349,8 +349,8 @@ void Collector::drop(std::size_t source) {
     stop();
     return;
   }
-  if (progress_) {
-    progress_->narrow(sources_[source].set);  // before anything is reduced without it
+  if (record_) {
+    record_->narrow(sources_[source].set);  // before anything is reduced without it
   }
   pull.counts = false;
   forget_chunks(pull);

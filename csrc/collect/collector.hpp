@@ -23,7 +23,7 @@
 // A collection may be open at first: sources are added as they are ready and pulled ahead, as far
 // as their windows and then the spill file go, and nothing is reduced until close() says which of
 // them count. The order of the reduction is the one given there.
-// With a record of its progress, a collection of the same sources goes on where the one of a
+// With a record, a collection of the same sources goes on where the one of a
 // process that was killed stood: with what is reduced, as far as the output holds it, and with what
 // was spilled of a source. Sans I/O: frames in, requests and events out, the clock is an argument.
 // Not thread-safe: Exchange holds the lock; progress counters may be read from any thread.
@@ -163,7 +163,7 @@ class Collector {
   // Closed. Throws what close() throws, too, and Error{kStorage} for a record of another
   // collection. Reads what is reduced.
   Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
-            Place base, CollectorOptions options, std::shared_ptr<Progress> progress = nullptr);
+            Place base, CollectorOptions options, std::shared_ptr<Record> record = nullptr);
   ~Collector();
   Collector(const Collector&) = delete;
   Collector& operator=(const Collector&) = delete;
@@ -178,8 +178,8 @@ class Collector {
   // While open: these sources count, reduced in this order into the output; the others are dropped.
   // The work that this makes possible is done by tick(). Throws Error{kWeight, kLayout, kStorage,
   // kProtocol}, and changes nothing, for no source, a bad weight, one that can't count, or an
-  // output that is too small. `progress`: a new record, or null.
-  void close(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Progress> progress);
+  // output that is too small. `record`: a new record, or null.
+  void close(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record);
 
   // Chunks that each source may have in memory or under way; the first ones have one more each
   // where the budget leaves room.
@@ -303,7 +303,7 @@ class Collector {
   void check_order(const std::vector<std::size_t>& order, const Place& out) const;
   void use_sources();
   void divide_budget();
-  void begin(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Progress> progress);
+  void begin(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record);
   std::vector<bool> verified();
   void resume_reduced();
   void take_spilled(std::size_t source);
@@ -356,7 +356,7 @@ class Collector {
   const CollectorOptions options_;
   // Which chunks of the output are reduced, from the sources as they are given and in no other way;
   // null: nobody goes on after this process. It is the collector's alone.
-  std::shared_ptr<Progress> progress_;
+  std::shared_ptr<Record> record_;
   bool pass_on_ = false;  // the one source's chunks go to the output as they are
   std::uint64_t window_ = 1;
   std::uint64_t group_ = 0;  // chunks under way at a time where sources are folded; 0: they are not

@@ -22,7 +22,7 @@ constexpr std::size_t kCrcAt = 28;
 constexpr std::size_t kKeyAt = 32;
 constexpr std::size_t kSourcesAt = 96;
 // A source: set id, u64 weight, u32 length of the name, u32 0, the name.
-constexpr std::size_t kSourceBytes = 16 + 8 + 8 + Progress::kMaxSite;
+constexpr std::size_t kSourceBytes = 16 + 8 + 8 + Record::kMaxSite;
 constexpr std::uint64_t kPage = 4096;
 constexpr std::uint64_t kEntryBytes = 8;
 constexpr std::uint64_t kMostSources = 1u << 20;
@@ -37,16 +37,16 @@ std::uint32_t get32(const std::uint8_t* at) { return wire::detail::load<std::uin
 
 }  // namespace
 
-Progress::Progress(std::shared_ptr<MappedFile> file, const Key& key, std::vector<Source> sources,
-                   std::uint64_t capacity, std::uint64_t chunk_count)
+Record::Record(std::shared_ptr<MappedFile> file, const Key& key, std::vector<Source> sources,
+               std::uint64_t capacity, std::uint64_t chunk_count)
     : file_(std::move(file)),
       key_(key),
       sources_(std::move(sources)),
       capacity_(capacity),
       chunk_count_(chunk_count) {}
 
-std::shared_ptr<Progress> Progress::create(const std::string& path, const Key& key,
-                                           std::vector<Source> sources, std::uint64_t chunk_count) {
+std::shared_ptr<Record> Record::create(const std::string& path, const Key& key,
+                                       std::vector<Source> sources, std::uint64_t chunk_count) {
   for (const Source& source : sources) {
     if (source.site.size() > kMaxSite) {
       throw Error(Errc::kConfig, "the site name '" + source.site + "' is too long for a record");
@@ -60,8 +60,8 @@ std::shared_ptr<Progress> Progress::create(const std::string& path, const Key& k
     throw Error(Errc::kStorage, "too many sources or chunks for a record");
   }
   auto file = MappedFile::create(path, entries_at(capacity) + chunk_count * kEntryBytes);
-  std::shared_ptr<Progress> made(
-      new Progress(std::move(file), key, std::move(sources), capacity, chunk_count));
+  std::shared_ptr<Record> made(
+      new Record(std::move(file), key, std::move(sources), capacity, chunk_count));
   const std::vector<std::uint8_t> bytes = made->head();
   made->head_crc_ = get32(bytes.data() + kCrcAt);
   try {
@@ -73,7 +73,7 @@ std::shared_ptr<Progress> Progress::create(const std::string& path, const Key& k
   return made;
 }
 
-std::shared_ptr<Progress> Progress::open(const std::string& path) {
+std::shared_ptr<Record> Record::open(const std::string& path) {
   std::shared_ptr<MappedFile> file;
   try {
     file = MappedFile::open(path, true);
@@ -107,8 +107,8 @@ std::shared_ptr<Progress> Progress::open(const std::string& path) {
   Key key;
   std::copy_n(data + kKeyAt, key.size(), key.begin());
   const std::uint32_t crc = get32(data + kCrcAt);
-  std::shared_ptr<Progress> found(
-      new Progress(std::move(file), key, std::move(sources), capacity, chunks));
+  std::shared_ptr<Record> found(
+      new Record(std::move(file), key, std::move(sources), capacity, chunks));
   found->head_crc_ = crc;
   // What was read, written again, must give the same bytes: its checksum is that of the whole head.
   const std::vector<std::uint8_t> again = found->head();
@@ -116,7 +116,7 @@ std::shared_ptr<Progress> Progress::open(const std::string& path) {
   return whole ? found : nullptr;
 }
 
-std::vector<std::uint8_t> Progress::head() const {
+std::vector<std::uint8_t> Record::head() const {
   std::vector<std::uint8_t> out(static_cast<std::size_t>(kSourcesAt + capacity_ * kSourceBytes));
   std::copy_n(std::begin(kMagic), sizeof kMagic, out.begin());
   put32(out.data() + kCountAt, static_cast<std::uint32_t>(sources_.size()));
@@ -136,14 +136,14 @@ std::vector<std::uint8_t> Progress::head() const {
 }
 
 // Ties an entry to its head and place. Never 0, so that an empty entry is none.
-std::uint32_t Progress::tag(std::uint64_t index, std::uint32_t crc) const noexcept {
+std::uint32_t Record::tag(std::uint64_t index, std::uint32_t crc) const noexcept {
   std::uint8_t bytes[12];
   wire::detail::store(bytes, index);
   put32(bytes + 8, crc);
   return std::max<std::uint32_t>(1, crc32c(bytes, sizeof bytes, head_crc_));
 }
 
-std::optional<std::uint32_t> Progress::at(std::uint64_t index) const noexcept {
+std::optional<std::uint32_t> Record::at(std::uint64_t index) const noexcept {
   if (!file_ || index >= chunk_count_) {
     return std::nullopt;
   }
@@ -152,14 +152,14 @@ std::optional<std::uint32_t> Progress::at(std::uint64_t index) const noexcept {
   return get32(entry + 4) == tag(index, crc) ? std::optional(crc) : std::nullopt;
 }
 
-void Progress::put(std::uint64_t index, std::uint32_t crc) noexcept {
+void Record::put(std::uint64_t index, std::uint32_t crc) noexcept {
   std::uint8_t entry[kEntryBytes];
   put32(entry, crc);
   put32(entry + 4, tag(index, crc));
   write(entries_at(capacity_) + index * kEntryBytes, entry, sizeof entry);
 }
 
-void Progress::narrow(const wire::SetId& set) {
+void Record::narrow(const wire::SetId& set) {
   const std::vector<std::uint8_t> none(static_cast<std::size_t>(chunk_count_ * kEntryBytes));
   write(entries_at(capacity_), none.data(), none.size());
   std::erase_if(sources_, [&](const Source& source) { return source.set == set; });
@@ -168,7 +168,7 @@ void Progress::narrow(const wire::SetId& set) {
   write(0, bytes.data(), bytes.size());
 }
 
-void Progress::write(std::uint64_t offset, const void* data, std::size_t size) noexcept {
+void Record::write(std::uint64_t offset, const void* data, std::size_t size) noexcept {
   if (!file_) {
     return;
   }

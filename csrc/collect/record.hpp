@@ -1,5 +1,5 @@
-// Progress: the record of a collection, kept beside its output, from which another process goes on
-// after this one was killed.
+// Record: which chunks of a collection are reduced, kept beside its output. After a kill another
+// process resumes from it.
 //
 // Owns one small file: a head (what is being collected, and from which sources), then eight bytes
 // for each chunk of the output. Invariants:
@@ -7,8 +7,7 @@
 //     process recorded is there. A power cut keeps no order: whoever goes on compares the bytes
 //     with the entry's checksum;
 //   - an entry counts only under the head that it was written under. narrow() clears the entries
-//   and
-//     writes another head, so nothing that holds a lost source's values outlives it;
+//     and writes another head, so nothing that holds a lost source's values outlives it;
 //   - a file that is torn, or was written by anything else, is not opened.
 // A record that can't be written any more is removed: without it a collection begins again, with
 // it wrong it would not. Nothing is synchronised. Not thread-safe, but for sources() and key() of
@@ -27,7 +26,7 @@
 
 namespace fedcore {
 
-class Progress {
+class Record {
  public:
   struct Source {
     std::string site;
@@ -41,13 +40,13 @@ class Progress {
 
   // A new record without entries, in place of what is at `path`. Throws Error{kStorage, kConfig}:
   // the file can't be made, or a site's name is longer than kMaxSite bytes.
-  static std::shared_ptr<Progress> create(const std::string& path, const Key& key,
-                                          std::vector<Source> sources, std::uint64_t chunk_count);
+  static std::shared_ptr<Record> create(const std::string& path, const Key& key,
+                                        std::vector<Source> sources, std::uint64_t chunk_count);
   // The record at `path`; null where there is none that is whole.
-  static std::shared_ptr<Progress> open(const std::string& path);
+  static std::shared_ptr<Record> open(const std::string& path);
 
-  Progress(const Progress&) = delete;
-  Progress& operator=(const Progress&) = delete;
+  Record(const Record&) = delete;
+  Record& operator=(const Record&) = delete;
 
   const Key& key() const noexcept { return key_; }
   const std::vector<Source>& sources() const noexcept { return sources_; }
@@ -61,8 +60,8 @@ class Progress {
   void narrow(const wire::SetId& set);
 
  private:
-  Progress(std::shared_ptr<MappedFile> file, const Key& key, std::vector<Source> sources,
-           std::uint64_t capacity, std::uint64_t chunk_count);
+  Record(std::shared_ptr<MappedFile> file, const Key& key, std::vector<Source> sources,
+         std::uint64_t capacity, std::uint64_t chunk_count);
 
   std::vector<std::uint8_t> head() const;
   std::uint32_t tag(std::uint64_t index, std::uint32_t crc) const noexcept;

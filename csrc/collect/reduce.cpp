@@ -219,8 +219,8 @@ bool Collector::write(std::uint64_t index, const std::uint8_t* result) {
     stop();
     return false;
   }
-  if (progress_) {
-    progress_->put(index, checksums_[index]);
+  if (record_) {
+    record_->put(index, checksums_[index]);
   }
   return true;
 }

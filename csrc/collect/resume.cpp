@@ -28,11 +28,11 @@ std::pair<std::uint64_t, std::uint64_t> longest_run(const std::vector<bool>& mar
 
 // Which chunks are recorded as reduced and lie in the output; fills in their checksums.
 std::vector<bool> Collector::verified() {
-  const Progress& progress = *progress_;
+  const Record& record = *record_;
   const bool same =
-      progress.chunk_count() == layout_->chunk_count() && !pass_on_ &&
-      std::equal(order_.begin(), order_.end(), progress.sources().begin(), progress.sources().end(),
-                 [this](std::size_t k, const Progress::Source& b) {
+      record.chunk_count() == layout_->chunk_count() && !pass_on_ &&
+      std::equal(order_.begin(), order_.end(), record.sources().begin(), record.sources().end(),
+                 [this](std::size_t k, const Record::Source& b) {
                    return sources_[k].set == b.set && sources_[k].weight == b.weight;
                  });
   if (!same) {
@@ -40,7 +40,7 @@ std::vector<bool> Collector::verified() {
   }
   std::vector<bool> found(static_cast<std::size_t>(layout_->chunk_count()));
   for (std::uint64_t index = 0; index < found.size(); ++index) {
-    const auto recorded = progress.at(index);
+    const auto recorded = record.at(index);
     if (!recorded) {
       continue;
     }
@@ -57,7 +57,7 @@ std::vector<bool> Collector::verified() {
 // Begins behind the chunks that are reduced. They are one stretch, unless the machine itself went
 // down: then the longest counts, and the others are reduced again.
 void Collector::resume_reduced() {
-  if (!progress_) {
+  if (!record_) {
     return;
   }
   const auto [begin, length] = longest_run(verified());

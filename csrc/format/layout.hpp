@@ -5,6 +5,14 @@
 // aligned to its item size; a chunk holds chunk_bytes() of the flat bytes (the last one the rest)
 // and no element straddles two chunks. Immutable after construction, hence usable from any thread.
 // Cost: O(tensors) memory; chunk lookups are O(log tensors).
+//
+// The core's words for a stretch of bytes:
+//   range  flat bytes from an offset on, of any dtypes;
+//   chunk  the range that is requested, sent, checked and reduced as one: a cell of the grid;
+//   run    the part of a range that has one dtype;
+//   piece  as much of a run as is decoded and averaged while it is in the cache;
+//   body   a chunk as a frame or a file carries it: its flat bytes, or what encodes them.
+// A block is a number of elements: those of one call of a kernel, or those that share a scale.
 #pragma once
 
 #include <cstddef>

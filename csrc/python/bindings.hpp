@@ -79,7 +79,7 @@ std::shared_ptr<Codec> codec_of(const py::object& codec);
 void bind_codec(py::module_& m);
 // Adds the classes Collector and Exchange; those of their arguments must be there.
 void bind_exchange(py::module_& m);
-// Adds the classes Spill and Progress.
+// Adds the classes Spill and Record.
 void bind_resume(py::module_& m);
 
 }  // namespace fedcore

@@ -50,7 +50,7 @@ std::shared_ptr<Collector> make_collector(
     const PyLayout& layout, const std::vector<PySource>& sources, const FileHandle& out,
     std::uint64_t out_offset, const PyPlace& base, std::uint64_t budget_bytes,
     std::int64_t stall_ms, bool check_finite, bool write_behind, std::shared_ptr<Spill> spill,
-    std::int64_t spill_after_ms, const py::object& codec, std::shared_ptr<Progress> progress,
+    std::int64_t spill_after_ms, const py::object& codec, std::shared_ptr<Record> record,
     unsigned threads, std::vector<std::uint32_t> base_checksums) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
@@ -63,7 +63,7 @@ std::shared_ptr<Collector> make_collector(
   const Place to{out.share(), out_offset};
   const py::gil_scoped_release release;  // it reads what is reduced
   return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(options),
-                                     std::move(progress));
+                                     std::move(record));
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
@@ -153,7 +153,7 @@ void bind_exchange(py::module_& m) {
            py::arg("stall_ms") = 2000, py::arg("check_finite") = true,
            py::arg("write_behind") = false, py::arg("spill") = nullptr,
            py::arg("spill_after_ms") = 250, py::arg("codec") = py::none(),
-           py::arg("progress") = nullptr, py::arg("threads") = 1,
+           py::arg("record") = nullptr, py::arg("threads") = 1,
            py::arg("base_checksums") = std::vector<std::uint32_t>())
       .def_static("open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
                   py::arg("budget_bytes"), py::arg("write_behind") = false,
@@ -234,11 +234,11 @@ void bind_exchange(py::module_& m) {
       .def(
           "close",
           [](Exchange& e, const Collector& c, const std::vector<std::size_t>& sources,
-             const FileHandle& out, std::uint64_t out_offset, std::shared_ptr<Progress> progress) {
-            e.close(c.id(), sources, Place{out.share(), out_offset}, std::move(progress));
+             const FileHandle& out, std::uint64_t out_offset, std::shared_ptr<Record> record) {
+            e.close(c.id(), sources, Place{out.share(), out_offset}, std::move(record));
           },
           py::arg("collector"), py::arg("sources"), py::arg("out"), py::arg("out_offset"),
-          py::arg("progress") = nullptr,
+          py::arg("record") = nullptr,
           "Reduce these sources of an open collector, in this order, into the output; the others "
           "are dropped. The record, if any, is a new one.")
       .def(

@@ -1,4 +1,4 @@
-// The classes Spill and Progress of the module fedcore._core: what outlives a killed process.
+// The classes Spill and Record of the module fedcore._core: what outlives a killed process.
 
 #include <pybind11/stl.h>
 
@@ -30,18 +30,18 @@ Key to_key(const py::bytes& key) {
   return out;
 }
 
-std::shared_ptr<Progress> create(const std::string& path, const py::bytes& key,
-                                 const std::vector<PySource>& sources, std::uint64_t chunk_count) {
-  std::vector<Progress::Source> checked;
+std::shared_ptr<Record> create(const std::string& path, const py::bytes& key,
+                               const std::vector<PySource>& sources, std::uint64_t chunk_count) {
+  std::vector<Record::Source> checked;
   for (const auto& [site, set, weight] : sources) {
     checked.push_back({site, to_set_id(set), to_weights({weight})[0]});
   }
-  return Progress::create(path, to_key(key), std::move(checked), chunk_count);
+  return Record::create(path, to_key(key), std::move(checked), chunk_count);
 }
 
-py::list sources_of(const Progress& progress) {
+py::list sources_of(const Record& record) {
   py::list out;
-  for (const Progress::Source& source : progress.sources()) {
+  for (const Record::Source& source : record.sources()) {
     out.append(py::make_tuple(source.site, from_set_id(source.set), source.weight));
   }
   return out;
@@ -64,22 +64,22 @@ void bind_resume(py::module_& m) {
           "anything else are given up.")
       .def_property_readonly("used", &Spill::used, "Chunks in the file.")
       .def_property_readonly("file_bytes", &Spill::file_bytes);
-  py::class_<Progress, std::shared_ptr<Progress>>(
-      m, "Progress", "The record, in a file, of which chunks of a collection's output are reduced.")
+  py::class_<Record, std::shared_ptr<Record>>(
+      m, "Record", "The record, in a file, of which chunks of a collection's output are reduced.")
       .def_static("create", &create, py::arg("path"), py::arg("key"), py::arg("sources"),
                   py::arg("chunk_count"),
                   "Begin a record in place of what is there: key says with 64 bytes what is "
                   "collected, sources = [(site, set id, weight)] of whom.")
-      .def_static("open", &Progress::open, py::arg("path"),
+      .def_static("open", &Record::open, py::arg("path"),
                   "Return the record that a process left; None where there is none that is whole.")
       .def_property_readonly("key",
-                             [](const Progress& p) {
+                             [](const Record& p) {
                                return py::bytes(reinterpret_cast<const char*>(p.key().data()),
                                                 p.key().size());
                              })
       .def_property_readonly("sources", &sources_of)
-      .def_property_readonly("chunk_count", &Progress::chunk_count)
-      .def("at", &Progress::at, py::arg("index"),
+      .def_property_readonly("chunk_count", &Record::chunk_count)
+      .def("at", &Record::at, py::arg("index"),
            "The checksum of a chunk that is in the output; None for one that isn't.");
 }
 

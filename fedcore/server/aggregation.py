@@ -126,7 +126,7 @@ class Aggregation:
         made._begin(setting, len(participants))
         made._sources = list(participants)
         made._peers = [peers[p.site] for p in participants]
-        made.file, progress = setting.scratch.open(setting.layout, participants)
+        made.file, record = setting.scratch.open(setting.layout, participants)
         made.collector = Collector(
             setting.layout,
             [(peers[p.site], bytes.fromhex(p.set_id), p.weight) for p in participants],
@@ -137,7 +137,7 @@ class Aggregation:
             write_behind=True,
             spill=setting.spill,
             codec=setting.codec,
-            progress=progress,
+            record=record,
             threads=setting.threads,
             base_checksums=setting.checksums,
         )
@@ -219,13 +219,13 @@ class Aggregation:
             return False
         numbers = {known: number for number, known in self._known()}
         self.scratch.remove()  # whatever a killed server left: nothing of this collection is reduced yet
-        file, progress = self.scratch.open(self._layout, participants)
+        file, record = self.scratch.open(self._layout, participants)
         self._exchange.close(
             self.collector,
             [numbers[participant] for participant in participants],
             file.file,
             file.data_offset,
-            progress,
+            record,
         )
         self.file = file
         self.started = time.monotonic()

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from fedcore._core import Layout, Progress
+from fedcore._core import Layout, Record
 from fedcore.errors import ConfigError, StorageError
 from fedcore.layout import ModelFile, create_model, layout_hash, reopen_model
 
@@ -44,7 +44,7 @@ class Scratch:
 
     def decided(self) -> tuple[Participant, ...]:
         """Return whose updates a killed server was collecting; nobody's if no record of it is whole."""
-        found = Progress.open(str(self._record))
+        found = Record.open(str(self._record))
         if found is None or found.key[: len(self._of)] != self._of:
             return ()
         return tuple(
@@ -53,7 +53,7 @@ class Scratch:
 
     def open(
         self, layout: Layout, participants: tuple[Participant, ...]
-    ) -> tuple[ModelFile, Progress | None]:
+    ) -> tuple[ModelFile, Record | None]:
         """Take up what a killed server left of the same collection, or begin it anew.
 
         Without a record, for which the disk may have no room, a server that is killed begins it again.
@@ -63,7 +63,7 @@ class Scratch:
         """
         sources = [(p.site, bytes.fromhex(p.set_id), p.weight) for p in participants]
         key = self.key(layout)
-        found = Progress.open(str(self._record))
+        found = Record.open(str(self._record))
         if (
             found is not None
             and (found.key, found.sources) == (key, sources)
@@ -75,7 +75,7 @@ class Scratch:
         self.remove()
         file = create_model(self.path, layout, self._metadata)
         try:
-            return file, Progress.create(str(self._record), key, sources, layout.chunk_count)
+            return file, Record.create(str(self._record), key, sources, layout.chunk_count)
         except (ConfigError, StorageError) as error:
             logger.warning(
                 "a server killed in this round will collect it from the start: %s", error

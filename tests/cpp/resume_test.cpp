@@ -47,21 +47,21 @@ struct Server {
 
   Server() {
     const std::string path = folder + "/out";
-    auto progress = Progress::open(folder + "/record");
-    if (progress) {
+    auto record = Record::open(folder + "/record");
+    if (record) {
       out = MappedFile::open(path, true);
     } else {
       ::unlink(path.c_str());
       out = MappedFile::create(path, layout->total_bytes());
-      progress = Progress::create(folder + "/record", {},
-                                  {{"a", set_of(0), 1}, {"b", set_of(1), 3}}, kChunks);
+      record = Record::create(folder + "/record", {}, {{"a", set_of(0), 1}, {"b", set_of(1), 3}},
+                              kChunks);
     }
     CollectorOptions options{2 * kWindow * kChunk};
     options.spill = std::make_shared<Spill>(folder + "/spill", kChunk, 0, 8 * kChunk);
     options.spill_after_ms = 0;
     collector = std::make_unique<Collector>(
         layout, std::vector<Source>{{"a", set_of(0), 1}, {"b", set_of(1), 3}}, Place{out, 0},
-        Place{}, options, std::move(progress));
+        Place{}, options, std::move(record));
   }
 
   bool deliver(std::size_t source, std::uint64_t index) {
@@ -175,10 +175,10 @@ void a_process_killed_again_and_again_gets_to_the_end() {
 void a_lost_source_takes_its_chunks_out_of_the_record() {
   Server server;
   server.run(2, kChunks);
-  const auto before = Progress::open(folder + "/record");
+  const auto before = Record::open(folder + "/record");
   CHECK(before && before->at(0) && before->sources().size() == 2);
   server.collector->drop(1);
-  const auto after = Progress::open(folder + "/record");
+  const auto after = Record::open(folder + "/record");
   CHECK(after && after->sources().size() == 1 && after->sources()[0].site == "a");
   for (std::uint64_t index = 0; index < kChunks; ++index) {
     CHECK(!after->at(index));

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcore._core import Codec, Collector, Exchange, Layout, Progress, Spill, crc32c
+from fedcore._core import Codec, Collector, Exchange, Layout, Record, Spill, crc32c
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.errors import NonFiniteError, WeightError
 from fedcore.layout import ModelFile, TensorSpec, compare_layouts, create_model, reopen_model, table
@@ -261,9 +261,9 @@ class World:
             assert number == len(self.added)
             self.added.append(site)
             return
-        self.out, progress = self._files(fresh=True)
+        self.out, record = self._files(fresh=True)
         order = [self.added.index(site) for site in self.collecting]
-        self.server.close(self.collector, order, self.out.file, self.out.data_offset, progress)
+        self.server.close(self.collector, order, self.out.file, self.out.data_offset, record)
         self.server.tick(self.now)
         self.is_open = False
 
@@ -307,23 +307,23 @@ class World:
         spill.begin(bytes(64))
         return spill
 
-    def _files(self, *, fresh: bool) -> tuple[ModelFile, Progress]:
-        out, record = Path(self._folder.name) / "out", Path(self._folder.name) / "record"
+    def _files(self, *, fresh: bool) -> tuple[ModelFile, Record]:
+        out, noted = Path(self._folder.name) / "out", Path(self._folder.name) / "record"
         if not fresh:
-            file, progress = reopen_model(out, self.layout), Progress.open(str(record))
-            if file is not None and progress is not None:
-                return file, progress
+            file, record = reopen_model(out, self.layout), Record.open(str(noted))
+            if file is not None and record is not None:
+                return file, record
             assert self.torn, "what was left is not whole"
         out.unlink(missing_ok=True)
         sources = [(s.name, s.set_id, s.weight) for s in self.collecting]
         file = create_model(out, self.layout)
-        return file, Progress.create(str(record), bytes(64), sources, self.layout.chunk_count)
+        return file, Record.create(str(noted), bytes(64), sources, self.layout.chunk_count)
 
     def _pull(self, *, fresh: bool) -> None:
         self.added, self.is_open = list(self.collecting), False
         base = None if self._base is None else (self._base.file, self._base.data_offset)
         try:
-            self.out, progress = self._files(fresh=fresh)
+            self.out, record = self._files(fresh=fresh)
             self.collector = Collector(
                 self.layout,
                 [(s.peer, s.set_id, s.weight) for s in self.collecting],
@@ -333,7 +333,7 @@ class World:
                 self.budget,
                 spill=self.spill,
                 codec=self._codec,
-                progress=progress,
+                record=record,
                 threads=self.threads,
             )
         except WeightError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedcore._core import Codec, Exchange, Layout, Progress, Spill
+from fedcore._core import Codec, Exchange, Layout, Record, Spill
 from fedcore.encoding import UpdateEncoder
 from fedcore.layout import ModelFile, create_model
 from fedcore.server.actions import Participant
@@ -219,7 +219,7 @@ def test_nothing_that_holds_a_lost_sites_values_outlives_it(
         assert server.running.narrow(participants("ac"), peers)
         server.run(dice, "ac", dice.randrange(CHUNKS))
         copy = server.killed()
-        record = Progress.open(str(copy / "record"))
+        record = Record.open(str(copy / "record"))
         assert record is not None
         assert [site for site, _, _ in record.sources] == ["a", "c"]
     else:
@@ -320,10 +320,10 @@ def test_a_spoiled_slot_is_noticed_where_many_sites_are_added_one_by_one(tmp_pat
 def test_every_byte_of_the_head_counts(tmp_path: Path) -> None:
     left = half_way(tmp_path, Sites("abc"))
     whole = (left / "record").read_bytes()
-    assert Progress.open(str(left / "record")) is not None
+    assert Record.open(str(left / "record")) is not None
     for at in range(96 + 3 * 88):
         (left / "record").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert Progress.open(str(left / "record")) is None, at
+        assert Record.open(str(left / "record")) is None, at
 
 
 def test_what_another_run_round_or_set_of_weights_left_is_never_used(tmp_path: Path) -> None:
