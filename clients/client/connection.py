@@ -502,6 +502,13 @@ class Connection:
                 "again to take part in it",
                 "other-run",
             )
+            # The server has taken this site for one that takes part: it would wait for it, and show it as lost.
+            assert self._link is not None
+            self._link.run_id = welcome.run_id
+            reason = (
+                "it took part in the run before this one, or under its earlier id: start it again"
+            )
+            self.send(protocol.Leave(reason=reason))
             return
         if self.wanted_run not in (None, welcome.run, welcome.run_id):
             self._error = RefusedError(

@@ -107,7 +107,7 @@ class Roster:
             if self.refusal(name) is None:
                 member = self._members.setdefault(name, Member(name))
                 member.returning = True
-                member.message = "it was there before the server was started again"
+                member.message = "awaited: it was there before the server was started again"
 
     @property
     def missing(self) -> int:

@@ -296,6 +296,9 @@ def test_a_run_that_was_taken_back_while_a_site_took_part_is_named_by_its_cause(
         with pytest.raises(RefusedError, match=again) as caught:
             running.result(DEADLINE)
         assert caught.value.code == "other-run"
+        left = server.expect(p.Leave)
+        assert left.run_id == server.run_id, "the server would take it for one of another run"
+        assert "start it again" in left.reason
 
 
 def test_a_name_that_is_held_is_asked_for_until_it_is_free(
