@@ -195,7 +195,7 @@ def _site(client: str) -> None:
 
 
 def _change_by_reader(constant: np.float32) -> None:
-    from fedcore.client.session import get_session
+    from fedcore.client.current import get_session
 
     session = get_session()
     specs = session.offered_specs()

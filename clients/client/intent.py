@@ -30,7 +30,7 @@ def intend(run: str | None = None) -> None:
     global _run, _intends, _registered  # noqa: PLW0603 - one session per process is the contract
     if run is not None:
         check_name(run, "run=")
-        from .session import made_session
+        from .current import made_session
 
         session = made_session()
         if session is not None:
@@ -64,7 +64,7 @@ def wanted_run(settings: str | None) -> str | None:
 
 def _warn(pid: int) -> None:
     """Say at the exit that the script took no part; one that failed has said why."""
-    from .session import made_session
+    from .current import made_session
     from .signals import ended_by
 
     session = made_session()

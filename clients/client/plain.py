@@ -14,10 +14,11 @@ from fedcore.errors import ClosedError, LayoutError, WeightError
 from fedcore.layout import TensorSpec, check_names, compare_layouts
 
 from .choice import choose, forget_choice, travelling
+from .current import get_session, loop_goes_on, reset_session
 from .error_text import report_uncaught
 from .intent import intend
 from .loading import LoadingHooks
-from .session import GlobalModel, Outcome, Session, get_session, loop_goes_on, reset_session
+from .session import GlobalModel, Outcome, Session
 
 if TYPE_CHECKING:
     from fedcore.files.frozen import FrozenGroup

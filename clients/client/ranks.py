@@ -25,7 +25,8 @@ from fedcore.errors import ClosedError
 from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import Reader, TensorSpec
 
-from .session import GlobalModel, Outcome, Session, get_session, reset_session
+from .current import get_session, reset_session
+from .session import GlobalModel, Outcome, Session
 
 __all__ = ["Gathered", "RankedSession", "Ranks", "forget_session", "site_session"]
 

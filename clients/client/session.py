@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import ValidationError
 
@@ -26,7 +25,6 @@ from fedcore.errors import (
     LayoutError,
     ProtocolError,
     RunEndedError,
-    RunFailedError,
     TransferTimeout,
     WeightError,
 )
@@ -41,27 +39,18 @@ from fedcore.layout import (
 from fedcore.security.rate_limit import Allowance
 
 from .connection import Connection
-from .intent import forget_intent, wanted_run
 from .metrics import checked_metrics
-from .progress import TerminalHandler
 from .received import Received
 from .settings import SiteSettings
 from .unchanged import Unchanged
 from .updates import Updates
 from .waits import Waits
 
-if TYPE_CHECKING:
-    from .ranks import RankedSession
-
 __all__ = [
     "GlobalModel",
     "Outcome",
     "Session",
     "changed_layout",
-    "get_session",
-    "loop_goes_on",
-    "made_session",
-    "reset_session",
 ]
 
 _LEVELS: Final = {
@@ -585,67 +574,9 @@ class Session:
         self.close()
 
 
-def loop_goes_on(session: Session | RankedSession) -> bool:
-    """Return whether another pass of a script's loop begins.
-
-    Raises:
-        RunFailedError: the run was given up, so that the script does not end as if all were well.
-    """
-    if session.is_running():
-        return True
-    if session.outcome == "failed":
-        raise RunFailedError("the run was given up; the log says why")
-    return False
-
-
 def changed_layout(difference: str) -> str:
     """Say what to do where other tensors are trained than when the site joined."""
     return (
         f"the model changed since this site joined: {difference}; what travels is settled then, so let all that "
         "is ever trained have requires_grad when the site joins, and freeze it afterwards"
     )
-
-
-_session: Session | None = None
-
-
-def get_session() -> Session:
-    """Return this process's session, made on first use from the environment or the kit folder.
-
-    Raises:
-        ConfigError: neither says where the server is and which site this is; the text tells what to set.
-    """
-    global _session  # noqa: PLW0603 - one session per process is the contract
-    if _session is None:
-        _show_log()
-        if (report := os.environ.get("FEDCORE_INSPECT", "0")) not in ("", "0"):
-            from .inspecting import InspectingSession
-
-            _session = InspectingSession(report)
-        else:
-            settings = SiteSettings.from_environment()
-            _session = Session(replace(settings, run=wanted_run(settings.run)))
-    return _session
-
-
-def made_session() -> Session | None:
-    """Return this process's session if there is one."""
-    return _session
-
-
-def reset_session() -> None:
-    """Close and forget this process's session."""
-    global _session  # noqa: PLW0603
-    if _session is not None:
-        _session.close()
-    _session = None
-    forget_intent()
-
-
-def _show_log() -> None:
-    """Give the client's messages a handler on stderr unless the application configured logging."""
-    if not logger.handlers and not logging.getLogger().handlers:
-        handler = TerminalHandler()
-        handler.setFormatter(logging.Formatter("fedcore %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)

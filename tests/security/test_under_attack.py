@@ -47,7 +47,7 @@ SITE = f"""
 import sys, time
 import numpy as np
 import fedcore.client as fl
-from fedcore.client.session import get_session
+from fedcore.client.current import get_session
 
 step, weight = map(int, sys.argv[1:])
 fl.init({{"w": np.zeros({MIB << 18}, np.float32)}})

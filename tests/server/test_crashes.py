@@ -33,7 +33,7 @@ SITE = f"""
 import atexit, os, sys
 import numpy as np
 import fedcore.client as fl
-from fedcore.client.session import get_session
+from fedcore.client.current import get_session
 
 name = os.environ["FEDCORE_SITE"]
 atexit.register(lambda: print("outcome:", fl.outcome(), file=sys.stderr))

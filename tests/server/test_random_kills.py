@@ -29,7 +29,7 @@ SCRIPT = f"""
 import os
 import numpy as np
 import fedcore.client as fl
-from fedcore.client.session import get_session
+from fedcore.client.current import get_session
 
 name = os.environ["FEDCORE_SITE"]
 fl.init({{"w": np.zeros(SIZE, np.float32)}})
