@@ -13,7 +13,7 @@ For PyTorch Lightning ``import fedcore.client.lightning as fl``, for ``transform
         examples = train(model)
         fl.send(model.state_dict(), weight=examples, metrics=metrics)
 
-Where the server is and which site this is comes from the environment (see `fedcore.client.settings`).
+Where the server is and which site this is comes from the environment (see `fedcore.site.settings`).
 Importing this module loads neither torch nor NumPy.
 """
 

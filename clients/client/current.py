@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedcore.errors import RunFailedError
+from fedcore.site.progress import TerminalHandler
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 from .intent import forget_intent, wanted_run
-from .progress import TerminalHandler
-from .session import Session
-from .settings import SiteSettings
 
 if TYPE_CHECKING:
     from .ranks import RankedSession
@@ -34,7 +34,7 @@ def get_session() -> Session:
     if _session is None:
         _show_log()
         if (report := os.environ.get("FEDCORE_INSPECT", "0")) not in ("", "0"):
-            from .inspecting import InspectingSession
+            from fedcore.site.inspecting import InspectingSession
 
             _session = InspectingSession(report)
         else:

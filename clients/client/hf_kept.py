@@ -16,8 +16,9 @@ from typing import Any, Final
 
 import torch
 
+from fedcore.site.work import TRAINER
+
 from .state_file import read_state, write_state
-from .work import TRAINER
 
 __all__ = ["KeptRounds", "Place"]
 

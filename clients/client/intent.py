@@ -64,8 +64,9 @@ def wanted_run(settings: str | None) -> str | None:
 
 def _warn(pid: int) -> None:
     """Say at the exit that the script took no part; one that failed has said why."""
+    from fedcore.site.signals import ended_by
+
     from .current import made_session
-    from .signals import ended_by
 
     session = made_session()
     failed = getattr(sys, "last_value", None) is not None

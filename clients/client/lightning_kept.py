@@ -12,9 +12,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Final
 
+from fedcore.site.work import TRAINER
+
 from .hf_kept import state_bytes
 from .state_file import read_state, write_state
-from .work import TRAINER
 
 __all__ = ["KeptState"]
 

@@ -27,6 +27,7 @@ from torch.nn.modules.loss import _Loss
 from fedcore.errors import LayoutError
 from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, check_names, compare_layouts
+from fedcore.site.received import Received
 
 from .base import frozen_groups, frozen_tensors
 from .cards import adapter_files, frozen_by_class, model_files
@@ -34,7 +35,6 @@ from .choice import travelling
 from .extras import active_adapter, refuse_extras, refuse_missing
 from .naming import inner_module, own_names, plain_names
 from .prompts import is_computed, load_prompt
-from .received import Received
 from .sharding import address, is_sharded, local, put, whole
 
 __all__ = [

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from fedcore.errors import ClosedError, LayoutError, WeightError
 from fedcore.layout import TensorSpec, check_names, compare_layouts
+from fedcore.site.error_text import report_uncaught
+from fedcore.site.session import GlobalModel, Outcome, Session
 
 from .choice import choose, forget_choice, travelling
 from .current import get_session, loop_goes_on, reset_session
-from .error_text import report_uncaught
 from .intent import intend
 from .loading import LoadingHooks
-from .session import GlobalModel, Outcome, Session
 
 if TYPE_CHECKING:
     from fedcore.files.frozen import FrozenGroup

@@ -24,9 +24,9 @@ from fedcore import errors
 from fedcore.errors import ClosedError
 from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import Reader, TensorSpec
+from fedcore.site.session import GlobalModel, Outcome, Session
 
 from .current import get_session, reset_session
-from .session import GlobalModel, Outcome, Session
 
 __all__ = ["Gathered", "RankedSession", "Ranks", "forget_session", "site_session"]
 

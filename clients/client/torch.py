@@ -13,16 +13,16 @@ from torch import nn
 from fedcore import protocol
 from fedcore.errors import ClosedError, ConfigError, LayoutError, RunEndedError
 from fedcore.layout import Reader, compare_layouts
+from fedcore.site.error_text import error_text
+from fedcore.site.session import GlobalModel, Outcome, Session, changed_layout
 
 from .choice import beside, forget_choice
 from .counting import ExampleCounter
 from .current import loop_goes_on
-from .error_text import error_text
 from .extras import hidden_parameters, refuse_beside
 from .guard import Aside, Guard, Probe, shown
 from .parameters import Joined, ModelParameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
-from .session import GlobalModel, Outcome, Session, changed_layout
 from .still import Still
 from .tokenizer import tokenizer_fingerprint
 

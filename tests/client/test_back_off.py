@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedcore import protocol
-from fedcore.client import waits as module
-from fedcore.client.waits import Waits
+from fedcore.site import waits as module
+from fedcore.site.waits import Waits
 
 
 def test_each_spoiled_download_in_a_row_is_waited_for_longer_up_to_a_minute(

@@ -15,10 +15,10 @@ import torch
 import fedcore.client
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
-from fedcore.client.metrics import checked_metrics
 from fedcore.client.parameters import ModelParameters
 from fedcore.errors import ClosedError, ConfigError, LayoutError, MetricError
 from fedcore.server.outcome import RunResult
+from fedcore.site.metrics import checked_metrics
 
 
 class Model(torch.nn.Module):

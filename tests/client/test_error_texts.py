@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fedcore.client.error_text import error_text
 from fedcore.client.torch import TorchSite
+from fedcore.site.error_text import error_text
 
 SECRETS = ("jane", "john", "smith", "ward", "clinic", "secret")
 

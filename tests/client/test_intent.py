@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import fedcore.client as fl
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.errors import ConfigError, RefusedError
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import load_project, make_key, provision
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 from ..server.test_runs import run, run_config, site
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fedcore._core import Layout
-from fedcore.client import memory, work
-from fedcore.client.memory import available_memory
-from fedcore.client.work import WorkFolder
+from fedcore.site import memory, work
+from fedcore.site.memory import available_memory
+from fedcore.site.work import WorkFolder
 
 LAYOUT = Layout([("w", "F32", [5000]), ("n", "I64", [3])], 4096)
 
@@ -81,7 +81,7 @@ def test_a_model_that_is_large_for_the_machine_is_in_a_file(
 
 CHURN = """
 import resource, sys
-from fedcore.client.memory import keep_warm
+from fedcore.site.memory import keep_warm
 if sys.argv[1] == "warm":
     keep_warm()
 for _ in range(20):

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from fedcore.client.counting import ExampleCounter
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.client.torch import TorchSite
 from fedcore.config import parse_run
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 SIZES = {"north": 5, "south": 11, "west": 32}
 RATE = 0.3

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.client.progress import Bar, State, TerminalHandler
+from fedcore.site.progress import Bar, State, TerminalHandler
 
 SITE = """
 import sys

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from fedcore._core import Layout
-from fedcore.client.received import Received
 from fedcore.client.sharding import put
 from fedcore.layout import ModelFile, create_model
+from fedcore.site.received import Received
 
 MIB = 1 << 20
 TENSORS = 8

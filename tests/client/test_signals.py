@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.client.signals import end_in_order, let_go
+from fedcore.site.signals import end_in_order, let_go
 
 from ..server.test_crashes import Federation, heed_signals
 
@@ -124,7 +124,7 @@ def test_a_handler_that_calls_the_one_before_it_decides_when_the_script_ends() -
 def test_workers_that_a_script_forks_keep_the_default_action() -> None:
     script = """
 import os, signal, sys
-from fedcore.client.signals import end_in_order
+from fedcore.site.signals import end_in_order
 end_in_order()
 if (child := os.fork()) == 0:
     os._exit(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)

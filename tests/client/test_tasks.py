@@ -16,13 +16,13 @@ from safetensors.numpy import save_file
 import fedcore.client as fl
 import fedcore.client.hf as fl_hf
 from fedcore import protocol
-from fedcore.client.connection import Connection
-from fedcore.client.settings import SiteSettings
 from fedcore.client.torch import forget_site
 from fedcore.config import parse_run
 from fedcore.errors import ClosedError, ProtocolError
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
+from fedcore.site.connection import Connection
+from fedcore.site.settings import SiteSettings
 
 Start = Callable[..., Future[RunResult]]
 

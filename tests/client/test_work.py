@@ -17,12 +17,12 @@ import pytest
 
 from fedcore import protocol
 from fedcore._core import Layout, crc32c
-from fedcore.client.outgoing import Outgoing
-from fedcore.client.settings import SiteSettings
-from fedcore.client.work import WorkFolder
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.errors import StorageError
 from fedcore.layout import layout_hash, table
+from fedcore.site.encoded import Outgoing
+from fedcore.site.settings import SiteSettings
+from fedcore.site.work import WorkFolder
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [5000])], CHUNK)
@@ -292,7 +292,7 @@ def test_rounds_take_the_room_of_one_model_and_one_update(tmp_path: Path) -> Non
 HOLD = """
 import os, sys
 from pathlib import Path
-from fedcore.client.work import WorkFolder
+from fedcore.site.work import WorkFolder
 work = WorkFolder(Path(sys.argv[1]), "a", sys.argv[2])
 if os.fork() == 0:
     os.close(1)
@@ -400,7 +400,7 @@ def test_room_for_an_update_is_looked_for_before_it_is_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = WorkFolder(tmp_path, "a", RUN)
-    monkeypatch.setattr("fedcore.client.work.available_memory", lambda: 10_000)
+    monkeypatch.setattr("fedcore.site.work.available_memory", lambda: 10_000)
     with (
         files_of_at_most(CHUNK),
         pytest.raises(StorageError, match=r"20,000 bytes are needed, and memory has no room"),
@@ -416,7 +416,7 @@ def test_a_system_without_any_folder_to_write_keeps_files_in_memory(
     def no_folder(**_: object) -> str:
         raise FileNotFoundError(2, "No usable temporary directory found")
 
-    monkeypatch.setattr("fedcore.client.work.tempfile.mkdtemp", no_folder)
+    monkeypatch.setattr("fedcore.site.work.tempfile.mkdtemp", no_folder)
     work = WorkFolder(None, "a", RUN)
     file = work.update(LAYOUT)
     file.fill(lambda _: VALUES.tobytes())

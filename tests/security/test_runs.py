@@ -19,8 +19,6 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedcore import protocol
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, RefusedError, TransferTimeout
 from fedcore.monitor.ask import ask_status, find_server
@@ -29,6 +27,8 @@ from fedcore.security.provision import Project, Provisioned, admit, make_key, pr
 from fedcore.server.access import Access
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import Control, control_frames, now_ms
 
 from .conftest import DEADLINE, Links, wait

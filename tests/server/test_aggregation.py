@@ -13,13 +13,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedcore._core import Exchange, Layout, Spill
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.layout import create_model
 from fedcore.server.actions import Participant
 from fedcore.server.aggregation import Aggregation, Setting
 from fedcore.server.scratch import Scratch
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 from .test_runs import run, run_config
 

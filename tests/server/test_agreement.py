@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from fedcore import protocol
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.config import parse_run
 from fedcore.errors import ClosedError, RefusedError
 from fedcore.server.agreement import Agreement, Found
 from fedcore.server.service import Server
 from fedcore.server.store import Store
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 CONFIG = {"peft_type": "LORA", "r": 8, "target_modules": ["q", "v"], "base_model_name_or_path": "x"}
 

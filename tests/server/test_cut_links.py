@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.server.budget import Budget
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 from .relay import Flow, Relay
 from .test_runs import run_config
@@ -72,7 +72,7 @@ def finish(session: Session) -> None:
 def test_a_download_that_is_cut_in_the_middle_resends_at_most_a_window_to_that_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.client.waits._WINDOW_BYTES", WINDOW * CHUNK)
+    monkeypatch.setattr("fedcore.site.waits._WINDOW_BYTES", WINDOW * CHUNK)
     half = SIZE // 2 + CHUNK // 2
     with begun(tmp_path) as (server, _, relay, session), ThreadPoolExecutor(1) as pool:
         relay.down.hold_after(half)

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from fedcore import _core
-from fedcore.client import connection, outgoing, waits
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError, IntegrityError
 from fedcore.server import service
 from fedcore.server.service import Server
+from fedcore.site import connection, waits
+from fedcore.site import encoded as outgoing
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 from .test_runs import run
 

@@ -17,13 +17,13 @@ import zmq
 from safetensors.numpy import load_file, save_file
 
 from fedcore import __version__, protocol
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.config import ModelSection
 from fedcore.errors import LayoutError
 from fedcore.monitor.ask import ask_status
 from fedcore.server import service
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import Control, SiteLink, control_frames
 
 from .test_runs import SPECS, run, run_config, site, writer

@@ -2,7 +2,7 @@
 
 The round state machine is driven through drawn events without a clock or a socket. What the process does with its
 actions, and what a site does with its tasks, is played here as `fedcore.server.service` and
-`fedcore.client.session` do it.
+`fedcore.site.session` do it.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 
 from fedcore import protocol
 from fedcore._core import Layout
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.errors import LayoutError
 from fedcore.layout import create_model
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 from .test_runs import run, run_config
 

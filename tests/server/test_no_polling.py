@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedcore.client import connection, progress
 from fedcore.server import service
 from fedcore.server.service import Server
+from fedcore.site import connection, progress
 from fedcore.transport import link as transport
 from fedcore.transport.link import Control, DataEvent
 

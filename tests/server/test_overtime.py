@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.server import overtime
 from fedcore.server.overtime import ALLOWANCE_SECONDS, SITES_AT_ONCE, Overtime
 from fedcore.server.rounds import Phase
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 from .relay import Relay
 from .test_runs import run_config

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.config import parse_run
 from fedcore.errors import (
     BusyError,
@@ -27,6 +25,8 @@ from fedcore.errors import (
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
 from fedcore.server.store import Store
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 
 SPECS = [("w", "F32", [5000]), ("n", "I64", [2])]
 

@@ -14,12 +14,12 @@ import pytest
 
 from fedcore import protocol
 from fedcore._core import crc32c
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.errors import ProtocolError
 from fedcore.monitor.ask import ask_status, read_summary
 from fedcore.server.selection import SiteScore, best_version, weighted_metrics
 from fedcore.server.service import Server
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import control_frames
 
 from .test_hostile import DEADLINE, RawSite

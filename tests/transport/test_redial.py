@@ -12,10 +12,10 @@ from contextlib import closing
 import pytest
 
 from fedcore import protocol
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.errors import ConfigError, TransferTimeout
 from fedcore.monitor.ask import StatusClient
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 from fedcore.transport import dialling
 from fedcore.transport import link as transport
 from fedcore.transport.dialling import Route, Server

@@ -14,8 +14,6 @@ import pytest
 
 from fedcore import protocol as p
 from fedcore._core import Collector, Layout
-from fedcore.client.session import Session
-from fedcore.client.settings import SiteSettings
 from fedcore.errors import (
     ClosedError,
     ConfigError,
@@ -28,6 +26,8 @@ from fedcore.errors import (
 from fedcore.layout import ModelFile, create_model, layout_hash, table
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, provision
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
 from fedcore.transport import link as transport
 from fedcore.transport.link import Control, ServerLink
 
@@ -425,7 +425,7 @@ def test_a_site_that_was_refused_does_not_come_again_by_itself(
 def test_a_server_that_is_not_there_is_named_while_waiting_and_after_the_connect_timeout(
     pump: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fedcore.client.connection._NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr("fedcore.site.connection._NOTICE_SECONDS", 0.1)
     probe = ServerLink("tcp://127.0.0.1:0")
     address = probe.endpoint
     probe.close()

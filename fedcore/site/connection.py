@@ -1,7 +1,7 @@
 """A site's conversation with the server: what the server has said, and what this site has to say again.
 
 One background thread listens while the script trains, so that a server that was started again, or a round that
-was committed, is noticed at once. `fedcore.client.session` decides what is done with it.
+was committed, is noticed at once. `fedcore.site.session` decides what is done with it.
 """
 
 from __future__ import annotations

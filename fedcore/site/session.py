@@ -1,8 +1,8 @@
 """A site's part in a run: join, pull the global model, publish updates, leave.
 
 A `Session` knows tensors only as names, dtypes, shapes and raw bytes; the modules beside this one turn
-a framework's model into that. What is said to the server, and heard from it, is `fedcore.client.connection`'s,
-what a site waits for `fedcore.client.waits`'s, and what becomes of its updates `fedcore.client.updates`'s.
+a framework's model into that. What is said to the server, and heard from it, is `fedcore.site.connection`'s,
+what a site waits for `fedcore.site.waits`'s, and what becomes of its updates `fedcore.site.updates`'s.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from fedcore.encoding import EncodedUpdate
 from fedcore.layout import ModelFile, Reader, layout_hash
 
 from .connection import Connection
+from .encoded import Outgoing
 from .metrics import checked_metrics
-from .outgoing import Outgoing
 from .settings import SiteSettings
 from .work import WorkFolder
 

@@ -1,0 +1,1 @@
+"""A site's part in a run: what it asks, receives and publishes, without a framework."""
