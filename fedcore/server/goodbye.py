@@ -27,6 +27,7 @@ class Goodbye:
     Args:
         link, peers, access: who is there, and who may be.
         finish: how the run ended.
+        idle_ms: a process that is silent for longer (milliseconds) counts as gone, so that its next one may join.
         status: answers a peer that asks how the run stands.
         forget: notes on disk that sites know, so that no later server tells them again.
     """
@@ -38,6 +39,7 @@ class Goodbye:
         access: Access,
         finish: protocol.Finish,
         *,
+        idle_ms: int,
         status: Callable[[bytes], object],
         forget: Callable[[Collection[str]], object],
     ) -> None:
@@ -45,6 +47,7 @@ class Goodbye:
         self._peers = peers
         self._access = access
         self._finish = finish
+        self._idle_ms = idle_ms
         self._status = status
         self._forget = forget
         self._sent: dict[bytes, int] = {}
@@ -87,6 +90,16 @@ class Goodbye:
             elif arrived is not None:
                 self._on_event(arrived)
             self._note()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Forget processes that have fallen silent: one that goes on is asked to join again, and is told then."""
+        exchange, now = self._link.exchange, now_ms()
+        for peer, _ in list(self._peers):
+            heard = exchange.last_heard(peer)
+            if heard is None or now - heard > self._idle_ms:
+                self._peers.remove(peer, left=False)
+                exchange.forget(peer)
 
     def _note(self) -> None:
         """Note who knows: those that left, and those that are still there some beats later."""

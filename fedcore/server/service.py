@@ -772,6 +772,7 @@ class Server:
             self._peers,
             self._access,
             finish,
+            idle_ms=round(self.config.participants.idle_timeout * 1000),
             status=self._reply_status,
             forget=self._store.forget_members,
         )

@@ -24,9 +24,13 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
     made.end()
 
 
-def begun(federation: Federation, deadline: str) -> tuple[subprocess.Popen[str], list[Site]]:
+def begun(
+    federation: Federation, deadline: str, linger: str = "100ms", idle: str = "3s"
+) -> tuple[subprocess.Popen[str], list[Site]]:
     """Return the server and two sites: the first trains, the other one waits for its first model."""
-    federation.write(1, sites=["a", "b"], sample=1, round_deadline=deadline)
+    federation.write(
+        1, linger, sites=["a", "b"], sample=1, round_deadline=deadline, idle_timeout=idle
+    )
     server, sites = federation.server(), [federation.site("a"), federation.site("b")]
     with StatusClient(federation.address) as client:
         while True:
@@ -125,6 +129,21 @@ def test_a_site_that_is_back_within_the_linger_time_learns_of_the_end(
     assert again.process.returncode == 0
     assert server.wait() == 0
     assert "may not know" not in over(federation)
+
+
+def test_a_site_that_was_killed_at_the_end_and_is_started_again_learns_of_it(
+    federation: Federation,
+) -> None:
+    server, sites = begun(federation, "4s", "50s", idle="6s")
+    sites[1].process.send_signal(signal.SIGSTOP)  # the run ends before its silence is noticed
+    while "the run failed" not in (federation.folder / "server.log").read_text():
+        time.sleep(0.02)
+    sites[1].process.kill()
+    sites[0].go()
+    again = federation.site("a" if sites[1].log.name == "a.log" else "b")
+    ended([sites[0], again], "failed")
+    assert [sites[0].process.returncode, again.process.returncode] == [1, 1]
+    assert server.wait(20) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
