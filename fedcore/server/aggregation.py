@@ -13,8 +13,8 @@ from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill
 from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
 from fedcore.layout import ModelFile
+from fedcore.server.rounds.actions import Participant
 
-from .actions import Participant
 from .scratch import Scratch
 
 __all__ = ["Aggregation", "Setting", "open_spill", "update_codec"]

@@ -10,9 +10,9 @@ from fedcore import __version__, protocol
 from fedcore._core import Spill
 from fedcore.config import RunConfig
 from fedcore.errors import StorageError
+from fedcore.server.rounds.actions import PullAhead, StartCollect
 from fedcore.transport.link import DataEvent, ServerLink
 
-from .actions import PullAhead, StartCollect
 from .aggregation import Aggregation, Setting, open_spill, update_codec
 from .scratch import Scratch
 from .store import Store

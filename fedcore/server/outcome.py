@@ -13,9 +13,9 @@ from typing import Any, Final, Literal
 from fedcore import __version__, protocol
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError
+from fedcore.server.rounds.participation import Roster, SiteState
 from fedcore.words import plural
 
-from .participation import Roster, SiteState
 from .selection import best_version, weighted_metrics
 from .store import Store
 

@@ -11,9 +11,8 @@ from typing import Final
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
 from fedcore.security.rate_limit import Allowance
+from fedcore.server.rounds.participation import Roster
 from fedcore.transport.link import ServerLink
-
-from .participation import Roster
 
 __all__ = ["Peer", "Peers"]
 

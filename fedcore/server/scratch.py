@@ -11,8 +11,7 @@ from pathlib import Path
 from fedcore._core import Layout, Record
 from fedcore.errors import ConfigError, StorageError
 from fedcore.layout import ModelFile, create_model, layout_hash, reopen_model
-
-from .actions import Participant
+from fedcore.server.rounds.actions import Participant
 
 __all__ = ["Scratch"]
 

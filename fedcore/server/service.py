@@ -22,12 +22,7 @@ from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, IntegrityError, ProtocolError, StorageError
 from fedcore.files.replacing import partial_of, place_of, put_in_place
 from fedcore.layout import DEFAULT_CHUNK_BYTES
-from fedcore.transport.link import Control, DataEvent, ServerLink, now_ms
-from fedcore.weighing import effective_weight
-from fedcore.words import plural
-
-from .access import Access
-from .actions import (
+from fedcore.server.rounds.actions import (
     Action,
     CancelCollect,
     Choose,
@@ -39,24 +34,29 @@ from .actions import (
     SendTask,
     StartCollect,
 )
+from fedcore.server.rounds.overtime import Overtime
+from fedcore.server.rounds.participation import Delivery, Roster, SiteState
+from fedcore.server.rounds.rounds import Phase
+from fedcore.server.rounds.steering import steer
+from fedcore.server.rounds.tasks import make_rounds
+from fedcore.server.rounds.waiting import WaitingLog
+from fedcore.transport.link import Control, DataEvent, ServerLink, now_ms
+from fedcore.weighing import effective_weight
+from fedcore.words import plural
+
+from .access import Access
 from .budget import Budget, check_memory, machine_memory, require_connections, steady_heap
 from .collecting import Collecting, Reduced, Rejected, Stalled
 from .declaring import Declaring
 from .goodbye import Goodbye
 from .guard import Guard
 from .outcome import Ending, Outcome, RunResult
-from .overtime import Overtime
-from .participation import Delivery, Roster, SiteState
 from .peers import Peer, Peers
 from .readme import notes
-from .rounds import Phase
 from .selection import SiteScore
 from .status import StatusBuilder, Watchers, merge_metrics, within_a_message
-from .steering import steer
 from .store import Store, VersionRow
-from .tasks import make_rounds
 from .versions import Versions
-from .waiting import WaitingLog
 
 __all__ = ["RunResult", "Server"]
 

@@ -9,10 +9,10 @@ from typing import Final
 
 from fedcore import protocol
 from fedcore.config import RunConfig
+from fedcore.server.rounds.rounds import Rounds
 
 from .aggregation import Aggregation
 from .history import Life
-from .rounds import Rounds
 from .selection import weighted_metrics
 from .store import Store
 

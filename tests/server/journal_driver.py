@@ -21,8 +21,8 @@ from typing import Any
 from fedcore._core import Exchange, Layout
 from fedcore.errors import StorageError
 from fedcore.layout import create_model, open_model
-from fedcore.server.actions import Participant
 from fedcore.server.aggregation import Aggregation, Setting
+from fedcore.server.rounds.actions import Participant
 from fedcore.server.scratch import Scratch
 from fedcore.server.selection import SiteScore
 from fedcore.server.store import Store, VersionRow

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from fedcore.server.actions import Action, Participant, PullAhead, SendTask
-from fedcore.server.participation import Delivery, Roster
-from fedcore.server.rounds import Rounds
+from fedcore.server.rounds.actions import Action, Participant, PullAhead, SendTask
+from fedcore.server.rounds.participation import Delivery, Roster
+from fedcore.server.rounds.rounds import Rounds
 
 NOT_BACK = "it did not come back after the server was started again"
 

@@ -23,8 +23,8 @@ from journal_driver import attempt
 from fedcore._core import Exchange, Layout
 from fedcore.errors import StorageError
 from fedcore.layout import create_model
-from fedcore.server.actions import Participant
 from fedcore.server.aggregation import Aggregation, Setting, open_spill
+from fedcore.server.rounds.actions import Participant
 from fedcore.server.scratch import Scratch
 
 CHUNK = 4096

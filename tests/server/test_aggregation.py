@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 
 from fedcore._core import Exchange, Layout, Spill
 from fedcore.layout import create_model
-from fedcore.server.actions import Participant
 from fedcore.server.aggregation import Aggregation, Setting
+from fedcore.server.rounds.actions import Participant
 from fedcore.server.scratch import Scratch
 from fedcore.server.service import Server
 from fedcore.site.session import Session

@@ -13,7 +13,7 @@ from fedcore._core import Layout
 from fedcore.config import parse_run
 from fedcore.layout import create_model, layout_hash, table
 from fedcore.server import service
-from fedcore.server.rounds import Phase
+from fedcore.server.rounds.rounds import Phase
 from fedcore.server.service import Server
 from fedcore.transport.link import Control
 

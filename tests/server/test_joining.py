@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fedcore.server.actions import EndRun, SendTask, StartCollect
-from fedcore.server.participation import Roster
-from fedcore.server.rounds import Rounds
+from fedcore.server.rounds.actions import EndRun, SendTask, StartCollect
+from fedcore.server.rounds.participation import Roster
+from fedcore.server.rounds.rounds import Rounds
+from fedcore.server.rounds.tasks import Scoring
+from fedcore.server.rounds.waiting import WaitingLog
 from fedcore.server.service import Server
-from fedcore.server.tasks import Scoring
-from fedcore.server.waiting import WaitingLog
 
 from .playing import ahead, join_all, machine, part, update
 from .test_runs import run, run_config, site

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from fedcore.server.actions import (
+from fedcore.server.rounds.actions import (
     Action,
     CancelCollect,
     Choose,
@@ -23,8 +23,8 @@ from fedcore.server.actions import (
     SendTask,
     StartCollect,
 )
-from fedcore.server.participation import Delivery, Roster
-from fedcore.server.rounds import Rounds
+from fedcore.server.rounds.participation import Delivery, Roster
+from fedcore.server.rounds.rounds import Rounds
 
 ROUNDS = 3
 RETURN_SECONDS = 15

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedcore.server import overtime
-from fedcore.server.overtime import ALLOWANCE_SECONDS, SITES_AT_ONCE, Overtime
-from fedcore.server.rounds import Phase
+from fedcore.server.rounds import overtime
+from fedcore.server.rounds.overtime import ALLOWANCE_SECONDS, SITES_AT_ONCE, Overtime
+from fedcore.server.rounds.rounds import Phase
 from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings

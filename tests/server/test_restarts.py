@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedcore.server.actions import (
+from fedcore.server.rounds.actions import (
     Choose,
     Commit,
     EndRun,
@@ -13,8 +13,8 @@ from fedcore.server.actions import (
     SendTask,
     StartCollect,
 )
-from fedcore.server.participation import Delivery, Roster, SiteState
-from fedcore.server.rounds import Phase
+from fedcore.server.rounds.participation import Delivery, Roster, SiteState
+from fedcore.server.rounds.rounds import Phase
 
 from .playing import NOT_BACK, ahead, collecting, machine, part, sampling, update
 

@@ -15,8 +15,8 @@ import pytest
 from fedcore._core import Codec, Exchange, Layout, Record, Spill
 from fedcore.encoding import UpdateEncoder
 from fedcore.layout import ModelFile, create_model
-from fedcore.server.actions import Participant
 from fedcore.server.aggregation import Aggregation, Setting
+from fedcore.server.rounds.actions import Participant
 from fedcore.server.scratch import Scratch
 
 CHUNK = 4096

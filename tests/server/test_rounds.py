@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from fedcore.server.actions import (
+from fedcore.server.rounds.actions import (
     Action,
     CancelCollect,
     Commit,
@@ -18,8 +18,8 @@ from fedcore.server.actions import (
     SendTask,
     StartCollect,
 )
-from fedcore.server.participation import Delivery, SiteState
-from fedcore.server.rounds import Phase, Rounds
+from fedcore.server.rounds.participation import Delivery, SiteState
+from fedcore.server.rounds.rounds import Phase, Rounds
 
 from .playing import ahead, join_all, machine, part, trained, update
 

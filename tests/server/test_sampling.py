@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fedcore.server.actions import Choose, SendDropped, SendTask, StartCollect
-from fedcore.server.rounds import Rounds
+from fedcore.server.rounds.actions import Choose, SendDropped, SendTask, StartCollect
+from fedcore.server.rounds.rounds import Rounds
 
 from .playing import ahead, part, sampling, trained, update
 

@@ -16,12 +16,12 @@ from fedcore.errors import StorageError
 from fedcore.monitor.ask import StatusClient
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
-from fedcore.server.actions import Action, EndRun, SendTask, StartCollect
-from fedcore.server.participation import Delivery, Roster
 from fedcore.server.past import read_past
-from fedcore.server.rounds import Phase, Rounds
+from fedcore.server.rounds.actions import Action, EndRun, SendTask, StartCollect
+from fedcore.server.rounds.participation import Delivery, Roster
+from fedcore.server.rounds.rounds import Phase, Rounds
+from fedcore.server.rounds.steering import steer
 from fedcore.server.service import Server
-from fedcore.server.steering import steer
 from fedcore.server.store import Store
 
 from ..security.conftest import DEADLINE, Links

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError
-from fedcore.server.actions import (
+from fedcore.server.rounds.actions import (
     Action,
     CancelCollect,
     Commit,
@@ -25,9 +25,9 @@ from fedcore.server.actions import (
     SendTask,
     StartCollect,
 )
-from fedcore.server.participation import Delivery, Roster
-from fedcore.server.rounds import Phase
-from fedcore.server.tasks import Comparing, Scoring
+from fedcore.server.rounds.participation import Delivery, Roster
+from fedcore.server.rounds.rounds import Phase
+from fedcore.server.rounds.tasks import Comparing, Scoring
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

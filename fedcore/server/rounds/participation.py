@@ -1,6 +1,6 @@
 """Who takes part: the members of a run and what each of them is doing.
 
-Pure bookkeeping without I/O or a clock; `fedcore.server.rounds` decides what follows from it.
+Pure bookkeeping without I/O or a clock; `fedcore.server.rounds.rounds` decides what follows from it.
 """
 
 from __future__ import annotations

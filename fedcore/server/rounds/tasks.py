@@ -1,6 +1,6 @@
 """Runs that do not average: score a given model, ask it for outputs, or compare the sites' own models.
 
-State machines beside `fedcore.server.rounds`, with the same events and actions.
+State machines beside `fedcore.server.rounds.rounds`, with the same events and actions.
 """
 
 from __future__ import annotations
