@@ -30,7 +30,7 @@ def rollback(
     Examples:
       fedcore rollback runs/sentiment 3
     """
-    from fedcore.server.store import Store
+    from fedcore.server.storage.store import Store
 
     if not (folder / "run.sqlite").is_file():
         raise ConfigError(f"{folder} is no run folder: it has no journal (run.sqlite)")

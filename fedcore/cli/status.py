@@ -65,7 +65,7 @@ def status(  # noqa: PLR0917
     folder = Path(target) if target is not None and not target.startswith("tcp://") else None
     if found is None:
         assert folder is not None
-        from fedcore.server.past import read_past
+        from fedcore.server.storage.past import read_past
 
         reply = read_past(folder)
         _print_status(reply, as_json)

@@ -14,8 +14,7 @@ from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
 from fedcore.layout import ModelFile
 from fedcore.server.rounds.actions import Participant
-
-from .scratch import Scratch
+from fedcore.server.storage.scratch import Scratch
 
 __all__ = ["Aggregation", "Setting", "open_spill", "update_codec"]
 

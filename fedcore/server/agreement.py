@@ -26,7 +26,7 @@ _SITES: Final = 3
 
 
 class Memory(Protocol):
-    """Where it is kept what sites have declared; see `fedcore.server.store.Store`."""
+    """Where it is kept what sites have declared; see `fedcore.server.storage.store.Store`."""
 
     def declared(self) -> dict[str, str]:
         """Return the text that is kept for each site."""

@@ -11,11 +11,11 @@ from fedcore._core import Spill
 from fedcore.config import RunConfig
 from fedcore.errors import StorageError
 from fedcore.server.rounds.actions import PullAhead, StartCollect
+from fedcore.server.storage.scratch import Scratch
+from fedcore.server.storage.store import Store
 from fedcore.transport.link import DataEvent, ServerLink
 
 from .aggregation import Aggregation, Setting, open_spill, update_codec
-from .scratch import Scratch
-from .store import Store
 from .versions import Versions, declared_layout
 
 __all__ = ["Collecting", "Reduced", "Rejected", "Stalled"]

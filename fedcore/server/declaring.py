@@ -10,6 +10,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, StorageError
 from fedcore.files.opening import CARD
 from fedcore.layout import compare_layouts, layout_hash, table
+from fedcore.server.storage.store import Store
 from fedcore.transport.link import ServerLink
 
 from .access import Access
@@ -17,7 +18,6 @@ from .agreement import Agreement
 from .guard import Guard
 from .peers import Peers
 from .status import StatusBuilder
-from .store import Store
 from .versions import Versions, declared_layout
 
 __all__ = ["Declaring"]

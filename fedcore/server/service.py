@@ -40,6 +40,8 @@ from fedcore.server.rounds.rounds import Phase
 from fedcore.server.rounds.steering import steer
 from fedcore.server.rounds.tasks import make_rounds
 from fedcore.server.rounds.waiting import WaitingLog
+from fedcore.server.storage.readme import notes
+from fedcore.server.storage.store import Store, VersionRow
 from fedcore.transport.link import Control, DataEvent, ServerLink, now_ms
 from fedcore.weighing import effective_weight
 from fedcore.words import plural
@@ -52,10 +54,8 @@ from .goodbye import Goodbye
 from .guard import Guard
 from .outcome import Ending, Outcome, RunResult
 from .peers import Peer, Peers
-from .readme import notes
 from .selection import SiteScore
 from .status import StatusBuilder, Watchers, merge_metrics, within_a_message
-from .store import Store, VersionRow
 from .versions import Versions
 
 __all__ = ["RunResult", "Server"]

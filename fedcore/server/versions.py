@@ -13,12 +13,12 @@ from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError, LayoutError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, layout_hash, open_model, table
+from fedcore.server.storage.hashing import Hasher
+from fedcore.server.storage.integrity import checksum_of, verify_model
+from fedcore.server.storage.store import Store, VersionRow
 from fedcore.words import plural
 
-from .hashing import Hasher
 from .initial import load_initial
-from .integrity import checksum_of, verify_model
-from .store import Store, VersionRow
 
 __all__ = ["Versions", "checksum_of", "declared_layout"]
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
 from fedcore.errors import ClosedError, ConfigError, LayoutError
-from fedcore.server.history import read_scores
 from fedcore.server.outcome import RunResult
+from fedcore.server.storage.history import read_scores
 
 ROUNDS = 3
 

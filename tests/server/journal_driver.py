@@ -23,9 +23,9 @@ from fedcore.errors import StorageError
 from fedcore.layout import create_model, open_model
 from fedcore.server.aggregation import Aggregation, Setting
 from fedcore.server.rounds.actions import Participant
-from fedcore.server.scratch import Scratch
 from fedcore.server.selection import SiteScore
-from fedcore.server.store import Store, VersionRow
+from fedcore.server.storage.scratch import Scratch
+from fedcore.server.storage.store import Store, VersionRow
 from fedcore.server.versions import checksum_of
 
 LAYOUT = Layout([("w", "F32", [6000])], 4096)

@@ -8,9 +8,9 @@ from typing import Any
 
 from fedcore._core import Layout
 from fedcore.layout import create_model
-from fedcore.server.integrity import checksum_of
 from fedcore.server.selection import SiteScore
-from fedcore.server.store import Store, VersionRow
+from fedcore.server.storage.integrity import checksum_of
+from fedcore.server.storage.store import Store, VersionRow
 
 LAYOUT = Layout([("w", "F32", [600])])
 SETTINGS: dict[str, Any] = {"run": {"rounds": 9, "task": "train"}}

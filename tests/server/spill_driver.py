@@ -25,7 +25,7 @@ from fedcore.errors import StorageError
 from fedcore.layout import create_model
 from fedcore.server.aggregation import Aggregation, Setting, open_spill
 from fedcore.server.rounds.actions import Participant
-from fedcore.server.scratch import Scratch
+from fedcore.server.storage.scratch import Scratch
 
 CHUNK = 4096
 CHUNKS = 12

@@ -16,8 +16,8 @@ from fedcore._core import Exchange, Layout, Spill
 from fedcore.layout import create_model
 from fedcore.server.aggregation import Aggregation, Setting
 from fedcore.server.rounds.actions import Participant
-from fedcore.server.scratch import Scratch
 from fedcore.server.service import Server
+from fedcore.server.storage.scratch import Scratch
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 

@@ -14,7 +14,7 @@ from fedcore.config import parse_run
 from fedcore.errors import ClosedError, RefusedError
 from fedcore.server.agreement import Agreement, Found
 from fedcore.server.service import Server
-from fedcore.server.store import Store
+from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 

@@ -15,8 +15,8 @@ import pytest
 from fedcore import protocol
 from fedcore.errors import StorageError
 from fedcore.layout import sync_folder
-from fedcore.server import files
 from fedcore.server.service import Server
+from fedcore.server.storage import files
 from fedcore.transport.link import DataEvent
 
 from .test_runs import run, run_config, site

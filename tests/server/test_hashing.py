@@ -9,8 +9,8 @@ import pytest
 
 from fedcore._core import crc32c
 from fedcore.layout import DEFAULT_CHUNK_BYTES as CHUNK
-from fedcore.server.hashing import Hasher
-from fedcore.server.integrity import checksum_of
+from fedcore.server.storage.hashing import Hasher
+from fedcore.server.storage.integrity import checksum_of
 
 HEADER = 24
 

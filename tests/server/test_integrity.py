@@ -20,13 +20,13 @@ from fedcore.config import parse_run
 from fedcore.errors import BusyError, ConfigError, IntegrityError, StorageError
 from fedcore.layout import open_model
 from fedcore.server.aggregation import Aggregation
-from fedcore.server.files import Files
-from fedcore.server.journal import Journal
 from fedcore.server.outcome import Ending, Outcome
 from fedcore.server.rounds.actions import Commit
 from fedcore.server.rounds.participation import Roster
 from fedcore.server.service import Server
-from fedcore.server.store import Store
+from fedcore.server.storage.files import Files
+from fedcore.server.storage.journal import Journal
+from fedcore.server.storage.store import Store
 
 from .run_folders import SETTINGS, commit, contents, flip, run_of, values
 

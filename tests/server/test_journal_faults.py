@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fedcore.server.service import Server
-from fedcore.server.store import Store
+from fedcore.server.storage.store import Store
 
 from .test_runs import run, run_config, site
 

@@ -17,7 +17,7 @@ from fedcore.encoding import UpdateEncoder
 from fedcore.layout import ModelFile, create_model
 from fedcore.server.aggregation import Aggregation, Setting
 from fedcore.server.rounds.actions import Participant
-from fedcore.server.scratch import Scratch
+from fedcore.server.storage.scratch import Scratch
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [30_001]), ("h", "BF16", [777])], CHUNK)

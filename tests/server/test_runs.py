@@ -24,7 +24,7 @@ from fedcore.errors import (
 )
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
-from fedcore.server.store import Store
+from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 

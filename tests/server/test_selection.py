@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedcore.server.history import read_scores, score_text
 from fedcore.server.selection import SiteScore, best_version, weighted_metrics
+from fedcore.server.storage.history import read_scores, score_text
 
 
 def scores(*values: tuple[str, int, float]) -> list[SiteScore]:

@@ -16,13 +16,13 @@ from fedcore.errors import StorageError
 from fedcore.monitor.ask import StatusClient
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
-from fedcore.server.past import read_past
 from fedcore.server.rounds.actions import Action, EndRun, SendTask, StartCollect
 from fedcore.server.rounds.participation import Delivery, Roster
 from fedcore.server.rounds.rounds import Phase, Rounds
 from fedcore.server.rounds.steering import steer
 from fedcore.server.service import Server
-from fedcore.server.store import Store
+from fedcore.server.storage.past import read_past
+from fedcore.server.storage.store import Store
 
 from ..security.conftest import DEADLINE, Links
 from ..security.test_runs import answer, models, running, server_of, site

@@ -9,7 +9,7 @@ import pytest
 from fedcore._core import Exchange, Layout
 from fedcore.layout import create_model, layout_hash
 from fedcore.server import versions as module
-from fedcore.server.store import Store
+from fedcore.server.storage.store import Store
 from fedcore.server.versions import Versions
 
 from .test_runs import run_config

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedcore.config import load_run_file
-from fedcore.server.store import Store
+from fedcore.server.storage.store import Store
 
 from ..server.run_folders import commit, contents
 

@@ -28,8 +28,8 @@ from fedcore.monitor.ask import (
     snapshots,
 )
 from fedcore.protocol import ENDED, StatusReply
-from fedcore.server.past import read_past
 from fedcore.server.service import Server
+from fedcore.server.storage.past import read_past
 from fedcore.simulation.processes import simulate
 
 

@@ -23,6 +23,7 @@ from fedcore.errors import ConfigError, IntegrityError, StorageError
 from fedcore.files.replacing import place_of, put_in_place
 from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.protocol import strict_json
+from fedcore.server.selection import SiteScore
 
 from .exports import Committed, write_durably, write_export
 from .files import Files, model_name, record_name, scratch_name
@@ -30,7 +31,6 @@ from .history import Life, VersionRow, read_life, read_scores, read_versions, sc
 from .integrity import verify_model
 from .journal import SCHEMA, Journal, holds_something, storing
 from .lock import FolderLock
-from .selection import SiteScore
 
 __all__ = ["Store", "VersionRow"]
 
