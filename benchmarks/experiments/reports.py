@@ -186,8 +186,8 @@ def score_arms(
     Raises:
         ConfigError: the folder holds scores of other tasks or another limit.
     """
-    from fedcore.client.evaluate import evaluate, model_arguments
-    from fedcore.demo.choices import write_tasks
+    from fedcore.evaluate.choices import write_tasks
+    from fedcore.evaluate.scorer import evaluate, model_arguments
 
     found: dict[str, Any] = {}
     for arm in ("base", *curves):

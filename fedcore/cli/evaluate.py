@@ -170,8 +170,8 @@ def _score(
     folder = cache_folder(cache)
     if include is None and any(name.startswith(_LOCAL) for name in names):
         # By name: the clients and the demo stand above this package.
-        include = importlib.import_module("fedcore.demo.choices").write_tasks(folder.resolve())
-    scorer: Any = importlib.import_module("fedcore.client.evaluate")
+        include = importlib.import_module("fedcore.evaluate.choices").write_tasks(folder.resolve())
+    scorer: Any = importlib.import_module("fedcore.evaluate.scorer")
     arguments = scorer.model_arguments(model, base, dtype)
     scores: list[Any] = scorer.evaluate(
         arguments, names, limit=limit, include=include, batch_size=batch_size, device=device

@@ -18,7 +18,7 @@ from mmap import mmap
 from typing import Final
 from zlib import crc32
 
-from .rate_limit import Allowance
+from .rate_limit import TokenBucket
 
 __all__ = ["CUT", "DROP", "HEARD", "MUTED", "Connections", "Limits", "Notes", "note"]
 
@@ -162,7 +162,7 @@ class Connections:
         self._networks: Counter[str] = Counter()
         self._unproved: dict[int, _Open] = {}  # the oldest first
         self._muted: dict[int, int] = {}  # how often each was found so
-        self._arrivals: dict[str, Allowance] = {}
+        self._arrivals: dict[str, TokenBucket] = {}
         self._shown: dict[str, list[float]] = {}  # when a key of the list was shown, by network
 
     def __len__(self) -> int:
@@ -319,7 +319,7 @@ class Connections:
             self._arrivals.clear()
         limits = self._limits
         return self._arrivals.setdefault(
-            network, Allowance(limits.arrivals, limits.arrivals_per_second, now)
+            network, TokenBucket(limits.arrivals, limits.arrivals_per_second, now)
         ).take(now)
 
     def _cut_for(self, newcomer: int, network: str | None, why: str) -> tuple[int, str] | None:

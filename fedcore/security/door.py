@@ -25,7 +25,7 @@ from fedcore.transport.sockets import received_bytes
 
 from .connections import Connections, Limits, Notes
 from .keys import AllowList, KeyPair, fingerprint
-from .rate_limit import Allowance
+from .rate_limit import TokenBucket
 
 __all__ = ["DOMAIN", "Doorkeeper", "Limits", "Secured"]
 
@@ -85,8 +85,8 @@ class Doorkeeper:
         self._asked.bind(_ZAP)
         self._events: zmq.Socket[bytes] | None = None
         limits = secured.limits
-        self._buckets: dict[str, Allowance] = {}
-        self._strangers = Allowance(limits.strangers_burst, limits.strangers_per_second, clock())
+        self._buckets: dict[str, TokenBucket] = {}
+        self._strangers = TokenBucket(limits.strangers_burst, limits.strangers_per_second, clock())
         files = min(_file_limit(), _MAX_FILES)
         self.notes = Notes.of(files)
         most = min(limits.connections, _file_limit() * 7 // 8)
@@ -195,7 +195,7 @@ class Doorkeeper:
         if public not in self._buckets and len(self._buckets) >= _MAX_BUCKETS:
             self._buckets.clear()
         bucket = self._buckets.setdefault(
-            public, Allowance(self._limits.burst, self._limits.per_second, now)
+            public, TokenBucket(self._limits.burst, self._limits.per_second, now)
         )
         if not bucket.take(now):
             self._say("%s knocks too often, from %s: it has to wait", who.name, address)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Allowance"]
+__all__ = ["TokenBucket"]
 
 
-class Allowance:
+class TokenBucket:
     """A bucket of ``burst`` that fills up again at ``per_second``; ``now`` is in seconds of any one clock."""
 
     __slots__ = ("_at", "_burst", "_left", "_rate")

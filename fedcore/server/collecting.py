@@ -15,7 +15,7 @@ from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store
 from fedcore.transport.link import DataEvent, ServerLink
 
-from .aggregation import Aggregation, Setting, open_spill, update_codec
+from .collection import Collection, CollectionSetting, open_spill, update_codec
 from .versions import Versions, declared_layout
 
 __all__ = ["Collecting", "Reduced", "Rejected", "Stalled"]
@@ -59,7 +59,7 @@ class Collecting:
     def __init__(
         self, config: RunConfig, store: Store, versions: Versions, link: ServerLink, memory: int
     ) -> None:
-        self.running: Aggregation | None = None
+        self.running: Collection | None = None
         self._config = config
         self._store = store
         self._versions = versions
@@ -86,7 +86,7 @@ class Collecting:
     def pull_ahead(self, action: PullAhead, peers: Mapping[str, bytes], most: int) -> None:
         """Pull an update ahead; a version holds at most ``most`` of them."""
         if self.running is None:
-            self.running = Aggregation(self._setting(action.version), most)
+            self.running = Collection(self._prepare(action.version), most)
         if self.running.wants(action.participant.site):
             self.running.offer(action.participant, peers[action.participant.site])
             self._link.kick()
@@ -116,8 +116,8 @@ class Collecting:
             self._link.kick()
             return running.collector.done
         self.cancel()
-        setting = self._setting(action.version, declared.get(action.participants[0].site))
-        self.running = Aggregation.of(setting, action.participants, peers)
+        setting = self._prepare(action.version, declared.get(action.participants[0].site))
+        self.running = Collection.of(setting, action.participants, peers)
         self._link.kick()
         return False
 
@@ -135,7 +135,7 @@ class Collecting:
         came."""
         return {} if self.running is None else self.running.pulls()
 
-    def take(self) -> Aggregation:
+    def take(self) -> Collection:
         """Return the collection, whose chunks are all reduced, to be committed."""
         running, self.running = self.running, None
         assert running is not None
@@ -153,7 +153,7 @@ class Collecting:
         self.cancel()
         self._spill = None
 
-    def _setting(self, version: int, initial: protocol.Declare | None = None) -> Setting:
+    def _prepare(self, version: int, initial: protocol.Declare | None = None) -> CollectionSetting:
         """Return what the collection of a version works with; ``initial`` describes the run's first one."""
         base = self._versions.model
         if base is None:
@@ -166,7 +166,7 @@ class Collecting:
         self._store.announce(version, layout.total_bytes)
         if self._spill is None:
             self._spill = open_spill(self._config, self._store.run_id, layout)
-        return Setting(
+        return CollectionSetting(
             self._link.exchange,
             layout,
             self.scratch(version),
@@ -206,7 +206,7 @@ class Collecting:
             return None if silent is None else Stalled(silent.site, event[3])
         return None
 
-    def _rejected(self, running: Aggregation, number: int, reason: str) -> Rejected | None:
+    def _rejected(self, running: Collection, number: int, reason: str) -> Rejected | None:
         source = running.source(number)
         if source is None:
             return None

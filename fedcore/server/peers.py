@@ -10,7 +10,7 @@ from typing import Final
 
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
-from fedcore.security.rate_limit import Allowance
+from fedcore.security.rate_limit import TokenBucket
 from fedcore.server.rounds.participation import Roster
 from fedcore.transport.link import ServerLink
 
@@ -45,7 +45,7 @@ class _Told:
     """What was logged of one name."""
 
     def __init__(self, now: float) -> None:
-        self.lines = Allowance(_LINES, _LINES_PER_SECOND, now)
+        self.lines = TokenBucket(_LINES, _LINES_PER_SECOND, now)
         self.left_out = 0
 
 
@@ -75,7 +75,7 @@ class Peers:
         self._lost: dict[str, bytes] = {}
         self._turned_away = (b"", "")
         self._told: dict[str, _Told] = {}
-        self._answered: dict[object, Allowance] = {}
+        self._answered: dict[object, TokenBucket] = {}
         self._next_complaint = 0.0
         self._complaints_left_out = 0
 
@@ -183,7 +183,7 @@ class Peers:
         if owner not in self._answered and len(self._answered) >= _MAX_NAMES:
             self._answered.clear()
         allowance = self._answered.setdefault(
-            owner, Allowance(_ANSWER_BURST, _ANSWER_PER_SECOND, now)
+            owner, TokenBucket(_ANSWER_BURST, _ANSWER_PER_SECOND, now)
         )
         if not allowance.take(now):
             return False

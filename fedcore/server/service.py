@@ -24,7 +24,7 @@ from fedcore.files.replacing import partial_of, place_of, put_in_place
 from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.server.rounds.actions import (
     Action,
-    CancelCollect,
+    HoldCollect,
     Choose,
     Commit,
     EndRun,
@@ -625,7 +625,7 @@ class Server:
             self._pull_ahead(action)
         elif isinstance(action, StartCollect):
             self._start_collect(action)
-        elif isinstance(action, CancelCollect):
+        elif isinstance(action, HoldCollect):
             self._collecting.park()
         elif isinstance(action, Commit):
             self._commit(action)

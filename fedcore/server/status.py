@@ -13,7 +13,7 @@ from fedcore.server.rounds.rounds import Rounds
 from fedcore.server.storage.history import Life
 from fedcore.server.storage.store import Store
 
-from .aggregation import Aggregation
+from .collection import Collection
 from .selection import weighted_metrics
 
 __all__ = ["StatusBuilder", "Watchers", "merge_metrics", "within_a_message"]
@@ -90,7 +90,7 @@ class StatusBuilder:
         self._metrics: dict[str, dict[str, float]] = {}
         self.examples: dict[str, int] = {}
         self.declared: dict[str, protocol.Declare] = {}
-        self.aggregation: Aggregation | None = None
+        self.aggregation: Collection | None = None
         self.best: int | None = None
         self.round_shown = -1
         self.reply_bytes = 0

@@ -36,7 +36,7 @@ from fedcore.layout import (
     layout_hash,
     table,
 )
-from fedcore.security.rate_limit import Allowance
+from fedcore.security.rate_limit import TokenBucket
 
 from .connection import Connection
 from .metrics import checked_metrics
@@ -109,7 +109,7 @@ class Session:
         self._at_hand = (0, 0)
         self._outcome: Outcome | None = None
         self._score: protocol.Score | None = None
-        self._logs = Allowance(_LOGS, _LOGS_PER_SECOND, time.monotonic())
+        self._logs = TokenBucket(_LOGS, _LOGS_PER_SECOND, time.monotonic())
         self._unsaid: dict[str, float] = {}
         self._step = 0
         self.took_part = False

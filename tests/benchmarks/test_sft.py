@@ -17,9 +17,9 @@ from benchmarks.experiments import sft
 from benchmarks.experiments.__main__ import main
 from benchmarks.experiments.reports import SftRun, score_arms, sft_report
 from benchmarks.experiments.sft import Settings, load_exchanges, share_out, train_arms
-from fedcore.client.evaluate import TaskScore
 from fedcore.demo.causal import Exchange
 from fedcore.errors import ConfigError
+from fedcore.evaluate.scorer import TaskScore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -243,7 +243,7 @@ def test_arms_are_scored_again_after_more_rounds_and_the_base_is_not(
         scored.append(Path(arguments["pretrained"]).name)
         return [TaskScore("piqa", 4, len(scored) / 10, None, None, None)]
 
-    monkeypatch.setattr("fedcore.client.evaluate.evaluate", count)
+    monkeypatch.setattr("fedcore.evaluate.scorer.evaluate", count)
 
     def score(rounds: int, limit: int = 4) -> list[str]:
         before = len(scored)

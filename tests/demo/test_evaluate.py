@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from fedcore.cache import cache_folder
 from fedcore.cli.app import app
-from fedcore.client.evaluate import TaskScore, _manager, model_arguments, scores_of
-from fedcore.demo.choices import CHOICES, LOCAL_TASKS, write_tasks
 from fedcore.errors import ConfigError
+from fedcore.evaluate.choices import CHOICES, LOCAL_TASKS, write_tasks
+from fedcore.evaluate.scorer import TaskScore, _manager, model_arguments, scores_of
 
 
 def test_an_adapter_is_put_on_its_base_and_a_whole_model_stands_alone(tmp_path: Path) -> None:

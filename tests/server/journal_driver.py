@@ -21,7 +21,7 @@ from typing import Any
 from fedcore._core import Exchange, Layout
 from fedcore.errors import StorageError
 from fedcore.layout import create_model, open_model
-from fedcore.server.aggregation import Aggregation, Setting
+from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.selection import SiteScore
 from fedcore.server.storage.scratch import Scratch
@@ -75,7 +75,7 @@ def commit_one(store: Store) -> None:
     participants = tuple(
         Participant(site, site.encode().hex() * 16, w) for site, w in SITES.items()
     )
-    setting = Setting(
+    setting = CollectionSetting(
         server,
         LAYOUT,
         Scratch(store.scratch(1), store.record(1), {}, {"fedcore.version": "1"}),
@@ -83,7 +83,7 @@ def commit_one(store: Store) -> None:
         base=base,
     )
     store.announce(1, LAYOUT.total_bytes)
-    running = Aggregation.of(setting, participants, {site: site.encode() for site in SITES})
+    running = Collection.of(setting, participants, {site: site.encode() for site in SITES})
     sites = {}
     for site, weight in SITES.items():
         update = create_model(None, LAYOUT)

@@ -23,7 +23,7 @@ from journal_driver import attempt
 from fedcore._core import Exchange, Layout
 from fedcore.errors import StorageError
 from fedcore.layout import create_model
-from fedcore.server.aggregation import Aggregation, Setting, open_spill
+from fedcore.server.collection import Collection, CollectionSetting, open_spill
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
 
@@ -52,7 +52,7 @@ def collect(folder: Path) -> None:
         exchange.publish(
             name.encode() * 16, update.file, update.data_offset, LAYOUT.total_bytes, CHUNK
         )
-    setting = Setting(
+    setting = CollectionSetting(
         server,
         LAYOUT,
         Scratch(folder / "model", folder / "record", {}, {}),
@@ -62,7 +62,7 @@ def collect(folder: Path) -> None:
     participants = tuple(
         Participant(name, name.encode().hex() * 16, w) for name, w in SITES.items()
     )
-    running = Aggregation.of(setting, participants, {name: name.encode() for name in SITES})
+    running = Collection.of(setting, participants, {name: name.encode() for name in SITES})
     waiting: list[tuple[bytes, bytes, bytes]] = []
     for now in range(0, 100_000, 50):
         server.tick(now)

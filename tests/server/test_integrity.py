@@ -19,7 +19,7 @@ import pytest
 from fedcore.config import parse_run
 from fedcore.errors import BusyError, ConfigError, IntegrityError, StorageError
 from fedcore.layout import open_model
-from fedcore.server.aggregation import Aggregation
+from fedcore.server.collection import Collection
 from fedcore.server.outcome import Ending, Outcome
 from fedcore.server.rounds.actions import Commit
 from fedcore.server.rounds.participation import Roster
@@ -574,7 +574,7 @@ def test_a_model_that_shrank_under_a_collection_is_named_as_it_was_committed(
         scratch.rename(path)
         os.truncate(path, 0)
         bytes(base.file.view())
-        running = Mock(check_base=lambda: Aggregation.check_base(Mock(_base=base)))
+        running = Mock(check_base=lambda: Collection.check_base(Mock(_base=base)))
         server._collecting.running = running
         server._commit(Commit(2, ()))
 

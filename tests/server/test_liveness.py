@@ -14,7 +14,7 @@ import pytest
 
 from fedcore.server.rounds.actions import (
     Action,
-    CancelCollect,
+    HoldCollect,
     Choose,
     Commit,
     EndRun,
@@ -93,7 +93,7 @@ class Game:
                 self.sites[action.site].update = None
             elif isinstance(action, StartCollect):
                 self.collecting, self.disk.decided = True, action.participants
-            elif isinstance(action, CancelCollect):
+            elif isinstance(action, HoldCollect):
                 self.collecting = False
             elif isinstance(action, Commit):
                 self.collecting, self.disk.decided = False, ()

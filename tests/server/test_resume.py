@@ -15,7 +15,7 @@ import pytest
 from fedcore._core import Codec, Exchange, Layout, Record, Spill
 from fedcore.encoding import UpdateEncoder
 from fedcore.layout import ModelFile, create_model
-from fedcore.server.aggregation import Aggregation, Setting
+from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
 
@@ -87,7 +87,7 @@ class Server:
         self.spill = (
             Spill(str(folder / "spill"), CHUNK, extent_bytes=16 * CHUNK) if spilling else None
         )
-        setting = Setting(
+        setting = CollectionSetting(
             self.exchange,
             LAYOUT,
             Scratch(folder / "model", folder / "record", of, {}),
@@ -96,7 +96,7 @@ class Server:
             memory=window * len(names) * CHUNK,
             spill=self.spill,
         )
-        self.running = Aggregation.of(
+        self.running = Collection.of(
             setting, participants(names, weights), {name: name.encode() for name in names}
         )
         assert self.running.collector.window <= min(window, CHUNKS)

@@ -8,7 +8,7 @@ import pytest
 
 from fedcore.server.rounds.actions import (
     Action,
-    CancelCollect,
+    HoldCollect,
     Commit,
     EndRun,
     GiveUp,
@@ -49,11 +49,11 @@ def test_a_site_whose_initial_model_is_invalid_is_passed_over_until_none_is_left
     assert rounds.declared("b", 1) == []
     rounds.ready("a", 0, update("a"))
     not_usable = "the initial model is not usable: NaN"
-    passed = [CancelCollect(), SendDropped("a", 0, not_usable), SendTask("b", "initial", 0)]
+    passed = [HoldCollect(), SendDropped("a", 0, not_usable), SendTask("b", "initial", 0)]
     assert rounds.rejected("a", "NaN", 2) == passed
     assert rounds.ready("b", 0, update("b")) == [StartCollect(0, (part("b"),))]
     assert rounds.rejected("b", "empty", 3) == [
-        CancelCollect(),
+        HoldCollect(),
         SendDropped("b", 0, "the initial model is not usable: empty"),
         EndRun(False, "no site has a usable initial model: a: NaN; b: empty"),
     ]
@@ -78,7 +78,7 @@ def test_a_site_that_owes_the_initial_model_past_the_deadline_is_passed_over() -
     assert rounds.declared("b", 6) == []
     assert rounds.deadline == 105
     assert rounds.tick(104) == []
-    assert rounds.tick(105) == [GiveUp("a", late), CancelCollect(), SendTask("b", "initial", 0)]
+    assert rounds.tick(105) == [GiveUp("a", late), HoldCollect(), SendTask("b", "initial", 0)]
     assert rounds.deadline == 205
     assert rounds.ready("b", 0, update("b")) == [StartCollect(0, (part("b"),))]
     assert rounds.tick(300) == []
@@ -156,7 +156,7 @@ def test_a_participant_lost_in_mid_upload_is_left_out_entirely() -> None:
     for site in "abc":
         rounds.ready(site, 1, update(site))
     assert rounds.lost("b", "silent", 1) == [
-        CancelCollect(),
+        HoldCollect(),
         StartCollect(1, (part("a"), part("c"))),
     ]
     assert rounds.joined("b", "again", 2) == [SendTask("b", "train", 1)]
@@ -168,7 +168,7 @@ def test_below_the_quorum_the_round_waits_for_the_lost_site_to_come_back() -> No
     join_all(rounds, "a", "b")
     rounds.ready("a", 1, update("a"))
     rounds.ready("b", 1, update("b"))
-    assert rounds.lost("b", "silent", 1) == [CancelCollect()]
+    assert rounds.lost("b", "silent", 1) == [HoldCollect()]
     assert rounds.phase is Phase.TRAINING
     rounds.joined("b", "b", 2)
     assert rounds.ready("b", 1, update("b")) == [StartCollect(1, (part("a"), part("b")))]
@@ -181,7 +181,7 @@ def test_an_invalid_update_is_dropped_and_the_rest_counts() -> None:
         rounds.ready(site, 1, update(site))
     assert rounds.rejected("b", "NaN", 1) == [
         SendDropped("b", 1, "NaN"),
-        CancelCollect(),
+        HoldCollect(),
         StartCollect(1, (part("a"), part("c"))),
     ]
     assert rounds.ready("b", 1, Delivery("f" * 32, 5)) == [SendDropped("b", 1, "NaN")]
@@ -210,7 +210,7 @@ def test_a_second_process_of_a_participant_ends_the_first_ones_part() -> None:
     for site in "abc":
         rounds.ready(site, 1, update(site))
     assert rounds.joined("b", "another process", 1) == [
-        CancelCollect(),
+        HoldCollect(),
         StartCollect(1, (part("a"), part("c"))),
         SendTask("b", "train", 1),
     ]
@@ -222,7 +222,7 @@ def test_the_first_site_gives_the_model_and_another_if_it_is_lost() -> None:
     assert rounds.declared("a", 0) == [SendTask("a", "initial", 0)]
     rounds.joined("b", "b", 0)
     assert rounds.declared("b", 0) == []
-    assert rounds.lost("a", "silent", 1) == [CancelCollect(), SendTask("b", "initial", 0)]
+    assert rounds.lost("a", "silent", 1) == [HoldCollect(), SendTask("b", "initial", 0)]
     assert rounds.ready("b", 0, update("b")) == [StartCollect(0, (part("b"),))]
     assert rounds.reduced() == [Commit(0, (part("b"),))]
     assert rounds.committed(0, 2) == [SendTask("b", "train", 1)]
@@ -249,7 +249,7 @@ def test_an_update_that_comes_while_others_are_collected_takes_the_place_of_a_lo
     assert rounds.joined("b", "b", 2) == [SendTask("b", "train", 1)]
     assert rounds.ready("b", 1, update("b")) == []
     assert rounds.lost("c", "silent", 3) == [
-        CancelCollect(),
+        HoldCollect(),
         StartCollect(1, (part("a"), part("b"))),
     ]
 
@@ -263,7 +263,7 @@ def test_a_collection_that_loses_a_site_goes_on_with_the_quorum_without_waiting_
     assert rounds.ready("a", 1, update("a")) == ahead("a")
     assert rounds.ready("c", 1, update("c")) == [StartCollect(1, (part("a"), part("c")))]
     assert rounds.joined("b", "b", 2) == [SendTask("b", "train", 1)]
-    assert rounds.lost("c", "silent", 3) == [CancelCollect(), StartCollect(1, (part("a"),))]
+    assert rounds.lost("c", "silent", 3) == [HoldCollect(), StartCollect(1, (part("a"),))]
 
 
 def test_the_last_model_is_scored_before_the_end() -> None:
@@ -305,7 +305,7 @@ def test_no_history_breaks_the_rules(seed: int) -> None:
                     action.participants, key=lambda p: p.site
                 )
                 collecting = action
-            elif isinstance(action, CancelCollect):
+            elif isinstance(action, HoldCollect):
                 collecting = None
             elif isinstance(action, Commit):
                 assert collecting is not None

@@ -16,7 +16,7 @@ from fedcore.config import parse_run
 from fedcore.errors import ConfigError
 from fedcore.server.rounds.actions import (
     Action,
-    CancelCollect,
+    HoldCollect,
     Commit,
     EndRun,
     GiveUp,
@@ -114,9 +114,9 @@ def test_a_comparison_goes_on_without_a_site_that_is_lost_or_invalid() -> None:
     join(rounds, *SITES)
     for name in SITES:
         deliver(rounds, name)
-    assert rounds.lost("a", "gone", 2.0) == [CancelCollect(), collect("b")]
+    assert rounds.lost("a", "gone", 2.0) == [HoldCollect(), collect("b")]
     dropped = rounds.rejected("b", "it holds NaN", 2.0)
-    assert dropped == [SendDropped("b", 2, "it holds NaN"), CancelCollect(), collect("c")]
+    assert dropped == [SendDropped("b", 2, "it holds NaN"), HoldCollect(), collect("c")]
     assert rounds.reduced() == [Commit(3, collect("c").participants)]
     rounds.committed(3, 2.0)
     rounds.scored("b", 3)

@@ -7,7 +7,7 @@ from typing import Literal
 
 __all__ = [
     "Action",
-    "CancelCollect",
+    "HoldCollect",
     "Choose",
     "Commit",
     "EndRun",
@@ -80,7 +80,7 @@ class StartCollect:
 
 
 @dataclass(frozen=True)
-class CancelCollect:
+class HoldCollect:
     """Stop pulling; nothing of it counts."""
 
 
@@ -107,7 +107,7 @@ Action = (
     | GiveUp
     | PullAhead
     | StartCollect
-    | CancelCollect
+    | HoldCollect
     | Commit
     | EndRun
 )

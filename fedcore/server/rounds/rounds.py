@@ -25,7 +25,7 @@ from collections.abc import Sequence
 
 from .actions import (
     Action,
-    CancelCollect,
+    HoldCollect,
     Choose,
     Commit,
     EndRun,
@@ -280,7 +280,7 @@ class Rounds:
                 return []
             self.phase = Phase.WAITING
             self.collecting = ()
-            return [CancelCollect(), *self._choose_first(now)]
+            return [HoldCollect(), *self._choose_first(now)]
         if self.phase is Phase.AGGREGATING and any(p.site == site for p in self.collecting):
             return self._recollect(now)
         if self.phase is Phase.EVALUATING:
@@ -467,7 +467,7 @@ class Rounds:
         self.phase = Phase.WAITING
         self.collecting = ()
         actions: list[Action] = [
-            CancelCollect(),
+            HoldCollect(),
             SendDropped(member.name, 0, f"the initial model is not usable: {reason}"),
         ]
         others = [m for m in self.roster if m.returning or m.state is not SiteState.ABSENT]
@@ -518,7 +518,7 @@ class Rounds:
     def _recollect(self, now: float) -> list[Action]:
         """Reduce again without a participant, or go on waiting if the quorum no longer stands."""
         before = {participant.site for participant in self.collecting}
-        cancel: list[Action] = [CancelCollect()] if self.collecting else []
+        cancel: list[Action] = [HoldCollect()] if self.collecting else []
         self.collecting = ()
         if self.phase is Phase.AGGREGATING:
             self.phase = Phase.TRAINING
@@ -568,7 +568,7 @@ class Rounds:
         return [EndRun(True, "")]
 
     def _fail(self, message: str) -> list[Action]:
-        cancel: list[Action] = [CancelCollect()] if self.collecting else []
+        cancel: list[Action] = [HoldCollect()] if self.collecting else []
         self.collecting = ()
         self.phase = Phase.FAILED
         return [*cancel, EndRun(False, message)]

@@ -14,7 +14,7 @@ from fedcore.config import RunConfig
 
 from .actions import (
     Action,
-    CancelCollect,
+    HoldCollect,
     Commit,
     EndRun,
     Participant,
@@ -232,7 +232,7 @@ class Comparing(Rounds):
         return []
 
     def _recollect(self, now: float) -> list[Action]:  # noqa: ARG002
-        cancel: list[Action] = [CancelCollect()] if self.collecting else []
+        cancel: list[Action] = [HoldCollect()] if self.collecting else []
         self.collecting = ()
         return cancel + self._end()
 

@@ -16,7 +16,7 @@ from fedcore.layout import ModelFile
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
 
-__all__ = ["Aggregation", "Setting", "open_spill", "update_codec"]
+__all__ = ["Collection", "CollectionSetting", "open_spill", "update_codec"]
 
 _MOST_AHEAD: Final = 8
 
@@ -54,7 +54,7 @@ def update_codec(transfer: TransferSection, layout: Layout, *, initial: bool) ->
 
 
 @dataclass(frozen=True)
-class Setting:
+class CollectionSetting:
     """What a collection works with.
 
     Attributes:
@@ -86,7 +86,7 @@ class Setting:
         return None if self.base is None else (self.base.file, self.base.data_offset)
 
 
-class Aggregation:
+class Collection:
     """Pulls and reduces the participants' updates into a scratch file.
 
     It begins open: each update that is offered is pulled ahead, as far as memory and the spill file allow, while
@@ -98,7 +98,7 @@ class Aggregation:
         expected: for how many sites memory is divided.
     """
 
-    def __init__(self, setting: Setting, expected: int) -> None:
+    def __init__(self, setting: CollectionSetting, expected: int) -> None:
         self._begin(setting, expected)
         self.collector = Collector.open(
             setting.layout,
@@ -115,8 +115,8 @@ class Aggregation:
 
     @classmethod
     def of(
-        cls, setting: Setting, participants: tuple[Participant, ...], peers: Mapping[str, bytes]
-    ) -> Aggregation:
+        cls, setting: CollectionSetting, participants: tuple[Participant, ...], peers: Mapping[str, bytes]
+    ) -> Collection:
         """Return the collection of these participants, in canonical order, from their routing ids in ``peers``.
 
         Where a killed server was collecting the same, it goes on with what that one had reduced.
@@ -149,7 +149,7 @@ class Aggregation:
         made._exchange.start(made.collector)
         return made
 
-    def _begin(self, setting: Setting, expected: int) -> None:
+    def _begin(self, setting: CollectionSetting, expected: int) -> None:
         self.scratch = setting.scratch
         self.file: ModelFile | None = None
         self.started = time.monotonic()

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from .assets import QUESTIONS, Asset, Member, ensure
+from fedcore.demo.assets import QUESTIONS, Asset, Member, ensure
 
 __all__ = ["CHOICES", "LOCAL_TASKS", "write_tasks"]
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from fedcore._core import Exchange, Layout, Spill
 from fedcore.layout import create_model
-from fedcore.server.aggregation import Aggregation, Setting
+from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.service import Server
 from fedcore.server.storage.scratch import Scratch
@@ -65,12 +65,12 @@ class Sites:
 
 def setting(
     sites: Sites, folder: Path, memory: int = 8 * CHUNK, spill: Spill | None = None
-) -> Setting:
+) -> CollectionSetting:
     scratch = Scratch(folder / "m", folder / "record", {}, {})
-    return Setting(sites.server, LAYOUT, scratch, memory, spill=spill)
+    return CollectionSetting(sites.server, LAYOUT, scratch, memory, spill=spill)
 
 
-def result(running: Aggregation, folder: Path) -> set[float]:
+def result(running: Collection, folder: Path) -> set[float]:
     """End a collection; return the values in its file."""
     running.finish()
     values = load_file(folder / "m")["w"]
@@ -82,7 +82,7 @@ def test_a_participant_that_comes_back_as_another_process_goes_on_with_the_chunk
     tmp_path: Path,
 ) -> None:
     sites = Sites()
-    running = Aggregation.of(setting(sites, tmp_path), PARTICIPANTS, {"a": b"a", "b": b"b"})
+    running = Collection.of(setting(sites, tmp_path), PARTICIPANTS, {"a": b"a", "b": b"b"})
     sites.carry(20)
     assert 0 < running.collector.progress()[0] < LAYOUT.chunk_count
     assert running.narrow(PARTICIPANTS, {"a": b"a", "b": b"b, started again"})
@@ -97,7 +97,7 @@ def test_a_silent_participant_that_was_lost_and_comes_back_has_its_silence_begun
     tmp_path: Path,
 ) -> None:
     sites, peers = Sites(), {"a": b"a", "b": b"b"}
-    running = Aggregation.of(setting(sites, tmp_path), PARTICIPANTS, peers)
+    running = Collection.of(setting(sites, tmp_path), PARTICIPANTS, peers)
     b, now = sites.exchanges[b"b"], 0
     b.heartbeat(1000)
 
@@ -128,7 +128,7 @@ def test_a_silent_participant_that_was_lost_and_comes_back_has_its_silence_begun
 def test_only_participants_that_it_has_and_were_not_rejected_can_go_on(tmp_path: Path) -> None:
     sites = Sites()
     peers = {"a": b"a", "b": b"b", "c": b"c"}
-    running = Aggregation.of(setting(sites, tmp_path), PARTICIPANTS, peers)
+    running = Collection.of(setting(sites, tmp_path), PARTICIPANTS, peers)
     a, b = PARTICIPANTS
     assert not running.narrow((a, Participant("c", "00" * 16, 1)), peers)
     assert not running.narrow((Participant("a", a.set_id, 2),), peers)
@@ -151,7 +151,7 @@ def test_an_update_is_pulled_ahead_and_each_chunk_of_it_asked_for_once(
 ) -> None:
     sites = Sites()
     spill = Spill(str(tmp_path / "spill"), CHUNK) if spilling else None
-    running = Aggregation(setting(sites, tmp_path, spill=spill), expected=2)
+    running = Collection(setting(sites, tmp_path, spill=spill), expected=2)
     a, b = PARTICIPANTS
     running.offer(b, b"b")
     sites.carry_on(0, 30_000)
@@ -172,7 +172,7 @@ def test_what_was_pulled_ahead_of_a_site_that_does_not_count_leaves_no_trace(
 ) -> None:
     sites = Sites()
     spill = Spill(str(tmp_path / "spill"), CHUNK)
-    running = Aggregation(setting(sites, tmp_path, spill=spill), expected=2)
+    running = Collection(setting(sites, tmp_path, spill=spill), expected=2)
     a, b = PARTICIPANTS
     running.offer(b, b"b")
     sites.carry_on(0, 30_000)
@@ -188,7 +188,7 @@ def test_a_process_that_takes_the_place_of_one_that_was_pulled_ahead_counts_inst
     tmp_path: Path,
 ) -> None:
     sites = Sites()
-    running = Aggregation(setting(sites, tmp_path), expected=2)
+    running = Collection(setting(sites, tmp_path), expected=2)
     a, b = PARTICIPANTS
     running.offer(Participant("a", b.set_id, 3), b"b, not a")  # a's first process has b's values
     running.offer(b, b"b")
@@ -205,7 +205,7 @@ def test_of_a_site_that_makes_new_updates_without_end_few_are_pulled_and_the_las
     tmp_path: Path,
 ) -> None:
     sites, peers = Sites(), {"a": b"a", "b": b"b"}
-    running, pulled = Aggregation(setting(sites, tmp_path), 2), 0
+    running, pulled = Collection(setting(sites, tmp_path), 2), 0
     for number in range(1000):
         if running.wants("a"):
             running.offer(Participant("a", f"{number:032x}", 1), b"a")
@@ -223,7 +223,7 @@ def test_a_site_that_comes_back_while_it_is_pulled_ahead_is_asked_under_its_new_
     tmp_path: Path,
 ) -> None:
     sites = Sites()
-    running = Aggregation(setting(sites, tmp_path), expected=2)
+    running = Collection(setting(sites, tmp_path), expected=2)
     a, b = PARTICIPANTS
     running.offer(b, b"b")
     sites.carry(2)
@@ -239,7 +239,7 @@ def test_an_update_that_failed_while_its_site_was_gone_is_pulled_again_once_it_i
     tmp_path: Path,
 ) -> None:
     sites = Sites()
-    running = Aggregation(setting(sites, tmp_path), expected=2)
+    running = Collection(setting(sites, tmp_path), expected=2)
     a, b = PARTICIPANTS
     running.offer(b, b"b")
     sites.carry(1)
@@ -262,7 +262,7 @@ def test_a_site_that_offers_one_update_after_another_takes_one_place_and_the_las
     tmp_path: Path,
 ) -> None:
     sites = Sites()
-    running = Aggregation(setting(sites, tmp_path), expected=2)
+    running = Collection(setting(sites, tmp_path), expected=2)
     a, b = PARTICIPANTS
     for number in range(100):
         assert running.offer(Participant("b", f"{number:032x}", 1), b"b")
@@ -278,7 +278,7 @@ def test_a_site_that_offers_one_update_after_another_takes_one_place_and_the_las
 
 def test_sites_that_are_gone_make_room_for_those_that_take_their_places(tmp_path: Path) -> None:
     sites, budget = Sites(), 8
-    running = Aggregation(setting(sites, tmp_path, memory=budget * CHUNK), expected=2)
+    running = Collection(setting(sites, tmp_path, memory=budget * CHUNK), expected=2)
     a, b = PARTICIPANTS
     for number in range(10):
         running.offer(Participant(f"{number}", b.set_id, 1), b"b%d" % number)
@@ -296,7 +296,7 @@ def test_sites_that_are_gone_make_room_for_those_that_take_their_places(tmp_path
 
 def test_of_all_that_is_here_a_few_chunks_are_reduced_at_a_time(tmp_path: Path) -> None:
     sites = Sites()
-    running = Aggregation(setting(sites, tmp_path, memory=2 * 20 * CHUNK), expected=2)
+    running = Collection(setting(sites, tmp_path, memory=2 * 20 * CHUNK), expected=2)
     for participant in PARTICIPANTS:
         running.offer(participant, participant.site.encode())
     sites.carry(1000)
@@ -313,7 +313,7 @@ def test_of_all_that_is_here_a_few_chunks_are_reduced_at_a_time(tmp_path: Path) 
 
 def test_what_a_killed_server_had_pulled_ahead_is_not_asked_for_again(tmp_path: Path) -> None:
     sites = Sites()
-    first = Aggregation(
+    first = Collection(
         setting(sites, tmp_path, spill=Spill(str(tmp_path / "spill"), CHUNK)), expected=2
     )
     a, b = PARTICIPANTS
@@ -322,7 +322,7 @@ def test_what_a_killed_server_had_pulled_ahead_is_not_asked_for_again(tmp_path: 
     for name in ("spill", "spill-index"):  # what the disk holds when the process is killed
         shutil.copy(tmp_path / name, tmp_path / f"left-{name}")
     sites.server = Exchange()
-    again = Aggregation(
+    again = Collection(
         setting(sites, tmp_path, spill=Spill(str(tmp_path / "left-spill"), CHUNK)), expected=2
     )
     again.offer(b, b"b")
@@ -338,7 +338,7 @@ def test_nothing_is_pulled_ahead_where_memory_does_not_hold_a_chunk_of_each_site
     tmp_path: Path,
 ) -> None:
     sites = Sites()
-    running = Aggregation(setting(sites, tmp_path, memory=3 * CHUNK), expected=4)
+    running = Collection(setting(sites, tmp_path, memory=3 * CHUNK), expected=4)
     running.offer(PARTICIPANTS[1], b"b")
     sites.carry_on(0, 30_000)
     assert not sites.asked
