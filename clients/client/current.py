@@ -1,27 +1,49 @@
-"""The one session of a training script's process: made on first use, and forgotten at its end."""
+"""The one session of a training script's process: made on first use, and forgotten at its end.
+
+Here is also what the script wants of it: to take part, and in which run. A script that ends without having taken
+part is warned at its exit: a missing loop looks like success otherwise.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from fedcore.errors import RunFailedError
+from fedcore.errors import ConfigError, RunFailedError
+from fedcore.security.keys import check_name
 from fedcore.site.progress import TerminalHandler
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
+from fedcore.site.signals import ended_by
 
-from .intent import forget_intent, wanted_run
-
-if TYPE_CHECKING:
-    from .ranks import RankedSession
-
-__all__ = ["get_session", "loop_goes_on", "made_session", "reset_session"]
+__all__ = [
+    "forget_intent",
+    "get_session",
+    "intend",
+    "loop_goes_on",
+    "made_session",
+    "reset_session",
+    "wanted_run",
+]
 
 logger = logging.getLogger("fedcore.client")
 
 _session: Session | None = None
+_run: str | None = None
+_intends = _registered = False
+
+
+class _Loop(Protocol):
+    """What a loop asks a session."""
+
+    @property
+    def outcome(self) -> str | None: ...
+
+    def is_running(self) -> bool: ...
 
 
 def get_session() -> Session:
@@ -66,7 +88,7 @@ def _show_log() -> None:
         logger.setLevel(logging.INFO)
 
 
-def loop_goes_on(session: Session | RankedSession) -> bool:
+def loop_goes_on(session: _Loop) -> bool:
     """Return whether another pass of a script's loop begins.
 
     Raises:
@@ -77,3 +99,64 @@ def loop_goes_on(session: Session | RankedSession) -> bool:
     if session.outcome == "failed":
         raise RunFailedError("the run was given up; the log says why")
     return False
+
+
+def intend(run: str | None = None) -> None:
+    """Note that this script wants to take part, in the run of this name or id if one is given.
+
+    Raises:
+        ConfigError: that is no name; or this process takes part in another run.
+    """
+    global _run, _intends, _registered  # noqa: PLW0603 - one session per process is the contract
+    if run is not None:
+        check_name(run, "run=")
+        session = made_session()
+        if session is not None:
+            session.want_run(run)
+        _run = run
+    _intends = True
+    if not _registered:
+        atexit.register(_warn, os.getpid())
+        _registered = True
+
+
+def forget_intent() -> None:
+    """Forget it; for scripts that take part in several runs in turn."""
+    global _run, _intends
+    _run, _intends = None, False
+
+
+def wanted_run(settings: str | None) -> str | None:
+    """Return the run that is wanted, by the script or else by its settings.
+
+    Raises:
+        ConfigError: they name two.
+    """
+    if _run is not None and settings not in (None, _run):
+        raise ConfigError(
+            f"the script wants run {_run!r} (run=...), and FEDCORE_RUN or its kit says {settings!r}: start the "
+            "script of that run, or set one of them right"
+        )
+    return _run if _run is not None else settings
+
+
+def _warn(pid: int) -> None:
+    """Say at the exit that the script took no part; one that failed has said why."""
+    session = made_session()
+    failed = getattr(sys, "last_value", None) is not None
+    if not _intends or failed or session is None or session.took_part or os.getpid() != pid:
+        return
+    if (
+        ended_by() or session.outcome is not None
+    ):  # a signal ended it, or it came after the end of the run
+        return
+    if session.run:
+        logger.warning(
+            "%s: the script ended before it took up a task, so it took no part in run %s; `while "
+            "fl.is_running():` waits for each task", session.site, session.run,
+        )  # fmt: skip
+    else:
+        logger.warning(
+            "%s: the script ended without asking for a task, so it took no part in any run; the work of a round "
+            "belongs in a loop, `while fl.is_running():`", session.site,
+        )  # fmt: skip

@@ -26,9 +26,9 @@ from fedcore.errors import ClosedError, ConfigError
 from .casting import kept_dtypes
 from .choice import choose
 from .counting import Examples
+from .current import intend
 from .hf_counting import StepCounter
 from .hf_rounds import Options, Rounds
-from .intent import intend
 from .prompts import computes_prompt
 from .tokenizer import tokenizer_of
 from .torch import (

@@ -33,7 +33,7 @@ from fedcore.errors import ClosedError, ConfigError
 
 from .choice import choose
 from .counting import ExampleCounter, Examples
-from .intent import intend
+from .current import intend
 from .lightning_counting import count_batch
 from .lightning_data import DataPlace
 from .lightning_kept import KeptState

@@ -16,8 +16,7 @@ from fedcore.site.error_text import report_uncaught
 from fedcore.site.session import GlobalModel, Outcome, Session
 
 from .choice import choose, forget_choice, travelling
-from .current import get_session, loop_goes_on, reset_session
-from .intent import intend
+from .current import get_session, intend, loop_goes_on, reset_session
 from .loading import LoadingHooks
 
 if TYPE_CHECKING:

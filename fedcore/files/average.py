@@ -21,10 +21,10 @@ from fedcore.layout import (
     table,
 )
 from fedcore.protocol import MAX_WEIGHT
+from fedcore.replacing import partial_of, place_of, put_in_place
 from fedcore.rules import Rule, find_rule
 from fedcore.weighing import effective_weight
 
-from .replacing import partial_of, place_of, put_in_place
 from .weights import Weights, open_weights
 
 __all__ = ["aggregate_files"]

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fedcore.protocol.fields import MAX_GROUPS
+
 __all__ = [
     "FLOAT",
     "HALF",
@@ -27,7 +29,6 @@ __all__ = [
 FrozenGroup = tuple[str, str, int, str]
 """Name, form, number of tensors, and digest (32 hexadecimal digits; empty where the values can't be read)."""
 
-MAX_GROUPS: Final = 256
 FLOAT: Final = "float"
 """The form of tensors that are not quantised; their digest is that of the values in bfloat16."""
 HALF: Final = "float16"

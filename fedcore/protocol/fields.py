@@ -6,8 +6,6 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from fedcore.files.frozen import MAX_GROUPS
-
 from .frames import MAX_CONTROL_BYTES
 
 DEFAULT_CHUNK_BYTES: Final = 1 << 20
@@ -16,6 +14,8 @@ MAX_METRICS: Final = 64
 MAX_NAME: Final = 128
 MAX_FEATURES: Final = 64
 MAX_SETS: Final = 16
+MAX_GROUPS: Final = 256
+"""Groups of tensors that do not travel; see `fedcore.files.frozen`."""
 MAX_ANSWER_BYTES: Final = 1 << 20
 MAX_TENSORS: Final = 1_000_000
 MAX_LISTED: Final = 100_000

@@ -21,11 +21,10 @@ import zmq
 from zmq.utils import z85
 from zmq.utils.monitor import parse_monitor_message
 
-from fedcore.transport.sockets import received_bytes
-
 from .connections import Connections, Limits, Notes
 from .keys import AllowList, KeyPair, fingerprint
 from .rate_limit import TokenBucket
+from .sockets import received_bytes
 
 __all__ = ["DOMAIN", "Doorkeeper", "Limits", "Secured"]
 

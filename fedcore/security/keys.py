@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedcore.errors import ConfigError, StorageError
-from fedcore.files.replacing import place_of, put_in_place
 from fedcore.protocol import SITE_NAME
+from fedcore.replacing import place_of, put_in_place
 
 from .mounts import find_mount, is_secret_mount, others_can_replace
 

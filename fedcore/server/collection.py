@@ -115,7 +115,10 @@ class Collection:
 
     @classmethod
     def of(
-        cls, setting: CollectionSetting, participants: tuple[Participant, ...], peers: Mapping[str, bytes]
+        cls,
+        setting: CollectionSetting,
+        participants: tuple[Participant, ...],
+        peers: Mapping[str, bytes],
     ) -> Collection:
         """Return the collection of these participants, in canonical order, from their routing ids in ``peers``.
 

@@ -14,10 +14,9 @@ from fedcore import __version__, protocol
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError
 from fedcore.server.rounds.participation import Roster, SiteState
+from fedcore.server.rounds.selection import best_version, weighted_metrics
 from fedcore.server.storage.store import Store
 from fedcore.words import plural
-
-from .selection import best_version, weighted_metrics
 
 __all__ = ["Ending", "Outcome", "RunResult"]
 

@@ -20,15 +20,15 @@ from fedcore._device import device_failure, use_device
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, IntegrityError, ProtocolError, StorageError
-from fedcore.files.replacing import partial_of, place_of, put_in_place
 from fedcore.layout import DEFAULT_CHUNK_BYTES
+from fedcore.replacing import partial_of, place_of, put_in_place
 from fedcore.server.rounds.actions import (
     Action,
-    HoldCollect,
     Choose,
     Commit,
     EndRun,
     GiveUp,
+    HoldCollect,
     PullAhead,
     SendDropped,
     SendTask,
@@ -37,6 +37,7 @@ from fedcore.server.rounds.actions import (
 from fedcore.server.rounds.overtime import Overtime
 from fedcore.server.rounds.participation import Delivery, Roster, SiteState
 from fedcore.server.rounds.rounds import Phase
+from fedcore.server.rounds.selection import SiteScore
 from fedcore.server.rounds.steering import steer
 from fedcore.server.rounds.tasks import make_rounds
 from fedcore.server.rounds.waiting import WaitingLog
@@ -54,7 +55,6 @@ from .goodbye import Goodbye
 from .guard import Guard
 from .outcome import Ending, Outcome, RunResult
 from .peers import Peer, Peers
-from .selection import SiteScore
 from .status import StatusBuilder, Watchers, merge_metrics, within_a_message
 from .versions import Versions
 

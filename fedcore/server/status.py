@@ -10,11 +10,11 @@ from typing import Final
 from fedcore import protocol
 from fedcore.config import RunConfig
 from fedcore.server.rounds.rounds import Rounds
+from fedcore.server.rounds.selection import weighted_metrics
 from fedcore.server.storage.history import Life
 from fedcore.server.storage.store import Store
 
 from .collection import Collection
-from .selection import weighted_metrics
 
 __all__ = ["StatusBuilder", "Watchers", "merge_metrics", "within_a_message"]
 

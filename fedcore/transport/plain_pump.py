@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import zmq
 
 from fedcore.security.connections import DROP, Notes, note
-
-from .sockets import moved_bytes
+from fedcore.security.sockets import moved_bytes
 
 if TYPE_CHECKING:
     from fedcore._core import Exchange

@@ -23,7 +23,7 @@ from fedcore.errors import StorageError
 from fedcore.layout import create_model, open_model
 from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
-from fedcore.server.selection import SiteScore
+from fedcore.server.rounds.selection import SiteScore
 from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store, VersionRow
 from fedcore.server.versions import checksum_of

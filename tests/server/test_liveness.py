@@ -14,10 +14,10 @@ import pytest
 
 from fedcore.server.rounds.actions import (
     Action,
-    HoldCollect,
     Choose,
     Commit,
     EndRun,
+    HoldCollect,
     Participant,
     SendDropped,
     SendTask,

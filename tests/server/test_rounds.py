@@ -8,10 +8,10 @@ import pytest
 
 from fedcore.server.rounds.actions import (
     Action,
-    HoldCollect,
     Commit,
     EndRun,
     GiveUp,
+    HoldCollect,
     Participant,
     PullAhead,
     SendDropped,

@@ -16,7 +16,7 @@ from fedcore import protocol
 from fedcore._core import crc32c
 from fedcore.errors import ProtocolError
 from fedcore.monitor.ask import ask_status, read_summary
-from fedcore.server.selection import SiteScore, best_version, weighted_metrics
+from fedcore.server.rounds.selection import SiteScore, best_version, weighted_metrics
 from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedcore.server.selection import SiteScore, best_version, weighted_metrics
+from fedcore.server.rounds.selection import SiteScore, best_version, weighted_metrics
 from fedcore.server.storage.history import read_scores, score_text
 
 

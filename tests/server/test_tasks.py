@@ -16,10 +16,10 @@ from fedcore.config import parse_run
 from fedcore.errors import ConfigError
 from fedcore.server.rounds.actions import (
     Action,
-    HoldCollect,
     Commit,
     EndRun,
     GiveUp,
+    HoldCollect,
     Participant,
     SendDropped,
     SendTask,

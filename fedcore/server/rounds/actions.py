@@ -7,11 +7,11 @@ from typing import Literal
 
 __all__ = [
     "Action",
-    "HoldCollect",
     "Choose",
     "Commit",
     "EndRun",
     "GiveUp",
+    "HoldCollect",
     "Participant",
     "PullAhead",
     "SendDropped",

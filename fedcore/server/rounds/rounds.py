@@ -25,11 +25,11 @@ from collections.abc import Sequence
 
 from .actions import (
     Action,
-    HoldCollect,
     Choose,
     Commit,
     EndRun,
     GiveUp,
+    HoldCollect,
     Participant,
     PullAhead,
     SendDropped,

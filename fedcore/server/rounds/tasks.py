@@ -14,9 +14,9 @@ from fedcore.config import RunConfig
 
 from .actions import (
     Action,
-    HoldCollect,
     Commit,
     EndRun,
+    HoldCollect,
     Participant,
     SendDropped,
     SendTask,

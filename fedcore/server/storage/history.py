@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedcore.server.selection import SiteScore
+from fedcore.server.rounds.selection import SiteScore
 
 __all__ = ["Life", "VersionRow", "read_life", "read_scores", "read_versions", "score_text"]
 

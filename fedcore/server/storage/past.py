@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 from fedcore import protocol
 from fedcore.errors import ConfigError
 from fedcore.monitor.ask import read_summary
-from fedcore.server.selection import best_version, weighted_metrics
+from fedcore.server.rounds.selection import best_version, weighted_metrics
 
 from .history import Life, read_life, read_scores, read_versions
 

@@ -20,10 +20,10 @@ from typing import Any, Final
 
 from fedcore import __version__
 from fedcore.errors import ConfigError, IntegrityError, StorageError
-from fedcore.files.replacing import place_of, put_in_place
 from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.protocol import strict_json
-from fedcore.server.selection import SiteScore
+from fedcore.replacing import place_of, put_in_place
+from fedcore.server.rounds.selection import SiteScore
 
 from .exports import Committed, write_durably, write_export
 from .files import Files, model_name, record_name, scratch_name
