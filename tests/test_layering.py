@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,23 +15,112 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+FLOORS = (
+    {
+        "fedcore",
+        "errors",
+        "words",
+        "weighing",
+        "replacing",
+        "cache",
+        "_device",
+        "_core",
+        "_cuda",
+        "_pump",
+    },
+    {"protocol", "layout", "encoding"},
+    {"config", "security", "transport"},
+    {"files", "monitor", "rules"},
+    {"server", "site"},
+    {"simulation"},
+    {"client"},
+    {"demo"},
+    {"evaluate"},
+    {"cli", "__main__"},
+)
+"""The floors of the Python house, from the ground to the roof; those of one floor may use each other."""
+
+
+def module_of(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts[0] = "fedcore"
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def modules() -> dict[str, Path]:
+    paths = [*(ROOT / "fedcore").rglob("*.py"), *(ROOT / "clients").rglob("*.py")]
+    return {module_of(path): path for path in paths if "examples" not in path.parts}
+
+
 def imported(path: Path) -> set[str]:
+    """Return what a file imports, as full names: modules, and what may be a module's name or a name in it."""
     names: set[str] = set()
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.add(node.module or "")
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            names.update({base, *(f"{base}.{alias.name}" for alias in node.names)})
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names.update(a.value for a in node.args if isinstance(a, ast.Constant))
     return names
 
 
-def test_nothing_below_imports_the_clients_or_the_demo() -> None:
-    files = list((ROOT / "fedcore").rglob("*.py"))
-    assert len(files) > 10
-    for path in files:
-        above = {n for n in imported(path) if n.startswith(("fedcore.client", "fedcore.demo"))}
-        assert not above, f"{path.name} imports {above}"
+@functools.cache
+def arrows() -> dict[str, set[str]]:
+    known = modules()
+    found: dict[str, set[str]] = {}
+    for name, path in known.items():
+        uses = {n for n in imported(path) if n in known or re.match(r"fedcore\._[a-z]", n)} - {name}
+        # `from .a import b` uses the module a.b, or else the name b in a; the package itself is no arrow.
+        found[name] = {
+            n
+            for n in uses
+            if not name.startswith(n + ".") and not any(m.startswith(n + ".") for m in uses)
+        }
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str] | None:
+    """Return the names along a circle of a graph, if there is one."""
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return None
+
+
+def test_no_arrow_between_the_floors_runs_upwards() -> None:
+    floors = {part: level for level, parts in enumerate(FLOORS) for part in parts}
+
+    def floor(name: str) -> int:
+        return floors[name.split(".")[1] if "." in name else name]
+
+    upwards = [
+        f"{name} -> {used}"
+        for name, uses in arrows().items()
+        for used in uses
+        if floor(used) > floor(name)
+    ]
+    assert not upwards
+
+
+def test_no_circle_is_in_the_house() -> None:
+    graph = arrows()
+    assert len(graph) > 100
+    assert circle(graph) is None
+    folders: dict[str, set[str]] = {}
+    for name, uses in graph.items():
+        folder = str(modules()[name].parent)
+        others = {str(modules()[n].parent) for n in uses if n in modules()} - {folder}
+        if modules()[name].parent.name != "fedcore":  # the modules of the ground are no folder
+            folders.setdefault(folder, set()).update(o for o in others if Path(o).name != "fedcore")
+    assert len(folders) > 12
+    assert circle(folders) is None
 
 
 def test_the_server_side_never_imports_torch() -> None:
@@ -48,12 +139,15 @@ def test_the_core_includes_python_in_its_bindings_alone() -> None:
         assert not foreign or binding, path.name
 
 
-FLOORS = ("base", "format", "kernels", "codec", "reduce", "collect", "transfer", "python")
+CORE_FLOORS = ("base", "format", "kernels", "codec", "reduce", "collect", "transfer", "python")
 
 
 def test_the_folders_of_the_core_include_only_what_is_below_them() -> None:
-    below = {folder: {*FLOORS[: level + 1]} for level, folder in enumerate(FLOORS)}
-    below["cuda"] = {*FLOORS[: FLOORS.index("codec") + 1], "cuda"}  # beside the CPU's reduction
+    below = {folder: {*CORE_FLOORS[: level + 1]} for level, folder in enumerate(CORE_FLOORS)}
+    below["cuda"] = {
+        *CORE_FLOORS[: CORE_FLOORS.index("codec") + 1],
+        "cuda",
+    }  # beside the CPU's reduction
     seen = set()
     for path in (ROOT / "csrc").glob("*/*"):
         if path.suffix in (".h", ".hpp", ".cpp", ".inl", ".cu"):

@@ -397,10 +397,9 @@ def demo(
             raise ConfigError(
                 f"the demo needs {name}; install it with: pip install 'fedcore-fl[demo]'"
             )
-    # By name: the demo stands above this package.
-    raise typer.Exit(
-        importlib.import_module("fedcore.demo").main(task.value, seed, out, cache, rounds)
-    )
+    from fedcore.demo import main as run_demo
+
+    raise typer.Exit(run_demo(task.value, seed, out, cache, rounds))
 
 
 app.command(

@@ -169,9 +169,11 @@ def _score(
         raise ConfigError("--tasks: no task is named")
     folder = cache_folder(cache)
     if include is None and any(name.startswith(_LOCAL) for name in names):
-        # By name: the clients and the demo stand above this package.
-        include = importlib.import_module("fedcore.evaluate.choices").write_tasks(folder.resolve())
-    scorer: Any = importlib.import_module("fedcore.evaluate.scorer")
+        from fedcore.evaluate.choices import write_tasks
+
+        include = write_tasks(folder.resolve())
+    from fedcore.evaluate import scorer
+
     arguments = scorer.model_arguments(model, base, dtype)
     scores: list[Any] = scorer.evaluate(
         arguments, names, limit=limit, include=include, batch_size=batch_size, device=device
