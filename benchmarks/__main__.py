@@ -111,7 +111,8 @@ def round_trip(
     frameworks, each installed on first use into a virtual environment of its own in FEDCORE_CACHE.
     """
     from .peers import parse_peers
-    from .round_trip import CLIENTS, Work, measure
+    from .round_trip import CLIENTS, measure
+    from .workload import Work
 
     if client not in CLIENTS:
         raise typer.BadParameter(f"expected one of {', '.join(CLIENTS)}", param_hint="--client")
@@ -168,7 +169,8 @@ def floor(
     json_file: Json = None,
 ) -> None:
     """Time rounds of a small model: what a round costs when there is nothing to move."""
-    from .round_trip import Work, fedcore_rounds
+    from .round_trip import fedcore_rounds
+    from .workload import Work
 
     work = Work(parse_size(size), sites, rounds)
     result = {"bytes": work.model_bytes, "sites": sites, "rounds": rounds, **fedcore_rounds(work)}
@@ -360,7 +362,7 @@ def encryption(
 ) -> None:
     """Time the same rounds over plain and over encrypted connections, and count the processors' seconds."""
     from .encryption import measure
-    from .round_trip import Work
+    from .workload import Work
 
     result = measure(Work(parse_size(size), sites, rounds), repeats)
     show(

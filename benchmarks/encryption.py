@@ -7,7 +7,8 @@ import statistics
 from typing import Any
 
 from .report import GIB
-from .round_trip import Work, fedcore_rounds
+from .round_trip import fedcore_rounds
+from .workload import Work
 
 __all__ = ["measure"]
 

@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,38 +31,10 @@ from fedcore.simulation.processes import simulate
 from .limits import Limits
 from .processes import Family
 from .report import MIB
+from .workload import TENSORS, Work
 
-TENSORS = 148
 CLIENTS = ("reader", "plain")
 _TIMES = "FEDCORE_BENCHMARK_TIMES"
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every framework is given to do."""
-
-    size: int
-    sites: int
-    rounds: int
-
-    @property
-    def elements(self) -> int:
-        """Elements of each of the fp32 tensors."""
-        return max(1, self.size // TENSORS // 4)
-
-    @property
-    def added(self) -> float:
-        """What all rounds together add to a value, exact in fp32."""
-        return self.rounds * (self.sites + 1) / 2
-
-    @property
-    def model_bytes(self) -> int:
-        return self.elements * TENSORS * 4
-
-    @property
-    def round_bytes(self) -> int:
-        """Every site gets the model and sends one."""
-        return 2 * self.sites * self.model_bytes
 
 
 def fedcore_rounds(

@@ -20,7 +20,7 @@ from fedcore.errors import ConfigError, FedcoreError
 
 from ..processes import Family
 from ..report import console
-from ..round_trip import Work
+from ..workload import Work
 from . import flower, nvflare
 from .run import Outcome, PeerError
 

@@ -13,7 +13,7 @@ import socket
 from pathlib import Path
 
 from ..processes import Family
-from ..round_trip import TENSORS, Work
+from ..workload import TENSORS, Work
 from .run import Outcome, PeerError, await_true, finish, tail, time_limit
 
 VERSION = "1.41.0"

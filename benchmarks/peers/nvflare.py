@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ..processes import Family
-from ..round_trip import TENSORS, Work
+from ..workload import TENSORS, Work
 from .run import Outcome, PeerError, finish, tail, time_limit
 
 VERSION = "2.9.0"

@@ -19,7 +19,8 @@ from benchmarks import kernels
 from benchmarks.__main__ import app
 from benchmarks.limits import Limits
 from benchmarks.processes import Family
-from benchmarks.round_trip import TENSORS, Work, check_result, fedcore_rounds, values
+from benchmarks.round_trip import check_result, fedcore_rounds, values
+from benchmarks.workload import TENSORS, Work
 from fedcore import _core
 from fedcore.errors import FedcoreError
 from fedcore.layout import create_model

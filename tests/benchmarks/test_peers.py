@@ -10,7 +10,8 @@ import pytest
 from benchmarks import peers
 from benchmarks.peers import flower, nvflare
 from benchmarks.peers.run import PeerError
-from benchmarks.round_trip import TENSORS, Work, measure
+from benchmarks.round_trip import measure
+from benchmarks.workload import TENSORS, Work
 from fedcore.errors import ConfigError
 
 MIB = 1 << 20
