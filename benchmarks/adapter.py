@@ -20,7 +20,7 @@ import numpy as np
 
 from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
-from fedcore.layout import open_model
+from fedcore.model_file import open_model
 from fedcore.simulation.processes import simulate
 
 from .limits import Limits

@@ -22,7 +22,7 @@ import numpy as np
 import zmq
 
 from fedcore.errors import FedcoreError
-from fedcore.layout import create_model, open_model
+from fedcore.model_file import create_model, open_model
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
 
 from .light_sites import Values, layout

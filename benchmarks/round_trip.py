@@ -25,7 +25,7 @@ import numpy as np
 from fedcore._core import Layout
 from fedcore.config import load_run_file
 from fedcore.errors import FedcoreError
-from fedcore.layout import create_model, open_model
+from fedcore.model_file import create_model, open_model
 from fedcore.simulation.processes import simulate
 
 from .limits import Limits

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from fedcore._core import Codec, Layout, MappedFile, crc32c
 from fedcore.errors import ConfigError
-from fedcore.layout import ModelFile
+from fedcore.model_file import ModelFile
 
 __all__ = ["EncodedUpdate", "ResidualState", "UpdateEncoder", "can_pack"]
 

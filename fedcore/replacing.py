@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fedcore.errors import StorageError
 
-__all__ = ["partial_of", "place_of", "put_in_place"]
+__all__ = ["partial_of", "place_of", "put_in_place", "sync_folder"]
 
 
 def place_of(path: Path) -> Path:
@@ -92,3 +92,12 @@ def _remove_if_left(partial: Path) -> None:
         lock.unlink(missing_ok=True)
     finally:
         os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable, after a file in it was created or renamed."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -28,7 +28,7 @@ FLOORS = (
         "_cuda",
         "_pump",
     },
-    {"protocol", "layout", "encoding"},
+    {"protocol", "layout", "model_file", "encoding"},
     {"config", "security", "transport"},
     {"files", "monitor", "rules"},
     {"server", "site"},

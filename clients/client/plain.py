@@ -21,7 +21,7 @@ from .loading import LoadingHooks
 
 if TYPE_CHECKING:
     from fedcore.files.frozen import FrozenGroup
-    from fedcore.layout import Reader
+    from fedcore.model_file import Reader
 
     from .parameters import ModelParameters
     from .ranks import RankedSession

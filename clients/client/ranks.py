@@ -23,7 +23,8 @@ import torch.distributed as dist
 from fedcore import errors
 from fedcore.errors import ClosedError
 from fedcore.files.frozen import FrozenGroup
-from fedcore.layout import Reader, TensorSpec
+from fedcore.layout import TensorSpec
+from fedcore.model_file import Reader
 from fedcore.site.session import GlobalModel, Outcome, Session
 
 from .current import get_session, reset_session

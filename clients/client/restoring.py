@@ -8,7 +8,8 @@ from typing import Any
 
 from fedcore.errors import LayoutError
 from fedcore.files.opening import weights_file
-from fedcore.layout import compare_layouts, open_model, table
+from fedcore.layout import compare_layouts, table
+from fedcore.model_file import open_model
 
 __all__ = ["restore"]
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from fedcore import protocol
 from fedcore.errors import ClosedError, ConfigError, LayoutError, RunEndedError
-from fedcore.layout import Reader, compare_layouts
+from fedcore.layout import compare_layouts
+from fedcore.model_file import Reader
 from fedcore.site.error_text import error_text
 from fedcore.site.session import GlobalModel, Outcome, Session, changed_layout
 

@@ -10,18 +10,10 @@ from typing import Final
 from fedcore._core import reduce_files
 from fedcore._device import use_device
 from fedcore.errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
-from fedcore.layout import (
-    FLOATS,
-    ModelFile,
-    check_booleans,
-    compare_layouts,
-    create_model,
-    open_model,
-    sync_folder,
-    table,
-)
+from fedcore.layout import FLOATS, compare_layouts, table
+from fedcore.model_file import ModelFile, check_booleans, create_model, open_model
 from fedcore.protocol import MAX_WEIGHT
-from fedcore.replacing import partial_of, place_of, put_in_place
+from fedcore.replacing import partial_of, place_of, put_in_place, sync_folder
 from fedcore.rules import Rule, find_rule
 from fedcore.weighing import effective_weight
 

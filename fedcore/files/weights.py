@@ -10,7 +10,8 @@ from typing import Final
 
 from fedcore._core import Layout
 from fedcore.errors import ConfigError, LayoutError
-from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, open_model, table
+from fedcore.layout import DEFAULT_CHUNK_BYTES, table
+from fedcore.model_file import ModelFile, open_model
 
 from .opening import WEIGHTS
 

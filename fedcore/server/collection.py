@@ -12,7 +12,7 @@ from typing import Final
 from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill
 from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
-from fedcore.layout import ModelFile
+from fedcore.model_file import ModelFile
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
 

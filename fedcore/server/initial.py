@@ -10,14 +10,8 @@ from fedcore._core import find_non_finite
 from fedcore.errors import NonFiniteError
 from fedcore.files.opening import CARD
 from fedcore.files.weights import open_weights
-from fedcore.layout import (
-    FLOATS,
-    ModelFile,
-    check_booleans,
-    check_names,
-    create_model,
-    table,
-)
+from fedcore.layout import FLOATS, check_names, table
+from fedcore.model_file import ModelFile, check_booleans, create_model
 
 __all__ = ["load_initial"]
 

@@ -12,7 +12,8 @@ from fedcore import protocol
 from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError, LayoutError, StorageError
-from fedcore.layout import DEFAULT_CHUNK_BYTES, ModelFile, layout_hash, open_model, table
+from fedcore.layout import DEFAULT_CHUNK_BYTES, layout_hash, table
+from fedcore.model_file import ModelFile, open_model
 from fedcore.server.storage.hashing import Hasher
 from fedcore.server.storage.integrity import checksum_of, verify_model
 from fedcore.server.storage.store import Store, VersionRow

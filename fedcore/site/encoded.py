@@ -8,7 +8,7 @@ from fedcore import protocol
 from fedcore._core import Layout, MappedFile
 from fedcore.encoding import EncodedUpdate, ResidualState, UpdateEncoder, can_pack
 from fedcore.errors import NonFiniteError
-from fedcore.layout import ModelFile
+from fedcore.model_file import ModelFile
 
 from .work import WorkFolder
 

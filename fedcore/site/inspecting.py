@@ -10,7 +10,8 @@ from typing import NoReturn
 from fedcore.errors import ClosedError, ConfigError
 from fedcore.files.frozen import FrozenGroup
 from fedcore.files.inspection import describe, lines
-from fedcore.layout import Reader, TensorSpec
+from fedcore.layout import TensorSpec
+from fedcore.model_file import Reader
 
 from .session import GlobalModel, Session
 from .settings import SiteSettings

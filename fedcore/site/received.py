@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from fedcore.layout import ModelFile
+from fedcore.model_file import ModelFile
 
 __all__ = ["Received"]
 

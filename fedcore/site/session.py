@@ -29,13 +29,8 @@ from fedcore.errors import (
     WeightError,
 )
 from fedcore.files.frozen import FrozenGroup
-from fedcore.layout import (
-    Reader,
-    TensorSpec,
-    compare_layouts,
-    layout_hash,
-    table,
-)
+from fedcore.layout import TensorSpec, compare_layouts, layout_hash, table
+from fedcore.model_file import Reader
 from fedcore.security.rate_limit import TokenBucket
 
 from .connection import Connection

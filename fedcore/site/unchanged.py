@@ -7,7 +7,7 @@ from typing import Final
 
 from typing_extensions import Buffer
 
-from fedcore.layout import Reader
+from fedcore.model_file import Reader
 
 __all__ = ["Unchanged"]
 

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from fedcore import protocol
 from fedcore._core import Layout
 from fedcore.encoding import EncodedUpdate
-from fedcore.layout import ModelFile, Reader, layout_hash
+from fedcore.layout import layout_hash
+from fedcore.model_file import ModelFile, Reader
 
 from .connection import Connection
 from .encoded import Outgoing

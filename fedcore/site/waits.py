@@ -12,7 +12,7 @@ from fedcore import protocol
 from fedcore._core import Codec, Collector, Layout
 from fedcore.encoding import can_pack
 from fedcore.errors import RunEndedError, RunFailedError
-from fedcore.layout import ModelFile
+from fedcore.model_file import ModelFile
 
 from .connection import Connection
 from .progress import Bar, State

@@ -25,7 +25,8 @@ from fedcore import protocol
 from fedcore._core import Layout, MappedFile, crc32c
 from fedcore.encoding import EncodedUpdate, ResidualState
 from fedcore.errors import StorageError
-from fedcore.layout import ModelFile, create_model, layout_hash, open_model
+from fedcore.layout import layout_hash
+from fedcore.model_file import ModelFile, create_model, open_model
 
 from .memory import available_memory
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import adapter
 from fedcore._core import Layout
 from fedcore.errors import FedcoreError
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 
 MIB = 1 << 20
 

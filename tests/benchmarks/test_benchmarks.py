@@ -23,7 +23,7 @@ from benchmarks.round_trip import check_result, fedcore_rounds, values
 from benchmarks.workload import TENSORS, Work
 from fedcore import _core
 from fedcore.errors import FedcoreError
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 
 from .conftest import ROOT
 

@@ -17,7 +17,7 @@ from fedcore import protocol
 from fedcore._core import Layout
 from fedcore.client.parameters import ModelParameters
 from fedcore.errors import LayoutError
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.server.outcome import RunResult
 
 BAD: dict[Any, str] = {

@@ -9,7 +9,7 @@ import torch
 
 from fedcore._core import Layout
 from fedcore.client.sharding import put
-from fedcore.layout import ModelFile, create_model
+from fedcore.model_file import ModelFile, create_model
 from fedcore.site.received import Received
 
 MIB = 1 << 20

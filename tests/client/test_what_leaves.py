@@ -16,7 +16,7 @@ import torch
 
 import fedcore.client.hf as fl
 from fedcore import protocol
-from fedcore.layout import open_model
+from fedcore.model_file import open_model
 from fedcore.server.outcome import RunResult
 
 HOME = "/home/a-private-name/models"

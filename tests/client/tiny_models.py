@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedcore._core import Layout
 from fedcore.client.parameters import ModelParameters
 from fedcore.files.opening import weights_name
-from fedcore.layout import DEFAULT_CHUNK_BYTES, create_model
+from fedcore.layout import DEFAULT_CHUNK_BYTES
+from fedcore.model_file import create_model
 from fedcore.server.storage.readme import readme
 
 ROWS = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(3))

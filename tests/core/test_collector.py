@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedcore._core import Collector, Exchange, Layout, crc32c
-from fedcore.layout import create_model, open_model
+from fedcore.model_file import create_model, open_model
 
 LAYOUT = Layout([("w", "F32", [60_001]), ("h", "BF16", [777])], 4096)
 

@@ -13,7 +13,7 @@ import pytest
 
 from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill, crc32c
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
-from fedcore.layout import ModelFile, create_model
+from fedcore.model_file import ModelFile, create_model
 
 from .test_spill import CHUNK, CHUNKS, LAYOUT, WEIGHTS, Federation, spill_file, update
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedcore import _core
 from fedcore._core import Collector, Exchange, Layout
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 
 CHUNK = 4096
 LAYOUT = Layout(

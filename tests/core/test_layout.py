@@ -10,7 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from fedcore._core import FlatWriter, Layout, MappedFile, crc32c
 from fedcore.errors import LayoutError, NonFiniteError, StorageError
-from fedcore.layout import create_model, layout_hash, open_model
+from fedcore.layout import layout_hash
+from fedcore.model_file import create_model, open_model
 from fedcore.server.initial import load_initial
 
 SPECS = [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedcore._core import Collector, Exchange, Layout
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 
 CHUNK = 4096
 CHUNKS = 100

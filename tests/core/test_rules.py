@@ -15,7 +15,7 @@ from fedcore import _core
 from fedcore.cli import main
 from fedcore.errors import ConfigError, NonFiniteError
 from fedcore.files.average import aggregate_files
-from fedcore.layout import create_model, open_model
+from fedcore.model_file import create_model, open_model
 from fedcore.rules import RULES
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedcore._core import Collector, Exchange, Layout
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 
 BEAT = 1000
 PATIENCE = 6 * BEAT  # five heartbeats, and the look at them

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fedcore._core import Collector, Exchange, Layout, Spill
-from fedcore.layout import ModelFile, create_model
+from fedcore.model_file import ModelFile, create_model
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [30_001]), ("d", "F64", [700]), ("h", "BF16", [777])], CHUNK)

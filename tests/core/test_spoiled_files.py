@@ -16,7 +16,7 @@ from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile
 from fedcore.encoding import can_pack
 from fedcore.errors import StorageError
 from fedcore.files.average import aggregate_files
-from fedcore.layout import ModelFile, create_model, open_model
+from fedcore.model_file import ModelFile, create_model, open_model
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [8 * CHUNK // 4])], CHUNK)

@@ -11,7 +11,7 @@ import pytest
 
 from fedcore import _core
 from fedcore._core import Layout
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 
 from .reference import CHUNK, flat, mean, random_update, stands_for
 from .world import Site, World

@@ -9,7 +9,7 @@ import pytest
 from fedcore import protocol
 from fedcore._core import Collector, Exchange, Layout, crc32c
 from fedcore.errors import ProtocolError, WeightError
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.protocol import Kind
 
 from .faults import Fault, flipped, inject, once

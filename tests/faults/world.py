@@ -18,7 +18,8 @@ from pathlib import Path
 from fedcore._core import Codec, Collector, Exchange, Layout, Record, Spill, crc32c
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.errors import NonFiniteError, WeightError
-from fedcore.layout import ModelFile, TensorSpec, compare_layouts, create_model, reopen_model, table
+from fedcore.layout import TensorSpec, compare_layouts, table
+from fedcore.model_file import ModelFile, create_model, reopen_model
 from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
 
 from .reference import CHUNK, TOP_K

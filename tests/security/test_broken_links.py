@@ -11,7 +11,7 @@ import pytest
 
 from fedcore import protocol
 from fedcore._core import Collector, Layout
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.transport.link import Control
 
 from ..server.relay import Relay

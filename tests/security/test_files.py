@@ -14,7 +14,7 @@ import pytest
 from fedcore.config import load_run_file
 from fedcore.errors import ConfigError, LayoutError
 from fedcore.files.inspection import inspect_file, lines
-from fedcore.layout import open_model
+from fedcore.model_file import open_model
 from fedcore.server.initial import load_initial
 
 

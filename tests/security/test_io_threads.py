@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedcore._core import Collector
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.transport.link import _IO_THREADS, SiteLink
 
 from .conftest import Links, Parties, wait

@@ -13,7 +13,7 @@ import pytest
 
 from fedcore import protocol
 from fedcore._core import Collector, Layout
-from fedcore.layout import ModelFile, create_model
+from fedcore.model_file import ModelFile, create_model
 from fedcore.security.keys import Credentials, Identity, KeyPair, Role
 from fedcore.transport.link import Control, ServerLink, SiteLink
 

@@ -13,7 +13,8 @@ import zmq
 from fedcore import protocol
 from fedcore._core import Exchange, Layout
 from fedcore.errors import ProtocolError
-from fedcore.layout import ModelFile, create_model, layout_hash, table
+from fedcore.layout import layout_hash, table
+from fedcore.model_file import ModelFile, create_model
 from fedcore.protocol import Kind
 from fedcore.transport.link import HEARTBEAT_MS, control_frames, now_ms
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from fedcore._core import Exchange, Layout
 from fedcore.errors import StorageError
-from fedcore.layout import create_model, open_model
+from fedcore.model_file import create_model, open_model
 from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.rounds.selection import SiteScore

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedcore._core import Layout
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.server.rounds.selection import SiteScore
 from fedcore.server.storage.integrity import checksum_of
 from fedcore.server.storage.store import Store, VersionRow

@@ -22,7 +22,7 @@ from journal_driver import attempt
 
 from fedcore._core import Exchange, Layout
 from fedcore.errors import StorageError
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.server.collection import Collection, CollectionSetting, open_spill
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch

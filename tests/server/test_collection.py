@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedcore._core import Exchange, Layout, Spill
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.service import Server

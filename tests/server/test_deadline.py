@@ -11,7 +11,8 @@ import pytest
 from fedcore import protocol
 from fedcore._core import Layout
 from fedcore.config import parse_run
-from fedcore.layout import create_model, layout_hash, table
+from fedcore.layout import layout_hash, table
+from fedcore.model_file import create_model
 from fedcore.server import service
 from fedcore.server.rounds.rounds import Phase
 from fedcore.server.service import Server

@@ -14,7 +14,7 @@ import pytest
 
 from fedcore import protocol
 from fedcore.errors import StorageError
-from fedcore.layout import sync_folder
+from fedcore.replacing import sync_folder
 from fedcore.server.service import Server
 from fedcore.server.storage import files
 from fedcore.transport.link import DataEvent

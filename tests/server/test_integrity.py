@@ -18,7 +18,7 @@ import pytest
 
 from fedcore.config import parse_run
 from fedcore.errors import BusyError, ConfigError, IntegrityError, StorageError
-from fedcore.layout import open_model
+from fedcore.model_file import open_model
 from fedcore.server.collection import Collection
 from fedcore.server.outcome import Ending, Outcome
 from fedcore.server.rounds.actions import Commit

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from fedcore import protocol
 from fedcore._core import Layout
 from fedcore.errors import LayoutError
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
@@ -78,7 +78,7 @@ def test_an_adapter_for_each_expert_of_a_large_mixture_goes_through_its_rounds(
 def test_more_tensors_than_a_model_file_describes_are_refused_with_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedcore.layout._MAX_HEADER", 100_000)
+    monkeypatch.setattr("fedcore.model_file._MAX_HEADER", 100_000)
     with pytest.raises(
         LayoutError, match=r"of 2,000 tensors take .* may have 100,000: choose fewer"
     ):

@@ -14,7 +14,7 @@ import pytest
 
 from fedcore._core import Codec, Exchange, Layout, Record, Spill
 from fedcore.encoding import UpdateEncoder
-from fedcore.layout import ModelFile, create_model
+from fedcore.model_file import ModelFile, create_model
 from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedcore._core import Exchange, Layout
-from fedcore.layout import create_model, layout_hash
+from fedcore.layout import layout_hash
+from fedcore.model_file import create_model
 from fedcore.server import versions as module
 from fedcore.server.storage.store import Store
 from fedcore.server.versions import Versions

@@ -11,7 +11,8 @@ import pytest
 
 from fedcore import protocol as p
 from fedcore._core import Codec, Collector
-from fedcore.layout import ModelFile, create_model, layout_hash, table
+from fedcore.layout import layout_hash, table
+from fedcore.model_file import ModelFile, create_model
 from fedcore.site.session import Session
 
 from .test_session import DEADLINE, LAYOUT, SPECS, Stage, fill, stage

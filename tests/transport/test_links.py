@@ -17,7 +17,7 @@ import zmq
 from fedcore import protocol
 from fedcore._core import Collector, Layout
 from fedcore.errors import BusyError, ClosedError, ConfigError
-from fedcore.layout import ModelFile, create_model
+from fedcore.model_file import ModelFile, create_model
 from fedcore.transport.link import Control, ServerLink, SiteLink, now_ms, pump_name
 
 DEADLINE = 20.0

@@ -23,7 +23,8 @@ from fedcore.errors import (
     TransferTimeout,
     WeightError,
 )
-from fedcore.layout import ModelFile, create_model, layout_hash, table
+from fedcore.layout import layout_hash, table
+from fedcore.model_file import ModelFile, create_model
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, provision
 from fedcore.site.session import Session

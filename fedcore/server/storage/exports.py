@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedcore.errors import IntegrityError
 from fedcore.files.opening import weights_name
-from fedcore.layout import sync_folder
+from fedcore.replacing import sync_folder
 
 from .files import ABOUT, Files, about_export, keep_additions, new_and_old, remove_export
 from .integrity import verify_model

@@ -21,7 +21,8 @@ from typing import Final
 
 from fedcore.errors import IntegrityError, LayoutError, StorageError
 from fedcore.files.opening import CARD, WEIGHTS
-from fedcore.layout import open_model, sync_folder
+from fedcore.model_file import open_model
+from fedcore.replacing import sync_folder
 
 from .journal import Journal, storing
 

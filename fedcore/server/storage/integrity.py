@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fedcore._core import crc32c
 from fedcore.errors import FedcoreError, IntegrityError
-from fedcore.layout import DEFAULT_CHUNK_BYTES, open_model
+from fedcore.layout import DEFAULT_CHUNK_BYTES
+from fedcore.model_file import open_model
 
 __all__ = ["checksum_of", "verify_model"]
 

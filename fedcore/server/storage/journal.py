@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from fedcore import __version__
 from fedcore.errors import ConfigError, FedcoreError, IntegrityError, StorageError
-from fedcore.layout import sync_folder
+from fedcore.replacing import sync_folder
 
 __all__ = ["SCHEMA", "Journal", "storing"]
 

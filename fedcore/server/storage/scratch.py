@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fedcore._core import Layout, Record
 from fedcore.errors import ConfigError, StorageError
-from fedcore.layout import ModelFile, create_model, layout_hash, reopen_model
+from fedcore.layout import layout_hash
+from fedcore.model_file import ModelFile, create_model, reopen_model
 from fedcore.server.rounds.actions import Participant
 
 __all__ = ["Scratch"]
