@@ -26,7 +26,7 @@ import sys
 import numpy as np
 from fedcore._core import Layout
 from fedcore.security.door import Secured
-from fedcore.layout import create_model
+from fedcore.model_file import create_model
 from fedcore.security.keys import AllowList, KeyPair, Role
 from fedcore.transport.link import ServerLink
 
