@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("tests.support")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _hangup_ends_a_process() -> None:

@@ -161,6 +161,18 @@ def test_the_folders_of_the_core_include_only_what_is_below_them() -> None:
     assert not loose, "a source of the core lies in the folder of its subject"
 
 
+def test_no_test_module_imports_another_one() -> None:
+    files = list((ROOT / "tests").rglob("*.py"))
+    assert len(files) > 100
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                last = {(node.module or "").rpartition(".")[2], *(n.name for n in node.names)}
+                within = node.level > 0 or (node.module or "").startswith("tests")
+                tests = {name for name in last if name.startswith(("test_", "conftest"))}
+                assert not (within and tests), f"{path.name}: what tests share is in tests/support"
+
+
 @pytest.mark.parametrize(
     ("name", "others"), [("arith", set()), ("decode", {'"kernels/arith.hpp"'})]
 )

@@ -12,8 +12,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 import benchmarks  # noqa: E402, F401 - it takes the root, where fedcore lies uncompiled, off the path again
 
-SOURCES = ("movie", "amazon", "nyt", "tweets")
-WORDS = ("good", "fine", "bad", "awful", *SOURCES, "film", "day")
+from ..support.texts import WORDS  # noqa: E402 - it imports the benchmarks
 
 
 @pytest.fixture

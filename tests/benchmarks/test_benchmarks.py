@@ -25,20 +25,9 @@ from fedcore import _core
 from fedcore.errors import FedcoreError
 from fedcore.model_file import create_model
 
-from .conftest import ROOT
+from ..support.benchmarking import ROOT, command
 
 MIB = 1 << 20
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120"},
-    )
 
 
 def test_the_help_names_every_benchmark() -> None:

@@ -15,7 +15,7 @@ from benchmarks.encodings import Work
 from fedcore import _core, _device
 from fedcore.errors import ConfigError, FedcoreError
 
-from .test_benchmarks import command
+from ..support.benchmarking import command
 
 SIZE = 1 << 20
 FINITE, DECLINED = 0, 2

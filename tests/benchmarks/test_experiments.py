@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +31,13 @@ from benchmarks.experiments.sentiment import Text, _vader_rows, make_pool
 from benchmarks.experiments.summary import peft_rows, steady_rows, swing
 from fedcore.errors import ConfigError
 
-from .conftest import SOURCES, WORDS
+from ..support.texts import SOURCES, texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = Settings(
     layers=2, frozen=1, train_rows=12, test_rows=5, rounds=2, steps=5, batch_size=4, max_tokens=8
 )
-
-
-def texts(rows: int = 40) -> list[Text]:
-    draw = random.Random(3)
-    found = []
-    for source in SOURCES:
-        for number in range(rows):
-            positive = draw.random() < 0.5
-            words = [draw.choice(WORDS[:2] if positive else WORDS[2:4]), source]
-            words += draw.choices(WORDS, k=4)
-            text = f"{' '.join(words)} {number}"
-            label = "positive" if positive else "negative"
-            found.append(Text(text, label, source, f"{source}/{number // 2}"))
-    return found
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from ..support.benchmarking import ROOT
+from ..support.texts import exchanges, texts
 from .small_hub import Fetched, small_hub
-from .test_experiments import texts
-from .test_sft import exchanges
 
 pytestmark = pytest.mark.slow
 

@@ -8,27 +8,10 @@ from benchmarks.memory import Load, measure
 from benchmarks.report import MIB
 from fedcore.server.budget import SITE_BYTES
 
+from ..support.benchmarking import SPREAD, spread
+
 BUDGET = 16 * MIB
 SIZE = 48 * MIB  # three times the budget
-SPREAD = 1.05
-
-
-def spread(*loads: Load, rounds: int = 6) -> float:
-    """Return the highest peak over the lowest, each under a hard limit of the budget over the idle server.
-
-    A load's peak is the highest of several rounds: how much of its budget a server comes to hold in one is also a
-    matter of who sent first. Loads are measured in turns, until their peaks agree, for ``rounds`` turns at most.
-    """
-    found: dict[Load, int] = dict.fromkeys(loads, 0)
-    for _ in range(rounds):
-        for load in loads:
-            row = measure(load)
-            print(load, {k: round(v / MIB, 1) for k, v in row.items() if k.endswith("bytes")})
-            assert row["peak_rss_bytes"] <= row["idle_rss_bytes"] + load.budget
-            found[load] = max(found[load], row["peak_rss_bytes"])
-        if max(found.values()) <= SPREAD * min(found.values()):
-            break
-    return max(found.values()) / min(found.values())
 
 
 def test_the_peak_is_the_same_for_more_sites_and_a_larger_model() -> None:

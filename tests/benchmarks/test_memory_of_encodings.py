@@ -7,7 +7,7 @@ import pytest
 from benchmarks.memory import Load, measure
 from benchmarks.report import MIB
 
-from .test_memory import SPREAD, spread
+from ..support.benchmarking import SPREAD, spread
 
 BUDGET = 24 * MIB
 SIZE = 32 * MIB

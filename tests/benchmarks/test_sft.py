@@ -21,15 +21,13 @@ from fedcore.demo.causal import Exchange
 from fedcore.errors import ConfigError
 from fedcore.evaluate.scorer import TaskScore
 
+from ..support.texts import exchanges
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = Settings(
     train_rows=8, val_rows=3, max_tokens=40, rounds=2, steps=2, batch_size=4, learning_rate=1e-2
 )
-
-
-def exchanges(word: str, rows: int = 11) -> list[Exchange]:
-    return [Exchange(f"{word} {number}", f"{word[0]}{number} {word}") for number in range(rows)]
 
 
 SOURCES = {"north": exchanges("snow"), "south": exchanges("sand")}

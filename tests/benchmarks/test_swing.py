@@ -15,17 +15,10 @@ from benchmarks.experiments.federation import Stride
 from benchmarks.experiments.peft import Lab, Source
 from benchmarks.experiments.reports import swing_report
 from benchmarks.experiments.summary import swing_rows
-from benchmarks.experiments.swing import (
-    WAYS,
-    SwingSettings,
-    Way,
-    load_topics,
-    run_way,
-    run_ways,
-)
+from benchmarks.experiments.swing import WAYS, SwingSettings, Way, load_topics, run_way, run_ways
 from fedcore.errors import ConfigError
 
-from .test_experiments import texts
+from ..support.texts import texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,7 +19,7 @@ from fedcore.client.parameters import ModelParameters
 from fedcore.errors import LayoutError
 from fedcore.server.outcome import RunResult
 
-from .test_trainers import hf_trainer, loader, make_trainer
+from ..support.trainers import hf_trainer, loader, make_trainer
 
 
 class Loss(torch.nn.Module):

@@ -23,7 +23,7 @@ from fedcore.client.hf_counting import StepCounter
 from fedcore.errors import ConfigError
 from fedcore.server.outcome import RunResult
 
-from .test_ranks import start_two
+from ..support.ranks import start_two
 from .tiny_llama import llama, tokenizer
 
 OPTIONS: Any = {

@@ -19,7 +19,7 @@ from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
-from ..server.test_runs import run, run_config, site
+from ..support.runs import run, run_config, site
 
 ADDRESS = "tcp://127.0.0.1:7733"
 

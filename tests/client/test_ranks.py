@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +15,18 @@ from safetensors.torch import load_file
 
 from fedcore.server.outcome import RunResult
 
+from ..support.ranks import SCRIPTS, finish, launch, start_two
+
 ROUNDS = 3
-SCRIPTS = Path(__file__).parent / "ranked"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ACCELERATE = [  # without --multi_gpu it starts one process; the script says that there is no accelerator
     "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0",
 ]  # fmt: skip
-SECONDS = 200  # what a busy machine needs at most
 
 
 def start(script: str, *arguments: object, launcher: list[str] | None = None) -> list[Any]:
     """Run a script that is started once, by itself or by a launcher, and starts its other processes."""
     return finish([launch([*(launcher or []), str(SCRIPTS / script), *map(str, arguments)])])
-
-
-def start_two(script: str, *arguments: object) -> list[Any]:
-    """Run a script in two processes, as torchrun would."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return finish(
-        [
-            launch(
-                [str(SCRIPTS / script), *map(str, arguments)],
-                {**world, "RANK": rank, "LOCAL_RANK": rank},
-            )
-            for rank in ("0", "1")
-        ]
-    )
-
-
-def launch(command: list[str], environment: dict[str, str] | None = None) -> Any:
-    return subprocess.Popen(
-        [sys.executable, "-P", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FEDCORE_PROGRESS": "0", **(environment or {})},
-    )  # fmt: skip
-
-
-def finish(processes: list[Any]) -> list[Any]:
-    """Wait for processes; each gets ``said``, all that it wrote."""
-    with ThreadPoolExecutor(len(processes)) as pool:
-        try:
-            said = list(pool.map(lambda p: "".join(p.communicate(timeout=SECONDS)), processes))
-        finally:
-            for process in processes:
-                process.kill()
-    for process, text in zip(processes, said, strict=True):
-        process.said = text
-    return processes
 
 
 def assert_both_took_part(processes: list[Any]) -> None:

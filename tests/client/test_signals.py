@@ -14,7 +14,7 @@ import pytest
 
 from fedcore.site.signals import end_in_order, let_go
 
-from ..server.test_crashes import Federation, heed_signals
+from ..support.processes import Federation, heed_signals
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -15,7 +15,7 @@ from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill,
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.model_file import ModelFile, create_model
 
-from .test_spill import CHUNK, CHUNKS, LAYOUT, WEIGHTS, Federation, spill_file, update
+from ..support.spilling import CHUNK, CHUNKS, LAYOUT, WEIGHTS, Federation, spill_file, update
 
 LOSSY = ["bf16", "int8", "nf4", "top-k"]
 

@@ -11,9 +11,9 @@ import pytest
 from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.errors import ConfigError, StorageError
 
-from ..faults.world import header
-from .test_groups import CHUNK
+from ..support.frames import header
 
+CHUNK = 4096
 CHUNKS = 40
 LAYOUT = Layout([("w", "F32", [CHUNKS * CHUNK // 4 - 9])], CHUNK)
 SET = b"m" * 16

@@ -13,8 +13,9 @@ from fedcore._core import Layout
 from fedcore.layout import table
 from fedcore.protocol import Kind
 
+from ..support.frames import header
 from .reference import CHUNK, DTYPES, FLOATS, SPECIAL_BITS, stored
-from .world import Frame, Interference, Site, World, chunk_frame, header
+from .world import Frame, Interference, Site, World, chunk_frame
 
 
 class Fault(enum.Enum):

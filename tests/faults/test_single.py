@@ -12,9 +12,10 @@ from fedcore.errors import ProtocolError, WeightError
 from fedcore.model_file import create_model
 from fedcore.protocol import Kind
 
+from ..support.frames import header
 from .faults import Fault, flipped, inject, once
 from .reference import CHUNK, SPECIAL_BITS, flat, mean, random_update
-from .world import LOST_MS, Frame, Site, World, chunk_frame, header
+from .world import LOST_MS, Frame, Site, World, chunk_frame
 
 LAYOUT = Layout([("w", "F32", [5000]), ("h", "BF16", [777]), ("n", "I64", [3])], CHUNK)
 WEIGHTS = {"a": 3, "b": (1 << 24) - 1, "c": 1}

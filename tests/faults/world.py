@@ -15,36 +15,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcore._core import Codec, Collector, Exchange, Layout, Record, Spill, crc32c
+from fedcore._core import Codec, Collector, Exchange, Layout, Record, Spill
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.errors import NonFiniteError, WeightError
 from fedcore.layout import TensorSpec, compare_layouts, table
 from fedcore.model_file import ModelFile, create_model, reopen_model
-from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
+from fedcore.protocol import Kind
 
+from ..support.frames import header
 from .reference import CHUNK, TOP_K
 
 PAGE = 4096
 LOST_MS = 20_000
 SPILL_EXTENT = 4 * CHUNK
 MAX_STEPS = 20_000
-
-
-def header(
-    kind: int,
-    set_id: bytes = bytes(16),
-    index: int = 0,
-    count: int = 0,
-    body: bytes = b"",
-    *,
-    version: int = PROTOCOL_VERSION,
-    length: int | None = None,
-) -> bytes:
-    """A header with right checksums, whatever else is wrong with it."""
-    size = len(body) if length is None else length
-    crc = crc32c(body) if body else 0
-    head = HEADER.pack(MAGIC, version, kind, 0, 0, set_id, index, count, size, crc, 0)
-    return head[:44] + crc32c(head[:44]).to_bytes(4, "little")
 
 
 def chunk_frame(peer: bytes, set_id: bytes, index: int, body: bytes) -> Frame:

@@ -21,7 +21,7 @@ import zmq
 sys.path.append(str(Path(__file__).parents[2]))  # behind the installed package
 
 from fedcore.security.keys import Credentials, load_kit
-from tests.server.test_fuzz import Fuzzer
+from tests.support.fuzzer import Fuzzer
 
 GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32)
 

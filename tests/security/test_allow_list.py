@@ -15,8 +15,6 @@ from fedcore.security.provision import Provisioned, admit, revoke
 from fedcore.server import access
 from fedcore.server.access import Access
 
-from .test_runs import kits  # noqa: F401  (fixture)
-
 
 class Looking:
     """A server's look at its list, with a clock of its own."""
@@ -44,7 +42,7 @@ def access_of(tmp_path: Path, server: Path, **people: object) -> Access:
 @pytest.fixture
 def looking(
     tmp_path: Path,
-    kits: Provisioned,  # noqa: F811
+    kits: Provisioned,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Looking]:
     found = access_of(tmp_path, kits.server)
@@ -142,7 +140,7 @@ def test_a_key_added_by_hand_needs_no_change_of_the_count(looking: Looking) -> N
 
 def test_a_server_does_not_start_with_a_list_that_is_cut_short(
     tmp_path: Path,
-    kits: Provisioned,  # noqa: F811
+    kits: Provisioned,
 ) -> None:
     path = kits.server / "allow.toml"
     path.write_text(cut_between_keys(path.read_text()))
@@ -169,7 +167,7 @@ def test_a_server_does_not_start_with_a_list_that_is_cut_short(
 )
 def test_sites_of_the_run_file_without_a_key_are_named_with_the_command(
     tmp_path: Path,
-    kits: Provisioned,  # noqa: F811
+    kits: Provisioned,
     people: dict[str, object],
     said: str | None,
 ) -> None:

@@ -14,8 +14,8 @@ from fedcore._core import Collector, Layout
 from fedcore.model_file import create_model
 from fedcore.transport.link import Control
 
-from ..server.relay import Relay
-from .conftest import DEADLINE, Links, Parties, wait
+from ..support.links import DEADLINE, Links, Parties, wait
+from ..support.relay import Relay
 
 MIB = 1 << 20
 CHUNKS = 12

@@ -20,8 +20,8 @@ from fedcore.security.door import Doorkeeper
 from fedcore.security.keys import Credentials, KeyPair
 from fedcore.transport.link import Control, control_frames
 
-from ..server.relay import Relay
-from .conftest import DEADLINE, Links, Parties, wait
+from ..support.links import DEADLINE, Links, Parties, wait
+from ..support.relay import Relay
 
 
 class Door:

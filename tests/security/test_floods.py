@@ -18,8 +18,8 @@ from fedcore.security.provision import Provisioned
 from fedcore.server import peers
 from fedcore.transport.link import Control, SiteLink, control_frames
 
-from .conftest import DEADLINE, Links
-from .test_runs import join, kits, models, running, server_of, site  # noqa: F401  (a fixture)
+from ..support.links import DEADLINE, Links
+from ..support.secured_runs import join, models, running, server_of, site
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -48,7 +48,7 @@ def lines(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
 
 def test_a_site_that_floods_is_named_and_cut_and_the_others_have_the_same_models(
     tmp_path: Path,
-    kits: Provisioned,  # noqa: F811
+    kits: Provisioned,
     links: Links,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -77,7 +77,7 @@ def test_a_site_that_floods_is_named_and_cut_and_the_others_have_the_same_models
 
 def test_an_observer_that_floods_is_named_and_dropped_and_the_others_are_answered(
     tmp_path: Path,
-    kits: Provisioned,  # noqa: F811
+    kits: Provisioned,
     links: Links,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -101,7 +101,7 @@ def test_an_observer_that_floods_is_named_and_dropped_and_the_others_are_answere
 
 def test_a_site_that_says_the_same_without_end_fills_neither_log_nor_journal(
     tmp_path: Path,
-    kits: Provisioned,  # noqa: F811
+    kits: Provisioned,
     links: Links,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

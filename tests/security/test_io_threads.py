@@ -15,8 +15,7 @@ from fedcore._core import Collector
 from fedcore.model_file import create_model
 from fedcore.transport.link import _IO_THREADS, SiteLink
 
-from .conftest import Links, Parties, wait
-from .test_links import model
+from ..support.links import Links, Parties, model, wait
 
 ELEMENTS = 16 << 20
 SET = bytes(range(16))

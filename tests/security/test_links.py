@@ -8,16 +8,13 @@ import uuid
 from collections import Counter
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 from fedcore import protocol
-from fedcore._core import Collector, Layout
-from fedcore.model_file import ModelFile, create_model
 from fedcore.security.keys import Credentials, Identity, KeyPair, Role
 from fedcore.transport.link import Control, ServerLink, SiteLink
 
-from .conftest import Links, Parties, refusal, relay, wait
+from ..support.links import Links, Parties, pulled, refusal, relay, wait
 
 
 def hello(server: ServerLink, link: SiteLink) -> Control:
@@ -27,30 +24,6 @@ def hello(server: ServerLink, link: SiteLink) -> Control:
     found = wait(server, lambda m: isinstance(m, Control) and text.encode() in m.body)
     assert isinstance(found, Control)
     return found
-
-
-def model(elements: int) -> tuple[ModelFile, np.ndarray]:
-    values = np.random.default_rng(3).standard_normal(elements).astype(np.float32)
-    file = create_model(None, Layout([("w", "F32", [elements])], 4096))
-    file.view("w")[:] = values.tobytes()
-    return file, values
-
-
-def pulled(server: ServerLink, site: SiteLink, peer: bytes, elements: int) -> bytes:
-    """Publish at the site, pull at the server; return what came."""
-    file, values = model(elements)
-    set_id = uuid.uuid4().bytes
-    total = file.layout.total_bytes
-    site.exchange.publish(set_id, file.file, file.data_offset, total, 4096)
-    target = create_model(None, file.layout)
-    collector = Collector(
-        file.layout, [(peer, set_id, 1)], target.file, target.data_offset, None, 1 << 20
-    )
-    server.exchange.start(collector)
-    server.kick()
-    wait(server, lambda m: isinstance(m, tuple) and m[0] == "done")
-    assert bytes(target.view("w")) == values.tobytes()
-    return values.tobytes()
 
 
 def test_a_peer_is_known_by_the_name_of_its_key(pump: str, links: Links, parties: Parties) -> None:

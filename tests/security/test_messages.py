@@ -20,8 +20,8 @@ from fedcore.server.service import Server
 from fedcore.server.status import within_a_message
 from fedcore.transport.link import Control, SiteLink, control_frames
 
-from .conftest import DEADLINE, Links, wait
-from .test_runs import join, kits, waiting  # noqa: F401  (fixtures)
+from ..support.links import DEADLINE, Links, wait
+from ..support.secured_runs import join
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -180,8 +180,8 @@ def test_answers_that_are_not_read_are_bounded_for_each_key_and_those_of_others_
 
 @pytest.mark.parametrize("what", ["join", "status"])
 def test_who_asks_without_end_for_large_answers_has_few(
-    waiting: Server,  # noqa: F811
-    kits: Provisioned,  # noqa: F811
+    waiting: Server,
+    kits: Provisioned,
     links: Links,
     monkeypatch: pytest.MonkeyPatch,
     what: str,
@@ -227,8 +227,8 @@ def told(link: SiteLink, kind: type[Any]) -> Any:
 
 @pytest.mark.parametrize("depth", [30, 900, 100_000])
 def test_a_config_that_is_nested_without_end_ends_no_server(
-    waiting: Server,  # noqa: F811
-    kits: Provisioned,  # noqa: F811
+    waiting: Server,
+    kits: Provisioned,
     links: Links,
     depth: int,
 ) -> None:
@@ -243,8 +243,8 @@ def test_a_config_that_is_nested_without_end_ends_no_server(
 
 
 def test_a_key_whose_message_is_none_is_told_and_not_heard_for_a_while(
-    waiting: Server,  # noqa: F811
-    kits: Provisioned,  # noqa: F811
+    waiting: Server,
+    kits: Provisioned,
     links: Links,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -266,8 +266,8 @@ def test_a_key_whose_message_is_none_is_told_and_not_heard_for_a_while(
 
 
 def test_a_site_whose_config_has_an_endless_name_fills_no_log(
-    waiting: Server,  # noqa: F811
-    kits: Provisioned,  # noqa: F811
+    waiting: Server,
+    kits: Provisioned,
     links: Links,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -30,8 +30,8 @@ from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
 from fedcore.transport.link import Control, SiteLink
 
-from ..server.test_fuzz import anonymous_bytes
-from .conftest import wait
+from ..support.fuzzer import anonymous_bytes
+from ..support.links import wait
 
 ROUNDS = int(os.environ.get("FEDCORE_ATTACK_ROUNDS", "12"))
 TRAIN = float(os.environ.get("FEDCORE_ATTACK_TRAIN", "10"))

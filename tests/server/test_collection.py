@@ -21,7 +21,7 @@ from fedcore.server.storage.scratch import Scratch
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
-from .test_runs import run, run_config
+from ..support.runs import run, run_config
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [20_000])], CHUNK)

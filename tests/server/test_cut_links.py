@@ -17,8 +17,8 @@ from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
-from .relay import Flow, Relay
-from .test_runs import run_config
+from ..support.relay import Flow, Relay
+from ..support.runs import run_config
 
 pytestmark = pytest.mark.timeout(60)
 

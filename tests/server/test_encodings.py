@@ -25,7 +25,7 @@ from fedcore.site import encoded as outgoing
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
-from .test_runs import run
+from ..support.runs import run
 
 COUNT = 300_000
 LAYOUT = _core.Layout([("w", "F32", [COUNT]), ("n", "I64", [2])])

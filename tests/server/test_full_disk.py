@@ -19,7 +19,7 @@ from fedcore.server.service import Server
 from fedcore.server.storage import files
 from fedcore.transport.link import DataEvent
 
-from .test_runs import run, run_config, site
+from ..support.runs import run, run_config, site
 
 STEPS = {"a": (1.25, 1), "b": (3.1, 3)}
 

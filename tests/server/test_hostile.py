@@ -24,30 +24,10 @@ from fedcore.server import service
 from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
-from fedcore.transport.link import Control, SiteLink, control_frames
+from fedcore.transport.link import SiteLink, control_frames
 
-from .test_runs import SPECS, run, run_config, site, writer
-
-DEADLINE = 20.0
-
-
-class RawSite:
-    """Speaks the control messages one by one."""
-
-    def __init__(self, address: str, name: str) -> None:
-        self.link = SiteLink(address, uuid4().bytes)
-        self.link.send(protocol.Join(version="test", site=name, instance=uuid4().hex))
-        self.await_message(protocol.Welcome)
-
-    def await_message(self, kind: type[Any]) -> Any:
-        until = time.monotonic() + DEADLINE
-        while time.monotonic() < until:
-            arrived = self.link.recv(until - time.monotonic())
-            if isinstance(arrived, Control):
-                message = protocol.decode_from_server(arrived.body)
-                if isinstance(message, kind):
-                    return message
-        raise AssertionError(f"no {kind.__name__} arrived")
+from ..support.raw_site import DEADLINE, RawSite
+from ..support.runs import SPECS, run, run_config, site, writer
 
 
 @pytest.mark.parametrize(

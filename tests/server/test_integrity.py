@@ -28,7 +28,7 @@ from fedcore.server.storage.files import Files
 from fedcore.server.storage.journal import Journal
 from fedcore.server.storage.store import Store
 
-from .run_folders import SETTINGS, commit, contents, flip, run_of, values
+from ..support.run_folders import SETTINGS, commit, contents, flip, run_of, values
 
 JOURNAL = "run.sqlite"
 

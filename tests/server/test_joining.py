@@ -15,8 +15,8 @@ from fedcore.server.rounds.tasks import Scoring
 from fedcore.server.rounds.waiting import WaitingLog
 from fedcore.server.service import Server
 
+from ..support.runs import run, run_config, site
 from .playing import ahead, join_all, machine, part, update
-from .test_runs import run, run_config, site
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 

@@ -16,7 +16,7 @@ import pytest
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 
-from .test_runs import run, run_config, site
+from ..support.runs import run, run_config, site
 
 DIED, REFUSED = 99, 98
 

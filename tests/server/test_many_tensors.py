@@ -18,7 +18,7 @@ from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
-from .test_runs import run, run_config
+from ..support.runs import run, run_config
 
 
 def specs(count: int) -> list[tuple[str, str, list[int]]]:

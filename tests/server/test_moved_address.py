@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from fedcore.server.service import Server
 
-from .test_runs import run_config
+from ..support.runs import run_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120)]
 

@@ -16,7 +16,7 @@ from fedcore.site import connection, progress
 from fedcore.transport import link as transport
 from fedcore.transport.link import Control, DataEvent
 
-from .test_runs import run_config, site
+from ..support.runs import run_config, site
 
 ROUNDS = 20
 NEVER = 3600.0

@@ -12,7 +12,7 @@ import pytest
 
 from fedcore.monitor.ask import StatusClient
 
-from .test_crashes import Federation, Site
+from ..support.processes import Federation, Site
 
 pytestmark = pytest.mark.timeout(120)
 

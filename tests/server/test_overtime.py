@@ -19,8 +19,8 @@ from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
-from .relay import Relay
-from .test_runs import run_config
+from ..support.relay import Relay
+from ..support.runs import run_config
 
 CHUNKS = 8
 SPECS = [("w", "F32", [CHUNKS << 18])]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from .test_crashes import WEIGHTS, Federation, Site
+from ..support.processes import WEIGHTS, Federation, Site
 
 SEED: Final = 7  # of the run file, see Federation.write
 WAIT: Final = 150.0

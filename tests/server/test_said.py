@@ -22,8 +22,8 @@ from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import control_frames
 
-from .test_hostile import DEADLINE, RawSite
-from .test_runs import SPECS, run, run_config, site, writer
+from ..support.raw_site import DEADLINE, RawSite
+from ..support.runs import SPECS, run, run_config, site, writer
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n12:00:00 INFO b was revoked\u202e\u2028\x9b31m"
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from .relay import Relay
-from .test_crashes import SITE, Federation, Site
+from ..support.processes import SITE, Federation, Site
+from ..support.relay import Relay
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -24,8 +24,8 @@ from fedcore.server.service import Server
 from fedcore.server.storage.past import read_past
 from fedcore.server.storage.store import Store
 
-from ..security.conftest import DEADLINE, Links
-from ..security.test_runs import answer, models, running, server_of, site
+from ..support.links import DEADLINE, Links
+from ..support.secured_runs import answer, models, running, server_of, site
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -13,7 +13,7 @@ from fedcore.server import versions as module
 from fedcore.server.storage.store import Store
 from fedcore.server.versions import Versions
 
-from .test_runs import run_config
+from ..support.runs import run_config
 
 
 def test_a_layout_of_many_tensors_is_hashed_once_and_again_for_another_one(

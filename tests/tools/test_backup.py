@@ -13,7 +13,7 @@ import pytest
 from fedcore.config import load_run_file
 from fedcore.server.storage.store import Store
 
-from ..server.run_folders import commit, contents
+from ..support.run_folders import commit, contents
 
 PAGE = Path(__file__).parents[2] / "docs/backup.md"
 RUN_FILE = """

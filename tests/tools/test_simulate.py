@@ -20,7 +20,7 @@ from fedcore.errors import ConfigError
 from fedcore.monitor.ask import find_server, read_summary
 from fedcore.simulation.processes import SimulationResult, simulate
 
-from .conftest import ADD_ONE
+from ..support.scripts import ADD_ONE
 
 RunFile = Callable[..., Path]
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

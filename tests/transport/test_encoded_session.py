@@ -15,7 +15,7 @@ from fedcore.layout import layout_hash, table
 from fedcore.model_file import ModelFile, create_model
 from fedcore.site.session import Session
 
-from .test_session import DEADLINE, LAYOUT, SPECS, Stage, fill, stage
+from ..support.stage import DEADLINE, LAYOUT, SPECS, Stage, fill, stage
 
 TRANSFER = p.Transfer(update="int8")
 STEP = np.random.default_rng(0).standard_normal(LAYOUT.total_bytes // 4).astype(np.float32)

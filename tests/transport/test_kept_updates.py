@@ -8,7 +8,7 @@ import pytest
 
 from fedcore import protocol as p
 
-from .test_session import DEADLINE, SPECS, Stage, begun_round, fill, same, stage
+from ..support.stage import DEADLINE, SPECS, Stage, begun_round, fill, same, stage
 
 
 def files(root: Path) -> set[str]:

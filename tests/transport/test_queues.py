@@ -13,20 +13,21 @@ import pytest
 import zmq
 
 from fedcore import protocol
-from fedcore._core import Collector, Exchange, Layout, MappedFile, crc32c
-from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, Kind
+from fedcore._core import Collector, Exchange, Layout, MappedFile
+from fedcore.protocol import Kind
 from fedcore.security.door import Secured
 from fedcore.security.keys import AllowList, Credentials, KeyPair
 from fedcore.transport import link as transport
 from fedcore.transport.link import ServerLink, SiteLink, control_frames
+
+from ..support.frames import header
 
 CHUNK = 64 << 10
 SET = bytes(range(16))
 
 
 def get(first: int, count: int) -> bytes:
-    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.GET, 0, 0, SET, first, count, 0, 0, 0)[:44]
-    return head + crc32c(head).to_bytes(4, "little")
+    return header(Kind.GET, SET, first, count)
 
 
 def publish(exchange: Exchange, path: Path, chunks: int) -> None:
@@ -156,8 +157,7 @@ def paced() -> Exchange:
 
 
 def ping() -> bytes:
-    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.PING, 0, 0, bytes(16), 0, 0, 0, 0, 0)[:44]
-    return head + crc32c(head).to_bytes(4, "little")
+    return header(Kind.PING)
 
 
 def events(exchange: Exchange) -> list[tuple[Any, ...]]:
@@ -302,19 +302,14 @@ def test_chunks_that_nobody_asked_for_have_the_rate_of_other_frames() -> None:
     layout = Layout([("w", "F32", [CHUNK // 2])], CHUNK)
     out = MappedFile.anonymous(layout.total_bytes)
     exchange.start(Collector(layout, [(b"site/a/1\0x", SET, 1)], out, 0, None, 64 << 20))
-    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, Kind.CHUNK, 0, 0, SET, 1000, 0, 1, crc32c(b"x"), 0)[
-        :44
-    ]
-    head += crc32c(head).to_bytes(4, "little")
+    head = header(Kind.CHUNK, SET, 1000, body=b"x")
     verdicts = [exchange.deliver(0, b"site/a/1\0x", head, b"x") for _ in range(21_000)]
     assert verdicts.index(MUTED) == 20_000
 
 
-def chunk(size: int) -> tuple[bytes, bytes]:
+def chunk(size: int, index: int = 0) -> tuple[bytes, bytes]:
     body = bytes(size)
-    fields = (MAGIC, PROTOCOL_VERSION, Kind.CHUNK, 0, 0, SET, 0, 0, size, crc32c(body), 0)
-    head = HEADER.pack(*fields)[:44]
-    return head + crc32c(head).to_bytes(4, "little"), body
+    return header(Kind.CHUNK, SET, index, body=body), body
 
 
 @pytest.mark.parametrize(
@@ -345,10 +340,7 @@ def test_chunks_that_were_asked_for_have_no_bound_of_bytes() -> None:
     while (request := exchange.next_out(0)) is not None:
         first, count = struct.unpack_from("<QI", request[1], 24)
         for index in range(first, first + count):
-            head, body = chunk(1 << 20)
-            head = head[:24] + index.to_bytes(8, "little") + head[32:44]
-            head += crc32c(head).to_bytes(4, "little")
-            verdicts.append(exchange.deliver(0, b"site/a/1\0x", head, body))
+            verdicts.append(exchange.deliver(0, b"site/a/1\0x", *chunk(1 << 20, index)))
     assert (len(verdicts), MUTED in verdicts) == (16, False)
 
 

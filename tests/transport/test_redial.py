@@ -21,7 +21,7 @@ from fedcore.transport import link as transport
 from fedcore.transport.dialling import Route, Server
 from fedcore.transport.link import Control, ServerLink, SiteLink
 
-from ..server.relay import Relay
+from ..support.relay import Relay
 
 DEADLINE = 20.0
 NAME = "fed.example"

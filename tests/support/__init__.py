@@ -1,0 +1,1 @@
+"""What several test modules share: runs, sites, relays, frames and small models."""
