@@ -111,6 +111,21 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def test_the_pages_about_the_house_name_files_and_folders_that_are_there() -> None:
+    named = re.findall(r"`((?:fedcore|csrc|clients|tests)/[\w./]+)`", text("docs/architecture.md"))
+    assert len(named) > 40
+    assert not [path for path in named if not (ROOT / path).exists()]
+    folders = {path.parent for top in ("fedcore", "csrc") for path in (ROOT / top).glob("*/*.*")}
+    missing = [f"{f.relative_to(ROOT)}" for f in folders if f.name != "__pycache__"]
+    assert not [f for f in missing if f"`{f}`" not in text("docs/architecture.md")]
+
+
+def test_the_glossary_is_in_order_and_has_each_word_once() -> None:
+    words = re.findall(r"^\| ([a-z -]+) \|", text("docs/glossary.md"), re.MULTILINE)[1:]
+    assert len(words) > 40
+    assert words == sorted(set(words))
+
+
 def test_every_test_that_the_security_pages_name_is_there() -> None:
     named = re.findall(
         r"`([a-z_/]+\.py)(?:::(test_\w+))?`", text("docs/security.md") + text("SECURITY.md")
