@@ -4,7 +4,6 @@
 #include <cstring>
 
 #include "base/error.hpp"
-#include "kernels/kernels.hpp"
 
 namespace fedcore {
 namespace {
@@ -12,10 +11,10 @@ namespace {
 constexpr std::uint64_t kMaxWindow = 4096;
 
 // What the fp64 sums of a chunk take, at most, in chunks.
-std::uint64_t sum_chunks(const Layout& layout) {
+std::uint64_t sum_chunks(const Layout& layout, const Rule& rule) {
   std::uint64_t most = 0;
   for (const Run& run : layout.runs({0, layout.total_bytes()})) {
-    const std::uint64_t bytes = kernels::sums_per_element(run.dtype) * sizeof(double);
+    const std::uint64_t bytes = rule.sums_per_element(run.dtype) * sizeof(double);
     most = std::max(most, bytes / item_size(run.dtype));
   }
   return most;
@@ -115,7 +114,7 @@ void Collector::check_order(const std::vector<std::size_t>& order, const Place& 
     }
     weights.push_back(sources_[k].weight);
   }
-  Reducer{weights};  // throws what is wrong with them
+  check_weights(*options_.rule, weights);
 }
 
 void Collector::close(const std::vector<std::size_t>& order, Place out,
@@ -174,7 +173,7 @@ void Collector::use_sources() {
   }
   for (Part& part : parts_) {
     part.inputs.assign(counted_.size(), {});
-    part.reducer = std::make_unique<Reducer>(weights);
+    part.reducer = std::make_unique<Reducer>(*options_.rule, weights);
   }
 }
 
@@ -190,7 +189,7 @@ void Collector::divide_budget() {
   const std::uint64_t chunks = budget / layout_->chunk_bytes();
   group_ = 0;
   if (chunks < sources && sources > 1) {
-    const std::uint64_t sums = sum_chunks(*layout_);
+    const std::uint64_t sums = sum_chunks(*layout_, *options_.rule);
     group_ = chunks > sums ? chunks - sums : 1;
   }
   const std::uint64_t most = std::min(kMaxWindow, layout_->chunk_count());

@@ -49,6 +49,7 @@
 #include "collect/spill.hpp"
 #include "format/layout.hpp"
 #include "format/wire.hpp"
+#include "reduce/families.hpp"
 #include "reduce/reducer.hpp"
 
 namespace fedcore {
@@ -124,6 +125,8 @@ struct CollectorOptions {
   // CRC-32C of each chunk of the base, which a chunk that is reduced with it is compared with;
   // empty: it is not checked.
   std::vector<std::uint32_t> base_crcs = {};
+  // What combines the sources.
+  const Rule* rule = &kMean;
 };
 
 struct GetRequest {

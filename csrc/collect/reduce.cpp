@@ -6,9 +6,9 @@
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "collect/collector.hpp"
-#include "kernels/kernels.hpp"
 
 namespace fedcore {
+
 // Points at the next chunk of every source that has it in memory or its slot; false while one is
 // missing.
 bool Collector::gather(Part& part) {
@@ -147,7 +147,7 @@ bool Collector::base_changed(std::uint64_t index) const {
   const Range range = layout_->chunk_range(index);
   const std::vector<Run> runs = differences() ? std::vector<Run>{} : layout_->runs(range);
   const bool read = differences() || std::any_of(runs.begin(), runs.end(), [](const Run& run) {
-                      return kernels::sums_per_element(run.dtype) == 0;
+                      return !is_float(run.dtype);
                     });
   return read && crc32c(base_.file->data() + base_.offset + range.offset, range.nbytes) !=
                      options_.base_crcs[static_cast<std::size_t>(index)];
@@ -248,7 +248,7 @@ bool Collector::fold_all(std::uint64_t index) {
       return false;
     }
   }
-  parts_[0].reducer->finish(*layout_, range, parts_[0].out.data());
+  parts_[0].reducer->finish(*layout_, range, base, parts_[0].out.data());
   checksums_[index] = crc32c(parts_[0].out.data(), range.nbytes);
   return check_base(index) && write(index, parts_[0].out.data());
 }
@@ -275,7 +275,7 @@ bool Collector::fold_next() {
     pull.held.erase(held);
     pull.folded = true;
   }
-  parts_[0].reducer->finish(*layout_, range, parts_[0].out.data());
+  parts_[0].reducer->finish(*layout_, range, base, parts_[0].out.data());
   checksums_[index] = crc32c(parts_[0].out.data(), range.nbytes);
   return check_base(index) && write(index, parts_[0].out.data());
 }

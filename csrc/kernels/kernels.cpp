@@ -27,6 +27,9 @@
    level::finish_f32,        \
    level::finish_f16,        \
    level::finish_bf16,       \
+   level::finish_wide_f32,   \
+   level::finish_wide_f16,   \
+   level::finish_wide_bf16,  \
    level::add_f64,           \
    level::add_f32,           \
    level::add_f16,           \
@@ -291,6 +294,20 @@ void finish(Dtype dtype, const double* sums, double total, void* out, std::uint6
       return table.finish_bf16(sums, total, out, count);
     default:
       return;
+  }
+}
+
+void finish_wide(Dtype dtype, const double* sums, double total, double* out, std::size_t count) {
+  const Table& table = active();
+  switch (dtype) {
+    case Dtype::kF64:
+      return table.finish_f64(sums, total, out, count);
+    case Dtype::kF32:
+      return table.finish_wide_f32(sums, total, out, count);
+    case Dtype::kF16:
+      return table.finish_wide_f16(sums, total, out, count);
+    default:
+      return table.finish_wide_bf16(sums, total, out, count);
   }
 }
 

@@ -41,6 +41,7 @@ using MeanFn = bool (*)(const void* const* inputs, const double* weights, std::s
 using FoldFn = void (*)(const void* input, double weight, bool first, double* sums,
                         std::size_t count);
 using FinishFn = void (*)(const double* sums, double total, void* out, std::size_t count);
+using FinishWideFn = void (*)(const double* sums, double total, double* out, std::size_t count);
 
 // Elements and differences to them, added.
 using AddFn = void (*)(const void* base, const float* differences, void* out, std::size_t count);
@@ -57,6 +58,7 @@ struct Table {
   MeanFn bf16;
   FoldFn fold_f64, fold_f32, fold_f16, fold_bf16;
   FinishFn finish_f64, finish_f32, finish_f16, finish_bf16;
+  FinishWideFn finish_wide_f32, finish_wide_f16, finish_wide_bf16;
   AddFn add_f64, add_f32, add_f16, add_bf16;
   ExchangeFn<std::int16_t> exchange_16;
   ExchangeFn<std::int32_t> exchange_32;
@@ -95,6 +97,8 @@ std::size_t sums_per_element(Dtype dtype) noexcept;
 void fold(Dtype dtype, const void* input, double weight, bool first, double* sums,
           std::uint64_t nbytes);
 void finish(Dtype dtype, const double* sums, double total, void* out, std::uint64_t nbytes);
+// The means of `count` elements of a float dtype in binary64, before finish() rounds them.
+void finish_wide(Dtype dtype, const double* sums, double total, double* out, std::size_t count);
 
 // out[j] = base[j] + differences[j] for `count` elements of a float dtype, rounded once and limited
 // to its finite numbers; without a base (nullptr), the differences alone. `out` may be `base`.

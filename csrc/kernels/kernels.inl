@@ -206,6 +206,12 @@ FEDCORE_INLINE const void* in_memory(Wf* floats) {
   return floats;
 }
 
+FEDCORE_INLINE void store_steps(double* to, const Vd* values) {
+  for (std::size_t v = 0; v < 4; ++v) {
+    store(to + v * kLanes, values[v]);
+  }
+}
+
 // How the elements of a step become floats, which hold each of them exactly, and how a step's sums
 // become elements. The order of the sums is the dtype's own.
 struct F32 : arith::F32 {
@@ -219,6 +225,7 @@ struct F32 : arith::F32 {
       store(to + v * kLanes, mean);
     }
   }
+  static FEDCORE_INLINE void write_wide(double* to, const Vd* mean) { store_steps(to, mean); }
 };
 
 // In the order of elements 0, 2, 4 and so on, then 1, 3, 5: the lower and the upper halves of
@@ -243,6 +250,14 @@ struct Bf16 : arith::Bf16 {
     }
     store(to, (even >> 16) | (odd & kUpper));
   }
+  static FEDCORE_INLINE void write_wide(double* to, const Vd* mean) {
+    alignas(64) double lanes[kStep];
+    store_steps(lanes, mean);
+    for (std::size_t i = 0; i < kStep / 2; ++i) {
+      to[2 * i] = lanes[i];
+      to[2 * i + 1] = lanes[kStep / 2 + i];
+    }
+  }
 
  private:
   static FEDCORE_INLINE Wu ties_to_even(Wu bits) { return bits + 0x7FFF + ((bits >> 16) & 1); }
@@ -250,6 +265,7 @@ struct Bf16 : arith::Bf16 {
 
 struct F16 : arith::F16 {
   typedef UnalignedU16 Word;
+  static FEDCORE_INLINE void write_wide(double* to, const Vd* mean) { store_steps(to, mean); }
 #if FEDCORE_F16C
   static FEDCORE_INLINE const void* read(const Word* from, Wf* to) {
     to[0] = widen(from);
@@ -431,6 +447,24 @@ FEDCORE_INLINE void finish_of(const double* sums, double total, void* out, std::
   }
 }
 
+// The same before the rounding to T, in the order of the elements.
+template <typename T>
+FEDCORE_INLINE void finish_wide_of(const double* sums, double total, double* out,
+                                   std::size_t count) {
+  const Division by(total);
+  const std::size_t whole = count / kStep * kStep;
+  for (std::size_t j = 0; j < whole; j += kStep) {
+    Vd mean[4];
+    for (std::size_t v = 0; v < 4; ++v) {
+      mean[v] = by.exactly(load<Vd>(sums + j + v * kLanes));
+    }
+    T::write_wide(out + j, mean);
+  }
+  for (std::size_t j = whole; j < count; ++j) {
+    out[j] = sums[j] / total;
+  }
+}
+
 void fold_f32(const void* input, double weight, bool first, double* sums, std::size_t count) {
   fold_of<F32>(input, weight, first, sums, count);
 }
@@ -453,6 +487,18 @@ void finish_bf16(const double* sums, double total, void* out, std::size_t count)
 
 void finish_f16(const double* sums, double total, void* out, std::size_t count) {
   finish_of<F16>(sums, total, out, count);
+}
+
+void finish_wide_f32(const double* sums, double total, double* out, std::size_t count) {
+  finish_wide_of<F32>(sums, total, out, count);
+}
+
+void finish_wide_bf16(const double* sums, double total, double* out, std::size_t count) {
+  finish_wide_of<Bf16>(sums, total, out, count);
+}
+
+void finish_wide_f16(const double* sums, double total, double* out, std::size_t count) {
+  finish_wide_of<F16>(sums, total, out, count);
 }
 
 bool mean_f32(const void* const* inputs, const double* weights, std::size_t k, double total,

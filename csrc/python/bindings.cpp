@@ -17,8 +17,8 @@
 #include "format/layout.hpp"
 #include "kernels/kernels.hpp"
 #include "python/bindings.hpp"
+#include "reduce/families.hpp"
 #include "reduce/files.hpp"
-#include "reduce/reducer.hpp"
 #include "transfer/exchange.hpp"
 #include "transfer/sink.h"
 
@@ -139,7 +139,7 @@ void mean_block(const std::string& dtype_text, const std::vector<py::buffer>& in
   if (checked.size() != inputs.size()) {
     throw Error(Errc::kWeight, "there must be one weight per input");
   }
-  const Reducer reducer(checked);  // its constructor checks that there is an input
+  check_weights(kMean, checked);
   const Bytes result(out, true);
   std::vector<std::unique_ptr<Bytes>> held;
   std::vector<const void*> pointers;
@@ -173,6 +173,35 @@ void mean_block(const std::string& dtype_text, const std::vector<py::buffer>& in
       throw Error(Errc::kNonFinite, "NaN or infinity in input " + std::to_string(k) + ", element " +
                                         std::to_string(at));
     }
+  }
+}
+
+// What a rule's Combiner makes of whole buffers before the rounding; for tests.
+void combine_wide(const std::string& rule_name, const std::string& dtype_text,
+                  const std::vector<py::buffer>& inputs, const std::vector<py::int_>& weights,
+                  const py::buffer& out) {
+  const Rule& rule = find_rule(rule_name);
+  const Dtype dtype = parse_dtype(dtype_text);
+  const std::vector<std::uint64_t> checked = to_weights(weights);
+  check_weights(rule, checked);
+  const Bytes result(out, true);
+  const std::size_t count = result.size() / sizeof(double);
+  std::vector<std::unique_ptr<Bytes>> held;
+  std::vector<const void*> pointers;
+  for (const py::buffer& input : inputs) {
+    held.push_back(std::make_unique<Bytes>(input));
+    pointers.push_back(held.back()->data());
+    if (held.back()->size() != count * item_size(dtype)) {
+      throw Error(Errc::kLayout, "inputs and output must have the same number of elements");
+    }
+  }
+  if (checked.size() != inputs.size() || !is_float(dtype)) {
+    throw Error(Errc::kLayout, "there must be one weight per input of a float dtype");
+  }
+  const auto combiner = rule.make({checked.begin(), checked.end()});
+  if (!combiner->combine_wide(dtype, pointers.data(), reinterpret_cast<double*>(result.data()),
+                              count)) {
+    throw Error(Errc::kNonFinite, "NaN or infinity in an input");
   }
 }
 
@@ -424,6 +453,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         return out;
       },
       "The rules of the core: (name, version, weighted, symmetric, folds, least sources).");
+  m.def(
+      "combine_wide", &combine_wide, py::arg("rule"), py::arg("dtype"), py::arg("inputs"),
+      py::arg("weights"), py::arg("out"),
+      "Combine whole buffers by a rule into binary64 numbers, as a finisher gets them; for tests.");
   m.def(
       "rule_scratch",
       [](const std::string& name, std::size_t sources) { return find_rule(name).scratch(sources); },

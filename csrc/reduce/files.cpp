@@ -10,7 +10,6 @@
 
 #include "base/error.hpp"
 #include "kernels/kernels.hpp"
-#include "reduce/reducer.hpp"
 
 namespace fedcore {
 namespace {
@@ -30,11 +29,7 @@ class FileJob {
           const std::vector<std::uint64_t>& weights, const std::vector<FileTensor>& tensors,
           MappedFile& out, const Rule& rule)
       : inputs_(inputs), tensors_(tensors), out_(out), rule_(rule) {
-    Reducer checked(weights);
-    if (weights.size() < rule.traits.least) {
-      throw Error(Errc::kConfig, "the rule '" + std::string(rule.name) + "' needs at least " +
-                                     std::to_string(rule.traits.least) + " inputs");
-    }
+    check_weights(rule, weights);
     weights_.assign(weights.begin(), weights.end());
     for (std::size_t t = 0; t < tensors.size(); ++t) {
       check(tensors[t]);
@@ -89,8 +84,15 @@ class FileJob {
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
       pointers[k] = inputs_[k]->data() + tensor.input_offsets[k] + block.offset;
     }
-    if (!combiner.combine(tensor.dtype, pointers.data(), nullptr,
-                          out_.data() + tensor.out_offset + block.offset, block.nbytes)) {
+    std::uint8_t* const out = out_.data() + tensor.out_offset + block.offset;
+    int verdict = FC_MEAN_DECLINED;
+    if (is_float(tensor.dtype)) {
+      verdict = combiner.combine_on_device(tensor.dtype, pointers.data(), nullptr, nullptr, out,
+                                           block.nbytes / item_size(tensor.dtype));
+    }
+    if (verdict == FC_MEAN_NON_FINITE ||
+        (verdict == FC_MEAN_DECLINED &&
+         !combiner.combine(tensor.dtype, pointers.data(), nullptr, out, block.nbytes))) {
       record(block, tensor, pointers);
     }
     for (std::size_t k = 0; k < inputs_.size(); ++k) {

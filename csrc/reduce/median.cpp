@@ -83,11 +83,10 @@ bool read_keys(const std::uint8_t* from, Key exponent, Key* to, std::size_t n) {
   return bad == 0;
 }
 
-template <typename Format>
-typename Format::Word halfway(typename Format::Word low, typename Format::Word high) {
-  const double a = Format::decode(low), b = Format::decode(high);
-  const double sum = a + b;
-  return Format::encode(arith::non_finite(sum) != 0 ? a * 0.5 + b * 0.5 : sum * 0.5);
+// Half the sum of two finite numbers; the halves are added where the sum leaves binary64's range.
+double halfway(double low, double high) {
+  const double sum = low + high;
+  return arith::non_finite(sum) != 0 ? low * 0.5 + high * 0.5 : sum * 0.5;
 }
 
 class Median final : public Combiner {
@@ -97,54 +96,130 @@ class Median final : public Combiner {
 
   bool combine(Dtype dtype, const void* const* inputs, const void* base, void* out,
                std::uint64_t nbytes) override {
+    const std::size_t width = item_size(dtype);
     switch (dtype) {
       case Dtype::kF64:
-        return combine_as<arith::F64, std::int64_t>(0x7FF0000000000000, inputs, out, nbytes);
       case Dtype::kF32:
-        return combine_as<arith::F32, std::int32_t>(0x7F800000, inputs, out, nbytes);
       case Dtype::kF16:
-        return combine_as<arith::F16, std::int16_t>(0x7C00, inputs, out, nbytes);
       case Dtype::kBF16:
-        return combine_as<arith::Bf16, std::int16_t>(0x7F80, inputs, out, nbytes);
+        return for_pieces(dtype, inputs, nbytes / width, [&](std::size_t first, std::size_t n) {
+          write(dtype, static_cast<std::uint8_t*>(out) + first * width, n);
+        });
       default:
         std::memcpy(out, base != nullptr ? base : inputs[0], nbytes);
         return true;
     }
   }
 
+  bool combine_wide(Dtype dtype, const void* const* inputs, double* out,
+                    std::size_t count) override {
+    return for_pieces(dtype, inputs, count, [&](std::size_t first, std::size_t n) {
+      switch (dtype) {
+        case Dtype::kF64:
+          return widen<arith::F64>(out + first, n);
+        case Dtype::kF32:
+          return widen<arith::F32>(out + first, n);
+        case Dtype::kF16:
+          return widen<arith::F16>(out + first, n);
+        default:
+          return widen<arith::Bf16>(out + first, n);
+      }
+    });
+  }
+
  private:
-  template <typename Format, typename Key>
-  bool combine_as(Key exponent, const void* const* inputs, void* out, std::uint64_t nbytes) {
-    auto* const keys = reinterpret_cast<Key*>(keys_.data());
-    const std::size_t count = nbytes / sizeof(Key);
+  // Calls each(first, n) for pieces of `count` elements, once the words of the two middle values (or
+  // the one) of a piece lie in the rows low() and high(). False if a value is not finite.
+  template <typename Each>
+  bool for_pieces(Dtype dtype, const void* const* inputs, std::size_t count, const Each& each) {
     for (std::size_t first = 0; first < count; first += step_) {
-      const std::size_t n = std::min(step_, count - first), at = first * sizeof(Key);
-      for (std::size_t s = 0; s < k_; ++s) {
-        const auto* const from = static_cast<const std::uint8_t*>(inputs[s]) + at;
-        if (!read_keys<Key>(from, exponent, keys + s * step_, n)) {
-          return false;
-        }
+      const std::size_t n = std::min(step_, count - first);
+      if (!rank(dtype, inputs, first, n)) {
+        return false;
       }
-      for (const auto& [low, high] : network_) {
-        kernels::exchange(keys + low * step_, keys + high * step_, n);
-      }
-      write<Format, Key>(keys, static_cast<std::uint8_t*>(out) + at, n);
+      each(first, n);
     }
     return true;
   }
 
-  template <typename Format, typename Key>
-  void write(const Key* keys, std::uint8_t* out, std::size_t n) const {
-    using Word = typename Format::Word;
-    const Key* const low = keys + (k_ - 1) / 2 * step_;
-    const Key* const high = keys + k_ / 2 * step_;
-    for (std::size_t i = 0; i < n; ++i) {
-      Word word = static_cast<Word>(turned(low[i]));
-      if (low != high) {
-        word = halfway<Format>(word, static_cast<Word>(turned(high[i])));
-      }
-      std::memcpy(out + i * sizeof word, &word, sizeof word);
+  bool rank(Dtype dtype, const void* const* inputs, std::size_t first, std::size_t n) {
+    switch (dtype) {
+      case Dtype::kF64:
+        return rank_keys<std::int64_t>(0x7FF0000000000000, inputs, first, n);
+      case Dtype::kF32:
+        return rank_keys<std::int32_t>(0x7F800000, inputs, first, n);
+      case Dtype::kF16:
+        return rank_keys<std::int16_t>(0x7C00, inputs, first, n);
+      default:
+        return rank_keys<std::int16_t>(0x7F80, inputs, first, n);
     }
+  }
+
+  template <typename Key>
+  bool rank_keys(Key exponent, const void* const* inputs, std::size_t first, std::size_t n) {
+    Key* const keys = row<Key>(0);
+    for (std::size_t s = 0; s < k_; ++s) {
+      const auto* const from = static_cast<const std::uint8_t*>(inputs[s]) + first * sizeof(Key);
+      if (!read_keys<Key>(from, exponent, keys + s * step_, n)) {
+        return false;
+      }
+    }
+    for (const auto& [low, high] : network_) {
+      kernels::exchange(keys + low * step_, keys + high * step_, n);
+    }
+    turn_back(row<Key>(low()), n);
+    if (low() != high()) {
+      turn_back(row<Key>(high()), n);
+    }
+    return true;
+  }
+
+  std::size_t low() const noexcept { return (k_ - 1) / 2; }
+  std::size_t high() const noexcept { return k_ / 2; }
+
+  template <typename Key>
+  Key* row(std::size_t source) noexcept {
+    return reinterpret_cast<Key*>(keys_.data()) + source * step_;
+  }
+
+  template <typename Key>
+  static void turn_back(Key* keys, std::size_t n) noexcept {
+    for (std::size_t i = 0; i < n; ++i) {
+      keys[i] = turned(keys[i]);
+    }
+  }
+
+  // The results of a piece. For the formats below binary64 the mean of two is halfway() between
+  // them, rounded once.
+  void write(Dtype dtype, std::uint8_t* out, std::size_t n) {
+    const std::size_t width = item_size(dtype);
+    const auto* const rows = reinterpret_cast<const std::uint8_t*>(keys_.data());
+    const void* const middle[2] = {rows + low() * step_ * width, rows + high() * step_ * width};
+    if (low() == high()) {
+      std::memcpy(out, middle[0], n * width);
+    } else if (dtype == Dtype::kF64) {
+      for (std::size_t i = 0; i < n; ++i) {
+        const double half = halfway(value<arith::F64>(low(), i), value<arith::F64>(high(), i));
+        std::memcpy(out + i * width, &half, width);
+      }
+    } else {
+      constexpr double kWeights[2] = {1, 1};
+      kernels::mean_here(dtype, middle, kWeights, 2, 2, nullptr, out, n * width);
+    }
+  }
+
+  template <typename Format>
+  void widen(double* out, std::size_t n) {
+    for (std::size_t i = 0; i < n; ++i) {
+      const double a = value<Format>(low(), i);
+      out[i] = low() == high() ? a : halfway(a, value<Format>(high(), i));
+    }
+  }
+
+  template <typename Format>
+  double value(std::size_t source, std::size_t i) noexcept {
+    using Key = std::make_signed_t<typename Format::Word>;
+    return Format::decode(static_cast<typename Format::Word>(row<Key>(source)[i]));
   }
 
   std::size_t k_;
@@ -154,9 +229,8 @@ class Median final : public Combiner {
 };
 
 std::size_t scratch(std::size_t k) {
-  std::size_t comparators = 0;
-  for_comparators(k, [&](std::size_t, std::size_t) { ++comparators; });
-  return k * piece_elements(k) * sizeof(std::int64_t) + 2 * comparators * sizeof(Comparator);
+  return k * piece_elements(k) * sizeof(std::int64_t) +
+         middle_network(k).size() * sizeof(Comparator);
 }
 
 std::unique_ptr<Combiner> make(const std::vector<double>& weights) {

@@ -1,17 +1,19 @@
-// Reducer: K chunks of one layout -> one chunk, in one pass.
+// Reducer: K chunks of one layout -> one chunk, in one pass, by a rule (rule.hpp).
 //
-// Owns the weights and their sum. Inputs are always summed in the order given at construction, so
-// the result does not depend on arrival. reduce() is not reentrant (it uses scratch of its own):
-// one thread at a time.
+// Owns the rule's Combiner. Inputs are always combined in the order given at construction, so the
+// result does not depend on arrival. reduce() is not reentrant (it uses scratch of its own): one
+// thread at a time.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "codec/codec.hpp"
 #include "codec/run_reader.hpp"
 #include "format/layout.hpp"
+#include "reduce/rule.hpp"
 
 namespace fedcore {
 
@@ -21,15 +23,26 @@ struct BadValue {
   std::uint64_t byte_offset;
 };
 
+// What takes combined values of float dtypes before they are rounded, and writes elements of the
+// output in their place: a finisher. It is called with pieces of kernels::kPiece elements or fewer,
+// in the order of their places, and perhaps more than once for a chunk.
+class Finish {
+ public:
+  virtual ~Finish() = default;
+  // `n` elements from the flat byte `offset` on, in binary64. `base` (or nullptr) and `out` point at
+  // those elements, and need no alignment.
+  virtual void apply(Dtype dtype, std::uint64_t offset, const double* combined,
+                     const std::uint8_t* base, std::uint8_t* out, std::size_t n) = 0;
+};
+
 class Reducer {
  public:
-  // Throws Error{kWeight} unless kernels::is_weight() holds for every weight and there is at least
-  // one.
-  explicit Reducer(const std::vector<std::uint64_t>& weights);
+  // Throws what check_weights() throws. `finish`, if any, outlives the reducer.
+  Reducer(const Rule& rule, const std::vector<std::uint64_t>& weights, Finish* finish = nullptr);
 
-  std::size_t sources() const noexcept { return weights_.size(); }
+  std::size_t sources() const noexcept { return bodies_.size(); }
 
-  // Averages the flat bytes of `range`, which inputs hold as they are or as an encoded body of one
+  // Combines the flat bytes of `range`, which inputs hold as they are or as an encoded body of one
   // chunk, the difference to `base`. base (or nullptr) and out point at the range's first byte.
   // What is encoded is decoded on the device, if one is in use that can, else a piece at a time,
   // into the cache. Returns a non-finite input value, in which case `out` is not to be used.
@@ -37,26 +50,36 @@ class Reducer {
                                  const std::uint8_t* base, std::uint8_t* out);
 
   // The same with one input after the other, from input 0 on, for a range whose inputs are not
-  // there together; `out` collects what is not averaged. A non-finite input changes nothing.
-  // finish() follows the last input and writes the bits that reduce() gives.
+  // there together and a rule that folds; `out` collects what is not combined. A non-finite input
+  // changes nothing. finish() follows the last input and writes the bits that reduce() gives.
   std::optional<BadValue> fold(const Layout& layout, Range range, std::size_t source,
                                const Body& input, const std::uint8_t* base, std::uint8_t* out);
-  void finish(const Layout& layout, Range range, std::uint8_t* out);
+  void finish(const Layout& layout, Range range, const std::uint8_t* base, std::uint8_t* out);
 
  private:
+  bool finishes(Dtype dtype) const noexcept { return finish_ != nullptr && is_float(dtype); }
+  std::size_t sums_of(const Run& run) const noexcept;
+  std::optional<BadValue> reduce_run(const Run& run, const Body* inputs, const std::uint8_t* base,
+                                     std::uint8_t* out);
   std::optional<BadValue> reduce_pieces(const Run& run, const Body* inputs,
                                         const std::uint8_t* base, std::uint8_t* out);
+  bool combine_piece(const Run& run, std::size_t first, std::size_t n, const std::uint8_t* base,
+                     std::uint8_t* out);
   std::optional<BadValue> find_bad(Dtype dtype, std::uint64_t offset, std::uint64_t nbytes) const;
   void fold_pieces(const Run& run, std::size_t source, Scheme scheme, const std::uint8_t* body,
                    const std::uint8_t* base, double* sums);
+  void finish_pieces(const Run& run, const double* sums, const std::uint8_t* base,
+                     std::uint8_t* out);
 
-  std::vector<double> weights_;
-  double total_ = 0;
-  std::vector<const std::uint8_t*> bodies_;  // where the run at hand begins in each input
-  std::vector<const void*> pointers_;        // the block that is averaged
-  std::vector<std::uint8_t> encodings_;      // of the run at hand in each input
-  std::vector<RunReader> readers_;           // of the inputs that the run at hand is encoded in
+  const Rule& rule_;
+  std::unique_ptr<Combiner> combiner_;
+  Finish* finish_;
+  std::vector<const std::uint8_t*> bodies_;  // where the current run begins in each input
+  std::vector<const void*> pointers_;        // the block that is combined
+  std::vector<std::uint8_t> encodings_;      // of the current run in each input
+  std::vector<RunReader> readers_;           // of the inputs that the current run is encoded in
   std::vector<std::uint8_t> pieces_;         // what those hold, decoded
+  std::vector<double> wide_;                 // a piece for finish_
   std::vector<double> sums_;                 // of fold()
 };
 

@@ -10,10 +10,13 @@
 //     the elements are cut into blocks, on threads, or on the instruction set.
 //   - Where traits.symmetric is true, they do not depend on the order either. Elsewhere the caller
 //     gives the inputs in canonical order.
-//   - Every input value is checked: combine() returns false if a value or a result is NaN or
+//   - Every input value is checked: a function returns false if a value or a result is NaN or
 //     infinite, and `out` is not to be used then.
 //   - Integers and booleans are copied from `base`, or from the first input without one.
-//   - The result is rounded once to the dtype of the inputs.
+//   - The result is rounded once to the dtype of the inputs. Where a finisher follows, it gets the
+//     result in binary64 instead, before that rounding: combine_wide().
+//   - A rule that folds takes one input after the other, too, with sums between them. The bits are
+//     those of combine(). The other rules need a block of every input at the same time.
 #pragma once
 
 #include <cstddef>
@@ -36,10 +39,30 @@ struct Traits {
 class Combiner {
  public:
   virtual ~Combiner() = default;
-  // Combines one block of `nbytes` of one dtype. `inputs` holds a pointer for each weight. No
-  // pointer needs alignment. `base` may be nullptr. `out` overlaps no input.
+  // Combines one block of `nbytes` of one dtype on the CPU. `inputs` holds a pointer for each
+  // weight. No pointer needs alignment. `base` may be nullptr. `out` overlaps no input.
   virtual bool combine(Dtype dtype, const void* const* inputs, const void* base, void* out,
                        std::uint64_t nbytes) = 0;
+
+  // The same for `count` elements of a float dtype, before the rounding to the dtype: `out` gets
+  // binary64 numbers. `out` needs the alignment of a double.
+  virtual bool combine_wide(Dtype dtype, const void* const* inputs, double* out,
+                            std::size_t count) = 0;
+
+  // combine() for `count` elements of a float dtype on the device in use: FC_MEAN_DECLINED where
+  // there is none, or none that knows the rule. `encodings` (kernels/device.h) says how each input
+  // holds its elements; nullptr: as they are.
+  virtual int combine_on_device(Dtype dtype, const void* const* inputs,
+                                const std::uint8_t* encodings, const void* base, void* out,
+                                std::size_t count) noexcept;
+
+  // Where traits.folds is true. fold() adds input `source`, of finite values, to the sums: first
+  // input 0, and so on in order. An input may be added in pieces of kernels::kPiece elements and a
+  // rest. finish_fold() writes what combine() writes, finish_fold_wide() what combine_wide() does.
+  virtual void fold(Dtype dtype, std::size_t source, const void* input, double* sums,
+                    std::uint64_t nbytes);
+  virtual void finish_fold(Dtype dtype, const double* sums, void* out, std::uint64_t nbytes);
+  virtual void finish_fold_wide(Dtype dtype, const double* sums, double* out, std::size_t count);
 };
 
 struct Rule {
@@ -48,9 +71,16 @@ struct Rule {
   Traits traits;
   // Bytes of scratch memory of one Combiner for k sources.
   std::size_t (*scratch)(std::size_t k);
-  // `weights` passed kernels::is_weight(); there are traits.least of them at least.
+  // `weights` passed check_weights(); there are traits.least of them at least.
   std::unique_ptr<Combiner> (*make)(const std::vector<double>& weights);
+  // Sums that each element of a dtype has between two inputs of a fold; null where traits.folds is
+  // false.
+  std::size_t (*sums_per_element)(Dtype dtype) noexcept = nullptr;
 };
+
+// Throws Error{kWeight} unless kernels::is_weight() holds for every weight and there is one at
+// least, and Error{kConfig} where the rule needs more sources.
+void check_weights(const Rule& rule, const std::vector<std::uint64_t>& weights);
 
 // All rules, in the order in which documentation names them.
 const std::vector<const Rule*>& rules();

@@ -151,9 +151,39 @@ def test_a_value_that_is_not_finite_is_named_also_where_no_median_shows_it(
 
 
 def test_the_scratch_memory_of_a_median_does_not_grow_with_the_model() -> None:
-    assert _core.rule_scratch("mean", 64) <= 1024
+    assert _core.rule_scratch("mean", 64) <= 64 << 10
     assert _core.rule_scratch("median", 64) <= 256 << 10
     assert _core.rule_scratch("median", 1000) <= 2 << 20
+
+
+@pytest.mark.parametrize("level", _core.simd_levels())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_a_finisher_gets_rounds_to_what_a_rule_writes(
+    dtype: str, level: str, tmp_path: Path
+) -> None:
+    _core.set_simd_level(level)
+    kind = np.dtype(DTYPES[dtype])
+    inputs = [finite_bits(dtype, seed) for seed in range(4)]
+    wide = np.empty(COUNT)
+    _core.combine_wide("median", dtype, [x.view(np.uint8) for x in inputs], [1, 2, 3, 4], wide)
+    assert nearest(wide, kind).tobytes() == expected_median(inputs).tobytes()
+    out = np.empty(COUNT, kind)
+    weights = [3, 1, 16777215, 7]
+    _core.mean(dtype, [x.view(np.uint8) for x in inputs], weights, out.view(np.uint8))
+    _core.combine_wide("mean", dtype, [x.view(np.uint8) for x in inputs], weights, wide)
+    assert nearest(wide, kind).tobytes() == out.tobytes()
+    if dtype != "F64":
+        values = [x.astype(np.float64) * w for x, w in zip(inputs, weights, strict=True)]
+        total = values[0] + values[1] + values[2] + values[3]
+        assert wide.tobytes() == (total / sum(weights)).tobytes()
+
+
+def test_what_a_finisher_gets_is_checked_for_values_that_are_not_finite() -> None:
+    inputs = [np.full(3_000, i, np.float32) for i in range(4)]
+    inputs[3][2_345] = np.nan
+    for rule in RULES:
+        with pytest.raises(NonFiniteError):
+            _core.combine_wide(rule, "F32", inputs, [1] * 4, np.empty(3_000))
 
 
 def test_an_unknown_rule_is_refused_with_the_names_of_those_there_are(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@
 #include "codec/codec.hpp"
 #include "codec/element.hpp"
 #include "kernels/kernels.hpp"
+#include "reduce/families.hpp"
 #include "reduce/reducer.hpp"
 
 namespace fedcore {
@@ -76,8 +77,8 @@ struct EncodedInputs {
   // The mean by a reducer, on the device that is in use.
   std::optional<BadValue> reduce(std::vector<std::uint8_t>& to) const {
     to.assign(range.nbytes, 0xAA);
-    return Reducer(weights).reduce(layout, range, inputs.data(),
-                                   base.empty() ? nullptr : base.data(), to.data());
+    return Reducer(kMean, weights)
+        .reduce(layout, range, inputs.data(), base.empty() ? nullptr : base.data(), to.data());
   }
 
   Layout layout;
