@@ -96,6 +96,7 @@ class Session:
         self.site = settings.site
         self.server = settings.server
         self._connection = Connection(settings)
+        self._machine = self._connection.machine
         self._waits = Waits(self.site, self._connection)
         self._updates = Updates(settings, self._connection)
         self._layout: Layout | None = None
@@ -115,12 +116,12 @@ class Session:
     @property
     def run(self) -> str:
         """Name of the run, once joined."""
-        return self._connection.welcome.run if self._connection.welcome else ""
+        return self._machine.welcome.run if self._machine.welcome else ""
 
     @property
     def run_id(self) -> str:
         """Random id of the run, once joined."""
-        return self._connection.welcome.run_id if self._connection.welcome else ""
+        return self._machine.welcome.run_id if self._machine.welcome else ""
 
     @property
     def over(self) -> bool:
@@ -156,7 +157,7 @@ class Session:
                 )
             self.end_task()
         while self._work_comes():
-            task = self._connection.open_task()
+            task = self._machine.open_task()
             if task is None or not self._deliver_kept(task):
                 self._check_progress()
                 # A run without a model yet stands before its first round.
@@ -174,7 +175,7 @@ class Session:
         try:
             return self._wait_for_work()
         except TransferTimeout as error:
-            if not self._connection.has_done_all:
+            if not self._machine.has_done_all:
                 raise
             self._outcome = "unknown"
             logger.warning(
@@ -187,9 +188,9 @@ class Session:
     def _wait_for_work(self) -> bool:
         with self._waits.watched("the next task") as turns:
             for _ in turns:
-                if self._connection.finish is not None:
+                if self._machine.finish is not None:
                     return False
-                if self._connection.open_task() is not None or self._expects_model():
+                if self._machine.open_task() is not None or self._expects_model():
                     return True
         raise AssertionError("unreachable")
 
@@ -260,7 +261,7 @@ class Session:
     @property
     def bound(self) -> bool:
         """Whether the server has accepted this site's layout."""
-        return self._connection.accepted is not None
+        return self._machine.accepted is not None
 
     def offered_specs(self) -> list[TensorSpec] | None:
         """Return the tensors of the run's model as the server describes them, or None if it has none yet."""
@@ -269,10 +270,10 @@ class Session:
             return list(table(self._layout))
         with self._connection.changed:
             for _ in self._connection.waiting("the model's description"):
-                task = self._connection.task
+                task = self._machine.task
                 if task is not None and task.model is not None:
                     return list(task.model.tensors)
-                if self._connection.finish is not None:
+                if self._machine.finish is not None:
                     break
                 if self._expects_model():
                     return None
@@ -306,7 +307,7 @@ class Session:
                 if name in metrics and n != examples
             },
         )
-        self._connection.say(self._score)
+        self._connection.report(self._score)
 
     def answer(self, outputs: Mapping[str, Any], examples: int) -> None:
         """Answer an inference task with numbers, texts and lists of them, by name; ends the task.
@@ -334,7 +335,7 @@ class Session:
                 "them, by name"
             ) from None
         self._say_metrics()
-        self._connection.say(answer)
+        self._connection.report(answer)
         self._model = None
         self._end(model.kind, model.round)
 
@@ -391,7 +392,7 @@ class Session:
             self._connection.end_task(model.kind, model.round)
             if self._score is None or self._score.version != model.version:
                 self._score = protocol.Score(version=model.version, metrics={}, examples=1)
-                self._connection.say(self._score)
+                self._connection.report(self._score)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show training metrics at the server while a round is under way.
@@ -411,7 +412,7 @@ class Session:
     def _say_metrics(self) -> None:
         said, self._unsaid = self._unsaid, {}
         if said:
-            at_hand = self._model or self._connection.task
+            at_hand = self._model or self._machine.task
             round_ = at_hand.round if at_hand else 0
             self._connection.send(protocol.Log(round=round_, step=self._step, metrics=said))
 
@@ -431,7 +432,7 @@ class Session:
             "site": self.site,
             "server": self.server,
             "round": round_,
-            "rounds": self._connection.rounds,
+            "rounds": self._machine.rounds,
             "version": version,
         }
 
@@ -441,7 +442,7 @@ class Session:
         Raises:
             ConfigError: this site has joined another one, or its settings name another one.
         """
-        here, wanted = (self.run, self.run_id), self._connection.wanted_run
+        here, wanted = (self.run, self.run_id), self._machine.wanted_run
         if self.run and run not in here:
             raise ConfigError(
                 f"{self.site} takes part in run {self.run!r} already, and not in {run!r}"
@@ -450,13 +451,13 @@ class Session:
             raise ConfigError(
                 f"{self.site} wants run {wanted!r} already (FEDCORE_RUN, its kit), and not {run!r}"
             )
-        self._connection.wanted_run = run
+        self._machine.wanted_run = run
 
     def close(self) -> None:
         """Leave the run and free the sockets; may be called more than once."""
         if not self._connection.close():
             return
-        finish = self._connection.finish
+        finish = self._machine.finish
         self._updates.close(keep=finish is None or not finish.ok)
 
     # --- the task at hand --------------------------------------------------------------------------
@@ -469,13 +470,13 @@ class Session:
     def _expects_model(self) -> bool:
         return (
             self._layout is None
-            and self._connection.task is None
-            and self._connection.welcome is not None
-            and not self._connection.welcome.has_model
+            and self._machine.task is None
+            and self._machine.welcome is not None
+            and not self._machine.welcome.has_model
         )
 
     def _check_progress(self) -> None:
-        task = self._connection.open_task()
+        task = self._machine.open_task()
         offer = (task.kind, task.round) if task else ("none", -1)
         if offer == self._offered:
             raise ClosedError(
@@ -515,7 +516,7 @@ class Session:
         fingerprints: Mapping[str, str],
         frozen: Sequence[FrozenGroup],
     ) -> Layout:
-        assert self._connection.welcome is not None
+        assert self._machine.welcome is not None
         if self._layout is not None:
             difference = compare_layouts(
                 specs, table(self._layout), "the model now", "the model before"
@@ -528,9 +529,7 @@ class Session:
                 f"the model has {len(specs):,} tensors that travel, and at most {protocol.MAX_TENSORS:,} may: "
                 "choose fewer (include, exclude), or stack those of one shape into one tensor"
             )
-        layout = Layout(
-            [(n, d, list(s)) for n, d, s in specs], self._connection.welcome.chunk_bytes
-        )
+        layout = Layout([(n, d, list(s)) for n, d, s in specs], self._machine.welcome.chunk_bytes)
         if layout.total_bytes == 0:
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
         tensors = table(layout)
@@ -545,8 +544,8 @@ class Session:
         self._layout = layout
         with self._connection.changed:
             for _ in self._connection.waiting("the server to check the layout"):
-                if self._connection.accepted is not None:
-                    if self._connection.accepted != layout_hash(layout):
+                if self._machine.accepted is not None:
+                    if self._machine.accepted != layout_hash(layout):
                         raise ProtocolError(
                             "the server accepted another layout than this site declared"
                         )
@@ -556,7 +555,7 @@ class Session:
 
     def _conclude(self) -> None:
         """Take note of how the run ended, say it, and leave."""
-        finish = self._connection.finish
+        finish = self._machine.finish
         if finish is not None and self._outcome is None:
             self._outcome = finish.outcome
             best = finish.best_version

@@ -34,6 +34,7 @@ class Updates:
     def __init__(self, settings: SiteSettings, connection: Connection) -> None:
         self._settings = settings
         self._connection = connection
+        self._machine = connection.machine
         self._work: WorkFolder | None = None
         self._outgoing: Outgoing | None = None
         self._looked = False
@@ -42,8 +43,8 @@ class Updates:
     def folder(self) -> WorkFolder:
         """Return the work folder, which is taken on the first call."""
         if self._work is None:
-            assert self._connection.welcome is not None
-            run_id = self._connection.welcome.run_id
+            assert self._machine.welcome is not None
+            run_id = self._machine.welcome.run_id
             self._work = work = WorkFolder(self._settings.work, self._settings.site, run_id)
 
             def forget(ready: protocol.Ready, _included: bool) -> None:
@@ -64,7 +65,7 @@ class Updates:
         """
         self._base = base
         self.folder().reserve(layout)
-        self._made(layout).prepare(self._connection.included)
+        self._made(layout).prepare(self._machine.included)
 
     def publish(
         self,
@@ -106,13 +107,13 @@ class Updates:
         if not round_:
             return outgoing.initial(file, checksums)
         base = self.folder().scratch(layout)
-        return outgoing.encode(round_, file, checksums, base, self._connection.included)
+        return outgoing.encode(round_, file, checksums, base, self._machine.included)
 
     def _made(self, layout: Layout) -> Outgoing:
         """Return what encodes updates, which is made on the first call."""
         if self._outgoing is None:
-            assert self._connection.welcome is not None
-            self._outgoing = Outgoing(layout, self._connection.welcome.transfer, self.folder())
+            assert self._machine.welcome is not None
+            self._outgoing = Outgoing(layout, self._machine.welcome.transfer, self.folder())
         return self._outgoing
 
     def deliver_kept(self, task: protocol.Task) -> bool:
@@ -120,7 +121,7 @@ class Updates:
 
         It is looked for once.
         """
-        welcome = self._connection.welcome
+        welcome = self._machine.welcome
         if self._looked or welcome is None:
             return False
         self._looked = True

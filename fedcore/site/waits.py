@@ -35,6 +35,7 @@ class Waits:
     def __init__(self, site: str, connection: Connection) -> None:
         self._site = site
         self._connection = connection
+        self._machine = connection.machine
         self._spoiled = 0  # downloads in a row that came with wrong bytes
 
     @contextlib.contextmanager
@@ -50,9 +51,9 @@ class Waits:
 
     def _standing(self) -> State | None:
         """Return what this site waits for between two tasks: the others, or its upload while it is pulled."""
-        if self._connection.open_task() is not None:
+        if self._machine.open_task() is not None:
             return None
-        task, rounds = self._connection.task, self._connection.rounds
+        task, rounds = self._machine.task, self._machine.rounds
         upload = self._connection.upload()
         if upload is not None and 0 < upload[0] < upload[1]:
             what = f"update of round {task.round}" if task and task.round else "initial model"
@@ -70,14 +71,14 @@ class Waits:
         with self.watched("the next task") as turns:
             for _ in turns:
                 self.check_open()
-                task = self._connection.open_task()
+                task = self._machine.open_task()
                 if task is not None:
                     return task
         raise AssertionError("unreachable")
 
     def check_open(self) -> None:
         """Raise RunEndedError, or RunFailedError, if the run is over."""
-        finish = self._connection.finish
+        finish = self._machine.finish
         if finish is not None:
             kind = RunFailedError if finish.outcome == "failed" else RunEndedError
             raise kind(f"the run is over: {finish.message or 'finished'}")
@@ -110,7 +111,7 @@ class Waits:
                     if outcome in ("checksum", "length"):
                         self._back_off(turns, task)
                     if outcome or self._superseded(task):
-                        connection.task = None if connection.task is task else connection.task
+                        self._machine.give_back(task)
                         return False
                     self.check_open()
         finally:
@@ -132,5 +133,5 @@ class Waits:
             self.check_open()
 
     def _superseded(self, task: protocol.Task) -> bool:
-        now = self._connection.task
+        now = self._machine.task
         return now is not None and now.model != task.model

@@ -19,7 +19,8 @@ def test_each_spoiled_download_in_a_row_is_waited_for_longer_up_to_a_minute(
     now = [0.0]
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     task = protocol.Task(kind="evaluate", round=1, rounds=1, version=1)
-    connection: Any = SimpleNamespace(task=task, finish=None)
+    machine = SimpleNamespace(task=task, finish=None)
+    connection: Any = SimpleNamespace(machine=machine)
     waits = Waits("a", connection)
 
     def turns() -> Iterator[None]:
@@ -35,7 +36,7 @@ def test_each_spoiled_download_in_a_row_is_waited_for_longer_up_to_a_minute(
     assert waited == [1, 2, 4, 8, 16, 32, 60, 60, 60]
 
     model = {"id": "0" * 32, "layout": "0" * 64, "tensors": [("w", "F32", [1])]}
-    connection.task = protocol.Task.model_validate(
+    machine.task = protocol.Task.model_validate(
         {"kind": "evaluate", "round": 1, "rounds": 1, "version": 1, "sets": [model]}, strict=False
     )
     began = now[0]

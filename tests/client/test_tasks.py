@@ -15,14 +15,11 @@ from safetensors.numpy import save_file
 
 import fedcore.client as fl
 import fedcore.client.hf as fl_hf
-from fedcore import protocol
 from fedcore.client.torch import forget_site
 from fedcore.config import parse_run
 from fedcore.errors import ClosedError, ProtocolError
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
-from fedcore.site.connection import Connection
-from fedcore.site.settings import SiteSettings
 
 Start = Callable[..., Future[RunResult]]
 
@@ -128,16 +125,3 @@ def test_a_patched_trainer_submits_what_it_trains_by_itself(start: Start, tmp_pa
     initial, own = models(tmp_path)
     assert (initial["from"], own["from"]) == ("initial", "a")
     assert own["metrics"]["eval_loss"] < initial["metrics"]["eval_loss"]
-
-
-def test_what_was_said_of_a_model_is_said_again_when_the_server_asks_again() -> None:
-    connection = Connection(SiteSettings(server="tcp://127.0.0.1:1", site="a"))
-    sent: list[protocol.FromSite] = []
-    connection.send = sent.append  # type: ignore[method-assign]
-    task = protocol.Task(kind="infer", round=0, rounds=0, version=0)
-    connection._handle(task)
-    answer = protocol.Answer(version=0, outputs={"n": 1}, examples=1)
-    connection.say(answer)
-    connection.end_task("infer", 0)
-    connection._handle(task)
-    assert sent == [answer, answer]

@@ -300,7 +300,7 @@ def test_a_site_that_was_refused_does_not_come_again_by_itself(
         server.say(p.Finish(ok=True, outcome="complete"))
         with session._connection.changed:
             assert session._connection.changed.wait_for(
-                lambda: session._connection.finish is not None, DEADLINE
+                lambda: session._connection.machine.finish is not None, DEADLINE
             )
         session.problem("heard")
         server.expect(p.Problem)
@@ -367,7 +367,7 @@ def test_a_site_whose_server_is_gone_after_the_last_round_says_what_it_knows(
         server.pull(server.expect(p.Ready))
         if settled:
             server.say(p.Commit(version=2, included=True, participants=["north"]))
-            while session._connection.included != 2:
+            while session._connection.machine.included != 2:
                 server.link.recv(0.01)
         running = call(session.is_running)
         server.link.close()
@@ -400,10 +400,11 @@ def test_a_site_that_is_late_goes_on_with_the_round_that_came_meanwhile() -> Non
     with stage() as (server, session, call):
         begun_round(server, session, call)
         connection = session._connection
+        machine = connection.machine
         server.task("train", 2, server.publish(2))
         with connection.changed:
             arrived = connection.changed.wait_for(
-                lambda: connection.task is not None and connection.task.round == 2, DEADLINE
+                lambda: machine.task is not None and machine.task.round == 2, DEADLINE
             )
         assert arrived
         session.log({"train_loss": 1.0})

@@ -1,0 +1,246 @@
+"""A site machine answers, repeats and reports as the protocol asks; the test is the server and the clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedcore import protocol as p
+from fedcore._core import Layout
+from fedcore.encoding import EncodedUpdate
+from fedcore.errors import LayoutError, RefusedError
+from fedcore.layout import layout_hash, table
+from fedcore.model_file import create_model
+from fedcore.site import outputs as out
+from fedcore.site.machine import SiteMachine
+from fedcore.site.settings import SiteSettings
+
+RUN = "0" * 31 + "1"
+LAYOUT = Layout([("w", "F32", [4])], 4096)
+HASH = layout_hash(LAYOUT)
+DECLARE = p.Declare(tensors=table(LAYOUT))
+UPDATE = EncodedUpdate.raw(create_model(None, LAYOUT))
+
+
+def machine(**settings: Any) -> SiteMachine:
+    """Return a machine that has asked to join at time 100."""
+    made = SiteMachine(SiteSettings(server="tcp://127.0.0.1:1", site="a", **settings))
+    made.join(100.0)
+    assert [type(m) for m in sent(made)] == [p.Join]
+    return made
+
+
+def welcome(run: str = "r", run_id: str = RUN) -> p.Welcome:
+    return p.Welcome(
+        run=run, run_id=run_id, rounds=3, chunk_bytes=4096, has_model=True, version="1"
+    )
+
+
+def joined(**settings: Any) -> SiteMachine:
+    made = machine(**settings)
+    made.handle(welcome(), 100.0)
+    made.declare(DECLARE)
+    made.handle(p.Accepted(layout_hash=HASH), 100.0)
+    made.take_outputs()
+    return made
+
+
+def task(kind: Any = "train", round_: int = 1, **fields: Any) -> p.Task:
+    return p.Task(kind=kind, round=round_, rounds=3, version=round_ - (kind == "train"), **fields)
+
+
+def ready(round_: int = 1) -> p.Ready:
+    sets = [p.NamedSet(id=f"{round_:032x}", layout=HASH)]
+    return p.Ready(round=round_, sets=sets, weight=5)
+
+
+def sent(made: SiteMachine) -> list[Any]:
+    return [output.message for output in made.take_outputs() if isinstance(output, out.Send)]
+
+
+def only(made: SiteMachine, kind: type) -> list[Any]:
+    return [output for output in made.take_outputs() if isinstance(output, kind)]
+
+
+def test_a_join_without_an_answer_is_sent_again_when_it_is_due() -> None:
+    made = machine()
+    assert made.due() == 100.0 + p.REPEAT_SECONDS
+    made.tick(made.due() - 0.1)
+    assert not sent(made)
+    made.tick(made.due())
+    assert [type(m) for m in sent(made)] == [p.Join]
+    assert made.due() == 100.0 + 2 * p.REPEAT_SECONDS
+
+
+def test_a_machine_does_nothing_before_it_joins_and_after_the_end() -> None:
+    made = SiteMachine(SiteSettings(server="tcp://127.0.0.1:1", site="a"))
+    assert made.due() is None
+    made.tick(1e9)
+    made.reconnected(1e9)
+    assert not made.take_outputs()
+    made = joined()
+    made.handle(p.Finish(ok=True, outcome="complete"), 101.0)
+    assert len(only(made, out.Finished)) == 1
+    assert made.due() is None
+
+
+def test_what_is_sent_within_a_run_names_the_run() -> None:
+    made = machine()
+    made.handle(welcome(), 100.0)
+    made.declare(DECLARE)
+    made.send(p.Log(round=1, step=2, metrics={"loss": 0.5}))
+    assert [m.run_id for m in sent(made)] == [RUN, RUN]
+
+
+def test_a_site_declares_again_to_a_server_that_asks_it_to_rejoin() -> None:
+    made = joined()
+    made.handle(p.Rejoin(), 110.0)
+    assert [type(m) for m in sent(made)] == [p.Join]
+    made.handle(welcome(), 110.0)
+    assert [type(m) for m in sent(made)] == [p.Declare]
+
+
+def test_an_update_is_announced_until_it_is_settled() -> None:
+    made = joined()
+    made.handle(task(), 100.0)
+    made.publish(ready(), UPDATE)
+    made.end_task("train", 1)
+    published = made.take_outputs()
+    assert [type(o) for o in published] == [out.Tasked, out.Publish, out.Send]
+    made.tick(105.0)
+    made.handle(p.Accepted(layout_hash=HASH), 106.0)
+    assert [m.round for m in sent(made)] == [1, 1]
+    made.handle(p.Commit(version=1, included=True, participants=["a"]), 107.0)
+    withdrawn, settled, committed = made.take_outputs()
+    assert withdrawn == out.Withdraw(ready().model.id)
+    assert (settled.ready.round, settled.counts, settled.late) == (1, True, False)
+    assert committed.rounds == 3
+    assert (made.included, made.ready) == (1, None)
+
+
+@pytest.mark.parametrize("included", [1, None])
+def test_a_later_task_settles_an_update_whose_commit_was_lost(included: int | None) -> None:
+    made = joined()
+    made.handle(task(), 100.0)
+    made.publish(ready(), UPDATE)
+    made.handle(task(round_=2, included=included), 110.0)
+    (settled,) = only(made, out.Settled)
+    assert (settled.counts, settled.late) == (included == 1, True)
+
+
+def test_a_dropped_update_is_withdrawn_and_does_not_count() -> None:
+    made = joined()
+    made.handle(task(), 100.0)
+    made.publish(ready(), UPDATE)
+    made.take_outputs()
+    made.handle(p.Dropped(round=2, message="another round"), 101.0)
+    assert made.take_outputs() == [out.Dropped(2, "another round")]
+    made.handle(p.Dropped(round=1, message="too late"), 101.0)
+    dropped, withdrawn, settled = made.take_outputs()
+    assert (dropped.why, withdrawn.set_id, settled.counts) == ("too late", f"{1:032x}", False)
+
+
+def test_a_site_that_trains_shows_from_time_to_time_that_it_is_there() -> None:
+    made = joined()
+    made.handle(task(), 100.0)
+    made.take_outputs()
+    made.tick(105.0)
+    assert [type(m) for m in sent(made)] == [p.Alive]
+
+
+def test_a_reconnected_site_repeats_soon_what_may_be_lost() -> None:
+    made = joined()
+    made.handle(task(), 100.0)
+    made.tick(105.0)
+    made.take_outputs()
+    made.reconnected(106.0)
+    assert made.due() == pytest.approx(107.5)
+    made.reconnected(107.0)
+    assert made.due() == pytest.approx(107.5), "a second cut puts nothing off"
+
+
+def test_a_score_is_sent_again_with_its_task_and_not_before_the_task_is_done() -> None:
+    made = joined()
+    made.handle(task("evaluate", 3), 100.0)
+    score = p.Score(version=3, metrics={"loss": 1.0}, examples=2)
+    made.report(score)
+    assert len(sent(made)) == 1
+    made.handle(task("evaluate", 3), 101.0)
+    assert not sent(made)
+    made.end_task("evaluate", 3)
+    made.handle(task("evaluate", 3), 102.0)
+    assert [m.metrics for m in sent(made)] == [{"loss": 1.0}]
+    assert made.has_done_all
+
+
+def test_a_name_that_is_in_use_is_asked_for_less_and_less_often_and_not_for_ever() -> None:
+    made = machine(connect_timeout=20.0)
+    in_use = p.Refused(code="name-in-use", message="in use")
+    now, gaps = 100.0, []
+    for _ in range(7):
+        made.handle(in_use, now)
+        due = made.due()
+        assert due is not None
+        gaps.append(due - now)
+        now = due
+        made.tick(now)
+    assert gaps == pytest.approx([1, 1.5, 2.25, 3.375, 5, 5, 5])
+    assert len(only(made, out.HeldElsewhere)) == 1
+    assert made.held
+    assert made.held_too_long(119.9) is None
+    with pytest.raises(RefusedError, match="in use"):
+        raise made.held_too_long(120.1) or AssertionError
+    made.handle(welcome(), 121.0)
+    assert not made.held
+
+
+@pytest.mark.parametrize(("code", "kind"), [("layout", LayoutError), ("key", RefusedError)])
+def test_a_refused_site_ends_and_does_not_come_again(code: str, kind: type) -> None:
+    made = joined()
+    made.handle(p.Refused(code=code, message="no"), 101.0)
+    assert isinstance(made.error, kind)
+    assert len(only(made, out.Failed)) == 1
+    made.handle(p.Rejoin(), 102.0)
+    made.tick(1e9)
+    made.leave("the end")
+    assert not sent(made)
+
+
+def test_a_server_with_another_run_is_left_by_the_name_of_that_run() -> None:
+    made = joined()
+    made.handle(welcome(run_id="f" * 32), 101.0)
+    (leave,) = sent(made)
+    assert (leave.type, leave.run_id) == ("leave", "f" * 32)
+    assert isinstance(made.error, RefusedError)
+    assert "rollback" in str(made.error)
+
+
+def test_a_run_that_was_not_asked_for_is_an_error() -> None:
+    made = machine(run="mine")
+    made.handle(welcome(), 100.0)
+    assert "serves run 'r', and not 'mine'" in str(made.error)
+
+
+def test_a_message_of_another_run_or_no_message_changes_nothing() -> None:
+    made = joined()
+    made.receive(p.encode(p.Finish(ok=True, outcome="complete", run_id="f" * 32)), 101.0)
+    made.receive(b"{", 101.0)
+    assert [type(o) for o in made.take_outputs()] == [out.Malformed]
+    assert made.finish is None
+
+
+def test_each_warning_of_the_server_is_reported_once() -> None:
+    made = joined()
+    for _ in range(2):
+        made.handle(p.Accepted(layout_hash=HASH, warnings=["another tokenizer"]), 101.0)
+    assert made.take_outputs() == [out.Warned("another tokenizer")]
+
+
+def test_a_server_of_another_version_ends_a_site_that_has_not_joined() -> None:
+    made = machine()
+    made.other_version(9)
+    assert "speaks protocol 9" in str(made.error)
+    made = joined()
+    made.other_version(9)
+    assert made.error is None
