@@ -68,6 +68,18 @@ class Codec:
         self, index: int, values: Buffer, residual: Buffer | None, decoded: Buffer, out: Buffer
     ) -> None: ...
 
+def encode_update(
+    codec: Codec,
+    values: MappedFile,
+    values_at: int,
+    base: MappedFile,
+    base_at: int,
+    out: MappedFile,
+    residual: MappedFile | None = None,
+    lost: MappedFile | None = None,
+    threads: int = 1,
+) -> tuple[list[int], bytes, list[int], int]: ...
+
 class MappedFile:
     def check_whole(self) -> None: ...
     @staticmethod

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fedcore._core import Codec, Layout, MappedFile, crc32c
+from fedcore._core import Codec, Layout, MappedFile, crc32c, encode_update
 from fedcore.errors import ConfigError
 from fedcore.model_file import ModelFile
 
@@ -91,10 +91,12 @@ class UpdateEncoder:
         top_k: float = 0.01,
         make_file: Callable[[str, int], MappedFile] | None = None,
         resume: ResidualState | None = None,
+        threads: int = 1,
     ) -> None:
         """Make scratch files by ``make_file(name, size)``; without it they are memory.
 
         With ``resume`` it is to give the files ``residual-0`` and ``residual-1`` as an earlier process left them.
+        The bytes are the same with any number of ``threads``; each above the first needs a chunk of memory or two.
 
         Raises:
             ConfigError: the scheme is unknown, ``top_k`` is not in (0, 1], or ``lossless`` lacks lz4.
@@ -103,6 +105,7 @@ class UpdateEncoder:
         self._layout = layout
         self._codec = Codec(layout, scheme, lossless, top_k)
         self._lossy = scheme != "raw"
+        self._threads = threads
         self._make_file = make_file
         self._encoded = self._scratch("encoded")
         names = ("residual-0", "residual-1") if self._lossy else ()
@@ -119,38 +122,24 @@ class UpdateEncoder:
 
         Raises:
             NonFiniteError: the update holds NaN or infinity; tensor and element are named.
+            StorageError: the disk is full.
         """
         state = self.state
         self.state = replace(state, at_stake=None)
-        residual = self._residuals[state.now] if self._lossy else None
-        following = self._residuals[1 - state.now] if self._lossy else None
-        carried_on = 0
-        layout, codec = self._layout, self._codec
-        decoded = bytearray(min(layout.chunk_bytes, layout.total_bytes))
-        offsets, encodings, checksums = [0], bytearray(), []
-        for index in range(layout.chunk_count):
-            at, nbytes = layout.chunk_range(index)
-            local = values.view(values_at + at, nbytes)
-            under = base.view(base_at + at, nbytes)
-            carried = residual.view(at, nbytes) if residual else None
-            encoding, body = codec.encode(index, local, under, carried)
-            if following is not None:
-                got = memoryview(decoded)[:nbytes]
-                codec.decode(index, encoding, body, got, under)
-                lost = following.view(at, nbytes)
-                codec.carry(index, local, carried, got, lost)
-                carried_on = crc32c(lost, carried_on)
-            self._encoded.write(offsets[-1], body)
-            offsets.append(offsets[-1] + len(body))
-            encodings.append(encoding)
-            checksums.append(crc32c(body))
-            for file, start in ((values, values_at), (base, base_at)):
-                file.release(start + at, nbytes)
-            for file in self._residuals:
-                file.release(at, nbytes)
-        sums = (carried_on, state.checksums[1]) if state.now else (state.checksums[0], carried_on)
+        offsets, encodings, checksums, lost = encode_update(
+            self._codec,
+            values,
+            values_at,
+            base,
+            base_at,
+            self._encoded,
+            self._residuals[state.now] if self._lossy else None,
+            self._residuals[1 - state.now] if self._lossy else None,
+            self._threads,
+        )
+        sums = (lost, state.checksums[1]) if state.now else (state.checksums[0], lost)
         self.state = ResidualState(state.now, round_, sums)
-        return EncodedUpdate(self._encoded, offsets, bytes(encodings), checksums)
+        return EncodedUpdate(self._encoded, offsets, encodings, checksums)
 
     def settle(self, round_: int, *, included: bool) -> None:
         """Say whether the update of a round counts; of any round but the last one it changes nothing."""

@@ -211,7 +211,28 @@ FEDCORE_FOLD_TARGET std::uint32_t update_folding(std::uint32_t crc, const unsign
 
 #endif
 
+// The product of two polynomials modulo the CRC's own; the highest bit is that of x^0.
+std::uint32_t multiply(std::uint32_t a, std::uint32_t b) noexcept {
+  std::uint32_t product = 0;
+  for (; a != 0; a <<= 1) {
+    product ^= (a >> 31) != 0 ? b : 0;
+    b = (b >> 1) ^ ((b & 1) != 0 ? kPolynomial : 0);
+  }
+  return product;
+}
+
 }  // namespace
+
+// Bytes behind others multiply the polynomial of those by x^8 each.
+std::uint32_t crc32c_combine(std::uint32_t first, std::uint32_t second,
+                             std::uint64_t second_size) noexcept {
+  std::uint32_t power = 1u << 23;  // x^8, then its squares
+  for (std::uint64_t left = second_size; left != 0; left >>= 1) {
+    first = (left & 1) != 0 ? multiply(first, power) : first;
+    power = multiply(power, power);
+  }
+  return first ^ second;
+}
 
 std::vector<std::uint32_t> crc32c_by_each_path(const void* data, std::size_t size,
                                                std::uint32_t seed) {

@@ -53,6 +53,10 @@ std::size_t shuffle_width(Scheme scheme, bool encoded, Dtype dtype) noexcept {
 
 }  // namespace
 
+std::string undecodable(std::uint64_t index, const char* why) {
+  return "chunk " + std::to_string(index) + " can't be decoded: " + why;
+}
+
 Scheme parse_scheme(std::string_view name) {
   std::string known;
   for (std::size_t i = 0; i < kSchemes.size(); ++i) {
@@ -177,8 +181,23 @@ bool Codec::pack(Scheme scheme, const std::vector<std::uint8_t>& plain,
 
 std::uint8_t Codec::encode(std::uint64_t index, const std::uint8_t* values,
                            const std::uint8_t* base, const std::uint8_t* residual,
-                           std::vector<std::uint8_t>& body) {
+                           std::vector<std::uint8_t>& body, std::uint8_t* lost) {
   const Range range = layout_->chunk_range(index);
+  const std::uint8_t encoding = encode_chunk(range, values, base, residual, body);
+  if (lost != nullptr) {
+    decoded_.resize(range.nbytes);
+    if (const char* why =
+            decode(index, encoding, body.data(), body.size(), base, decoded_.data())) {
+      throw Error(Errc::kProtocol, undecodable(index, why));
+    }
+    carry(index, values, residual, decoded_.data(), lost);
+  }
+  return encoding;
+}
+
+std::uint8_t Codec::encode_chunk(const Range& range, const std::uint8_t* values,
+                                 const std::uint8_t* base, const std::uint8_t* residual,
+                                 std::vector<std::uint8_t>& body) {
   Scheme scheme = options_.scheme;
   encode_runs(range, scheme, values, base, residual, plain_);
   const auto has_encoded = [&] {

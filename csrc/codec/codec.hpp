@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -43,6 +44,9 @@ struct Body {
   Scheme scheme = Scheme::kRaw;
 };
 
+// What an error says of a body that is refused.
+std::string undecodable(std::uint64_t index, const char* why);
+
 class Codec {
  public:
   // Throws Error{kConfig} for a share out of range, and for lossless without its functions, and
@@ -56,9 +60,11 @@ class Codec {
   // where not nullptr, point at the chunk's flat bytes: what an encoded run stands for is values -
   // base + residual, what a raw run holds is values + residual. Throws Error{kNonFinite}, naming
   // tensor and element, where an encoded run holds NaN or infinity, and Error{kLayout} for an index
-  // past the end.
+  // past the end. Where `lost` is not nullptr, the body is checked as a receiver checks it
+  // (Error{kProtocol}), and what carry() makes of what it decodes goes there.
   std::uint8_t encode(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* base,
-                      const std::uint8_t* residual, std::vector<std::uint8_t>& body);
+                      const std::uint8_t* residual, std::vector<std::uint8_t>& body,
+                      std::uint8_t* lost = nullptr);
 
   // Looks at all of a body and unpacks it. Returns nullptr, or why the body is refused. What
   // `checked` points at may be scratch, and is valid until the next call.
@@ -90,6 +96,9 @@ class Codec {
 
   void load(const Run& run, const std::uint8_t* values, const std::uint8_t* base,
             const std::uint8_t* residual);
+  std::uint8_t encode_chunk(const Range& range, const std::uint8_t* values,
+                            const std::uint8_t* base, const std::uint8_t* residual,
+                            std::vector<std::uint8_t>& body);
   void encode_runs(const Range& range, Scheme scheme, const std::uint8_t* values,
                    const std::uint8_t* base, const std::uint8_t* residual,
                    std::vector<std::uint8_t>& body);
@@ -102,7 +111,7 @@ class Codec {
   Lz4 lz4_;
   std::vector<Segment> segments_;  // of the chunk at hand
   std::vector<float> floats_;      // of the run at hand
-  std::vector<std::uint8_t> plain_, shuffled_;
+  std::vector<std::uint8_t> plain_, shuffled_, decoded_;
 };
 
 }  // namespace fedcore

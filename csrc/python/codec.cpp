@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -13,6 +14,7 @@
 
 #include "base/error.hpp"
 #include "codec/codec.hpp"
+#include "codec/update_encoder.hpp"
 #include "python/bindings.hpp"
 
 namespace fedcore {
@@ -110,7 +112,7 @@ void decode(PyCodec& self, std::uint64_t index, std::uint8_t encoding, const py:
     why = self.codec.decode(index, encoding, bytes.data(), bytes.size(), plus, to);
   }
   if (why != nullptr) {
-    throw Error(Errc::kProtocol, "chunk " + std::to_string(index) + " can't be decoded: " + why);
+    throw Error(Errc::kProtocol, undecodable(index, why));
   }
 }
 
@@ -123,6 +125,42 @@ void carry(PyCodec& self, std::uint64_t index, const py::buffer& values,
   std::uint8_t* const to = buffers.add(out, true);
   const py::gil_scoped_release release;
   self.codec.carry(index, from, plus, minus, to);
+}
+
+py::tuple py_encode_update(const py::object& codec, const FileHandle& values,
+                           std::uint64_t values_at, const FileHandle& base, std::uint64_t base_at,
+                           const FileHandle& out, const FileHandle* residual,
+                           const FileHandle* lost, unsigned threads) {
+  const std::shared_ptr<Codec> own = codec_of(codec);
+  if (own == nullptr) {
+    throw Error(Errc::kConfig, "an update needs a codec");
+  }
+  const UpdateFiles files{{values.share(), values_at},
+                          {base.share(), base_at},
+                          {residual != nullptr ? residual->share() : nullptr, 0},
+                          {lost != nullptr ? lost->share() : nullptr, 0},
+                          out.share()};
+  auto asked = std::chrono::steady_clock::now();
+  const auto progress = [&asked] {
+    const auto now = std::chrono::steady_clock::now();
+    if (now - asked < std::chrono::milliseconds(50)) {
+      return;
+    }
+    asked = now;
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) {
+      throw py::error_already_set();
+    }
+  };
+  EncodedUpdate update;
+  {
+    const py::gil_scoped_release release;
+    update = encode_update(*own, files, threads, progress);
+  }
+  return py::make_tuple(
+      update.offsets,
+      py::bytes(reinterpret_cast<const char*>(update.encodings.data()), update.encodings.size()),
+      update.checksums, update.lost_checksum);
 }
 
 }  // namespace
@@ -155,6 +193,14 @@ void bind_codec(py::module_& m) {
       .def("carry", &carry, py::arg("index"), py::arg("values"), py::arg("residual"),
            py::arg("decoded"), py::arg("out"),
            "Write values + residual - decoded to `out`: what the encoding lost of a chunk.");
+  m.def("encode_update", &py_encode_update, py::arg("codec"), py::arg("values"),
+        py::arg("values_at"), py::arg("base"), py::arg("base_at"), py::arg("out"),
+        py::arg("residual") = nullptr, py::arg("lost") = nullptr, py::arg("threads") = 1,
+        "Encode every chunk of values - base + residual into `out`, back to back, and write to "
+        "`lost` what the "
+        "encoding lost: (offsets, encodings, checksums, checksum of `lost`). NonFiniteError names "
+        "tensor and "
+        "element; StorageError: a file is too short, or the disk full.");
 }
 
 }  // namespace fedcore

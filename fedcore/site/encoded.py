@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from typing import Final
 
 from fedcore import protocol
 from fedcore._core import Layout, MappedFile
@@ -15,6 +17,9 @@ from .work import WorkFolder
 __all__ = ["Outgoing"]
 
 logger = logging.getLogger("fedcore.client")
+
+_MOST_THREADS: Final = 4
+"""More than memory has the bandwidth for on most machines."""
 
 
 class Outgoing:
@@ -122,4 +127,12 @@ class Outgoing:
             top_k=self._transfer.top_k,
             make_file=file,
             resume=state,
+            threads=_threads(),
         )
+
+
+def _threads() -> int:
+    """Return how many threads encode while the script waits: a core each, unless its libraries may use fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, min(_MOST_THREADS, cores or 1, int(asked) if asked.isdecimal() else cores or 1))
