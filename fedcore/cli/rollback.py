@@ -37,6 +37,11 @@ def rollback(
     store = Store(folder, None)
     try:
         aside = store.roll_back(round_)
+        anew = round_ in store.left_states
     finally:
         store.close()
     typer.echo(f"{folder} is at round {round_}; what came after it is in {aside}")
+    if anew:
+        typer.echo(
+            f"the server optimiser begins anew after round {round_}: its state is kept for the last model alone"
+        )

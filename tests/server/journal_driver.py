@@ -25,10 +25,11 @@ from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.rounds.selection import SiteScore
 from fedcore.server.storage.scratch import Scratch
-from fedcore.server.storage.store import Store, VersionRow
+from fedcore.server.storage.store import StateRow, Store, VersionRow
 from fedcore.server.versions import checksum_of
 
 LAYOUT = Layout([("w", "F32", [6000])], 4096)
+STATE = Layout([("w", "F32", [100])])
 SITES = {"a": 1, "b": 3}
 SETTINGS = {"run": {"rounds": 1, "task": "train"}}
 DIED, REFUSED, RAISED = 99, 98, 97
@@ -78,11 +79,17 @@ def commit_one(store: Store) -> None:
     setting = CollectionSetting(
         server,
         LAYOUT,
-        Scratch(store.scratch(1), store.record(1), {}, {"fedcore.version": "1"}),
+        Scratch(
+            store.scratch(1),
+            store.record(1),
+            {},
+            {"fedcore.version": "1"},
+            {"momentum": (store.state_scratch(1, "momentum"), STATE)},
+        ),
         memory=1 << 20,
         base=base,
     )
-    store.announce(1, LAYOUT.total_bytes)
+    store.announce(1, LAYOUT.total_bytes, {"momentum": STATE.total_bytes})
     running = Collection.of(setting, participants, {site: site.encode() for site in SITES})
     sites = {}
     for site, weight in SITES.items():
@@ -103,7 +110,10 @@ def commit_one(store: Store) -> None:
         raise StorageError(f"{event}")  # as the server, which ends the run with the core's words
     model, checksums = running.finish()
     row = VersionRow(1, checksum_of(checksums), "", model.layout.total_bytes, 1.0, SITES)
-    store.commit(row, {"a": {"loss": 1.0}})
+    state = running.scratch.states["momentum"]
+    kept = StateRow(checksum_of(state.fill(lambda _: values(7)[:400])), STATE.total_bytes)
+    state.file.sync()
+    store.commit(row, {"a": {"loss": 1.0}}, states={"momentum": kept})
 
 
 def check(folder: Path) -> dict[str, Any]:
@@ -117,9 +127,17 @@ def check(folder: Path) -> dict[str, Any]:
         assert dict(row.participants) == (SITES if row.version else {})
     assert bytes(open_model(store.path(0)).view("w")) == values(0)
     names = {path.name for path in store.models.iterdir()}
-    left = names - {store.path(version).name for version in rows}
-    under_way = {store.scratch(1).name, store.record(1).name}
-    assert len(names) - len(left) == len(rows)
+    states = store.states(max(rows))
+    assert states.keys() == ({"momentum"} if 1 in rows else set())
+    store.verify_states(max(rows))
+    whole = {*map(store.path, rows), *(store.state_path(1, state) for state in states)}
+    left = names - {path.name for path in whole}
+    under_way = {
+        store.scratch(1).name,
+        store.state_scratch(1, "momentum").name,
+        store.record(1).name,
+    }
+    assert len(names) - len(left) == len(whole)
     assert left in (set(), under_way if rows.keys() == {0} else set()), left
     hidden = [path.name for path in folder.glob(".*")]
     assert hidden == [".lock"], hidden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from fedcore._core import Layout
 from fedcore.model_file import create_model
 from fedcore.server.rounds.selection import SiteScore
 from fedcore.server.storage.integrity import checksum_of
-from fedcore.server.storage.store import Store, VersionRow
+from fedcore.server.storage.store import StateRow, Store, VersionRow
 
 LAYOUT = Layout([("w", "F32", [600])])
 SETTINGS: dict[str, Any] = {"run": {"rounds": 9, "task": "train"}}
@@ -20,15 +21,23 @@ def values(version: int) -> bytes:
     return array("f", [version + i / 8 for i in range(600)]).tobytes()
 
 
-def commit(store: Store, version: int, loss: float | None = None) -> None:
-    """Commit a version as a server does, and score it."""
-    store.announce(version, LAYOUT.total_bytes)
+def commit(
+    store: Store, version: int, loss: float | None = None, states: Collection[str] = ()
+) -> None:
+    """Commit a version as a server does, with states if any, and score it."""
+    store.announce(version, LAYOUT.total_bytes, dict.fromkeys(states, LAYOUT.total_bytes))
     model = create_model(store.scratch(version), LAYOUT, {"fedcore.version": str(version)})
     checksums = model.fill(lambda _: values(version))
     model.file.sync()
     sites = {"a": 1} if version else {}
     row = VersionRow(version, checksum_of(checksums), "", LAYOUT.total_bytes, 1.0, sites)
-    store.commit(row, {}, None if version else {"config.json": "{}"})
+    kept = {}
+    for state in states:
+        file = create_model(store.state_scratch(version, state), LAYOUT)
+        checksum = checksum_of(file.fill(lambda _: values(version + 100)))
+        file.file.sync()
+        kept[state] = StateRow(checksum, LAYOUT.total_bytes)
+    store.commit(row, {}, None if version else {"config.json": "{}"}, kept)
     if loss is not None:
         store.add_score(version, SiteScore("a", 1, {"loss": loss}))
 

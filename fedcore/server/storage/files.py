@@ -5,6 +5,9 @@ once it was removed on purpose (``removed``), and before it is moved away (``lea
 ``pending`` and ``committed`` a file is written under its scratch name, synchronised, renamed, and its folder
 synchronised. An exported folder is the server's own if the run's id is in it. What else has a name of the server's
 own files is named, and never touched.
+
+A version is a model and any number of states, from which the next version is made. They are written and committed
+together, under one record of how much of them is there. States are kept for the last version alone.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ __all__ = [
     "record_name",
     "remove_export",
     "scratch_name",
+    "state_name",
 ]
 
 EXPORTS: Final = ("best", "final")
@@ -44,8 +48,11 @@ EXPORTS: Final = ("best", "final")
 ABOUT: Final = "fedcore.json"
 """What says in them whose they are; the first file that is written there, and the last that is removed."""
 _MODELS: Final = "models"
-_MODEL: Final = re.compile(r"round-([0-9]{4,})\.safetensors")
-_OWN_NAME: Final = re.compile(r"round-[0-9]{4,}\.safetensors|\.round-[0-9]{4,}\.(partial|progress)")
+_STATE: Final = r"[a-z][a-z0-9]*"
+_IS_STATE: Final = re.compile(rf"{_MODELS}/round-[0-9]{{4,}}\.{_STATE}\.safetensors")
+_OWN_NAME: Final = re.compile(
+    rf"round-[0-9]{{4,}}(\.{_STATE})?\.safetensors|\.round-[0-9]{{4,}}(\.{_STATE})?\.(partial|progress)"
+)
 _SHOWN: Final = 6
 
 logger = logging.getLogger("fedcore.server")
@@ -56,14 +63,19 @@ def model_name(version: int) -> str:
     return f"round-{version:04d}.safetensors"
 
 
+def state_name(version: int, state: str) -> str:
+    """Return the name of one of a version's states there."""
+    return f"round-{version:04d}.{state}.safetensors"
+
+
 def scratch_name(name: str) -> str:
     """Return under which name a file of a version is written before its commit."""
     return f".{name.removesuffix('.safetensors')}.partial"
 
 
 def record_name(name: str) -> str:
-    """Return the name of the file that records how much of it is there."""
-    return f".{name.removesuffix('.safetensors')}.progress"
+    """Return the name of the file that records how much of a version is there, beside a model or a state of it."""
+    return f".{name.split('.', maxsplit=1)[0]}.progress"
 
 
 def new_and_old(name: str) -> tuple[str, str]:
@@ -139,7 +151,8 @@ class Files:
     def _with_scratch(self, path: str) -> set[str]:
         """Return the path of a version's file with those that belong to its writing."""
         folder, _, name = path.rpartition("/")
-        return {path, f"{folder}/{scratch_name(name)}", f"{folder}/{record_name(name)}"}
+        names = {path, f"{folder}/{scratch_name(name)}"}
+        return names if _is_state(path) else {*names, f"{folder}/{record_name(name)}"}
 
     def is_own_export(self, folder: Path) -> bool:
         """Return whether an exported folder, or what a crash left of one, is of a version of this run."""
@@ -231,18 +244,27 @@ class Files:
     def announce(self, version: int, sizes: Mapping[str, int]) -> None:
         """List the files of a version, by name and bytes, before the first of them is begun.
 
+        What was listed of the version and is not among them goes.
+
         Raises:
             IntegrityError: something has one of their names that this run has not written.
         """
         paths = {f"{_MODELS}/{name}": nbytes for name, nbytes in sizes.items()}
         listed = {path for path, of, _ in self._rows("pending") if of == version}
-        if set(paths) <= listed:
+        if paths.keys() == listed:
             return
         for path in paths.keys() - listed:
             for name in sorted(self._with_scratch(path)):
                 self.refuse_existing(name)
+        dropped = listed - paths.keys()
+        for path in dropped:
+            with storing(self.folder / path):
+                (self.models / scratch_name(Path(path).name)).unlink(missing_ok=True)
         with self.journal.transaction():
             self.enter("pending", version, paths)
+            self.journal.db.executemany(
+                "DELETE FROM paths WHERE path = ?", [(path,) for path in dropped]
+            )
 
     def announce_next(self, version: int, sizes: Mapping[str, int]) -> None:
         """List the files of the version after this one, within a transaction, unless something has their names."""
@@ -269,14 +291,12 @@ class Files:
     def put_in_place(self, version: int) -> None:
         """Rename a version's pending files, which are written and synchronised, to their own names.
 
-        The record beside each says to the next start that a crash came before it was committed.
+        The record beside them says to the next start that a crash came before they were committed.
         """
         names = [Path(path).name for path, of, _ in self._rows("pending") if of == version]
+        with contextlib.suppress(OSError):  # a round for whose record there was no room has one now
+            (self.models / record_name(model_name(version))).touch()
         for name in names:
-            with contextlib.suppress(
-                OSError
-            ):  # a round for whose record there was no room has one now
-                (self.models / record_name(name)).touch()
             with storing(self.models / name):
                 (self.models / scratch_name(name)).rename(self.models / name)
         with storing(self.models):
@@ -308,6 +328,9 @@ class Files:
         for path, _, _ in self._rows("committed"):
             for name in self._with_scratch(path) - {path}:
                 (self.folder / name).unlink(missing_ok=True)
+        for path, _, _ in self._rows("removed"):
+            if _is_state(path):  # a model is removed when the next ones are
+                (self.folder / path).unlink(missing_ok=True)
         for name in EXPORTS:
             self._settle_export(name)
         self.finish_leaving()
@@ -355,8 +378,13 @@ class Files:
         return [
             version
             for path, version, _ in self._rows("committed")
-            if not (self.folder / path).is_file()
+            if not _is_state(path) and not (self.folder / path).is_file()
         ]
+
+    def states_before(self, version: int) -> list[str]:
+        """Return the paths of the states of earlier versions."""
+        rows = self._rows("committed")
+        return [path for path, of, _ in rows if of < version and _is_state(path)]
 
     def take_up_format_2(self, versions: Mapping[int, int], last: int | None) -> None:
         """List, within a transaction, the files of a run of fedcore before it listed any.
@@ -401,6 +429,10 @@ def remove_export(folder: Path) -> None:
                 path.unlink()
     (folder / ABOUT).unlink(missing_ok=True)
     folder.rmdir()
+
+
+def _is_state(path: str) -> bool:
+    return _IS_STATE.fullmatch(path) is not None
 
 
 def _names(folder: Path) -> Iterator[str]:

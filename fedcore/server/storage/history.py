@@ -9,7 +9,16 @@ from typing import Any
 
 from fedcore.server.rounds.selection import SiteScore
 
-__all__ = ["Life", "VersionRow", "read_life", "read_scores", "read_versions", "score_text"]
+__all__ = [
+    "Life",
+    "StateRow",
+    "VersionRow",
+    "read_life",
+    "read_scores",
+    "read_states",
+    "read_versions",
+    "score_text",
+]
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,19 @@ class VersionRow:
     nbytes: int
     seconds: float
     participants: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class StateRow:
+    """A state of a committed version.
+
+    Attributes:
+        checksum: as that of a model's file.
+        nbytes: of its tensors.
+    """
+
+    checksum: str
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -56,6 +78,14 @@ def read_versions(rows: Callable[[str], list[tuple[Any, ...]]]) -> list[VersionR
         VersionRow(version, checksum, sha256, nbytes, seconds, sites.get(version, {}))
         for version, checksum, sha256, nbytes, seconds in rows(query)
     ]
+
+
+def read_states(
+    rows: Callable[[str, object], list[tuple[Any, ...]]], version: int
+) -> dict[str, StateRow]:
+    """Return a version's states by name; ``rows`` runs a query with a value on a journal."""
+    query = "SELECT name, checksum, bytes FROM states WHERE version = ? ORDER BY name"
+    return {name: StateRow(checksum, nbytes) for name, checksum, nbytes in rows(query, version)}
 
 
 def read_scores(rows: Callable[[str], list[tuple[Any, ...]]]) -> dict[int, list[SiteScore]]:

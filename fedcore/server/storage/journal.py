@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import sqlite3
 import time
 import uuid
@@ -31,6 +32,9 @@ CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS versions (
     version INTEGER PRIMARY KEY, checksum TEXT NOT NULL, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL,
     seconds REAL NOT NULL, committed_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS states (
+    version INTEGER NOT NULL, name TEXT NOT NULL, checksum TEXT NOT NULL, bytes INTEGER NOT NULL,
+    PRIMARY KEY (version, name));
 CREATE TABLE IF NOT EXISTS paths (
     path TEXT PRIMARY KEY, version INTEGER NOT NULL, bytes INTEGER NOT NULL, state TEXT NOT NULL,
     target TEXT NOT NULL DEFAULT '');
@@ -49,6 +53,7 @@ CREATE TABLE IF NOT EXISTS declared (site TEXT PRIMARY KEY, digest TEXT NOT NULL
 CREATE TABLE IF NOT EXISTS declarations (digest TEXT PRIMARY KEY, text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
 """
+_NAMES: Final = re.compile(r"IF NOT EXISTS (\w+)")
 _BUSY_SECONDS: Final = 5.0
 _SAY_SECONDS: Final = 60.0
 
@@ -140,13 +145,18 @@ class Journal:
             )
         self._inode = _inode(self.path)
         self.found_schema = found
-        if found != str(SCHEMA):
+        if found != str(SCHEMA) or self._lacks_tables():
             with self.transaction():
                 for statement in _TABLES.split(";"):
                     self.db.execute(statement)
                 if found is None:
                     self.set_meta("run_id", uuid.uuid4().hex)
                     self.set_meta("schema", str(SCHEMA))
+
+    def _lacks_tables(self) -> bool:
+        """Whether a fedcore that had fewer tables wrote this file."""
+        names = {row[0] for row in self.db.execute("SELECT name FROM sqlite_master")}
+        return not names.issuperset(_NAMES.findall(_TABLES))
 
     def _schema(self) -> str | None:
         has_meta = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'meta'"

@@ -27,16 +27,27 @@ class Scratch:
         record: the file that says which of its chunks are reduced, and from whose updates.
         of: everything that the version's bytes depend on beside its layout and participants; what another
             ``of`` left there is not gone on with.
-        metadata: for the header of the model file.
+        metadata: for the header of each file.
+        states: where each state is written, and its layout, by name.
+
+    Attributes:
+        states: the states' files by name, once `open` has made them.
     """
 
     def __init__(
-        self, path: Path, record: Path, of: Mapping[str, object], metadata: Mapping[str, str]
+        self,
+        path: Path,
+        record: Path,
+        of: Mapping[str, object],
+        metadata: Mapping[str, str],
+        states: Mapping[str, tuple[Path, Layout]] | None = None,
     ) -> None:
         self.path = path
         self._record = record
         self._of = hashlib.sha256(json.dumps(dict(of), sort_keys=True).encode()).digest()
         self._metadata = metadata
+        self._states = dict(states or {})
+        self.states: dict[str, ModelFile] = {}
 
     def key(self, layout: Layout) -> bytes:
         """Return 64 bytes that say what is collected."""
@@ -70,10 +81,14 @@ class Scratch:
             and found.chunk_count == layout.chunk_count
         ):
             file = reopen_model(self.path, layout, self._metadata)
-            if file is not None:
+            if file is not None and self._reopen_states():
                 return file, found
         self.remove()
         file = create_model(self.path, layout, self._metadata)
+        self.states = {
+            name: create_model(path, of, self._metadata)
+            for name, (path, of) in self._states.items()
+        }
         try:
             return file, Record.create(str(self._record), key, sources, layout.chunk_count)
         except (ConfigError, StorageError) as error:
@@ -82,9 +97,19 @@ class Scratch:
             )
             return file, None
 
+    def _reopen_states(self) -> bool:
+        """Take up the files of the states; returns whether all of them are there."""
+        self.states = {}
+        for name, (path, layout) in self._states.items():
+            file = reopen_model(path, layout, self._metadata)
+            if file is None:
+                return False
+            self.states[name] = file
+        return True
+
     def remove(self) -> None:
-        """Remove both files; the record first, as it says what the other holds. StorageError if one stays."""
-        for path in (self._record, self.path):
+        """Remove the files; the record first, as it says what the others hold. StorageError if one stays."""
+        for path in (self._record, self.path, *(path for path, _ in self._states.values())):
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:

@@ -1,8 +1,9 @@
 """A run's folder: model files, the SQLite journal, and the ``best/`` and ``final/`` folders.
 
-A version exists once its row says so. The order of a commit is: a row lists the file as pending, the file is
-synchronised under a scratch name, renamed, its folder synchronised, and then one transaction writes the
-version. The next start finishes or sets back what is pending. A file that no row lists is never touched.
+A version is a set of files: a model, and the states that the next version is made with. It exists once its row
+says so. The order of a commit is: a row lists each file as pending, the files are synchronised under scratch
+names, renamed, their folder synchronised, and then one transaction writes the version. The next start finishes or
+sets back what is pending. A file that no row lists is never touched. States are kept for the last version alone.
 """
 
 from __future__ import annotations
@@ -26,13 +27,22 @@ from fedcore.replacing import place_of, put_in_place
 from fedcore.server.rounds.selection import SiteScore
 
 from .exports import Committed, write_durably, write_export
-from .files import Files, model_name, record_name, scratch_name
-from .history import Life, VersionRow, read_life, read_scores, read_versions, score_text
+from .files import Files, model_name, record_name, scratch_name, state_name
+from .history import (
+    Life,
+    StateRow,
+    VersionRow,
+    read_life,
+    read_scores,
+    read_states,
+    read_versions,
+    score_text,
+)
 from .integrity import verify_model
 from .journal import SCHEMA, Journal, holds_something, storing
 from .lock import FolderLock
 
-__all__ = ["Store", "VersionRow"]
+__all__ = ["StateRow", "Store", "VersionRow"]
 
 # Keys of a run file that make it another run when they change, once a model is committed.
 _FIXED: Final = (
@@ -41,6 +51,7 @@ _FIXED: Final = (
 )  # fmt: skip
 
 _STOP: Final = "stop_asked"
+_WITHOUT_STATES: Final = "without_states"
 
 _BEYOND_DISK: Final = 16
 """A model larger than so many times the whole disk is not waited for: no disk is made so much larger."""
@@ -228,17 +239,38 @@ class Store:
         """Where it is recorded how much of that file is there."""
         return self.models / record_name(model_name(version))
 
-    def announce(self, version: int, nbytes: int) -> None:
-        """Note that a version is going to be written: call it before its scratch file is made.
+    def state_path(self, version: int, state: str) -> Path:
+        """Where the file of a version's state lies."""
+        return self.models / state_name(version, state)
+
+    def state_scratch(self, version: int, state: str) -> Path:
+        """Where that file is written before the version's commit."""
+        return self.models / scratch_name(state_name(version, state))
+
+    def announce(self, version: int, nbytes: int, states: Mapping[str, int] | None = None) -> None:
+        """Note that a version is going to be written: call it before its scratch files are made.
+
+        Args:
+            version: its number.
+            nbytes: the bytes of its model's tensors.
+            states: those of its states, by name.
 
         Raises:
-            IntegrityError: a file of one of its names is there that this run has not written.
+            IntegrityError: a file of one of their names is there that this run has not written.
         """
-        self._files.announce(version, {model_name(version): nbytes})
+        self._files.announce(version, self._sizes(version, nbytes, states or {}))
+
+    @staticmethod
+    def _sizes(version: int, nbytes: int, states: Mapping[str, int]) -> dict[str, int]:
+        sizes = {state_name(version, state): size for state, size in states.items()}
+        return {model_name(version): nbytes, **sizes}
 
     def clear(self, version: int) -> None:
         """Remove what a killed server left of an announced version that was not committed."""
-        for path in (self.record(version), self.scratch(version)):
+        paths = [self.record(version), self.scratch(version)]
+        for pending in self._files.pending_of(version):
+            paths.append(self.models / scratch_name(Path(pending).name))
+        for path in paths:
             with storing(path):
                 path.unlink(missing_ok=True)
 
@@ -247,17 +279,25 @@ class Store:
         row: VersionRow,
         metrics: Mapping[str, Mapping[str, float]],
         files: Mapping[str, str] | None = None,
+        states: Mapping[str, StateRow] | None = None,
     ) -> None:
         """Make a version durable: rename its synchronised scratch files, then write its rows.
+
+        The states of the version before are removed.
 
         Args:
             row: the version and its participants; it was announced.
             metrics: training metrics by site.
             files: JSON files that describe the model, with version 0.
+            states: the version's states by name, all that were announced.
         """
+        states = states or {}
+        sizes = {state: kept.nbytes for state, kept in states.items()}
         pending = self._files.pending_of(row.version)
-        assert pending, "the version was not announced"
+        announced = {f"models/{name}" for name in self._sizes(row.version, row.nbytes, sizes)}
+        assert set(pending) == announced, "the version's files are not those that were announced"
         self._files.put_in_place(row.version)
+        outdated = self._files.states_before(row.version)
         with self._journal.transaction():
             self._db.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
@@ -272,14 +312,41 @@ class Store:
             )
             for name, text in (files or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (name, text))
+            self._db.execute("DELETE FROM states")
+            self._db.executemany(
+                "INSERT INTO states VALUES (?, ?, ?, ?)",
+                [(row.version, name, kept.checksum, kept.nbytes) for name, kept in states.items()],
+            )
+            self._files.mark("removed", outdated)
             self._files.mark("committed", pending)
             self._keep_life()
             following = row.version + 1
-            self._files.announce_next(following, {model_name(following): row.nbytes})
+            self._files.announce_next(following, self._sizes(following, row.nbytes, sizes))
         self._files.forget_record(row.version)
+        for path in outdated:
+            with storing(self.folder / path):
+                (self.folder / path).unlink(missing_ok=True)
+
+    def states(self, version: int) -> dict[str, StateRow]:
+        """Return a version's states by name; none of any version but the last."""
+        return read_states(self._journal.rows, version)
+
+    def verify_states(self, version: int) -> None:
+        """Read the files of a version's states and compare them with the checksums that were recorded.
+
+        Raises:
+            IntegrityError: one is missing, or another one.
+        """
+        for state, kept in self.states(version).items():
+            verify_model(self.state_path(version, state), kept.checksum, self._chunk_bytes)
+
+    @property
+    def left_states(self) -> list[int]:
+        """The versions to which the run went back, and whose states were gone: what uses them began anew there."""
+        return list(json.loads(self._journal.meta(_WITHOUT_STATES) or "[]"))
 
     def verify(self, version: int) -> None:
-        """Read a committed version's file and compare it with the checksum that was recorded.
+        """Read a committed version's model and compare it with the checksum that was recorded.
 
         Raises:
             IntegrityError: it is missing, or another one.
@@ -310,7 +377,8 @@ class Store:
     def roll_back(self, version: int) -> Path:
         """Make an earlier version the last one; returns the folder with what was after it, and with the journal.
 
-        The run has another id from then on: what sites have kept of the later rounds counts no longer.
+        An earlier version has no states: the journal notes where what uses them begins anew (`left_states`). The
+        run has another id from then on: what sites have kept of the later rounds counts no longer.
 
         Raises:
             ConfigError: there is no such version, or it is the last one already.
@@ -326,7 +394,11 @@ class Store:
         aside = self._files.aside_with_journal()
         with self._journal.transaction():
             self._files.leave(version, last, aside)
-            for table in ("versions", "contributions", "scores", "answers"):
+            left = self.left_states
+            if version > 0 and (self.states(last) or last in left):
+                left = [*(v for v in left if v < version), version]
+                self._journal.set_meta(_WITHOUT_STATES, json.dumps(left))
+            for table in ("versions", "states", "contributions", "scores", "answers"):
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
             self._db.execute("DELETE FROM chosen")
             self._db.execute("DELETE FROM meta WHERE key = 'finished'")
