@@ -226,6 +226,7 @@ class Outcome:
                     for row in self._store.versions()
                 ],
                 "sites": self._site_states(),
+                "training_metrics": self._store.logged.summary(),
             }
         )
 

@@ -11,7 +11,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -280,6 +280,7 @@ class Server:
             plural(self.config.participants.expected, "site"), self.config.participants.quorum,
         )  # fmt: skip
         people = self.config.participants
+        self._store.logged.open(people.expected)
         keyless = self._access.without_key(people.sites, people.count)
         if keyless is not None:
             logger.warning("%s", keyless)
@@ -331,6 +332,7 @@ class Server:
         self._check_alive()
         self._check_overtime()
         self._versions.keep_digests()
+        self._store.logged.write_if_due(time.monotonic())
         self._do(self._rounds.tick(time.monotonic()))
         self._waiting.look(time.monotonic())
 
@@ -441,6 +443,7 @@ class Server:
         elif isinstance(message, protocol.Log):
             merge_metrics(known.metrics, message.metrics)
             self._status.note_metrics(site, message.metrics)
+            self._keep_metrics(site, message.round, message.step, message.metrics)
         elif isinstance(message, protocol.Problem):
             self._peers.tell(site, "%s reports: %s", message.message)
             self._status.note(site, message.message)
@@ -516,12 +519,21 @@ class Server:
             return
         known.metrics = dict(ready.metrics)
         self._status.note_metrics(known.site, ready.metrics)
+        self._keep_metrics(known.site, ready.round, None, ready.metrics)
         self._status.examples[known.site] = ready.weight
         self._do(
             self._rounds.ready(
                 known.site, ready.round, Delivery(update.id, effective_weight(ready.weight))
             )
         )
+
+    def _keep_metrics(
+        self, site: str, round_: int, step: int | None, metrics: Mapping[str, float]
+    ) -> None:
+        beyond = self._store.logged.add(site, round_, step, metrics)
+        if beyond:
+            names = ", ".join(beyond[:6]) + (", ..." if len(beyond) > 6 else "")
+            self._peers.tell(site, "%s logs more metrics than are kept: not %s", names)
 
     def _on_score(self, site: str, score: protocol.Score) -> None:
         last = self._store.last_version

@@ -55,6 +55,7 @@ _LEVELS: Final = {
 }
 _LOGS: Final = 20
 _LOGS_PER_SECOND: Final = 5.0
+_MOST_STEPS: Final = (1 << 53) - 1
 
 Outcome = Literal["complete", "stopped", "failed", "unknown"]
 """How a run ended: all rounds are done, an operator ended it, it was given up, or the server did not say so."""
@@ -107,7 +108,7 @@ class Session:
         self._score: protocol.Score | None = None
         self._logs = TokenBucket(_LOGS, _LOGS_PER_SECOND, time.monotonic())
         self._unsaid: dict[str, float] = {}
-        self._step = 0
+        self._step = self._calls = 0
         self.took_part = False
         """Whether a task was begun, or this site's model was asked for."""
 
@@ -395,17 +396,21 @@ class Session:
                 self._connection.report(self._score)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Show training metrics at the server while a round is under way.
+        """Show training metrics at the server while a round is under way; it keeps them with round and step.
 
         A script may call this at each step: where that is more often than `_LOGS_PER_SECOND`, the last value of
-        each metric goes with the next message, at the latest at the end of the task.
+        each metric goes with the next message and the last step, at the latest at the end of the task.
+
+        Args:
+            step: from 0 to 2**53 - 1; left out, it is the number of this call in the process.
         """
         if not self._connection.opened:
             return
         for name, value in checked_metrics(metrics).items():
             if name in self._unsaid or len(self._unsaid) < protocol.MAX_METRICS:
                 self._unsaid[name] = value
-        self._step = step or 0
+        self._calls += 1
+        self._step = self._calls if step is None else min(max(0, int(step)), _MOST_STEPS)
         if self._logs.take(time.monotonic()):
             self._say_metrics()
 

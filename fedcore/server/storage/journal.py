@@ -52,6 +52,13 @@ CREATE TABLE IF NOT EXISTS chosen (round INTEGER NOT NULL, site TEXT NOT NULL, P
 CREATE TABLE IF NOT EXISTS declared (site TEXT PRIMARY KEY, digest TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS declarations (digest TEXT PRIMARY KEY, text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS files (name TEXT PRIMARY KEY, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS series (
+    id INTEGER PRIMARY KEY, site TEXT NOT NULL, name TEXT NOT NULL, UNIQUE (site, name));
+CREATE TABLE IF NOT EXISTS points (
+    series INTEGER NOT NULL, seq INTEGER NOT NULL, round INTEGER NOT NULL, step INTEGER, time REAL NOT NULL,
+    value REAL, PRIMARY KEY (series, seq)) WITHOUT ROWID;
+CREATE VIEW IF NOT EXISTS metrics AS
+    SELECT site, name, seq, round, step, time, value FROM points JOIN series ON series = id;
 """
 _NAMES: Final = re.compile(r"IF NOT EXISTS (\w+)")
 _BUSY_SECONDS: Final = 5.0
@@ -189,6 +196,32 @@ class Journal:
                     self.db.execute("ROLLBACK")
                 raise
 
+    def try_transaction(self, act: Callable[[], None]) -> bool:
+        """Call ``act`` in a transaction if no other process has the journal locked; returns whether it did.
+
+        Raises:
+            StorageError: as in `transaction`.
+        """
+        with storing(self.path):
+            self._check_place()
+            self.db.execute("PRAGMA busy_timeout = 0")
+            try:
+                self.db.execute("BEGIN EXCLUSIVE")
+            except sqlite3.OperationalError as error:
+                if _is_locked(error):
+                    return False
+                raise
+            finally:
+                self.db.execute(f"PRAGMA busy_timeout = {round(self._busy_seconds * 1000)}")
+            try:
+                act()
+                self.db.execute("COMMIT")
+            except BaseException:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+            return True
+
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Return what a SELECT finds."""
         with storing(self.path):
@@ -201,10 +234,7 @@ class Journal:
             try:
                 done = act()
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode & 0xFF not in (
-                    sqlite3.SQLITE_BUSY,
-                    sqlite3.SQLITE_LOCKED,
-                ):
+                if not _is_locked(error):
                     raise
             else:
                 if next_line:
@@ -285,6 +315,10 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self.db.close()
+
+
+def _is_locked(error: sqlite3.OperationalError) -> bool:
+    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
 def holds_something(path: Path) -> bool:

@@ -41,6 +41,7 @@ from .history import (
 from .integrity import verify_model
 from .journal import SCHEMA, Journal, holds_something, storing
 from .lock import FolderLock
+from .logged import Logged
 
 __all__ = ["StateRow", "Store", "VersionRow"]
 
@@ -79,6 +80,7 @@ class Store:
 
     Attributes:
         taken: gives what the run has taken up to now; it is kept with each commit, and at the end.
+        logged: the training metrics of the sites.
 
     Raises:
         BusyError: another process has the folder.
@@ -137,6 +139,7 @@ class Store:
                 )
         self._journal = Journal(path)
         self._files = Files(self.folder, self._journal)
+        self.logged = Logged(self._journal)
 
     def _take_up(self, settings: Mapping[str, Any] | None, discard: bool) -> None:
         if self._journal.found_schema == "2":
@@ -298,7 +301,7 @@ class Store:
         assert set(pending) == announced, "the version's files are not those that were announced"
         self._files.put_in_place(row.version)
         outdated = self._files.states_before(row.version)
-        with self._journal.transaction():
+        with self.logged.transaction():
             self._db.execute(
                 "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)",
                 (row.version, row.checksum, row.sha256, row.nbytes, row.seconds, time.time()),
@@ -401,6 +404,7 @@ class Store:
             for table in ("versions", "states", "contributions", "scores", "answers"):
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
             self._db.execute("DELETE FROM chosen")
+            self.logged.drop_after(version)
             self._db.execute("DELETE FROM meta WHERE key = 'finished'")
             self._drop_stop()
             self._journal.renew_run_id()
@@ -541,7 +545,7 @@ class Store:
 
     def leave(self) -> None:
         """Note what the run has taken, before this process ends and the run goes on."""
-        with self._journal.transaction():
+        with self.logged.transaction():
             self._keep_life()
 
     def end(self, *, finished: bool) -> None:
@@ -550,7 +554,7 @@ class Store:
         Call it once all else that the run leaves behind is written: a finished run is not opened again, except to
         tell the `members` of its end.
         """
-        with self._journal.transaction():
+        with self.logged.transaction():
             self._db.execute("DELETE FROM chosen")
             self._keep_life()
             if finished:

@@ -1,0 +1,166 @@
+"""Logged training metrics in a run's journal: the table of kept points, written seldom and read by anyone."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from typing import Any, Final
+
+from fedcore.errors import IntegrityError, StorageError
+
+from .journal import Journal
+from .metrics import Change, MetricsBuffer, Point, most_names
+
+__all__ = ["Logged", "Rows", "read_points", "read_series", "summarise"]
+
+WRITE_SECONDS: Final = 1.0
+"""Time between two transactions that hold nothing but points: what a killed server loses at most."""
+
+Rows = Callable[..., list[tuple[Any, ...]]]
+"""Runs a query with its values on a journal."""
+
+logger = logging.getLogger("fedcore.server")
+
+
+class Logged:
+    """Keeps what sites log. Points are written with the run's commits, and at most once a second in between.
+
+    Args:
+        journal: the run's journal.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._buffer = MetricsBuffer()
+        self._ids: dict[tuple[str, str], int] = {}
+        self._new_ids: dict[tuple[str, str], int] = {}
+        self._next_write = 0.0
+        self._failed = ""
+
+    def open(self, sites: int) -> None:
+        """Go on from what the table holds, for a run of so many sites."""
+        self._buffer = MetricsBuffer(most_names(sites))
+        for id_, site, name in read_series(self._journal.rows):
+            self._ids[site, name] = id_
+            self._buffer.resume(site, name, read_points(self._journal.rows, id_))
+
+    def add(
+        self, site: str, round_: int, step: int | None, metrics: Mapping[str, float]
+    ) -> list[str]:
+        """Keep values of a site; returns the names that are not kept, once for each site."""
+        return self._buffer.add(site, round_, step, time.time(), metrics)
+
+    def write_if_due(self, now: float) -> None:
+        """Write the points of the last second, unless another process has the journal locked.
+
+        Args:
+            now: seconds of a monotonic clock.
+
+        Raises:
+            IntegrityError: the journal was replaced by another file.
+        """
+        if now < self._next_write or not self._buffer.changed:
+            return
+        self._next_write = now + WRITE_SECONDS
+        try:
+            if self._journal.try_transaction(self._write):
+                self._written()
+                self._failed = ""
+        except IntegrityError:
+            raise
+        except StorageError as error:  # as where the disk is full: the points are written later
+            if str(error) != self._failed:
+                logger.warning("logged metrics wait in memory: %s", error)
+            self._failed = str(error)
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Give a transaction of the journal that writes the points as well; errors as its own."""
+        with self._journal.transaction():
+            yield
+            self._write()
+        self._written()
+
+    def _written(self) -> None:
+        self._buffer.written()
+        self._ids |= self._new_ids
+
+    def _write(self) -> None:
+        self._new_ids = {}  # a transaction that failed has made none
+        db, changes = self._journal.db, [(self._id(c), c) for c in self._buffer.changes()]
+        gone = [(id_, seq) for id_, change in changes for seq in change.removed]
+        db.executemany("DELETE FROM points WHERE series = ? AND seq = ?", gone)
+        for id_, change in changes:
+            if change.stride:
+                marks = ",".join("?" * len(change.marked))
+                db.execute(
+                    f"DELETE FROM points WHERE series = ? AND seq % ? != 0 AND seq NOT IN ({marks})",
+                    (id_, change.stride, *change.marked),
+                )
+        db.executemany(
+            "INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?)",
+            [(id_, *point) for id_, change in changes for point in change.points],
+        )
+
+    def _id(self, change: Change) -> int:
+        """Return the number of a series in the table, within a transaction."""
+        key = (change.site, change.name)
+        if key in self._ids:
+            return self._ids[key]
+        made = self._journal.db.execute("INSERT INTO series (site, name) VALUES (?, ?)", key)
+        assert made.lastrowid is not None
+        self._new_ids[key] = made.lastrowid
+        return made.lastrowid
+
+    def summary(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Write what waits, and return each series in short, by site and name."""
+        if self._buffer.changed:
+            with self.transaction():
+                pass
+        rows = self._journal.rows
+        return {
+            site: {name: summarise(read_points(rows, id_)) for id_, _, name in series}
+            for site, series in groupby(read_series(rows), key=lambda found: found[1])
+        }
+
+    def drop_after(self, round_: int) -> None:
+        """Within a transaction: remove the points of later rounds, as the run goes back to ``round_``."""
+        db = self._journal.db
+        db.execute("DELETE FROM points WHERE round > ?", (round_,))
+        db.execute("DELETE FROM series WHERE id NOT IN (SELECT series FROM points)")
+
+
+def read_series(rows: Rows) -> list[tuple[int, str, str]]:
+    """Return number, site and name of each series, by site and name."""
+    return [(i, s, n) for i, s, n in rows("SELECT id, site, name FROM series ORDER BY site, name")]
+
+
+def read_points(rows: Rows, series: int) -> list[Point]:
+    """Return the kept points of a series, in order."""
+    query = "SELECT seq, round, step, time, value FROM points WHERE series = ? ORDER BY seq"
+    return [
+        Point(seq, round_, step, at, math.nan if value is None else value)  # SQLite has no NaN
+        for seq, round_, step, at, value in rows(query, series)
+    ]
+
+
+def summarise(points: list[Point]) -> dict[str, Any]:
+    """Return a series in short: how many points there were, the ends, the extremes, and where it broke.
+
+    Args:
+        points: those that are kept, at least one.
+    """
+    finite = [point.value for point in points if math.isfinite(point.value)]
+    broken = next((point for point in points if not math.isfinite(point.value)), None)
+    return {
+        "count": points[-1].seq + 1,
+        "first": points[0].value,
+        "last": points[-1].value,
+        "min": min(finite, default=None),
+        "max": max(finite, default=None),
+        "not_finite": broken and {"round": broken.round, "step": broken.step},
+    }
