@@ -21,8 +21,7 @@ import zmq
 from fedcore import protocol
 from fedcore._core import Codec, Layout, crc32c
 from fedcore.layout import layout_hash, table
-from fedcore.protocol import DEFAULT_CHUNK_BYTES, HEADER, MAGIC, PROTOCOL_VERSION, Kind
-from fedcore.transport.link import control_frames
+from fedcore.protocol import DEFAULT_CHUNK_BYTES, Kind, control_frames, frame_header, read_header
 
 _CHUNK_ELEMENTS: Final = DEFAULT_CHUNK_BYTES // 4
 _STEP: Final = 7  # elements between the first values of one chunk and the next
@@ -97,22 +96,6 @@ class Values:
         return (total / (evens + odds)).astype(np.float32)
 
 
-def header(
-    kind: Kind,
-    set_id: bytes,
-    index: int,
-    *,
-    encoding: int = 0,
-    count: int = 0,
-    length: int = 0,
-    crc: int = 0,
-) -> bytes:
-    """Return a frame's header."""
-    fields = kind, encoding, 0, set_id, index, count, length, crc, 0
-    head = HEADER.pack(MAGIC, PROTOCOL_VERSION, *fields)[:44]
-    return head + crc32c(head).to_bytes(4, "little")
-
-
 class LightSite:
     """One site; `on_frames` is called with what came, and answers at once.
 
@@ -158,11 +141,12 @@ class LightSite:
 
     def ping(self) -> None:
         """Show that this site is there."""
-        self.socket.send(header(Kind.PING, protocol.NO_SET, 0))
+        self.socket.send(frame_header(Kind.PING))
 
     def on_frames(self, frames: list[bytes]) -> None:
         """Answer a message."""
-        _, _, kind, _, _, set_id, index, count, *_ = HEADER.unpack(frames[0])
+        head = read_header(frames[0])
+        kind, set_id, index, count = head.kind, head.set_id, head.index, head.count
         if kind == Kind.CONTROL:
             self._on_control(protocol.decode_from_server(frames[1]))
         elif kind == Kind.CHUNK:
@@ -192,7 +176,9 @@ class LightSite:
             encoding, body = self._values.body(parity, index)
             crc, length = self._values.checksum(parity, index, body), memoryview(body).nbytes
             self.socket.send(
-                header(Kind.CHUNK, set_id, index, encoding=encoding, length=length, crc=crc),
+                frame_header(
+                    Kind.CHUNK, set_id, index, encoding=encoding, length=length, checksum=crc
+                ),
                 zmq.SNDMORE,
             )
             self.socket.send(body, copy=False)
@@ -220,7 +206,9 @@ class LightSite:
         while self._asked < chunks and self._asked - self._came <= _WINDOW - _RANGE:
             first = (shift + self._asked) % chunks
             count = min(_RANGE, chunks - self._asked, chunks - first)
-            self.socket.send(header(Kind.GET, bytes.fromhex(task.model.id), first, count=count))
+            self.socket.send(
+                frame_header(Kind.GET, bytes.fromhex(task.model.id), first, count=count)
+            )
             self._asked += count
         if self._came < chunks:
             return

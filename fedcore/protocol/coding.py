@@ -23,7 +23,7 @@ from .fields import (
     Version,
     shown,
 )
-from .frames import MAX_CONTROL_BYTES
+from .frames import MAX_CONTROL_BYTES, Kind, frame_header
 from .messages import (
     Accepted,
     Alive,
@@ -96,6 +96,19 @@ def encode(message: FromSite | FromServer) -> bytes:
             f"a {message.type!r} message of {len(body)} bytes exceeds the limit of {MAX_CONTROL_BYTES}"
         )
     return body
+
+
+def control_frames(
+    message: FromSite | FromServer | bytes, version: int | None = None
+) -> tuple[bytes, bytes]:
+    """Return the header and body frames of a control message, or of a body that is one already.
+
+    ``version`` is for a receiver of another version of the protocol.
+    """
+    body = message if isinstance(message, bytes) else encode(message)
+    if version is None:
+        return frame_header(Kind.CONTROL, body=body), body
+    return frame_header(Kind.CONTROL, body=body, version=version), body
 
 
 def decode_from_site(body: bytes, tensors: int = MAX_TENSORS) -> FromSite:

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import zmq
 
 from fedcore import protocol
-from fedcore._core import Exchange, crc32c
+from fedcore._core import Exchange
 from fedcore.errors import BusyError, ClosedError, ConfigError
-from fedcore.protocol import HEADER, MAGIC, PROTOCOL_VERSION, FromServer, FromSite, Kind
+from fedcore.protocol import FromServer, FromSite, control_frames
 from fedcore.security.connections import Notes
 
 from .dialling import HANDSHAKES, Dialler, Server
@@ -112,27 +112,6 @@ def _compiled_pump() -> Any | None:
             raise
         return None
     return _pump
-
-
-def control_frames(
-    message: FromSite | FromServer, version: int | None = None
-) -> tuple[bytes, bytes]:
-    """Return the header and body frames of a control message; ``version`` is for a peer of another one."""
-    body = protocol.encode(message)
-    head = HEADER.pack(
-        MAGIC,
-        PROTOCOL_VERSION if version is None else version,
-        Kind.CONTROL,
-        0,
-        0,
-        protocol.NO_SET,
-        0,
-        0,
-        len(body),
-        crc32c(body),
-        0,
-    )
-    return head[:44] + crc32c(head[:44]).to_bytes(4, "little"), body
 
 
 class _Link:

@@ -115,11 +115,11 @@ def test_nothing_but_layout_update_metrics_and_counts_leaves_a_site(
     said: list[protocol.FromSite] = []
     chunks: dict[bytes, bytes] = {}
     for header, *rest in tap.messages():
-        fields = protocol.HEADER.unpack(header)
-        kind, set_id, length = protocol.Kind(fields[2]), fields[5], fields[8]
-        assert sum(map(len, rest)) == length
+        fields = protocol.read_header(header)
+        kind, set_id = protocol.Kind(fields.kind), fields.set_id
+        assert sum(map(len, rest)) == fields.length
         if kind is protocol.Kind.CHUNK:
-            assert fields[3] == 0
+            assert fields.encoding == 0
             chunks[set_id] = chunks.get(set_id, b"") + rest[0]
         elif kind is protocol.Kind.CONTROL:
             said.append(protocol.decode_from_site(rest[0]))

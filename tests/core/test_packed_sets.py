@@ -10,8 +10,7 @@ import pytest
 
 from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.errors import ConfigError, StorageError
-
-from ..support.frames import header
+from fedcore.protocol import frame_header as header
 
 CHUNK = 4096
 CHUNKS = 40

@@ -12,8 +12,8 @@ import numpy as np
 from fedcore._core import Layout
 from fedcore.layout import table
 from fedcore.protocol import Kind
+from fedcore.protocol import frame_header as header
 
-from ..support.frames import header
 from .reference import CHUNK, DTYPES, FLOATS, SPECIAL_BITS, stored
 from .world import Frame, Interference, Site, World, chunk_frame
 

@@ -11,8 +11,8 @@ from fedcore._core import Collector, Exchange, Layout, crc32c
 from fedcore.errors import ProtocolError, WeightError
 from fedcore.model_file import create_model
 from fedcore.protocol import Kind
+from fedcore.protocol import frame_header as header
 
-from ..support.frames import header
 from .faults import Fault, flipped, inject, once
 from .reference import CHUNK, SPECIAL_BITS, flat, mean, random_update
 from .world import LOST_MS, Frame, Site, World, chunk_frame

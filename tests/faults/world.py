@@ -21,8 +21,8 @@ from fedcore.errors import NonFiniteError, WeightError
 from fedcore.layout import TensorSpec, compare_layouts, table
 from fedcore.model_file import ModelFile, create_model, reopen_model
 from fedcore.protocol import Kind
+from fedcore.protocol import frame_header as header
 
-from ..support.frames import header
 from .reference import CHUNK, TOP_K
 
 PAGE = 4096

@@ -14,11 +14,12 @@ import pytest
 import zmq
 
 from fedcore import protocol
+from fedcore.protocol import control_frames
 from fedcore.security import door as admission
 from fedcore.security.connections import Connections, Limits
 from fedcore.security.door import Doorkeeper
 from fedcore.security.keys import Credentials, KeyPair
-from fedcore.transport.link import Control, control_frames
+from fedcore.transport.link import Control
 
 from ..support.links import DEADLINE, Links, Parties, wait
 from ..support.relay import Relay

@@ -13,10 +13,11 @@ import pytest
 
 from fedcore import protocol
 from fedcore.monitor.ask import ask_status
+from fedcore.protocol import control_frames
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import Provisioned
 from fedcore.server import peers
-from fedcore.transport.link import Control, SiteLink, control_frames
+from fedcore.transport.link import Control, SiteLink
 
 from ..support.links import DEADLINE, Links
 from ..support.secured_runs import join, models, running, server_of, site

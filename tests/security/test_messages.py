@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from fedcore import protocol
-from fedcore._core import crc32c
 from fedcore.errors import ProtocolError
+from fedcore.protocol import control_frames
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import Provisioned
 from fedcore.server import peers
 from fedcore.server.service import Server
 from fedcore.server.status import within_a_message
-from fedcore.transport.link import Control, SiteLink, control_frames
+from fedcore.transport.link import Control, SiteLink
 
 from ..support.links import DEADLINE, Links, wait
 from ..support.secured_runs import join
@@ -209,9 +209,7 @@ def test_who_asks_without_end_for_large_answers_has_few(
 
 def say(link: SiteLink, body: bytes) -> None:
     """Send a message that the site's own library would refuse to make."""
-    head = control_frames(protocol.Alive())[0][:36]
-    head += len(body).to_bytes(4, "little") + crc32c(body).to_bytes(4, "little")
-    link._command([b"S", b"", head + crc32c(head).to_bytes(4, "little"), body])
+    link._command([b"S", b"", *control_frames(body)])
 
 
 def told(link: SiteLink, kind: type[Any]) -> Any:

@@ -17,13 +17,14 @@ from fedcore import protocol
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, RefusedError, TransferTimeout
 from fedcore.monitor.ask import ask_status, find_server
+from fedcore.protocol import control_frames
 from fedcore.security.keys import KeyPair, Role, edited, load_kit
 from fedcore.security.provision import Project, Provisioned, admit, make_key, provision, revoke
 from fedcore.server.access import Access
 from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
-from fedcore.transport.link import Control, control_frames, now_ms
+from fedcore.transport.link import Control, now_ms
 
 from ..support.links import DEADLINE, Links, wait
 from ..support.secured_runs import (

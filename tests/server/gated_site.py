@@ -15,8 +15,8 @@ from fedcore._core import Exchange, Layout
 from fedcore.errors import ProtocolError
 from fedcore.layout import layout_hash, table
 from fedcore.model_file import ModelFile, create_model
-from fedcore.protocol import Kind
-from fedcore.transport.link import HEARTBEAT_MS, control_frames, now_ms
+from fedcore.protocol import Kind, control_frames
+from fedcore.transport.link import HEARTBEAT_MS, now_ms
 
 ANY = -1
 

@@ -20,11 +20,12 @@ from fedcore import __version__, protocol
 from fedcore.config import ModelSection
 from fedcore.errors import LayoutError
 from fedcore.monitor.ask import ask_status
+from fedcore.protocol import control_frames
 from fedcore.server import service
 from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
-from fedcore.transport.link import SiteLink, control_frames
+from fedcore.transport.link import SiteLink
 
 from ..support.raw_site import DEADLINE, RawSite
 from ..support.runs import SPECS, run, run_config, site, writer

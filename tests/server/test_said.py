@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 from fedcore import protocol
-from fedcore._core import crc32c
 from fedcore.errors import ProtocolError
 from fedcore.monitor.ask import ask_status, read_summary
+from fedcore.protocol import control_frames
 from fedcore.server.rounds.selection import SiteScore, best_version, weighted_metrics
 from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
-from fedcore.transport.link import control_frames
 
 from ..support.raw_site import DEADLINE, RawSite
 from ..support.runs import SPECS, run, run_config, site, writer
@@ -31,9 +30,7 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n12:00:00 INFO b was revoked\u202e\u2028\x9
 def say(raw: RawSite, **fields: Any) -> None:
     """Send a message that the site's own library would refuse to make."""
     body = json.dumps(fields).encode()
-    head = control_frames(protocol.Alive())[0][:36]
-    head += len(body).to_bytes(4, "little") + crc32c(body).to_bytes(4, "little")
-    raw.link._command([b"S", b"", head + crc32c(head).to_bytes(4, "little"), body])
+    raw.link._command([b"S", b"", *control_frames(body)])
 
 
 def plain(text: str) -> bool:

@@ -11,20 +11,13 @@ import zmq
 
 from fedcore import protocol
 from fedcore._core import crc32c
-from fedcore.protocol import HEADER, MAGIC, Kind
-from fedcore.transport.link import control_frames
+from fedcore.protocol import Kind, control_frames, frame_header
 
 
 def data_frame(kind: int, dice: random.Random, set_id: bytes, body: bytes = b"") -> list[bytes]:
     index = dice.choice([0, 1, 2, 1 << 20, (1 << 64) - 1])
     count = dice.choice([1, 2, 16, 1024]) if kind in (Kind.GET, Kind.REFUSE) else 0
-    return sealed([kind, 0, 0, set_id, index, count, len(body), crc32c(body) if body else 0], body)
-
-
-def sealed(fields: list[Any], body: bytes) -> list[bytes]:
-    """Pack header fields from the kind on, with the right checksum."""
-    head = HEADER.pack(MAGIC, protocol.PROTOCOL_VERSION, *fields, 0)[:44]
-    return [head + crc32c(head).to_bytes(4, "little"), *([body] if body else [])]
+    return [frame_header(kind, set_id, index, count, body), *([body] if body else [])]
 
 
 class Fuzzer:
@@ -95,7 +88,7 @@ class Fuzzer:
         if kind in (Kind.GET, Kind.REFUSE):
             return data_frame(kind, dice, dice.choice([self.set_id, dice.randbytes(16)]))
         if kind in (Kind.PING, Kind.PONG):
-            return sealed([kind, 0, 0, bytes(16), 0, 0, 0, 0], b"")
+            return [frame_header(kind)]
         return list(control_frames(self._message()))
 
     def _message(self) -> Any:

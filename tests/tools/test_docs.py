@@ -15,10 +15,9 @@ from pydantic.fields import FieldInfo
 
 from fedcore import protocol
 from fedcore.config import RunConfig, load_run_file
-from fedcore.protocol import SiteStatus, StatusReply, VersionStatus
+from fedcore.protocol import SiteStatus, StatusReply, VersionStatus, control_frames
 from fedcore.security.connections import Limits
 from fedcore.transport import link as transport
-from fedcore.transport.link import control_frames
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *ROOT.glob("clients/*/*.md")])

@@ -14,13 +14,12 @@ import zmq
 
 from fedcore import protocol
 from fedcore._core import Collector, Exchange, Layout, MappedFile
-from fedcore.protocol import Kind
+from fedcore.protocol import Kind, control_frames
+from fedcore.protocol import frame_header as header
 from fedcore.security.door import Secured
 from fedcore.security.keys import AllowList, Credentials, KeyPair
 from fedcore.transport import link as transport
-from fedcore.transport.link import ServerLink, SiteLink, control_frames
-
-from ..support.frames import header
+from fedcore.transport.link import ServerLink, SiteLink
 
 CHUNK = 64 << 10
 SET = bytes(range(16))
