@@ -41,6 +41,12 @@ def status(  # noqa: PLR0917
         bool, typer.Option("--watch", "-w", help="Show it until the run ends.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
+    metrics: Annotated[
+        bool, typer.Option("--metrics", help="Show the training metrics in a run folder.")
+    ] = False,
+    as_csv: Annotated[
+        bool, typer.Option("--csv", help="With --metrics: print each point as a line of CSV.")
+    ] = False,
     timeout: Timeout = 5.0,
     kit: KitFolder = None,
     insecure: Insecure = False,
@@ -51,18 +57,24 @@ def status(  # noqa: PLR0917
     Given a run folder, asks the server that works on it; without a server, shows what the folder holds.
     With --watch, a terminal gets a live view, a pipe one line per change (with --json, one JSON text per line).
     It goes on while the server is away, and ends with the run.
+    With --metrics, shows what the sites logged while they trained. They are in the run folder: name it, on the
+    server's machine. A server may work on it.
 
     \b
     Examples:
       fedcore status runs/sentiment
       fedcore status runs/sentiment --watch
       fedcore status --kit kits/dashboard --json
+      fedcore status runs/sentiment --metrics --csv > metrics.csv
     """
+    folder = Path(target) if target is not None and not target.startswith("tcp://") else None
+    if metrics or as_csv:
+        _print_training(folder, watch=watch, as_json=as_json, as_csv=as_csv, metrics=metrics)
+        return
     from fedcore.monitor.ask import ask_status, find_target
     from fedcore.protocol import ENDED
 
     found = find_target(target, kit, insecure, insecure_network)
-    folder = Path(target) if target is not None and not target.startswith("tcp://") else None
     if found is None:
         assert folder is not None
         from fedcore.server.storage.past import read_past
@@ -75,6 +87,36 @@ def status(  # noqa: PLR0917
         _watch(found, folder, timeout, as_json)
     else:
         _print_status(ask_status(found.address, timeout, found.credentials), as_json)
+
+
+def _print_training(
+    folder: Path | None, *, watch: bool, as_json: bool, as_csv: bool, metrics: bool
+) -> None:
+    from fedcore.errors import ConfigError
+
+    if not metrics:
+        raise ConfigError("--csv goes with --metrics")
+    if watch or (as_json and as_csv):
+        raise ConfigError("--metrics goes with --json or --csv, and not with --watch")
+    if folder is None:
+        raise ConfigError(
+            "training metrics are in the run folder: name it instead of an address, on the server's machine"
+        )
+    from fedcore.monitor.ask import find_server
+    from fedcore.server.storage.past import read_training
+
+    find_server(folder)  # it raises where that is no run folder
+    series = read_training(folder)
+    from . import training
+
+    if as_json:
+        typer.echo(training.as_json(folder, series))
+    elif as_csv:
+        training.write_csv(series, sys.stdout)
+    else:
+        from rich.console import Console
+
+        Console().print(training.table(series) if series else "no site has logged a metric yet")
 
 
 def _print_status(reply: StatusReply, as_json: bool) -> None:

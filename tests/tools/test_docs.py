@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 import typing
@@ -14,9 +15,12 @@ from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
 
 from fedcore import protocol
+from fedcore.cli.training import as_json
 from fedcore.config import RunConfig, load_run_file
 from fedcore.protocol import SiteStatus, StatusReply, VersionStatus, control_frames
 from fedcore.security.connections import Limits
+from fedcore.server.storage.logged import Series
+from fedcore.server.storage.metrics import Point
 from fedcore.transport import link as transport
 
 ROOT = Path(__file__).parents[2]
@@ -194,9 +198,15 @@ def test_the_limits_of_the_door_are_those_of_the_code() -> None:
     assert Limits.of(1024).connections == 4096 < Limits.of(1025).connections
 
 
+def first_cells(page: str) -> set[str]:
+    """Return what the first cells of the tables of a page name."""
+    cells = re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE)
+    return set(re.findall(r"`(\w+)`", "\n".join(cells)))
+
+
 def test_the_status_for_other_programs_is_described_field_by_field() -> None:
-    cells = re.findall(r"^\| (`[^|]*) \|", text("docs/status.md"), re.MULTILINE)
-    named = set(re.findall(r"`([\w]+)`", "\n".join(cells)))
+    page, _, training = text("docs/status.md").partition("## Training metrics")
+    named = first_cells(page)
     models = (StatusReply, SiteStatus, VersionStatus)
     fields = {name for model in models for name in model.model_fields} - {"type", "ext", "run_id"}
     states = {
@@ -208,3 +218,6 @@ def test_the_status_for_other_programs_is_described_field_by_field() -> None:
         for value in typing.get_args(annotation)
     }
     assert named == fields | states
+    series = Series("a", "loss", [Point(0, 1, 10, 0.0, 0.5)])
+    (found,) = json.loads(as_json(Path("run"), [series]))["metrics"]
+    assert first_cells(training) == found.keys()

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from fedcore.errors import IntegrityError, StorageError
 from .journal import Journal
 from .metrics import Change, MetricsBuffer, Point, most_names
 
-__all__ = ["Logged", "Rows", "read_points", "read_series", "summarise"]
+__all__ = ["Logged", "Rows", "Series", "read_points", "read_series", "summarise"]
 
 WRITE_SECONDS: Final = 1.0
 """Time between two transactions that hold nothing but points: what a killed server loses at most."""
@@ -132,6 +133,15 @@ class Logged:
         db = self._journal.db
         db.execute("DELETE FROM points WHERE round > ?", (round_,))
         db.execute("DELETE FROM series WHERE id NOT IN (SELECT series FROM points)")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric of one site, with the points that are kept of it, in order."""
+
+    site: str
+    name: str
+    points: list[Point]
 
 
 def read_series(rows: Rows) -> list[tuple[int, str, str]]:

@@ -1,14 +1,13 @@
-"""How a run stands of which no server says so: what its journal and its summary hold."""
+"""What a run folder tells without a server: how its run stands, and the training metrics that its sites logged."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from fedcore import protocol
 from fedcore.errors import ConfigError
@@ -16,8 +15,9 @@ from fedcore.monitor.ask import read_summary
 from fedcore.server.rounds.selection import best_version, weighted_metrics
 
 from .history import Life, read_life, read_scores, read_versions
+from .logged import Rows, Series, read_points, read_series
 
-__all__ = ["read_past"]
+__all__ = ["read_past", "read_training"]
 
 _ENDS: Final[tuple[Literal["stopped", "failed"], ...]] = ("stopped", "failed")
 
@@ -28,25 +28,44 @@ def read_past(folder: Path) -> protocol.StatusReply:
     Raises:
         ConfigError: the journal can't be read, or another version of fedcore wrote it.
     """
+    with _journal(folder) as rows:
+        return _read(folder, rows)
+
+
+def read_training(folder: Path) -> list[Series]:
+    """Return the training metrics that a run folder holds; a server that works on it is not disturbed.
+
+    Raises:
+        ConfigError: the journal can't be read, or another version of fedcore wrote it.
+    """
+    with _journal(folder) as rows:
+        if not rows("SELECT 1 FROM sqlite_master WHERE name = 'points'"):
+            return []  # a fedcore that kept none wrote it
+        found = [
+            Series(site, name, read_points(rows, id_)) for id_, site, name in read_series(rows)
+        ]
+    return [series for series in found if series.points]
+
+
+@contextlib.contextmanager
+def _journal(folder: Path) -> Iterator[Rows]:
+    """Give what runs queries on the journal of a run folder; nothing in the folder is changed."""
     path = folder / "run.sqlite"
-    for mode in (
-        "mode=ro",
-        "immutable=1",
-    ):  # after a crash, SQLite may want to write before it reads
+    uri = path.absolute().as_uri()
+    db = sqlite3.connect(f"{uri}?mode=ro", uri=True)
+    try:
         try:
-            with contextlib.closing(
-                sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)
-            ) as db:
-                return _read(folder, functools.partial(_rows, db))
-        except sqlite3.Error as error:
-            problem = error
-    raise ConfigError(
-        f"cannot read {path}: {problem}; another version of fedcore may have written it"
-    )
-
-
-def _rows(db: sqlite3.Connection, query: str) -> list[tuple[Any, ...]]:
-    return db.execute(query).fetchall()
+            db.execute("SELECT 1 FROM meta").fetchone()
+        except sqlite3.Error:  # after a crash, SQLite may want to write before it reads
+            db.close()
+            db = sqlite3.connect(f"{uri}?immutable=1", uri=True)
+        yield lambda query, *values: db.execute(query, values).fetchall()
+    except sqlite3.Error as error:
+        raise ConfigError(
+            f"cannot read {path}: {error}; another version of fedcore may have written it"
+        ) from None
+    finally:
+        db.close()
 
 
 def _phase(folder: Path, last: int | None, life: Life) -> Literal["waiting", "stopped", "failed"]:
@@ -70,8 +89,8 @@ def _message(folder: Path, last: int | None, *, stop_asked: bool) -> str:
     return f"no server works on {folder}; start fedcore-server with its run file to go on{after}"
 
 
-def _read(folder: Path, rows: Callable[[str], list[tuple[Any, ...]]]) -> protocol.StatusReply:
-    meta = dict(rows("SELECT key, value FROM meta"))
+def _read(folder: Path, rows: Rows) -> protocol.StatusReply:
+    meta: dict[str, str] = dict(rows("SELECT key, value FROM meta"))
     versions, scores = read_versions(rows), read_scores(rows)
     last = versions[-1].version if versions else None
     if (
