@@ -22,6 +22,7 @@ FLOORS = (
         "words",
         "weighing",
         "replacing",
+        "clock",
         "cache",
         "_device",
         "_core",

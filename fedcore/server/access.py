@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from fedcore import protocol
+from fedcore.clock import SYSTEM, Clock
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.security.connections import Limits
@@ -72,7 +72,8 @@ class Access:
         ConfigError: the run file names no keys and does not ask for plain text either, or the keys are damaged.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, clock: Clock = SYSTEM) -> None:
+        self._clock = clock
         self.secured: Secured | None = None
         self._link: ServerLink | None = None
         self._local = config.run_folder / LOCAL_KIT
@@ -168,7 +169,7 @@ class Access:
 
     def revoked(self) -> list[Identity]:
         """Return whose keys were taken off the list since the last call; they are not heard any more."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         if self.secured is None or now < self._next_look:
             return []
         self._next_look = now + _LOOK_SECONDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
 from fedcore import protocol
@@ -15,7 +16,6 @@ from fedcore.transport.link import ServerLink
 
 from .access import Access
 from .agreement import Agreement
-from .guard import Guard
 from .peers import Peers
 from .status import StatusBuilder
 from .versions import Versions, declared_layout
@@ -30,7 +30,7 @@ class Declaring:
 
     Args:
         config: the run file.
-        link, peers, guard: how sites are answered, and put out.
+        link, people: how sites are answered; who is there, and how a site is put out.
         store, versions: the run's files and models.
         status: shows notes with a site, and keeps what was declared while there is no model.
     """
@@ -39,13 +39,13 @@ class Declaring:
         self,
         config: RunConfig,
         link: ServerLink,
-        people: tuple[Peers, Guard],
+        people: tuple[Peers, Callable[[bytes, str, str, str], None]],
         files: tuple[Store, Versions],
         status: StatusBuilder,
     ) -> None:
         self._config = config
         self._link = link
-        self._peers, self._guard = people
+        self._peers, self._put_out = people
         self._store, self._versions = files
         self._status = status
         self._agreement = Agreement(
@@ -70,7 +70,7 @@ class Declaring:
         model = self._versions.model
         found = self._agreement.compare(site, declare)
         if found.refusal is not None:
-            self._guard.put_out(peer, site, "unlike", found.refusal)
+            self._put_out(peer, site, "unlike", found.refusal)
             return False
         if model is not None:
             difference = compare_layouts(
@@ -82,27 +82,27 @@ class Declaring:
             )
             if difference is not None:
                 text = f"the model's tensors differ: {difference}; {self._whose_model()}"
-                self._guard.put_out(peer, site, "layout", text)
+                self._put_out(peer, site, "layout", text)
                 return False
             hash_ = self._versions.layout_hash
         else:
             if (unlike := self._unlike_declared(site, declare)) is not None:
-                self._guard.put_out(peer, site, "layout", unlike)
+                self._put_out(peer, site, "layout", unlike)
                 return False
             try:
                 layout = declared_layout(declare)
                 self._store.check_possible(layout.total_bytes)
             except FedcoreError as error:
-                self._guard.put_out(peer, site, "layout", str(error))
+                self._put_out(peer, site, "layout", str(error))
                 return False
             if not self._has_room(peer, site, layout.total_bytes):
                 return False
             hash_ = layout_hash(layout)
         self._agreement.note(site, declare)
         for text in found.warnings:
-            self._peers.tell(site, "%s: %s", text)
+            self._peers.replies.tell(site, "%s: %s", text)
         for text in found.notes:
-            self._peers.tell(site, "%s: %s", text, level=logging.INFO)
+            self._peers.replies.tell(site, "%s: %s", text, level=logging.INFO)
         if model is None:
             seen = next(
                 (d for d in self._status.declared.values() if d.tensors == declare.tensors), None
@@ -126,7 +126,7 @@ class Declaring:
             self._store.check_space(nbytes)
         except StorageError as error:
             if not known.lacks_room:
-                self._peers.tell(
+                self._peers.replies.tell(
                     site, "the model of %s has to wait: %s; make some room", str(error)
                 )
                 self._status.note(site, "waits for room on the server's disk")

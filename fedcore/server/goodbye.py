@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection
 from typing import Final
 
 from fedcore import protocol
+from fedcore.clock import Clock, milliseconds
 from fedcore.errors import ProtocolError
-from fedcore.transport.link import HEARTBEAT_MS, Control, DataEvent, ServerLink, now_ms
+from fedcore.transport.link import HEARTBEAT_MS, Control, DataEvent, ServerLink
 
 from .access import Access
 from .peers import Peers
@@ -25,7 +25,8 @@ class Goodbye:
     """Answers sites and viewers once the run is over.
 
     Args:
-        link, peers, access: who is there, and who may be.
+        reached: how peers are reached, and the clock.
+        peers, access: who is there, and who may be.
         finish: how the run ended.
         idle_ms: a process that is silent for longer (milliseconds) counts as gone, so that its next one may join.
         status: answers a peer that asks how the run stands.
@@ -34,7 +35,7 @@ class Goodbye:
 
     def __init__(
         self,
-        link: ServerLink,
+        reached: tuple[ServerLink, Clock],
         peers: Peers,
         access: Access,
         finish: protocol.Finish,
@@ -43,7 +44,7 @@ class Goodbye:
         status: Callable[[bytes], object],
         forget: Callable[[Collection[str]], object],
     ) -> None:
-        self._link = link
+        self._link, self._clock = reached
         self._peers = peers
         self._access = access
         self._finish = finish
@@ -58,10 +59,10 @@ class Goodbye:
         for peer, _ in peers:
             self._tell(peer)
         for peer in peers.lost():  # a process that was stopped reads it when it goes on
-            link.send(peer, finish)
+            self._link.send(peer, finish)
 
     def _tell(self, peer: bytes) -> None:
-        self._sent[peer] = now_ms()
+        self._sent[peer] = milliseconds(self._clock)
         self._link.send(peer, self._finish)
 
     def until_gone(
@@ -79,8 +80,8 @@ class Goodbye:
         return set(sites) - self.told
 
     def _wait(self, seconds: float, done: Callable[[], bool]) -> None:
-        until = time.monotonic() + seconds
-        while not done() and (left := until - time.monotonic()) > 0:
+        until = self._clock.monotonic() + seconds
+        while not done() and (left := until - self._clock.monotonic()) > 0:
             try:
                 arrived = self._link.recv(min(left, _TURN_SECONDS))
             except KeyboardInterrupt:
@@ -94,7 +95,7 @@ class Goodbye:
 
     def _let_go(self) -> None:
         """Forget processes that have fallen silent: one that goes on is asked to join again, and is told then."""
-        exchange, now = self._link.exchange, now_ms()
+        exchange, now = self._link.exchange, milliseconds(self._clock)
         for peer, _ in list(self._peers):
             heard = exchange.last_heard(peer)
             if heard is None or now - heard > self._idle_ms:
@@ -108,10 +109,10 @@ class Goodbye:
             if heard is not None and sent is not None and heard > sent + _SURE_MS:
                 self.told.add(known.site)
         # A thousand sites leave within a second: not each of them is a transaction of its own.
-        if (new := self.told - self._noted) and now_ms() >= self._next_note:
+        if (new := self.told - self._noted) and milliseconds(self._clock) >= self._next_note:
             self._forget(new)
             self._noted |= new
-            self._next_note = now_ms() + _NOTE_MS
+            self._next_note = milliseconds(self._clock) + _NOTE_MS
 
     def _on_event(self, event: DataEvent) -> None:
         if event[0] == "stranger" and event[1] not in self._peers:

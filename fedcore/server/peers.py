@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
-from fedcore.security.rate_limit import TokenBucket
 from fedcore.server.rounds.participation import Roster
 from fedcore.transport.link import ServerLink
 
-__all__ = ["Peer", "Peers"]
+from .replies import Replies
 
-_LINES: Final = 100
-_LINES_PER_SECOND: Final = 0.5
-_MAX_NAMES: Final = 4096
-_ANSWER_BURST: Final = 16 << 20
-_ANSWER_PER_SECOND: Final = 1 << 20
-
-logger = logging.getLogger("fedcore.server")
+__all__ = ["Peer", "Peers", "name_of", "unlike_version"]
 
 
 @dataclass
@@ -41,14 +31,6 @@ class Peer:
     lacks_room: bool = False
 
 
-class _Told:
-    """What was logged of one name."""
-
-    def __init__(self, now: float) -> None:
-        self.lines = TokenBucket(_LINES, _LINES_PER_SECOND, now)
-        self.left_out = 0
-
-
 def unlike_version(join: protocol.Greeting | protocol.Join, error: str = "") -> protocol.Refused:
     """Return the refusal of a site that is not of this server's version; ``error`` is what was not understood."""
     return protocol.Refused(
@@ -59,25 +41,32 @@ def unlike_version(join: protocol.Greeting | protocol.Join, error: str = "") -> 
     )
 
 
+def name_of(peer: bytes, known: Peer | None) -> str:
+    """Return what a log line calls a peer."""
+    if known is not None:
+        return known.site
+    who = Identity.of_peer(peer)
+    return f"{who.name} ({who.role})" if who else "a stranger"
+
+
 class Peers:
-    """Who is there, by the link's routing id.
+    """Who takes part in a run, by the link's routing id.
 
     Args:
         link, roster: how they are reached, and who may be there.
+        replies: the host's refusals and log lines.
         run: the run's name and id, for sites that want a certain one.
     """
 
-    def __init__(self, link: ServerLink, roster: Roster, run: tuple[str, str] = ("", "")) -> None:
+    def __init__(
+        self, link: ServerLink, roster: Roster, replies: Replies, run: tuple[str, str]
+    ) -> None:
         self._link = link
         self._run = run
+        self.replies = replies
         self._roster = roster
         self._known: dict[bytes, Peer] = {}
         self._lost: dict[str, bytes] = {}
-        self._turned_away = (b"", "")
-        self._told: dict[str, _Told] = {}
-        self._answered: dict[object, TokenBucket] = {}
-        self._next_complaint = 0.0
-        self._complaints_left_out = 0
 
     def __iter__(self) -> Iterator[tuple[bytes, Peer]]:
         return iter(list(self._known.items()))
@@ -91,14 +80,6 @@ class Peers:
     def get(self, peer: bytes) -> Peer | None:
         """Return who a routing id is; None for a stranger."""
         return self._known.get(peer)
-
-    def name(self, peer: bytes) -> str:
-        """Return what a log line calls the sender of a frame."""
-        known = self._known.get(peer)
-        if known is not None:
-            return known.site
-        who = Identity.of_peer(peer)
-        return f"{who.name} ({who.role})" if who else "a stranger"
 
     def addresses(self) -> dict[str, bytes]:
         """Return each site's routing id."""
@@ -138,17 +119,8 @@ class Peers:
         refusal = self._refusal(peer, join)
         if refusal is None:
             return False
-        self.refuse(peer, join.site, refusal)
+        self.replies.refuse(peer, join.site, refusal)
         return True
-
-    def refuse(self, peer: bytes, name: str, refusal: protocol.Refused) -> None:
-        """Tell a peer, and the log, why it is refused."""
-        # A site that is started again at once asks until its dead process is noticed: once is enough to read.
-        again = (peer, refusal.code) == self._turned_away
-        self._turned_away = (peer, refusal.code)
-        level = logging.DEBUG if again else logging.WARNING
-        self.tell(name, "refused %s: %s", refusal.message, level=level)
-        self._link.send(peer, refusal)
 
     def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:
         if join.protocol != protocol.PROTOCOL_VERSION:
@@ -171,47 +143,3 @@ class Peers:
                     "that of its kit, or without keys FEDCORE_SITE",
                 )
         return None
-
-    def may_have(self, peer: bytes, answer: int) -> bool:
-        """Whether a key may have another answer, of about so many bytes.
-
-        What is beyond `_ANSWER_BURST` at once and `_ANSWER_PER_SECOND` over time is asked for in vain: who does
-        not read leaves it all with the server.
-        """
-        now = time.monotonic()
-        owner = Identity.of_peer(peer) or peer
-        if owner not in self._answered and len(self._answered) >= _MAX_NAMES:
-            self._answered.clear()
-        allowance = self._answered.setdefault(
-            owner, TokenBucket(_ANSWER_BURST, _ANSWER_PER_SECOND, now)
-        )
-        if not allowance.take(now):
-            return False
-        allowance.owe(answer)
-        return True
-
-    def tell(self, name: str, text: str, *values: str, level: int = logging.WARNING) -> None:
-        """Log what a peer brought about; ``text`` begins with its name. Each name may have `_LINES` at once and
-        `_LINES_PER_SECOND` over time, what is beyond is counted: nobody fills the disk."""
-        if name not in self._told and len(self._told) >= _MAX_NAMES:
-            self._told.clear()
-        told = self._told.setdefault(name, _Told(time.monotonic()))
-        if not told.lines.take(time.monotonic()):
-            told.left_out += 1
-            return
-        if told.left_out:
-            text += f" (and {told.left_out} more lines of {name} were left out)"
-            told.left_out = 0
-        logger.log(level, text, name, *values)
-
-    def complain(self, text: str, *values: str) -> None:
-        """Warn at most once a second: what anyone can send must not fill the disk, nor keep the server busy."""
-        now = time.monotonic()
-        if now < self._next_complaint:
-            self._complaints_left_out += 1
-            return
-        self._next_complaint = now + 1.0
-        if self._complaints_left_out:
-            text += f" (and {self._complaints_left_out} more since the last such line)"
-            self._complaints_left_out = 0
-        logger.warning(text, *values)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Final
 
 from fedcore import protocol
+from fedcore.clock import Clock
 from fedcore.config import RunConfig
 from fedcore.server.rounds.rounds import Rounds
 from fedcore.server.rounds.selection import weighted_metrics
@@ -53,13 +52,14 @@ def within_a_message(reply: protocol.StatusReply) -> tuple[protocol.StatusReply,
 class Watchers:
     """Who looks on again and again: they are answered once more when the run is over."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
         self._asked: dict[bytes, float] = {}
 
     def note(self, peer: bytes) -> None:
         """Note that a peer has asked."""
         if peer in self._asked or len(self._asked) < _MAX_WATCHERS:
-            self._asked[peer] = time.monotonic()
+            self._asked[peer] = self._clock.monotonic()
 
     def forget(self, peer: bytes) -> None:
         """Note that a peer knows of the end."""
@@ -68,7 +68,7 @@ class Watchers:
     @property
     def present(self) -> bool:
         """Whether a peer that asked a moment ago does not know of the end yet."""
-        now = time.monotonic()
+        now = self._clock.monotonic()
         self._asked = {p: at for p, at in self._asked.items() if now - at < _WATCHER_SECONDS}
         return bool(self._asked)
 
@@ -76,18 +76,19 @@ class Watchers:
 class StatusBuilder:
     """Gathers what a `StatusReply` shows; what lies in the store is read again only after `refresh`."""
 
-    def __init__(self, config: RunConfig, rounds: Rounds, store: Store) -> None:
+    def __init__(self, config: RunConfig, rounds: Rounds, store: Store, clock: Clock) -> None:
+        self._clock = clock
         self._config = config
         self._rounds = rounds
         self._store = store
-        self._started = time.monotonic()
+        self._started = self._clock.monotonic()
         self._before = store.life
         self._ended: float | None = None
-        self.began = self._before.started or datetime.now(UTC).isoformat(timespec="seconds")
+        self.began = self._before.started or clock.wall().isoformat(timespec="seconds")
         self._versions: list[protocol.VersionStatus] | None = None
         self._first_version = rounds.version or 0
         self._messages: dict[str, str] = {}
-        self._metrics: dict[str, dict[str, float]] = {}
+        self.metrics: dict[str, dict[str, float]] = {}
         self.examples: dict[str, int] = {}
         self.declared: dict[str, protocol.Declare] = {}
         self.aggregation: Collection | None = None
@@ -102,7 +103,7 @@ class StatusBuilder:
 
     def note_metrics(self, site: str, metrics: Mapping[str, float]) -> None:
         """Show training metrics with a site."""
-        merge_metrics(self._metrics.setdefault(site, {}), metrics)
+        merge_metrics(self.metrics.setdefault(site, {}), metrics)
 
     def refresh(self) -> None:
         """Read the versions again when they are next shown."""
@@ -111,8 +112,8 @@ class StatusBuilder:
     def taken(self, stats: Mapping[str, int]) -> Life:
         """Return what the run has taken up to now, over all servers that worked on it."""
         if self._rounds.over and self._ended is None:
-            self._ended = time.monotonic()
-        now = time.monotonic() if self._ended is None else self._ended
+            self._ended = self._clock.monotonic()
+        now = self._clock.monotonic() if self._ended is None else self._ended
         return Life(
             self.began,
             self._before.seconds + now - self._started,
@@ -149,7 +150,7 @@ class StatusBuilder:
                     site=member.name,
                     state=member.state.value,
                     examples=self.examples.get(member.name),
-                    metrics=dict(self._metrics.get(member.name, {})),
+                    metrics=dict(self.metrics.get(member.name, {})),
                     message=(member.message or self._messages.get(member.name, ""))[:4096],
                 )
                 for member in rounds.roster

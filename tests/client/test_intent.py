@@ -35,7 +35,7 @@ def test_a_site_of_the_run_that_it_wants_takes_part_and_any_other_is_refused(
     tmp_path: Path, wanted: str
 ) -> None:
     server = Server(run_config(tmp_path, sites=["a", "b"], rounds=1, min_results=1))
-    right = server._store.run_id if wanted == "id" else wanted
+    right = server.runs[0].store.run_id if wanted == "id" else wanted
 
     def sites() -> int:
         other = SiteSettings(server=server.endpoint, site="b", run="last-year")

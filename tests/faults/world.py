@@ -1,6 +1,6 @@
 """A server and its sites without sockets: frames wait in a list and arrive in seeded order; the clock is a number.
 
-The server side does what `fedcore.server.service` does with the core's events: a site that was rejected, or sent
+The server side does what `fedcore.server.run` does with the core's events: a site that was rejected, or sent
 nothing of what was asked for in `LOST_MS`, is left out, and the rest is collected again from the start. A server
 that is killed is followed by one that goes on with its files.
 """

@@ -11,7 +11,7 @@ import pytest
 from fedcore.security.provision import Project, Provisioned, provision
 
 from ..support.links import Links, Parties
-from ..support.secured_runs import PARTIES, running, server_of
+from ..support.secured_runs import AT_ONCE, PARTIES, running, server_of
 
 
 @pytest.fixture
@@ -35,9 +35,8 @@ def kits(tmp_path: Path) -> Provisioned:
 
 
 @pytest.fixture
-def waiting(tmp_path: Path, kits: Provisioned, monkeypatch: pytest.MonkeyPatch) -> Any:
+def waiting(tmp_path: Path, kits: Provisioned) -> Any:
     """A server that waits for its sites, and for nobody when it is stopped."""
-    monkeypatch.setattr("fedcore.server.service._GOODBYE_SECONDS", 0.0)
-    server = server_of(tmp_path)
+    server = server_of(tmp_path, timing=AT_ONCE)
     with running(server):
         yield server

@@ -8,47 +8,43 @@ from unittest.mock import Mock
 
 import pytest
 
+from fedcore.clock import SYSTEM, Clock, ManualClock
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError
 from fedcore.security.keys import AllowList, KeyPair, Role
 from fedcore.security.provision import Provisioned, admit, revoke
-from fedcore.server import access
 from fedcore.server.access import Access
 
 
 class Looking:
     """A server's look at its list, with a clock of its own."""
 
-    def __init__(self, found: Access, path: Path) -> None:
+    def __init__(self, found: Access, path: Path, clock: ManualClock) -> None:
         self.access = found
         self.path = path
-        self.now = 1000.0
+        self.clock = clock
 
     def look(self, later: float = 1.0) -> list[str]:
         """Return whose keys are revoked so many seconds later."""
-        self.now += later
+        self.clock.advance(later)
         return sorted(who.name for who in self.access.revoked())
 
 
-def access_of(tmp_path: Path, server: Path, **people: object) -> Access:
+def access_of(tmp_path: Path, server: Path, clock: Clock = SYSTEM, **people: object) -> Access:
     values = {
         "run": {"name": "t", "rounds": 1},
         "participants": people or {"sites": ["a", "b"]},
         "server": {"keys": str(server)},
     }
-    return Access(parse_run(values, folder=tmp_path))
+    return Access(parse_run(values, folder=tmp_path), clock)
 
 
 @pytest.fixture
-def looking(
-    tmp_path: Path,
-    kits: Provisioned,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Looking]:
-    found = access_of(tmp_path, kits.server)
-    found._link = Mock()
-    made = Looking(found, kits.server / "allow.toml")
-    monkeypatch.setattr(access.time, "monotonic", lambda: made.now)
+def looking(tmp_path: Path, kits: Provisioned) -> Iterator[Looking]:
+    clock = ManualClock()
+    found = access_of(tmp_path, kits.server, clock)
+    found.opened(Mock(endpoint="tcp://127.0.0.1:7733"))
+    made = Looking(found, kits.server / "allow.toml", clock)
     assert made.look() == []
     yield made
     found.close()

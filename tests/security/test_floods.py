@@ -8,19 +8,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fedcore import protocol
+from fedcore.clock import ManualClock
 from fedcore.monitor.ask import ask_status
 from fedcore.protocol import control_frames
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import Provisioned
-from fedcore.server import peers
+from fedcore.server import replies
 from fedcore.transport.link import Control, SiteLink
 
 from ..support.links import DEADLINE, Links
-from ..support.secured_runs import join, models, running, server_of, site
+from ..support.secured_runs import AT_ONCE, join, models, running, server_of, site
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -80,11 +82,9 @@ def test_an_observer_that_floods_is_named_and_dropped_and_the_others_are_answere
     tmp_path: Path,
     kits: Provisioned,
     links: Links,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("fedcore.server.service._GOODBYE_SECONDS", 0.0)
-    server = server_of(tmp_path)
+    server = server_of(tmp_path, timing=AT_ONCE)
     with running(server):
         eye = links.site(server.endpoint, load_kit(kits.kits["eye"]).credentials)
         frames = [b"S", b"", *control_frames(protocol.StatusRequest())]
@@ -104,12 +104,10 @@ def test_a_site_that_says_the_same_without_end_fills_neither_log_nor_journal(
     tmp_path: Path,
     kits: Provisioned,
     links: Links,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("fedcore.server.service._GOODBYE_SECONDS", 0.0)
     caplog.set_level(logging.INFO)
-    server = server_of(tmp_path, sites=["a", "b"], min_results=1)
+    server = server_of(tmp_path, timing=AT_ONCE, sites=["a", "b"], min_results=1)
     with running(server) as (pool, result):
         first, done = threading.Event(), threading.Event()
 
@@ -134,28 +132,26 @@ def test_a_site_that_says_the_same_without_end_fills_neither_log_nor_journal(
         message(link, lambda m: isinstance(m, protocol.Welcome))
         took = time.monotonic() - began
         said = lines(caplog, "b ") + lines(caplog, "b:")
-        (scores,) = server._store._db.execute("SELECT COUNT(*) FROM scores").fetchone()
+        (scores,) = server.runs[0].store._db.execute("SELECT COUNT(*) FROM scores").fetchone()
         link.close()
         done.set()
         assert honest.result(60) == 2
         assert result.result(60).ok
-    assert len(said) <= 2 * (peers._LINES + 1 + took * peers._LINES_PER_SECOND)
+    assert len(said) <= 2 * (replies.LINES + 1 + took * replies.LINES_PER_SECOND)
     assert scores == 2
-    assert lines(caplog, "more lines of b were left out") or len(said) <= peers._LINES + 1
+    assert lines(caplog, "more lines of b were left out") or len(said) <= replies.LINES + 1
 
 
 def test_names_have_lines_of_their_own_and_what_is_left_out_is_counted(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    now = [100.0]
-    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
-    found = peers.Peers(None, None)  # type: ignore[arg-type]
+    clock = ManualClock()
+    found = replies.Replies(Mock(), clock)
     for number in range(500):
         found.tell("b", "%s reports: %s", str(number))
     found.tell("a", "%s reports: %s", "once")
-    assert len(lines(caplog, "b reports")) == peers._LINES
+    assert len(lines(caplog, "b reports")) == replies.LINES
     assert lines(caplog, "a reports: once")
-    now[0] += 2.0
+    clock.advance(2.0)
     found.tell("b", "%s reports: %s", "again")
     assert lines(caplog, "b reports: again (and 400 more lines of b were left out)")
-    assert len(found._told) == 2

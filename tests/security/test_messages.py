@@ -7,15 +7,17 @@ import subprocess
 import sys
 import time
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from fedcore import protocol
+from fedcore.clock import ManualClock
 from fedcore.errors import ProtocolError
 from fedcore.protocol import control_frames
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import Provisioned
-from fedcore.server import peers
+from fedcore.server import replies
 from fedcore.server.service import Server
 from fedcore.server.status import within_a_message
 from fedcore.transport.link import Control, SiteLink
@@ -160,21 +162,18 @@ def test_the_status_of_any_number_of_talkative_sites_fits_into_a_message() -> No
     assert len(within_a_message(long)[0].sites) == 3
 
 
-def test_answers_that_are_not_read_are_bounded_for_each_key_and_those_of_others_are_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(peers.time, "monotonic", lambda: now[0])
-    found = peers.Peers(None, None)  # type: ignore[arg-type]
+def test_answers_that_are_not_read_are_bounded_for_each_key_and_those_of_others_are_not() -> None:
+    clock = ManualClock()
+    found = replies.Replies(Mock(), clock)
     mib = 1 << 20
     eager = [b"observer/eye/0\0%d" % number for number in range(30)]
     assert sum(found.may_have(peer, mib) for peer in eager) == 16
     assert found.may_have(b"observer/other/0\0x", mib)
-    now[0] += 5.0
+    clock.advance(5.0)
     assert sum(found.may_have(peer, mib) for peer in eager) == 5
-    now[0] += 1000.0
+    clock.advance(1000.0)
     assert found.may_have(eager[0], 100 * mib)
-    now[0] += 50.0
+    clock.advance(50.0)
     assert not found.may_have(eager[0], 0)
 
 
@@ -186,8 +185,8 @@ def test_who_asks_without_end_for_large_answers_has_few(
     monkeypatch: pytest.MonkeyPatch,
     what: str,
 ) -> None:
-    monkeypatch.setattr(peers, "_ANSWER_PER_SECOND", 0)
-    monkeypatch.setattr(type(waiting._versions), "table_bytes", property(lambda _: 1 << 20))
+    monkeypatch.setattr(replies, "ANSWER_PER_SECOND", 0)
+    monkeypatch.setattr(type(waiting.runs[0].versions), "table_bytes", property(lambda _: 1 << 20))
     name, message, reply = {
         "join": ("a", join("a"), b'"welcome"'),
         "status": ("eye", protocol.StatusRequest(), b'"status-reply"'),
@@ -195,7 +194,7 @@ def test_who_asks_without_end_for_large_answers_has_few(
     link = links.site(waiting.endpoint, load_kit(kits.kits[name]).credentials)
     link.send(message)
     wait(link, lambda m: isinstance(m, Control) and reply in m.body)
-    waiting._status.reply_bytes = 16 << 20
+    waiting.runs[0].status.reply_bytes = 16 << 20
     for _ in range(100):
         link.send(message)
     other = links.site(waiting.endpoint, load_kit(kits.kits["b"]).credentials)

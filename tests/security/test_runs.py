@@ -130,7 +130,7 @@ def test_a_key_whose_role_was_changed_and_changed_back_is_heard_again(
     waiting: Server, kits: Provisioned, links: Links
 ) -> None:
     key = load_kit(kits.kits["a"]).credentials.pair.public
-    door = waiting._link._door
+    door = waiting.link._door
     assert door is not None
     for role in (Role.OBSERVER, Role.SITE):
         with edited(kits.server / "allow.toml") as cell:  # in one step: the key is always listed
@@ -173,13 +173,13 @@ def test_a_connection_that_was_silent_and_is_one_too_many_is_cut_though_the_door
     link = links.site(waiting.endpoint, load_kit(kits.kits["a"]).credentials)
     link.send(join("a"))
     assert wait(link, lambda m: isinstance(m, Control))
-    door, exchange = waiting._link._door, waiting._link.exchange
+    door, exchange = waiting.link._door, waiting.link.exchange
     assert door is not None
     until = time.monotonic() + DEADLINE
     while door._connections.unproved:
         assert time.monotonic() < until
         time.sleep(0.02)
-    ((peer, _),) = list(waiting._peers)
+    ((peer, _),) = list(waiting.runs[0].peers)
     exchange.forget(peer)  # as if it had been silent for long
     for number in range(32):
         other = peer.partition(b"\0")[0] + b"\0%d" % number
@@ -236,7 +236,7 @@ def train_on(session: Session) -> None:
 
 def until_admitted(server: Server, key: str) -> None:
     deadline = time.monotonic() + DEADLINE
-    door = server._link._door
+    door = server.link._door
     assert door is not None
     while key not in door.allowed.keys:
         assert time.monotonic() < deadline

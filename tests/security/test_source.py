@@ -148,5 +148,5 @@ def test_the_search_lets_pass_what_is_harmless() -> None:
 def test_the_search_covers_the_whole_package_and_the_demo() -> None:
     names = {str(path.relative_to(ROOT)) for path in SOURCES}
     assert len(names) > 50
-    assert {"fedcore/_pump.pyx", "fedcore/server/service.py", "fedcore/site/session.py"} <= names
+    assert {"fedcore/_pump.pyx", "fedcore/server/run.py", "fedcore/site/session.py"} <= names
     assert {"clients/demo/work.py", "clients/examples/plain_loop.py"} <= names

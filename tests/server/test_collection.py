@@ -357,7 +357,7 @@ def test_an_update_is_pulled_while_another_site_trains(tmp_path: Path, spill: bo
 
     def pulled() -> int:
         """Return how many chunks of a's update are at the server."""
-        running = server._collecting.running
+        running = server.runs[0].collecting.running
         return running.collector.progress()[2][0] if running is not None and running.open else 0
 
     def wait() -> None:
@@ -401,7 +401,7 @@ def test_an_update_is_pulled_while_another_site_trains(tmp_path: Path, spill: bo
         assert all(0 < count < chunks for count in here)
     model = load_file(tmp_path / "runs/t/final/model.safetensors")
     assert set(model["w"].tolist()) == {3.0}
-    assert server._link.exchange.stats()["bytes_in"] < (5 * chunks + 4) * mib  # nothing came twice
+    assert server.link.exchange.stats()["bytes_in"] < (5 * chunks + 4) * mib  # nothing came twice
 
 
 @pytest.mark.parametrize("spill", [True, False])

@@ -79,7 +79,7 @@ def test_a_download_that_is_cut_in_the_middle_resends_at_most_a_window_to_that_s
         model = pool.submit(session.begin, SPECS, {}, reader(3))
         cut_in_the_middle(relay, relay.down, half)
         assert bytes(model.result(40).tensors["w"]) == values(3).tobytes()
-        sent = server._link.exchange.stats()["bytes_out"]
+        sent = server.link.exchange.stats()["bytes_out"]
         assert SIZE + CHUNK <= sent <= SIZE + WINDOW * CHUNK + BESIDE
 
 

@@ -15,6 +15,7 @@ import pytest
 from fedcore import protocol
 from fedcore.errors import StorageError
 from fedcore.replacing import sync_folder
+from fedcore.server.run import Run
 from fedcore.server.service import Server
 from fedcore.server.storage import files
 from fedcore.transport.link import DataEvent
@@ -53,16 +54,16 @@ def full_once_renamed(patch: pytest.MonkeyPatch) -> None:
 
 def full_while_reduced(patch: pytest.MonkeyPatch) -> None:
     """The core says so in place of the last chunk of round 2."""
-    handle, left = Server._handle_event, [3]
+    handle, left = Run.on_event, [3]
 
-    def hear(server: Server, event: DataEvent) -> None:
+    def hear(taken: Run, event: DataEvent) -> None:
         if event[0] == "done":
             left[0] -= 1
             if left[0] == 0:
                 event = ("broken", event[1], "/srv/run: No space left on device")
-        handle(server, event)
+        handle(taken, event)
 
-    patch.setattr(Server, "_handle_event", hear)
+    patch.setattr(Run, "on_event", hear)
 
 
 @pytest.mark.parametrize("fill", [full_once_renamed, full_while_reduced])

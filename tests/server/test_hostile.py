@@ -21,8 +21,8 @@ from fedcore.config import ModelSection
 from fedcore.errors import LayoutError
 from fedcore.monitor.ask import ask_status
 from fedcore.protocol import control_frames
-from fedcore.server import service
 from fedcore.server.service import Server
+from fedcore.server.timing import Timing
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import SiteLink
@@ -171,8 +171,8 @@ def test_a_message_of_another_run_changes_nothing_and_is_answered_with_rejoin(
         raw = RawSite(server.endpoint, "b")
         raw.link.send(protocol.Leave(reason="another run", run_id="0" * 32))
         raw.await_message(protocol.Rejoin)
-        assert [known.site for _, known in server._peers] == ["b"]
-        raw.link.send(protocol.Leave(reason="this one", run_id=server._store.run_id))
+        assert [known.site for _, known in server.runs[0].peers] == ["b"]
+        raw.link.send(protocol.Leave(reason="this one", run_id=server.runs[0].store.run_id))
         raw.link.close()
         return site(server.endpoint, "a", 1)
 
@@ -269,14 +269,13 @@ def silent_site(address: str, name: str, over: threading.Event) -> None:
 
 
 def test_a_site_that_answers_but_sends_no_data_is_lost_and_the_round_closes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(service, "_DATA_SILENCE_MS", 2000)
     start = {"w": np.zeros(5000, np.float32), "n": np.array([1, 2])}
     save_file(start, tmp_path / "start.safetensors")
     config = run_config(tmp_path, sites=["a", "b"], rounds=1, min_results=1)
     config = config.model_copy(update={"model": ModelSection(initial="start.safetensors")})
-    server = Server(config)
+    server = Server(config, timing=Timing(data_silence=2.0))
     over = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         silent = pool.submit(silent_site, server.endpoint, "b", over)
@@ -293,7 +292,7 @@ def test_a_site_that_floods_the_server_is_named_and_loses_its_part_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(run_config(tmp_path, sites=["a", "b"], rounds=2, min_results=1))
-    reply, exchange = server._reply_status, server._link.exchange
+    reply, exchange = server.runs[0].reply_status, server.link.exchange
 
     def reply_slowly(peer: bytes) -> None:
         """How fast a machine answers must not decide whether more comes than is answered."""
@@ -302,7 +301,7 @@ def test_a_site_that_floods_the_server_is_named_and_loses_its_part_alone(
             time.sleep(0.01)
         reply(peer)
 
-    monkeypatch.setattr(server, "_reply_status", reply_slowly)
+    monkeypatch.setattr(server.runs[0], "reply_status", reply_slowly)
 
     def hostile() -> int:
         raw = RawSite(server.endpoint, "b")

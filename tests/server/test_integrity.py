@@ -551,7 +551,7 @@ def test_a_model_that_changes_while_it_is_served_ends_the_server_with_its_name(
     events = iter(
         [("damaged", b"s" * 16, "round-0001.safetensors has changed while it was served")]
     )
-    monkeypatch.setattr(server._link, "recv", lambda _: next(events))
+    monkeypatch.setattr(server.link, "recv", lambda _: next(events))
     with pytest.raises(IntegrityError, match=r"has changed while it was served.*rollback \S+ 0"):
         server.run()
 
@@ -568,16 +568,16 @@ def test_a_model_that_shrank_under_a_collection_is_named_as_it_was_committed(
 
     def shrinks() -> None:
         # The model that a server has committed itself is known to the core by its scratch name.
-        path, scratch = server._store.path(1), server._store.scratch(1)
+        path, scratch = server.runs[0].store.path(1), server.runs[0].store.scratch(1)
         path.rename(scratch)
         base = open_model(scratch)
         scratch.rename(path)
         os.truncate(path, 0)
         bytes(base.file.view())
         running = Mock(check_base=lambda: Collection.check_base(Mock(_base=base)))
-        server._collecting.running = running
-        server._commit(Commit(2, ()))
+        server.runs[0].collecting.running = running
+        server.runs[0].commit(Commit(2, ()))
 
-    monkeypatch.setattr(server, "_step", shrinks)
+    monkeypatch.setattr(server, "step", shrinks)
     with pytest.raises(IntegrityError, match=r"models/round-0001\.safetensors became.*rollback"):
         server.run()

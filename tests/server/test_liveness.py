@@ -1,7 +1,7 @@
 """Sites and servers come and go at random; nobody trains in vain, and once all are there the run comes to its end.
 
 The round state machine is driven through drawn events without a clock or a socket. What the process does with its
-actions, and what a site does with its tasks, is played here as `fedcore.server.service` and
+actions, and what a site does with its tasks, is played here as `fedcore.server.run` and
 `fedcore.site.session` do it.
 """
 

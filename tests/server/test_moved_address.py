@@ -126,8 +126,8 @@ def served(network: Network, tmp_path: Path) -> Iterator[tuple[Server, subproces
 def back(server: Server, since_ms: float) -> float:
     """Wait until the site is heard again; returns after how many seconds."""
     began = time.monotonic()
-    (peer,) = (peer for peer, _ in server._peers)
-    while (server._link.exchange.last_heard(peer) or 0) <= since_ms:
+    (peer,) = (peer for peer, _ in server.runs[0].peers)
+    while (server.link.exchange.last_heard(peer) or 0) <= since_ms:
         assert time.monotonic() - began < 60, "it never came back"
         time.sleep(0.05)
     return time.monotonic() - began

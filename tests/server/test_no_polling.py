@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedcore.server import service
 from fedcore.server.service import Server
+from fedcore.server.timing import Timing
 from fedcore.site import connection, progress
 from fedcore.transport import link as transport
 from fedcore.transport.link import Control, DataEvent
@@ -34,13 +34,12 @@ def test_every_wait_of_a_run_is_ended_by_what_it_waits_for(
 
     monkeypatch.setattr(transport._Link, "recv", patient)
     monkeypatch.setattr(transport, "HEARTBEAT_MS", round(1000 * NEVER))
-    monkeypatch.setattr(service, "_CHECK_SECONDS", NEVER)
     monkeypatch.setattr(connection, "_CHECK_SECONDS", NEVER)
     monkeypatch.setattr(progress, "_IDLE_SECONDS", NEVER)
     config = run_config(
         tmp_path, sites=["a", "b"], rounds=ROUNDS, idle_timeout="1h", round_deadline="5h"
     )
-    server, ended = Server(config), queue.SimpleQueue[tuple[str, Any]]()
+    server, ended = Server(config, timing=Timing(check=NEVER)), queue.SimpleQueue[tuple[str, Any]]()
     parts: dict[str, Callable[[], Any]] = {
         "server": lambda: server.run().ok,
         "a": lambda: site(server.endpoint, "a", 1),

@@ -73,8 +73,8 @@ def reader(step: int) -> Callable[[str], bytes]:
 
 def until(phase: Phase, server: Server) -> None:
     end = time.monotonic() + 30
-    while server._rounds.phase is not phase:
-        assert time.monotonic() < end, server._rounds.phase
+    while server.runs[0].rounds.phase is not phase:
+        assert time.monotonic() < end, server.runs[0].rounds.phase
         time.sleep(0.01)
 
 
@@ -105,7 +105,7 @@ def test_a_round_closes_without_a_site_that_is_too_slow_where_the_quorum_allows(
         relay.up.until(lambda passed: passed > before + (1 << 20))
         a.submit(reader(1), 1)
         until(Phase.AGGREGATING, server)
-        server._rounds.deadline_seconds = 0
+        server.runs[0].rounds.deadline_seconds = 0
         assert result.result(60).ok
     final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
     assert final[0] == (1 if quorum == 1 else 2)

@@ -142,8 +142,8 @@ def test_a_million_metrics_take_no_more_than_a_messages_worth(
 
     heard(server, hostile)
     assert "metrics: Dictionary should have at most 64 items" in caplog.text
-    assert len(server._status._metrics["b"]) == protocol.MAX_METRICS
-    assert all(len(known.metrics) <= protocol.MAX_METRICS for _, known in server._peers)
+    assert len(server.runs[0].status.metrics["b"]) == protocol.MAX_METRICS
+    assert all(len(known.metrics) <= protocol.MAX_METRICS for _, known in server.runs[0].peers)
 
 
 def test_sites_with_metrics_of_their_own_each_are_shown_and_the_one_that_selects_is_among_them(

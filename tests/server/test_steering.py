@@ -20,7 +20,7 @@ from fedcore.server.rounds.actions import Action, EndRun, SendTask, StartCollect
 from fedcore.server.rounds.participation import Delivery, Roster
 from fedcore.server.rounds.rounds import Phase, Rounds
 from fedcore.server.rounds.steering import steer
-from fedcore.server.service import Server
+from fedcore.server.run import Run
 from fedcore.server.storage.past import read_past
 from fedcore.server.storage.store import Store
 
@@ -203,7 +203,7 @@ def test_a_stop_that_cannot_be_written_is_an_error_and_the_run_goes_on(
         assert not result.done()
 
 
-@pytest.mark.parametrize("killed_in", ["_end", "_say_goodbye"])
+@pytest.mark.parametrize("killed_in", ["end", "say_goodbye"])
 def test_a_run_whose_stop_was_answered_ends_also_if_the_server_is_killed(
     tmp_path: Path, kits: Provisioned, monkeypatch: pytest.MonkeyPatch, killed_in: str
 ) -> None:
@@ -217,7 +217,7 @@ def test_a_run_whose_stop_was_answered_ends_also_if_the_server_is_killed(
     address = server.endpoint
     credentials = load_kit(kits.kits["ops"]).credentials
     with ThreadPoolExecutor(2) as pool, monkeypatch.context() as patch:
-        patch.setattr(Server, killed_in, kill)
+        patch.setattr(Run, killed_in, kill)
         result = pool.submit(server.run)
         with StatusClient(address, credentials) as operator:
             assert operator.command("stop", DEADLINE).ok

@@ -17,12 +17,15 @@ from fedcore.config import parse_run
 from fedcore.security.keys import Role, load_kit
 from fedcore.server.outcome import RunResult
 from fedcore.server.service import Server
+from fedcore.server.timing import DEFAULT, Timing
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import Control
 
 from .links import DEADLINE, Links
 
+AT_ONCE = Timing(goodbye=0.0)
+"""A server that waits for nobody when its run is over."""
 SPECS = [("w", "F32", [5000])]
 PARTIES = {
     "a": Role.SITE,
@@ -33,13 +36,19 @@ PARTIES = {
 }
 
 
-def server_of(tmp_path: Path, rounds: int = 2, keys: str = "kits/server", **people: Any) -> Server:
+def server_of(
+    tmp_path: Path,
+    rounds: int = 2,
+    keys: str = "kits/server",
+    timing: Timing = DEFAULT,
+    **people: Any,
+) -> Server:
     values = {
         "run": {"name": "t", "rounds": rounds},
         "participants": {"sites": ["a", "b"], "round_deadline": "30s", **people},
         "server": {"listen": "tcp://127.0.0.1:0", "keys": keys},
     }
-    return Server(parse_run(values, folder=tmp_path))
+    return Server(parse_run(values, folder=tmp_path), timing=timing)
 
 
 def settings(kit: Path, address: str, connect_timeout: float = 15) -> SiteSettings:
