@@ -85,27 +85,30 @@ Codec::Codec(std::shared_ptr<const Layout> layout, CodecOptions options, Lz4 lz4
   }
 }
 
-// Fills floats_ with what the run stands for, rounded to binary32 and limited to its finite
-// numbers.
-void Codec::load(const Run& run, const std::uint8_t* values, const std::uint8_t* base,
-                 const std::uint8_t* residual) {
-  const std::size_t count = run.nbytes / item_size(run.dtype);
-  floats_.resize(count);
-  with_float(run.dtype, [&]<typename T>(T, double) {
-    for (std::size_t i = 0; i < count; ++i) {
-      double value = T::read(values, i);
-      value = base != nullptr ? value - T::read(base, i) : value;
-      value = residual != nullptr ? value + T::read(residual, i) : value;
-      floats_[i] = static_cast<float>(value);
-    }
-  });
-  if (kernels::find_non_finite(Dtype::kF32, floats_.data(), count * 4) < 0) {
+namespace {
+
+std::size_t count_of(const Run& run) noexcept { return run.nbytes / item_size(run.dtype); }
+
+const std::uint8_t* moved(const std::uint8_t* from, std::size_t bytes) noexcept {
+  return from != nullptr ? from + bytes : nullptr;
+}
+
+}  // namespace
+
+// Fills floats_ with what `n` elements of the run stand for, rounded to binary32 and limited to its
+// finite numbers.
+void Codec::load(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n) {
+  const std::size_t width = item_size(run.dtype);
+  const std::size_t at = run.offset - chunk.range.offset + first * width;
+  floats_.resize(std::max(floats_.size(), n));
+  if (kernels::subtract(run.dtype, chunk.values + at, moved(chunk.base, at),
+                        moved(chunk.residual, at), floats_.data(), n)) {
     return;
   }
-  const std::int64_t bad = kernels::find_non_finite(run.dtype, values, run.nbytes);
-  for (std::size_t i = 0; i < count; ++i) {
+  const std::int64_t bad = kernels::find_non_finite(run.dtype, chunk.values + at, n * width);
+  for (std::size_t i = 0; i < n; ++i) {
     if (static_cast<std::int64_t>(i) == bad || std::isnan(floats_[i])) {
-      const Location where = layout_->locate(run.offset + i * item_size(run.dtype));
+      const Location where = layout_->locate(run.offset + (first + i) * width);
       throw Error(Errc::kNonFinite, "NaN or infinity in tensor '" + std::string(where.tensor) +
                                         "', element " + std::to_string(where.element));
     }
@@ -113,36 +116,117 @@ void Codec::load(const Run& run, const std::uint8_t* values, const std::uint8_t*
   }
 }
 
-void Codec::encode_runs(const Range& range, Scheme scheme, const std::uint8_t* values,
-                        const std::uint8_t* base, const std::uint8_t* residual,
-                        std::vector<std::uint8_t>& body) {
-  body.clear();
-  segments_.clear();
-  for (const Run& run : layout_->runs(range)) {
-    const std::size_t at = run.offset - range.offset, start = body.size();
-    const std::size_t count = run.nbytes / item_size(run.dtype);
-    const bool encoded = encodes(scheme, run.dtype);
-    const std::uint8_t* run_residual = residual != nullptr ? residual + at : nullptr;
-    if (encoded) {
-      load(run, values + at, base != nullptr ? base + at : nullptr, run_residual);
-      const double share = std::ceil(options_.top_k * static_cast<double>(count));
-      const std::size_t keep = std::min(count, static_cast<std::size_t>(share));
-      quantise::encode(scheme, floats_.data(), count, keep, body);
-    } else {
-      body.insert(body.end(), values + at, values + at + run.nbytes);
-      if (run_residual != nullptr && is_float(run.dtype)) {
-        with_float(run.dtype, [&]<typename T>(T, double limit) {
-          for (std::size_t i = 0; i < count; ++i) {
-            const double value = T::read(values + at, i), rest = T::read(run_residual, i);
-            if (rest != 0 && !arith::non_finite(value)) {  // -0.0 + 0.0 is another value
-              T::write(body.data() + start, i, value + rest, limit);
-            }
-          }
-        });
-      }
-    }
-    segments_.push_back({run, encoded, start, body.size() - start});
+// Writes what the encoding lost of `n` elements, the next ones that the reader gives.
+void Codec::lose(const Chunk& chunk, const Run& run, RunReader& reader, std::size_t first,
+                 std::size_t n) {
+  const std::size_t width = item_size(run.dtype);
+  decoded_.resize(RunReader::kTile * sizeof(double));
+  for (std::size_t done = 0; done < n; done += RunReader::kTile) {
+    const std::size_t tile = std::min(RunReader::kTile, n - done);
+    const std::size_t at = run.offset - chunk.range.offset + (first + done) * width;
+    reader.next(moved(chunk.base, at), decoded_.data(), tile);
+    kernels::carry(run.dtype, chunk.values + at, moved(chunk.residual, at), decoded_.data(),
+                   chunk.lost + at, tile);
   }
+}
+
+// Encodes a run, whose body begins at `start`: piece by piece, while the piece is in the cache.
+void Codec::encode_run(const Chunk& chunk, Scheme scheme, const Run& run,
+                       std::vector<std::uint8_t>& body, std::size_t start) {
+  const std::size_t count = count_of(run);
+  if (scheme == Scheme::kTopK) {
+    load(chunk, run, 0, count);
+    const double share = std::ceil(options_.top_k * static_cast<double>(count));
+    const std::size_t keep = std::min(count, static_cast<std::size_t>(share));
+    quantise::encode(scheme, floats_.data(), count, keep, body);
+    if (chunk.lost != nullptr) {
+      RunReader reader(scheme, run.dtype, body.data() + start, count);
+      lose(chunk, run, reader, 0, count);
+    }
+    return;
+  }
+  body.resize(std::max(body.size(), start + quantise::encoded_bytes(scheme, count)));
+  RunReader reader(scheme, run.dtype, body.data() + start, count);
+  const std::size_t piece = quantise::piece_of(scheme);
+  for (std::size_t first = 0; first < count; first += piece) {
+    const std::size_t n = std::min(piece, count - first);
+    load(chunk, run, first, n);
+    quantise::encode_piece(scheme, floats_.data(), first, n, count, body.data() + start);
+    if (chunk.lost != nullptr) {
+      lose(chunk, run, reader, first, n);
+    }
+  }
+}
+
+// A run that travels as it is, with the residual where it holds floats.
+void Codec::copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) const {
+  const std::size_t at = run.offset - chunk.range.offset;
+  std::memcpy(body, chunk.values + at, run.nbytes);
+  if (!is_float(run.dtype)) {
+    if (chunk.lost != nullptr) {
+      std::memset(chunk.lost + at, 0, run.nbytes);
+    }
+    return;
+  }
+  const std::uint8_t* const residual = moved(chunk.residual, at);
+  if (residual != nullptr) {
+    with_float(run.dtype, [&]<typename T>(T, double limit) {
+      for (std::size_t i = 0; i < count_of(run); ++i) {
+        const double value = T::read(chunk.values + at, i), rest = T::read(residual, i);
+        if (rest != 0 && !arith::non_finite(value)) {  // -0.0 + 0.0 is another value
+          T::write(body, i, value + rest, limit);
+        }
+      }
+    });
+  }
+  if (chunk.lost != nullptr) {
+    kernels::carry(run.dtype, chunk.values + at, residual, body, chunk.lost + at, count_of(run));
+  }
+}
+
+void Codec::encode_runs(const Chunk& chunk, Scheme scheme, std::vector<std::uint8_t>& body) {
+  segments_.clear();
+  std::size_t start = 0;
+  if (scheme == Scheme::kTopK) {
+    body.clear();  // encode() appends to it
+  }
+  for (const Run& run : layout_->runs(chunk.range)) {
+    const bool encoded = encodes(scheme, run.dtype);
+    std::size_t size = run.nbytes;
+    if (!encoded) {
+      body.resize(std::max(body.size(), start + run.nbytes));
+      copy_run(chunk, run, body.data() + start);
+    } else {
+      encode_run(chunk, scheme, run, body, start);
+      size = scheme == Scheme::kTopK ? body.size() - start
+                                     : quantise::encoded_bytes(scheme, count_of(run));
+    }
+    segments_.push_back({run, encoded, start, size});
+    start += size;
+  }
+  body.resize(start);
+}
+
+// What would be encoded is finite, although the chunk travels raw.
+void Codec::check_finite(const Chunk& chunk) {
+  for (const Run& run : layout_->runs(chunk.range)) {
+    if (encodes(options_.scheme, run.dtype)) {
+      load(chunk, run, 0, count_of(run));
+    }
+  }
+}
+
+// The scheme of a chunk whose length does not depend on its values: raw if its own saves nothing.
+Scheme Codec::shorter(const Range& range) const {
+  const Scheme scheme = options_.scheme;
+  std::size_t size = 0;
+  bool any = false;
+  for (const Run& run : layout_->runs(range)) {
+    const bool encoded = encodes(scheme, run.dtype);
+    size += encoded ? quantise::encoded_bytes(scheme, count_of(run)) : run.nbytes;
+    any |= encoded;
+  }
+  return any && size < range.nbytes ? scheme : Scheme::kRaw;  // of top-k it is the least size
 }
 
 // Shuffles and compresses `plain`, whose segments are at hand, if that saves 5 % of a sample from
@@ -182,36 +266,37 @@ bool Codec::pack(Scheme scheme, const std::vector<std::uint8_t>& plain,
 std::uint8_t Codec::encode(std::uint64_t index, const std::uint8_t* values,
                            const std::uint8_t* base, const std::uint8_t* residual,
                            std::vector<std::uint8_t>& body, std::uint8_t* lost) {
-  const Range range = layout_->chunk_range(index);
-  const std::uint8_t encoding = encode_chunk(range, values, base, residual, body);
+  const Chunk chunk{layout_->chunk_range(index), values, base, residual, lost};
+  const std::uint8_t encoding = encode_chunk(chunk, body);
+  Body checked;
   if (lost != nullptr) {
-    decoded_.resize(range.nbytes);
-    if (const char* why =
-            decode(index, encoding, body.data(), body.size(), base, decoded_.data())) {
+    if (const char* why = check(index, encoding, body.data(), body.size(), checked)) {
       throw Error(Errc::kProtocol, undecodable(index, why));
     }
-    carry(index, values, residual, decoded_.data(), lost);
   }
   return encoding;
 }
 
-std::uint8_t Codec::encode_chunk(const Range& range, const std::uint8_t* values,
-                                 const std::uint8_t* base, const std::uint8_t* residual,
-                                 std::vector<std::uint8_t>& body) {
-  Scheme scheme = options_.scheme;
-  encode_runs(range, scheme, values, base, residual, plain_);
-  const auto has_encoded = [&] {
-    return std::any_of(segments_.begin(), segments_.end(),
-                       [](const Segment& segment) { return segment.encoded; });
-  };
-  if (scheme != Scheme::kRaw && (!has_encoded() || plain_.size() >= range.nbytes)) {
+std::uint8_t Codec::encode_chunk(const Chunk& chunk, std::vector<std::uint8_t>& body) {
+  Scheme scheme = shorter(chunk.range);
+  if (scheme == Scheme::kTopK) {
+    encode_runs(chunk, scheme, body);
+    if (body.size() < chunk.range.nbytes) {
+      return static_cast<std::uint8_t>(scheme);
+    }
     scheme = Scheme::kRaw;
-    encode_runs(range, scheme, values, base, residual, plain_);
+  } else if (scheme != options_.scheme) {
+    check_finite(chunk);
   }
-  if (options_.lossless && scheme != Scheme::kTopK && pack(scheme, plain_, body)) {
+  if (!options_.lossless) {
+    encode_runs(chunk, scheme, body);
+    return static_cast<std::uint8_t>(scheme);
+  }
+  encode_runs(chunk, scheme, plain_);
+  if (pack(scheme, plain_, body)) {
     return static_cast<std::uint8_t>(static_cast<std::uint8_t>(scheme) | wire::kPacked);
   }
-  body.assign(plain_.begin(), plain_.end());
+  body.swap(plain_);
   return static_cast<std::uint8_t>(scheme);
 }
 
@@ -325,17 +410,12 @@ void Codec::carry(std::uint64_t index, const std::uint8_t* values, const std::ui
   const Range range = layout_->chunk_range(index);
   for (const Run& run : layout_->runs(range)) {
     const std::size_t at = run.offset - range.offset;
-    if (!is_float(run.dtype)) {
+    if (is_float(run.dtype)) {
+      kernels::carry(run.dtype, values + at, moved(residual, at), decoded + at, out + at,
+                     count_of(run));
+    } else {
       std::memset(out + at, 0, run.nbytes);
-      continue;
     }
-    with_float(run.dtype, [&]<typename T>(T, double limit) {
-      for (std::size_t i = 0; i < run.nbytes / sizeof(typename T::Word); ++i) {
-        const double rest = residual != nullptr ? T::read(residual + at, i) : 0.0;
-        const double lost = (T::read(values + at, i) - T::read(decoded + at, i)) + rest;
-        T::write(out + at, i, lost, limit);
-      }
-    });
   }
 }
 

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "codec/quantise.hpp"
+#include "codec/run_reader.hpp"
 #include "format/layout.hpp"
 
 namespace fedcore {
@@ -94,14 +95,25 @@ class Codec {
     std::size_t size;
   };
 
-  void load(const Run& run, const std::uint8_t* values, const std::uint8_t* base,
-            const std::uint8_t* residual);
-  std::uint8_t encode_chunk(const Range& range, const std::uint8_t* values,
-                            const std::uint8_t* base, const std::uint8_t* residual,
-                            std::vector<std::uint8_t>& body);
-  void encode_runs(const Range& range, Scheme scheme, const std::uint8_t* values,
-                   const std::uint8_t* base, const std::uint8_t* residual,
-                   std::vector<std::uint8_t>& body);
+  // A chunk's flat bytes, as encode() takes them; nullptr: there are none.
+  struct Chunk {
+    Range range;
+    const std::uint8_t* values;
+    const std::uint8_t* base;
+    const std::uint8_t* residual;
+    std::uint8_t* lost;
+  };
+
+  Scheme shorter(const Range& range) const;
+  void check_finite(const Chunk& chunk);
+  std::uint8_t encode_chunk(const Chunk& chunk, std::vector<std::uint8_t>& body);
+  void encode_runs(const Chunk& chunk, Scheme scheme, std::vector<std::uint8_t>& body);
+  void encode_run(const Chunk& chunk, Scheme scheme, const Run& run,
+                  std::vector<std::uint8_t>& body, std::size_t start);
+  void copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) const;
+  void load(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n);
+  void lose(const Chunk& chunk, const Run& run, RunReader& reader, std::size_t first,
+            std::size_t n);
   bool pack(Scheme scheme, const std::vector<std::uint8_t>& plain, std::vector<std::uint8_t>& body);
   const char* unpack(Scheme scheme, const Range& range, const std::uint8_t* body, std::size_t size);
   const char* plan(Scheme scheme, const Range& range, const std::uint8_t* plain, std::size_t size);
@@ -110,7 +122,7 @@ class Codec {
   CodecOptions options_;
   Lz4 lz4_;
   std::vector<Segment> segments_;  // of the chunk at hand
-  std::vector<float> floats_;      // of the run at hand
+  std::vector<float> floats_;      // of the piece at hand, of top-k the run
   std::vector<std::uint8_t> plain_, shuffled_, decoded_;
 };
 

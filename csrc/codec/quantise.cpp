@@ -7,7 +7,8 @@
 #include <cstring>
 #include <limits>
 
-#include "kernels/arith.hpp"
+#include "kernels/codes.hpp"
+#include "kernels/kernels.hpp"
 
 namespace fedcore::quantise {
 namespace {
@@ -16,46 +17,6 @@ static_assert(std::endian::native == std::endian::little, "words are copied as t
 
 constexpr std::uint32_t kMagnitude = 0x7FFFFFFF;
 constexpr std::uint32_t kInfinity = 0x7F800000;
-constexpr float kMaxBf16 = 0x1.FEp127f;
-constexpr float kMaxF16 = 65504;
-// Adding it to a small number rounds to an integer, which the low bits of the sum then hold.
-constexpr float kRounder = 0x1.8p23f;
-// The largest scales that stand for finite values alone; larger ones are refused.
-constexpr float kMaxInt8Scale = 0x1p121f;
-constexpr float kMaxNf4Scale = 0x1p127f;
-// The largest number that the 8 bits of a scale of nf4 stand for.
-constexpr float kMaxMini = 1.9375f;
-
-constexpr Nf4Levels kLevels = nf4_levels();
-constexpr std::uint8_t kZeroCode = 7;
-
-constexpr std::array<float, 15> kMiddles = [] {
-  std::array<float, 15> middles{};
-  for (std::size_t i = 0; i < middles.size(); ++i) {
-    const double low = kLevels.at[i], high = kLevels.at[i + 1];
-    middles[i] = static_cast<float>((low + high) / 2);
-  }
-  return middles;
-}();
-
-constexpr std::array<float, 256> kMinis = [] {
-  std::array<float, 256> minis{};
-  for (std::uint32_t code = 0; code < 256; ++code) {
-    minis[code] = nf4_mini(code);
-  }
-  return minis;
-}();
-
-struct Pair {
-  float low, high;
-};
-constexpr std::array<Pair, 256> kPairs = [] {
-  std::array<Pair, 256> pairs{};
-  for (std::size_t code = 0; code < 256; ++code) {
-    pairs[code] = {kLevels.at[code & 15], kLevels.at[code >> 4]};
-  }
-  return pairs;
-}();
 
 template <typename T>
 T get(const std::uint8_t* from) noexcept {
@@ -71,102 +32,6 @@ void put(std::uint8_t* to, T value) noexcept {
 
 std::size_t over(std::size_t count, std::size_t block) noexcept {
   return (count + block - 1) / block;
-}
-
-float clamp(float value, float limit) noexcept {
-  value = value > limit ? limit : value;
-  return value < -limit ? -limit : value;
-}
-
-float largest_magnitude(const float* values, std::size_t count) noexcept {
-  std::uint32_t largest = 0;  // the bits of a larger magnitude are the larger integer
-  for (std::size_t i = 0; i < count; ++i) {
-    largest = std::max(largest, std::bit_cast<std::uint32_t>(values[i]) & kMagnitude);
-  }
-  return std::bit_cast<float>(largest);
-}
-
-void encode_casts(Scheme scheme, const float* values, std::size_t count, std::uint8_t* out) {
-  if (scheme == Scheme::kBf16) {
-    for (std::size_t i = 0; i < count; ++i) {
-      const auto bits = std::bit_cast<std::uint32_t>(clamp(values[i], kMaxBf16));
-      put(out + 2 * i, static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16));
-    }
-    return;
-  }
-  for (std::size_t i = 0; i < count; ++i) {
-    put(out + 2 * i, arith::to_half(clamp(values[i], kMaxF16)));
-  }
-}
-
-void encode_int8(const float* values, std::size_t count, std::uint8_t* out) {
-  std::uint8_t* codes = out + 4 * over(count, kInt8Block);
-  for (std::size_t begin = 0; begin < count; begin += kInt8Block) {
-    const std::size_t n = std::min(kInt8Block, count - begin);
-    const float scale = std::min(largest_magnitude(values + begin, n) / 127.0f, kMaxInt8Scale);
-    put(out + begin / kInt8Block * 4, scale);
-    if (scale == 0) {
-      std::memset(codes + begin, 0, n);
-      continue;
-    }
-    for (std::size_t i = 0; i < n; ++i) {
-      const float rounded = clamp(values[begin + i] / scale, 127.0f) + kRounder;
-      codes[begin + i] = static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(rounded));
-    }
-  }
-}
-
-// The nearest of kMinis to a number from 0 up; the even code where two are as near.
-std::uint8_t to_mini(float value) noexcept {
-  value = std::min(value, kMaxMini);
-  if (value < 0x1p-14f) {
-    return static_cast<std::uint8_t>(std::bit_cast<std::uint32_t>(value * 0x1p18f + kRounder));
-  }
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  return static_cast<std::uint8_t>(((bits + 0x3FFFF + ((bits >> 19) & 1)) >> 19) - (112u << 4));
-}
-
-void encode_nf4_block(const float* values, std::size_t n, float scale, std::uint8_t* out) {
-  std::array<std::uint32_t, kNf4Block> codes;
-  codes.fill(scale == 0 ? kZeroCode : 0u);
-  if (scale != 0) {
-    for (std::size_t i = 0; i < n; ++i) {
-      const float ratio = values[i] / scale;
-      std::uint32_t code = 0;
-      for (const float middle : kMiddles) {
-        code += ratio > middle ? 1u : 0u;
-      }
-      codes[i] = code;
-    }
-  }
-  for (std::size_t i = 0; i < n; i += 2) {
-    const std::uint32_t high = i + 1 < n ? codes[i + 1] << 4 : 0;
-    out[i / 2] = static_cast<std::uint8_t>(codes[i] | high);
-  }
-}
-
-void encode_nf4(const float* values, std::size_t count, std::uint8_t* out) {
-  const std::size_t blocks = over(count, kNf4Block);
-  std::uint8_t* minis = out + 4 * over(blocks, kNf4Group);
-  std::uint8_t* codes = minis + blocks;
-  std::array<float, kNf4Group> largest;
-  for (std::size_t first = 0; first < blocks; first += kNf4Group) {
-    const std::size_t last = std::min(blocks, first + kNf4Group);
-    float top = 0;
-    for (std::size_t b = first; b < last; ++b) {
-      const std::size_t n = std::min(kNf4Block, count - b * kNf4Block);
-      largest[b - first] = largest_magnitude(values + b * kNf4Block, n);
-      top = std::max(top, largest[b - first]);
-    }
-    const float outer = std::min(top / kMaxMini, kMaxNf4Scale);
-    put(out + first / kNf4Group * 4, outer);
-    for (std::size_t b = first; b < last; ++b) {
-      minis[b] = outer == 0 ? std::uint8_t{0} : to_mini(largest[b - first] / outer);
-      const std::size_t n = std::min(kNf4Block, count - b * kNf4Block);
-      encode_nf4_block(values + b * kNf4Block, n, outer * kMinis[minis[b]],
-                       codes + b * kNf4Block / 2);
-    }
-  }
 }
 
 // The bits of the keep-th largest magnitude, 1 <= keep <= count: first their upper half, then the
@@ -311,12 +176,27 @@ void encode(Scheme scheme, const float* values, std::size_t count, std::size_t k
   }
   const std::size_t at = out.size();
   out.resize(at + encoded_bytes(scheme, count));
-  if (scheme == Scheme::kInt8) {
-    encode_int8(values, count, out.data() + at);
-  } else if (scheme == Scheme::kNf4) {
-    encode_nf4(values, count, out.data() + at);
-  } else {
-    encode_casts(scheme, values, count, out.data() + at);
+  encode_piece(scheme, values, 0, count, count, out.data() + at);
+}
+
+void encode_piece(Scheme scheme, const float* values, std::size_t first, std::size_t n,
+                  std::size_t count, std::uint8_t* run) {
+  const kernels::Table& table = kernels::active();
+  switch (scheme) {
+    case Scheme::kInt8: {
+      std::uint8_t* const codes = run + 4 * over(count, kInt8Block);
+      return table.encode_int8(values, n, run + first / kInt8Block * 4, codes + first);
+    }
+    case Scheme::kNf4: {
+      const std::size_t blocks = over(count, kNf4Block);
+      std::uint8_t* const minis = run + 4 * over(blocks, kNf4Group);
+      return table.encode_nf4(values, n, run + first / kNf4Block / kNf4Group * 4,
+                              minis + first / kNf4Block, minis + blocks + first / 2);
+    }
+    case Scheme::kBf16:
+      return table.encode_bf16(values, n, run + 2 * first);
+    default:
+      return table.encode_f16(values, n, run + 2 * first);
   }
 }
 
@@ -390,35 +270,6 @@ void Reader::find_next_kept() noexcept {
   }
 }
 
-void Reader::next_int8(float* out, std::size_t n) const noexcept {
-  const std::uint8_t* codes = data_ + 4 * over(count_, kInt8Block) + at_;
-  for (std::size_t begin = 0; begin < n; begin += kInt8Block) {
-    const auto scale = get<float>(data_ + (at_ + begin) / kInt8Block * 4);
-    const std::size_t end = std::min(n, begin + kInt8Block);
-    for (std::size_t i = begin; i < end; ++i) {
-      out[i] = int8_value(codes[i], scale);
-    }
-  }
-}
-
-void Reader::next_nf4(float* out, std::size_t n) const noexcept {
-  const std::size_t blocks = over(count_, kNf4Block);
-  const std::uint8_t* minis = data_ + 4 * over(blocks, kNf4Group);
-  const std::uint8_t* codes = minis + blocks + at_ / 2;
-  for (std::size_t begin = 0; begin < n; begin += kNf4Block) {
-    const std::size_t block = (at_ + begin) / kNf4Block;
-    const float scale = get<float>(data_ + block / kNf4Group * 4) * kMinis[minis[block]];
-    const std::size_t end = std::min(n, begin + kNf4Block);
-    for (std::size_t i = begin; i < end; i += 2) {
-      const Pair pair = kPairs[codes[i / 2]];
-      out[i] = pair.low * scale;
-      if (i + 1 < end) {
-        out[i + 1] = pair.high * scale;
-      }
-    }
-  }
-}
-
 void Reader::next_top_k(float* out, std::size_t n) noexcept {
   std::fill(out, out + n, 0.0f);
   while (place_ < at_ + n) {
@@ -430,23 +281,24 @@ void Reader::next_top_k(float* out, std::size_t n) noexcept {
 }
 
 void Reader::next(float* out, std::size_t n) noexcept {
+  const kernels::Table& table = kernels::active();
   switch (scheme_) {
     case Scheme::kBf16:
-      for (std::size_t i = 0; i < n; ++i) {
-        out[i] = arith::bf16_to_float(get<std::uint16_t>(data_ + 2 * (at_ + i)));
-      }
+      table.decode_bf16(data_ + 2 * at_, n, out);
       break;
     case Scheme::kF16:
-      for (std::size_t i = 0; i < n; ++i) {
-        out[i] = arith::half_to_float(get<std::uint16_t>(data_ + 2 * (at_ + i)));
-      }
+      table.decode_f16(data_ + 2 * at_, n, out);
       break;
     case Scheme::kInt8:
-      next_int8(out, n);
+      table.decode_int8(data_ + at_ / kInt8Block * 4, data_ + 4 * over(count_, kInt8Block) + at_, n,
+                        out);
       break;
-    case Scheme::kNf4:
-      next_nf4(out, n);
+    case Scheme::kNf4: {
+      const std::size_t blocks = over(count_, kNf4Block);
+      const std::uint8_t* minis = data_ + 4 * over(blocks, kNf4Group);
+      table.decode_nf4(data_, minis, minis + blocks, at_, n, out);
       break;
+    }
     default:
       next_top_k(out, n);
   }

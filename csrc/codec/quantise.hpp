@@ -40,6 +40,17 @@ std::size_t encoded_bytes(Scheme scheme, std::size_t count) noexcept;
 void encode(Scheme scheme, const float* values, std::size_t count, std::size_t keep,
             std::vector<std::uint8_t>& out);
 
+// The values of a run that encode_piece() takes at once: they stay in the cache meanwhile.
+constexpr std::size_t piece_of(Scheme scheme) noexcept {
+  return scheme == Scheme::kNf4 ? kNf4Block * kNf4Group : kTile;
+}
+
+// encode() for a part of a run of `count` values: the `n` finite ones from element `first` on, both
+// multiples of piece_of() but n at the run's end. `run` has encoded_bytes(). Not for kTopK, whose
+// lengths depend on the values.
+void encode_piece(Scheme scheme, const float* values, std::size_t first, std::size_t n,
+                  std::size_t count, std::uint8_t* run);
+
 // Returns nullptr and the length of the encoded run if `size` bytes begin with one of `count`
 // values, else why they do not.
 const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std::size_t count,
@@ -57,8 +68,6 @@ class Reader {
   void next(float* out, std::size_t n) noexcept;
 
  private:
-  void next_int8(float* out, std::size_t n) const noexcept;
-  void next_nf4(float* out, std::size_t n) const noexcept;
   void next_top_k(float* out, std::size_t n) noexcept;
   void find_next_kept() noexcept;
 

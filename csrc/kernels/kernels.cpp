@@ -6,6 +6,7 @@
 
 #include "base/error.hpp"
 #include "kernels/arith.hpp"
+#include "kernels/codes.hpp"
 #include "kernels/decode.hpp"
 
 #if defined(__x86_64__)
@@ -36,7 +37,23 @@
    level::add_bf16,          \
    level::exchange_16,       \
    level::exchange_32,       \
-   level::exchange_64}
+   level::exchange_64,       \
+   level::subtract_f64,      \
+   level::subtract_f32,      \
+   level::subtract_f16,      \
+   level::subtract_bf16,     \
+   level::carry_f64,         \
+   level::carry_f32,         \
+   level::carry_f16,         \
+   level::carry_bf16,        \
+   level::encode_int8,       \
+   level::decode_int8,       \
+   level::encode_nf4,        \
+   level::decode_nf4,        \
+   level::encode_bf16,       \
+   level::decode_bf16,       \
+   level::encode_f16,        \
+   level::decode_f16}
 
 namespace fedcore::kernels {
 namespace {
@@ -60,6 +77,8 @@ namespace baseline {
 
 #include "kernels/differences.inl"
 
+#include "kernels/codes.inl"
+
 #include "kernels/exchange_keys.inl"
 #undef FEDCORE_F16C
 }  // namespace baseline
@@ -79,6 +98,8 @@ namespace avx2 {
 
 #include "kernels/differences.inl"
 
+#include "kernels/codes.inl"
+
 #include "kernels/exchange_keys.inl"
 }  // namespace avx2
 #if defined(__clang__)
@@ -96,6 +117,8 @@ namespace avx512 {
 #include "kernels/kernels.inl"
 
 #include "kernels/differences.inl"
+
+#include "kernels/codes.inl"
 
 #include "kernels/exchange_keys.inl"
 }  // namespace avx512
@@ -322,6 +345,36 @@ void add(Dtype dtype, const void* base, const float* differences, void* out, std
       return table.add_f16(base, differences, out, count);
     default:
       return table.add_bf16(base, differences, out, count);
+  }
+}
+
+bool subtract(Dtype dtype, const void* values, const void* base, const void* residual, float* out,
+              std::size_t count) {
+  const Table& table = active();
+  switch (dtype) {
+    case Dtype::kF64:
+      return table.subtract_f64(values, base, residual, out, count);
+    case Dtype::kF32:
+      return table.subtract_f32(values, base, residual, out, count);
+    case Dtype::kF16:
+      return table.subtract_f16(values, base, residual, out, count);
+    default:
+      return table.subtract_bf16(values, base, residual, out, count);
+  }
+}
+
+void carry(Dtype dtype, const void* values, const void* residual, const void* decoded, void* out,
+           std::size_t count) {
+  const Table& table = active();
+  switch (dtype) {
+    case Dtype::kF64:
+      return table.carry_f64(values, residual, decoded, out, count);
+    case Dtype::kF32:
+      return table.carry_f32(values, residual, decoded, out, count);
+    case Dtype::kF16:
+      return table.carry_f16(values, residual, decoded, out, count);
+    default:
+      return table.carry_bf16(values, residual, decoded, out, count);
   }
 }
 

@@ -50,6 +50,27 @@ using AddFn = void (*)(const void* base, const float* differences, void* out, st
 template <typename Key>
 using ExchangeFn = void (*)(Key* low, Key* high, std::size_t count);
 
+// values - base + residual, and values + residual - decoded.
+using SubtractFn = bool (*)(const void* values, const void* base, const void* residual, float* out,
+                            std::size_t count);
+using CarryFn = void (*)(const void* values, const void* residual, const void* decoded, void* out,
+                         std::size_t count);
+
+// Values and what encodes them; quantise.hpp says what each array holds. The arrays of the first
+// two begin with a block of int8, or a group of nf4; decode_nf4 begins at element `first` of the
+// run that its arrays are of, with which a block begins.
+using EncodeInt8Fn = void (*)(const float* values, std::size_t count, std::uint8_t* scales,
+                              std::uint8_t* codes);
+using EncodeNf4Fn = void (*)(const float* values, std::size_t count, std::uint8_t* outers,
+                             std::uint8_t* minis, std::uint8_t* codes);
+using DecodeInt8Fn = void (*)(const std::uint8_t* scales, const std::uint8_t* codes,
+                              std::size_t count, float* out);
+using DecodeNf4Fn = void (*)(const std::uint8_t* outers, const std::uint8_t* minis,
+                             const std::uint8_t* codes, std::size_t first, std::size_t count,
+                             float* out);
+using EncodeCastFn = void (*)(const float* values, std::size_t count, std::uint8_t* words);
+using DecodeCastFn = void (*)(const std::uint8_t* words, std::size_t count, float* out);
+
 struct Table {
   const char* name;
   MeanFn f64;
@@ -63,6 +84,16 @@ struct Table {
   ExchangeFn<std::int16_t> exchange_16;
   ExchangeFn<std::int32_t> exchange_32;
   ExchangeFn<std::int64_t> exchange_64;
+  SubtractFn subtract_f64, subtract_f32, subtract_f16, subtract_bf16;
+  CarryFn carry_f64, carry_f32, carry_f16, carry_bf16;
+  EncodeInt8Fn encode_int8;
+  DecodeInt8Fn decode_int8;
+  EncodeNf4Fn encode_nf4;
+  DecodeNf4Fn decode_nf4;
+  EncodeCastFn encode_bf16;
+  DecodeCastFn decode_bf16;
+  EncodeCastFn encode_f16;
+  DecodeCastFn decode_f16;
 };
 
 // The chosen table: FEDCORE_SIMD ("baseline", "avx2", "avx512") or the best one that this CPU runs.
@@ -103,6 +134,17 @@ void finish_wide(Dtype dtype, const double* sums, double total, double* out, std
 // out[j] = base[j] + differences[j] for `count` elements of a float dtype, rounded once and limited
 // to its finite numbers; without a base (nullptr), the differences alone. `out` may be `base`.
 void add(Dtype dtype, const void* base, const float* differences, void* out, std::size_t count);
+
+// out[j] = values[j] - base[j] + residual[j] for `count` elements of a float dtype: operations of
+// binary64, then one rounding to binary32. Without a base or a residual (nullptr), the rest of it.
+// Returns whether all results are finite.
+bool subtract(Dtype dtype, const void* values, const void* base, const void* residual, float* out,
+              std::size_t count);
+
+// out[j] = values[j] - decoded[j] + residual[j], rounded once and limited to the dtype's finite
+// numbers; without a residual (nullptr), 0.0 in its place. `out` may be any of the others.
+void carry(Dtype dtype, const void* values, const void* residual, const void* decoded, void* out,
+           std::size_t count);
 
 // One comparator of a sorting network over `count` places: the smaller keys go to `low`. The rows
 // do not overlap.

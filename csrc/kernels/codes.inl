@@ -1,0 +1,296 @@
+// The loop bodies that turn binary32 values into codes and back. Included after differences.inl,
+// once per instruction set, with what is said at kernels.inl. quantise.hpp says what the arrays of
+// an encoded run are.
+
+FEDCORE_INLINE std::uint32_t word_at(const std::uint8_t* from) {
+  std::uint32_t word;
+  __builtin_memcpy(&word, from, sizeof word);
+  return word;
+}
+
+FEDCORE_INLINE float scale_at(const std::uint8_t* from) {
+  return __builtin_bit_cast(float, word_at(from));
+}
+
+FEDCORE_INLINE void put_scale(std::uint8_t* to, float scale) {
+  __builtin_memcpy(to, &scale, sizeof scale);
+}
+
+// The bits of a larger magnitude are the larger integer.
+FEDCORE_INLINE float largest_magnitude(const float* values, std::size_t count) {
+  std::int32_t largest = 0;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::int32_t bits = __builtin_bit_cast(std::int32_t, values[i]) & 0x7FFFFFFF;
+    largest = bits > largest ? bits : largest;
+  }
+  return __builtin_bit_cast(float, largest);
+}
+
+FEDCORE_INLINE float within(float value, float limit) {
+  value = value > limit ? limit : value;
+  return value < -limit ? -limit : value;
+}
+
+// --- int8 ---
+
+FEDCORE_INLINE void encode_int8_block(const float* values, std::size_t n, std::uint8_t* scale_to,
+                                      std::uint8_t* codes) {
+  const float wanted = largest_magnitude(values, n) / 127.0f;
+  const float scale = wanted < quantise::kMaxInt8Scale ? wanted : quantise::kMaxInt8Scale;
+  put_scale(scale_to, scale);
+  if (scale == 0) {
+    __builtin_memset(codes, 0, n);
+    return;
+  }
+  for (std::size_t i = 0; i < n; ++i) {
+    const float rounded = within(values[i] / scale, 127.0f) + quantise::kRounder;
+    codes[i] = static_cast<std::uint8_t>(__builtin_bit_cast(std::uint32_t, rounded));
+  }
+}
+
+void encode_int8(const float* values, std::size_t count, std::uint8_t* scales,
+                 std::uint8_t* codes) {
+  constexpr std::size_t block = quantise::kInt8Block;
+  std::size_t at = 0;
+  for (; at + block <= count; at += block) {
+    encode_int8_block(values + at, block, scales + at / block * 4, codes + at);
+  }
+  if (at < count) {
+    encode_int8_block(values + at, count - at, scales + at / block * 4, codes + at);
+  }
+}
+
+void decode_int8(const std::uint8_t* scales, const std::uint8_t* codes, std::size_t count,
+                 float* out) {
+  constexpr std::size_t block = quantise::kInt8Block;
+  for (std::size_t at = 0; at < count; at += block) {
+    const float scale = scale_at(scales + at / block * 4);
+    const std::size_t n = count - at < block ? count - at : block;
+    if (n == block) {  // of a length that the compiler knows
+      for (std::size_t i = 0; i < block; ++i) {
+        out[at + i] = quantise::int8_value(codes[at + i], scale);
+      }
+    } else {
+      for (std::size_t i = 0; i < n; ++i) {
+        out[at + i] = quantise::int8_value(codes[at + i], scale);
+      }
+    }
+  }
+}
+
+// --- nf4 ---
+
+// The values of a block whose quotients by `scale` are above the middle between two levels are
+// those above that level's border, which is rounded down here.
+struct Borders {
+  alignas(64) float at[16];
+
+  FEDCORE_INLINE explicit Borders(float scale) {
+#if FEDCORE_LANES == 8
+    constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+    const __m512d by = _mm512_set1_pd(scale);
+    const __m512d lower = _mm512_mul_pd(by, _mm512_loadu_pd(quantise::kBorders.at));
+    const __m512d upper = _mm512_mul_pd(by, _mm512_loadu_pd(quantise::kBorders.at + 8));
+    _mm256_store_ps(at, _mm512_cvt_roundpd_ps(lower, down));
+    _mm256_store_ps(at + 8, _mm512_cvt_roundpd_ps(upper, down));
+#else
+    for (std::size_t i = 0; i < 16; ++i) {
+      const double exact = scale * quantise::kBorders.at[i];
+      const float nearest = static_cast<float>(exact);
+      const auto bits = __builtin_bit_cast(std::int32_t, nearest);
+      const std::int32_t down = bits < 0 ? 1 : -1;
+      at[i] = __builtin_bit_cast(float, bits + (nearest > exact ? down : 0));
+    }
+#endif
+  }
+
+  // The code of a value, for the rest of a block.
+  FEDCORE_INLINE std::uint32_t code(float value) const {
+    std::uint32_t found = 0;
+    for (std::size_t i = 0; i < 15; ++i) {
+      found += value > at[i] ? 1u : 0u;
+    }
+    return found;
+  }
+};
+
+FEDCORE_INLINE void encode_nf4_rest(const float* values, std::size_t n, const Borders& borders,
+                                    std::uint8_t* out) {
+  for (std::size_t i = 0; i < n; i += 2) {
+    const std::uint32_t high = i + 1 < n ? borders.code(values[i + 1]) << 4 : 0;
+    out[i / 2] = static_cast<std::uint8_t>(borders.code(values[i]) | high);
+  }
+}
+
+#if FEDCORE_LANES == 8
+
+FEDCORE_INLINE void encode_nf4_block(const float* values, const Borders& borders,
+                                     std::uint8_t* out) {
+  const __m512 table = _mm512_load_ps(borders.at);
+  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // By bisection: border 7, then 3 or 11, and so on. A table is moved, not the places in it.
+  const __m512 middle = _mm512_permutexvar_ps(_mm512_set1_epi32(7), table);
+  const __m512 by_3 = _mm512_permutexvar_ps(_mm512_add_epi32(places, _mm512_set1_epi32(3)), table);
+  const __m512 by_1 = _mm512_permutexvar_ps(_mm512_add_epi32(places, _mm512_set1_epi32(1)), table);
+  for (std::size_t i = 0; i < quantise::kNf4Block; i += 16) {
+    const __m512 value = _mm512_loadu_ps(values + i);
+    __m512i code = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(value, middle, _CMP_GT_OQ), 8);
+    code = _mm512_mask_or_epi32(
+        code, _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(code, by_3), _CMP_GT_OQ), code,
+        _mm512_set1_epi32(4));
+    code = _mm512_mask_or_epi32(
+        code, _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(code, by_1), _CMP_GT_OQ), code,
+        _mm512_set1_epi32(2));
+    code = _mm512_mask_or_epi32(
+        code, _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(code, table), _CMP_GT_OQ), code,
+        _mm512_set1_epi32(1));
+    const __m512i pairs = _mm512_or_si512(code, _mm512_srli_epi64(code, 28));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i / 2), _mm512_cvtepi64_epi8(pairs));
+  }
+}
+
+FEDCORE_INLINE void decode_nf4_block(const std::uint8_t* codes, float scale, float* out) {
+  const __m512 levels = _mm512_loadu_ps(quantise::kLevels.at);
+  const __m512 by = _mm512_set1_ps(scale);
+  for (std::size_t i = 0; i < quantise::kNf4Block; i += 16) {
+    const __m512i bytes =
+        _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i / 2)));
+    const __m512i places = _mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28));
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_permutexvar_ps(places, levels), by));
+  }
+}
+
+#else
+
+FEDCORE_INLINE void encode_nf4_block(const float* values, const Borders& borders,
+                                     std::uint8_t* out) {
+  std::uint32_t codes[quantise::kNf4Block];
+  for (std::size_t i = 0; i < quantise::kNf4Block; i += 2 * kLanes) {
+    const auto value = load<Wf>(values + i);
+    auto negative = value > Wf{} + borders.at[0];
+    for (std::size_t b = 1; b < 15; ++b) {
+      negative += value > Wf{} + borders.at[b];
+    }
+    store(codes + i, -negative);
+  }
+  for (std::size_t i = 0; i < quantise::kNf4Block; i += 2) {
+    out[i / 2] = static_cast<std::uint8_t>(codes[i] | codes[i + 1] << 4);
+  }
+}
+
+FEDCORE_INLINE void decode_nf4_block(const std::uint8_t* codes, float scale, float* out) {
+  for (std::size_t i = 0; i < quantise::kNf4Block; i += 2) {
+    const quantise::Nf4Pair pair = quantise::kPairs.at[codes[i / 2]];
+    out[i] = pair.low * scale;
+    out[i + 1] = pair.high * scale;
+  }
+}
+
+#endif
+
+FEDCORE_INLINE void encode_nf4_group(const float* values, std::size_t count, std::uint8_t* outer_to,
+                                     std::uint8_t* minis, std::uint8_t* codes) {
+  constexpr std::size_t block = quantise::kNf4Block;
+  float largest[quantise::kNf4Group];
+  float top = 0;
+  for (std::size_t at = 0; at < count; at += block) {
+    const float found = count - at < block ? largest_magnitude(values + at, count - at)
+                                           : largest_magnitude(values + at, block);
+    largest[at / block] = found;
+    top = found > top ? found : top;
+  }
+  const float wanted = top / quantise::kMaxMini;
+  const float outer = wanted < quantise::kMaxNf4Scale ? wanted : quantise::kMaxNf4Scale;
+  put_scale(outer_to, outer);
+  for (std::size_t at = 0; at < count; at += block) {
+    const std::size_t n = count - at < block ? count - at : block;
+    const std::uint8_t mini =
+        outer == 0 ? std::uint8_t{0} : quantise::to_mini(largest[at / block] / outer);
+    minis[at / block] = mini;
+    const float scale = outer * quantise::nf4_mini(mini);
+    if (scale == 0) {
+      __builtin_memset(codes + at / 2, quantise::kZeroCode | quantise::kZeroCode << 4, n / 2);
+      if (n % 2 == 1) {
+        codes[(at + n) / 2] = quantise::kZeroCode;
+      }
+    } else if (n == block) {
+      encode_nf4_block(values + at, Borders(scale), codes + at / 2);
+    } else {
+      encode_nf4_rest(values + at, n, Borders(scale), codes + at / 2);
+    }
+  }
+}
+
+void encode_nf4(const float* values, std::size_t count, std::uint8_t* outers, std::uint8_t* minis,
+                std::uint8_t* codes) {
+  constexpr std::size_t group = quantise::kNf4Block * quantise::kNf4Group;
+  for (std::size_t at = 0; at < count; at += group) {
+    encode_nf4_group(values + at, count - at < group ? count - at : group, outers + at / group * 4,
+                     minis + at / quantise::kNf4Block, codes + at / 2);
+  }
+}
+
+void decode_nf4(const std::uint8_t* outers, const std::uint8_t* minis, const std::uint8_t* codes,
+                std::size_t first, std::size_t count, float* out) {
+  constexpr std::size_t block = quantise::kNf4Block;
+  for (std::size_t at = 0; at < count; at += block) {
+    const std::size_t place = (first + at) / block;
+    const float scale =
+        scale_at(outers + place / quantise::kNf4Group * 4) * quantise::nf4_mini(minis[place]);
+    const std::uint8_t* from = codes + (first + at) / 2;
+    if (count - at >= block) {
+      decode_nf4_block(from, scale, out + at);
+      continue;
+    }
+    for (std::size_t i = 0; i < count - at; ++i) {
+      out[at + i] = quantise::kLevels.at[(from[i / 2] >> (i % 2 * 4)) & 15] * scale;
+    }
+  }
+}
+
+// --- Casts ---
+
+void encode_bf16(const float* values, std::size_t count, std::uint8_t* out) {
+  auto* words = reinterpret_cast<UnalignedU16*>(out);
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto bits = __builtin_bit_cast(std::uint32_t, within(values[i], quantise::kMaxBf16));
+    words[i] = static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  }
+}
+
+void decode_bf16(const std::uint8_t* words, std::size_t count, float* out) {
+  const auto* from = reinterpret_cast<const UnalignedU16*>(words);
+  for (std::size_t i = 0; i < count; ++i) {
+    out[i] = arith::bf16_to_float(from[i]);
+  }
+}
+
+void encode_f16(const float* values, std::size_t count, std::uint8_t* out) {
+  auto* words = reinterpret_cast<UnalignedU16*>(out);
+  std::size_t i = 0;
+#if FEDCORE_F16C
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vf most = Vf{} + quantise::kMaxF16;
+    auto value = load<Vf>(values + i);
+    value = value > most ? most : value;
+    value = value < -most ? -most : value;
+    store_f16(words + i, bits_as<Vu>(value));
+  }
+#endif
+  for (; i < count; ++i) {
+    words[i] = arith::to_half(within(values[i], quantise::kMaxF16));
+  }
+}
+
+void decode_f16(const std::uint8_t* words, std::size_t count, float* out) {
+  const auto* from = reinterpret_cast<const UnalignedU16*>(words);
+  std::size_t i = 0;
+#if FEDCORE_F16C
+  for (; i + kLanes <= count; i += kLanes) {
+    store(out + i, half_lanes_of(from + i));
+  }
+#endif
+  for (; i < count; ++i) {
+    out[i] = arith::half_to_float(from[i]);
+  }
+}
