@@ -382,6 +382,25 @@ def encryption(
     write(json_file, result)
 
 
+@app.command()
+def fleet(
+    *,
+    size: Size = "1MiB",
+    sites: Annotated[int, typer.Option(min=1, help="Virtual sites, in one thread.")] = 1000,
+    json_file: Json = None,
+) -> None:
+    """Time one round of many virtual sites in one process, and measure what memory each takes."""
+    from .fleet import measure
+
+    row = measure(sites, parse_size(size))
+    show(
+        f"One round of {sites} virtual sites in one thread, a model of {size_text(row['bytes'])}",
+        ("round s", "in all s", "CPU s of the sites", "memory of a site"),
+        [[row["round_s"], row["total_s"], row["cpu_s"], f"{row['bytes_per_site'] / 1024:.0f} KiB"]],
+    )
+    write(json_file, row)
+
+
 def main() -> None:
     """Run the command line; an error of fedcore's is one line."""
     try:

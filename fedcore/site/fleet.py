@@ -1,0 +1,257 @@
+"""Many virtual sites in one process: a `SiteMachine` each, all driven by one thread.
+
+A global model is downloaded once for all of them. What a site trains and scores is its
+`Trainer`'s, which must not wait for anything.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from fedcore import protocol
+from fedcore._core import Codec, Collector, Layout
+from fedcore.encoding import EncodedUpdate, can_pack
+from fedcore.errors import LayoutError, ProtocolError
+from fedcore.layout import layout_hash, table
+from fedcore.model_file import ModelFile, create_model
+from fedcore.transport.link import Control, DataEvent, other_version
+from fedcore.transport.many_links import ManyLinks
+
+from . import outputs as out
+from .machine import SiteMachine
+from .settings import SiteSettings
+
+__all__ = ["Fleet", "Trained", "Trainer"]
+
+_STEP_SECONDS: Final = 1.0
+_TICK_SECONDS: Final = 0.25
+_WINDOW_BYTES: Final = 16 << 20
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a site has trained: an update, encoded as the run wants it, and the number of its examples."""
+
+    update: EncodedUpdate
+    weight: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Trainer(Protocol):
+    """What one virtual site does. The model is None where the site gives the first one; it is read-only."""
+
+    def train(self, task: protocol.Task, model: ModelFile | None) -> Trained:
+        """Return the update of a task."""
+
+    def score(self, task: protocol.Task, model: ModelFile) -> protocol.Score:
+        """Return what this site measures of a model."""
+
+
+class Fleet:
+    """Virtual sites of one run, from the first message to the last.
+
+    Args:
+        server: address of the server, ``tcp://HOST:PORT``; the connections are plain text.
+        layout: of the tensors of all of them.
+        trainers: what each site does, by its name.
+        listen: called with a site's name and each event of its machine.
+
+    Raises:
+        ConfigError: the address is malformed, or this process may have too few files open.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        layout: Layout,
+        trainers: Mapping[str, Trainer],
+        listen: Callable[[str, out.Event], None] = lambda *_: None,
+    ) -> None:
+        self._layout, self._hash = layout, layout_hash(layout)
+        self._declare = protocol.Declare(tensors=table(layout))
+        self._trainers = dict(trainers)
+        self._listen = listen
+        self.machines = {name: SiteMachine(SiteSettings(server, name)) for name in trainers}
+        self._links = ManyLinks(server, [(n, m.instance.bytes) for n, m in self.machines.items()])
+        self._over: set[str] = set()
+        self._waiting: dict[str, dict[str, protocol.Task]] = {}  # by the model's set, then by site
+        self._next_tick = 0.0
+        self._pull: tuple[str, Collector, ModelFile] | None = None  # the set that is downloaded
+        self._model: tuple[str, ModelFile] | None = None
+        now = time.monotonic()
+        for name, machine in self.machines.items():
+            machine.join(now)
+            self._carry_out(name, machine)
+
+    @property
+    def running(self) -> bool:
+        """Whether the run goes on for any of the sites."""
+        return len(self._over) < len(self.machines)
+
+    def step(self, seconds: float = _STEP_SECONDS) -> None:
+        """Do what is due, and wait up to so many seconds for something to arrive.
+
+        Raises:
+            FedcoreError: the server has refused a site, or the run is not of the layout.
+        """
+        for arrived in self._links.step(seconds):
+            if isinstance(arrived[1], Control):
+                machine = self.machines[arrived[0]]
+                machine.receive(arrived[1].body, time.monotonic())
+                self._carry_out(arrived[0], machine)
+            else:
+                self._on_event(arrived)
+        self._pull_next()
+        now = time.monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + _TICK_SECONDS
+            for name, machine in self.machines.items():
+                machine.tick(now)
+                self._carry_out(name, machine)
+
+    def run(self) -> None:
+        """Take part until the run is over for all sites.
+
+        Raises:
+            FedcoreError: the server has refused a site.
+        """
+        while self.running:
+            self.step()
+
+    def close(self) -> None:
+        """Leave the run and close the connections."""
+        for name, machine in self.machines.items():
+            machine.leave("the fleet is closed")
+            self._carry_out(name, machine)
+        self._links.close()
+
+    # --- what the machines ask for ---
+
+    def _carry_out(self, name: str, machine: SiteMachine) -> None:
+        while outputs := machine.take_outputs():
+            for output in outputs:
+                match output:
+                    case out.Send(message):
+                        self._links.send(name, message)
+                    case out.Publish(set_id, update):
+                        self._links.exchange.publish_encoded(
+                            bytes.fromhex(set_id),
+                            update.file,
+                            update.offsets,
+                            update.encodings,
+                            update.checksums,
+                        )
+                    case out.Withdraw(set_id):
+                        self._links.exchange.withdraw(bytes.fromhex(set_id))
+                    case _:
+                        self._on_output(name, machine, output)
+
+    def _on_output(self, name: str, machine: SiteMachine, event: out.Event) -> None:
+        match event:
+            case out.Joined():
+                welcome, grid = machine.welcome, self._layout.chunk_bytes
+                if welcome is None or welcome.chunk_bytes != grid:
+                    raise LayoutError(f"the run's chunks are not the layout's, of {grid:,} bytes")
+                machine.declare(self._declare)
+            case out.Tasked(task):
+                self._on_task(name, machine, task)
+            case out.Finished():
+                self._over.add(name)
+                self._forget(name)
+            case out.Failed(error):
+                raise error
+        self._listen(name, event)
+
+    # --- tasks and their models ---
+
+    def _on_task(self, name: str, machine: SiteMachine, task: protocol.Task) -> None:
+        self._forget(name)
+        if machine.open_task() is None:
+            return
+        model = task.model
+        if model is None:
+            self._work(name, machine, task, None)
+        elif model.layout != self._hash:
+            raise ProtocolError(f"the run's tensors are not those of {name}")
+        elif self._model is not None and self._model[0] == model.id:
+            self._work(name, machine, task, self._model[1])
+        else:
+            self._waiting.setdefault(model.id, {})[name] = task
+
+    def _forget(self, name: str) -> None:
+        """A site does not wait for a model any more."""
+        for waiting in self._waiting.values():
+            waiting.pop(name, None)
+
+    def _work(
+        self, name: str, machine: SiteMachine, task: protocol.Task, model: ModelFile | None
+    ) -> None:
+        trainer = self._trainers[name]
+        if task.kind == "evaluate" and model is not None:
+            machine.report(trainer.score(task, model))
+        elif task.kind in ("initial", "train", "submit"):
+            trained = trainer.train(task, model)
+            machine.publish(
+                protocol.Ready(
+                    round=task.round,
+                    sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=self._hash)],
+                    weight=trained.weight,
+                    metrics=dict(trained.metrics),
+                ),
+                trained.update,
+            )
+        else:
+            raise ProtocolError(f"a task of kind {task.kind!r} is not for virtual sites")
+        machine.end_task(task.kind, task.round)
+        self._carry_out(name, machine)
+
+    def _pull_next(self) -> None:
+        """Begin a download that sites wait for; end the one under way if none waits for it any more."""
+        if self._pull is not None:
+            if self._waiting.get(self._pull[0]):
+                return
+            self._stop_pull()
+        self._waiting = {set_id: sites for set_id, sites in self._waiting.items() if sites}
+        if not self._waiting:
+            return
+        set_id = next(iter(self._waiting))
+        name = next(iter(self._waiting[set_id]))
+        file = create_model(None, self._layout)
+        collector = Collector(
+            self._layout, [(name.encode(), bytes.fromhex(set_id), 1)], file.file, file.data_offset, None,
+            _WINDOW_BYTES, check_finite=False, codec=Codec(self._layout, "raw", True) if can_pack() else None,
+        )  # fmt: skip
+        self._pull = set_id, collector, file
+        self._links.exchange.start(collector)
+
+    def _stop_pull(self) -> None:
+        if self._pull is not None:
+            self._links.exchange.cancel(self._pull[1])
+            self._pull = None
+
+    def _on_event(self, event: DataEvent) -> None:
+        if event[0] == "malformed":
+            version = other_version(event[2])
+            if version is not None:
+                for name, machine in self.machines.items():
+                    machine.other_version(version)
+                    self._carry_out(name, machine)
+            return
+        if self._pull is None or len(event) < 2 or event[1] != self._pull[1].id:
+            return
+        set_id, _, file = self._pull
+        if event[0] not in ("done", "rejected"):
+            return
+        self._stop_pull()
+        if event[0] == "done":
+            self._model = set_id, file
+        for name, task in self._waiting.pop(set_id, {}).items():
+            machine = self.machines[name]
+            if event[0] == "rejected":
+                machine.give_back(task)
+            elif machine.open_task() is task:
+                self._work(name, machine, task, file)

@@ -1,0 +1,99 @@
+"""Many virtual sites in one thread take part in a run as so many processes would."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedcore import protocol
+from fedcore._core import Layout
+from fedcore.encoding import EncodedUpdate
+from fedcore.errors import RefusedError
+from fedcore.model_file import ModelFile, create_model
+from fedcore.server.service import Server
+from fedcore.site.fleet import Fleet, Trained
+
+from ..support.runs import run_config
+
+LAYOUT = Layout([("w", "F32", [16_384])])
+SECONDS = 30.0
+
+
+class Adding:
+    """Adds its number to each value, and scores how far a model is from zero."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def train(self, task: protocol.Task, model: ModelFile | None) -> Trained:
+        before = 0.0 if model is None else value(model)
+        file = create_model(None, LAYOUT)
+        step = 0 if task.kind == "initial" else self.number
+        file.fill(lambda _: np.full(16_384, before + step, np.float32).tobytes())
+        return Trained(EncodedUpdate.raw(file), weight=self.number)
+
+    def score(self, task: protocol.Task, model: ModelFile) -> protocol.Score:
+        return protocol.Score(version=task.version, metrics={"loss": value(model)}, examples=1)
+
+
+def value(model: ModelFile) -> float:
+    values = np.frombuffer(model.view("w"), np.float32)
+    assert (values == values[0]).all()
+    return float(values[0])
+
+
+@contextmanager
+def serving(server: Server) -> Iterator[None]:
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(server.run)
+        try:
+            yield
+            assert result.result(SECONDS).ok
+        finally:
+            server.stop()
+
+
+def drive(fleet: Fleet) -> None:
+    until = time.monotonic() + SECONDS
+    while fleet.running:
+        fleet.step()
+        assert time.monotonic() < until, "the run does not end"
+    fleet.close()
+
+
+def test_fifty_machines_in_one_thread_give_the_exact_mean(tmp_path: Path) -> None:
+    names = [f"s{number}" for number in range(1, 51)]
+    server = Server(run_config(tmp_path, sites=names, rounds=1))
+    events: Counter[str] = Counter()
+    trainers = {name: Adding(number) for number, name in enumerate(names, 1)}
+    with serving(server):
+        fleet = Fleet(
+            server.endpoint,
+            LAYOUT,
+            trainers,
+            lambda _, event: events.update([type(event).__name__]),
+        )
+        drive(fleet)
+    steps = sum(n * n for n in range(1, 51)) / sum(range(1, 51))
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
+    assert (final == np.float32(steps)).all()
+    assert events["Joined"] == events["Finished"] == 50
+    assert events["Committed"] >= 50
+
+
+def test_a_refused_site_of_many_ends_the_step_with_its_error(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["s1"], rounds=1))
+    with serving(server):
+        fleet = Fleet(server.endpoint, LAYOUT, {"nobody": Adding(1)})
+        with pytest.raises(RefusedError, match="nobody"):
+            drive(fleet)
+        fleet.close()
+        drive(Fleet(server.endpoint, LAYOUT, {"s1": Adding(1)}))
