@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from typing_extensions import Buffer
@@ -32,6 +32,15 @@ def combine_wide(
     rule: str, dtype: str, inputs: Sequence[Buffer], weights: Sequence[int], out: Buffer
 ) -> None: ...
 def rule_scratch(rule: str, sources: int) -> int: ...
+def finishers() -> list[tuple[str, int, list[str], list[str]]]: ...
+def finish_mean(
+    finisher: Finisher,
+    inputs: Sequence[Buffer],
+    weights: Sequence[int],
+    base: Buffer,
+    out: Buffer,
+    after: Mapping[str, tuple[MappedFile, int]],
+) -> None: ...
 
 class Layout:
     def __init__(
@@ -128,6 +137,20 @@ class Record:
     @property
     def chunk_count(self) -> int: ...
     def at(self, index: int) -> int | None: ...
+
+class Finisher:
+    def __init__(
+        self,
+        layout: Layout,
+        name: str,
+        options: Mapping[str, float],
+        plain: Set[str] = ...,
+        before: Mapping[str, tuple[MappedFile, int]] = ...,
+    ) -> None: ...
+    @property
+    def states(self) -> list[tuple[str, Layout]]: ...
+    @property
+    def chunk_bytes(self) -> int: ...
 
 class Collector:
     def __init__(

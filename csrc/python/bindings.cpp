@@ -470,5 +470,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "offset)]. Returns None, or "
       "(input, tensor, element) of the first non-finite value.");
   bind_resume(m);
+  bind_finishing(m);
   bind_exchange(m);
 }

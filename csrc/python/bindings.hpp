@@ -6,8 +6,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #include "base/error.hpp"
@@ -15,6 +18,7 @@
 #include "codec/codec.hpp"
 #include "format/layout.hpp"
 #include "format/wire.hpp"
+#include "reduce/finish.hpp"
 
 namespace fedcore {
 
@@ -66,6 +70,8 @@ py::memoryview view_of(std::shared_ptr<MappedFile> file, std::uint64_t offset,
                        std::optional<std::uint64_t> length);
 
 using PyLayout = std::shared_ptr<Layout>;
+// Where the flat bytes of states lie, by name.
+using PyStates = std::map<std::string, std::tuple<FileHandle*, std::uint64_t>>;
 
 // Throw Error{kProtocol, kWeight} for an id that has not 16 bytes, and a weight out of range.
 wire::SetId to_set_id(const py::bytes& id);
@@ -75,10 +81,14 @@ std::vector<std::uint64_t> to_weights(const std::vector<py::int_>& weights);
 // A codec for the core alone, of the same settings as a Codec of Python's; nothing for None.
 std::shared_ptr<Codec> codec_of(const py::object& codec);
 
+std::map<std::string, StatePlace> to_states(const PyStates& states);
+
 // Adds the class Codec; Layout must be there.
 void bind_codec(py::module_& m);
 // Adds the classes Collector and Exchange; those of their arguments must be there.
 void bind_exchange(py::module_& m);
+// Adds the class Finisher; Layout and MappedFile must be there.
+void bind_finishing(py::module_& m);
 // Adds the classes Spill and Record.
 void bind_resume(py::module_& m);
 

@@ -1,0 +1,194 @@
+"""Server optimizers, bit by bit against NumPy: what is kept, what is written, and what stays the plain mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fedcore._core import Finisher, Layout, MappedFile, finish_mean, finishers
+from fedcore.errors import ConfigError, LayoutError, StorageError
+from fedcore.rules.finishers import FINISHERS
+
+DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+}
+WEIGHTS = [3, 1, 4]
+Places = dict[str, tuple[MappedFile, int]]
+
+
+class Versions:
+    """A model and its states from version to version, as the core makes them."""
+
+    def __init__(self, layout: Layout, options: Mapping[str, float], plain: set[str]) -> None:
+        self.layout = layout
+        self.options = options
+        self.plain = plain
+        self.states: Places = {}
+
+    def step(self, inputs: list[bytes], base: bytes) -> bytes:
+        finisher = Finisher(self.layout, "momentum", self.options, self.plain, self.states)
+        after: Places = {
+            name: (MappedFile.anonymous(layout.total_bytes + 8), 8)
+            for name, layout in finisher.states
+        }
+        out = bytearray(self.layout.total_bytes)
+        for _ in range(2):  # a chunk may be reduced more than once
+            finish_mean(finisher, inputs, WEIGHTS, base, out, after)
+        self.states = after
+        return bytes(out)
+
+    def state(self, name: str, tensor: str, dtype: Any) -> Any:
+        finisher = Finisher(self.layout, "momentum", self.options, self.plain)
+        layout = dict(finisher.states)[name]
+        file, at = self.states[name]
+        begin, nbytes = next(t[3:] for t in layout.tensors if t[0] == tensor)
+        return np.frombuffer(bytes(file.view(at + begin, nbytes)), dtype)
+
+
+def tensors(layout: Layout, flat: bytes) -> dict[str, Any]:
+    return {
+        name: np.frombuffer(flat[at : at + nbytes], DTYPES[dtype])
+        for name, dtype, _, at, nbytes in layout.tensors
+        if dtype in DTYPES
+    }
+
+
+def joined(layout: Layout, values: Mapping[str, Any]) -> bytes:
+    return b"".join(values[name].tobytes() for name, *_ in layout.tensors)
+
+
+def mean(values: list[Any]) -> Any:
+    """The mean in binary64, summed in order, before it is rounded."""
+    total = np.zeros(values[0].shape)
+    for weight, value in zip(WEIGHTS, values, strict=True):
+        total = total + weight * value.astype(np.float64)
+    return total / sum(WEIGHTS)
+
+
+def test_200_rounds_of_momentum_are_a_reference_to_the_last_bit_of_the_master() -> None:
+    rng = np.random.default_rng(1)
+    layout = Layout([("a", "BF16", [40, 30]), ("b", "F16", [700]), ("c", "F32", [1900])], 4096)
+    options = {"learning_rate": 0.1, "momentum": 0.9}
+    versions = Versions(layout, options, set())
+    model = {
+        name: rng.normal(size=tensor.shape).astype(tensor.dtype)
+        for name, tensor in tensors(layout, bytes(layout.total_bytes)).items()
+    }
+    master = {name: value.astype(np.float32) for name, value in model.items()}
+    kept = {name: np.zeros(value.shape, np.float32) for name, value in model.items()}
+    for _ in range(200):
+        updates = [
+            {
+                name: (value.astype(np.float64) + 1e-3 * rng.normal(size=value.shape)).astype(
+                    value.dtype
+                )
+                for name, value in model.items()
+            }
+            for _ in WEIGHTS
+        ]
+        flat = versions.step([joined(layout, update) for update in updates], joined(layout, model))
+        for name, value in model.items():
+            step = mean([update[name] for update in updates]) - value.astype(np.float64)
+            kept[name] = (0.9 * kept[name].astype(np.float64) + step).astype(np.float32)
+            master[name] = (
+                master[name].astype(np.float64) + 0.1 * kept[name].astype(np.float64)
+            ).astype(np.float32)
+            model[name] = master[name].astype(value.dtype)
+        assert flat == joined(layout, model)
+    for name in model:
+        assert versions.state("momentum", name, np.float32).tobytes() == kept[name].tobytes()
+    for name in ("a", "b"):
+        assert versions.state("master", name, np.float32).tobytes() == master[name].tobytes()
+
+
+def test_a_step_far_below_the_last_place_of_bfloat16_adds_up_in_the_master() -> None:
+    layout = Layout([("w", "BF16", [8])], 4096)
+    versions = Versions(layout, {"learning_rate": 0.01, "momentum": 0.0}, set())
+    base = np.full(8, 1.0, ml_dtypes.bfloat16)
+    for _ in range(200):  # each step is 2^-7 * 0.01, and half a place at 1 is 2^-8
+        update = (base.astype(np.float64) + 2.0**-7).astype(ml_dtypes.bfloat16)
+        base = np.frombuffer(versions.step([update.tobytes()] * 3, base.tobytes()), base.dtype)
+    assert float(base[0]) == 1 + 2.0**-6  # 200 * 2^-7 * 0.01
+
+
+def test_plain_tensors_keep_the_mean_and_integers_those_of_the_base() -> None:
+    rng = np.random.default_rng(2)
+    layout = Layout(
+        [("mean", "F32", [1500]), ("n", "I64", [3]), ("w", "F32", [1500]), ("z", "F16", [5])], 4096
+    )
+    versions = Versions(layout, {"learning_rate": 0.5, "momentum": 0.9}, {"mean", "z"})
+    floats = {"mean": np.float32, "w": np.float32, "z": np.float16}
+
+    def values(n: int) -> dict[str, Any]:
+        made = {
+            name: rng.normal(size=5 if name == "z" else 1500).astype(dtype)
+            for name, dtype in floats.items()
+        }
+        return {**made, "n": np.full(3, n)}
+
+    base, updates = values(7), [values(n) for n in range(3)]
+    found = tensors(
+        layout, versions.step([joined(layout, u) for u in updates], joined(layout, base))
+    )
+    for name in ("mean", "z"):
+        expected = mean([update[name] for update in updates]).astype(floats[name])
+        assert found[name].tobytes() == expected.tobytes()
+    step = (mean([update["w"] for update in updates]) - base["w"].astype(np.float64)).astype(
+        np.float32
+    )
+    expected = (base["w"].astype(np.float64) + 0.5 * step.astype(np.float64)).astype(np.float32)
+    assert found["w"].tobytes() == expected.tobytes()
+    assert list(versions.states) == ["momentum"]  # no parameter is narrow
+
+
+def test_float64_parameters_have_states_of_float64() -> None:
+    layout = Layout([("w", "F64", [3000]), ("x", "F32", [2])], 4096)
+    versions = Versions(layout, {"learning_rate": 0.3, "momentum": 0.5}, set())
+    base = {"w": np.linspace(0, 1, 3000), "x": np.zeros(2, np.float32)}
+    update = {"w": base["w"] + 1 / 3, "x": np.ones(2, np.float32)}
+    flat = versions.step([joined(layout, update)] * 3, joined(layout, base))
+    step = update["w"] - base["w"]
+    assert tensors(layout, flat)["w"].tobytes() == (base["w"] + 0.3 * step).tobytes()
+    assert versions.state("momentum", "w", np.float64).tobytes() == step.tobytes()
+
+
+def test_what_diverges_stays_finite() -> None:
+    layout = Layout([("a", "F32", [1]), ("b", "F16", [1])], 4096)
+    versions = Versions(layout, {"learning_rate": 10.0, "momentum": 0.99}, set())
+    base = {"a": np.float32([3e38]), "b": np.float16([6e4])}
+    update = {"a": np.float32([-3e38]), "b": np.float16([6.5e4])}
+    for _ in range(30):
+        flat = versions.step([joined(layout, update)] * 3, joined(layout, base))
+        base = tensors(layout, flat)
+        assert all(np.isfinite(value).all() for value in base.values())
+    assert float(abs(base["a"][0])) == float(np.finfo(np.float32).max)
+
+
+def test_a_finisher_that_does_not_fit_is_refused_by_name() -> None:
+    layout = Layout([("w", "F32", [4]), ("n", "I64", [4])], 4096)
+    good = {"learning_rate": 1.0, "momentum": 0.0}
+    with pytest.raises(ConfigError, match="no server optimizer is named 'adam'"):
+        Finisher(layout, "adam", good)
+    with pytest.raises(ConfigError, match="has 2 options"):
+        Finisher(layout, "momentum", {"learning_rate": 1.0, "beta": 0.0})
+    with pytest.raises(ConfigError, match="no tensor on which"):
+        Finisher(layout, "momentum", good, {"w"})
+    with pytest.raises(LayoutError, match="not in the layout"):
+        Finisher(layout, "momentum", good, {"v"})
+    with pytest.raises(StorageError, match="not the states"):
+        Finisher(layout, "momentum", good, set(), {"master": (MappedFile.anonymous(16), 0)})
+    with pytest.raises(StorageError):
+        Finisher(layout, "momentum", good, set(), {"momentum": (MappedFile.anonymous(15), 0)})
+
+
+def test_the_registry_of_finishers_says_what_the_core_says() -> None:
+    listed = [(f.name, f.version, list(f.states), list(f.options)) for f in FINISHERS.values()]
+    assert finishers() == listed
+    assert all(o.allows(o.default) for f in FINISHERS.values() for o in f.options.values())
