@@ -4,6 +4,10 @@ A round that a number of steps or a limit of time ends stops within an epoch. `D
 loader then, and puts it back in the next round, with the trainer's counters as they were: the epoch goes on with
 the next batch. Another loader than the last round's is brought to the same place: with the random numbers that
 the epoch began with, it leaves out as many batches.
+
+A round that ends with an epoch leaves two things to the next one. Persistent workers go on where the loader is the
+same; a new loader's are started without the random number that one training would not draw. A generator that the
+script has made anew, with the seed it had before, goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from .randomness import put_back, take
+import torch
+
+from .randomness import generators, put_back, take
 
 __all__ = ["DataPlace"]
 
@@ -46,6 +52,9 @@ class DataPlace:
         self._random: dict[str, Any] | None = None
         self._first_pass = True  # of the loader that the epoch began with
         self._reloaded: float = 0
+        self._after: list[list[torch.Tensor]] | None = (
+            None  # loaders' generators, after the last round
+        )
 
     @property
     def behind(self) -> int:
@@ -64,14 +73,19 @@ class DataPlace:
         loop = self._loop
         self._tell_limit()
         self._batches = 0
-        if loop._data_fetcher is None or loop.epoch_loop._num_ready_batches_reached():
+        if loop._data_fetcher is None:
             return
-        self._batches = loop.epoch_loop.batch_progress.current.completed
-        self._reloaded = loop._last_train_dl_reload_epoch
+        loader = loop._combined_loader
         self._source = loop._data_source.instance
+        self._after = _take(loader)["loaders"]
+        workers = _workers(loader)
+        if not loop.epoch_loop._num_ready_batches_reached():
+            self._batches = loop.epoch_loop.batch_progress.current.completed
+            self._reloaded = loop._last_train_dl_reload_epoch
+        elif not any(workers):
+            return
         if self._goes_on:
-            loader = loop._combined_loader
-            self._held = _Held(loader, loop._data_fetcher, _workers(loader))
+            self._held = _Held(loader, loop._data_fetcher, workers)
             loop._data_fetcher = None
 
     def release(self) -> None:
@@ -93,24 +107,48 @@ class DataPlace:
             epoch = self._trainer.current_epoch
             self._say(f"the data go on in epoch {epoch}, after batch {self._batches} of it")
             return
-        if self._batches:
-            self.release()
-            self._say("the data begin anew")
         reloads = self._trainer.current_epoch > 0 and self._loop._should_reload_train_dl
+        goes_on = self._goes_on and not self._batches and not reloads
+        if goes_on and self._take_up_workers():
+            self._begun = False
+            return
+        self.release()
+        if self._batches:
+            self._say("the data begin anew")
         self._first_pass = True
-        self._make_first_iterator()
+        self._make_first_iterator(goes_on and self._after is not None)
         if reloads:  # one training makes two iterators then, and goes through the second
             self._begun = False
             return
         # The loader's iterator is made: the loop would make another one, which a stream would notice.
         self._loop._resuming_from_checkpoint = True
 
-    def _make_first_iterator(self) -> None:
+    def _take_up_workers(self) -> bool:
+        """Go on with the loader whose persistent workers the last round has left; False if there are none."""
+        held, loop = self._held, self._loop
+        if held is None or not self._unchanged(held):
+            return False
+        self._held = None
+        loop._combined_loader, loop._data_fetcher = held.loader, held.fetcher
+        self._setup()
+        return True
+
+    def _unchanged(self, held: _Held) -> bool:
+        """Whether the script gives the loader that was kept, and has not gone through it since."""
+        same = _same(self._loop._data_source.instance, self._source)
+        return same and _workers(held.loader) == held.workers
+
+    def _make_first_iterator(self, goes_on: bool) -> None:
         """Set up a loader; noted are the random states right before its first iterator draws from them."""
         loop, load = self._loop, self._loop._load_combined_loader_states
 
         def note() -> None:
             load()
+            # The loop does so after this, when workers have asked the sampler for their first batches.
+            _set_epoch(loop._combined_loader, self._trainer.current_epoch)
+            if goes_on:
+                _go_on_drawing(loop._combined_loader, self._after or [])
+                self._first_pass = not _start_workers(loop._combined_loader)
             self._random = _take(loop._combined_loader)
 
         loop._load_combined_loader_states = note
@@ -138,8 +176,7 @@ class DataPlace:
         """Take up the epoch that the last round left; False if its rest can't be told from what was seen."""
         loop = self._loop
         held, self._held = self._held, None
-        same = held is not None and _same(loop._data_source.instance, self._source)
-        if held is not None and same and _workers(held.loader) == held.workers:
+        if held is not None and self._unchanged(held):
             self._return_to_epoch(1)
             loop._combined_loader, loop._data_fetcher = held.loader, held.fetcher
             self._setup()
@@ -168,7 +205,7 @@ class DataPlace:
         """Return the place, for another process."""
         return {
             "batches": self._batches, "epoch_random": self._random, "first_pass": self._first_pass,
-            "reloaded": self._reloaded,
+            "reloaded": self._reloaded, "after": self._after,
         }  # fmt: skip
 
     def recall(self, kept: dict[str, Any]) -> None:
@@ -176,6 +213,7 @@ class DataPlace:
         self._batches, self._random = int(kept["batches"]), kept["epoch_random"]
         self._first_pass = kept.get("first_pass", True)
         self._reloaded = kept.get("reloaded", 0)
+        self._after = kept.get("after")
 
     def _return_to_epoch(self, by: int) -> None:
         """Count the epoch that the last round ended in as under way; with -1, as done again."""
@@ -188,13 +226,7 @@ class DataPlace:
     def _leave_out(self, batches: int) -> bool:
         """Read over so many batches; False if the loader does not hold more than that."""
         fetcher = self._loop._data_fetcher
-        for loader in self._loop._combined_loader.flattened:
-            for sampler in (
-                getattr(loader, "sampler", None),
-                getattr(loader, "batch_sampler", None),
-            ):
-                if callable(set_epoch := getattr(sampler, "set_epoch", None)):
-                    set_epoch(self._trainer.current_epoch)
+        _set_epoch(self._loop._combined_loader, self._trainer.current_epoch)
         iter(fetcher)
         for _ in range(batches):
             if fetcher.done:
@@ -229,6 +261,38 @@ def _put_back(states: dict[str, Any], loader: Any) -> None:
     for part, own in zip(loader.flattened, states["loaders"], strict=False):
         put_back({**states, "loader": own}, part)
     put_back(states)
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Have samplers whose order is that of an epoch's number draw that epoch."""
+    for part in loader.flattened:
+        batches = getattr(part, "batch_sampler", None)
+        for sampler in (getattr(part, "sampler", None), getattr(batches, "sampler", None), batches):
+            if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+                set_epoch(epoch)
+
+
+def _go_on_drawing(loader: Any, after: list[list[torch.Tensor]]) -> None:
+    """Bring generators that are as new to where those of the same seeds stopped."""
+    for part, states in zip(loader.flattened, after, strict=False):
+        for generator, state in zip(generators(part), states, strict=False):
+            seed = generator.initial_seed()
+            new = torch.Generator(generator.device).manual_seed(seed)
+            last = torch.Generator(generator.device)
+            last.set_state(state)
+            if last.initial_seed() == seed and torch.equal(new.get_state(), generator.get_state()):
+                generator.set_state(state)
+
+
+def _start_workers(loader: Any) -> bool:
+    """Start persistent workers, and draw nothing for that; False if there are none."""
+    persistent = [part for part in loader.flattened if getattr(part, "persistent_workers", False)]
+    if persistent:
+        states = _take(loader)
+        for part in persistent:
+            iter(part)
+        _put_back(states, loader)
+    return bool(persistent)
 
 
 def _length(loader: Any) -> float:

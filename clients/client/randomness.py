@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["put_back", "take"]
+__all__ = ["generators", "put_back", "take"]
 
 
 def take(loader: Any = None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def take(loader: Any = None) -> dict[str, Any]:
         "numpy": (str(name), torch.from_numpy(np.asarray(keys, np.int64)), at, has_gauss, gauss),
         "torch": torch.random.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "loader": [generator.get_state() for generator in _generators(loader)],
+        "loader": [generator.get_state() for generator in generators(loader)],
     }
 
 
@@ -39,13 +39,13 @@ def put_back(states: dict[str, Any], loader: Any = None) -> None:
     torch.random.set_rng_state(states["torch"])
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
-    mine = list(_generators(loader))
+    mine = list(generators(loader))
     if len(mine) == len(states["loader"]):
         for generator, state in zip(mine, states["loader"], strict=True):
             generator.set_state(state)
 
 
-def _generators(loader: Any) -> Iterator[torch.Generator]:
+def generators(loader: Any) -> Iterator[torch.Generator]:
     """Walk from a loader to its samplers, as accelerate and others wrap them."""
     seen: set[int] = set()
     found: set[int] = set()

@@ -217,21 +217,61 @@ def test_shuffled_loaders_that_are_made_in_each_epoch_go_on(
     equal_to(unbroken, model, tmp_path)
 
 
-def test_persistent_workers_of_a_new_loader_go_on(run: Future[RunResult], tmp_path: Path) -> None:
+PERSISTENT = {"num_workers": 1, "persistent_workers": True}
+
+
+@pytest.mark.parametrize(
+    ("make", "budget", "anew"),
+    [
+        pytest.param({"shuffle": True, **PERSISTENT}, {"max_epochs": 1}, False, id="workers"),
+        pytest.param({"shuffle": True, **PERSISTENT}, {"max_steps": 12}, True, id="new-workers"),
+        pytest.param({"shuffle": True, "seed": 5}, {"max_epochs": 1}, True, id="new-generator"),
+        pytest.param(
+            {"sampler": Alternating, "num_workers": 1}, {"max_epochs": 1}, True, id="by-epoch"
+        ),
+    ],
+)
+def test_epochs_go_on_whatever_makes_the_order_of_a_loader(
+    make: dict[str, Any], budget: dict[str, int], anew: bool, run: Future[RunResult]
+) -> None:
     package = importlib.import_module("lightning.pytorch")
 
     def loader() -> Any:
-        workers = {"num_workers": 1, "persistent_workers": True}
-        return DataLoader(dataset(), batch_size=3, shuffle=True, **workers)
+        options = dict(make)
+        if seed := options.pop("seed", None):
+            options["generator"] = torch.Generator().manual_seed(seed)
+        if sampler := options.pop("sampler", None):
+            options["sampler"] = sampler()
+        return DataLoader(dataset(), batch_size=2, **options)
 
     unbroken, model = make_module(package), make_module(package)
+    total = {name: value * ROUNDS for name, value in budget.items()}
     torch.manual_seed(7)
-    make_trainer(package, max_epochs=-1, max_steps=9).fit(unbroken, loader())
-    trainer = make_trainer(package, max_epochs=-1, max_steps=3)
+    make_trainer(package, **{"max_epochs": -1, **total}).fit(unbroken, loader())
+    trainer = make_trainer(package, **{"max_epochs": -1, **budget})
     torch.manual_seed(7)
+    one = loader()
+    federated(trainer, model, lambda: trainer.fit(model, loader() if anew else one))
+    assert run.result(30).ok
+    assert model.seen == unbroken.seen
+
+
+def test_a_generator_that_a_script_seeds_by_round_keeps_its_seed(run: Future[RunResult]) -> None:
+    package = importlib.import_module("lightning.pytorch")
+    model, trainer = make_module(package), make_trainer(package, max_epochs=1)
+    seeds = iter(range(1, 9))
+
+    def order(seed: int) -> list[int]:
+        return torch.randperm(20, generator=torch.Generator().manual_seed(seed)).mul(2).tolist()
+
+    def loader() -> Any:
+        generator = torch.Generator().manual_seed(next(seeds))
+        sampler = torch.utils.data.RandomSampler(dataset(), generator=generator)
+        return DataLoader(dataset(), batch_size=20, sampler=sampler)
+
     federated(trainer, model, lambda: trainer.fit(model, loader()))
     assert run.result(30).ok
-    assert model.seen[:7] == unbroken.seen[:7], "the first epoch"
+    assert model.seen == [[order(seed)] for seed in range(1, ROUNDS + 1)]
 
 
 def test_accumulation_that_a_schedule_changes_goes_on(
@@ -290,8 +330,9 @@ def test_an_unknown_choice_of_data_is_refused(run: Future[RunResult]) -> None:
         ("shuffled", {"max_steps": 7}),
         ("own-generator", {"max_steps": 7}),
         ("shuffled", {"max_epochs": 2}),
+        ("own-generator", {"max_epochs": 1}),
     ],
-    ids=["in-order", "shuffled", "own-generator", "epochs"],
+    ids=["in-order", "shuffled", "own-generator", "epochs", "own-generator-epochs"],
 )
 def test_a_site_that_is_started_again_goes_on_with_data_optimiser_and_schedule(
     kind: str,
