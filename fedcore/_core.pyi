@@ -170,6 +170,7 @@ class Collector:
         record: Record | None = None,
         threads: int = 1,
         base_checksums: Sequence[int] = (),
+        rule: str = "mean",
     ) -> None: ...
     @staticmethod
     def open(
@@ -183,6 +184,7 @@ class Collector:
         codec: Codec | None = None,
         threads: int = 1,
         base_checksums: Sequence[int] = (),
+        rule: str = "mean",
     ) -> Collector: ...
     @property
     def id(self) -> int: ...

@@ -22,6 +22,7 @@ from fedcore.security.keys import is_loopback, parse_toml
 
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer, UpdateEncoding
+from .rules import RULES
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -149,15 +150,27 @@ class ParticipantsSection(_Section):
         return len(self.sites) if self.sites is not None else (self.count or 0)
 
     @property
+    def trained(self) -> int:
+        """How many updates a round takes, at most."""
+        return self.sample or self.expected
+
+    @property
     def quorum(self) -> int:
         """How many valid updates a round needs."""
         return self.min_results or self.sample or self.expected
 
 
 class AggregationSection(_Section):
-    """``[aggregation]``: the rule."""
+    """``[aggregation]``: the rule that combines the sites' updates."""
 
-    rule: Literal["mean"] = "mean"
+    rule: str = "mean"
+
+    @model_validator(mode="after")
+    def _known(self) -> AggregationSection:
+        if self.rule not in RULES:
+            names = ", ".join(repr(name) for name in RULES)
+            raise ValueError(f"rule: expected one of {names}, got {self.rule!r}")
+        return self
 
 
 class TransferSection(_Section):
@@ -278,6 +291,21 @@ class RunConfig(_Section):
             raise ValueError("participants.sites: missing; run.task = 'compare' needs the names")
         if task == "compare" and self.transfer.update != "raw":
             raise ValueError("transfer.update: expected 'raw' with run.task = 'compare'")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_rule(self) -> RunConfig:
+        rule = RULES[self.aggregation.rule]
+        if self.transfer.update == "top-k" and not rule.sparse:
+            raise ValueError(
+                f"transfer.update: 'top-k' does not go with aggregation.rule = {rule.name!r}: it leaves out most "
+                "values of an update, and what is left out would decide the result"
+            )
+        if self.participants.quorum < rule.least:
+            raise ValueError(
+                f"participants.min_results: aggregation.rule = {rule.name!r} needs {rule.least} or more updates "
+                f"in a round, and {self.participants.quorum} would do"
+            )
         return self
 
     @property

@@ -56,6 +56,10 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   const std::uint64_t spare = options_.budget_bytes / 8 / layout_->chunk_bytes();
   const std::uint64_t most = std::min(1 + spare, layout_->chunk_count());
   parts_.resize(std::clamp<std::uint64_t>(options_.threads, 1, most));
+  while (!options_.rule->traits.folds && parts_.size() > 1 && chunk_room() < expected_) {
+    parts_.pop_back();
+  }
+  check_room(expected_);
   workers_ = std::make_unique<Workers>(static_cast<unsigned>(parts_.size()));
   divide_budget();
 }
@@ -86,6 +90,8 @@ std::size_t Collector::add(Source source) {
   if (!open_ || state_ != State::kActive) {
     throw Error(Errc::kProtocol, "this collection takes no more sources");
   }
+  check_room(1 + static_cast<std::size_t>(std::count_if(pulls_.begin(), pulls_.end(),
+                                                        [](const auto& p) { return p->counts; })));
   std::size_t added = 0;
   while (added < pulls_.size() && pulls_[added]->counts) {
     ++added;
@@ -177,18 +183,32 @@ void Collector::use_sources() {
   }
 }
 
-// The same window for each source, and what is left over for the first ones, a chunk each.
-void Collector::divide_budget() {
+// How many chunks of sources the budget holds.
+std::uint64_t Collector::chunk_room() const noexcept {
   // Differences are added to pages of the base, which are given back in steps.
   const std::uint64_t base = differences() ? release_step() + layout_->chunk_bytes() : 0;
   const std::uint64_t beside = base + (parts_.size() - 1) * layout_->chunk_bytes();
-  const std::uint64_t budget = options_.budget_bytes - std::min(options_.budget_bytes, beside);
+  return (options_.budget_bytes - std::min(options_.budget_bytes, beside)) / layout_->chunk_bytes();
+}
+
+void Collector::check_room(std::size_t sources) const {
+  if (!options_.rule->traits.folds && sources > 1 && chunk_room() < sources) {
+    throw Error(Errc::kConfig, "the rule '" + std::string(options_.rule->name) +
+                                   "' needs a chunk of each of " + std::to_string(sources) +
+                                   " sources at the same time, and the budget of " +
+                                   std::to_string(options_.budget_bytes >> 10) + " KiB holds " +
+                                   std::to_string(chunk_room()));
+  }
+}
+
+// The same window for each source, and what is left over for the first ones, a chunk each.
+void Collector::divide_budget() {
   const auto live = static_cast<std::uint64_t>(
       std::count_if(pulls_.begin(), pulls_.end(), [](const auto& pull) { return pull->counts; }));
   const std::uint64_t sources = open_ ? std::max<std::uint64_t>({1, expected_, live}) : live;
-  const std::uint64_t chunks = budget / layout_->chunk_bytes();
+  const std::uint64_t chunks = chunk_room();
   group_ = 0;
-  if (chunks < sources && sources > 1) {
+  if (chunks < sources && sources > 1 && options_.rule->traits.folds) {
     const std::uint64_t sums = sum_chunks(*layout_, *options_.rule);
     group_ = chunks > sums ? chunks - sums : 1;
   }
@@ -344,7 +364,7 @@ void Collector::drop(std::size_t source) {
   if (state_ == State::kFailed || !pull.counts) {
     return;
   }
-  if (!open_ && counted_.size() == 1) {
+  if (!open_ && counted_.size() <= options_.rule->traits.least) {  // too few are left
     stop();
     return;
   }

@@ -19,7 +19,8 @@
 // Where the budget does not hold a chunk of each source, a chunk's sources are pulled and folded
 // one after the other, in order, into sums of that one chunk, with as many under way as the budget
 // holds beside the sums. Nothing is spilled then: each chunk is asked for when its turn comes, so
-// no source is ever ahead. The bits are the same.
+// no source is ever ahead. The bits are the same. A rule that does not fold needs a chunk of each
+// source at the same time, and is refused where the budget does not hold them.
 // A collection may be open at first: sources are added as they are ready and pulled ahead, as far
 // as their windows and then the spill file go, and nothing is reduced until close() says which of
 // them count. The order of the reduction is the one given there.
@@ -125,7 +126,7 @@ struct CollectorOptions {
   // CRC-32C of each chunk of the base, which a chunk that is reduced with it is compared with;
   // empty: it is not checked.
   std::vector<std::uint32_t> base_crcs = {};
-  // What combines the sources.
+  // What combines the sources; it is constant and outlives the collector.
   const Rule* rule = &kMean;
 };
 
@@ -155,12 +156,12 @@ class Collector {
   // that wait; tick() goes on with it.
   static constexpr int kMaxAtOnce = 16;
   // So many chunks are read back from the spill file together; where there are more sources, they
-  // are summed one after the other.
+  // are folded one after the other. A rule that does not fold reads back those of all sources.
   static constexpr std::uint64_t kReadTogether = 4;
 
   // Open, for about `expected` sources, among which the budget is divided. Throws
   // Error{kLayout, kStorage} for a base that is too small or has too few checksums, or differences
-  // without a base.
+  // without a base, and Error{kConfig} for a rule that does not fold and needs a larger budget.
   Collector(std::shared_ptr<const Layout> layout, std::size_t expected, Place base,
             CollectorOptions options);
   // Closed. Throws what close() throws, too, and Error{kStorage} for a record of another
@@ -176,7 +177,8 @@ class Collector {
   bool open() const noexcept { return open_; }
 
   // While open: pulls another source from now on, and returns which it is: the first that was
-  // dropped, whose place it takes, or a new one.
+  // dropped, whose place it takes, or a new one. Throws Error{kConfig}, and changes nothing, where
+  // the rule does not fold and the budget holds no chunk of it.
   std::size_t add(Source source);
   // While open: these sources count, reduced in this order into the output; the others are dropped.
   // The work that this makes possible is done by tick(). Throws Error{kWeight, kLayout, kStorage,
@@ -306,6 +308,8 @@ class Collector {
   void check_order(const std::vector<std::size_t>& order, const Place& out) const;
   void use_sources();
   void divide_budget();
+  std::uint64_t chunk_room() const noexcept;
+  void check_room(std::size_t sources) const;
   void begin(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record);
   std::vector<bool> verified();
   void resume_reduced();

@@ -20,7 +20,7 @@ bool Collector::gather(Part& part) {
     }
     from_spill = from_spill || !pull.held.contains(next_);
   }
-  one_by_one_ = from_spill && counted_.size() > kReadTogether;
+  one_by_one_ = from_spill && counted_.size() > kReadTogether && options_.rule->traits.folds;
   if (one_by_one_) {
     return true;
   }

@@ -35,7 +35,8 @@ std::shared_ptr<Collector> open_collector(const PyLayout& layout, std::size_t ex
                                           bool write_behind, std::shared_ptr<Spill> spill,
                                           std::int64_t spill_after_ms, const py::object& codec,
                                           unsigned threads,
-                                          std::vector<std::uint32_t> base_checksums) {
+                                          std::vector<std::uint32_t> base_checksums,
+                                          const std::string& rule) {
   return std::make_shared<Collector>(layout, expected, to_place(base),
                                      CollectorOptions{.budget_bytes = budget_bytes,
                                                       .write_behind = write_behind,
@@ -43,7 +44,8 @@ std::shared_ptr<Collector> open_collector(const PyLayout& layout, std::size_t ex
                                                       .spill_after_ms = spill_after_ms,
                                                       .codec = codec_of(codec),
                                                       .threads = threads,
-                                                      .base_crcs = std::move(base_checksums)});
+                                                      .base_crcs = std::move(base_checksums),
+                                                      .rule = &find_rule(rule)});
 }
 
 std::shared_ptr<Collector> make_collector(
@@ -51,7 +53,7 @@ std::shared_ptr<Collector> make_collector(
     std::uint64_t out_offset, const PyPlace& base, std::uint64_t budget_bytes,
     std::int64_t stall_ms, bool check_finite, bool write_behind, std::shared_ptr<Spill> spill,
     std::int64_t spill_after_ms, const py::object& codec, std::shared_ptr<Record> record,
-    unsigned threads, std::vector<std::uint32_t> base_checksums) {
+    unsigned threads, std::vector<std::uint32_t> base_checksums, const std::string& rule) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back(to_source(peer, set, weight));
@@ -59,7 +61,8 @@ std::shared_ptr<Collector> make_collector(
   const Place from = to_place(base);
   CollectorOptions options{budget_bytes,    stall_ms,         check_finite,
                            write_behind,    std::move(spill), spill_after_ms,
-                           codec_of(codec), threads,          std::move(base_checksums)};
+                           codec_of(codec), threads,          std::move(base_checksums),
+                           &find_rule(rule)};
   const Place to{out.share(), out_offset};
   const py::gil_scoped_release release;  // it reads what is reduced
   return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(options),
@@ -154,14 +157,14 @@ void bind_exchange(py::module_& m) {
            py::arg("write_behind") = false, py::arg("spill") = nullptr,
            py::arg("spill_after_ms") = 250, py::arg("codec") = py::none(),
            py::arg("record") = nullptr, py::arg("threads") = 1,
-           py::arg("base_checksums") = std::vector<std::uint32_t>())
-      .def_static("open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
-                  py::arg("budget_bytes"), py::arg("write_behind") = false,
-                  py::arg("spill") = nullptr, py::arg("spill_after_ms") = 250,
-                  py::arg("codec") = py::none(), py::arg("threads") = 1,
-                  py::arg("base_checksums") = std::vector<std::uint32_t>(),
-                  "One whose sources are added as they are ready, about `expected` of them: see "
-                  "Exchange.add and Exchange.close.")
+           py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean")
+      .def_static(
+          "open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
+          py::arg("budget_bytes"), py::arg("write_behind") = false, py::arg("spill") = nullptr,
+          py::arg("spill_after_ms") = 250, py::arg("codec") = py::none(), py::arg("threads") = 1,
+          py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
+          "One whose sources are added as they are ready, about `expected` of them: see "
+          "Exchange.add and Exchange.close.")
       .def_property_readonly("id", &Collector::id)
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .registry import RULES, Rule, find_rule
+from .registry import DEFAULT_RULE, RULES, Rule, find_rule
 
-__all__ = ["RULES", "Rule", "find_rule"]
+__all__ = ["DEFAULT_RULE", "RULES", "Rule", "find_rule"]

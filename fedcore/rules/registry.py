@@ -7,7 +7,7 @@ from typing import Final
 
 from fedcore.errors import ConfigError
 
-__all__ = ["RULES", "Rule", "find_rule"]
+__all__ = ["DEFAULT_RULE", "RULES", "Rule", "find_rule"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Rule:
         symmetric: the order of the sources does not change the result.
         folds: it can take one source after the other, with sums between them.
         least: sources that it needs at least.
+        sparse: it may be used where updates leave most of their values out (top-k).
     """
 
     name: str
@@ -31,7 +32,10 @@ class Rule:
     symmetric: bool
     folds: bool
     least: int
+    sparse: bool
 
+
+DEFAULT_RULE: Final = "mean"
 
 RULES: Final[dict[str, Rule]] = {
     rule.name: rule
@@ -44,6 +48,7 @@ RULES: Final[dict[str, Rule]] = {
             symmetric=False,
             folds=True,
             least=1,
+            sparse=True,
         ),
         Rule(
             name="median",
@@ -53,6 +58,7 @@ RULES: Final[dict[str, Rule]] = {
             symmetric=True,
             folds=False,
             least=1,
+            sparse=False,
         ),
     )
 }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from fedcore._core import rule_scratch
+from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
+from fedcore.rules import Rule, find_rule
 from fedcore.transport.open_files import require_files
 from fedcore.words import plural
 
@@ -23,6 +27,11 @@ SITE_BYTES: Final = 104 << 10
 _SUM_CHUNKS: Final = 4  # the sums of a chunk in fp64, or the chunks that are read back together
 _FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
 _PACKING_CHUNKS: Final = 6  # to compress a chunk of the model, and to unpack one of an update
+_CHUNK_SIZES: Final = tuple(DEFAULT_CHUNK_BYTES >> shift for shift in range(5))
+"""What a rule may have that needs a chunk of each update at the same time: 1 MiB down to 64 KiB."""
+_DECODED_BYTES: Final = 8 << 10  # a piece of an encoded update, in each thread
+_BASE_BYTES: Final = 8 << 20  # pages of the base that differences are added to; see Collector
+_MOST_MIB: Final = 1 << 30
 _FILES_BESIDE: Final = 64  # descriptors that are no connection
 _SPARE: Final = (
     7  # a connection more for so many: the door leaves an eighth of all descriptors free
@@ -41,12 +50,14 @@ class Budget:
         outgoing: pages of the global model that are on their way to sites.
         control: control messages that wait to be handled, of all sites together.
         control_per_peer: the same of one peer.
+        chunk_bytes: how large a chunk is.
     """
 
     chunks: int
     outgoing: int
     control: int
     control_per_peer: int
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     @classmethod
     def of(
@@ -87,7 +98,72 @@ class Budget:
         folded = chunks < sites * chunk_bytes
         if spill and (folded or chunks >= sites * chunk_bytes + read_back):
             chunks -= min(read_back, chunks - least) if folded else read_back
-        return cls(chunks, outgoing, control, control // 2)
+        return cls(chunks, outgoing, control, control // 2, chunk_bytes)
+
+    @classmethod
+    def of_run(
+        cls, config: RunConfig, *, encrypted: bool, chunk_bytes: int | None = None
+    ) -> Budget:
+        """Divide a run's memory for its sites and its rule.
+
+        A rule that does not fold needs a chunk of each of a round's updates at the same time, and as many more
+        that are read back where there is a spill file. Chunks are smaller then, as far as they must be.
+
+        Args:
+            config: the run's.
+            encrypted: the links are.
+            chunk_bytes: the size that chunks must have; None: it may be chosen.
+
+        Raises:
+            ConfigError: it is too little.
+        """
+        rule = find_rule(config.aggregation.rule)
+        memory = config.server.memory
+        if rule.folds:
+            return cls._of_config(config, memory, encrypted, chunk_bytes or DEFAULT_CHUNK_BYTES)
+        sizes = _CHUNK_SIZES if chunk_bytes is None else (chunk_bytes,)
+
+        def found(memory: int) -> Budget | None:
+            budgets = (cls._together(config, rule, memory, encrypted, size) for size in sizes)
+            return next(filter(None, budgets), None)
+
+        budget = found(memory)
+        if budget is None:
+            enough = range(_MOST_MIB)
+            least = bisect.bisect_left(enough, True, key=lambda mib: found(mib << 20) is not None)
+            raise ConfigError(
+                f"server.memory = {memory >> 20}MiB is too little for aggregation.rule = {rule.name!r}, which "
+                f"needs a chunk of the updates of all {config.participants.trained} sites at the same time; it "
+                f"must be at least {least}MiB"
+            )
+        return budget
+
+    @classmethod
+    def _of_config(cls, config: RunConfig, memory: int, encrypted: bool, size: int) -> Budget:
+        return cls.of(
+            memory,
+            config.participants.expected,
+            spill=config.server.spill and find_rule(config.aggregation.rule).folds,
+            encrypted=encrypted,
+            lossless=config.transfer.lossless,
+            chunk_bytes=size,
+        )
+
+    @classmethod
+    def _together(
+        cls, config: RunConfig, rule: Rule, memory: int, encrypted: bool, size: int
+    ) -> Budget | None:
+        """Return a budget that holds a chunk of each update at the same time; None if there is none."""
+        try:
+            budget = cls._of_config(config, memory, encrypted, size)
+        except ConfigError:
+            return None
+        updates, encoded = config.participants.trained, config.transfer.update != "raw"
+        per_thread = rule_scratch(rule.name, updates) + encoded * updates * _DECODED_BYTES
+        read_back = updates * size if config.server.spill else 0
+        chunks = budget.chunks - read_back - config.reducer_threads * per_thread
+        base = min(_BASE_BYTES, chunks // 16) + size if encoded else 0
+        return replace(budget, chunks=chunks) if chunks >= updates * size + base else None
 
 
 def check_memory(memory: int, available: int) -> str:

@@ -10,6 +10,7 @@ from fedcore import __version__, protocol
 from fedcore._core import Spill
 from fedcore.config import RunConfig
 from fedcore.errors import StorageError
+from fedcore.rules import find_rule
 from fedcore.server.rounds.actions import PullAhead, StartCollect
 from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store
@@ -76,6 +77,7 @@ class Collecting:
             "run": self._store.run_id,
             "version": version,
             "base": self._versions.checksum,
+            "rule": find_rule(self._config.aggregation.rule).version,
             **self._config.model_dump(mode="json", include={"aggregation", "transfer"}),
         }
         paths = self._store.scratch(version), self._store.record(version)
@@ -158,7 +160,7 @@ class Collecting:
         base = self._versions.model
         if base is None:
             assert initial is not None
-            layout = declared_layout(initial)
+            layout = declared_layout(initial, self._store.chunk_bytes)
             self._versions.cards = dict(initial.files)
         else:
             layout = base.layout
@@ -176,6 +178,8 @@ class Collecting:
             memory=self._memory,
             spill=self._spill,
             threads=self._config.reducer_threads,
+            # The initial model is one site's, as it is.
+            rule="mean" if base is None else self._config.aggregation.rule,
         )
 
     # --- what the core says ---

@@ -68,6 +68,7 @@ class CollectionSetting:
         codec: what encoded chunks are decoded with, as they come; None: all must be raw.
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
         threads: how many chunks are reduced at the same time.
+        rule: the name of what combines the updates.
     """
 
     exchange: Exchange
@@ -79,6 +80,7 @@ class CollectionSetting:
     codec: Codec | None = None
     spill: Spill | None = None
     threads: int = 1
+    rule: str = "mean"
 
     @property
     def place(self) -> tuple[MappedFile, int] | None:
@@ -110,6 +112,7 @@ class Collection:
             codec=setting.codec,
             threads=setting.threads,
             base_checksums=setting.checksums,
+            rule=setting.rule,
         )
         self._exchange.start(self.collector)
 
@@ -142,6 +145,7 @@ class Collection:
             record=record,
             threads=setting.threads,
             base_checksums=setting.checksums,
+            rule=setting.rule,
         )
         reduced, total, here = made.collector.progress()
         if any(here):

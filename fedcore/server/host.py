@@ -76,8 +76,10 @@ class Host:
         check_encoding(config)
         access = Access(config, clock)
         budget = _budget(config, access)
-        store = open_store(config, discard=discard)
+        store = open_store(config, discard=discard, chunk_bytes=budget.chunk_bytes)
         try:
+            if store.chunk_bytes != budget.chunk_bytes:  # the run keeps those that it began with
+                budget = _budget(config, access, store.chunk_bytes)
             self.link = link or ServerLink(config.server.listen, access.secured)
         except BaseException:
             store.close()
@@ -235,19 +237,18 @@ class Host:
         )
 
 
-def _budget(config: RunConfig, access: Access) -> Budget:
+def _budget(config: RunConfig, access: Access, chunk_bytes: int | None = None) -> Budget:
     """Divide the memory of a server, and have the system give it what its sites need.
+
+    Args:
+        config, access: the server's.
+        chunk_bytes: the size that chunks must have; None: it may be chosen.
 
     Raises:
         ConfigError: that is too little memory, or too few open files.
     """
-    budget = Budget.of(
-        config.server.memory,
-        config.participants.expected,
-        spill=config.server.spill,
-        encrypted=access.secured is not None,
-        lossless=config.transfer.lossless,
-    )
+    encrypted = access.secured is not None
+    budget = Budget.of_run(config, encrypted=encrypted, chunk_bytes=chunk_bytes)
     steady_heap()
     require_connections(config.participants.expected)
     return budget

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from fedcore._core import find_non_finite
+from fedcore._core import Layout, find_non_finite
 from fedcore.errors import NonFiniteError
 from fedcore.files.opening import CARD
 from fedcore.files.weights import open_weights
-from fedcore.layout import FLOATS, check_names, table
+from fedcore.layout import DEFAULT_CHUNK_BYTES, FLOATS, check_names, table
 from fedcore.model_file import ModelFile, check_booleans, create_model
 
 __all__ = ["load_initial"]
@@ -19,9 +19,9 @@ _CARDS: Final = ("adapter_config.json", "config.json", "generation_config.json",
 
 
 def load_initial(
-    path: Path, target: Path, metadata: Mapping[str, str]
+    path: Path, target: Path, metadata: Mapping[str, str], chunk_bytes: int = DEFAULT_CHUNK_BYTES
 ) -> tuple[ModelFile, dict[str, str]]:
-    """Copy the initial model into ``target`` in canonical order.
+    """Copy the initial model into ``target`` in canonical order, for chunks of ``chunk_bytes``.
 
     Returns the new file and the JSON files that describe the model, which lie beside it.
 
@@ -32,9 +32,11 @@ def load_initial(
     """
     weights = open_weights(path, "model.initial")
     check_names(name for name, *_ in table(weights.layout))
-    model = create_model(target, weights.layout, metadata)
+    tensors = table(weights.layout)
+    layout = Layout([(n, d, s) for n, d, s in tensors], chunk_bytes)
+    model = create_model(target, layout, metadata)
     views = weights.views()
-    dtypes = {name: dtype for name, dtype, _ in table(weights.layout)}
+    dtypes = {name: dtype for name, dtype, _ in tensors}
 
     def read(name: str) -> memoryview:
         source, view = weights.where[name], views[name]

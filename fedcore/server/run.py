@@ -21,6 +21,7 @@ from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, IntegrityError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES
+from fedcore.rules import DEFAULT_RULE, find_rule
 from fedcore.server.rounds.actions import (
     Action,
     Choose,
@@ -104,12 +105,15 @@ def check_encoding(config: RunConfig) -> None:
         )
 
 
-def open_store(config: RunConfig, *, discard: bool = False) -> Store:
+def open_store(
+    config: RunConfig, *, discard: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+) -> Store:
     """Open the folder of a run.
 
     Args:
         config: the run file.
         discard: move the models that the folder's journal does not know into a folder of their own, and go on.
+        chunk_bytes: how large the chunks of a new run are.
 
     Raises:
         BusyError: the folder is in use.
@@ -117,7 +121,7 @@ def open_store(config: RunConfig, *, discard: bool = False) -> Store:
         ConfigError: it holds a run with other settings, or a finished one.
     """
     settings = config.model_dump(mode="json", exclude={"folder", "simulate"})
-    store = Store(config.run_folder, settings, discard=discard)
+    store = Store(config.run_folder, settings, discard=discard, chunk_bytes=chunk_bytes)
     try:
         if _is_over(config, store) and not store.members():
             raise ConfigError(
@@ -301,6 +305,7 @@ class Run:
             logger.warning("%s", keyless)
         if self._device != "CPU":
             logger.info("means are computed on %s", self._device)
+        self._say_rule()
         self._expect_back()
         if self.store.stop_asked:
             logger.info(
@@ -308,6 +313,14 @@ class Run:
             )
             self._stopping = True
             self._linger_for_return()
+
+    def _say_rule(self) -> None:
+        rule = find_rule(self.config.aggregation.rule)
+        if rule.name != DEFAULT_RULE:
+            logger.info(
+                "updates are combined by the rule %s (version %d): %s%s", rule.name, rule.version, rule.summary,
+                "" if self._device == "CPU" else "; it is computed on the CPU",
+            )  # fmt: skip
 
     def _linger_for_return(self) -> None:
         """Stay at the end of the run until the sites have noticed that this server is here."""
@@ -458,7 +471,7 @@ class Run:
                 run=self.config.run.name,
                 run_id=self.store.run_id,
                 rounds=self.rounds.rounds,
-                chunk_bytes=DEFAULT_CHUNK_BYTES,
+                chunk_bytes=self.store.chunk_bytes,
                 has_model=self.versions.model is not None,
                 version=__version__,
                 transfer=self.config.transfer.message,

@@ -14,6 +14,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError, LayoutError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, layout_hash, table
 from fedcore.model_file import ModelFile, open_model
+from fedcore.rules import DEFAULT_RULE, find_rule
 from fedcore.server.storage.hashing import Hasher
 from fedcore.server.storage.integrity import checksum_of, verify_model
 from fedcore.server.storage.store import Store, VersionRow
@@ -29,9 +30,9 @@ _TENSOR_BYTES: Final = 1024
 logger = logging.getLogger("fedcore.server")
 
 
-def declared_layout(declare: protocol.Declare) -> Layout:
+def declared_layout(declare: protocol.Declare, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Layout:
     """Return the layout of a site's tensors; LayoutError if they make none."""
-    layout = Layout([(n, d, s) for n, d, s in declare.tensors], DEFAULT_CHUNK_BYTES)
+    layout = Layout([(n, d, s) for n, d, s in declare.tensors], chunk_bytes)
     if layout.total_bytes == 0:
         raise LayoutError("the declared tensors hold no bytes")
     return layout
@@ -63,7 +64,7 @@ class Versions:
         self._superseded: ModelFile | None = None
         # A model that is to be removed is hashed before: what waits takes disk space.
         behind = 8 if config.server.keep_versions is None else 2
-        self._hasher = Hasher(self._moved, behind)
+        self._hasher = Hasher(self._moved, behind, store.chunk_bytes)
 
     # --- the first one of this process ---
 
@@ -76,10 +77,10 @@ class Versions:
         rows = {row.version: row for row in self._store.versions()}
         path = self._store.path(version)
         try:
-            checksums = verify_model(path, rows[version].checksum)
+            checksums = verify_model(path, rows[version].checksum, self._store.chunk_bytes)
         except IntegrityError as error:
             raise IntegrityError(f"{error}; {self._way_back(version)}") from None
-        self.model = open_model(path)
+        self.model = open_model(path, self._store.chunk_bytes)
         for missing in self._store.missing():
             logger.warning(
                 "%s is missing: the model of round %d can't be selected; put it back from a backup if it matters",
@@ -114,7 +115,7 @@ class Versions:
         self._store.announce(0, 0)
         self._store.clear(0)
         scratch = self._store.scratch(0)
-        model, self.cards = load_initial(path, scratch, self.metadata(0))
+        model, self.cards = load_initial(path, scratch, self.metadata(0), self._store.chunk_bytes)
         model.file.sync()
         row = VersionRow(0, "", "", model.layout.total_bytes, 0.0, {})
         self._save(row, model, model.checksums(), {})
@@ -201,7 +202,11 @@ class Versions:
 
     def metadata(self, version: int) -> dict[str, str]:
         """Return the header's metadata of a version's file."""
-        return {"fedcore.run": self._config.run.name, "fedcore.version": str(version)}
+        named = {"fedcore.run": self._config.run.name, "fedcore.version": str(version)}
+        rule = find_rule(self._config.aggregation.rule)
+        if version > 0 and rule.name != DEFAULT_RULE:
+            named["fedcore.rule"] = f"{rule.name} {rule.version}"
+        return named
 
     def expected_hash(self, declare: protocol.Declare | None) -> str | None:
         """Return the hash of the layout that a site's update must have; None for a site that declared nothing."""

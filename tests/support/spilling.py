@@ -29,7 +29,16 @@ def update(name: str) -> ModelFile:
 class Federation:
     """A server's exchange that pulls from sites; a test decides whose chunks arrive."""
 
-    def __init__(self, names: str, budget: int, spill: Spill | None = None, **spoiled: int) -> None:
+    def __init__(
+        self,
+        names: str,
+        budget: int,
+        spill: Spill | None = None,
+        *,
+        rule: str = "mean",
+        threads: int = 1,
+        **spoiled: int,
+    ) -> None:
         self.names = names
         self.server = Exchange()
         self.sites: dict[bytes, Exchange] = {}
@@ -45,7 +54,7 @@ class Federation:
         sources = [(n.encode(), n.encode() * 16, WEIGHTS[n]) for n in names]
         self.collector = Collector(
             LAYOUT, sources, self.out.file, self.out.data_offset, None, budget,
-            spill=spill, spill_after_ms=100,
+            spill=spill, spill_after_ms=100, rule=rule, threads=threads,
         )  # fmt: skip
         self.server.start(self.collector)
         self.now = 0

@@ -26,7 +26,6 @@ from .integrity import checksum_of
 
 __all__ = ["Hasher"]
 
-_BLOCK: Final = DEFAULT_CHUNK_BYTES
 _LOOK_AFTER: Final = 16 << 20  # bytes between two looks at the traffic: 10 ms of hashing
 _LOOK_SECONDS: Final = 0.25
 _STALE_SECONDS: Final = 1.0  # what moved since an older look says nothing of now
@@ -36,9 +35,12 @@ _FAST: Final = 100e6  # bytes a second; slower traffic leaves the machine enough
 class _File:
     """A file that is being hashed: its bytes from ``offset`` to the end, whose checksum was recorded."""
 
-    def __init__(self, version: int, path: Path, offset: int, checksum: str) -> None:
+    def __init__(
+        self, version: int, path: Path, offset: int, checksum: str, chunk_bytes: int
+    ) -> None:
         self.version = version
         self._checksum = checksum
+        self._chunk_bytes = chunk_bytes
         self._chunks: list[int] = []
         self._path = path
         self._offset = offset
@@ -53,7 +55,7 @@ class _File:
 
         ``wait`` is called now and then, before the next bytes are read.
         """
-        block = bytearray(_BLOCK)
+        block = bytearray(self._chunk_bytes)
         until_look = 0
         try:
             with self._path.open("rb", buffering=0) as file:
@@ -91,10 +93,17 @@ class Hasher:
     Args:
         moved: returns the bytes that have been sent and received so far, from any thread.
         behind: with more files than this left to hash, it goes on whatever moves.
+        chunk_bytes: how large the chunks are that the files' checksums were taken of.
     """
 
-    def __init__(self, moved: Callable[[], int] = lambda: 0, behind: int = 8) -> None:
+    def __init__(
+        self,
+        moved: Callable[[], int] = lambda: 0,
+        behind: int = 8,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    ) -> None:
         self._moved = moved
+        self._chunk_bytes = chunk_bytes
         self._behind = behind
         self._seen, self._looked_at = 0, float("-inf")
         self._waiting: deque[_File] = deque()
@@ -106,7 +115,7 @@ class Hasher:
 
     def add(self, version: int, path: Path, data_offset: int, checksum: str) -> None:
         """Queue a file: its bytes from ``data_offset`` to the end are hashed, and compared with ``checksum``."""
-        self._waiting.append(_File(version, path, data_offset, checksum))
+        self._waiting.append(_File(version, path, data_offset, checksum, self._chunk_bytes))
         self._added.release()
 
     def results(self) -> list[tuple[int, str | None]]:

@@ -76,9 +76,11 @@ class Store:
         folder: the run folder; it is made where there is none.
         settings: the run's settings, by section and key; None leaves those that are recorded.
         discard: move what the journal does not know into a folder of its own, and go on.
-        chunk_bytes: over what the chunks' checksums are taken.
+        chunk_bytes: how large the chunks are that checksums are taken of, in a new run; a run that is there keeps
+            its own.
 
     Attributes:
+        chunk_bytes: how large the run's chunks are.
         taken: gives what the run has taken up to now; it is kept with each commit, and at the end.
         logged: the training metrics of the sites.
 
@@ -99,7 +101,7 @@ class Store:
     ) -> None:
         self.folder = folder
         self.models = folder / "models"
-        self._chunk_bytes = chunk_bytes
+        self.chunk_bytes = chunk_bytes
         self.taken: Callable[[], Life] | None = None
         try:
             self.models.mkdir(parents=True, exist_ok=True)
@@ -154,6 +156,12 @@ class Store:
         if found:
             logger.warning("moved to %s: %s", self._files.set_aside(found), ", ".join(found))
         now = {"schema": str(SCHEMA), "fedcore": __version__}
+        if recorded := self._journal.meta("chunk_bytes"):
+            self.chunk_bytes = int(recorded)
+        elif settings is None or self.last_version is not None:  # before this was recorded
+            self.chunk_bytes = DEFAULT_CHUNK_BYTES
+        else:
+            now["chunk_bytes"] = str(self.chunk_bytes)
         if settings is not None:
             now["settings"] = json.dumps(settings, sort_keys=True)
         if found or any(self._journal.meta(key) != value for key, value in now.items()):
@@ -341,7 +349,7 @@ class Store:
             IntegrityError: one is missing, or another one.
         """
         for state, kept in self.states(version).items():
-            verify_model(self.state_path(version, state), kept.checksum, self._chunk_bytes)
+            verify_model(self.state_path(version, state), kept.checksum, self.chunk_bytes)
 
     @property
     def left_states(self) -> list[int]:
@@ -354,7 +362,7 @@ class Store:
         Raises:
             IntegrityError: it is missing, or another one.
         """
-        verify_model(self.path(version), self._row(version).checksum, self._chunk_bytes)
+        verify_model(self.path(version), self._row(version).checksum, self.chunk_bytes)
 
     def _row(self, version: int) -> VersionRow:
         return next(row for row in self.versions() if row.version == version)
@@ -581,7 +589,7 @@ class Store:
         """
         try:
             source = Committed(
-                version, self.path(version), self._row(version).checksum, self._chunk_bytes
+                version, self.path(version), self._row(version).checksum, self.chunk_bytes
             )
             return write_export(self._files, name, source, self.files())
         except IntegrityError as error:

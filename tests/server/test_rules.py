@@ -1,0 +1,167 @@
+"""A rule other than the mean in whole runs: what is refused at the start, the bytes, and the size of chunks."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedcore.config import RunConfig, parse_run
+from fedcore.errors import ConfigError
+from fedcore.model_file import open_model
+from fedcore.server.budget import Budget
+from fedcore.server.collecting import Collecting
+from fedcore.server.service import Server
+from fedcore.server.storage.store import Store
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
+
+from ..support.runs import run
+
+MIB = 1 << 20
+COUNT = 300_000
+SPECS = [("w", "F32", [COUNT]), ("n", "I64", [2])]
+
+
+def config(folder: Path, sites: int, rule: str = "median", **sections: Any) -> RunConfig:
+    server = {"listen": "tcp://127.0.0.1:0", "insecure": True, **sections.pop("server", {})}
+    values = {
+        "run": {"name": "t", "rounds": 1},
+        "participants": {"count": sites, "round_deadline": "20s"},
+        "aggregation": {"rule": rule},
+        "server": server,
+    }
+    return parse_run(values | sections, folder=folder)
+
+
+def update(name: str, round_: int) -> np.ndarray:
+    dice = np.random.default_rng([round_, *name.encode()])
+    return dice.standard_normal(COUNT).astype(np.float32)
+
+
+def site(address: str, name: str, weight: int) -> int:
+    session = Session(SiteSettings(server=address, site=name, connect_timeout=15))
+    try:
+        while session.is_running():
+            model = session.begin(SPECS, {}, lambda key: bytes({"w": 4 * COUNT, "n": 16}[key]))
+            session.score({"loss": 1.0}, 1)
+            if model.kind == "evaluate":
+                session.end_task()
+                continue
+            tensors = {"w": update(name, model.round).tobytes(), "n": bytes(model.tensors["n"])}
+            session.submit(tensors.__getitem__, weight)
+    finally:
+        session.close()
+    return 0
+
+
+def sites_of(server: Server, names: str) -> list[functools.partial[int]]:
+    return [
+        functools.partial(site, server.endpoint, name, 3 + 7 * i) for i, name in enumerate(names)
+    ]
+
+
+def close(server: Server) -> None:
+    server.runs[0].store.close()
+    server.link.close()
+
+
+def median(names: str, round_: int) -> bytes:
+    values = np.stack([update(name, round_) for name in names]).astype(np.float64)
+    return np.median(values, axis=0).astype(np.float32).tobytes()
+
+
+def test_a_run_takes_the_median_and_says_that_weights_do_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedcore.server")
+    server = Server(config(tmp_path, 4, run={"name": "t", "rounds": 2}))
+    result, _ = run(server, *sites_of(server, "abcd"))
+    assert result.ok
+    assert (
+        "rule median (version 1): the median of each element; weights do not count" in caplog.text
+    )
+    store = Store(tmp_path / "runs/t", None)
+    for version in (1, 2):
+        store.verify(version)
+        model = open_model(store.path(version))
+        assert bytes(model.view("w")) == median("abcd", version)
+        assert model.metadata["fedcore.rule"] == "median 1"
+    assert "fedcore.rule" not in open_model(store.path(0)).metadata
+
+
+def test_chunks_of_a_run_are_as_small_as_a_rule_needs_and_stay_so(tmp_path: Path) -> None:
+    names = "abcdefghij"
+    server = Server(config(tmp_path, len(names), server={"memory": "16MiB"}))
+    result, _ = run(server, *sites_of(server, names))
+    assert result.ok
+    store = Store(tmp_path / "runs/t", None)
+    assert store.chunk_bytes == MIB // 2
+    store.verify(1)
+    assert bytes(open_model(store.path(1)).view("w")) == median(names, 1)
+    store.close()
+    more = config(tmp_path, len(names), run={"name": "t", "rounds": 2}, server={"memory": "1GiB"})
+    again = Server(more)
+    versions = again.runs[0].versions
+    versions.open_last(1)  # it is compared with its checksum
+    assert versions.model is not None
+    assert versions.model.layout.chunk_bytes == MIB // 2
+    close(again)
+
+
+@pytest.mark.parametrize("spill", [True, False])
+def test_a_median_that_memory_does_not_hold_is_refused_with_the_least_that_does(
+    tmp_path: Path, spill: bool
+) -> None:
+    for update_, sites in (("raw", 150), ("int8", 120)):
+        made = functools.partial(config, tmp_path, sites, transfer={"update": update_})
+        small = made(server={"memory": "16MiB", "spill": spill})
+        with pytest.raises(ConfigError, match=rf"'median', which .* all {sites} sites") as refused:
+            Budget.of_run(small, encrypted=False)
+        least = int(str(refused.value).rpartition("at least ")[2].removesuffix("MiB"))
+        enough = made(server={"memory": f"{least}MiB", "spill": spill})
+        assert Budget.of_run(enough, encrypted=False).chunk_bytes == 64 << 10
+        little = made(server={"memory": f"{least - 1}MiB", "spill": spill})
+        with pytest.raises(ConfigError, match=f"{least}MiB"):
+            Budget.of_run(little, encrypted=False)
+    with pytest.raises(ConfigError, match="too little"):
+        Server(small)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_of_chunks_that_memory_holds_no_longer_is_refused(tmp_path: Path) -> None:
+    few = Server(config(tmp_path, 40, server={"memory": "1GiB"}))
+    close(few)
+    with pytest.raises(ConfigError, match=r"all 40 sites .* at least \d+MiB"):
+        Server(config(tmp_path, 40, server={"memory": "16MiB"}))
+
+
+def test_a_mean_has_chunks_of_one_mebibyte_whatever_the_memory(tmp_path: Path) -> None:
+    mean = config(tmp_path, 40, "mean", server={"memory": "20MiB"})
+    assert Budget.of_run(mean, encrypted=True) == Budget.of(
+        20 * MIB, 40, spill=True, encrypted=True
+    )
+
+
+def test_a_rule_is_refused_by_name_where_it_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"aggregation.rule: expected one of 'mean', 'median', got"
+    ):
+        config(tmp_path, 2, "mode")
+    with pytest.raises(ConfigError, match=r"transfer.update: 'top-k' does not go with .*'median'"):
+        config(tmp_path, 2, transfer={"update": "top-k"})
+    assert config(tmp_path, 2, "mean", transfer={"update": "top-k"}).transfer.update == "top-k"
+
+
+def test_what_was_reduced_by_another_rule_is_not_gone_on_with(tmp_path: Path) -> None:
+    keys = set()
+    for rule in ("mean", "median"):
+        server = Server(config(tmp_path / rule, 2, rule))
+        collecting: Collecting = server.runs[0].collecting
+        keys.add(collecting.scratch(1)._of)
+        close(server)
+    assert len(keys) == 2
