@@ -22,6 +22,9 @@ from fedcore import protocol
 from fedcore._core import Codec, Layout, crc32c
 from fedcore.layout import layout_hash, table
 from fedcore.protocol import DEFAULT_CHUNK_BYTES, Kind, control_frames, frame_header, read_header
+from fedcore.site import outputs as out
+from fedcore.site.machine import SiteMachine
+from fedcore.site.settings import SiteSettings
 
 _CHUNK_ELEMENTS: Final = DEFAULT_CHUNK_BYTES // 4
 _STEP: Final = 7  # elements between the first values of one chunk and the next
@@ -113,31 +116,42 @@ class LightSite:
         self.number = number
         self.kept_back: tuple[bytes, int] | None = None
         self.laggard = False
-        self.over = False
+        self.machine = SiteMachine(SiteSettings(server=address, site=f"site-{number + 1}"))
         self._values = values
         self._layout = layout(chunks)
         self._hash = layout_hash(self._layout)
         self._chunks = chunks
-        self._task: protocol.Task | None = None
+        self._pulled: protocol.Task | None = None
         self._asked = 0
         self._came = 0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
-        self.socket.setsockopt(zmq.ROUTING_ID, uuid.uuid4().bytes)
+        self.socket.setsockopt(zmq.ROUTING_ID, self.machine.instance.bytes)
         self.socket.setsockopt(zmq.SNDHWM, 0)
         self.socket.setsockopt(zmq.LINGER, 1000)
         self.socket.connect(address)
-        self.say(
-            protocol.Join(
-                version="light",
-                site=f"site-{number + 1}",
-                instance=uuid.uuid4().hex,
-                features=protocol.features(lossless=values.lossless),
-            )
-        )
+        self.machine.join(time.monotonic())
+        self.carry_out()
 
-    def say(self, message: protocol.FromSite) -> None:
-        """Send a control message."""
-        self.socket.send_multipart(control_frames(message))
+    @property
+    def over(self) -> bool:
+        """Whether the run has ended for this site."""
+        return self.machine.finish is not None
+
+    def carry_out(self) -> None:
+        """Do what the machine asks for."""
+        for output in self.machine.take_outputs():
+            match output:
+                case out.Send(message):
+                    self.socket.send_multipart(control_frames(message))
+                case out.Joined():
+                    self.machine.declare(protocol.Declare(tensors=table(self._layout)))
+                    self.carry_out()
+                case out.Tasked(task):
+                    self._on_task(task)
+                case out.Dropped(_, why):
+                    raise AssertionError(f"site {self.number}: {why}")
+                case out.Failed(error):
+                    raise error
 
     def ping(self) -> None:
         """Show that this site is there."""
@@ -148,7 +162,8 @@ class LightSite:
         head = read_header(frames[0])
         kind, set_id, index, count = head.kind, head.set_id, head.index, head.count
         if kind == Kind.CONTROL:
-            self._on_control(protocol.decode_from_server(frames[1]))
+            self.machine.receive(frames[1], time.monotonic())
+            self.carry_out()
         elif kind == Kind.CHUNK:
             self._came += 1
             self._pull()
@@ -183,23 +198,23 @@ class LightSite:
             )
             self.socket.send(body, copy=False)
 
-    def _on_control(self, message: protocol.FromServer) -> None:
-        if isinstance(message, protocol.Welcome):
-            self.say(protocol.Declare(tensors=table(self._layout)))
-        elif isinstance(message, protocol.Task):
-            if message.kind == "evaluate":
-                self.say(protocol.Score(version=message.version, metrics={}, examples=1))
-                return
-            self._task, self._asked, self._came = message, 0, 0
-            self._pull()
-        elif isinstance(message, protocol.Finish):
-            self.over = True
-        elif isinstance(message, (protocol.Refused, protocol.Dropped)):
-            raise AssertionError(f"site {self.number}: {message.message}")
+    def _on_task(self, task: protocol.Task) -> None:
+        if self.machine.open_task() is None or task == self._pulled:
+            return
+        if task.kind == "evaluate":
+            self.machine.report(protocol.Score(version=task.version, metrics={}, examples=1))
+            self._end(task)
+            return
+        self._pulled, self._asked, self._came = task, 0, 0
+        self._pull()
+
+    def _end(self, task: protocol.Task) -> None:
+        self.machine.end_task(task.kind, task.round)
+        self.carry_out()
 
     def _pull(self) -> None:
         """Ask for the model, each site from another chunk on, and go on to the task's end when it is here."""
-        task, chunks = self._task, self._chunks
+        task, chunks = self._pulled, self._chunks
         assert task is not None
         assert task.model is not None
         shift = self.number * _RANGE
@@ -212,14 +227,16 @@ class LightSite:
             self._asked += count
         if self._came < chunks:
             return
-        self._task = None
-        self.say(
+        self._pulled = None
+        self.machine.publish(
             protocol.Ready(
                 round=task.round,
                 sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=self._hash)],
                 weight=_WEIGHTS[self.number % 2],
-            )
+            ),
+            None,  # the chunks are made as they are asked for
         )
+        self._end(task)
 
 
 def take_part(
@@ -253,10 +270,13 @@ def take_part(
             ping_at = now + 1
             for site in sites:
                 site.ping()
+                site.machine.tick(now)
+                site.carry_out()
     print("finished", flush=True)
     sys.stdin.read()
     for site in sites:
-        site.say(protocol.Leave(reason="done"))
+        site.machine.leave("done")
+        site.carry_out()
         site.socket.close()
     context.term()
 

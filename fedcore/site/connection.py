@@ -285,18 +285,8 @@ class Connection:
         if isinstance(output, out.Send):
             assert link is not None
             link.send(output.message)
-        elif isinstance(output, out.Publish):
-            assert link is not None
-            update = output.update
-            link.exchange.publish_encoded(
-                bytes.fromhex(output.set_id),
-                update.file,
-                update.offsets,
-                update.encodings,
-                update.checksums,
-            )
-        elif isinstance(output, out.Withdraw) and link is not None:
-            link.exchange.withdraw(bytes.fromhex(output.set_id))
+        elif link is not None:
+            out.serve(link.exchange, output)
 
     def _serve(self) -> None:
         link = self._link

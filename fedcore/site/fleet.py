@@ -137,16 +137,8 @@ class Fleet:
                 match output:
                     case out.Send(message):
                         self._links.send(name, message)
-                    case out.Publish(set_id, update):
-                        self._links.exchange.publish_encoded(
-                            bytes.fromhex(set_id),
-                            update.file,
-                            update.offsets,
-                            update.encodings,
-                            update.checksums,
-                        )
-                    case out.Withdraw(set_id):
-                        self._links.exchange.withdraw(bytes.fromhex(set_id))
+                    case out.Publish() | out.Withdraw():
+                        out.serve(self._links.exchange, output)
                     case _:
                         self._on_output(name, machine, output)
 

@@ -142,8 +142,11 @@ class SiteMachine:
         self._word = word
         self.send(word)
 
-    def publish(self, ready: protocol.Ready, update: EncodedUpdate) -> None:
-        """Publish an update in place of the last one, and announce it until its fate is known."""
+    def publish(self, ready: protocol.Ready, update: EncodedUpdate | None) -> None:
+        """Publish an update in place of the last one, and announce it until its fate is known.
+
+        ``update`` is None where the driver makes the chunks by itself.
+        """
         self.withdraw()
         self.ready = ready
         self._outputs.append(out.Publish(ready.model.id, update))

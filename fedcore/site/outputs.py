@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from fedcore import protocol
+from fedcore._core import Exchange
 from fedcore.encoding import EncodedUpdate
 from fedcore.errors import FedcoreError
 
@@ -31,6 +32,7 @@ __all__ = [
     "Tasked",
     "Warned",
     "Withdraw",
+    "serve",
 ]
 
 
@@ -43,10 +45,13 @@ class Send:
 
 @dataclass(frozen=True)
 class Publish:
-    """Let the server pull a set under this id (32 hexadecimal digits)."""
+    """Let the server pull a set under this id (32 hexadecimal digits).
+
+    ``update`` is None where the driver makes the chunks by itself.
+    """
 
     set_id: str
-    update: EncodedUpdate
+    update: EncodedUpdate | None
 
 
 @dataclass(frozen=True)
@@ -156,3 +161,18 @@ Event: TypeAlias = (
     | Failed
 )
 Output: TypeAlias = Request | Event
+
+
+def serve(exchange: Exchange, output: Output) -> None:
+    """Carry out a request about a set; other outputs are none of the data plane's."""
+    if isinstance(output, Publish) and output.update is not None:
+        update = output.update
+        exchange.publish_encoded(
+            bytes.fromhex(output.set_id),
+            update.file,
+            update.offsets,
+            update.encodings,
+            update.checksums,
+        )
+    elif isinstance(output, Withdraw):
+        exchange.withdraw(bytes.fromhex(output.set_id))

@@ -12,10 +12,13 @@ import zmq
 
 from fedcore import protocol
 from fedcore._core import Exchange, Layout
-from fedcore.errors import ProtocolError
+from fedcore.encoding import EncodedUpdate
 from fedcore.layout import layout_hash, table
-from fedcore.model_file import ModelFile, create_model
-from fedcore.protocol import Kind, control_frames
+from fedcore.model_file import create_model
+from fedcore.protocol import Kind, control_frames, read_header
+from fedcore.site import outputs as out
+from fedcore.site.machine import SiteMachine
+from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import HEARTBEAT_MS, now_ms
 
 ANY = -1
@@ -44,12 +47,10 @@ class GatedSite(threading.Thread):
         self._stopping = False
         self._allowed = dict.fromkeys((0, ANY), 0)
         self._rounds: dict[bytes, int] = {}
-        self._files: dict[bytes, ModelFile] = {}
-        self._ready: protocol.Ready | None = None
         self._held: list[tuple[bytes, bytes]] = []
         self._exchange = Exchange()
         self._exchange.heartbeat(HEARTBEAT_MS)
-        self._instance = uuid.uuid4()
+        self._machine = SiteMachine(SiteSettings(server=address, site=name))
         self._address = address
 
     # --- for the test ---
@@ -81,12 +82,14 @@ class GatedSite(threading.Thread):
     def run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._net = context.socket(zmq.DEALER)
-        self._net.setsockopt(zmq.ROUTING_ID, self._instance.bytes)
+        self._net.setsockopt(zmq.ROUTING_ID, self._machine.instance.bytes)
         self._net.setsockopt(zmq.RECONNECT_IVL, 100)
         self._net.setsockopt(zmq.LINGER, 500)
         self._net.connect(self._address)
-        self._join()
+        self._machine.join(time.monotonic())
         while not self._stopping and not self.finished:
+            self._machine.tick(time.monotonic())
+            self._carry_out()
             self._exchange.tick(now_ms())
             self._send_data()
             if self._net.poll(20):
@@ -94,22 +97,31 @@ class GatedSite(threading.Thread):
         self._net.close()
         context.term()
 
-    def _say(self, message: protocol.FromSite) -> None:
-        self._net.send_multipart(control_frames(message))
-
-    def _join(self) -> None:
-        self._say(
-            protocol.Join(
-                protocol=protocol.PROTOCOL_VERSION,
-                version="test",
-                site=self.site,
-                instance=self._instance.hex,
-            )
-        )
+    def _carry_out(self) -> None:
+        while outputs := self._machine.take_outputs():
+            for output in outputs:
+                out.serve(self._exchange, output)
+                match output:
+                    case out.Send(message):
+                        self._net.send_multipart(control_frames(message))
+                    case out.Joined():
+                        self._machine.declare(protocol.Declare(tensors=table(self.layout)))
+                    case out.Tasked(task):
+                        self._work(task)
+                    case out.Finished():
+                        self._machine.leave("the run is over")
+                    case out.Malformed(why):
+                        raise AssertionError(why)
+                    case out.Failed(error):
+                        raise error
+        if self._machine.finish is not None:
+            with self.changed:
+                self.finished = True
+                self.changed.notify_all()
 
     def _send_data(self) -> None:
-        while (out := self._exchange.next_out(now_ms())) is not None:
-            _, head, body = out
+        while (frames := self._exchange.next_out(now_ms())) is not None:
+            _, head, body = frames
             if body is None:
                 self._net.send_multipart([head])
             else:
@@ -117,62 +129,50 @@ class GatedSite(threading.Thread):
         with self.changed:
             while self._held:
                 head, body = self._held[0]
-                round_ = self._rounds[head[8:24]]
+                sent = read_header(head)
+                round_ = self._rounds[sent.set_id]
                 key = round_ if round_ in self._allowed else ANY
                 if self._allowed[key] == 0:
                     break
                 self._allowed[key] -= 1
                 self._net.send_multipart(self._held.pop(0))
-                self.sent[round_, int.from_bytes(head[24:32], "little")] += 1
+                self.sent[round_, sent.index] += 1
             self.changed.notify_all()
 
     def _receive(self, frames: list[bytes]) -> None:
         head, body = frames[0], frames[1] if len(frames) > 1 else None
-        if head[5] == Kind.GET:
+        kind = read_header(head).kind
+        if kind == Kind.GET:
             with self.changed:
                 self.asked_at = time.monotonic()
                 self.changed.notify_all()
-        if head[5] != Kind.CONTROL:
+        if kind != Kind.CONTROL:
             self._exchange.deliver(now_ms(), b"", head, body)
             return
         assert body is not None
-        try:
-            self._handle(protocol.decode_from_server(body))
-        except ProtocolError as error:
-            raise AssertionError(error) from error
+        self._machine.receive(body, time.monotonic())
 
-    def _handle(self, message: protocol.FromServer) -> None:
-        if isinstance(message, protocol.Rejoin):
-            self._join()
-        elif isinstance(message, protocol.Welcome):
-            self._say(protocol.Declare(tensors=[(n, d, list(s)) for n, d, s in table(self.layout)]))
-        elif isinstance(message, protocol.Accepted) and self._ready is not None:
-            self._say(self._ready)
-        elif isinstance(message, protocol.Task) and message.kind == "evaluate":
-            self._say(protocol.Score(version=message.version, metrics={"loss": 1.0}, examples=1))
-        elif isinstance(message, protocol.Task):
-            self._offer(message.round)
-        elif isinstance(message, protocol.Commit | protocol.Dropped):
-            self._ready = None
-        elif isinstance(message, protocol.Finish):
-            self._say(protocol.Leave(reason="the run is over"))
-            with self.changed:
-                self.finished = True
-                self.changed.notify_all()
+    def _work(self, task: protocol.Task) -> None:
+        if self._machine.open_task() is None:
+            return
+        if task.kind == "evaluate":
+            self._machine.report(
+                protocol.Score(version=task.version, metrics={"loss": 1.0}, examples=1)
+            )
+        else:
+            self._offer(task.round)
+        self._machine.end_task(task.kind, task.round)
 
     def _offer(self, round_: int) -> None:
-        if self._ready is not None and self._ready.round == round_:
-            return
-        set_id = uuid.uuid4().bytes
-        self._files[set_id] = file = create_model(None, self.layout)
+        set_id = uuid.uuid4()
+        file = create_model(None, self.layout)
         file.file.view(file.data_offset)[:] = self.update(round_)
-        self._rounds[set_id] = round_
-        chunk_bytes, total = self.layout.chunk_bytes, self.layout.total_bytes
-        self._exchange.publish(set_id, file.file, file.data_offset, total, chunk_bytes)
-        self._ready = protocol.Ready(
-            round=round_,
-            sets=[protocol.NamedSet(id=set_id.hex(), layout=layout_hash(self.layout))],
-            weight=self.weight if round_ else 1,
-            metrics={},
+        self._rounds[set_id.bytes] = round_
+        self._machine.publish(
+            protocol.Ready(
+                round=round_,
+                sets=[protocol.NamedSet(id=set_id.hex, layout=layout_hash(self.layout))],
+                weight=self.weight if round_ else 1,
+            ),
+            EncodedUpdate.raw(file),
         )
-        self._say(self._ready)
