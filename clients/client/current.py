@@ -27,6 +27,7 @@ __all__ = [
     "loop_goes_on",
     "made_session",
     "reset_session",
+    "use_session",
     "wanted_run",
 ]
 
@@ -68,6 +69,20 @@ def get_session() -> Session:
 def made_session() -> Session | None:
     """Return this process's session if there is one."""
     return _session
+
+
+def use_session(session: Session) -> None:
+    """Make a session this process's, in place of one from the environment; for tests.
+
+    Raises:
+        ConfigError: this process has one already.
+    """
+    global _session  # noqa: PLW0603
+    if _session is not None:
+        raise ConfigError(
+            "this process has a session already; call fedcore.client.shutdown() first"
+        )
+    _session = session
 
 
 def reset_session() -> None:

@@ -34,7 +34,7 @@ from fedcore.security.keys import (
     read_own_secret,
     write_kit,
 )
-from fedcore.transport.link import ServerLink
+from fedcore.transport.ends import ServerEnd
 from fedcore.words import plural
 
 __all__ = ["Access"]
@@ -75,7 +75,7 @@ class Access:
     def __init__(self, config: RunConfig, clock: Clock = SYSTEM) -> None:
         self._clock = clock
         self.secured: Secured | None = None
-        self._link: ServerLink | None = None
+        self._link: ServerEnd | None = None
         self._local = config.run_folder / LOCAL_KIT
         self._next_look = 0.0
         if config.server.insecure:
@@ -103,7 +103,7 @@ class Access:
     def _with_operator(self, listed: AllowList) -> AllowList:
         return AllowList({**listed.keys, self._pair.public: self._operator})
 
-    def opened(self, link: ServerLink) -> None:
+    def opened(self, link: ServerEnd) -> None:
         """Leave a kit in the run folder, for the commands of this server's own user."""
         self._link = link
         self._remove_local()

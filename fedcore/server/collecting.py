@@ -14,7 +14,8 @@ from fedcore.rules import find_rule
 from fedcore.server.rounds.actions import PullAhead, StartCollect
 from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store
-from fedcore.transport.link import DataEvent, ServerLink
+from fedcore.transport.ends import ServerEnd
+from fedcore.transport.link import DataEvent
 
 from .collection import Collection, CollectionSetting, open_spill, update_codec
 from .versions import Versions, declared_layout
@@ -58,7 +59,7 @@ class Collecting:
     """
 
     def __init__(
-        self, config: RunConfig, store: Store, versions: Versions, link: ServerLink, memory: int
+        self, config: RunConfig, store: Store, versions: Versions, link: ServerEnd, memory: int
     ) -> None:
         self.running: Collection | None = None
         self._config = config

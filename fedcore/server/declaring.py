@@ -12,7 +12,7 @@ from fedcore.errors import FedcoreError, StorageError
 from fedcore.files.opening import CARD
 from fedcore.layout import compare_layouts, layout_hash, table
 from fedcore.server.storage.store import Store
-from fedcore.transport.link import ServerLink
+from fedcore.transport.ends import ServerEnd
 
 from .access import Access
 from .agreement import Agreement
@@ -38,7 +38,7 @@ class Declaring:
     def __init__(
         self,
         config: RunConfig,
-        link: ServerLink,
+        link: ServerEnd,
         people: tuple[Peers, Callable[[bytes, str, str, str], None]],
         files: tuple[Store, Versions],
         status: StatusBuilder,

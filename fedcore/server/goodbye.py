@@ -8,7 +8,8 @@ from typing import Final
 from fedcore import protocol
 from fedcore.clock import Clock, milliseconds
 from fedcore.errors import ProtocolError
-from fedcore.transport.link import HEARTBEAT_MS, Control, DataEvent, ServerLink
+from fedcore.transport.ends import ServerEnd
+from fedcore.transport.link import HEARTBEAT_MS, Control, DataEvent
 
 from .access import Access
 from .peers import Peers
@@ -35,7 +36,7 @@ class Goodbye:
 
     def __init__(
         self,
-        reached: tuple[ServerLink, Clock],
+        reached: tuple[ServerEnd, Clock],
         peers: Peers,
         access: Access,
         finish: protocol.Finish,

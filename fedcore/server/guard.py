@@ -8,7 +8,8 @@ from typing import Protocol
 
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
-from fedcore.transport.link import DataEvent, ServerLink, other_version
+from fedcore.transport.ends import ServerEnd
+from fedcore.transport.link import DataEvent, other_version
 
 from .access import Access
 from .peers import Peers, name_of, unlike_version
@@ -39,7 +40,7 @@ class Guard:
     """
 
     def __init__(
-        self, link: ServerLink, access: Access, replies: Replies, runs: Sequence[_Run]
+        self, link: ServerEnd, access: Access, replies: Replies, runs: Sequence[_Run]
     ) -> None:
         self._link = link
         self._access = access

@@ -16,6 +16,7 @@ from fedcore.clock import SYSTEM, Clock
 from fedcore.config import RunConfig
 from fedcore.errors import ProtocolError
 from fedcore.replacing import partial_of, place_of, put_in_place
+from fedcore.transport.ends import ServerEnd
 from fedcore.transport.link import Control, DataEvent, ServerLink
 
 from .access import Access
@@ -66,7 +67,7 @@ class Host:
         endpoint_file: Path | None = None,
         *,
         discard: bool = False,
-        link: ServerLink | None = None,
+        link: ServerEnd | None = None,
         clock: Clock = SYSTEM,
         timing: Timing = DEFAULT,
     ) -> None:
@@ -80,7 +81,7 @@ class Host:
         try:
             if store.chunk_bytes != budget.chunk_bytes:  # the run keeps those that it began with
                 budget = _budget(config, access, store.chunk_bytes)
-            self.link = link or ServerLink(config.server.listen, access.secured)
+            self.link: ServerEnd = link or ServerLink(config.server.listen, access.secured)
         except BaseException:
             store.close()
             raise

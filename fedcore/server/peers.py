@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
 from fedcore.server.rounds.participation import Roster
-from fedcore.transport.link import ServerLink
+from fedcore.transport.ends import ServerEnd
 
 from .replies import Replies
 
@@ -59,7 +59,7 @@ class Peers:
     """
 
     def __init__(
-        self, link: ServerLink, roster: Roster, replies: Replies, run: tuple[str, str]
+        self, link: ServerEnd, roster: Roster, replies: Replies, run: tuple[str, str]
     ) -> None:
         self._link = link
         self._run = run

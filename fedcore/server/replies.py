@@ -9,7 +9,7 @@ from fedcore import protocol
 from fedcore.clock import Clock
 from fedcore.security.keys import Identity
 from fedcore.security.rate_limit import TokenBucket
-from fedcore.transport.link import ServerLink
+from fedcore.transport.ends import ServerEnd
 
 __all__ = ["ANSWER_BURST", "ANSWER_PER_SECOND", "LINES", "LINES_PER_SECOND", "Replies"]
 
@@ -38,7 +38,7 @@ class Replies:
         clock: the rate limits' clock.
     """
 
-    def __init__(self, link: ServerLink, clock: Clock) -> None:
+    def __init__(self, link: ServerEnd, clock: Clock) -> None:
         self._link = link
         self._clock = clock
         self._refused = (b"", "")

@@ -43,7 +43,8 @@ from fedcore.server.rounds.tasks import make_rounds
 from fedcore.server.rounds.waiting import WaitingLog
 from fedcore.server.storage.readme import notes
 from fedcore.server.storage.store import Store, VersionRow
-from fedcore.transport.link import DataEvent, ServerLink
+from fedcore.transport.ends import ServerEnd
+from fedcore.transport.link import DataEvent
 from fedcore.weighing import effective_weight
 from fedcore.words import plural
 
@@ -82,7 +83,7 @@ class Surroundings:
         clock, timing: what deadlines and waits are measured with.
     """
 
-    link: ServerLink
+    link: ServerEnd
     access: Access
     replies: Replies
     guard: Guard

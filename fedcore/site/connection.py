@@ -18,6 +18,7 @@ from fedcore import protocol
 from fedcore._core import Collector
 from fedcore.encoding import EncodedUpdate
 from fedcore.errors import ClosedError, RefusedError, TransferTimeout
+from fedcore.transport.ends import Dial, SiteEnd
 from fedcore.transport.link import HEARTBEAT_MS, Control, DataEvent, SiteLink, now_ms, other_version
 
 from . import outputs as out
@@ -47,12 +48,12 @@ class Connection:
         settled: called once the fate of a published update is known, with its announcement and whether it counts.
     """
 
-    def __init__(self, settings: SiteSettings) -> None:
-        self._settings = settings
+    def __init__(self, settings: SiteSettings, dial: Dial = SiteLink) -> None:
+        self._settings, self._dial = settings, dial
         self._site, self._server = settings.site, settings.server
         self.machine = SiteMachine(settings)
         self.changed = threading.Condition()
-        self._link: SiteLink | None = None
+        self._link: SiteEnd | None = None
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -83,7 +84,9 @@ class Connection:
         if self._link is not None:
             return False
         keep_warm()
-        self._link = SiteLink(self._server, self.machine.instance.bytes, self._settings.credentials)
+        self._link = self._dial(
+            self._server, self.machine.instance.bytes, self._settings.credentials
+        )
         self._thread = threading.Thread(target=self._serve, name="fedcore-site", daemon=True)
         with self._driven() as machine:
             machine.join(time.monotonic())

@@ -32,6 +32,8 @@ from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, compare_layouts, layout_hash, table
 from fedcore.model_file import Reader
 from fedcore.security.rate_limit import TokenBucket
+from fedcore.transport.ends import Dial
+from fedcore.transport.link import SiteLink
 
 from .connection import Connection
 from .metrics import checked_metrics
@@ -91,12 +93,17 @@ class GlobalModel:
 
 
 class Session:
-    """One site's process in one run. Public methods belong to the thread that trains."""
+    """One site's process in one run. Public methods belong to the thread that trains.
 
-    def __init__(self, settings: SiteSettings) -> None:
+    Args:
+        settings: where the server is, and which site this is.
+        dial: connects to it; `fedcore.transport.local.LocalNetwork.dial` does so without sockets.
+    """
+
+    def __init__(self, settings: SiteSettings, dial: Dial = SiteLink) -> None:
         self.site = settings.site
         self.server = settings.server
-        self._connection = Connection(settings)
+        self._connection = Connection(settings, dial)
         self._machine = self._connection.machine
         self._waits = Waits(self.site, self._connection)
         self._updates = Updates(settings, self._connection)

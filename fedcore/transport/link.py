@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Control",
     "DataEvent",
+    "End",
     "ServerLink",
     "SiteLink",
     "now_ms",
@@ -65,7 +66,7 @@ UNREAD_MS: Final = 30_000
 MUTE_MS: Final = 10_000
 """For how long a key that sent too much is not heard."""
 _MAX_FRAME: Final = protocol.MAX_CONTROL_BYTES + 1024  # encryption adds 33 bytes
-_SITE_LIMITS: Final = (32 << 20, 16 << 20, 64 << 20)
+SITE_LIMITS: Final = (32 << 20, 16 << 20, 64 << 20)
 """Bytes of a site: its update's on their way, of which its one peer may have half, and of control messages."""
 _LINGER_MS: Final = 1000
 _IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
@@ -114,14 +115,45 @@ def _compiled_pump() -> Any | None:
     return _pump
 
 
-class _Link:
-    """What both ends share. `recv` belongs to one thread; `send`, `kick` and `wake` to any.
+class End:
+    """One end of a connection: the data plane behind it, and the run that it works in.
 
     Attributes:
+        exchange: the data plane.
         run_id: of the run that this end works in, once known; what it sends within the run names it.
     """
 
     run_id: str | None = None
+
+    def __init__(self) -> None:
+        self.exchange = Exchange()
+        self._events_next = False
+
+    def next_arrived(self, now: int) -> Control | DataEvent | None:
+        """Return what waits in the exchange at ``now`` (ms): events and control messages in turn, so that neither
+        delays the other."""
+        for _ in range(2):
+            self._events_next = not self._events_next
+            if self._events_next:
+                event = self.exchange.next_event()
+                if event is not None:
+                    return event
+            else:
+                control = self.exchange.next_control(now)
+                if control is not None:
+                    return Control(*control)
+        return None
+
+    def of_run(self, message: _M) -> _M:
+        """Return a message as it is sent within the run."""
+        if isinstance(message, protocol.OfRun) and message.run_id is None and self.run_id:
+            return message.model_copy(update={"run_id": self.run_id})
+        return message
+
+
+class _Link(End):
+    """What both ends share. `recv` belongs to one thread; `send`, `kick` and `wake` to any."""
+
     _router: bool
     _secure = False
     _notes: Notes | None = None
@@ -129,14 +161,13 @@ class _Link:
     def __init__(
         self, context: zmq.Context[zmq.Socket[bytes]], net: zmq.Socket[bytes], pump: Any | None
     ) -> None:
-        self.exchange = Exchange()
+        super().__init__()
         self._pump = pump
         self._context = context
         self._net = net
         self._lock = threading.Lock()
         self._closed = False
         self._pid = os.getpid()
-        self._events_next = False
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(self._wake_write, False)
@@ -198,7 +229,7 @@ class _Link:
 
         Returns None on timeout and after `wake`.
         """
-        arrived = self._next()
+        arrived = self.next_arrived(now_ms())
         if arrived is not None:
             return arrived
         if self._closed:
@@ -213,32 +244,12 @@ class _Link:
         if self._inbox in ready:
             self._inbox.recv()
             self.exchange.listening()
-        return self._next()
-
-    def _next(self) -> Control | DataEvent | None:
-        """Return what waits in the exchange: events and control messages in turn, so that neither delays the
-        other."""
-        for _ in range(2):
-            self._events_next = not self._events_next
-            if self._events_next:
-                event = self.exchange.next_event()
-                if event is not None:
-                    return event
-            else:
-                control = self.exchange.next_control(now_ms())
-                if control is not None:
-                    return Control(*control)
-        return None
+        return self.next_arrived(now_ms())
 
     def _command(self, frames: Sequence[bytes]) -> None:
         with self._lock:
             if not self._closed:
                 self._commands.send_multipart(frames)
-
-    def _of_run(self, message: _M) -> _M:
-        if isinstance(message, protocol.OfRun) and message.run_id is None and self.run_id:
-            return message.model_copy(update={"run_id": self.run_id})
-        return message
 
     def kick(self) -> None:
         """Make the pump look for frames to send, after the exchange was given something to do."""
@@ -366,7 +377,7 @@ class ServerLink(_Link):
         ``version`` is for a `protocol.Refused` to a peer of another protocol version, which reads no other frames.
         """
         routing = peer.partition(b"\0")[2] if self._secure else peer
-        self._command([b"S", routing, *control_frames(self._of_run(message), version)])
+        self._command([b"S", routing, *control_frames(self.of_run(message), version)])
 
     def _closed_net(self) -> None:
         if self._door is not None:
@@ -426,7 +437,7 @@ class SiteLink(_Link):
             changed=self._on_changed,
             secure=self._secure,
         )
-        self.exchange.set_limits(*_SITE_LIMITS)
+        self.exchange.set_limits(*SITE_LIMITS)
         self.exchange.heartbeat(HEARTBEAT_MS)
         self._start()
         self._dialler.start()
@@ -448,7 +459,7 @@ class SiteLink(_Link):
 
     def send(self, message: FromSite) -> None:
         """Queue a control message for the server."""
-        frames = [b"S", b"", *control_frames(self._of_run(message))]
+        frames = [b"S", b"", *control_frames(self.of_run(message))]
         with self._order:
             if self._waiting is not None and not self._came_up.is_set():
                 self._waiting.append(frames)
