@@ -19,6 +19,7 @@ FLOORS = (
     {
         "fedcore",
         "errors",
+        "events",
         "words",
         "weighing",
         "replacing",

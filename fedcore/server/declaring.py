@@ -32,7 +32,10 @@ class Declaring:
         config: the run file.
         link, people: how sites are answered; who is there, and how a site is put out.
         store, versions: the run's files and models.
-        status: shows notes with a site, and keeps what was declared while there is no model.
+        status: shows notes with a site.
+
+    Attributes:
+        declared: what each site has declared while there was no model.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Declaring:
         self._peers, self._put_out = people
         self._store, self._versions = files
         self._status = status
+        self.declared: dict[str, protocol.Declare] = {}
         self._agreement = Agreement(
             self._store.files,
             strict=config.model.same_base == "strict",
@@ -104,14 +108,12 @@ class Declaring:
         for text in found.notes:
             self._peers.replies.tell(site, "%s: %s", text, level=logging.INFO)
         if model is None:
-            seen = next(
-                (d for d in self._status.declared.values() if d.tensors == declare.tensors), None
-            )
+            seen = next((d for d in self.declared.values() if d.tensors == declare.tensors), None)
             if seen is not None:  # a table that is kept once for all sites
                 declare = declare.model_copy(
                     update={"tensors": seen.tensors, "packed": seen.packed}
                 )
-            self._status.declared[site] = declare
+            self.declared[site] = declare
         elif CARD in declare.files:
             self._store.add_file(CARD, declare.files[CARD])
         warnings = [text[:4096] for text in found.warnings]
@@ -144,7 +146,7 @@ class Declaring:
     def _unlike_declared(self, site: str, declare: protocol.Declare) -> str | None:
         """Say how a site's tensors differ from those of another that is there, while there is no model yet."""
         here = self._peers.addresses()
-        for other, seen in self._status.declared.items():
+        for other, seen in self.declared.items():
             if other != site and other in here:
                 difference = compare_layouts(
                     declare.tensors,

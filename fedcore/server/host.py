@@ -155,6 +155,8 @@ class Host:
         self.link.close()
         for run in self.runs:
             run.store.close()
+        for run in self.runs:
+            run.listeners.close(self._timing.listeners)
 
     def stop(self) -> None:
         """End the runs cleanly; safe from another thread or a signal handler."""

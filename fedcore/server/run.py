@@ -20,6 +20,22 @@ from fedcore.clock import Clock, milliseconds
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError, IntegrityError, StorageError
+from fedcore.events import (
+    AnswerReceived,
+    BestChanged,
+    Event,
+    MetricsLogged,
+    RoundStarted,
+    RunEnded,
+    RunStarted,
+    ScoreReceived,
+    ServerStopped,
+    SiteJoined,
+    SiteLost,
+    SitesChosen,
+    UpdateRefused,
+    VersionCommitted,
+)
 from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.rules import DEFAULT_RULE, find_rule
 from fedcore.server.rounds.actions import (
@@ -53,6 +69,7 @@ from .collecting import Collecting, Reduced, Rejected, Stalled
 from .declaring import Declaring
 from .goodbye import Goodbye
 from .guard import Guard
+from .listeners import Listeners, load_listener
 from .outcome import Ending, Outcome, RunResult
 from .peers import Peer, Peers, name_of
 from .replies import Replies
@@ -119,8 +136,10 @@ def open_store(
     Raises:
         BusyError: the folder is in use.
         IntegrityError: it holds models that its journal does not know.
-        ConfigError: it holds a run with other settings, or a finished one.
+        ConfigError: it holds a run with other settings, or a finished one; or a listener can't be loaded.
     """
+    for name in config.server.listeners:  # before anything is opened
+        load_listener(name)
     settings = config.model_dump(mode="json", exclude={"folder", "simulate"})
     store = Store(config.run_folder, settings, discard=discard, chunk_bytes=chunk_bytes)
     try:
@@ -154,6 +173,7 @@ class Run:
         versions: the models.
         collecting: the updates under way.
         status: what is shown of the run.
+        listeners: who gets the run's events; the host closes them.
         result: how it ended; None while it goes on.
         next_look: when the sites are looked at next.
     """
@@ -175,7 +195,7 @@ class Run:
         self._linger = 0.0
         self._says_end_again = False
         self.next_look = 0.0
-        self._round_started = self._clock.monotonic()
+        self._round_begun, self._round_started = -1, self._clock.monotonic()
         people = config.participants
         roster = Roster(people.sites, people.count)
         self.peers = Peers(self._link, roster, self._replies, (config.run.name, store.run_id))
@@ -183,6 +203,12 @@ class Run:
         self.rounds = make_rounds(config, roster, store.last_version)
         self._waiting = WaitingLog(self.rounds, lambda: self._clock.wall().astimezone())
         self.status = StatusBuilder(config, self.rounds, store, self._clock)
+        self.listeners = Listeners(
+            config.server.listeners,
+            (config.run.name, store.run_id),
+            lambda: self._clock.wall().timestamp(),
+            self.status.on_event,
+        )
         store.taken = lambda: self.status.taken(self._link.exchange.stats())
         self._overtime = Overtime()
         self._declaring = Declaring(
@@ -257,6 +283,7 @@ class Run:
         goes_on = "ends" if self._stopping else "goes on"
         after = "" if damaged else f"; the run {goes_on} once the server is started again"
         logger.error("stopped: %s%s", error, after)
+        self._emit(ServerStopped(reason=str(error)))
         text = "of an error there"
         if isinstance(error, OSError):
             text = "a model file there is damaged" if damaged else "it could not write to its disk"
@@ -273,6 +300,7 @@ class Run:
             self.store.leave()
         except StorageError as error:  # as where the disk is full: nothing that counts is lost
             logger.warning("the totals of the run are those of its last commit: %s", error)
+        self._emit(ServerStopped(reason=why))
         text = f"{why}; start it again to go on with the run"
         version = self.store.last_version
         return RunResult("interrupted", version, self._outcome.best, None, None, text)
@@ -285,12 +313,14 @@ class Run:
             __version__, self.config.run.name, self.store.run_id, os.getpid(), socket.gethostname(),
         )  # fmt: skip
         version = self.store.last_version
+        self._emit(RunStarted(version=version, rounds=self.rounds.rounds))
         if version is not None:
             self.versions.open_last(version)
             logger.info("run %s goes on after round %d", self.config.run.name, version)
         elif self.config.initial_path is not None:
             self.versions.load_initial(self.config.initial_path)
             self.rounds.committed(0, self._clock.monotonic())
+            self._emit_commit(self.store.versions()[0])
             logger.info("initial model: %s", self.versions.describe())
         if self.versions.model is not None:
             self.versions.publish()
@@ -384,6 +414,7 @@ class Run:
         assert known is not None
         self._link.exchange.forget(peer)
         self.collecting.lost(known.site)
+        self._emit(SiteLost(site=known.site, reason=reason, left=left))
         self._do(self.rounds.lost(known.site, reason, self._clock.monotonic(), left=left))
 
     def _put_out(self, peer: bytes, site: str, code: str, text: str) -> None:
@@ -421,7 +452,6 @@ class Run:
             self._on_answer(peer, site, message)
         elif isinstance(message, protocol.Log):
             merge_metrics(known.metrics, message.metrics)
-            self.status.note_metrics(site, message.metrics)
             self._keep_metrics(site, message.round, message.step, message.metrics)
         elif isinstance(message, protocol.Problem):
             self._replies.tell(site, "%s reports: %s", message.message)
@@ -465,6 +495,7 @@ class Run:
         if peer not in self.peers:
             self._replies.tell(join.site, "%s joined", level=logging.INFO)
             self.store.add_member(join.site)
+            self._emit(SiteJoined(site=join.site))
             self.peers.add(peer, join.site, join.features)
         self._link.send(
             peer,
@@ -486,7 +517,7 @@ class Run:
             self._do(self.rounds.declared(site, self._clock.monotonic()))
 
     def _on_ready(self, peer: bytes, known: Peer, ready: protocol.Ready) -> None:
-        declare = self.status.declared.get(known.site)
+        declare = self._declaring.declared.get(known.site)
         update = ready.model
         if len(ready.sets) > 1:
             names = ", ".join(one.name for one in ready.sets)
@@ -497,7 +528,6 @@ class Run:
             self._put_out(peer, known.site, "layout", "the update's layout is not the run's")
             return
         known.metrics = dict(ready.metrics)
-        self.status.note_metrics(known.site, ready.metrics)
         self._keep_metrics(known.site, ready.round, None, ready.metrics)
         self.status.examples[known.site] = ready.weight
         self._do(
@@ -513,6 +543,7 @@ class Run:
         if beyond:
             names = ", ".join(beyond[:6]) + (", ..." if len(beyond) > 6 else "")
             self._replies.tell(site, "%s logs more metrics than are kept: not %s", names)
+        self._emit(MetricsLogged(site=site, round=round_, step=step, metrics=dict(metrics)))
 
     def _on_score(self, site: str, score: protocol.Score) -> None:
         last = self.store.last_version
@@ -528,11 +559,17 @@ class Run:
         self._check_metrics(site, score.version, score.metrics)
         if score.metrics:
             rows = {name: rows and effective_weight(rows) for name, rows in score.rows.items()}
-            self.store.add_score(
-                score.version,
-                SiteScore(site, effective_weight(score.examples), score.metrics, rows),
-            )
-            self.status.refresh()
+            examples = effective_weight(score.examples)
+            found = SiteScore(site, examples, score.metrics, rows)
+            if self.store.add_score(score.version, found):
+                self._emit(
+                    ScoreReceived(
+                        site=site,
+                        version=score.version,
+                        metrics=dict(score.metrics),
+                        examples=examples,
+                    )
+                )
         self._do(self.rounds.scored(site, score.version))
 
     def _check_scored(self, version: int, sites: Collection[str]) -> None:
@@ -555,7 +592,8 @@ class Run:
             self._guard.invalid(peer, "answer that nobody asked for")
             return
         examples = effective_weight(answer.examples)
-        self.store.add_answer(answer.version, site, examples, answer.outputs)
+        if self.store.add_answer(answer.version, site, examples, answer.outputs):
+            self._emit(AnswerReceived(site=site, version=answer.version, examples=examples))
         self._replies.tell(site, "%s answered: %s", ", ".join(answer.outputs), level=logging.INFO)
         self._do(self.rounds.scored(site, answer.version))
 
@@ -585,6 +623,8 @@ class Run:
             logger.warning("the initial model of %s is not usable: %s", site, reason)
         elif actions:
             logger.warning("the update of %s is left out of round %d: %s", site, round_, reason)
+        if actions:
+            self._emit(UpdateRefused(site=site, round=round_, reason=reason))
         self._do(actions)
 
     def _on_stalled(self, site: str, silent_ms: int) -> None:
@@ -607,6 +647,7 @@ class Run:
     def _do_one(self, action: Action) -> None:
         if isinstance(action, Choose):
             self.store.choose(action.round, action.sites)
+            self._emit(SitesChosen(round=action.round, sites=tuple(action.sites)))
         elif isinstance(action, SendTask):
             self._send_task(action)
         elif isinstance(action, SendDropped):
@@ -629,9 +670,10 @@ class Run:
 
     def _send_task(self, action: SendTask) -> None:
         version = {"train": action.round - 1, "submit": 0}.get(action.kind, action.round)
-        if action.round != self.status.round_shown:
-            self.status.round_shown = action.round
+        if action.round != self._round_begun:
+            self._round_begun = action.round
             self._round_started = self._clock.monotonic()
+            self._emit(RoundStarted(round=action.round))
         task = protocol.Task(
             kind=action.kind,
             round=action.round,
@@ -666,7 +708,7 @@ class Run:
         self.status.aggregation = self.collecting.running
 
     def _start_collect(self, action: StartCollect) -> None:
-        done = self.collecting.start(action, self.peers.addresses(), self.status.declared)
+        done = self.collecting.start(action, self.peers.addresses(), self._declaring.declared)
         self.status.aggregation = self.collecting.running
         if done:
             self._do(self.rounds.reduced())
@@ -687,7 +729,7 @@ class Run:
         if action.version == 0:
             self.store.keep_initial_site(action.participants[0].site)
         self.versions.commit(row, (model, checksums), metrics)
-        self.status.refresh()
+        self._emit_commit(row)
         names = [p.site for p in action.participants]
         if action.version:
             self._check_scored(action.version - 1, names)
@@ -713,22 +755,56 @@ class Run:
             self._export_best()
             self._outcome.prune()
 
+    # --- events ---
+
+    def _emit(self, event: Event) -> None:
+        self.listeners.emit(event)
+
+    def _emit_commit(self, row: VersionRow) -> None:
+        self._emit(
+            VersionCommitted(
+                version=row.version,
+                participants=dict(row.participants),
+                seconds=row.seconds,
+                nbytes=row.nbytes,
+            )
+        )
+
+    def _emit_best(self, before: int | None) -> None:
+        best = self._outcome.best
+        if best is not None and best != before:
+            self._emit(BestChanged(version=best))
+
+    def _emit_end(self, result: RunResult, ending: Ending) -> None:
+        self._emit(
+            RunEnded(
+                outcome=ending,
+                message=result.message,
+                version=result.version,
+                best_version=result.best_version,
+            )
+        )
+
     # --- selection and the end ---
 
     def _export_best(self) -> None:
+        before = self._outcome.best
         self._outcome.export_best()
-        self.status.best = self._outcome.best
+        self._emit_best(before)
 
     def end(self, ending: Ending, message: str) -> None:
         """End the run: write what it leaves behind, and tell the sites."""
         requests = self._requests
         self.collecting.close()
+        best = self._outcome.best
         self.result = result = self._outcome.conclude(ending, message)
         ok = result.ok
         self.rounds.phase = _LAST_PHASE[ending]
-        self.status.best = chosen = result.best_version
+        chosen = result.best_version
         self._outcome.write_summary(result, self._snapshot())
         self.store.end(finished=ok)
+        self._emit_best(best)
+        self._emit_end(result, ending)
         goodbye = self._goodbye(ending, message, chosen)
         self.versions.finish_digests(wait=ok)
         self._outcome.prune()
@@ -752,7 +828,7 @@ class Run:
         sites = self.store.members()
         self.result = self._outcome.conclude("complete", "")
         self.rounds.phase = Phase.DONE
-        self.status.best = self.result.best_version
+        self._emit_end(self.result, "complete")
         logger.info("the run is complete; telling %s, who may not know yet", ", ".join(sites))
         goodbye = self._goodbye("complete", "", self.result.best_version)
         self._linger_for_return()

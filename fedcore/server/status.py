@@ -8,6 +8,14 @@ from typing import Final
 from fedcore import protocol
 from fedcore.clock import Clock
 from fedcore.config import RunConfig
+from fedcore.events import (
+    BestChanged,
+    Event,
+    MetricsLogged,
+    RunEnded,
+    ScoreReceived,
+    VersionCommitted,
+)
 from fedcore.server.rounds.rounds import Rounds
 from fedcore.server.rounds.selection import weighted_metrics
 from fedcore.server.storage.history import Life
@@ -74,7 +82,7 @@ class Watchers:
 
 
 class StatusBuilder:
-    """Gathers what a `StatusReply` shows; what lies in the store is read again only after `refresh`."""
+    """Gathers what a `StatusReply` shows, from the run's events and its store; nothing decides by it."""
 
     def __init__(self, config: RunConfig, rounds: Rounds, store: Store, clock: Clock) -> None:
         self._clock = clock
@@ -90,10 +98,8 @@ class StatusBuilder:
         self._messages: dict[str, str] = {}
         self.metrics: dict[str, dict[str, float]] = {}
         self.examples: dict[str, int] = {}
-        self.declared: dict[str, protocol.Declare] = {}
         self.aggregation: Collection | None = None
-        self.best: int | None = None
-        self.round_shown = -1
+        self._best: int | None = None
         self.reply_bytes = 0
         """How large the last reply was."""
 
@@ -101,13 +107,16 @@ class StatusBuilder:
         """Show a message with a site."""
         self._messages[site] = message
 
-    def note_metrics(self, site: str, metrics: Mapping[str, float]) -> None:
-        """Show training metrics with a site."""
-        merge_metrics(self.metrics.setdefault(site, {}), metrics)
-
-    def refresh(self) -> None:
-        """Read the versions again when they are next shown."""
-        self._versions = None
+    def on_event(self, event: Event) -> None:
+        """Show what an event says."""
+        if isinstance(event, MetricsLogged):
+            merge_metrics(self.metrics.setdefault(event.site, {}), event.metrics)
+        elif isinstance(event, ScoreReceived | VersionCommitted):
+            self._versions = None  # they are read again when they are next shown
+        elif isinstance(event, BestChanged):
+            self._best = event.version
+        elif isinstance(event, RunEnded):
+            self._best = event.best_version
 
     def taken(self, stats: Mapping[str, int]) -> Life:
         """Return what the run has taken up to now, over all servers that worked on it."""
@@ -137,7 +146,7 @@ class StatusBuilder:
             rounds=rounds.rounds,
             metric=chosen.metric,
             mode=chosen.mode,
-            best_version=self.best,
+            best_version=self._best,
             model_bytes=versions[-1].bytes if versions else 0,
             chunks_done=reduced,
             chunks=chunks,

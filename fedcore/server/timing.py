@@ -17,11 +17,13 @@ class Timing:
         goodbye: after the end of a run, its sites may take so long to leave.
         data_silence: a site that answers, but sends nothing of its update for so long, is lost. What is on its way
             on a slow link keeps its answers back, too.
+        listeners: at the end of the process, listeners may take so long with the events that wait for them.
     """
 
     check: float = 0.5
     goodbye: float = 3.0
     data_silence: float = 10.0
+    listeners: float = 5.0
 
 
 DEFAULT: Final = Timing()

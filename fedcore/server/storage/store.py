@@ -432,13 +432,14 @@ class Store:
         with self._journal.transaction():
             self._db.execute("UPDATE versions SET sha256 = ? WHERE version = ?", (digest, version))
 
-    def add_score(self, version: int, score: SiteScore) -> None:
-        """Keep a site's metrics of a version; the first ones count."""
+    def add_score(self, version: int, score: SiteScore) -> bool:
+        """Keep a site's metrics of a version; returns whether they are the first ones, which count."""
         with self._journal.transaction():
-            self._db.execute(
+            added = self._db.execute(
                 "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
                 (version, score.site, _number(score.examples), score_text(score)),
             )
+        return added.rowcount > 0
 
     def scores(self) -> dict[int, list[SiteScore]]:
         """Return all scores by version."""
@@ -446,10 +447,11 @@ class Store:
 
     def add_answer(
         self, version: int, site: str, examples: int, outputs: Mapping[str, Any]
-    ) -> None:
-        """Keep a site's outputs of a version, and that it has answered; the first ones count."""
+    ) -> bool:
+        """Keep a site's outputs of a version, and that it has answered; returns whether they are the first ones,
+        which count."""
         with self._journal.transaction():
-            self._db.execute(
+            added = self._db.execute(
                 "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)",
                 (version, site, _number(examples), json.dumps(dict(outputs))),
             )
@@ -457,6 +459,7 @@ class Store:
                 "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, '{}')",
                 (version, site, _number(examples)),
             )
+        return added.rowcount > 0
 
     def answers(self) -> dict[int, dict[str, dict[str, Any]]]:
         """Return all outputs by version and site."""

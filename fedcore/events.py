@@ -1,0 +1,207 @@
+"""What happens in a run, as objects for listeners: trackers, pages, log lines.
+
+A listener is a function of one event. ``server.listeners`` of a run file names it::
+
+    from fedcore import events
+
+    def listener(event: events.Event) -> None:
+        if isinstance(event, events.VersionCommitted):
+            print(f"{event.run}: version {event.version} of {', '.join(event.participants)}")
+
+An event is handed out after the run's journal has it, where the journal keeps it; each class says so. It changes
+nothing: what a listener does, raises or misses has no effect on the run. After a crash some events come again, and
+the last ones before it may never come: what has to be complete is read from the run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+__all__ = [
+    "AnswerReceived",
+    "BestChanged",
+    "Event",
+    "Listener",
+    "MetricsLogged",
+    "RoundStarted",
+    "RunEnded",
+    "RunStarted",
+    "ScoreReceived",
+    "ServerStopped",
+    "SiteJoined",
+    "SiteLost",
+    "SitesChosen",
+    "UpdateRefused",
+    "VersionCommitted",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events.
+
+    Attributes:
+        run: name of the run.
+        run_id: random id of the run; another one after ``fedcore rollback``.
+        time: when the event was handed out, in seconds since the epoch.
+    """
+
+    run: str = field(default="", compare=False)
+    run_id: str = field(default="", compare=False)
+    time: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """A server works on the run from now on: the first one, or another one after it. Not in the journal.
+
+    Attributes:
+        version: the last committed version; None before the first.
+        rounds: how many rounds the run has.
+    """
+
+    version: int | None
+    rounds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteJoined(Event):
+    """A site has joined, or is back. In the journal."""
+
+    site: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteLost(Event):
+    """A site is not there any more. Not in the journal.
+
+    Attributes:
+        left: it left in order, or its part was ended; else nothing came from it any more.
+    """
+
+    site: str
+    reason: str
+    left: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitesChosen(Event):
+    """These sites train in a round in which not all do. In the journal.
+
+    A site that is lost may be replaced: then the event comes again for the same round.
+    """
+
+    round: int
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundStarted(Event):
+    """The first task of a round was sent. Not in the journal: a server that is started again begins it once more.
+
+    Attributes:
+        round: 0 for the initial model, else from 1.
+    """
+
+    round: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateRefused(Event):
+    """An update does not count, as it holds NaN or infinity. Not in the journal."""
+
+    site: str
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreReceived(Event):
+    """A site has scored a version. In the journal.
+
+    Attributes:
+        metrics: values by name; they may be NaN or infinite.
+        examples: the number of examples behind them.
+    """
+
+    site: str
+    version: int
+    metrics: Mapping[str, float]
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerReceived(Event):
+    """A site has answered an inference task. The journal has the outputs, the event has not."""
+
+    site: str
+    version: int
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionCommitted(Event):
+    """A version exists. In the journal.
+
+    Attributes:
+        version: 0 for the initial model, else the round that made it.
+        participants: the effective weight of each site in it, in canonical order; of version 0 none.
+        seconds: from the round's first task to the commit.
+        nbytes: size of the model.
+    """
+
+    version: int
+    participants: Mapping[str, int]
+    seconds: float
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestChanged(Event):
+    """Another version leads, and ``best/`` holds it. It follows from the scores in the journal."""
+
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsLogged(Event):
+    """A site has reported training metrics. The journal has the kept points of them a second later.
+
+    Attributes:
+        step: None for the metrics that came with an update.
+    """
+
+    site: str
+    round: int
+    step: int | None
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunEnded(Event):
+    """The run is over: the last event. In the journal.
+
+    Attributes:
+        outcome: as in ``summary.json``.
+        message: why it ended, if not as planned.
+        version: the last version; best_version: the selected one; None where nothing was committed.
+    """
+
+    outcome: Literal["complete", "stopped", "failed"]
+    message: str
+    version: int | None
+    best_version: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerStopped(Event):
+    """The server ends before the run does: the last event of its process, but none after ``kill -9``. Not in the
+    journal."""
+
+    reason: str
+
+
+Listener: TypeAlias = Callable[[Event], object]
+"""What is called with each event, one after the other, on a thread of its own."""

@@ -1,0 +1,145 @@
+"""Hands the events of a run to listeners, which can neither delay nor disturb it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from fedcore.errors import ConfigError
+from fedcore.events import Event, Listener
+from fedcore.words import plural
+
+__all__ = ["MOST_WAITING", "Listeners", "load_listener"]
+
+MOST_WAITING: Final = 1024
+"""Events that wait for one listener; beyond it the oldest is dropped."""
+
+logger = logging.getLogger("fedcore.server")
+
+
+def load_listener(name: str) -> Listener:
+    """Return what a name such as ``"package.module:function"`` stands for.
+
+    Raises:
+        ConfigError: the module can't be imported, or has no such function.
+    """
+    module, _, path = name.partition(":")
+    try:
+        found: object = importlib.import_module(module)
+    except Exception as error:  # whatever the module does as it is imported
+        raise ConfigError(
+            f"server.listeners: cannot import {module!r} of {name!r}: {type(error).__name__}: {error}; the module "
+            "has to be installed, or its folder in PYTHONPATH"
+        ) from error
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise ConfigError(f"server.listeners: {name!r} is no function: {module} has no such one")
+    return found
+
+
+class _Worker:
+    """One listener with its thread, and the events that wait for it."""
+
+    def __init__(self, name: str, listener: Listener) -> None:
+        self._name = name
+        self._listener = listener
+        self._waiting: deque[Event] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._dropped = 0
+        self._failed = False
+        self._thread: threading.Thread | None = None
+
+    def give(self, event: Event) -> None:
+        with self._changed:
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name=f"fedcore listener {self._name}", daemon=True
+                )
+                self._thread.start()
+            if len(self._waiting) >= MOST_WAITING:
+                self._waiting.popleft()
+                self._dropped += 1
+                if self._dropped == 1:
+                    logger.warning("listener %s is slow: it misses events of the run", self._name)
+            self._waiting.append(event)
+            self._changed.notify()
+
+    def close(self, until: float) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join(max(0.0, until - time.monotonic()))
+        with self._changed:
+            missed = self._dropped + len(self._waiting)
+        if missed:
+            logger.warning("listener %s has missed %s", self._name, plural(missed, "event"))
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if not self._waiting:
+                    return
+                event = self._waiting.popleft()
+            try:
+                self._listener(event)
+            except BaseException as error:  # even one that would end the process: the run goes on
+                if not self._failed:
+                    logger.warning(
+                        "listener %s fails: %s: %s (said once)", self._name, type(error).__name__,
+                        error, exc_info=logger.isEnabledFor(logging.DEBUG),
+                    )  # fmt: skip
+                self._failed = True
+
+
+class Listeners:
+    """The listeners of one run. `emit` and `close` belong to the server's thread.
+
+    Each has a thread of its own, which begins with the first event. `emit` never waits.
+
+    Args:
+        names: the listeners as the run file has them.
+        run: name and id of the run.
+        wall: gives the time, in seconds since the epoch.
+        view: a part of the server itself that is called within `emit`; it is quick and raises nothing.
+
+    Raises:
+        ConfigError: a listener can't be loaded; it is named.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        run: tuple[str, str] = ("", ""),
+        wall: Callable[[], float] = time.time,
+        view: Listener | None = None,
+    ) -> None:
+        self._workers = [_Worker(name, load_listener(name)) for name in names]
+        self._wall = wall
+        self._view = view
+        self._run = run
+
+    def emit(self, event: Event) -> None:
+        """Hand an event to all listeners."""
+        if self._view is not None:
+            self._view(event)
+        if self._workers:
+            run, run_id = self._run
+            event = replace(event, run=run, run_id=run_id, time=self._wall())
+        for worker in self._workers:
+            worker.give(event)
+
+    def close(self, seconds: float) -> None:
+        """Wait so long at most until the listeners have had what waits for them; no event may follow."""
+        until = time.monotonic() + seconds
+        for worker in self._workers:
+            worker.close(until)
