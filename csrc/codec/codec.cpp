@@ -8,6 +8,8 @@
 #include <limits>
 #include <string>
 
+#include "base/copy.hpp"
+#include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "codec/element.hpp"
 #include "codec/run_reader.hpp"
@@ -116,17 +118,23 @@ void Codec::load(const Chunk& chunk, const Run& run, std::size_t first, std::siz
   }
 }
 
-// Writes what the encoding lost of `n` elements, the next ones that the reader gives.
+// Writes what the encoding lost of `n` elements, the next ones that the reader gives: a piece at a
+// time, past the cache, as nobody reads it soon.
 void Codec::lose(const Chunk& chunk, const Run& run, RunReader& reader, std::size_t first,
                  std::size_t n) {
   const std::size_t width = item_size(run.dtype);
-  decoded_.resize(RunReader::kTile * sizeof(double));
-  for (std::size_t done = 0; done < n; done += RunReader::kTile) {
-    const std::size_t tile = std::min(RunReader::kTile, n - done);
+  decoded_.resize(quantise::kPiece * width);
+  for (std::size_t done = 0; done < n; done += quantise::kPiece) {
+    const std::size_t piece = std::min(quantise::kPiece, n - done);
     const std::size_t at = run.offset - chunk.range.offset + (first + done) * width;
-    reader.next(moved(chunk.base, at), decoded_.data(), tile);
+    for (std::size_t from = 0; from < piece; from += RunReader::kTile) {
+      reader.next(moved(chunk.base, at + from * width), decoded_.data() + from * width,
+                  std::min(RunReader::kTile, piece - from));
+    }
     kernels::carry(run.dtype, chunk.values + at, moved(chunk.residual, at), decoded_.data(),
-                   chunk.lost + at, tile);
+                   decoded_.data(), piece);
+    chunk.lost->checksum = crc32c(decoded_.data(), piece * width, chunk.lost->checksum);
+    stream_copy(chunk.lost->to + at, decoded_.data(), piece * width);
   }
 }
 
@@ -147,9 +155,8 @@ void Codec::encode_run(const Chunk& chunk, Scheme scheme, const Run& run,
   }
   body.resize(std::max(body.size(), start + quantise::encoded_bytes(scheme, count)));
   RunReader reader(scheme, run.dtype, body.data() + start, count);
-  const std::size_t piece = quantise::piece_of(scheme);
-  for (std::size_t first = 0; first < count; first += piece) {
-    const std::size_t n = std::min(piece, count - first);
+  for (std::size_t first = 0; first < count; first += quantise::kPiece) {
+    const std::size_t n = std::min(quantise::kPiece, count - first);
     load(chunk, run, first, n);
     quantise::encode_piece(scheme, floats_.data(), first, n, count, body.data() + start);
     if (chunk.lost != nullptr) {
@@ -164,7 +171,8 @@ void Codec::copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) con
   std::memcpy(body, chunk.values + at, run.nbytes);
   if (!is_float(run.dtype)) {
     if (chunk.lost != nullptr) {
-      std::memset(chunk.lost + at, 0, run.nbytes);
+      std::memset(chunk.lost->to + at, 0, run.nbytes);
+      chunk.lost->checksum = crc32c(chunk.lost->to + at, run.nbytes, chunk.lost->checksum);
     }
     return;
   }
@@ -180,13 +188,18 @@ void Codec::copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) con
     });
   }
   if (chunk.lost != nullptr) {
-    kernels::carry(run.dtype, chunk.values + at, residual, body, chunk.lost + at, count_of(run));
+    std::uint8_t* const to = chunk.lost->to + at;
+    kernels::carry(run.dtype, chunk.values + at, residual, body, to, count_of(run));
+    chunk.lost->checksum = crc32c(to, run.nbytes, chunk.lost->checksum);
   }
 }
 
 void Codec::encode_runs(const Chunk& chunk, Scheme scheme, std::vector<std::uint8_t>& body) {
   segments_.clear();
   std::size_t start = 0;
+  if (chunk.lost != nullptr) {
+    chunk.lost->checksum = 0;
+  }
   if (scheme == Scheme::kTopK) {
     body.clear();  // encode() appends to it
   }
@@ -265,7 +278,7 @@ bool Codec::pack(Scheme scheme, const std::vector<std::uint8_t>& plain,
 
 std::uint8_t Codec::encode(std::uint64_t index, const std::uint8_t* values,
                            const std::uint8_t* base, const std::uint8_t* residual,
-                           std::vector<std::uint8_t>& body, std::uint8_t* lost) {
+                           std::vector<std::uint8_t>& body, Lost* lost) {
   const Chunk chunk{layout_->chunk_range(index), values, base, residual, lost};
   const std::uint8_t encoding = encode_chunk(chunk, body);
   Body checked;

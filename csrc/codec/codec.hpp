@@ -45,6 +45,12 @@ struct Body {
   Scheme scheme = Scheme::kRaw;
 };
 
+// Where encode() puts what the encoding of a chunk lost, and the CRC-32C of that.
+struct Lost {
+  std::uint8_t* to = nullptr;
+  std::uint32_t checksum = 0;
+};
+
 // What an error says of a body that is refused.
 std::string undecodable(std::uint64_t index, const char* why);
 
@@ -62,10 +68,10 @@ class Codec {
   // base + residual, what a raw run holds is values + residual. Throws Error{kNonFinite}, naming
   // tensor and element, where an encoded run holds NaN or infinity, and Error{kLayout} for an index
   // past the end. Where `lost` is not nullptr, the body is checked as a receiver checks it
-  // (Error{kProtocol}), and what carry() makes of what it decodes goes there.
+  // (Error{kProtocol}), and what carry() makes of what it decodes goes there, past the cache.
   std::uint8_t encode(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* base,
                       const std::uint8_t* residual, std::vector<std::uint8_t>& body,
-                      std::uint8_t* lost = nullptr);
+                      Lost* lost = nullptr);
 
   // Looks at all of a body and unpacks it. Returns nullptr, or why the body is refused. What
   // `checked` points at may be scratch, and is valid until the next call.
@@ -101,7 +107,7 @@ class Codec {
     const std::uint8_t* values;
     const std::uint8_t* base;
     const std::uint8_t* residual;
-    std::uint8_t* lost;
+    Lost* lost;
   };
 
   Scheme shorter(const Range& range) const;

@@ -41,12 +41,10 @@ void encode(Scheme scheme, const float* values, std::size_t count, std::size_t k
             std::vector<std::uint8_t>& out);
 
 // The values of a run that encode_piece() takes at once: they stay in the cache meanwhile.
-constexpr std::size_t piece_of(Scheme scheme) noexcept {
-  return scheme == Scheme::kNf4 ? kNf4Block * kNf4Group : kTile;
-}
+inline constexpr std::size_t kPiece = kNf4Block * kNf4Group;
 
 // encode() for a part of a run of `count` values: the `n` finite ones from element `first` on, both
-// multiples of piece_of() but n at the run's end. `run` has encoded_bytes(). Not for kTopK, whose
+// multiples of kPiece but n at the run's end. `run` has encoded_bytes(). Not for kTopK, whose
 // lengths depend on the values.
 void encode_piece(Scheme scheme, const float* values, std::size_t first, std::size_t n,
                   std::size_t count, std::uint8_t* run);

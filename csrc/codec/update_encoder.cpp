@@ -81,12 +81,12 @@ class UpdateJob {
 
   void encode(Codec& codec, std::uint64_t index, std::vector<std::uint8_t>& body) {
     const Range range = layout_.chunk_range(index);
-    std::uint8_t* const lost = at(files_.lost, range);
+    Lost lost{at(files_.lost, range)};
     encoded_.encodings[index] =
         codec.encode(index, at(files_.values, range), at(files_.base, range),
-                     at(files_.residual, range), body, lost);
-    if (lost != nullptr) {
-      lost_checksums_[index] = crc32c(lost, range.nbytes);
+                     at(files_.residual, range), body, lost.to != nullptr ? &lost : nullptr);
+    if (lost.to != nullptr) {
+      lost_checksums_[index] = lost.checksum;
     }
     encoded_.checksums[index] = crc32c(body.data(), body.size());
     for (const FlatBytes* flat : {&files_.values, &files_.base, &files_.residual, &files_.lost}) {

@@ -145,10 +145,25 @@ FEDCORE_INLINE void store_odd(F16, F16::Word* to, Vd value) {
   store_f16(to, odd_bits(limited(value, F16::largest())));
 }
 #endif
+
+// Asks for what lies kAhead bytes on, once a line: the prefetcher of the processor stops at the end
+// of each page.
+FEDCORE_INLINE void ask_ahead(const void* from, std::size_t at) {
+  if (FEDCORE_F16C && at % kLine == 0) {
+    __builtin_prefetch(static_cast<const char*>(from) + at + kAhead);
+  }
+}
+
 template <typename T>
 FEDCORE_INLINE Vd doubles_of(const void* from, std::size_t at) {
-  return __builtin_convertvector(floats_of(T{}, static_cast<const typename T::Word*>(from) + at),
-                                 Vd);
+  const Vf floats = floats_of(T{}, static_cast<const typename T::Word*>(from) + at);
+#if FEDCORE_LANES == 8
+  return bits_as<Vd>(_mm512_cvtps_pd(bits_as<__m256>(floats)));
+#elif FEDCORE_F16C
+  return bits_as<Vd>(_mm256_cvtps_pd(bits_as<__m128>(floats)));
+#else
+  return __builtin_convertvector(floats, Vd);
+#endif
 }
 
 // With a residual two operations in binary64 are rounded once more to binary32.
@@ -174,6 +189,8 @@ FEDCORE_INLINE bool subtract_lanes(const void* values, const void* base, const v
   std::size_t j = 0;
   if (base != nullptr && residual == nullptr) {
     for (; j + kLanes <= count; j += kLanes) {
+      ask_ahead(values, j * sizeof(typename T::Word));
+      ask_ahead(base, j * sizeof(typename T::Word));
       const Vf difference = floats_of(T{}, static_cast<const typename T::Word*>(values) + j) -
                             floats_of(T{}, static_cast<const typename T::Word*>(base) + j);
       largest.look_at(difference);
@@ -181,6 +198,9 @@ FEDCORE_INLINE bool subtract_lanes(const void* values, const void* base, const v
     }
   } else if (base != nullptr) {
     for (; j + kLanes <= count; j += kLanes) {
+      ask_ahead(values, j * sizeof(typename T::Word));
+      ask_ahead(base, j * sizeof(typename T::Word));
+      ask_ahead(residual, j * sizeof(typename T::Word));
       const Vd difference =
           (doubles_of<T>(values, j) - doubles_of<T>(base, j)) + doubles_of<T>(residual, j);
       const Vf rounded = __builtin_convertvector(difference, Vf);
