@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import random
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -16,7 +18,7 @@ import pytest
 from fedcore import protocol
 from fedcore.server.service import Server
 from fedcore.server.storage.journal import Journal
-from fedcore.server.storage.logged import Logged, read_points, read_series
+from fedcore.server.storage.logged import Logged, read_points, read_series, summarise
 from fedcore.server.storage.metrics import MOST_POINTS
 from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
@@ -160,6 +162,29 @@ def test_a_disk_that_is_full_costs_a_line_and_no_point(
     assert {name: len(found) for name, found in table(tmp_path).items()} == {
         ("a", f"loss-{i}"): 250 for i in range(4)
     }
+
+
+def test_a_restart_at_any_moment_changes_neither_points_nor_summary(tmp_path: Path) -> None:
+    chance = random.Random(3)
+    values = [chance.choice([chance.gauss(0, 1), 1.0, math.nan, -math.inf]) for _ in range(3000)]
+    kept = []
+    for name, restarts in (("once", set[int]()), ("often", set(chance.sample(range(3000), 40)))):
+        with closing(Journal(tmp_path / name)) as journal:
+            logged = Logged(journal)
+            for step, value in enumerate(values):
+                logged.add("a", 1, step, {"loss": value})
+                if step in restarts:
+                    with logged.transaction():
+                        pass
+                    logged = Logged(journal)
+                    logged.open(1)
+            summary = logged.summary()
+            ((id_, _, _),) = read_series(journal.rows)
+            points = read_points(journal.rows, id_)
+            assert summary["a"]["loss"] == summarise(points)
+            kept.append([(point.seq, repr(point.value)) for point in points])
+    assert kept[0] == kept[1]
+    assert len(kept[0]) <= MOST_POINTS
 
 
 def test_going_back_to_a_round_drops_what_was_logged_after_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from fedcore.server.storage.metrics import (
     MOST_POINTS,
     MOST_SERIES,
+    MOST_UNWRITTEN,
     Change,
     MetricsBuffer,
     Point,
@@ -86,6 +87,17 @@ def test_points_that_were_not_written_are_as_few_as_those_that_are_kept() -> Non
         buffer.add("a", 1, step, 0.0, {"loss": step % 7})
     (change,) = buffer.changes()
     assert len(change.points) <= MOST_POINTS
+
+
+def test_what_waits_in_all_is_bounded_while_nothing_can_be_written() -> None:
+    buffer = MetricsBuffer()
+    for step in range(400):
+        for site in range(100):
+            buffer.add(f"s{site}", 1, step, 0.0, {"loss": float(step % 50 + step // 200)})
+    changes = list(buffer.changes())
+    assert sum(len(change.points) for change in changes) <= MOST_UNWRITTEN + 4 * len(changes)
+    for change in changes:
+        assert {0, 249, 399} <= {point.seq for point in change.points}  # least, greatest, last
 
 
 def test_what_was_not_written_is_written_the_next_time() -> None:

@@ -6,8 +6,9 @@ and the first that is not finite. The stride is the smallest power of two that k
 depend on the points seen alone: neither the moments of writing nor a restart changes them.
 
 Nothing here reads or writes a file: `MetricsBuffer.changes` says what a table has to take up, and
-`MetricsBuffer.written` that it has done so. One thread uses it. Its memory is bounded: the points of a series that
-were not written yet are at most those that are kept of it, and of a series that is written it holds four.
+`MetricsBuffer.written` that it has done so. One thread uses it. Its memory is bounded: it holds four points of a
+series that is written. While nothing can be written, as on a full disk, `MOST_UNWRITTEN` points wait in all.
+Beyond that only the first and the marked ones of each series do, and the others will be missing from the table.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from typing import Final, NamedTuple
 __all__ = [
     "MOST_POINTS",
     "MOST_SERIES",
+    "MOST_UNWRITTEN",
     "Change",
     "MetricsBuffer",
     "Point",
     "most_names",
+    "stride_of",
 ]
 
 MOST_POINTS: Final = 512
 """Points that are kept of a series."""
 MOST_SERIES: Final = 4096
 """Series of a run, shared equally between its sites."""
+MOST_UNWRITTEN: Final = 32768
+"""Points of a run that wait to be written: more than all sites may log in a second."""
 _MOST_NAMES: Final = 64
 _LEAST_NAMES: Final = 4
 _MARKED: Final = 4
@@ -74,12 +79,20 @@ def most_names(sites: int) -> int:
     return min(_MOST_NAMES, max(_LEAST_NAMES, MOST_SERIES // max(1, sites)))
 
 
+def stride_of(count: int, most: int = MOST_POINTS) -> int:
+    """Return of how many points one is kept in a series of ``count`` points, where ``most`` are kept."""
+    stride = 1
+    while (count - 1) // stride + 1 > most - _MARKED:
+        stride *= 2
+    return stride
+
+
 class _Series:
     """The state of one series; `most` points of it are kept."""
 
     __slots__ = (
-        "_grid",
         "_loose",
+        "_most",
         "_thinned",
         "broken",
         "count",
@@ -91,7 +104,7 @@ class _Series:
     )
 
     def __init__(self, most: int) -> None:
-        self._grid = most - _MARKED
+        self._most = most
         self._loose: set[int] = set()  # points in the table that a later one may replace
         self._thinned = False
         self.count = 0
@@ -103,28 +116,34 @@ class _Series:
         self.fresh: dict[int, Point] = {}
 
     def resume(self, points: Iterable[Point]) -> None:
-        """Go on from the points that a table holds, in order."""
+        """Go on from points that a table holds, in order: the marked ones, and all that are off the stride."""
         seqs = []
         for point in points:
             self._mark(point)
             self.count = point.seq + 1
             seqs.append(point.seq)
-        self._widen()
-        self._thinned = False
+        self.stride = stride_of(self.count, self._most)
         self._loose = {seq for seq in seqs if seq % self.stride}
 
-    def add(self, round_: int, step: int | None, time: float, value: float) -> None:
+    def add(
+        self, round_: int, step: int | None, time: float, value: float, *, full: bool = False
+    ) -> None:
+        """Add a point; ``full``: what was the last one no longer waits, unless it is marked or the first."""
         before = (self.last, self.least, self.greatest)
         point = Point(self.count, round_, step, time, value)
         self.count += 1
         self.fresh[point.seq] = point
         self._mark(point)
         marked = self.marked
-        if self._widen():
+        stride = stride_of(self.count, self._most)
+        if stride != self.stride:
+            self.stride, self._thinned = stride, True
             kept = [s for s in self.fresh if s % self.stride == 0 or s in marked]
             self.fresh = {seq: self.fresh[seq] for seq in kept}
         for old in before:
-            if old is not None and old.seq % self.stride and old.seq not in marked:
+            if old is None or old.seq in marked:
+                continue
+            if old.seq % self.stride or (full and old.seq):
                 self.fresh.pop(old.seq, None)
 
     def _mark(self, point: Point) -> None:
@@ -136,13 +155,6 @@ class _Series:
             self.least = point
         if self.greatest is None or point.value > self.greatest.value:
             self.greatest = point
-
-    def _widen(self) -> bool:
-        before = self.stride
-        while (self.count - 1) // self.stride + 1 > self._grid:
-            self.stride *= 2
-        self._thinned |= self.stride != before
-        return self.stride != before
 
     @property
     def marked(self) -> set[int]:
@@ -181,6 +193,7 @@ class MetricsBuffer:
         self._sites: dict[str, dict[str, _Series]] = {}
         self._changed: dict[tuple[str, str], _Series] = {}
         self._left_out: set[str] = set()
+        self._unwritten = 0
 
     def resume(self, site: str, name: str, points: Iterable[Point]) -> None:
         """Take up a series that a table holds, its points in order."""
@@ -200,7 +213,9 @@ class MetricsBuffer:
                     beyond.append(name)
                     continue
                 series = known[name] = _Series(self._points)
-            series.add(round_, step, time, value)
+            before = len(series.fresh)
+            series.add(round_, step, time, value, full=self._unwritten >= MOST_UNWRITTEN)
+            self._unwritten += len(series.fresh) - before
             self._changed[site, name] = series
         if not beyond or site in self._left_out:
             return []
@@ -222,3 +237,4 @@ class MetricsBuffer:
         for series in self._changed.values():
             series.written()
         self._changed.clear()
+        self._unwritten = 0
