@@ -47,8 +47,8 @@ class Trainer(Protocol):
     def train(self, task: protocol.Task, model: ModelFile | None) -> Trained:
         """Return the update of a task."""
 
-    def score(self, task: protocol.Task, model: ModelFile) -> protocol.Score:
-        """Return what this site measures of a model."""
+    def score(self, task: protocol.Task, model: ModelFile) -> protocol.Score | None:
+        """Return what this site measures of a model, before it trains from it; None: nothing."""
 
 
 class Fleet:
@@ -184,8 +184,12 @@ class Fleet:
     ) -> None:
         trainer = self._trainers[name]
         if task.kind == "evaluate" and model is not None:
-            machine.report(trainer.score(task, model))
+            score = trainer.score(task, model)
+            machine.report(score or protocol.Score(version=task.version, metrics={}, examples=1))
         elif task.kind in ("initial", "train", "submit"):
+            score = None if model is None else trainer.score(task, model)
+            if score is not None:
+                machine.report(score)
             trained = trainer.train(task, model)
             machine.publish(
                 protocol.Ready(

@@ -19,6 +19,7 @@ from fedcore.encoding import EncodedUpdate
 from fedcore.errors import RefusedError
 from fedcore.model_file import ModelFile, create_model
 from fedcore.server.service import Server
+from fedcore.site import outputs as out
 from fedcore.site.fleet import Fleet, Trained
 
 from ..support.runs import run_config
@@ -40,8 +41,15 @@ class Adding:
         file.fill(lambda _: np.full(16_384, before + step, np.float32).tobytes())
         return Trained(EncodedUpdate.raw(file), weight=self.number)
 
-    def score(self, task: protocol.Task, model: ModelFile) -> protocol.Score:
+    def score(self, task: protocol.Task, model: ModelFile) -> protocol.Score | None:
         return protocol.Score(version=task.version, metrics={"loss": value(model)}, examples=1)
+
+
+class Silent(Adding):
+    """Scores nothing."""
+
+    def score(self, *_: object) -> None:
+        return None
 
 
 def value(model: ModelFile) -> float:
@@ -71,9 +79,13 @@ def drive(fleet: Fleet) -> None:
 
 def test_fifty_machines_in_one_thread_give_the_exact_mean(tmp_path: Path) -> None:
     names = [f"s{number}" for number in range(1, 51)]
-    server = Server(run_config(tmp_path, sites=names, rounds=1))
+    start = create_model(tmp_path / "start.safetensors", LAYOUT)
+    start.file.sync()
+    config = run_config(tmp_path, sites=names, rounds=1)
+    model = config.model.model_copy(update={"initial": "start.safetensors"})
+    server = Server(config.model_copy(update={"model": model}))
     events: Counter[str] = Counter()
-    trainers = {name: Adding(number) for number, name in enumerate(names, 1)}
+    trainers = {name: Silent(number) for number, name in enumerate(names, 1)}
     with serving(server):
         fleet = Fleet(
             server.endpoint,
@@ -87,6 +99,31 @@ def test_fifty_machines_in_one_thread_give_the_exact_mean(tmp_path: Path) -> Non
     assert (final == np.float32(steps)).all()
     assert events["Joined"] == events["Finished"] == 50
     assert events["Committed"] >= 50
+
+
+def test_virtual_sites_go_on_with_a_server_that_is_started_again(tmp_path: Path) -> None:
+    config = run_config(tmp_path, sites=["s1", "s2"], rounds=3, idle_timeout="20s")
+    server = Server(config)
+    committed: Counter[int] = Counter()
+
+    def listen(_: str, event: out.Event) -> None:
+        if isinstance(event, out.Committed):
+            committed[event.commit.version] += 1
+
+    fleet = Fleet(server.endpoint, LAYOUT, {"s1": Adding(1), "s2": Adding(2)}, listen)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.run)
+        until = time.monotonic() + SECONDS
+        while not committed[1]:
+            fleet.step()
+            assert time.monotonic() < until
+        server.interrupt("a test")
+        first.result(SECONDS)
+    there = config.server.model_copy(update={"listen": server.endpoint})
+    with serving(Server(config.model_copy(update={"server": there}))):
+        drive(fleet)
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
+    assert np.allclose(final, 3 * 5 / 3)
 
 
 def test_a_refused_site_of_many_ends_the_step_with_its_error(tmp_path: Path) -> None:
