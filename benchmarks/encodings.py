@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile
+from fedcore._core import Codec, Collector, CollectorOptions, Exchange, Layout, MappedFile
 from fedcore.errors import ProtocolError
 
 from .report import MIB
@@ -186,9 +186,7 @@ class Reduction:
             self.out,
             0,
             (self._base, 0),
-            64 * MIB,
-            codec=codec,
-            threads=self._threads,
+            CollectorOptions(64 * MIB, codec=codec, threads=self._threads),
         )
         server = Exchange()
         server.start(collector)

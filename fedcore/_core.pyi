@@ -1,5 +1,6 @@
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
 
 from typing_extensions import Buffer
 
@@ -152,6 +153,22 @@ class Finisher:
     @property
     def chunk_bytes(self) -> int: ...
 
+class CollectorOptions:
+    def __init__(
+        self,
+        budget_bytes: int,
+        *,
+        stall_ms: int = 2000,
+        check_finite: bool = True,
+        write_behind: bool = False,
+        spill: Spill | None = None,
+        spill_after_ms: int = 250,
+        codec: Codec | None = None,
+        threads: int = 1,
+        base_checksums: Sequence[int] = (),
+        rule: str = "mean",
+    ) -> None: ...
+
 class Collector:
     def __init__(
         self,
@@ -160,31 +177,15 @@ class Collector:
         out: MappedFile,
         out_offset: int,
         base: tuple[MappedFile, int] | None,
-        budget_bytes: int,
-        stall_ms: int = 2000,
-        check_finite: bool = True,
-        write_behind: bool = False,
-        spill: Spill | None = None,
-        spill_after_ms: int = 250,
-        codec: Codec | None = None,
+        options: CollectorOptions,
         record: Record | None = None,
-        threads: int = 1,
-        base_checksums: Sequence[int] = (),
-        rule: str = "mean",
     ) -> None: ...
     @staticmethod
     def open(
         layout: Layout,
         expected: int,
         base: tuple[MappedFile, int] | None,
-        budget_bytes: int,
-        write_behind: bool = False,
-        spill: Spill | None = None,
-        spill_after_ms: int = 250,
-        codec: Codec | None = None,
-        threads: int = 1,
-        base_checksums: Sequence[int] = (),
-        rule: str = "mean",
+        options: CollectorOptions,
     ) -> Collector: ...
     @property
     def id(self) -> int: ...
@@ -197,6 +198,82 @@ class Collector:
     @property
     def checksums(self) -> list[int]: ...
     def progress(self) -> tuple[int, int, list[int]]: ...
+
+# What an exchange reports; each field is read-only.
+
+_Event: TypeAlias = (
+    CollectorDone
+    | SourceRejected
+    | SourceStalled
+    | OutputBroken
+    | NoRoom
+    | SetDamaged
+    | FrameMalformed
+    | PeerUnknown
+    | RateExceeded
+    | ConnectionsExceeded
+)
+
+@final
+@dataclass(frozen=True)
+class CollectorDone:
+    collector: int
+
+@final
+@dataclass(frozen=True)
+class SourceRejected:
+    collector: int
+    source: int
+    code: str
+    message: str
+
+@final
+@dataclass(frozen=True)
+class SourceStalled:
+    collector: int
+    source: int
+    silent_ms: int
+
+@final
+@dataclass(frozen=True)
+class OutputBroken:
+    collector: int
+    message: str
+
+@final
+@dataclass(frozen=True)
+class NoRoom:
+    collector: int
+    message: str
+
+@final
+@dataclass(frozen=True)
+class SetDamaged:
+    set_id: bytes
+    message: str
+
+@final
+@dataclass(frozen=True)
+class FrameMalformed:
+    peer: bytes
+    message: str
+
+@final
+@dataclass(frozen=True)
+class PeerUnknown:
+    peer: bytes
+
+@final
+@dataclass(frozen=True)
+class RateExceeded:
+    peer: bytes
+    message: str
+
+@final
+@dataclass(frozen=True)
+class ConnectionsExceeded:
+    peer: bytes
+    message: str
 
 class Exchange:
     def publish(
@@ -244,7 +321,7 @@ class Exchange:
     def deliver(self, now_ms: int, peer: bytes, header: Buffer, body: Buffer | None) -> int: ...
     def next_out(self, now_ms: int) -> tuple[bytes, bytes, memoryview | None] | None: ...
     def tick(self, now_ms: int) -> int: ...
-    def next_event(self) -> tuple[Any, ...] | None: ...
+    def next_event(self) -> _Event | None: ...
     def next_control(self, now_ms: int) -> tuple[bytes, bytes] | None: ...
     def has_event(self) -> bool: ...
     def listening(self) -> None: ...

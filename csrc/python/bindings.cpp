@@ -471,5 +471,6 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "(input, tensor, element) of the first non-finite value.");
   bind_resume(m);
   bind_finishing(m);
+  bind_events(m);
   bind_exchange(m);
 }

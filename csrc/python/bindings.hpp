@@ -19,6 +19,7 @@
 #include "format/layout.hpp"
 #include "format/wire.hpp"
 #include "reduce/finish.hpp"
+#include "transfer/exchange.hpp"
 
 namespace fedcore {
 
@@ -85,7 +86,10 @@ std::map<std::string, StatePlace> to_states(const PyStates& states);
 
 // Adds the class Codec; Layout must be there.
 void bind_codec(py::module_& m);
-// Adds the classes Collector and Exchange; those of their arguments must be there.
+// An exchange's event as the object of its class, and the classes.
+py::object to_python(const Event& event);
+void bind_events(py::module_& m);
+// Adds the classes CollectorOptions, Collector and Exchange; those of their arguments must be there.
 void bind_exchange(py::module_& m);
 // Adds the class Finisher; Layout and MappedFile must be there.
 void bind_finishing(py::module_& m);

@@ -30,42 +30,51 @@ Place to_place(const PyPlace& place) {
   return place ? Place{std::get<0>(*place)->share(), std::get<1>(*place)} : Place{};
 }
 
-std::shared_ptr<Collector> open_collector(const PyLayout& layout, std::size_t expected,
-                                          const PyPlace& base, std::uint64_t budget_bytes,
-                                          bool write_behind, std::shared_ptr<Spill> spill,
-                                          std::int64_t spill_after_ms, const py::object& codec,
-                                          unsigned threads,
-                                          std::vector<std::uint32_t> base_checksums,
-                                          const std::string& rule) {
-  return std::make_shared<Collector>(layout, expected, to_place(base),
-                                     CollectorOptions{.budget_bytes = budget_bytes,
-                                                      .write_behind = write_behind,
-                                                      .spill = std::move(spill),
-                                                      .spill_after_ms = spill_after_ms,
-                                                      .codec = codec_of(codec),
-                                                      .threads = threads,
-                                                      .base_crcs = std::move(base_checksums),
-                                                      .rule = &find_rule(rule)});
+CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite,
+                              bool write_behind, std::shared_ptr<Spill> spill,
+                              std::int64_t spill_after_ms, const py::object& codec,
+                              unsigned threads, std::vector<std::uint32_t> base_checksums,
+                              const std::string& rule) {
+  return {.budget_bytes = budget_bytes,
+          .stall_ms = stall_ms,
+          .check_finite = check_finite,
+          .write_behind = write_behind,
+          .spill = std::move(spill),
+          .spill_after_ms = spill_after_ms,
+          .codec = codec_of(codec),
+          .threads = threads,
+          .base_crcs = std::move(base_checksums),
+          .rule = &find_rule(rule)};
 }
 
-std::shared_ptr<Collector> make_collector(
-    const PyLayout& layout, const std::vector<PySource>& sources, const FileHandle& out,
-    std::uint64_t out_offset, const PyPlace& base, std::uint64_t budget_bytes,
-    std::int64_t stall_ms, bool check_finite, bool write_behind, std::shared_ptr<Spill> spill,
-    std::int64_t spill_after_ms, const py::object& codec, std::shared_ptr<Record> record,
-    unsigned threads, std::vector<std::uint32_t> base_checksums, const std::string& rule) {
+// Options for one collector: the codec is the collector's alone.
+CollectorOptions own_options(const CollectorOptions& options) {
+  CollectorOptions own = options;
+  if (own.codec) {
+    own.codec = std::make_shared<Codec>(*own.codec);
+  }
+  return own;
+}
+
+std::shared_ptr<Collector> open_collector(const PyLayout& layout, std::size_t expected,
+                                          const PyPlace& base, const CollectorOptions& options) {
+  return std::make_shared<Collector>(layout, expected, to_place(base), own_options(options));
+}
+
+std::shared_ptr<Collector> make_collector(const PyLayout& layout,
+                                          const std::vector<PySource>& sources,
+                                          const FileHandle& out, std::uint64_t out_offset,
+                                          const PyPlace& base, const CollectorOptions& options,
+                                          std::shared_ptr<Record> record) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back(to_source(peer, set, weight));
   }
   const Place from = to_place(base);
-  CollectorOptions options{budget_bytes,    stall_ms,         check_finite,
-                           write_behind,    std::move(spill), spill_after_ms,
-                           codec_of(codec), threads,          std::move(base_checksums),
-                           &find_rule(rule)};
   const Place to{out.share(), out_offset};
+  CollectorOptions own = own_options(options);
   const py::gil_scoped_release release;  // it reads what is reduced
-  return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(options),
+  return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(own),
                                      std::move(record));
 }
 
@@ -108,33 +117,7 @@ py::object next_out(Exchange& exchange, std::int64_t now_ms) {
 
 py::object next_event(Exchange& exchange) {
   const auto event = exchange.next_event();
-  if (!event) {
-    return py::none();
-  }
-  switch (event->kind) {
-    case Event::Kind::kDone:
-      return py::make_tuple("done", event->collector);
-    case Event::Kind::kRejected:
-      return py::make_tuple("rejected", event->collector, event->source, event->code,
-                            event->message);
-    case Event::Kind::kStalled:
-      return py::make_tuple("stalled", event->collector, event->source, event->silent_ms);
-    case Event::Kind::kBroken:
-      return py::make_tuple("broken", event->collector, event->message);
-    case Event::Kind::kNoRoom:
-      return py::make_tuple("no-room", event->collector, event->message);
-    case Event::Kind::kStranger:
-      return py::make_tuple("stranger", py::bytes(event->code));
-    case Event::Kind::kCrowded:
-      return py::make_tuple("crowded", py::bytes(event->code), event->message);
-    case Event::Kind::kFlooded:
-      return py::make_tuple("flooded", py::bytes(event->code), event->message);
-    case Event::Kind::kDamaged:
-      return py::make_tuple("damaged", py::bytes(event->code), event->message);
-    case Event::Kind::kMalformed:
-      break;
-  }
-  return py::make_tuple("malformed", py::bytes(event->code), event->message);
+  return event ? to_python(*event) : py::none();
 }
 
 py::object next_control(Exchange& exchange, std::int64_t now_ms) {
@@ -148,23 +131,25 @@ py::object next_control(Exchange& exchange, std::int64_t now_ms) {
 }  // namespace
 
 void bind_exchange(py::module_& m) {
+  const CollectorOptions usual{.budget_bytes = 0};
+  py::class_<CollectorOptions>(m, "CollectorOptions",
+                               "How a collector works, whatever it collects; all but the budget by "
+                               "name.")
+      .def(py::init(&make_options), py::arg("budget_bytes"), py::kw_only(),
+           py::arg("stall_ms") = usual.stall_ms, py::arg("check_finite") = usual.check_finite,
+           py::arg("write_behind") = usual.write_behind, py::arg("spill") = nullptr,
+           py::arg("spill_after_ms") = usual.spill_after_ms, py::arg("codec") = py::none(),
+           py::arg("threads") = usual.threads,
+           py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean");
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
       .def(py::init(&make_collector), py::arg("layout"), py::arg("sources"), py::arg("out"),
-           py::arg("out_offset"), py::arg("base"), py::arg("budget_bytes"),
-           py::arg("stall_ms") = 2000, py::arg("check_finite") = true,
-           py::arg("write_behind") = false, py::arg("spill") = nullptr,
-           py::arg("spill_after_ms") = 250, py::arg("codec") = py::none(),
-           py::arg("record") = nullptr, py::arg("threads") = 1,
-           py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean")
-      .def_static(
-          "open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
-          py::arg("budget_bytes"), py::arg("write_behind") = false, py::arg("spill") = nullptr,
-          py::arg("spill_after_ms") = 250, py::arg("codec") = py::none(), py::arg("threads") = 1,
-          py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
-          "One whose sources are added as they are ready, about `expected` of them: see "
-          "Exchange.add and Exchange.close.")
+           py::arg("out_offset"), py::arg("base"), py::arg("options"), py::arg("record") = nullptr)
+      .def_static("open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
+                  py::arg("options"),
+                  "One whose sources are added as they are ready, about `expected` of them: see "
+                  "Exchange.add and Exchange.close.")
       .def_property_readonly("id", &Collector::id)
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)
@@ -271,7 +256,7 @@ void bind_exchange(py::module_& m) {
            "The next frame to send: (peer, header, body or None), or None.")
       .def("tick", &Exchange::tick, py::arg("now_ms"), py::call_guard<py::gil_scoped_release>(),
            "Run timers; milliseconds until the next one, or -1.")
-      .def("next_event", &next_event, "The next event as a tuple, or None.")
+      .def("next_event", &next_event, "The next event, or None.")
       .def("next_control", &next_control, py::arg("now_ms"),
            "The next control message as (peer, body), peer by peer in turn; or None.")
       .def("has_event", &Exchange::has_event,

@@ -282,7 +282,7 @@ void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t n
   contact.heard_ms = now_ms;
   contact.unreachable = false;
   if (kind == wire::Kind::kPing && !std::exchange(contact.met, true)) {
-    report(Event::Kind::kStranger, peer, "");  // it joined a process before this one
+    report(Event::Kind::kUnknownPeer, peer, "");  // it joined a process before this one
   }
   contact.met = contact.met || kind == wire::Kind::kControl;
   if (kind != wire::Kind::kChunk) {
@@ -317,7 +317,7 @@ int Exchange::malformed(std::string_view peer, std::size_t bytes, std::string wh
 }
 
 void Exchange::report(Event::Kind kind, std::string_view peer, std::string why) {
-  const bool once = kind == Event::Kind::kFlooded || kind == Event::Kind::kCrowded;
+  const bool once = kind == Event::Kind::kRate || kind == Event::Kind::kConnections;
   if (once || malformed_waiting_ < kMaxMalformedEvents) {
     malformed_waiting_ += once ? 0 : 1;
     events_.push_back({kind, 0, 0, std::string(peer), std::move(why)});
@@ -552,7 +552,7 @@ std::optional<Event> Exchange::next_event() {
   }
   Event event = std::move(events_.front());
   events_.pop_front();
-  if (event.kind == Event::Kind::kMalformed || event.kind == Event::Kind::kStranger) {
+  if (event.kind == Event::Kind::kMalformed || event.kind == Event::Kind::kUnknownPeer) {
     --malformed_waiting_;
   }
   return event;

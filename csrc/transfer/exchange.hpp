@@ -42,15 +42,15 @@ struct Event {
     kBroken,
     kNoRoom,
     kMalformed,
-    kStranger,
-    kFlooded,
-    kCrowded,
+    kUnknownPeer,
+    kRate,
+    kConnections,
     kDamaged
   } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
-  // Of a rejection; the peer of a malformed frame, a stranger, a flood, a crowd; a damaged set's
-  // id, empty where it is the base of a collection.
+  // Of a rejection; the peer of a malformed frame, of a rate or a number of connections that is
+  // exceeded, or an unknown one; a damaged set's id, empty where it is the base of a collection.
   std::string code;
   std::string message;
   std::int64_t silent_ms = 0;  // of a stall: for how long the source answers without a chunk

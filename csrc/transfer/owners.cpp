@@ -50,7 +50,7 @@ bool Exchange::is_within_rate(std::string_view peer, std::int64_t now_ms) {
   const bool unasked = owner.unasked > static_cast<double>(limits_.unasked);
   if (limits_.paced && (owner.frames < 1 || unasked)) {
     if (!std::exchange(owner.flooded, true)) {
-      report(Event::Kind::kFlooded, peer,
+      report(Event::Kind::kRate, peer,
              unasked ? "more than " + std::to_string(limits_.unasked >> 20) +
                            " MiB that nobody asked for"
                      : "more than " + std::to_string(static_cast<int>(kFramesPerSecond)) +
@@ -84,7 +84,7 @@ bool Exchange::may_speak(const std::string& peer, std::int64_t now_ms) {
   }
   if (owner.peers.size() >= kMaxPeersPerOwner) {
     if (!std::exchange(owner.crowded, true)) {
-      report(Event::Kind::kCrowded, peer,
+      report(Event::Kind::kConnections, peer,
              "more than " + std::to_string(kMaxPeersPerOwner) + " connections at once");
     }
     return false;
@@ -115,7 +115,7 @@ int Exchange::on_control(const std::string& peer, const Frame& body) {
         owner.waiting >= kMaxControlPerPeer ||
         (owner.waiting > 0 && owner.waiting_bytes + size > limits_.control_per_peer);
     if (its_own && !std::exchange(owner.flooded, true)) {
-      report(Event::Kind::kFlooded, peer,
+      report(Event::Kind::kRate, peer,
              std::to_string(owner.waiting) + " control messages of " +
                  std::to_string(owner.waiting_bytes) + " bytes are waiting");
     }

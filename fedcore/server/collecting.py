@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedcore import __version__, protocol
-from fedcore._core import Spill
+from fedcore._core import (
+    CollectorDone,
+    NoRoom,
+    OutputBroken,
+    SourceRejected,
+    SourceStalled,
+    Spill,
+)
 from fedcore.config import RunConfig
 from fedcore.errors import StorageError
 from fedcore.rules import find_rule
@@ -15,7 +22,7 @@ from fedcore.server.rounds.actions import PullAhead, StartCollect
 from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store
 from fedcore.transport.ends import ServerEnd
-from fedcore.transport.link import DataEvent
+from fedcore.transport.link import CollectorEvent, DataEvent
 
 from .collection import Collection, CollectionSetting, open_spill, update_codec
 from .versions import Versions, declared_layout
@@ -192,23 +199,24 @@ class Collecting:
             StorageError: the new model can't be written.
         """
         running = self.running
-        if running is None or event[1] != running.collector.id:
+        if running is None or not isinstance(event, CollectorEvent):
             return None
-        if event[0] == "broken":
-            raise StorageError(f"the new model can't be written: {event[2]}")
-        if event[0] == "no-room":
-            if not self._said_no_room:
-                logger.warning("sites that are ahead are held back: %s", event[2])
-            self._said_no_room = True
-        elif event[0] == "rejected":
-            return self._rejected(running, event[2], event[4])
-        elif self._parked:
+        if event.collector != running.collector.id:
             return None
-        elif event[0] == "done" and running.collector.done:
-            return Reduced()
-        elif event[0] == "stalled":
-            silent = running.source(event[2])
-            return None if silent is None else Stalled(silent.site, event[3])
+        match event:
+            case OutputBroken():
+                raise StorageError(f"the new model can't be written: {event.message}")
+            case NoRoom():
+                if not self._said_no_room:
+                    logger.warning("sites that are ahead are held back: %s", event.message)
+                self._said_no_room = True
+            case SourceRejected():
+                return self._rejected(running, event.source, event.message)
+            case CollectorDone() if running.collector.done and not self._parked:
+                return Reduced()
+            case SourceStalled() if not self._parked:
+                source = running.source(event.source)
+                return None if source is None else Stalled(source.site, event.silent_ms)
         return None
 
     def _rejected(self, running: Collection, number: int, reason: str) -> Rejected | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill
+from fedcore._core import Codec, Collector, CollectorOptions, Exchange, Layout, MappedFile, Spill
 from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
 from fedcore.model_file import ModelFile
@@ -83,6 +83,19 @@ class CollectionSetting:
     rule: str = "mean"
 
     @property
+    def options(self) -> CollectorOptions:
+        """How a collector of this setting works."""
+        return CollectorOptions(
+            self.memory,
+            write_behind=True,
+            spill=self.spill,
+            codec=self.codec,
+            threads=self.threads,
+            base_checksums=self.checksums,
+            rule=self.rule,
+        )
+
+    @property
     def place(self) -> tuple[MappedFile, int] | None:
         """Where the base's flat bytes lie."""
         return None if self.base is None else (self.base.file, self.base.data_offset)
@@ -106,13 +119,7 @@ class Collection:
             setting.layout,
             expected,
             setting.place,
-            setting.memory,
-            write_behind=True,
-            spill=setting.spill,
-            codec=setting.codec,
-            threads=setting.threads,
-            base_checksums=setting.checksums,
-            rule=setting.rule,
+            setting.options,
         )
         self._exchange.start(self.collector)
 
@@ -138,14 +145,8 @@ class Collection:
             made.file.file,
             made.file.data_offset,
             setting.place,
-            setting.memory,
-            write_behind=True,
-            spill=setting.spill,
-            codec=setting.codec,
+            setting.options,
             record=record,
-            threads=setting.threads,
-            base_checksums=setting.checksums,
-            rule=setting.rule,
         )
         reduced, total, here = made.collector.progress()
         if any(here):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 from fedcore import protocol
+from fedcore._core import PeerUnknown
 from fedcore.clock import Clock, milliseconds
 from fedcore.errors import ProtocolError
 from fedcore.transport.ends import ServerEnd
@@ -116,8 +117,8 @@ class Goodbye:
             self._next_note = milliseconds(self._clock) + _NOTE_MS
 
     def _on_event(self, event: DataEvent) -> None:
-        if event[0] == "stranger" and event[1] not in self._peers:
-            self._link.send(event[1], protocol.Rejoin())
+        if isinstance(event, PeerUnknown) and event.peer not in self._peers:
+            self._link.send(event.peer, protocol.Rejoin())
 
     def _answer(self, arrived: Control) -> None:
         peer = arrived.peer

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fedcore import __version__, protocol
+from fedcore._core import ConnectionsExceeded, FrameMalformed, PeerUnknown, RateExceeded
 from fedcore.security.keys import Identity
 from fedcore.transport.ends import ServerEnd
 from fedcore.transport.link import DataEvent, other_version
@@ -58,18 +59,20 @@ class Guard:
 
     def heard(self, event: DataEvent) -> bool:
         """Answer an event of the link that is about a peer; False if it is about a collection."""
-        if event[0] == "malformed":
-            self._on_malformed(event[1], event[2])
-        elif event[0] == "stranger":
-            if self.run_of(event[1]) is None:
-                self._link.send(event[1], protocol.Rejoin())  # at once, after a restart
-        elif event[0] == "flooded":
-            self._on_flood(event[1], event[2])
-        elif event[0] == "crowded":
-            self._replies.complain("%s has %s: the others are cut", self.name(event[1]), event[2])
-            self._link.look()
-        else:
-            return False
+        match event:
+            case FrameMalformed():
+                self._on_malformed(event.peer, event.message)
+            case PeerUnknown():
+                if self.run_of(event.peer) is None:
+                    self._link.send(event.peer, protocol.Rejoin())  # at once, after a restart
+            case RateExceeded():
+                self._on_flood(event.peer, event.message)
+            case ConnectionsExceeded():
+                name = self.name(event.peer)
+                self._replies.complain("%s has %s: the others are cut", name, event.message)
+                self._link.look()
+            case _:
+                return False
         return True
 
     def invalid(self, peer: bytes, error: str, greeting: protocol.Greeting | None = None) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedcore import __version__, protocol
+from fedcore._core import SetDamaged
 from fedcore._device import device_failure, use_device
 from fedcore.clock import Clock, milliseconds
 from fedcore.config import RunConfig
@@ -604,10 +605,10 @@ class Run:
             IntegrityError: a model is no longer what was committed.
             StorageError: the new model can't be written.
         """
-        if (
-            event[0] == "damaged"
-        ):  # found when a site asked for a chunk again, or an update was added
-            raise self.versions.damaged(event[2])
+        if isinstance(
+            event, SetDamaged
+        ):  # when a chunk was asked for again, or an update was added
+            raise self.versions.damaged(event.message)
         found = self.collecting.heard(event)
         if isinstance(found, Reduced):
             self._do(self.rounds.reduced())

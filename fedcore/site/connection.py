@@ -15,11 +15,19 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from fedcore import protocol
-from fedcore._core import Collector
+from fedcore._core import Collector, CollectorDone, FrameMalformed, SetDamaged, SourceRejected
 from fedcore.encoding import EncodedUpdate
 from fedcore.errors import ClosedError, RefusedError, TransferTimeout
 from fedcore.transport.ends import Dial, SiteEnd
-from fedcore.transport.link import HEARTBEAT_MS, Control, DataEvent, SiteLink, now_ms, other_version
+from fedcore.transport.link import (
+    HEARTBEAT_MS,
+    CollectorEvent,
+    Control,
+    DataEvent,
+    SiteLink,
+    now_ms,
+    other_version,
+)
 
 from . import outputs as out
 from .machine import SiteMachine
@@ -314,18 +322,20 @@ class Connection:
         return None if due is None else max(0.0, due - time.monotonic())
 
     def _on_event(self, event: DataEvent) -> None:
-        version = other_version(event[2]) if event[0] == "malformed" else None
+        version = other_version(event.message) if isinstance(event, FrameMalformed) else None
         if version is not None:
             self.machine.other_version(version)
-        if event[0] == "damaged":
+        if isinstance(event, SetDamaged):
             logger.error(
-                "%s: what this site offers is not what it trained: %s", self._site, event[2]
+                "%s: what this site offers is not what it trained: %s", self._site, event.message
             )
             return
-        if self._download is None or len(event) < 2 or event[1] != self._download[0].id:
+        if self._download is None or not isinstance(event, CollectorEvent):
             return
-        if event[0] == "done":
+        if event.collector != self._download[0].id:
+            return
+        if isinstance(event, CollectorDone):
             self._download = (self._download[0], "done")
-        elif event[0] == "rejected":
-            self._download = (self._download[0], str(event[3]))
-            logger.warning("%s: download stopped: %s", self._site, event[4])
+        elif isinstance(event, SourceRejected):
+            self._download = (self._download[0], event.code)
+            logger.warning("%s: download stopped: %s", self._site, event.message)

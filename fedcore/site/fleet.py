@@ -13,12 +13,20 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from fedcore import protocol
-from fedcore._core import Codec, Collector, Layout
+from fedcore._core import (
+    Codec,
+    Collector,
+    CollectorDone,
+    CollectorOptions,
+    FrameMalformed,
+    Layout,
+    SourceRejected,
+)
 from fedcore.encoding import EncodedUpdate, can_pack
 from fedcore.errors import LayoutError, ProtocolError
 from fedcore.layout import layout_hash, table
 from fedcore.model_file import ModelFile, create_model
-from fedcore.transport.link import Control, DataEvent, other_version
+from fedcore.transport.link import DataEvent, other_version
 from fedcore.transport.many_links import ManyLinks
 
 from . import outputs as out
@@ -99,10 +107,11 @@ class Fleet:
             FedcoreError: the server has refused a site, or the run is not of the layout.
         """
         for arrived in self._links.step(seconds):
-            if isinstance(arrived[1], Control):
-                machine = self.machines[arrived[0]]
-                machine.receive(arrived[1].body, time.monotonic())
-                self._carry_out(arrived[0], machine)
+            if isinstance(arrived, tuple):
+                name, message = arrived
+                machine = self.machines[name]
+                machine.receive(message.body, time.monotonic())
+                self._carry_out(name, machine)
             else:
                 self._on_event(arrived)
         self._pull_next()
@@ -218,9 +227,17 @@ class Fleet:
         name = next(iter(self._waiting[set_id]))
         file = create_model(None, self._layout)
         collector = Collector(
-            self._layout, [(name.encode(), bytes.fromhex(set_id), 1)], file.file, file.data_offset, None,
-            _WINDOW_BYTES, check_finite=False, codec=Codec(self._layout, "raw", True) if can_pack() else None,
-        )  # fmt: skip
+            self._layout,
+            [(name.encode(), bytes.fromhex(set_id), 1)],
+            file.file,
+            file.data_offset,
+            None,
+            CollectorOptions(
+                _WINDOW_BYTES,
+                check_finite=False,
+                codec=Codec(self._layout, "raw", True) if can_pack() else None,
+            ),
+        )
         self._pull = set_id, collector, file
         self._links.exchange.start(collector)
 
@@ -230,24 +247,24 @@ class Fleet:
             self._pull = None
 
     def _on_event(self, event: DataEvent) -> None:
-        if event[0] == "malformed":
-            version = other_version(event[2])
+        if isinstance(event, FrameMalformed):
+            version = other_version(event.message)
             if version is not None:
                 for name, machine in self.machines.items():
                     machine.other_version(version)
                     self._carry_out(name, machine)
             return
-        if self._pull is None or len(event) < 2 or event[1] != self._pull[1].id:
+        if self._pull is None or not isinstance(event, CollectorDone | SourceRejected):
+            return
+        if event.collector != self._pull[1].id:
             return
         set_id, _, file = self._pull
-        if event[0] not in ("done", "rejected"):
-            return
         self._stop_pull()
-        if event[0] == "done":
+        if isinstance(event, CollectorDone):
             self._model = set_id, file
         for name, task in self._waiting.pop(set_id, {}).items():
             machine = self.machines[name]
-            if event[0] == "rejected":
+            if isinstance(event, SourceRejected):
                 machine.give_back(task)
             elif machine.open_task() is task:
                 self._work(name, machine, task, file)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from fedcore import protocol
-from fedcore._core import Codec, Collector, Layout
+from fedcore._core import Codec, Collector, CollectorOptions, Layout
 from fedcore.encoding import can_pack
 from fedcore.errors import RunEndedError, RunFailedError
 from fedcore.model_file import ModelFile
@@ -88,9 +88,17 @@ class Waits:
         assert task.model is not None
         source = (b"", bytes.fromhex(task.model.id), 1)
         collector = Collector(
-            layout, [source], file.file, file.data_offset, None, _WINDOW_BYTES, check_finite=False,
-            codec=Codec(layout, "raw", True) if can_pack() else None,
-        )  # fmt: skip
+            layout,
+            [source],
+            file.file,
+            file.data_offset,
+            None,
+            CollectorOptions(
+                _WINDOW_BYTES,
+                check_finite=False,
+                codec=Codec(layout, "raw", True) if can_pack() else None,
+            ),
+        )
         connection = self._connection
 
         def pulled() -> State:

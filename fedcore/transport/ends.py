@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fedcore.protocol import FromServer, FromSite
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from fedcore._core import Exchange
     from fedcore.security.keys import AllowList, Credentials
 
-    from .link import Control
+    from .link import Control, DataEvent
 
 __all__ = ["Dial", "ServerEnd", "SiteEnd"]
 
@@ -23,7 +23,7 @@ class _End(Protocol):
     def exchange(self) -> Exchange:
         """The data plane."""
 
-    def recv(self, timeout: float | None) -> Control | tuple[Any, ...] | None:
+    def recv(self, timeout: float | None) -> Control | DataEvent | None:
         """Wait up to ``timeout`` seconds (None: for ever) for a control message or an event of the core.
 
         Returns None on timeout and after `wake`.

@@ -28,7 +28,19 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import zmq
 
 from fedcore import protocol
-from fedcore._core import Exchange
+from fedcore._core import (
+    CollectorDone,
+    ConnectionsExceeded,
+    Exchange,
+    FrameMalformed,
+    NoRoom,
+    OutputBroken,
+    PeerUnknown,
+    RateExceeded,
+    SetDamaged,
+    SourceRejected,
+    SourceStalled,
+)
 from fedcore.errors import BusyError, ClosedError, ConfigError
 from fedcore.protocol import FromServer, FromSite, control_frames
 from fedcore.security.connections import Notes
@@ -42,6 +54,7 @@ if TYPE_CHECKING:
     from fedcore.security.keys import AllowList, Credentials
 
 __all__ = [
+    "CollectorEvent",
     "Control",
     "DataEvent",
     "End",
@@ -53,8 +66,12 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", FromServer, FromSite)
-DataEvent = tuple[Any, ...]
-"""What ``Exchange.next_event()`` returns: its kind, then what belongs to it."""
+CollectorEvent = CollectorDone | SourceRejected | SourceStalled | OutputBroken | NoRoom
+"""What a collector comes to: each has its number as ``collector``."""
+DataEvent = (
+    CollectorEvent | SetDamaged | FrameMalformed | PeerUnknown | RateExceeded | ConnectionsExceeded
+)
+"""What ``Exchange.next_event()`` returns."""
 
 HEARTBEAT_MS: Final = 1000
 SEND_QUEUE: Final = 1000

@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill, crc32c
+from fedcore._core import (
+    Codec,
+    Collector,
+    CollectorDone,
+    CollectorOptions,
+    Exchange,
+    Layout,
+    MappedFile,
+    SetDamaged,
+    Spill,
+    crc32c,
+)
 from fedcore.encoding import UpdateEncoder
 from fedcore.errors import LayoutError
 
@@ -49,10 +60,20 @@ def collect(
         site.publish_encoded(name * 16, update.file, update.offsets, update.encodings)
     server, out = Exchange(), MappedFile.anonymous(LAYOUT.total_bytes)
     collector = Collector(
-        LAYOUT, [(name, name * 16, weight) for name, weight in WEIGHTS.items()], out, 0, (base, 0),
-        budget, spill=spill, spill_after_ms=1, threads=threads, base_checksums=checksums(flat(0)),
-        codec=None if scheme == "raw" else Codec(LAYOUT, scheme),
-    )  # fmt: skip
+        LAYOUT,
+        [(name, name * 16, weight) for name, weight in WEIGHTS.items()],
+        out,
+        0,
+        (base, 0),
+        CollectorOptions(
+            budget,
+            spill=spill,
+            spill_after_ms=1,
+            threads=threads,
+            base_checksums=checksums(flat(0)),
+            codec=None if scheme == "raw" else Codec(LAYOUT, scheme),
+        ),
+    )
     server.start(collector)
     late: list[tuple[bytes, bytes, bytes]] = []
     for now in range(400):
@@ -86,14 +107,17 @@ def test_a_base_that_has_changed_is_named_and_makes_no_model(
     budget = 16 * CHUNK if spilled and budget > 1 else budget
     collector, events = collect(base, scheme, budget=budget, spill=spill, threads=threads)
     assert collector.done
-    assert [event[0] for event in events] == ["done"]
+    assert [type(event) for event in events] == [CollectorDone]
 
     at = 4 * COUNT + 100  # where integers lie, which are taken from the base whatever is sent
     base.write(at, b"\x01")
     collector, events = collect(base, scheme, budget=budget, spill=spill, threads=threads)
     assert not collector.done
-    assert [event[:2] for event in events] == [("damaged", b"")]
-    assert f"{path} has changed while updates were added to it: chunk {at // CHUNK}" in events[0][2]
+    assert [(type(event), event.set_id) for event in events] == [(SetDamaged, b"")]
+    assert (
+        f"{path} has changed while updates were added to it: chunk {at // CHUNK}"
+        in events[0].message
+    )
 
 
 def test_a_chunk_that_nothing_is_taken_from_may_be_any(tmp_path: Path) -> None:
@@ -104,12 +128,17 @@ def test_a_chunk_that_nothing_is_taken_from_may_be_any(tmp_path: Path) -> None:
     assert collector.done
     collector, events = collect(base, "int8", budget=1 << 20)
     assert not collector.done
-    assert "chunk 0" in events[0][2]
+    assert "chunk 0" in events[0].message
 
 
 def test_a_base_has_a_checksum_of_each_chunk() -> None:
     out = MappedFile.anonymous(LAYOUT.total_bytes)
     with pytest.raises(LayoutError, match="a checksum of each chunk"):
         Collector(
-            LAYOUT, [(b"a", b"s" * 16, 1)], out, 0, (mapped(flat(0)), 0), 1, base_checksums=[1]
+            LAYOUT,
+            [(b"a", b"s" * 16, 1)],
+            out,
+            0,
+            (mapped(flat(0)), 0),
+            CollectorOptions(1, base_checksums=[1]),
         )

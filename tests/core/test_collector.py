@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedcore._core import Collector, Exchange, Layout, crc32c
+from fedcore._core import (
+    Collector,
+    CollectorDone,
+    CollectorOptions,
+    Exchange,
+    Layout,
+    OutputBroken,
+    crc32c,
+)
 from fedcore.model_file import create_model, open_model
 
 LAYOUT = Layout([("w", "F32", [60_001]), ("h", "BF16", [777])], 4096)
@@ -29,7 +37,9 @@ def collect(budget: int, seed: int) -> tuple[bytes, int]:
     sources = [
         (peer, peer * 16, weight) for peer, weight in zip(sites, (3, 5, 16777215), strict=True)
     ]
-    collector = Collector(LAYOUT, sources, out.file, out.data_offset, None, budget)
+    collector = Collector(
+        LAYOUT, sources, out.file, out.data_offset, None, CollectorOptions(budget)
+    )
     server.start(collector)
     dice = random.Random(seed)
     waiting: list[tuple[bytes, bytes, bytes]] = []
@@ -70,7 +80,9 @@ def one_site(
     site.publish(b"u" * 16, file.file, file.data_offset, LAYOUT.total_bytes, 4096)
     out = create_model(path, LAYOUT)
     source = (b"a", b"u" * 16, 1)
-    collector = Collector(LAYOUT, [source], out.file, out.data_offset, None, 1 << 20)
+    collector = Collector(
+        LAYOUT, [source], out.file, out.data_offset, None, CollectorOptions(1 << 20)
+    )
     server.start(collector)
     before()
     while (request := server.next_out(0)) is not None:
@@ -84,7 +96,7 @@ def one_site(
 
 def test_the_checksums_of_the_output_are_those_of_its_file(tmp_path: Path) -> None:
     server, collector, sent = one_site(tmp_path / "m.safetensors")
-    assert server.next_event() == ("done", collector.id)
+    assert server.next_event() == CollectorDone(collector.id)
     written = open_model(tmp_path / "m.safetensors", 4096)
     assert bytes(written.file.view(written.data_offset)) == sent
     chunks = [sent[at : at + 4096] for at in range(0, len(sent), 4096)]
@@ -103,7 +115,8 @@ def test_an_output_that_cannot_be_written_ends_the_collection_and_blames_no_site
         server, collector, _ = one_site(tmp_path / "m.safetensors", fill_the_disk)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    kind, number, message = server.next_event() or ("", 0, "")
-    assert (kind, number) == ("broken", collector.id)
-    assert "cannot write" in message
+    event = server.next_event()
+    assert isinstance(event, OutputBroken)
+    assert event.collector == collector.id
+    assert "cannot write" in event.message
     assert not collector.done

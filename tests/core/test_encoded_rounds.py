@@ -10,7 +10,15 @@ import pytest
 from numpy.typing import NDArray
 
 from fedcore import _core
-from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile
+from fedcore._core import (
+    Codec,
+    Collector,
+    CollectorOptions,
+    Exchange,
+    Layout,
+    MappedFile,
+    SourceRejected,
+)
 from fedcore.encoding import UpdateEncoder
 from fedcore.errors import LayoutError, NonFiniteError, ProtocolError, StorageError
 
@@ -73,7 +81,12 @@ def reduce_encoded(scheme: str, budget: int, seed: int, threads: int = 1) -> tup
     sources = [(peer, peer * 16, w) for peer, w in zip(sites, WEIGHTS, strict=True)]
     codec = Codec(LAYOUT, scheme)
     collector = Collector(
-        LAYOUT, sources, out, 0, (mapped(BASE), 0), budget, codec=codec, threads=threads
+        LAYOUT,
+        sources,
+        out,
+        0,
+        (mapped(BASE), 0),
+        CollectorOptions(budget, codec=codec, threads=threads),
     )
     run_to_end(Exchange(), sites, collector, seed)
     assert collector.done
@@ -121,7 +134,12 @@ def test_a_model_that_is_encoded_once_is_served_losslessly_to_all() -> None:
         out = MappedFile.anonymous(LAYOUT.total_bytes)
         codec = Codec(LAYOUT, "raw", lossless=True)
         collector = Collector(
-            LAYOUT, [(b"", b"m" * 16, 1)], out, 0, None, 1 << 20, check_finite=False, codec=codec
+            LAYOUT,
+            [(b"", b"m" * 16, 1)],
+            out,
+            0,
+            None,
+            CollectorOptions(1 << 20, check_finite=False, codec=codec),
         )
         run_to_end(Exchange(), {b"": server}, collector, 0)
         assert collector.done
@@ -169,7 +187,7 @@ def test_a_non_finite_update_is_named_and_the_residual_stays() -> None:
     assert bytes(encoder.encode(3, mapped(good), 0, mapped(BASE), 0).file.view()) == before
 
 
-def hostile(body: bytes, encoding: int, codec: Codec | None) -> tuple[object, ...] | None:
+def hostile(body: bytes, encoding: int, codec: Codec | None) -> object:
     """Send one encoded chunk with a right checksum to a collector of its own; its last event."""
     site, server = Exchange(), Exchange()
     file = mapped(np.frombuffer(body, np.uint8))
@@ -179,7 +197,9 @@ def hostile(body: bytes, encoding: int, codec: Codec | None) -> tuple[object, ..
     offsets = [0, *(len(body) + i for i in range(chunks))]
     site.publish_encoded(b"s" * 16, padded, offsets, bytes([encoding]) * chunks)
     out = MappedFile.anonymous(LAYOUT.total_bytes)
-    collector = Collector(LAYOUT, [(b"a", b"s" * 16, 1)], out, 0, (mapped(BASE), 0), 1, codec=codec)
+    collector = Collector(
+        LAYOUT, [(b"a", b"s" * 16, 1)], out, 0, (mapped(BASE), 0), CollectorOptions(1, codec=codec)
+    )
     run_to_end(server, {b"a": site}, collector, 0)
     assert not any(out.view())
     return server.next_event()
@@ -196,15 +216,21 @@ def test_a_chunk_that_can_not_be_decoded_ends_the_pull_with_the_reason() -> None
     ]:
         event = hostile(body, encoding, codec)
         assert event is not None
-        assert (event[0], event[2], event[3]) == ("rejected", 0, "encoding")
-        assert said in str(event[4])
+        assert isinstance(event, SourceRejected)
+        assert (event.source, event.code) == (0, "encoding")
+        assert said in event.message
 
 
 def test_differences_without_a_base_and_impossible_offsets_are_refused() -> None:
     out = MappedFile.anonymous(LAYOUT.total_bytes)
     with pytest.raises(LayoutError, match="without the base"):
         Collector(
-            LAYOUT, [(b"a", b"s" * 16, 1)], out, 0, None, 1 << 20, codec=Codec(LAYOUT, "int8")
+            LAYOUT,
+            [(b"a", b"s" * 16, 1)],
+            out,
+            0,
+            None,
+            CollectorOptions(1 << 20, codec=Codec(LAYOUT, "int8")),
         )
     exchange = Exchange()
     for offsets, encodings in [

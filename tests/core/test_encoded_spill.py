@@ -11,7 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Spill, crc32c
+from fedcore._core import (
+    Codec,
+    Collector,
+    CollectorOptions,
+    Exchange,
+    Layout,
+    MappedFile,
+    Spill,
+    crc32c,
+)
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.model_file import ModelFile, create_model
 
@@ -62,9 +71,18 @@ class Encoded(Federation):
         self.out, under = create_model(None, LAYOUT), base()
         sources = [(n.encode(), n.encode() * 16, WEIGHTS[n]) for n in names]
         self.collector = Collector(
-            LAYOUT, sources, self.out.file, self.out.data_offset, (under.file, under.data_offset),
-            budget, spill=spill, spill_after_ms=100, codec=None if raw else Codec(LAYOUT, scheme),
-        )  # fmt: skip
+            LAYOUT,
+            sources,
+            self.out.file,
+            self.out.data_offset,
+            (under.file, under.data_offset),
+            CollectorOptions(
+                budget,
+                spill=spill,
+                spill_after_ms=100,
+                codec=None if raw else Codec(LAYOUT, scheme),
+            ),
+        )
         self.server.start(self.collector)
         self.now = 0
         self.asked = Counter()
@@ -162,9 +180,15 @@ class Big:
                 name * 16, sent.file, sent.offsets, sent.encodings, sent.checksums
             )
         self.collector = Collector(
-            self.layout, [(name, name * 16, 1) for name in (b"a", b"b")], self.out, 0, (under, 0),
-            budget, spill=spill, spill_after_ms=1, codec=Codec(self.layout, "nf4"),
-        )  # fmt: skip
+            self.layout,
+            [(name, name * 16, 1) for name in (b"a", b"b")],
+            self.out,
+            0,
+            (under, 0),
+            CollectorOptions(
+                budget, spill=spill, spill_after_ms=1, codec=Codec(self.layout, "nf4")
+            ),
+        )
         self.server.start(self.collector)
         self.held: list[tuple[bytes, bytes, bytes]] = []
         self.idle = self.peak = resident()

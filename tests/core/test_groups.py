@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedcore import _core
-from fedcore._core import Collector, Exchange, Layout
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout, SourceRejected
 from fedcore.model_file import create_model
 
 CHUNK = 4096
@@ -74,7 +74,7 @@ class Federation:
             self.out.file,
             self.out.data_offset,
             None,
-            chunks * CHUNK,
+            CollectorOptions(chunks * CHUNK),
         )
         self.server.start(self.collector)
         self.waiting: list[tuple[bytes, bytes, bytes]] = []
@@ -130,7 +130,9 @@ def test_the_sums_leave_what_they_do_not_take_to_chunks_under_way(dtype: str, su
     )
     server, out = Exchange(), create_model(None, layout)
     sources = [(bytes([n]), bytes([n]) * 16, 1) for n in range(SITES)]
-    collector = Collector(layout, sources, out.file, out.data_offset, None, 9 * CHUNK)
+    collector = Collector(
+        layout, sources, out.file, out.data_offset, None, CollectorOptions(9 * CHUNK)
+    )
     server.start(collector)
     asked = 0
     while (request := server.next_out(0)) is not None:
@@ -160,8 +162,9 @@ def test_a_site_with_nan_is_named_and_the_sums_are_made_again_without_it() -> No
     numbers = list(range(1, SITES + 1))
     federation = Federation(numbers, 7, {5: 2 * CHUNK})
     federation.run(1)
-    kind, _, source, code, _ = federation.server.next_event() or ("",) * 5
-    assert (kind, source, code) == ("rejected", 4, "nonfinite")
+    event = federation.server.next_event()
+    assert isinstance(event, SourceRejected)
+    assert (event.source, event.code) == (4, "nonfinite")
     federation.server.drop(federation.collector, 4)
     federation.run(2)
     assert federation.result() == direct([number for number in numbers if number != 5])

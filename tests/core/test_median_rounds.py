@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 from fedcore import _core
-from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile, Record
+from fedcore._core import (
+    Codec,
+    Collector,
+    CollectorOptions,
+    Exchange,
+    Layout,
+    MappedFile,
+    Record,
+    SourceRejected,
+)
 from fedcore.encoding import UpdateEncoder
 from fedcore.errors import ConfigError
 
@@ -87,7 +96,7 @@ def test_a_median_is_refused_where_the_budget_holds_no_chunk_of_each_site() -> N
     assert Federation("abcd", 4 * CHUNK, rule="median").collector.window == 1
     with pytest.raises(ConfigError, match=r"'median' needs a chunk of each of 4 sources.*holds 3"):
         Federation("abcd", 4 * CHUNK - 1, rule="median")
-    opened = Collector.open(ENCODED, 2, None, 2 * CHUNK, rule="median")
+    opened = Collector.open(ENCODED, 2, None, CollectorOptions(2 * CHUNK, rule="median"))
     server = Exchange()
     server.start(opened)
     server.add(opened, b"a", b"a" * 16, 1)
@@ -107,8 +116,8 @@ def test_a_site_with_a_bad_value_is_named_and_left_out_of_the_median() -> None:
     federation = Federation("abc", 3 * 4 * CHUNK, rule="median", b=CHUNKS // 2)
     federation.run("abc")
     (event,) = federation.events()
-    assert event[0] == "rejected"
-    assert event[2] == 1
+    assert isinstance(event, SourceRejected)
+    assert event.source == 1
     federation.lose("b")
     federation.run("ac")
     assert federation.result() == expected("ac")
@@ -145,7 +154,12 @@ def encoded_median(scheme: str, names: str) -> tuple[bytes, bytes]:
     out = MappedFile.anonymous(ENCODED.total_bytes)
     sources = [(peer, peer * 16, 1) for peer in sites]
     collector = Collector(
-        ENCODED, sources, out, 0, (flat_base, 0), 1 << 20, codec=codec, rule="median"
+        ENCODED,
+        sources,
+        out,
+        0,
+        (flat_base, 0),
+        CollectorOptions(1 << 20, codec=codec, rule="median"),
     )
     server = Exchange()
     server.start(collector)
@@ -185,13 +199,14 @@ def test_a_median_goes_on_where_a_killed_server_stood(tmp_path: Path) -> None:
     layout = whole.out.layout
     out = MappedFile.create(str(tmp_path / "out"), layout.total_bytes)
     record = Record.create(path, key, [("a" + n, n.encode() * 16, 1) for n in names], CHUNKS)
-    first = Collector(layout, sources, out, 0, None, 8 * CHUNK, record=record, rule="median")
+    options = CollectorOptions(8 * CHUNK, rule="median")
+    first = Collector(layout, sources, out, 0, None, options, record)
     half = CHUNKS // 2
     drive(first, whole.sites, until=half)
     assert half <= first.progress()[0] < CHUNKS
     del first, record
     found = Record.open(path)
-    again = Collector(layout, sources, out, 0, None, 8 * CHUNK, record=found, rule="median")
+    again = Collector(layout, sources, out, 0, None, options, found)
     assert again.progress()[0] >= half
     drive(again, whole.sites)
     assert bytes(out.view()) == whole.result() == expected(names)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fedcore._core import Collector, Exchange, Layout
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout, SourceStalled
 from fedcore.model_file import create_model
 
 CHUNK = 4096
@@ -57,7 +57,7 @@ class Wire:
         self.out = create_model(None, LAYOUT)
         source = (b"a", self.set_id, 1)
         self.collector = Collector(
-            LAYOUT, [source], self.out.file, self.out.data_offset, None, 1 << 24
+            LAYOUT, [source], self.out.file, self.out.data_offset, None, CollectorOptions(1 << 24)
         )
         self.server.start(self.collector)
 
@@ -104,8 +104,8 @@ class Wire:
         self._queue.clear()
 
     @property
-    def events(self) -> list[str]:
-        return [event[0] for event in iter(self.server.next_event, None)]
+    def events(self) -> list[type]:
+        return [type(event) for event in iter(self.server.next_event, None)]
 
 
 @pytest.mark.parametrize("seconds", [0.5, 4, 15])
@@ -116,7 +116,7 @@ def test_a_site_whose_chunks_take_longer_than_the_idle_timeout_is_not_lost(secon
     assert wire.lost is None
     assert wire.asked == CHUNKS, "nothing was sent twice"
     assert wire.most <= max(1, round(1.5 / seconds)) + 1
-    assert "stalled" not in wire.events
+    assert SourceStalled not in wire.events
 
 
 @pytest.mark.parametrize("delay_ms", [0, 100, 400])
@@ -225,7 +225,9 @@ def test_a_site_that_answers_without_data_is_told_from_a_slow_one() -> None:
 
     def stalled() -> bool:
         stalls.extend(
-            event[3] for event in iter(wire.server.next_event, None) if event[0] == "stalled"
+            event.silent_ms
+            for event in iter(wire.server.next_event, None)
+            if isinstance(event, SourceStalled)
         )
         return bool(stalls) and stalls[-1] >= 10_000
 

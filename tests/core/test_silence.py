@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedcore._core import Collector, Exchange, Layout
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout
 from fedcore.model_file import create_model
 
 BEAT = 1000
@@ -33,7 +33,12 @@ class Link:
         self.site.publish(SET, self.update.file, self.update.data_offset, CHUNKS * CHUNK, CHUNK)
         self.out = create_model(None, LAYOUT)
         self.collector = Collector(
-            LAYOUT, [(b"a", SET, 1)], self.out.file, self.out.data_offset, None, 1 << 24
+            LAYOUT,
+            [(b"a", SET, 1)],
+            self.out.file,
+            self.out.data_offset,
+            None,
+            CollectorOptions(1 << 24),
         )
         self._wire: list[tuple[float, bytes, bytes | None]] = []
         self._free_at = 0.0
@@ -108,7 +113,12 @@ def test_an_upload_that_is_cut_off_at_a_usual_speed_is_given_up_within_seconds()
     link.server.cancel(link.collector)
     link.out = create_model(None, LAYOUT)
     link.collector = Collector(
-        LAYOUT, [(b"a", SET, 1)], link.out.file, link.out.data_offset, None, 1 << 24
+        LAYOUT,
+        [(b"a", SET, 1)],
+        link.out.file,
+        link.out.data_offset,
+        None,
+        CollectorOptions(1 << 24),
     )
     link.server.start(link.collector)
     link.step()
@@ -133,7 +143,11 @@ def test_what_is_asked_for_is_asked_for_again_when_a_site_dials_again() -> None:
     site = Exchange()
     site.heartbeat(BEAT)
     out = create_model(None, LAYOUT)
-    site.start(Collector(LAYOUT, [(b"", SET, 1)], out.file, out.data_offset, None, 1 << 24))
+    site.start(
+        Collector(
+            LAYOUT, [(b"", SET, 1)], out.file, out.data_offset, None, CollectorOptions(1 << 24)
+        )
+    )
 
     def gets() -> int:
         return sum(out[1][5] == 1 for out in iter(lambda: site.next_out(10), None))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore._core import Spill
+from fedcore._core import CollectorDone, NoRoom, SourceRejected, Spill
 
 from ..support.spilling import CHUNK, CHUNKS, Federation, alone, spill_file
 
@@ -82,10 +82,10 @@ def test_where_the_disk_has_no_room_sites_are_held_back_and_it_is_said_once(
     federation = Federation("abc", 3 * 4 * CHUNK, spill_file(tmp_path, keep_free=1 << 60))
     federation.run("ac")
     assert federation.collector.progress()[2] == [4, 0, 4]
-    assert [event[0] for event in federation.events()] == ["no-room"]
+    assert [type(event) for event in federation.events()] == [NoRoom]
     federation.run("abc")
     assert federation.result() == alone("abc")
-    assert [event[0] for event in federation.events()] == ["done"]
+    assert [type(event) for event in federation.events()] == [CollectorDone]
 
 
 @pytest.mark.parametrize("spilling", [False, True], ids=["held back", "spilled"])
@@ -138,7 +138,8 @@ def test_a_site_that_is_rejected_in_the_middle_is_named_and_left_out(tmp_path: P
     federation.run("abc")
     assert federation.collector.progress()[0] == bad
     (event,) = federation.events()
-    assert (event[0], event[2], event[3]) == ("rejected", 1, "nonfinite")
+    assert isinstance(event, SourceRejected)
+    assert (event.source, event.code) == (1, "nonfinite")
     federation.lose("b")
     federation.run("ac")
     assert federation.result() == alone("ac")
@@ -155,8 +156,8 @@ def test_a_disk_that_fills_up_in_mid_run_holds_sites_back_and_changes_no_bit(
         resource.setrlimit(resource.RLIMIT_FSIZE, (40 * CHUNK, hard))
         federation.run("ac")
         (event,) = federation.events()
-        assert event[0] == "no-room"
-        assert str(tmp_path / "spill") in str(event[2])
+        assert isinstance(event, NoRoom)
+        assert str(tmp_path / "spill") in event.message
         assert (spill.used, spill.file_bytes) == (slots, slots * CHUNK)
         reduced, _, here = federation.collector.progress()
         assert (reduced, here[1]) == (0, 0)
@@ -166,7 +167,7 @@ def test_a_disk_that_fills_up_in_mid_run_holds_sites_back_and_changes_no_bit(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert federation.most <= window
     assert federation.result() == alone("abc")
-    assert [event[0] for event in federation.events()] == ["done"]
+    assert [type(event) for event in federation.events()] == [CollectorDone]
     assert set(federation.asked.values()) == {1}
 
 
@@ -186,7 +187,7 @@ def test_what_was_reduced_gives_its_place_to_what_was_not(tmp_path: Path) -> Non
     assert spill.file_bytes == 32 * CHUNK
     free_at_first = 32 - (CHUNKS - 2)
     assert federation.collector.progress()[2][1] >= 12 + free_at_first + 10
-    assert [event[0] for event in federation.events()] == ["no-room"]
+    assert [type(event) for event in federation.events()] == [NoRoom]
     federation.run("abc")
     assert federation.result() == alone("abc")
 

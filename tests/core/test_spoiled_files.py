@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 
 from fedcore import _core
-from fedcore._core import Codec, Collector, Exchange, Layout, MappedFile
+from fedcore._core import (
+    Codec,
+    Collector,
+    CollectorDone,
+    CollectorOptions,
+    Exchange,
+    Layout,
+    MappedFile,
+    SetDamaged,
+    SourceRejected,
+)
 from fedcore.encoding import can_pack
 from fedcore.errors import StorageError
 from fedcore.files.average import aggregate_files
@@ -122,15 +132,19 @@ def served(path: Path, *, packed: bool) -> tuple[Exchange, ModelFile]:
     return exchange, model
 
 
-def pull(server: Exchange, *, until: int = 100) -> tuple[str, list[tuple[object, ...]]]:
+def pull(server: Exchange, *, until: int = 100) -> tuple[str, list[SetDamaged]]:
     """Download from a server; returns how it ended, and what the server's side reports."""
     site = Exchange()
     target = create_model(None, LAYOUT)
     codec = Codec(LAYOUT, "raw", True) if can_pack() else None
     collector = Collector(
-        LAYOUT, [(b"", SET, 1)], target.file, target.data_offset, None, 1 << 20,
-        check_finite=False, codec=codec,
-    )  # fmt: skip
+        LAYOUT,
+        [(b"", SET, 1)],
+        target.file,
+        target.data_offset,
+        None,
+        CollectorOptions(1 << 20, check_finite=False, codec=codec),
+    )
     site.start(collector)
     for _ in range(until):
         site.tick(0)
@@ -142,9 +156,11 @@ def pull(server: Exchange, *, until: int = 100) -> tuple[str, list[tuple[object,
     while (event := server.next_event()) is not None:
         events.append(event)
     ended = site.next_event()
-    return ("" if ended is None else str(ended[0] if ended[0] == "done" else ended[3])), [
-        event for event in events if event[0] == "damaged"
-    ]
+    assert ended is None or isinstance(ended, CollectorDone | SourceRejected)
+    damaged = [event for event in events if isinstance(event, SetDamaged)]
+    if isinstance(ended, SourceRejected):
+        return ended.code, damaged
+    return "" if ended is None else "done", damaged
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -160,8 +176,8 @@ def test_a_served_file_that_changes_is_named_and_served_no_more(
         file.write(b"\x01")
     ended, damaged = pull(server)
     assert ended != "done"
-    assert [event[1] for event in damaged] == [SET]
-    assert f"{path} has changed while it was served: chunk 3" in str(damaged[0][2])
+    assert [event.set_id for event in damaged] == [SET]
+    assert f"{path} has changed while it was served: chunk 3" in damaged[0].message
     assert server.published() == []
 
 
@@ -176,7 +192,7 @@ def test_a_served_file_that_becomes_shorter_is_named_and_served_no_more(tmp_path
     os.truncate(path, model.data_offset + 2 * CHUNK)
     ended, damaged = pull(server)
     assert ended != "done"
-    assert "became shorter" in str(damaged[0][2])
+    assert "became shorter" in damaged[0].message
 
 
 def test_a_chunk_that_is_asked_for_again_and_is_as_it_was_stays_published(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedcore._core import Collector, Exchange, Layout, MappedFile
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout, MappedFile, SourceRejected
 
 CHUNK = 4096
 COUNT = 10 * CHUNK // 4
@@ -28,7 +28,12 @@ class Three:
         self.out = MappedFile.anonymous(LAYOUT.total_bytes)
         sources = [(peer, peer * 16, weight) for peer, weight in WEIGHTS.items()]
         self.collector = Collector(
-            LAYOUT, sources, self.out, 0, None, budget, check_finite=True, threads=threads
+            LAYOUT,
+            sources,
+            self.out,
+            0,
+            None,
+            CollectorOptions(budget, check_finite=True, threads=threads),
         )
         self.server.start(self.collector)
         self.sites = {}
@@ -85,8 +90,9 @@ def test_a_value_that_is_not_finite_among_them_leaves_what_was_before_it_reduced
     assert three.reduced == 2
     event = three.server.next_event()
     assert event is not None
-    assert event[:4] == ("rejected", three.collector.id, 1, "nonfinite")
-    assert f"element {second + 7}" in event[4]
+    assert isinstance(event, SourceRejected)
+    assert (event.collector, event.source, event.code) == (three.collector.id, 1, "nonfinite")
+    assert f"element {second + 7}" in event.message
     assert three.server.next_event() is None
     written = np.frombuffer(three.out.view(), np.float32)
     assert np.array_equal(written[:second], three.mean()[:second])

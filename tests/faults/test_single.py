@@ -7,7 +7,7 @@ import random
 import pytest
 
 from fedcore import protocol
-from fedcore._core import Collector, Exchange, Layout, crc32c
+from fedcore._core import Collector, CollectorOptions, Exchange, FrameMalformed, Layout, crc32c
 from fedcore.errors import ProtocolError, WeightError
 from fedcore.model_file import create_model
 from fedcore.protocol import Kind
@@ -210,7 +210,7 @@ def test_a_weight_out_of_range_is_refused_before_anything_is_asked_for(weight: i
     sources = [(b"a", b"a" * 16, 1), (b"b", b"b" * 16, weight)]
     said = rf"weight {weight}: expected an integer from 1 to 2\^64 - 1 with at most 24 significant bits"
     with pytest.raises(WeightError, match=said):
-        Collector(LAYOUT, sources, out.file, out.data_offset, None, 1 << 20)
+        Collector(LAYOUT, sources, out.file, out.data_offset, None, CollectorOptions(1 << 20))
     body = protocol.encode(
         protocol.Ready.model_construct(
             type="ready",
@@ -276,8 +276,9 @@ def test_a_frame_that_breaks_a_rule_is_dropped_with_the_reason(
     assert exchange.deliver(0, b"peer", head, body) == 3
     event = exchange.next_event()
     assert event is not None
-    assert event[:2] == ("malformed", b"peer")
-    assert event[2].startswith(why)
+    assert isinstance(event, FrameMalformed)
+    assert event.peer == b"peer"
+    assert event.message.startswith(why)
     assert exchange.stats()["dropped"] == 1
     assert exchange.last_heard(b"peer") is None or why.startswith("a control message's checksum")
 

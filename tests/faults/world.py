@@ -15,13 +15,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedcore._core import Codec, Collector, Exchange, Layout, Record, Spill
+from fedcore._core import (
+    Codec,
+    Collector,
+    CollectorDone,
+    CollectorOptions,
+    Exchange,
+    Layout,
+    NoRoom,
+    Record,
+    SourceRejected,
+    SourceStalled,
+    Spill,
+)
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.errors import NonFiniteError, WeightError
 from fedcore.layout import TensorSpec, compare_layouts, table
 from fedcore.model_file import ModelFile, create_model, reopen_model
 from fedcore.protocol import Kind
 from fedcore.protocol import frame_header as header
+from fedcore.transport.link import CollectorEvent
 
 from .reference import CHUNK, TOP_K
 
@@ -225,10 +238,9 @@ class World:
             self.layout,
             len(self.collecting),
             base,
-            self.budget,
-            spill=self.spill,
-            codec=self._codec,
-            threads=self.threads,
+            CollectorOptions(
+                self.budget, spill=self.spill, codec=self._codec, threads=self.threads
+            ),
         )
         self.server.start(self.collector)
 
@@ -315,11 +327,10 @@ class World:
                 self.out.file,
                 self.out.data_offset,
                 base,
-                self.budget,
-                spill=self.spill,
-                codec=self._codec,
+                CollectorOptions(
+                    self.budget, spill=self.spill, codec=self._codec, threads=self.threads
+                ),
                 record=record,
-                threads=self.threads,
             )
         except WeightError as error:
             refused = next(s for s in self.collecting if f"weight {s.weight}:" in str(error))
@@ -335,21 +346,21 @@ class World:
 
     def _events(self) -> None:
         while (event := self.server.next_event()) is not None:
-            if event[0] == "malformed":
+            if self.collector is None or not isinstance(event, CollectorEvent):
                 continue
-            if self.collector is None or event[1] != self.collector.id:
+            if event.collector != self.collector.id:
                 continue
-            if event[0] == "done":
+            if isinstance(event, CollectorDone):
                 assert self.collector.done
                 self.result = bytes(self.out.file.view(self.out.data_offset))
-            elif event[0] == "rejected":
-                self.leave_out(self.added[event[2]], event[3], event[4])
-            elif event[0] == "no-room":
+            elif isinstance(event, SourceRejected):
+                self.leave_out(self.added[event.source], event.code, event.message)
+            elif isinstance(event, NoRoom):
                 assert self.disk_full
-            elif event[0] == "stalled":
+            elif isinstance(event, SourceStalled):
                 self.stalls += 1
-                if event[3] >= LOST_MS:
-                    self.leave_out(self.added[event[2]], "lost", "")
+                if event.silent_ms >= LOST_MS:
+                    self.leave_out(self.added[event.source], "lost", "")
             else:
                 raise AssertionError(event)
         if self.result is None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedcore import protocol
-from fedcore._core import Collector, Layout
+from fedcore._core import Collector, CollectorOptions, Layout
 from fedcore.model_file import create_model
 from fedcore.transport.link import Control
 
@@ -37,7 +37,12 @@ def test_a_site_whose_link_broke_goes_on_with_the_chunk_that_was_under_way(
         site.send(protocol.Problem(message="hello"))
         hello: Any = wait(server, lambda m: isinstance(m, Control))
         collector = Collector(
-            layout, [(hello.peer, SET, 1)], out.file, out.data_offset, None, 64 * MIB
+            layout,
+            [(hello.peer, SET, 1)],
+            out.file,
+            out.data_offset,
+            None,
+            CollectorOptions(64 * MIB),
         )
         server.exchange.start(collector)
         server.kick()

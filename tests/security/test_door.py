@@ -14,6 +14,7 @@ import pytest
 import zmq
 
 from fedcore import protocol
+from fedcore._core import FrameMalformed
 from fedcore.protocol import control_frames
 from fedcore.security import door as admission
 from fedcore.security.connections import Connections, Limits
@@ -257,7 +258,7 @@ def test_a_message_of_any_number_of_parts_does_not_fill_the_servers_memory(
         while "of a message that has no end" not in caplog.text:
             assert time.monotonic() < until
             arrived = server.recv(0.05)
-            assert not (isinstance(arrived, tuple) and arrived[0] == "malformed"), "it came whole"
+            assert not isinstance(arrived, FrameMalformed), "it came whole"
     south.send(protocol.Problem(message="still here"))
     wait(server, lambda m: isinstance(m, Control) and b"still here" in m.body)
 
@@ -325,8 +326,8 @@ def test_live_connections_of_a_key_share_its_bound_for_messages_that_have_no_end
         while len(whole) < 2:
             assert time.monotonic() < until
             arrived = server.recv(0.05)
-            if isinstance(arrived, tuple) and arrived[0] == "malformed":  # it came whole
-                whole.add(arrived[1].partition(b"\0")[0])
+            if isinstance(arrived, FrameMalformed):  # it came whole
+                whole.add(arrived.peer.partition(b"\0")[0])
     assert {user.split(b"/")[1] for user in whole} == {b"north", b"south"}
     assert len(cuts.why) == 1
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fedcore._core import Collector
+from fedcore._core import Collector, CollectorDone, CollectorOptions
 from fedcore.model_file import create_model
 from fedcore.transport.link import _IO_THREADS, SiteLink
 
@@ -74,11 +74,16 @@ def pull(site: SiteLink, times: int) -> None:
     for _ in range(times):
         target = create_model(None, layout)
         collector = Collector(
-            layout, [(b"", SET, 1)], target.file, target.data_offset, None, 64 << 20
+            layout,
+            [(b"", SET, 1)],
+            target.file,
+            target.data_offset,
+            None,
+            CollectorOptions(64 << 20),
         )
         site.exchange.start(collector)
         site.kick()
-        wait(site, lambda m: isinstance(m, tuple) and m[0] == "done")
+        wait(site, lambda m: isinstance(m, CollectorDone))
         site.exchange.cancel(collector)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedcore._core import Exchange, Layout
+from fedcore._core import CollectorDone, Exchange, Layout
 from fedcore.errors import StorageError
 from fedcore.model_file import create_model, open_model
 from fedcore.server.collection import Collection, CollectionSetting
@@ -106,7 +106,7 @@ def commit_one(store: Store) -> None:
             assert reply[2] is not None
             server.deliver(0, request[0], reply[1], bytes(reply[2]))
     event = server.next_event()
-    if event is None or event[0] != "done":
+    if not isinstance(event, CollectorDone):
         raise StorageError(f"{event}")  # as the server, which ends the run with the core's words
     model, checksums = running.finish()
     row = VersionRow(1, checksum_of(checksums), "", model.layout.total_bytes, 1.0, SITES)

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parent))
 
 from journal_driver import attempt
 
-from fedcore._core import Exchange, Layout
+from fedcore._core import CollectorDone, Exchange, Layout, NoRoom, OutputBroken
 from fedcore.errors import StorageError
 from fedcore.model_file import create_model
 from fedcore.server.collection import Collection, CollectionSetting, open_spill
@@ -73,9 +73,9 @@ def collect(folder: Path) -> None:
                 if reply[2] is not None:
                     waiting.append((name, reply[1], bytes(reply[2])))
         while (event := server.next_event()) is not None:
-            if event[0] == "broken":
-                raise StorageError(str(event[2]))
-            assert event[0] in ("done", "no-room"), event
+            if isinstance(event, OutputBroken):
+                raise StorageError(event.message)
+            assert isinstance(event, CollectorDone | NoRoom), event
         ready = [w for w in waiting if w[0] == b"a"] or (waiting if now > 2000 else [])
         if ready:
             first = ready[0]

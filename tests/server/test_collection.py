@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedcore._core import Exchange, Layout, Spill
+from fedcore._core import Exchange, Layout, SourceRejected, SourceStalled, Spill
 from fedcore.model_file import create_model
 from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
@@ -113,7 +113,7 @@ def test_a_silent_participant_that_was_lost_and_comes_back_has_its_silence_begun
             while sites.server.next_out(now) is not None:
                 pass
         events = list(iter(sites.server.next_event, None))
-        return [event[3] for event in events if event[:3:2] == ("stalled", 1)]
+        return [e.silent_ms for e in events if isinstance(e, SourceStalled) and e.source == 1]
 
     before = silences(20_000)
     assert before[-1] > 10_000
@@ -247,8 +247,9 @@ def test_an_update_that_failed_while_its_site_was_gone_is_pulled_again_once_it_i
     as_it_was = sites.exchanges[b"b"]
     sites.exchanges[b"b"] = Exchange()  # which says that it has no such set
     sites.carry_on(0, 10_000)
-    (rejected,) = (e for e in iter(sites.server.next_event, None) if e[0] == "rejected")
-    assert running.source(rejected[2]) == b
+    events = iter(sites.server.next_event, None)
+    (rejected,) = (e for e in events if isinstance(e, SourceRejected))
+    assert running.source(rejected.source) == b
     running.reject(b)
     sites.exchanges[b"b"] = as_it_was
     for _ in range(2):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fedcore import protocol
+from fedcore._core import CollectorDone, OutputBroken
 from fedcore.errors import StorageError
 from fedcore.replacing import sync_folder
 from fedcore.server.run import Run
@@ -57,10 +58,10 @@ def full_while_reduced(patch: pytest.MonkeyPatch) -> None:
     handle, left = Run.on_event, [3]
 
     def hear(taken: Run, event: DataEvent) -> None:
-        if event[0] == "done":
+        if isinstance(event, CollectorDone):
             left[0] -= 1
             if left[0] == 0:
-                event = ("broken", event[1], "/srv/run: No space left on device")
+                event = OutputBroken(event.collector, "/srv/run: No space left on device")
         handle(taken, event)
 
     patch.setattr(Run, "on_event", hear)

@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from fedcore._core import SetDamaged
 from fedcore.config import parse_run
 from fedcore.errors import BusyError, ConfigError, IntegrityError, StorageError
 from fedcore.model_file import open_model
@@ -548,9 +549,8 @@ def test_a_model_that_changes_while_it_is_served_ends_the_server_with_its_name(
         commit(store, version)
     store.close()
     server = Server(config)
-    events = iter(
-        [("damaged", b"s" * 16, "round-0001.safetensors has changed while it was served")]
-    )
+    changed = "round-0001.safetensors has changed while it was served"
+    events = iter([SetDamaged(b"s" * 16, changed)])
     monkeypatch.setattr(server.link, "recv", lambda _: next(events))
     with pytest.raises(IntegrityError, match=r"has changed while it was served.*rollback \S+ 0"):
         server.run()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedcore._core import Collector, Layout
+from fedcore._core import Collector, CollectorDone, CollectorOptions, Layout
 from fedcore.model_file import ModelFile, create_model
 from fedcore.security.connections import Limits
 from fedcore.security.door import Secured
@@ -164,10 +164,15 @@ def pulled(server: ServerLink, site: SiteLink, peer: bytes, elements: int) -> by
     site.exchange.publish(set_id, file.file, file.data_offset, total, 4096)
     target = create_model(None, file.layout)
     collector = Collector(
-        file.layout, [(peer, set_id, 1)], target.file, target.data_offset, None, 1 << 20
+        file.layout,
+        [(peer, set_id, 1)],
+        target.file,
+        target.data_offset,
+        None,
+        CollectorOptions(1 << 20),
     )
     server.exchange.start(collector)
     server.kick()
-    wait(server, lambda m: isinstance(m, tuple) and m[0] == "done")
+    wait(server, lambda m: isinstance(m, CollectorDone))
     assert bytes(target.view("w")) == values.tobytes()
     return values.tobytes()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcore._core import Collector, Exchange, Layout, Spill
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout, Spill
 from fedcore.model_file import ModelFile, create_model
 
 CHUNK = 4096
@@ -53,9 +53,13 @@ class Federation:
         self.out = create_model(None, LAYOUT)
         sources = [(n.encode(), n.encode() * 16, WEIGHTS[n]) for n in names]
         self.collector = Collector(
-            LAYOUT, sources, self.out.file, self.out.data_offset, None, budget,
-            spill=spill, spill_after_ms=100, rule=rule, threads=threads,
-        )  # fmt: skip
+            LAYOUT,
+            sources,
+            self.out.file,
+            self.out.data_offset,
+            None,
+            CollectorOptions(budget, spill=spill, spill_after_ms=100, rule=rule, threads=threads),
+        )
         self.server.start(self.collector)
         self.now = 0
         self.asked: Counter[tuple[str, int]] = Counter()
@@ -100,7 +104,7 @@ class Federation:
         assert self.collector.done
         return bytes(self.out.file.view(self.out.data_offset))
 
-    def events(self) -> list[tuple[object, ...]]:
+    def events(self) -> list[object]:
         return list(iter(self.server.next_event, None))
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 from fedcore import protocol as p
-from fedcore._core import Collector, Layout
+from fedcore._core import Collector, CollectorDone, CollectorOptions, Layout
 from fedcore.layout import layout_hash, table
 from fedcore.model_file import ModelFile, create_model
 from fedcore.site.session import Session
@@ -94,13 +94,15 @@ class Stage:
     def pull(self, ready: p.Ready) -> bytes:
         out = create_model(None, LAYOUT)
         source = (self.peer, bytes.fromhex(ready.model.id), ready.weight)
-        collector = Collector(LAYOUT, [source], out.file, out.data_offset, None, 1 << 20)
+        collector = Collector(
+            LAYOUT, [source], out.file, out.data_offset, None, CollectorOptions(1 << 20)
+        )
         self.link.exchange.start(collector)
         self.link.kick()
         deadline = time.monotonic() + DEADLINE
         while time.monotonic() < deadline:
             arrived = self.link.recv(deadline - time.monotonic())
-            if arrived == ("done", collector.id):
+            if arrived == CollectorDone(collector.id):
                 return bytes(out.view("head.weight"))
         raise AssertionError("the update did not arrive")
 

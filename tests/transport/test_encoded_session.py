@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fedcore import protocol as p
-from fedcore._core import Codec, Collector
+from fedcore._core import Codec, Collector, CollectorDone, CollectorOptions
 from fedcore.layout import layout_hash, table
 from fedcore.model_file import ModelFile, create_model
 from fedcore.site.session import Session
@@ -56,14 +56,18 @@ def reference(residual: bool) -> bytes:
 def pull(server: Stage, ready: p.Ready) -> bytes:
     out, base = create_model(None, LAYOUT), model(0)
     collector = Collector(
-        LAYOUT, [(server.peer, bytes.fromhex(ready.model.id), ready.weight)], out.file, out.data_offset,
-        (base.file, base.data_offset), 1 << 20, codec=Codec(LAYOUT, "int8"),
-    )  # fmt: skip
+        LAYOUT,
+        [(server.peer, bytes.fromhex(ready.model.id), ready.weight)],
+        out.file,
+        out.data_offset,
+        (base.file, base.data_offset),
+        CollectorOptions(1 << 20, codec=Codec(LAYOUT, "int8")),
+    )
     server.link.exchange.start(collector)
     server.link.kick()
     deadline = time.monotonic() + DEADLINE
     while time.monotonic() < deadline:
-        if server.link.recv(deadline - time.monotonic()) == ("done", collector.id):
+        if server.link.recv(deadline - time.monotonic()) == CollectorDone(collector.id):
             return bytes(out.file.view(out.data_offset))
     raise AssertionError("the update did not arrive")
 

@@ -15,7 +15,14 @@ import pytest
 import zmq
 
 from fedcore import protocol
-from fedcore._core import Collector, Layout
+from fedcore._core import (
+    Collector,
+    CollectorDone,
+    CollectorOptions,
+    FrameMalformed,
+    Layout,
+    SourceRejected,
+)
 from fedcore.errors import BusyError, ClosedError, ConfigError
 from fedcore.model_file import ModelFile, create_model
 from fedcore.transport.link import Control, ServerLink, SiteLink, now_ms, pump_name
@@ -86,13 +93,12 @@ def test_a_site_pulls_the_published_bytes_exactly(pump: str, elements: int) -> N
             out.file,
             out.data_offset,
             None,
-            1 << 20,
-            check_finite=False,
+            CollectorOptions(1 << 20, check_finite=False),
         )
         site.exchange.start(collector)
         site.kick()
-        event = wait(site, lambda m: isinstance(m, tuple))
-        assert event == ("done", collector.id)
+        event = wait(site, lambda m: not isinstance(m, Control))
+        assert event == CollectorDone(collector.id)
         assert bytes(out.view("w")) == bytes(file.view("w"))
 
 
@@ -109,10 +115,13 @@ def test_the_server_reduces_what_two_sites_publish(pump: str) -> None:
             hello(server, link, peer)
         out = create_model(None, layout)
         sources = list(zip(peers, ids, weights, strict=True))
-        collector = Collector(layout, sources, out.file, out.data_offset, None, 1 << 20)
+        collector = Collector(
+            layout, sources, out.file, out.data_offset, None, CollectorOptions(1 << 20)
+        )
         server.exchange.start(collector)
         server.kick()
-        assert wait(server, lambda m: isinstance(m, tuple)) == ("done", collector.id)
+        event = wait(server, lambda m: not isinstance(m, Control))
+        assert event == CollectorDone(collector.id)
         a, b = (values.astype(np.float64) for _, values in files)
         expected = ((3 * a + 5 * b) / 8).astype(np.float32)
         assert bytes(out.view("w")) == expected.tobytes()
@@ -123,13 +132,18 @@ def test_a_set_that_is_not_published_is_refused(pump: str) -> None:
     with linked() as (_, (site,), _):
         out = create_model(None, layout)
         collector = Collector(
-            layout, [(b"", uuid.uuid4().bytes, 1)], out.file, out.data_offset, None, 1 << 20
+            layout,
+            [(b"", uuid.uuid4().bytes, 1)],
+            out.file,
+            out.data_offset,
+            None,
+            CollectorOptions(1 << 20),
         )
         site.exchange.start(collector)
         site.kick()
-        event = wait(site, lambda m: isinstance(m, tuple))
-        assert isinstance(event, tuple)
-        assert event[:4] == ("rejected", collector.id, 0, "refused")
+        event = wait(site, lambda m: not isinstance(m, Control))
+        assert isinstance(event, SourceRejected)
+        assert (event.collector, event.source, event.code) == (collector.id, 0, "refused")
 
 
 def test_a_port_in_use_is_named(pump: str) -> None:
@@ -204,7 +218,7 @@ def test_frames_of_a_stranger_do_no_harm(pump: str, frames: list[bytes]) -> None
         for _ in range(20):
             stranger.send_multipart(frames)
         for _ in range(20):
-            wait(server, lambda m: not isinstance(m, Control) and m[0] == "malformed")
+            wait(server, lambda m: isinstance(m, FrameMalformed))
         assert server.exchange.stats()["dropped"] == 20
         hello(server, site, peer)
         stranger.close(linger=0)
