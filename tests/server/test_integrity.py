@@ -195,6 +195,23 @@ def test_what_somebody_adds_to_an_exported_folder_stays_in_it(tmp_path: Path) ->
     assert (folder / "best" / "tokenizer.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_program_that_writes_into_best_cannot_change_the_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", Mock(side_effect=PermissionError))
+    folder = run_of(tmp_path / "run", 3.0)
+    exported, committed = (
+        folder / "best/model.safetensors",
+        folder / "models/round-0000.safetensors",
+    )
+    shared = exported.samefile(committed)
+    assert shared is links
+    writable = exported.stat().st_mode & 0o222
+    assert bool(writable) is not links, "what it shares is read-only; a copy is the user's own"
+
+
 def test_the_journals_file_is_whole_by_itself_after_each_transaction(tmp_path: Path) -> None:
     store = Store(tmp_path / "run", SETTINGS)
     try:

@@ -62,7 +62,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def flip(path: Path) -> None:
-    """Change one bit of a file's last byte, in place."""
+    """Change one bit of a file's last byte, in place, be it writable or not."""
+    path.chmod(0o644)
     with path.open("r+b") as file:
         file.seek(-1, 2)
         last = file.read(1)[0]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from fedcore.errors import IntegrityError
 from fedcore.files.opening import weights_name
@@ -19,6 +21,8 @@ from .journal import storing
 from .readme import README, readme
 
 __all__ = ["Committed", "write_durably", "write_export"]
+
+_WRITE: Final = 0o222
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,19 @@ def write_export(files: Files, name: str, source: Committed, cards: Mapping[str,
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
+    """Give a version's file a second name, where nobody can write to it by either; else copy it.
+
+    Programs that save a model, such as ``save_pretrained``, open the file that is there and write into it. Without
+    write permission they fail, and the version stays as it was committed.
+    """
     try:
+        mode = source.stat().st_mode
         os.link(source, target)
+        target.chmod(stat.S_IMODE(mode) & ~_WRITE)
     except FileNotFoundError:
         raise IntegrityError(f"{source} is missing") from None
     except OSError:
+        target.unlink(missing_ok=True)
         shutil.copyfile(source, target)
         with target.open("rb") as file:
             os.fsync(file.fileno())
