@@ -113,6 +113,7 @@ void MappedFile::check_range(std::uint64_t offset, std::uint64_t length) const {
                                     (path_.empty() ? "the memory" : path_) + " of " +
                                     std::to_string(size_) + " bytes");
   }
+  arm();
 }
 
 void MappedFile::check_whole() const {
@@ -185,6 +186,7 @@ void MappedFile::populate(std::uint64_t offset, std::uint64_t length) noexcept {
   if (fd_ < 0 || length == 0 || offset > size_ || length > size_ - offset) {
     return;
   }
+  arm();
   const std::uint64_t from = offset / page_size() * page_size();
   madvise(data_ + from, offset + length - from, kPopulateRead);
 #else

@@ -37,7 +37,7 @@ class MappedFile {
   bool writable() const noexcept { return writable_; }
   const std::string& path() const noexcept { return path_; }
 
-  // Throws Error{kStorage} unless [offset, offset + length) lies inside.
+  // Throws Error{kStorage} unless [offset, offset + length) lies inside. Arms the guard.
   void check_range(std::uint64_t offset, std::uint64_t length) const;
 
   // Throws Error{kStorage} if bytes that were read were gone: the file has become shorter, or its
@@ -57,7 +57,10 @@ class MappedFile {
   // Copies bytes into the file. No page becomes resident in this process. Throws Error{kStorage}.
   void write(std::uint64_t offset, const void* data, std::uint64_t length);
 
-  // Makes a range resident in one step, where reading it would fault page by page.
+  // Arms the guard, for reads that nothing else precedes: see MappingGuard::arm().
+  static void arm() noexcept { MappingGuard::arm(); }
+
+  // Makes a range resident in one step, where reading it would fault page by page. Arms the guard.
   void populate(std::uint64_t offset, std::uint64_t length) noexcept;
 
   // Starts writing a range back to the device, without waiting for it.

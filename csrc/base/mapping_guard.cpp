@@ -91,15 +91,15 @@ bool is_same(const struct sigaction& one, const struct sigaction& other) {
   return full ? one.sa_sigaction == other.sa_sigaction : one.sa_handler == other.sa_handler;
 }
 
+bool is_own(const struct sigaction& action) {
+  return (action.sa_flags & SA_SIGINFO) != 0 && action.sa_sigaction == on_bus;
+}
+
 // Puts the handler in the place of whatever is there. Since the last mapping a library may have set
 // its own, as Python's faulthandler does, or the default again, as Lightning does after each fit.
 void install() {
-  struct sigaction action{};
-  action.sa_sigaction = on_bus;
-  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-  sigemptyset(&action.sa_mask);
   struct sigaction there{};
-  if (sigaction(SIGBUS, nullptr, &there) != 0 || is_same(there, action)) {
+  if (sigaction(SIGBUS, nullptr, &there) != 0 || is_own(there)) {
     return;
   }
   std::size_t place = 0;
@@ -114,10 +114,23 @@ void install() {
   }
   last.store(place + 1, std::memory_order_release);
   page.store(static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)), std::memory_order_relaxed);
+  struct sigaction action{};
+  action.sa_sigaction = on_bus;
+  action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+  sigemptyset(&action.sa_mask);
   sigaction(SIGBUS, &action, nullptr);
 }
 
 }  // namespace
+
+void MappingGuard::arm() noexcept {
+  struct sigaction there{};
+  if (sigaction(SIGBUS, nullptr, &there) != 0 || is_own(there)) {
+    return;
+  }
+  const std::lock_guard lock(filling);
+  install();
+}
 
 void MappingGuard::forget() noexcept {
   if (slot_ != kNone) {

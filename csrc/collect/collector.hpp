@@ -342,6 +342,7 @@ class Collector {
   void reduce_ready();
   bool reduce_some();
   void reduce(Part& part) const;
+  const std::uint8_t* base_at(const Range& range) const;
   bool base_changed(std::uint64_t index) const;
   bool check_base(std::uint64_t index);
   void report_base(std::uint64_t index);

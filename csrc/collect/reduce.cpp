@@ -127,10 +127,17 @@ void Collector::finish() {
   events_.push_back({CollectorEvent::Kind::kDone, 0, "", ""});
 }
 
+const std::uint8_t* Collector::base_at(const Range& range) const {
+  if (!base_.file) {
+    return nullptr;
+  }
+  MappedFile::arm();
+  return base_.file->data() + base_.offset + range.offset;
+}
+
 void Collector::reduce(Part& part) const {
   const Range range = layout_->chunk_range(part.index);
-  const std::uint8_t* base =
-      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+  const std::uint8_t* base = base_at(range);
   part.bad = part.reducer->reduce(*layout_, range, part.inputs.data(), base, part.out.data());
   if (!part.bad) {
     part.crc = crc32c(part.out.data(), range.nbytes);
@@ -228,8 +235,7 @@ bool Collector::write(std::uint64_t index, const std::uint8_t* result) {
 // The same bits with one spilled chunk resident at a time, for more sources than sums take memory.
 bool Collector::fold_all(std::uint64_t index) {
   const Range range = layout_->chunk_range(index);
-  const std::uint8_t* base =
-      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+  const std::uint8_t* base = base_at(range);
   for (std::size_t j = 0; j < counted_.size(); ++j) {
     const Pull& pull = *pulls_[counted_[j]];
     const auto held = pull.held.find(next_);
@@ -258,8 +264,7 @@ bool Collector::fold_all(std::uint64_t index) {
 bool Collector::fold_next() {
   const std::uint64_t index = chunk_of(next_);
   const Range range = layout_->chunk_range(index);
-  const std::uint8_t* base =
-      base_.file ? base_.file->data() + base_.offset + range.offset : nullptr;
+  const std::uint8_t* base = base_at(range);
   for (; folded_ < counted_.size(); ++folded_) {
     Pull& pull = *pulls_[counted_[folded_]];
     const auto held = pull.held.find(next_);

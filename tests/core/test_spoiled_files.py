@@ -83,6 +83,24 @@ def test_a_handler_that_another_library_sets_later_is_no_harm(tmp_path: Path) ->
     assert done.stderr.count("Fatal Python error: Bus error") == 1
 
 
+ARMED = """
+import faulthandler, os, sys
+from fedcore._core import MappedFile
+file = MappedFile.open(sys.argv[1])
+faulthandler.enable()
+os.truncate(sys.argv[1], 5000)
+assert bytes(file.view(0, 100_000)) == b"x" * 5000 + bytes(95_000)
+"""
+
+
+def test_a_handler_that_is_set_after_the_last_mapping_is_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "mapped"
+    path.write_bytes(b"x" * 100_000)
+    command = [sys.executable, "-P", "-c", ARMED, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_mapping_that_was_grown_or_made_anew_is_guarded_as_well(tmp_path: Path) -> None:
     file = MappedFile.create(str(tmp_path / "a"), 3 * CHUNK)
     del file
