@@ -26,11 +26,15 @@ def reduce_files(
     out: MappedFile,
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
-    rule: str = "mean",
+    rule: str | PythonRule = "mean",
 ) -> tuple[int, int, int] | None: ...
 def rules() -> list[tuple[str, int, bool, bool, bool, int]]: ...
 def combine_wide(
-    rule: str, dtype: str, inputs: Sequence[Buffer], weights: Sequence[int], out: Buffer
+    rule: str | PythonRule,
+    dtype: str,
+    inputs: Sequence[Buffer],
+    weights: Sequence[int],
+    out: Buffer,
 ) -> None: ...
 def rule_scratch(rule: str, sources: int) -> int: ...
 def finishers() -> list[tuple[str, int, list[str], list[str]]]: ...
@@ -42,6 +46,17 @@ def finish_mean(
     out: Buffer,
     after: Mapping[str, tuple[MappedFile, int]],
 ) -> None: ...
+
+class PythonRule:
+    def __init__(
+        self,
+        name: str,
+        version: int,
+        weighted: bool,
+        symmetric: bool,
+        least: int,
+        make: Callable[[list[float]], Callable[[memoryview, memoryview], None]],
+    ) -> None: ...
 
 class Layout:
     def __init__(

@@ -183,6 +183,10 @@ class AggregationSection(_Section):
 
     @model_validator(mode="after")
     def _known(self) -> AggregationSection:
+        if ":" in self.rule:
+            raise ValueError(
+                f"rule: {self.rule!r} is a rule in Python, which works with `fedcore aggregate` alone"
+            )
         if self.rule not in RULES:
             names = ", ".join(repr(name) for name in RULES)
             raise ValueError(f"rule: expected one of {names}, got {self.rule!r}")

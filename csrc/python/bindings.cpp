@@ -177,13 +177,13 @@ void mean_block(const std::string& dtype_text, const std::vector<py::buffer>& in
 }
 
 // What a rule's Combiner makes of whole buffers before the rounding; for tests.
-void combine_wide(const std::string& rule_name, const std::string& dtype_text,
+void combine_wide(const py::object& rule_object, const std::string& dtype_text,
                   const std::vector<py::buffer>& inputs, const std::vector<py::int_>& weights,
                   const py::buffer& out) {
-  const Rule& rule = find_rule(rule_name);
+  const std::shared_ptr<const Rule> rule = to_rule(rule_object);
   const Dtype dtype = parse_dtype(dtype_text);
   const std::vector<std::uint64_t> checked = to_weights(weights);
-  check_weights(rule, checked);
+  check_weights(*rule, checked);
   const Bytes result(out, true);
   const std::size_t count = result.size() / sizeof(double);
   std::vector<std::unique_ptr<Bytes>> held;
@@ -198,7 +198,7 @@ void combine_wide(const std::string& rule_name, const std::string& dtype_text,
   if (checked.size() != inputs.size() || !is_float(dtype)) {
     throw Error(Errc::kLayout, "there must be one weight per input of a float dtype");
   }
-  const auto combiner = rule.make({checked.begin(), checked.end()});
+  const auto combiner = rule->make({checked.begin(), checked.end()});
   if (!combiner->combine_wide(dtype, pointers.data(), reinterpret_cast<double*>(result.data()),
                               count)) {
     throw Error(Errc::kNonFinite, "NaN or infinity in an input");
@@ -213,8 +213,8 @@ py::object py_reduce_files(const std::vector<FileHandle*>& inputs,
                            const std::vector<PyFileTensor>& tensors, const FileHandle& out,
                            unsigned threads,
                            const std::optional<std::function<void(std::uint64_t)>>& progress,
-                           const std::string& rule_name) {
-  const Rule& rule = find_rule(rule_name);
+                           const py::object& rule_object) {
+  const std::shared_ptr<const Rule> rule = to_rule(rule_object);
   std::vector<std::shared_ptr<MappedFile>> files;
   for (const FileHandle* input : inputs) {
     files.push_back(input->share());
@@ -236,7 +236,7 @@ py::object py_reduce_files(const std::vector<FileHandle*>& inputs,
   std::optional<FileBadValue> bad;
   {
     const py::gil_scoped_release release;
-    bad = reduce_files(files, checked, jobs, out.share(), rule, threads, report);
+    bad = reduce_files(files, checked, jobs, out.share(), *rule, threads, report);
     for (const auto& file : files) {
       file->check_whole();
     }
@@ -470,6 +470,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "offset)]. Returns None, or "
       "(input, tensor, element) of the first non-finite value.");
   bind_resume(m);
+  bind_rules(m);
   bind_finishing(m);
   bind_events(m);
   bind_exchange(m);

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <tuple>
@@ -42,16 +43,17 @@ class FileJob {
   std::unique_ptr<Combiner> make_combiner() const { return rule_.make(weights_); }
 
   void work(Combiner& combiner) {
-    std::vector<const void*> pointers(inputs_.size());
-    for (;;) {
-      const std::size_t next = next_.fetch_add(1);
-      if (next >= blocks_.size() || stop_.load()) {
-        break;
-      }
-      reduce(blocks_[next], combiner, pointers);
-      done_.fetch_add(blocks_[next].nbytes);
+    std::exception_ptr thrown;
+    try {
+      reduce_blocks(combiner);
+    } catch (...) {  // a rule in Python may throw
+      thrown = std::current_exception();
+      stop();
     }
     const std::lock_guard lock(mutex_);
+    if (thrown && !thrown_) {
+      thrown_ = thrown;
+    }
     ++finished_;
     changed_.notify_all();
   }
@@ -65,10 +67,29 @@ class FileJob {
     return finished_ == threads;
   }
 
+  // What a rule threw in a worker, thrown here; call it once all workers are through.
+  void rethrow() const {
+    if (thrown_) {
+      std::rethrow_exception(thrown_);
+    }
+  }
+
   std::uint64_t done() const { return done_.load(); }
   const std::optional<FileBadValue>& bad() const { return bad_; }
 
  private:
+  void reduce_blocks(Combiner& combiner) {
+    std::vector<const void*> pointers(inputs_.size());
+    for (;;) {
+      const std::size_t next = next_.fetch_add(1);
+      if (next >= blocks_.size() || stop_.load()) {
+        break;
+      }
+      reduce(blocks_[next], combiner, pointers);
+      done_.fetch_add(blocks_[next].nbytes);
+    }
+  }
+
   void check(const FileTensor& tensor) const {
     if (tensor.input_offsets.size() != inputs_.size()) {
       throw Error(Errc::kLayout, "a tensor has another number of inputs than there are files");
@@ -133,6 +154,7 @@ class FileJob {
   std::mutex mutex_;
   std::condition_variable changed_;
   unsigned finished_ = 0;
+  std::exception_ptr thrown_;
   std::optional<FileBadValue> bad_;
 };
 
@@ -185,6 +207,7 @@ std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<Mappe
       }
     }
   }
+  job.rethrow();
   if (progress) {
     progress(job.done());
   }

@@ -2,7 +2,8 @@
 // one source file beside it and one line in rule.cpp, and one entry in fedcore/rules/registry.py.
 //
 // A rule is a constant: a name, a version, its traits, and a function that makes a Combiner for
-// given weights. The version changes when the same inputs give other bits.
+// given weights. The version changes when the same inputs give other bits. One whose arithmetic is
+// Python (python/rules.cpp) has the same contract.
 //
 // A Combiner works on one block of elements at a time. It owns its scratch memory, which does not
 // grow with the block. One thread uses a Combiner; threads that share a job have one each.
@@ -21,6 +22,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string_view>
 #include <vector>
@@ -72,7 +74,7 @@ struct Rule {
   // Bytes of scratch memory of one Combiner for k sources.
   std::size_t (*scratch)(std::size_t k);
   // `weights` passed check_weights(); there are traits.least of them at least.
-  std::unique_ptr<Combiner> (*make)(const std::vector<double>& weights);
+  std::function<std::unique_ptr<Combiner>(const std::vector<double>& weights)> make;
   // Sums that each element of a dtype has between two inputs of a fold; null where traits.folds is
   // false.
   std::size_t (*sums_per_element)(Dtype dtype) noexcept = nullptr;

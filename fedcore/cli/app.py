@@ -286,10 +286,10 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     rule: Annotated[
         str,
         typer.Option(
-            metavar=f"[{'|'.join(RULES)}]",
+            metavar=f"[{'|'.join(RULES)}|MODULE:CLASS]",
             help="How to combine the files: "
             + "; ".join(f"{rule.name}, {rule.summary}" for rule in RULES.values())
-            + ".",
+            + "; or a class of your own, looked for in this folder, too.",
         ),
     ] = "mean",
     threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads.")] = 1,
@@ -317,7 +317,11 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
 
     from fedcore._device import device_failure
     from fedcore.files.average import aggregate_files
+    from fedcore.rules.python import load_rule
 
+    if ":" in rule:
+        sys.path.insert(0, "")
+    weighs = load_rule(rule).weighted
     try:
         counts = None if weights is None else [int(text) for text in weights.split(",")]
     except ValueError:
@@ -338,7 +342,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             force=force,
             progress=progress,
         )
-    if counts is not None and not RULES[rule].weighted:
+    if counts is not None and not weighs:
         typer.echo(f"the rule '{rule}' does not weigh: --weights changed nothing", err=True)
     if failure := device_failure():
         typer.echo(f"the GPU failed and the CPU went on, with the same result: {failure}", err=True)

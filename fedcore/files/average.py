@@ -14,7 +14,8 @@ from fedcore.layout import FLOATS, compare_layouts, table
 from fedcore.model_file import ModelFile, check_booleans, create_model, open_model
 from fedcore.protocol import MAX_WEIGHT
 from fedcore.replacing import partial_of, place_of, put_in_place, sync_folder
-from fedcore.rules import Rule, find_rule
+from fedcore.rules import Rule
+from fedcore.rules.python import load_rule
 from fedcore.weighing import effective_weight
 
 from .weights import Weights, open_weights
@@ -47,7 +48,7 @@ def aggregate_files(
         weights: one integer from 1 to 2**64 - 1 per file, of which `effective_weight` counts; all equal if None.
             A rule that does not weigh checks them and makes no use of them.
         out: file to write; it appears only when it is complete.
-        rule: a name in `fedcore.rules.RULES`.
+        rule: a name in `fedcore.rules.RULES`, or ``package.module:Class`` of a `fedcore.rules.PythonRule`.
         threads: worker threads; the result does not depend on it.
         device: ``auto``, ``cpu`` or ``cuda``, for the process; FEDCORE_DEVICE decides if None. The result
             does not depend on it. Rules other than the mean are always computed on the CPU.
@@ -62,7 +63,7 @@ def aggregate_files(
         WeightError: a weight is out of range, or their number is wrong.
         StorageError: a file can't be read or written, or ``out`` exists.
     """
-    chosen = find_rule(rule)
+    chosen = load_rule(rule)
     counts = _check_arguments(inputs, weights, out, force)
     use_device(device)
     for path in inputs:
@@ -173,7 +174,7 @@ def _reduce(
             if progress is not None:
                 progress(before + done, layout.total_bytes)
 
-        bad = reduce_files(inputs, weights, jobs, target.file, threads, report, rule.name)
+        bad = reduce_files(inputs, weights, jobs, target.file, threads, report, rule.core)
         if bad is not None:
             source, tensor, element = bad
             file = models[source].where[tensors[tensor][0]]

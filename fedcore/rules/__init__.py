@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .contract import PythonRule
 from .registry import DEFAULT_RULE, RULES, Rule, find_rule
 
-__all__ = ["DEFAULT_RULE", "RULES", "Rule", "find_rule"]
+__all__ = ["DEFAULT_RULE", "RULES", "PythonRule", "Rule", "find_rule"]

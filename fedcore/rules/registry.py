@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from fedcore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedcore._core import PythonRule
 
 __all__ = ["DEFAULT_RULE", "RULES", "Rule", "find_rule"]
 
@@ -23,6 +26,7 @@ class Rule:
         folds: it can take one source after the other, with sums between them.
         least: sources that it needs at least.
         sparse: it may be used where updates leave most of their values out (top-k).
+        python: what calls it, where it is a class of Python.
     """
 
     name: str
@@ -33,6 +37,12 @@ class Rule:
     folds: bool
     least: int
     sparse: bool
+    python: PythonRule | None = None
+
+    @property
+    def core(self) -> str | PythonRule:
+        """What the compiled core knows it by."""
+        return self.python or self.name
 
 
 DEFAULT_RULE: Final = "mean"

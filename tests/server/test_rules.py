@@ -152,6 +152,8 @@ def test_a_rule_is_refused_by_name_where_it_does_not_fit(tmp_path: Path) -> None
         ConfigError, match=r"aggregation.rule: expected one of 'mean', 'median', got"
     ):
         config(tmp_path, 2, "mode")
+    with pytest.raises(ConfigError, match="aggregation.rule: 'a.b:C' is a rule in Python"):
+        config(tmp_path, 2, "a.b:C")
     with pytest.raises(ConfigError, match=r"transfer.update: 'top-k' does not go with .*'median'"):
         config(tmp_path, 2, transfer={"update": "top-k"})
     assert config(tmp_path, 2, "mean", transfer={"update": "top-k"}).transfer.update == "top-k"

@@ -1,0 +1,210 @@
+// The class PythonRule of the module fedcore._core: a rule whose arithmetic is Python, by the
+// contract of fedcore/rules/contract.py, as a rule of the core.
+//
+// It gets the elements of a piece of each source in binary64, and gives one number an element. The
+// core decodes what comes, checks it and what the rule made of it, and rounds that once. It holds
+// the GIL while Python works, so threads take turns; the bits do not depend on their number.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/arith.hpp"
+#include "kernels/kernels.hpp"
+#include "python/bindings.hpp"
+#include "reduce/rule.hpp"
+
+namespace fedcore {
+namespace {
+
+// Elements of a source in a piece: a call into Python is worth some work.
+std::size_t piece_elements(std::size_t k) {
+  constexpr std::size_t kBytes = 4u << 20, kMost = 64u << 10;
+  return std::clamp(kBytes / (k * sizeof(double)) / kernels::kPiece * kernels::kPiece,
+                    kernels::kPiece, kMost);
+}
+
+std::size_t scratch(std::size_t k) { return (k + 1) * piece_elements(k) * sizeof(double); }
+
+// Reads n elements as binary64 numbers. Returns false if one is NaN or infinite.
+template <typename Format>
+bool widen(const void* from, double* to, std::size_t n) {
+  std::uint64_t bad = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    typename Format::Word word;
+    std::memcpy(&word, static_cast<const std::uint8_t*>(from) + i * sizeof word, sizeof word);
+    to[i] = Format::decode(word);
+    bad |= arith::non_finite(to[i]);
+  }
+  return bad == 0;
+}
+
+// Writes n numbers, each rounded once. Returns false if one is beyond the format's finite numbers.
+template <typename Format>
+bool narrow(const double* from, void* to, std::size_t n) {
+  bool fits = true;
+  for (std::size_t i = 0; i < n; ++i) {
+    fits = fits && std::abs(from[i]) <= Format::largest();
+    const auto word = Format::encode(arith::limited<Format>(from[i]));
+    std::memcpy(static_cast<std::uint8_t*>(to) + i * sizeof word, &word, sizeof word);
+  }
+  return fits;
+}
+
+// Calls one of these for the format of a dtype.
+template <typename Call>
+bool for_format(Dtype dtype, const Call& call) {
+  switch (dtype) {
+    case Dtype::kF64:
+      return call(arith::F64());
+    case Dtype::kF32:
+      return call(arith::F32());
+    case Dtype::kF16:
+      return call(arith::F16());
+    default:
+      return call(arith::Bf16());
+  }
+}
+
+// An object of Python's that is let go of under the GIL, by whatever thread has it last.
+using Held = std::shared_ptr<py::object>;
+
+Held hold(py::object object) {
+  return {new py::object(std::move(object)), [](py::object* held) {
+            const py::gil_scoped_acquire acquire;
+            delete held;
+          }};
+}
+
+class PythonCombiner final : public Combiner {
+ public:
+  PythonCombiner(std::string name, Held combine, std::size_t k)
+      : name_(std::move(name)),
+        combine_(std::move(combine)),
+        k_(k),
+        step_(piece_elements(k)),
+        values_(k * step_),
+        result_(step_) {}
+
+  bool combine(Dtype dtype, const void* const* inputs, const void* base, void* out,
+               std::uint64_t nbytes) override {
+    if (!is_float(dtype)) {
+      std::memcpy(out, base != nullptr ? base : inputs[0], nbytes);
+      return true;
+    }
+    const std::size_t width = item_size(dtype);
+    return for_pieces(dtype, inputs, nbytes / width, [&](std::size_t first, std::size_t n) {
+      const bool fits = for_format(dtype, [&](auto format) {
+        auto* const to = static_cast<std::uint8_t*>(out) + first * width;
+        return narrow<decltype(format)>(result_.data(), to, n);
+      });
+      if (!fits) {
+        throw Error(Errc::kNonFinite, "the rule '" + name_ +
+                                          "' gave a number that is too large for " +
+                                          std::string(dtype_name(dtype)));
+      }
+    });
+  }
+
+  bool combine_wide(Dtype dtype, const void* const* inputs, double* out,
+                    std::size_t count) override {
+    return for_pieces(dtype, inputs, count, [&](std::size_t first, std::size_t n) {
+      std::copy_n(result_.begin(), n, out + first);
+    });
+  }
+
+ private:
+  // Calls each(first, n) once result_ holds what the rule made of these elements.
+  template <typename Each>
+  bool for_pieces(Dtype dtype, const void* const* inputs, std::size_t count, const Each& each) {
+    const std::size_t width = item_size(dtype);
+    for (std::size_t first = 0; first < count; first += step_) {
+      const std::size_t n = std::min(step_, count - first);
+      for (std::size_t s = 0; s < k_; ++s) {
+        const auto* const from = static_cast<const std::uint8_t*>(inputs[s]) + first * width;
+        const bool finite = for_format(dtype, [&](auto format) {
+          return widen<decltype(format)>(from, values_.data() + s * n, n);
+        });
+        if (!finite) {
+          return false;
+        }
+      }
+      call(n);
+      each(first, n);
+    }
+    return true;
+  }
+
+  void call(std::size_t n) {
+    std::fill_n(result_.begin(), n, std::nan(""));  // what the rule leaves out is found below
+    {
+      const py::gil_scoped_acquire acquire;
+      const auto rows = static_cast<py::ssize_t>(k_), columns = static_cast<py::ssize_t>(n);
+      constexpr py::ssize_t kSize = sizeof(double);
+      const auto values = py::memoryview::from_buffer(static_cast<const double*>(values_.data()),
+                                                      {rows, columns}, {columns * kSize, kSize});
+      const auto out = py::memoryview::from_buffer(result_.data(), {columns}, {kSize});
+      (*combine_)(values, out);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      if (arith::non_finite(result_[i]) != 0) {
+        throw Error(Errc::kNonFinite,
+                    "the rule '" + name_ + "' left an element out, or gave NaN or infinity");
+      }
+    }
+  }
+
+  const std::string name_;
+  const Held combine_;
+  const std::size_t k_;
+  const std::size_t step_;      // elements of a source in a piece
+  std::vector<double> values_;  // a piece of each source, source after source
+  std::vector<double> result_;
+};
+
+// What the class PythonRule holds. `rule` has its name here.
+struct PythonRule {
+  std::string name;
+  Rule rule;
+};
+
+std::shared_ptr<PythonRule> make_rule(const std::string& name, unsigned version, bool weighted,
+                                      bool symmetric, std::size_t least, py::object make) {
+  auto made = std::make_shared<PythonRule>();
+  made->name = name;
+  const auto combiner = [name, held = hold(std::move(make))](const std::vector<double>& weights) {
+    const py::gil_scoped_acquire acquire;
+    return std::unique_ptr<Combiner>(
+        std::make_unique<PythonCombiner>(name, hold((*held)(weights)), weights.size()));
+  };
+  made->rule = {made->name, version, {weighted, symmetric, false, least}, &scratch, combiner};
+  return made;
+}
+
+}  // namespace
+
+std::shared_ptr<const Rule> to_rule(const py::object& rule) {
+  if (py::isinstance<py::str>(rule)) {
+    return {std::shared_ptr<void>(), &find_rule(rule.cast<std::string>())};
+  }
+  const auto held = rule.cast<std::shared_ptr<PythonRule>>();
+  return {held, &held->rule};
+}
+
+void bind_rules(py::module_& m) {
+  py::class_<PythonRule, std::shared_ptr<PythonRule>>(
+      m, "PythonRule",
+      "A rule whose arithmetic is Python: make(weights) returns combine(values, out), where values "
+      "holds a row of binary64 numbers for each source, and out one number an element.")
+      .def(py::init(&make_rule), py::arg("name"), py::arg("version"), py::arg("weighted"),
+           py::arg("symmetric"), py::arg("least"), py::arg("make"));
+}
+
+}  // namespace fedcore
