@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from fedcore._core import Codec, Collector, CollectorOptions, Exchange, Layout, MappedFile
 from fedcore.errors import ProtocolError
+from fedcore.protocol import UPDATE_ENCODINGS
 
 from .report import MIB
 
-SCHEMES: Final = ("raw", "bf16", "fp16", "int8", "nf4", "top-k")
+SCHEMES: Final = UPDATE_ENCODINGS
 TOP_K: Final = 0.01
 _ROWS: Final = 1024
 _BOUND: Final = {"bf16": 2.0**-8, "fp16": 2.0**-11, "int8": 0.5 / 127 * 1.001, "nf4": 0.17}

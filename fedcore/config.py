@@ -29,7 +29,7 @@ from pydantic import (
 from fedcore.security.keys import is_loopback, parse_toml
 
 from .errors import ConfigError
-from .protocol import SITE_NAME, Transfer, UpdateEncoding
+from .protocol import SITE_NAME, Transfer
 from .rules import RULES
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
@@ -193,13 +193,9 @@ class AggregationSection(_Section):
         return self
 
 
-class TransferSection(_Section):
+class TransferSection(Transfer):
     """``[transfer]``: how updates travel (``update``, of top-k the share ``top_k`` that is kept), and whether
     chunks are shuffled and compressed where that pays (``lossless``), models included."""
-
-    update: UpdateEncoding = "raw"
-    top_k: Annotated[float, Field(gt=0, le=1)] = 0.01
-    lossless: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> TransferSection:
@@ -212,7 +208,7 @@ class TransferSection(_Section):
     @property
     def message(self) -> Transfer:
         """What the sites are told."""
-        return Transfer(update=self.update, top_k=self.top_k, lossless=self.lossless)
+        return Transfer(**self.model_dump())
 
 
 class SelectionSection(_Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, Field, StringConstraints
 
@@ -93,6 +93,8 @@ Features = Annotated[
 """What a side can do, each with the number of the latest form that it knows; unknown ones mean nothing."""
 UpdateEncoding = Literal["raw", "bf16", "fp16", "int8", "nf4", "top-k"]
 """How the floats of an update travel; the encodings of ``docs/protocol.md``."""
+UPDATE_ENCODINGS: Final[tuple[str, ...]] = get_args(UpdateEncoding)
+"""Their names, in the order of the numbers that chunks carry."""
 
 
 def _scalars(value: Any) -> Any:

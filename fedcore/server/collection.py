@@ -111,53 +111,15 @@ class Collection:
     Args:
         setting: what it works with.
         expected: for how many sites memory is divided.
+        closed: the participants in canonical order, with their routing ids, where these are known from the start.
     """
 
-    def __init__(self, setting: CollectionSetting, expected: int) -> None:
-        self._begin(setting, expected)
-        self.collector = Collector.open(
-            setting.layout,
-            expected,
-            setting.place,
-            setting.options,
-        )
-        self._exchange.start(self.collector)
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         setting: CollectionSetting,
-        participants: tuple[Participant, ...],
-        peers: Mapping[str, bytes],
-    ) -> Collection:
-        """Return the collection of these participants, in canonical order, from their routing ids in ``peers``.
-
-        Where a killed server was collecting the same, it goes on with what that one had reduced.
-        """
-        made = cls.__new__(cls)
-        made._begin(setting, len(participants))
-        made._sources = list(participants)
-        made._peers = [peers[p.site] for p in participants]
-        made.file, record = setting.scratch.open(setting.layout, participants)
-        made.collector = Collector(
-            setting.layout,
-            [(peers[p.site], bytes.fromhex(p.set_id), p.weight) for p in participants],
-            made.file.file,
-            made.file.data_offset,
-            setting.place,
-            setting.options,
-            record=record,
-        )
-        reduced, total, here = made.collector.progress()
-        if any(here):
-            logger.info(
-                "going on where the server was killed: %d of %d chunks are reduced, %d more are here",
-                reduced, total, sum(here) - len(here) * reduced,
-            )  # fmt: skip
-        made._exchange.start(made.collector)
-        return made
-
-    def _begin(self, setting: CollectionSetting, expected: int) -> None:
+        expected: int,
+        closed: Mapping[Participant, bytes] | None = None,
+    ) -> None:
         self.scratch = setting.scratch
         self.file: ModelFile | None = None
         self.started = time.monotonic()
@@ -172,6 +134,48 @@ class Collection:
         self._pulled: Counter[str] = Counter()
         if setting.spill is not None:
             setting.spill.begin(self.scratch.key(setting.layout))
+        if closed is None:
+            self.collector = Collector.open(
+                setting.layout, expected, setting.place, setting.options
+            )
+        else:
+            self.collector = self._closed_collector(setting, closed)
+        self._exchange.start(self.collector)
+
+    @classmethod
+    def of(
+        cls,
+        setting: CollectionSetting,
+        participants: tuple[Participant, ...],
+        peers: Mapping[str, bytes],
+    ) -> Collection:
+        """Return the collection of these participants, in canonical order, from their routing ids in ``peers``.
+
+        Where a killed server was collecting the same, it goes on with what that one had reduced.
+        """
+        return cls(setting, len(participants), {p: peers[p.site] for p in participants})
+
+    def _closed_collector(
+        self, setting: CollectionSetting, closed: Mapping[Participant, bytes]
+    ) -> Collector:
+        self._sources, self._peers = list(closed), list(closed.values())
+        self.file, record = setting.scratch.open(setting.layout, tuple(closed))
+        collector = Collector(
+            setting.layout,
+            [(peer, bytes.fromhex(p.set_id), p.weight) for p, peer in closed.items()],
+            self.file.file,
+            self.file.data_offset,
+            setting.place,
+            setting.options,
+            record=record,
+        )
+        reduced, total, here = collector.progress()
+        if any(here):
+            logger.info(
+                "going on where the server was killed: %d of %d chunks are reduced, %d more are here",
+                reduced, total, sum(here) - len(here) * reduced,
+            )  # fmt: skip
+        return collector
 
     @property
     def open(self) -> bool:

@@ -80,6 +80,7 @@ from .versions import Versions
 
 __all__ = ["Run", "Surroundings", "check_encoding", "open_store"]
 
+_SEED_STRIDE: Final = 1_000_003  # more than the rounds of any run
 _LAST_PHASE: Final = {
     "complete": Phase.DONE,
     "stopped": Phase.STOPPED,
@@ -109,6 +110,11 @@ class Surroundings:
     device: str
     clock: Clock
     timing: Timing
+
+
+def round_seed(seed: int, round_: int) -> int:
+    """Return what a round's tasks draw random numbers from: another for each round, and each seed of a run."""
+    return seed * _SEED_STRIDE + round_
 
 
 def check_encoding(config: RunConfig) -> None:
@@ -670,7 +676,6 @@ class Run:
             self.end("complete" if action.ok else "failed", action.message)
 
     def _send_task(self, action: SendTask) -> None:
-        version = {"train": action.round - 1, "submit": 0}.get(action.kind, action.round)
         if action.round != self._round_begun:
             self._round_begun = action.round
             self._round_started = self._clock.monotonic()
@@ -679,8 +684,8 @@ class Run:
             kind=action.kind,
             round=action.round,
             rounds=self.rounds.rounds,
-            version=version,
-            seed=self.config.run.seed * 1_000_003 + action.round,
+            version=action.version,
+            seed=round_seed(self.config.run.seed, action.round),
         )
         if self.versions.model is not None:
             listed, packed = self.versions.described()

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from fedcore._core import Codec, Layout
 from fedcore.errors import ConfigError, LayoutError, NonFiniteError, ProtocolError
+from fedcore.protocol import UPDATE_ENCODINGS
 
 F32 = NDArray[np.float32]
-LOSSY = ["bf16", "fp16", "int8", "nf4", "top-k"]
-NUMBER = {"raw": 0, "bf16": 1, "fp16": 2, "int8": 3, "nf4": 4, "top-k": 5}
+NUMBER = {name: number for number, name in enumerate(UPDATE_ENCODINGS)}
+LOSSY = list(UPDATE_ENCODINGS[1:])
 NEGATIVE = [
     -1.0,
     -0.6961928009986877,
@@ -624,3 +625,9 @@ def test_lossless_without_lz4_is_refused_with_the_remedy() -> None:
     )
     assert done.returncode == 1
     assert "ConfigError: lossless packing needs the Python package lz4" in done.stderr
+
+
+def test_the_core_knows_the_protocols_encodings_by_name_and_number() -> None:
+    with pytest.raises(ConfigError) as unknown:
+        Codec(Layout([("w", "F32", [4])]), "zip")
+    assert str(unknown.value).endswith(f"expected one of {', '.join(UPDATE_ENCODINGS)}")

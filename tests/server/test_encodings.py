@@ -19,8 +19,7 @@ from fedcore import _core
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError, IntegrityError
 from fedcore.server.service import Server
-from fedcore.site import connection, waits
-from fedcore.site import encoded as outgoing
+from fedcore.site import encoded, machine, waits
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
@@ -206,7 +205,7 @@ def test_a_site_without_lz4_takes_part_uncompressed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = Server(config(tmp_path, {"update": "bf16", "lossless": True}))
-    for module in (outgoing, connection, waits):
+    for module in (encoded, machine, waits):
         monkeypatch.setattr(module, "can_pack", lambda: False)
     result, _ = run_sites(server)
     assert result.ok

@@ -45,6 +45,13 @@ class SendTask:
     kind: Literal["initial", "train", "submit", "evaluate", "infer"]
     round: int
 
+    @property
+    def version(self) -> int:
+        """The model that the task is about: what is trained is that of the round before."""
+        if self.kind == "submit":
+            return 0
+        return self.round - 1 if self.kind == "train" else self.round
+
 
 @dataclass(frozen=True)
 class SendDropped:
