@@ -21,7 +21,6 @@ from fedcore.errors import ClosedError, RefusedError, TransferTimeout
 from fedcore.transport.ends import Dial, SiteEnd
 from fedcore.transport.link import (
     HEARTBEAT_MS,
-    CollectorEvent,
     Control,
     DataEvent,
     SiteLink,
@@ -69,7 +68,7 @@ class Connection:
         self._unresolved = ""
         self._upload = (0, 0, 0.0)
         self._uploaded = False
-        self._download: tuple[Collector, str] | None = None
+        self._download: tuple[str, Collector] | None = None  # the set, and what pulls it
         self.settled: Callable[[protocol.Ready, bool], None] = lambda *_: None
 
     # --- coming, waiting, going ---
@@ -256,24 +255,24 @@ class Connection:
         with self._driven() as machine:
             machine.end_task(kind, round_)
 
-    def start(self, collector: Collector) -> None:
-        """Begin a download."""
-        assert self._link is not None
-        with self.changed:
-            self._download = (collector, "")
-        self._link.exchange.start(collector)
-        self._link.kick()
+    def pull(self, task: protocol.Task, collector: Collector) -> None:
+        """Download a task's model by this collector; `SiteMachine.pulls` and `has_pulled` tell how that stands."""
+        assert task.model is not None
+        self.stop_pull()
+        with self._driven() as machine:
+            self._download = task.model.id, collector
+            machine.pull(task)
 
-    def outcome(self) -> str:
-        """Return how the download under way ended: ``"done"``, why it was stopped, or nothing yet."""
-        return self._download[1] if self._download is not None else ""
+    def stop_pull(self) -> None:
+        """End the download, complete or not."""
+        with self._driven() as machine:
+            machine.stop_pull()
+            self._cancel()
 
-    def stop(self) -> None:
-        """End the download under way, complete or not."""
-        with self.changed:
-            download, self._download = self._download, None
+    def _cancel(self) -> None:
+        download, self._download = self._download, None
         if download is not None and self._link is not None:
-            self._link.exchange.cancel(download[0])
+            self._link.exchange.cancel(download[1])
 
     # --- the machine and the background thread ---
 
@@ -296,6 +295,13 @@ class Connection:
         if isinstance(output, out.Send):
             assert link is not None
             link.send(output.message)
+        elif isinstance(output, out.Pull):
+            assert link is not None
+            assert self._download is not None
+            link.exchange.start(self._download[1])
+            link.kick()
+        elif isinstance(output, out.StopPull):
+            self._cancel()
         elif link is not None:
             out.serve(link.exchange, output)
 
@@ -330,12 +336,12 @@ class Connection:
                 "%s: what this site offers is not what it trained: %s", self._site, event.message
             )
             return
-        if self._download is None or not isinstance(event, CollectorEvent):
+        if self._download is None or not isinstance(event, CollectorDone | SourceRejected):
             return
-        if event.collector != self._download[0].id:
+        set_id, collector = self._download
+        if event.collector != collector.id:
             return
-        if isinstance(event, CollectorDone):
-            self._download = (self._download[0], "done")
-        elif isinstance(event, SourceRejected):
-            self._download = (self._download[0], event.code)
+        problem = event.code if isinstance(event, SourceRejected) else ""
+        if isinstance(event, SourceRejected):
             logger.warning("%s: download stopped: %s", self._site, event.message)
+        self.machine.pulled(set_id, time.monotonic(), problem)

@@ -86,9 +86,9 @@ class Fleet:
         self.machines = {name: SiteMachine(SiteSettings(server, name)) for name in trainers}
         self._links = ManyLinks(server, [(n, m.instance.bytes) for n, m in self.machines.items()])
         self._over: set[str] = set()
-        self._waiting: dict[str, dict[str, protocol.Task]] = {}  # by the model's set, then by site
+        self._waiting: dict[str, list[str]] = {}  # the sites that wait for a set
         self._next_tick = 0.0
-        self._pull: tuple[str, Collector, ModelFile] | None = None  # the set that is downloaded
+        self._download: tuple[str, Collector, ModelFile] | None = None  # the set that is downloaded
         self._model: tuple[str, ModelFile] | None = None
         now = time.monotonic()
         for name, machine in self.machines.items():
@@ -114,7 +114,7 @@ class Fleet:
                 self._carry_out(name, machine)
             else:
                 self._on_event(arrived)
-        self._pull_next()
+        self._download_next()
         now = time.monotonic()
         if now >= self._next_tick:
             self._next_tick = now + _TICK_SECONDS
@@ -148,6 +148,10 @@ class Fleet:
                         self._links.send(name, message)
                     case out.Publish() | out.Withdraw():
                         out.serve(self._links.exchange, output)
+                    case out.Pull(wanted):
+                        self._on_pull(name, machine, wanted)
+                    case out.StopPull(set_id):
+                        self._waiting[set_id].remove(name)
                     case _:
                         self._on_output(name, machine, output)
 
@@ -160,9 +164,12 @@ class Fleet:
                 machine.declare(self._declare)
             case out.Tasked(task):
                 self._on_task(name, machine, task)
+            case out.Pulled(task):
+                assert self._model is not None
+                self._work(name, machine, task, self._model[1])
             case out.Finished():
                 self._over.add(name)
-                self._forget(name)
+                machine.stop_pull()
             case out.Failed(error):
                 raise error
         self._listen(name, event)
@@ -170,23 +177,20 @@ class Fleet:
     # --- tasks and their models ---
 
     def _on_task(self, name: str, machine: SiteMachine, task: protocol.Task) -> None:
-        self._forget(name)
-        if machine.open_task() is None:
+        if machine.open_task() is None or machine.pulls(task):
             return
-        model = task.model
-        if model is None:
+        if task.model is None:
             self._work(name, machine, task, None)
-        elif model.layout != self._hash:
-            raise ProtocolError(f"the run's tensors are not those of {name}")
-        elif self._model is not None and self._model[0] == model.id:
-            self._work(name, machine, task, self._model[1])
+        elif task.model.layout != self._hash:
+            raise LayoutError(f"the run's tensors are not those of {name}")
         else:
-            self._waiting.setdefault(model.id, {})[name] = task
+            machine.pull(task)
 
-    def _forget(self, name: str) -> None:
-        """A site does not wait for a model any more."""
-        for waiting in self._waiting.values():
-            waiting.pop(name, None)
+    def _on_pull(self, name: str, machine: SiteMachine, wanted: protocol.OpenSet) -> None:
+        if self._model is not None and self._model[0] == wanted.id:
+            machine.pulled(wanted.id, time.monotonic())
+        else:
+            self._waiting.setdefault(wanted.id, []).append(name)
 
     def _work(
         self, name: str, machine: SiteMachine, task: protocol.Task, model: ModelFile | None
@@ -214,17 +218,17 @@ class Fleet:
         machine.end_task(task.kind, task.round)
         self._carry_out(name, machine)
 
-    def _pull_next(self) -> None:
+    def _download_next(self) -> None:
         """Begin a download that sites wait for; end the one under way if none waits for it any more."""
-        if self._pull is not None:
-            if self._waiting.get(self._pull[0]):
+        if self._download is not None:
+            if self._waiting.get(self._download[0]):
                 return
-            self._stop_pull()
+            self._end_download()
         self._waiting = {set_id: sites for set_id, sites in self._waiting.items() if sites}
         if not self._waiting:
             return
         set_id = next(iter(self._waiting))
-        name = next(iter(self._waiting[set_id]))
+        name = self._waiting[set_id][0]
         file = create_model(None, self._layout)
         collector = Collector(
             self._layout,
@@ -238,13 +242,13 @@ class Fleet:
                 codec=Codec(self._layout, "raw", True) if can_pack() else None,
             ),
         )
-        self._pull = set_id, collector, file
+        self._download = set_id, collector, file
         self._links.exchange.start(collector)
 
-    def _stop_pull(self) -> None:
-        if self._pull is not None:
-            self._links.exchange.cancel(self._pull[1])
-            self._pull = None
+    def _end_download(self) -> None:
+        if self._download is not None:
+            self._links.exchange.cancel(self._download[1])
+            self._download = None
 
     def _on_event(self, event: DataEvent) -> None:
         if isinstance(event, FrameMalformed):
@@ -254,17 +258,15 @@ class Fleet:
                     machine.other_version(version)
                     self._carry_out(name, machine)
             return
-        if self._pull is None or not isinstance(event, CollectorDone | SourceRejected):
+        if self._download is None or not isinstance(event, CollectorDone | SourceRejected):
             return
-        if event.collector != self._pull[1].id:
+        set_id, collector, file = self._download
+        if event.collector != collector.id:
             return
-        set_id, _, file = self._pull
-        self._stop_pull()
+        self._end_download()
         if isinstance(event, CollectorDone):
             self._model = set_id, file
-        for name, task in self._waiting.pop(set_id, {}).items():
-            machine = self.machines[name]
-            if isinstance(event, SourceRejected):
-                machine.give_back(task)
-            elif machine.open_task() is task:
-                self._work(name, machine, task, file)
+        problem = event.code if isinstance(event, SourceRejected) else ""
+        for name in self._waiting.pop(set_id):
+            self.machines[name].pulled(set_id, time.monotonic(), problem)
+            self._carry_out(name, self.machines[name])

@@ -4,8 +4,8 @@ Inputs are the server's messages, what this site wants to send, and the time; ou
 (`fedcore.site.outputs`). Whoever drives a machine calls one of its methods, then carries out `take_outputs`, and
 calls `tick` when `due` says so. Times are seconds of any clock that never goes back; the caller chooses it.
 
-Invariants: a message that has no answer is sent again until it has one; at most one update is published; after an
-error nothing is sent that the driver did not ask for.
+Invariants: a message that has no answer is sent again until it has one; at most one update is published, and at
+most one download is under way; after an error nothing is sent that the driver did not ask for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .settings import SiteSettings
 __all__ = ["SiteMachine"]
 
 _HELD_SECONDS: Final = 1.0
+_MOST_BACK_OFF: Final = 60.0
 _SETTLE_SECONDS: Final = 1.5
 """So long after it is connected again a site waits to be asked to join, before it repeats what may be lost."""
 
@@ -35,6 +36,15 @@ class _Held:
     error: RefusedError
     since: float
     retry_seconds: float = _HELD_SECONDS
+
+
+@dataclass
+class _Pull:
+    """A download that is under way, or of which wrong bytes came: then the task is given back at ``again``."""
+
+    task: protocol.Task
+    set_id: str
+    again: float | None = None
 
 
 class SiteMachine:
@@ -65,6 +75,9 @@ class SiteMachine:
         self.error: FedcoreError | None = None
         self._declare: protocol.Declare | None = None
         self._word: protocol.Score | protocol.Answer | None = None
+        self._pull: _Pull | None = None
+        self._pulled = ""
+        self._spoiled = 0  # downloads in a row that came with wrong bytes
         self._held: _Held | None = None
         self._ended: tuple[str, int] | None = None
         self._warned: set[str] = set()
@@ -172,13 +185,60 @@ class SiteMachine:
         if self.error is None:
             self.send(protocol.Leave(reason=reason))
 
+    # --- downloads ---
+
+    def pull(self, task: protocol.Task) -> None:
+        """Download the model of a task, in place of any other download."""
+        self.stop_pull()
+        assert task.model is not None
+        self._pull, self._pulled = _Pull(task, task.model.id), ""
+        self._outputs.append(out.Pull(task.model))
+
+    def pulls(self, task: protocol.Task) -> bool:
+        """Whether a task's model is downloaded at present, or is to be asked for again."""
+        return self._pull is not None and self._pull.task is task
+
+    def has_pulled(self, task: protocol.Task) -> bool:
+        """Whether a task's model was what was downloaded last."""
+        return task.model is not None and task.model.id == self._pulled
+
+    def pulled(self, set_id: str, now: float, problem: str = "") -> None:
+        """A download has ended: whole, or with a problem by its code in the protocol.
+
+        After wrong bytes the task is given back a while later, longer each time in a row; after any other problem,
+        such as a set that is not published any more, at once.
+        """
+        pull = self._pull
+        if pull is None or pull.set_id != set_id or pull.again is not None:
+            return
+        if problem in ("checksum", "length"):
+            seconds = min(_MOST_BACK_OFF, 2.0**self._spoiled)
+            self._spoiled += 1
+            pull.again = now + seconds
+            self._outputs.append(out.Spoiled(seconds))
+            return
+        self._pull = None
+        if problem:
+            self.give_back(pull.task)
+            return
+        self._pulled, self._spoiled = set_id, 0
+        self._outputs.append(out.Pulled(pull.task))
+
+    def stop_pull(self) -> None:
+        """End the download, if one is under way."""
+        pull, self._pull = self._pull, None
+        if pull is not None and pull.again is None:
+            self._outputs.append(out.StopPull(pull.set_id))
+
     # --- time, and the connection ---
 
     def due(self) -> float | None:
         """Return when `tick` has something to do; None if never without another input."""
         if self._sent_at is None or self.finish is not None or self.error is not None:
             return None
-        return self._sent_at + self._interval()
+        repeat = self._sent_at + self._interval()
+        again = self._pull.again if self._pull is not None else None
+        return repeat if again is None else min(repeat, again)
 
     def tick(self, now: float) -> None:
         """Send again what has had no answer for a while: a message can be lost when a link is cut.
@@ -188,6 +248,11 @@ class SiteMachine:
         """
         due = self.due()
         if due is None or now < due:
+            return
+        if self._pull is not None and self._pull.again is not None and now >= self._pull.again:
+            pull, self._pull = self._pull, None
+            self.give_back(pull.task)
+        if self._sent_at is None or now < self._sent_at + self._interval():
             return
         self._sent_at = now
         joined = self._held is None and self.welcome is not None
@@ -327,6 +392,8 @@ class SiteMachine:
 
     def _on_task(self, task: protocol.Task) -> None:
         self.task = task
+        if self._pull is not None and self._pull.task.model != task.model:
+            self.stop_pull()  # another model is published by now
         if self._word is not None and self.open_task() is None:
             self.send(self._word)  # it did not come through, or the server was started again
         if task.included is not None:

@@ -27,6 +27,12 @@ def narrate(settings: SiteSettings, event: out.Output) -> None:
             )  # fmt: skip
         case out.Warned(text):
             logger.warning("%s: %s", site, text)
+        case out.Spoiled(seconds):
+            logger.warning(
+                "%s: the model that came is not the one that the server recorded; it is downloaded again in "
+                "%.0f s",
+                site, seconds,
+            )  # fmt: skip
         case out.Settled(ready, counts, late=True) if ready.round:
             logger.log(
                 logging.INFO if counts else logging.WARNING,

@@ -1,7 +1,7 @@
 """What a site machine asks of the one who drives it, and what it reports.
 
-`Send`, `Publish` and `Withdraw` are requests: the driver carries them out, in their order. The others are events:
-the driver may act on them, show them or ignore them. None of them holds a tensor.
+`Send`, `Publish`, `Withdraw`, `Pull` and `StopPull` are requests: the driver carries them out, in their order. The
+others are events: the driver may act on them, show them or ignore them. None of them holds a tensor.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ __all__ = [
     "Malformed",
     "Output",
     "Publish",
+    "Pull",
+    "Pulled",
     "Request",
     "Send",
     "Settled",
+    "Spoiled",
+    "StopPull",
     "Stopped",
     "Tasked",
     "Warned",
@@ -62,6 +66,20 @@ class Withdraw:
 
 
 @dataclass(frozen=True)
+class Pull:
+    """Download a set to a place of the driver's, and tell the machine by `SiteMachine.pulled` how that ended."""
+
+    set: protocol.OpenSet
+
+
+@dataclass(frozen=True)
+class StopPull:
+    """Stop the download of a set; its end is not to be reported."""
+
+    set_id: str
+
+
+@dataclass(frozen=True)
 class Joined:
     """The server has let this site join a run, for the first time."""
 
@@ -85,6 +103,20 @@ class Tasked:
     """A task came. It may be the one that came before, when the server sends it again."""
 
     task: protocol.Task
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """The model of a task is downloaded."""
+
+    task: protocol.Task
+
+
+@dataclass(frozen=True)
+class Spoiled:
+    """Wrong bytes came for a model; it is asked for again after so many seconds."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -146,12 +178,14 @@ class Failed:
     error: FedcoreError
 
 
-Request: TypeAlias = Send | Publish | Withdraw
+Request: TypeAlias = Send | Publish | Withdraw | Pull | StopPull
 Event: TypeAlias = (
     Joined
     | HeldElsewhere
     | Warned
     | Tasked
+    | Pulled
+    | Spoiled
     | Settled
     | Committed
     | Dropped

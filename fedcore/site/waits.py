@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
@@ -22,7 +21,6 @@ __all__ = ["Waits"]
 logger = logging.getLogger("fedcore.client")
 
 _WINDOW_BYTES: Final = 16 << 20
-_MOST_BACK_OFF: Final = 60.0
 
 
 class Waits:
@@ -36,7 +34,6 @@ class Waits:
         self._site = site
         self._connection = connection
         self._machine = connection.machine
-        self._spoiled = 0  # downloads in a row that came with wrong bytes
 
     @contextlib.contextmanager
     def watched(
@@ -84,7 +81,10 @@ class Waits:
             raise kind(f"the run is over: {finish.message or 'finished'}")
 
     def download(self, layout: Layout, task: protocol.Task, file: ModelFile) -> bool:
-        """Download a task's global model into a file; False when the server no longer publishes it."""
+        """Download a task's global model into a file; False when the server no longer publishes it.
+
+        The task is to be waited for again then.
+        """
         assert task.model is not None
         source = (b"", bytes.fromhex(task.model.id), 1)
         collector = Collector(
@@ -108,38 +108,13 @@ class Waits:
             total = max(came, min(total, layout.total_bytes))
             return State(f"global model {task.version}", came, total, in_bytes=True)
 
-        connection.start(collector)
+        connection.pull(task, collector)
         try:
             with self.watched(f"model {task.version}", pulled) as turns:
                 for _ in turns:
-                    outcome = connection.outcome()
-                    if outcome == "done":
-                        self._spoiled = 0
-                        return True
-                    if outcome in ("checksum", "length"):
-                        self._back_off(turns, task)
-                    if outcome or self._superseded(task):
-                        self._machine.give_back(task)
-                        return False
+                    if not self._machine.pulls(task):
+                        return self._machine.has_pulled(task)
                     self.check_open()
         finally:
-            connection.stop()
+            connection.stop_pull()
         return False
-
-    def _back_off(self, turns: Iterator[None], task: protocol.Task) -> None:
-        """Wait longer after each download in a row that came with wrong bytes; not once there is another model."""
-        seconds = min(_MOST_BACK_OFF, 2.0**self._spoiled)
-        self._spoiled += 1
-        until = time.monotonic() + seconds
-        logger.warning(
-            "%s: the model that came is not the one that the server recorded; it is downloaded again in %.0f s",
-            self._site, seconds,
-        )  # fmt: skip
-        for _ in turns:
-            if time.monotonic() >= until or self._superseded(task):
-                return
-            self.check_open()
-
-    def _superseded(self, task: protocol.Task) -> bool:
-        now = self._machine.task
-        return now is not None and now.model != task.model

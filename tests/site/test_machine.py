@@ -244,3 +244,90 @@ def test_a_server_of_another_version_ends_a_site_that_has_not_joined() -> None:
     made = joined()
     made.other_version(9)
     assert made.error is None
+
+
+def model(number: int) -> dict[str, Any]:
+    tensors = table(LAYOUT)
+    return {"sets": [p.OpenSet(id=f"{number:032x}", layout=HASH, tensors=tensors)]}
+
+
+def test_a_model_is_pulled_once_and_its_task_goes_on() -> None:
+    made = joined()
+    first = task(**model(7))
+    made.handle(first, 100.0)
+    made.take_outputs()
+    made.pull(first)
+    (pull,) = made.take_outputs()
+    assert isinstance(pull, out.Pull)
+    assert made.pulls(first)
+    made.pulled("f" * 32, 101.0)
+    assert made.pulls(first), "that was another download"
+    made.pulled(pull.set.id, 101.0)
+    assert made.take_outputs() == [out.Pulled(first)]
+    assert made.has_pulled(first)
+    made.stop_pull()
+    assert not made.take_outputs()
+
+
+def test_a_set_that_is_not_published_any_more_gives_its_task_back() -> None:
+    made = joined()
+    first = task(**model(7))
+    made.handle(first, 100.0)
+    made.pull(first)
+    made.pulled(f"{7:032x}", 101.0, "unknown")
+    assert made.task is None
+    assert not made.has_pulled(first)
+
+
+def test_another_model_ends_the_download_of_the_one_before() -> None:
+    made = joined()
+    first, second = task(**model(7)), task(round_=2, **model(8))
+    made.handle(first, 100.0)
+    made.pull(first)
+    made.take_outputs()
+    made.handle(first, 101.0)
+    assert not only(made, out.StopPull), "the same task again"
+    made.handle(second, 102.0)
+    assert only(made, out.StopPull) == [out.StopPull(f"{7:032x}")]
+    assert not made.pulls(first)
+    assert made.open_task() is second
+
+
+def test_each_spoiled_download_in_a_row_is_waited_for_longer_up_to_a_minute() -> None:
+    made, now, waited = joined(), 1000.0, []
+    for _ in range(8):
+        again = task(**model(7))
+        made.handle(again, now)
+        made.pull(again)
+        made.pulled(f"{7:032x}", now, "checksum")
+        (spoiled,) = only(made, out.Spoiled)
+        waited.append(spoiled.seconds)
+        made.tick(now + spoiled.seconds - 0.01)
+        assert made.pulls(again)
+        now += spoiled.seconds
+        due = made.due()
+        assert due is not None
+        assert due <= now
+        made.tick(now)
+        assert not made.pulls(again)
+        assert made.task is None, "the server sends it again"
+    assert waited == [1, 2, 4, 8, 16, 32, 60, 60]
+    good = task(**model(7))
+    made.handle(good, now)
+    made.pull(good)
+    made.pulled(f"{7:032x}", now)
+    made.pull(good)
+    made.pulled(f"{7:032x}", now, "length")
+    assert only(made, out.Spoiled) == [out.Spoiled(1.0)]
+
+
+def test_a_spoiled_download_is_not_waited_for_once_there_is_another_model() -> None:
+    made = joined()
+    first = task(**model(7))
+    made.handle(first, 100.0)
+    made.pull(first)
+    made.pulled(f"{7:032x}", 100.0, "checksum")
+    made.take_outputs()
+    made.handle(task(**model(8)), 100.1)
+    assert not made.pulls(first)
+    assert not only(made, out.StopPull), "nothing is under way"
