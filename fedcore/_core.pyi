@@ -182,6 +182,7 @@ class CollectorOptions:
         threads: int = 1,
         base_checksums: Sequence[int] = (),
         rule: str = "mean",
+        finisher: Finisher | None = None,
     ) -> None: ...
 
 class Collector:
@@ -194,6 +195,7 @@ class Collector:
         base: tuple[MappedFile, int] | None,
         options: CollectorOptions,
         record: Record | None = None,
+        states: Mapping[str, tuple[MappedFile, int]] = ...,
     ) -> None: ...
     @staticmethod
     def open(
@@ -328,6 +330,7 @@ class Exchange:
         out: MappedFile,
         out_offset: int,
         record: Record | None = None,
+        states: Mapping[str, tuple[MappedFile, int]] = ...,
     ) -> None: ...
     def cancel(self, collector: Collector) -> None: ...
     def retry(self, collector: Collector, source: int, peer: bytes | None = None) -> None: ...

@@ -31,6 +31,7 @@ from fedcore.security.keys import is_loopback, parse_toml
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer
 from .rules import RULES
+from .rules.finishers import FINISHERS
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -176,10 +177,36 @@ class ParticipantsSection(_Section):
         return self.min_results or self.sample or self.expected
 
 
+class OptimizerSection(_Section):
+    """``[aggregation.optimizer]``: what the server makes of the step that the updates come to. Absent, the step is
+    added to the model as it is."""
+
+    name: str
+    learning_rate: float = FINISHERS["momentum"].options["learning_rate"].default
+    momentum: float = FINISHERS["momentum"].options["momentum"].default
+
+    @model_validator(mode="after")
+    def _known(self) -> OptimizerSection:
+        if self.name not in FINISHERS:
+            names = ", ".join(repr(name) for name in FINISHERS)
+            raise ValueError(f"name: expected one of {names}, got {self.name!r}")
+        for name, option in FINISHERS[self.name].options.items():
+            if not option.allows(value := getattr(self, name)):
+                raise ValueError(f"{name}: expected a number {option.bounds}, got {value}")
+        return self
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The numbers that the optimizer takes, by name."""
+        return {name: float(getattr(self, name)) for name in FINISHERS[self.name].options}
+
+
 class AggregationSection(_Section):
-    """``[aggregation]``: the rule that combines the sites' updates."""
+    """``[aggregation]``: the rule that combines the sites' updates, and what the server makes of the result
+    (``optimizer``)."""
 
     rule: str = "mean"
+    optimizer: OptimizerSection | None = None
 
     @model_validator(mode="after")
     def _known(self) -> AggregationSection:
@@ -307,6 +334,8 @@ class RunConfig(_Section):
             raise ValueError(f"participants.sample is for run.task = 'train', not {task!r}")
         if task == "compare" and self.participants.sites is None:
             raise ValueError("participants.sites: missing; run.task = 'compare' needs the names")
+        if task != "train" and self.aggregation.optimizer is not None:
+            raise ValueError(f"aggregation.optimizer is for run.task = 'train', not {task!r}")
         if task == "compare" and self.transfer.update != "raw":
             raise ValueError("transfer.update: expected 'raw' with run.task = 'compare'")
         return self
@@ -318,6 +347,10 @@ class RunConfig(_Section):
             raise ValueError(
                 f"transfer.update: 'top-k' does not go with aggregation.rule = {rule.name!r}: it leaves out most "
                 "values of an update, and what is left out would decide the result"
+            )
+        if self.aggregation.optimizer is not None and not rule.folds:
+            raise ValueError(
+                f"aggregation.optimizer does not go with aggregation.rule = {rule.name!r}; leave one of them out"
             )
         if self.participants.quorum < rule.least:
             raise ValueError(

@@ -47,13 +47,17 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   if (differences() && !base_.file) {
     throw Error(Errc::kLayout, "differences can't be decoded without the base that they are to");
   }
+  if (options_.finisher &&
+      (!base_.file || options_.finisher->layout().total_bytes() != layout_->total_bytes())) {
+    throw Error(Errc::kLayout, "a server optimizer needs a base of its layout");
+  }
   if (!options_.base_crcs.empty() && options_.base_crcs.size() != layout_->chunk_count()) {
     throw Error(Errc::kLayout, "the base must have a checksum of each chunk");
   }
   if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
     throw Error(Errc::kStorage, "the spill file's slots are smaller than a chunk");
   }
-  const std::uint64_t spare = options_.budget_bytes / 8 / layout_->chunk_bytes();
+  const std::uint64_t spare = options_.budget_bytes / 8 / part_bytes();
   const std::uint64_t most = std::min(1 + spare, layout_->chunk_count());
   parts_.resize(std::clamp<std::uint64_t>(options_.threads, 1, most));
   while (!options_.rule->traits.folds && parts_.size() > 1 && chunk_room() < expected_) {
@@ -65,7 +69,8 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
 }
 
 Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
-                     Place base, CollectorOptions options, std::shared_ptr<Record> record)
+                     Place base, CollectorOptions options, std::shared_ptr<Record> record,
+                     const States& states)
     : Collector(std::move(layout), sources.size(), std::move(base), std::move(options)) {
   std::vector<std::size_t> order;
   for (Source& source : sources) {
@@ -74,7 +79,8 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
     pulls_.push_back(std::make_unique<Pull>());
   }
   check_order(order, out);
-  begin(order, std::move(out), std::move(record));
+  check_states(states);
+  begin(order, std::move(out), std::move(record), states);
   resume_reduced();
   for (const std::size_t k : order_) {
     take_spilled(k);
@@ -123,19 +129,28 @@ void Collector::check_order(const std::vector<std::size_t>& order, const Place& 
   check_weights(*options_.rule, weights);
 }
 
+void Collector::check_states(const States& states) const {
+  if (options_.finisher) {
+    options_.finisher->check_after(states);
+  } else if (!states.empty()) {
+    throw Error(Errc::kConfig, "states are written by a server optimizer alone");
+  }
+}
+
 void Collector::close(const std::vector<std::size_t>& order, Place out,
-                      std::shared_ptr<Record> record) {
+                      std::shared_ptr<Record> record, const States& states) {
   if (!open_ || state_ != State::kActive) {
     throw Error(Errc::kProtocol, "this collection is closed");
   }
   check_order(order, out);
+  check_states(states);
   for (std::size_t k = 0; k < pulls_.size(); ++k) {
     if (std::find(order.begin(), order.end(), k) == order.end()) {
       pulls_[k]->counts = false;
       forget_chunks(*pulls_[k]);
     }
   }
-  begin(order, std::move(out), std::move(record));
+  begin(order, std::move(out), std::move(record), states);
   if (group_ > 0) {
     rewind();
   }
@@ -146,12 +161,15 @@ void Collector::close(const std::vector<std::size_t>& order, Place out,
 }
 
 void Collector::begin(const std::vector<std::size_t>& order, Place out,
-                      std::shared_ptr<Record> record) {
+                      std::shared_ptr<Record> record, const States& states) {
   open_ = false;
   order_ = order;
   out_ = std::move(out);
   record_ = std::move(record);
-  pass_on_ = !options_.check_finite && order_.size() == 1 && !differences();
+  if (options_.finisher) {
+    states_ = options_.finisher->check_after(states);
+  }
+  pass_on_ = !options_.check_finite && order_.size() == 1 && !differences() && !options_.finisher;
   use_sources();
   divide_budget();
   if (group_ > 0 && parts_.size() > 1) {  // where sources are folded, one chunk at a time is
@@ -179,15 +197,21 @@ void Collector::use_sources() {
   }
   for (Part& part : parts_) {
     part.inputs.assign(counted_.size(), {});
-    part.reducer = std::make_unique<Reducer>(*options_.rule, weights);
+    part.reducer.reset();
+    if (options_.finisher) {
+      part.finished = std::make_unique<FinishedChunk>(*options_.finisher, states_);
+    }
+    part.reducer = std::make_unique<Reducer>(*options_.rule, weights, part.finished.get());
   }
 }
 
 // How many chunks of sources the budget holds.
 std::uint64_t Collector::chunk_room() const noexcept {
-  // Differences are added to pages of the base, which are given back in steps.
-  const std::uint64_t base = differences() ? release_step() + layout_->chunk_bytes() : 0;
-  const std::uint64_t beside = base + (parts_.size() - 1) * layout_->chunk_bytes();
+  // Differences are added to pages of the base, which are given back in steps; finishers read it.
+  const bool read = differences() || options_.finisher;
+  const std::uint64_t base = read ? release_step() + layout_->chunk_bytes() : 0;
+  const std::uint64_t beside =
+      base + (parts_.size() - 1) * layout_->chunk_bytes() + parts_.size() * state_bytes();
   return (options_.budget_bytes - std::min(options_.budget_bytes, beside)) / layout_->chunk_bytes();
 }
 

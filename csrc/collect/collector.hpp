@@ -51,6 +51,7 @@
 #include "format/layout.hpp"
 #include "format/wire.hpp"
 #include "reduce/families.hpp"
+#include "reduce/finish.hpp"
 #include "reduce/reducer.hpp"
 
 namespace fedcore {
@@ -128,6 +129,9 @@ struct CollectorOptions {
   std::vector<std::uint32_t> base_crcs = {};
   // What combines the sources; it is constant and outlives the collector.
   const Rule* rule = &kMean;
+  // What makes the output's elements of what is combined, with states; null: they are rounded. It
+  // needs a base.
+  std::shared_ptr<const Finisher> finisher = nullptr;
 };
 
 struct GetRequest {
@@ -150,6 +154,7 @@ struct CollectorEvent {
 
 class Collector {
  public:
+  using States = std::map<std::string, StatePlace>;
   static constexpr std::uint32_t kMaxRange = 16;
   static constexpr int kMaxBadChunks = 3;
   // Chunks reduced in one call, so that a long tail of them does not keep the lock and the frames
@@ -167,7 +172,8 @@ class Collector {
   // Closed. Throws what close() throws, too, and Error{kStorage} for a record of another
   // collection. Reads what is reduced.
   Collector(std::shared_ptr<const Layout> layout, std::vector<Source> sources, Place out,
-            Place base, CollectorOptions options, std::shared_ptr<Record> record = nullptr);
+            Place base, CollectorOptions options, std::shared_ptr<Record> record = nullptr,
+            const States& states = {});
   ~Collector();
   Collector(const Collector&) = delete;
   Collector& operator=(const Collector&) = delete;
@@ -183,8 +189,10 @@ class Collector {
   // While open: these sources count, reduced in this order into the output; the others are dropped.
   // The work that this makes possible is done by tick(). Throws Error{kWeight, kLayout, kStorage,
   // kProtocol}, and changes nothing, for no source, a bad weight, one that can't count, or an
-  // output that is too small. `record`: a new record, or null.
-  void close(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record);
+  // output that is too small. `record`: a new record, or null. `states`: the places of the states
+  // that the finisher writes, if there is one.
+  void close(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record,
+             const States& states = {});
 
   // Chunks that each source may have in memory or under way; the first ones have one more each
   // where the budget leaves room.
@@ -279,6 +287,7 @@ class Collector {
   struct Part {
     std::uint64_t index = 0;
     std::vector<Body> inputs;
+    std::unique_ptr<FinishedChunk> finished;  // null without a finisher
     std::unique_ptr<Reducer> reducer;
     std::vector<std::uint8_t> out;  // hot in the cache when it is written out
     std::uint32_t crc = 0;
@@ -310,7 +319,15 @@ class Collector {
   void divide_budget();
   std::uint64_t chunk_room() const noexcept;
   void check_room(std::size_t sources) const;
-  void begin(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record);
+  void check_states(const States& states) const;
+  void begin(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record,
+             const States& states);
+  // Bytes that a part takes beside the inputs: the output of a chunk, and its states.
+  std::uint64_t part_bytes() const noexcept { return layout_->chunk_bytes() + state_bytes(); }
+  // Of the states of a chunk, what is read and what is written.
+  std::uint64_t state_bytes() const noexcept {
+    return options_.finisher ? 2 * options_.finisher->chunk_bytes() : 0;
+  }
   std::vector<bool> verified();
   void resume_reduced();
   void take_spilled(std::size_t source);
@@ -336,7 +353,8 @@ class Collector {
   const std::uint8_t* spilled_chunk(std::size_t source, std::uint64_t size);
   bool fold_next();
   void reject_value(const BadValue& bad);
-  bool write(std::uint64_t index, const std::uint8_t* result);
+  bool write(const Part& part, const std::uint8_t* result);
+  bool finish_fold(std::uint64_t index);
   void rewind();
   std::uint64_t near_end(std::size_t source) const noexcept;
   void reduce_ready();
@@ -365,7 +383,8 @@ class Collector {
   // Which chunks of the output are reduced, from the sources as they are given and in no other way;
   // null: nobody goes on after this process. It is the collector's alone.
   std::shared_ptr<Record> record_;
-  bool pass_on_ = false;  // the one source's chunks go to the output as they are
+  std::vector<StatePlace> states_;  // that the finisher writes
+  bool pass_on_ = false;            // the one source's chunks go to the output as they are
   std::uint64_t window_ = 1;
   std::uint64_t group_ = 0;  // chunks under way at a time where sources are folded; 0: they are not
   std::size_t folded_ = 0;   // sources in the sums of the next chunk

@@ -138,6 +138,9 @@ const std::uint8_t* Collector::base_at(const Range& range) const {
 void Collector::reduce(Part& part) const {
   const Range range = layout_->chunk_range(part.index);
   const std::uint8_t* base = base_at(range);
+  if (part.finished) {
+    part.finished->begin(range);
+  }
   part.bad = part.reducer->reduce(*layout_, range, part.inputs.data(), base, part.out.data());
   if (!part.bad) {
     part.crc = crc32c(part.out.data(), range.nbytes);
@@ -152,10 +155,10 @@ bool Collector::base_changed(std::uint64_t index) const {
     return false;
   }
   const Range range = layout_->chunk_range(index);
-  const std::vector<Run> runs = differences() ? std::vector<Run>{} : layout_->runs(range);
-  const bool read = differences() || std::any_of(runs.begin(), runs.end(), [](const Run& run) {
-                      return !is_float(run.dtype);
-                    });
+  const bool whole = differences() || options_.finisher;
+  const std::vector<Run> runs = whole ? std::vector<Run>{} : layout_->runs(range);
+  const bool read = whole || std::any_of(runs.begin(), runs.end(),
+                                         [](const Run& run) { return !is_float(run.dtype); });
   return read && crc32c(base_.file->data() + base_.offset + range.offset, range.nbytes) !=
                      options_.base_crcs[static_cast<std::size_t>(index)];
 }
@@ -184,7 +187,7 @@ void Collector::report_base(std::uint64_t index) {
 // one can't be.
 bool Collector::reduce_parts(unsigned count) {
   if (pass_on_) {
-    if (!write(parts_[0].index, parts_[0].inputs[0].data)) {
+    if (!write(parts_[0], parts_[0].inputs[0].data)) {
       return false;
     }
     advance();
@@ -202,7 +205,7 @@ bool Collector::reduce_parts(unsigned count) {
       return false;
     }
     checksums_[part.index] = part.crc;
-    if (!write(part.index, part.out.data())) {
+    if (!write(part, part.out.data())) {
       return false;
     }
     advance();
@@ -217,17 +220,21 @@ void Collector::reject_value(const BadValue& bad) {
            std::to_string(where.element));
 }
 
-bool Collector::write(std::uint64_t index, const std::uint8_t* result) {
-  const Range range = layout_->chunk_range(index);
+bool Collector::write(const Part& part, const std::uint8_t* result) {
+  const Range range = layout_->chunk_range(part.index);
   try {
     out_.file->write(out_.offset + range.offset, result, range.nbytes);
+    if (part.finished) {
+      part.finished->write();
+    }
   } catch (const Error& error) {
     events_.push_back({CollectorEvent::Kind::kBroken, 0, "storage", error.what()});
     stop();
     return false;
   }
   if (record_) {
-    record_->put(index, checksums_[index]);
+    const std::uint32_t crc = checksums_[part.index];
+    record_->put(part.index, part.finished ? part.finished->crc(crc) : crc);
   }
   return true;
 }
@@ -254,9 +261,21 @@ bool Collector::fold_all(std::uint64_t index) {
       return false;
     }
   }
-  parts_[0].reducer->finish(*layout_, range, base, parts_[0].out.data());
-  checksums_[index] = crc32c(parts_[0].out.data(), range.nbytes);
-  return check_base(index) && write(index, parts_[0].out.data());
+  return finish_fold(index);
+}
+
+// Makes a chunk of the sums, and writes it.
+bool Collector::finish_fold(std::uint64_t index) {
+  Part& part = parts_[0];
+  const Range range = layout_->chunk_range(index);
+  const std::uint8_t* base = base_at(range);
+  part.index = index;
+  if (part.finished) {
+    part.finished->begin(range);
+  }
+  part.reducer->finish(*layout_, range, base, part.out.data());
+  checksums_[index] = crc32c(part.out.data(), range.nbytes);
+  return check_base(index) && write(part, part.out.data());
 }
 
 // Adds what is there of the next chunk to its sums, in the order of the sources; true once it is
@@ -280,9 +299,7 @@ bool Collector::fold_next() {
     pull.held.erase(held);
     pull.folded = true;
   }
-  parts_[0].reducer->finish(*layout_, range, base, parts_[0].out.data());
-  checksums_[index] = crc32c(parts_[0].out.data(), range.nbytes);
-  return check_base(index) && write(index, parts_[0].out.data());
+  return finish_fold(index);
 }
 
 // Begins the next chunk again: its sums hold a source that counts no longer. What is on its way
@@ -333,6 +350,9 @@ void Collector::release_behind() {
                                          : std::min(chunk_of(next_) * step, layout_->total_bytes());
   if (options_.write_behind) {
     out_.file->write_behind(out_.offset + begin, end - begin);
+    if (options_.finisher) {
+      options_.finisher->write_behind({begin, end - begin}, states_);
+    }
   }
   if (base_.file) {
     base_.file->release(base_.offset + begin, end - begin);

@@ -48,8 +48,11 @@ std::vector<bool> Collector::verified() {
     const std::uint64_t offset = out_.offset + range.offset;
     out_.file->populate(offset, range.nbytes);
     checksums_[index] = crc32c(out_.file->data() + offset, range.nbytes);
-    found[index] = checksums_[index] == *recorded;
     out_.file->release(offset, range.nbytes);
+    const std::uint32_t crc = options_.finisher
+                                  ? options_.finisher->crc_of(range, checksums_[index], states_)
+                                  : checksums_[index];
+    found[index] = crc == *recorded;
   }
   return found;
 }

@@ -34,7 +34,7 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
                               bool write_behind, std::shared_ptr<Spill> spill,
                               std::int64_t spill_after_ms, const py::object& codec,
                               unsigned threads, std::vector<std::uint32_t> base_checksums,
-                              const std::string& rule) {
+                              const std::string& rule, std::shared_ptr<Finisher> finisher) {
   return {.budget_bytes = budget_bytes,
           .stall_ms = stall_ms,
           .check_finite = check_finite,
@@ -44,7 +44,8 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
           .codec = codec_of(codec),
           .threads = threads,
           .base_crcs = std::move(base_checksums),
-          .rule = &find_rule(rule)};
+          .rule = &find_rule(rule),
+          .finisher = std::move(finisher)};
 }
 
 // Options for one collector: the codec is the collector's alone.
@@ -65,7 +66,7 @@ std::shared_ptr<Collector> make_collector(const PyLayout& layout,
                                           const std::vector<PySource>& sources,
                                           const FileHandle& out, std::uint64_t out_offset,
                                           const PyPlace& base, const CollectorOptions& options,
-                                          std::shared_ptr<Record> record) {
+                                          std::shared_ptr<Record> record, const PyStates& states) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back(to_source(peer, set, weight));
@@ -73,9 +74,10 @@ std::shared_ptr<Collector> make_collector(const PyLayout& layout,
   const Place from = to_place(base);
   const Place to{out.share(), out_offset};
   CollectorOptions own = own_options(options);
+  const Collector::States places = to_states(states);
   const py::gil_scoped_release release;  // it reads what is reduced
   return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(own),
-                                     std::move(record));
+                                     std::move(record), places);
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
@@ -140,12 +142,14 @@ void bind_exchange(py::module_& m) {
            py::arg("write_behind") = usual.write_behind, py::arg("spill") = nullptr,
            py::arg("spill_after_ms") = usual.spill_after_ms, py::arg("codec") = py::none(),
            py::arg("threads") = usual.threads,
-           py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean");
+           py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
+           py::arg("finisher") = nullptr);
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
       .def(py::init(&make_collector), py::arg("layout"), py::arg("sources"), py::arg("out"),
-           py::arg("out_offset"), py::arg("base"), py::arg("options"), py::arg("record") = nullptr)
+           py::arg("out_offset"), py::arg("base"), py::arg("options"), py::arg("record") = nullptr,
+           py::arg("states") = PyStates())
       .def_static("open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
                   py::arg("options"),
                   "One whose sources are added as they are ready, about `expected` of them: see "
@@ -222,11 +226,13 @@ void bind_exchange(py::module_& m) {
       .def(
           "close",
           [](Exchange& e, const Collector& c, const std::vector<std::size_t>& sources,
-             const FileHandle& out, std::uint64_t out_offset, std::shared_ptr<Record> record) {
-            e.close(c.id(), sources, Place{out.share(), out_offset}, std::move(record));
+             const FileHandle& out, std::uint64_t out_offset, std::shared_ptr<Record> record,
+             const PyStates& states) {
+            e.close(c.id(), sources, Place{out.share(), out_offset}, std::move(record),
+                    to_states(states));
           },
           py::arg("collector"), py::arg("sources"), py::arg("out"), py::arg("out_offset"),
-          py::arg("record") = nullptr,
+          py::arg("record") = nullptr, py::arg("states") = PyStates(),
           "Reduce these sources of an open collector, in this order, into the output; the others "
           "are dropped. The record, if any, is a new one.")
       .def(

@@ -159,9 +159,9 @@ std::size_t Exchange::add(std::uint64_t collector_id, Source source) {
 }
 
 void Exchange::close(std::uint64_t collector_id, const std::vector<std::size_t>& order, Place out,
-                     std::shared_ptr<Record> record) {
+                     std::shared_ptr<Record> record, const Collector::States& states) {
   const std::lock_guard lock(mutex_);
-  running(collector_id).close(order, std::move(out), std::move(record));
+  running(collector_id).close(order, std::move(out), std::move(record), states);
 }
 
 void Exchange::cancel(std::uint64_t collector_id) {

@@ -134,7 +134,7 @@ class Exchange {
   // Adds a source to a running collector that is open, or closes it; see Collector.
   std::size_t add(std::uint64_t collector_id, Source source);
   void close(std::uint64_t collector_id, const std::vector<std::size_t>& order, Place out,
-             std::shared_ptr<Record> record);
+             std::shared_ptr<Record> record, const Collector::States& states = {});
   void cancel(std::uint64_t collector_id);
   void retry(std::uint64_t collector_id, std::size_t source,
              const std::optional<std::string>& peer);

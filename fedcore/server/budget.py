@@ -26,6 +26,9 @@ SITE_BYTES: Final = 104 << 10
 """What a connection takes: its buffers in libzmq, the reply under way, what is known of the site."""
 _SUM_CHUNKS: Final = 4  # the sums of a chunk in fp64, or the chunks that are read back together
 _FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
+_OPTIMIZER_CHUNKS: Final = (
+    10  # the states of a chunk, read and written (twice 4), and pages of the base
+)
 _PACKING_CHUNKS: Final = 6  # to compress a chunk of the model, and to unpack one of an update
 _CHUNK_SIZES: Final = tuple(DEFAULT_CHUNK_BYTES >> shift for shift in range(5))
 """What a rule may have that needs a chunk of each update at the same time: 1 MiB down to 64 KiB."""
@@ -120,7 +123,11 @@ class Budget:
         rule = find_rule(config.aggregation.rule)
         memory = config.server.memory
         if rule.folds:
-            return cls._of_config(config, memory, encrypted, chunk_bytes or DEFAULT_CHUNK_BYTES)
+            size = chunk_bytes or DEFAULT_CHUNK_BYTES
+            divided = cls._of_config(config, memory, encrypted, size)
+            if config.aggregation.optimizer is not None:
+                cls._check_optimizer(config, divided, encrypted)
+            return divided
         sizes = _CHUNK_SIZES if chunk_bytes is None else (chunk_bytes,)
 
         def found(memory: int) -> Budget | None:
@@ -148,6 +155,23 @@ class Budget:
             lossless=config.transfer.lossless,
             chunk_bytes=size,
         )
+
+    @classmethod
+    def _check_optimizer(cls, config: RunConfig, budget: Budget, encrypted: bool) -> None:
+        """Raise ConfigError unless the states of a chunk fit beside the least that a budget needs."""
+        size = budget.chunk_bytes
+        least = (_FEWEST_CHUNKS + _OPTIMIZER_CHUNKS) * size
+
+        def enough(mib: int) -> bool:
+            return cls._of_config(config, mib << 20, encrypted, size).chunks >= least
+
+        if budget.chunks < least:
+            mib = config.server.memory >> 20
+            needed = bisect.bisect_left(range(_MOST_MIB), True, lo=mib, key=enough)
+            raise ConfigError(
+                f"server.memory = {mib}MiB is too little for aggregation.optimizer; it must be at least "
+                f"{needed}MiB"
+            )
 
     @classmethod
     def _together(

@@ -80,6 +80,7 @@ class Collecting:
 
     def scratch(self, version: int) -> Scratch:
         """Return where a version is written, with all that its bytes depend on but layout and participants."""
+        optimizer = self._versions.optimizer
         of = {
             "fedcore": __version__,
             "run": self._store.run_id,
@@ -87,9 +88,16 @@ class Collecting:
             "base": self._versions.checksum,
             "rule": find_rule(self._config.aggregation.rule).version,
             **self._config.model_dump(mode="json", include={"aggregation", "transfer"}),
+            **optimizer.key(),
         }
-        paths = self._store.scratch(version), self._store.record(version)
-        return Scratch(*paths, of, self._versions.metadata(version))
+        model = self._versions.model
+        return Scratch(
+            self._store.scratch(version),
+            self._store.record(version),
+            of,
+            self._versions.metadata(version),
+            optimizer.scratches(version, None if model is None else model.layout),
+        )
 
     # --- what is decided ---
 
@@ -173,9 +181,13 @@ class Collecting:
         else:
             layout = base.layout
         self._versions.release_superseded()
-        self._store.announce(version, layout.total_bytes)
+        optimizer = self._versions.optimizer
+        kept = {} if base is None else optimizer.layouts(layout)
+        sizes = {name: of.total_bytes for name, of in kept.items()}
+        self._store.announce(version, layout.total_bytes, sizes)
         if self._spill is None:
-            self._spill = open_spill(self._config, self._store.run_id, layout)
+            room = sum(sizes.values())
+            self._spill = open_spill(self._config, self._store.run_id, layout, room)
         return CollectionSetting(
             self._link.exchange,
             layout,
@@ -188,6 +200,7 @@ class Collecting:
             threads=self._config.reducer_threads,
             # The initial model is one site's, as it is.
             rule="mean" if base is None else self._config.aggregation.rule,
+            finisher=None if base is None else optimizer.finisher(layout),
         )
 
     # --- what the core says ---

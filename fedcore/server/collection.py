@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from fedcore._core import Codec, Collector, CollectorOptions, Exchange, Layout, MappedFile, Spill
+from fedcore._core import (
+    Codec,
+    Collector,
+    CollectorOptions,
+    Exchange,
+    Finisher,
+    Layout,
+    MappedFile,
+    Spill,
+)
 from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
 from fedcore.model_file import ModelFile
@@ -23,10 +32,13 @@ _MOST_AHEAD: Final = 8
 logger = logging.getLogger("fedcore.server")
 
 
-def open_spill(config: RunConfig, run_id: str, layout: Layout) -> Spill | None:
+def open_spill(
+    config: RunConfig, run_id: str, layout: Layout, state_bytes: int = 0
+) -> Spill | None:
     """Return the run's spill file, which takes no room before it is needed, or None if there is to be none.
 
-    Room for the next model and its copy is left on the disk. What a killed server left there is taken up.
+    Room for the next model with its states and for a copy is left on the disk. What a killed server left there is
+    taken up.
     """
     folder = config.spill_folder
     path = folder / f".{run_id}.spill"
@@ -36,7 +48,7 @@ def open_spill(config: RunConfig, run_id: str, layout: Layout) -> Spill | None:
                 leftover.unlink(missing_ok=True)
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        return Spill(str(path), layout.chunk_bytes, 2 * layout.total_bytes)
+        return Spill(str(path), layout.chunk_bytes, 2 * layout.total_bytes + state_bytes)
     except (OSError, StorageError) as error:
         logger.warning("sites that are ahead are held back: %s", error)
         return None
@@ -69,6 +81,7 @@ class CollectionSetting:
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
         threads: how many chunks are reduced at the same time.
         rule: the name of what combines the updates.
+        finisher: what makes the version of that; None: it is rounded.
     """
 
     exchange: Exchange
@@ -81,6 +94,7 @@ class CollectionSetting:
     spill: Spill | None = None
     threads: int = 1
     rule: str = "mean"
+    finisher: Finisher | None = None
 
     @property
     def options(self) -> CollectorOptions:
@@ -93,6 +107,7 @@ class CollectionSetting:
             threads=self.threads,
             base_checksums=self.checksums,
             rule=self.rule,
+            finisher=self.finisher,
         )
 
     @property
@@ -168,6 +183,7 @@ class Collection:
             setting.place,
             setting.options,
             record=record,
+            states=self._state_places(),
         )
         reduced, total, here = collector.progress()
         if any(here):
@@ -237,10 +253,15 @@ class Collection:
             file.file,
             file.data_offset,
             record,
+            self._state_places(),
         )
         self.file = file
         self.started = time.monotonic()
         return True
+
+    def _state_places(self) -> dict[str, tuple[MappedFile, int]]:
+        """Return where the flat bytes of the version's states are written."""
+        return {name: (of.file, of.data_offset) for name, of in self.scratch.states.items()}
 
     def _known(self) -> list[tuple[int, Participant]]:
         """Return the sources that are not dropped: the collector's number, and whose update it is."""
@@ -290,13 +311,15 @@ class Collection:
         return True
 
     def finish(self) -> tuple[ModelFile, list[int]]:
-        """Let go of the collector, which is done, and write the file back to the device.
+        """Let go of the collector, which is done, and write the files back to the device.
 
         Returns the model and the checksums of its chunks.
         """
         assert self.file is not None
         self._exchange.cancel(self.collector)
         self.file.file.sync()
+        for state in self.scratch.states.values():
+            state.file.sync()
         return self.file, self.collector.checksums
 
     def check_base(self) -> None:

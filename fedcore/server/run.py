@@ -725,6 +725,7 @@ class Run:
         self.status.aggregation = None
         try:
             running.check_base()
+            self.versions.optimizer.check()
         except StorageError as error:
             raise self.versions.damaged(str(error)) from None
         model, checksums = running.finish()
@@ -734,7 +735,7 @@ class Run:
         metrics = {known.site: known.metrics for _, known in self.peers}
         if action.version == 0:
             self.store.keep_initial_site(action.participants[0].site)
-        self.versions.commit(row, (model, checksums), metrics)
+        self.versions.commit(row, (model, checksums), metrics, running.scratch.states)
         self._emit_commit(row)
         names = [p.site for p in action.participants]
         if action.version:

@@ -21,6 +21,7 @@ from fedcore.server.storage.store import Store, VersionRow
 from fedcore.words import plural
 
 from .initial import load_initial
+from .optimizer import Optimizer
 
 __all__ = ["Versions", "checksum_of", "declared_layout"]
 
@@ -47,6 +48,7 @@ class Versions:
         set_id: the id under which ``model`` is published.
         packed_id: the same for sites that can unpack chunks, where the run allows compressing them.
         included: the last version that holds an update of each site.
+        optimizer: what makes the next model, and its states.
     """
 
     def __init__(self, config: RunConfig, store: Store, exchange: Exchange) -> None:
@@ -54,6 +56,7 @@ class Versions:
         self.cards: dict[str, str] = {}
         self.set_id = self.packed_id = b""
         self.included: dict[str, int] = {}
+        self.optimizer = Optimizer(config.aggregation.optimizer, store)
         self._config = config
         self._described: tuple[Layout, list[tuple[str, str, list[int]]], str | None] | None = None
         self._store = store
@@ -80,6 +83,11 @@ class Versions:
             checksums = verify_model(path, rows[version].checksum, self._store.chunk_bytes)
         except IntegrityError as error:
             raise IntegrityError(f"{error}; {self._way_back(version)}") from None
+        try:
+            self.optimizer.open(version)
+        except IntegrityError as error:
+            way_back = self._way_back(version, "a state of the last model")
+            raise IntegrityError(f"{error}; {way_back}") from None
         self.model = open_model(path, self._store.chunk_bytes)
         for missing in self._store.missing():
             logger.warning(
@@ -101,10 +109,12 @@ class Versions:
         scratch, path = str(self._store.scratch(version)), str(self._store.path(version))
         return IntegrityError(f"{problem.replace(scratch, path)}; {self._way_back(version)}")
 
-    def _way_back(self, version: int) -> str:
-        """Return what can be done where the last model can't be used."""
+    def _way_back(self, version: int, what: str = "the last model") -> str:
+        """Return what can be done where the last model, or a state of it, can't be used."""
         earlier = [v for v in range(version) if self._store.path(v).is_file()]
-        text = f"it is the last model (round {version}): put it back from a backup and start the server again"
+        text = (
+            f"it is {what} (round {version}): put it back from a backup and start the server again"
+        )
         if not earlier:
             return text
         command = f"fedcore rollback {self._store.folder} {earlier[-1]}"
@@ -127,13 +137,14 @@ class Versions:
         row: VersionRow,
         written: tuple[ModelFile, list[int]],
         metrics: Mapping[str, dict[str, float]],
+        states: Mapping[str, ModelFile] | None = None,
     ) -> None:
-        """Commit a model (with the checksums of its chunks) and publish it.
+        """Commit a model (with the checksums of its chunks) and its states, and publish it.
 
         ``row`` says which version it is and who is in it; its checksum is filled in here.
         """
         previous, before = {self.set_id, self.packed_id}, self.model
-        self._save(row, *written, metrics)
+        self._save(row, *written, metrics, states)
         self.publish()
         if before is not None:
             for set_id in previous:
@@ -146,11 +157,15 @@ class Versions:
         model: ModelFile,
         checksums: list[int],
         metrics: Mapping[str, dict[str, float]],
+        states: Mapping[str, ModelFile] | None = None,
     ) -> None:
+        states = states or {}
+        kept = self.optimizer.rows(states)
         row = VersionRow(
             row.version, checksum_of(checksums), "", row.nbytes, row.seconds, row.participants
         )
-        self._store.commit(row, metrics, self.cards if row.version == 0 else None)
+        self._store.commit(row, metrics, self.cards if row.version == 0 else None, kept)
+        self.optimizer.take(row.version, states, kept)
         self.model, self._checksums, self._checksum = model, checksums, row.checksum
         self.included |= dict.fromkeys(row.participants, row.version)
         path = self._store.path(row.version)
@@ -206,6 +221,8 @@ class Versions:
         rule = find_rule(self._config.aggregation.rule)
         if version > 0 and rule.name != DEFAULT_RULE:
             named["fedcore.rule"] = f"{rule.name} {rule.version}"
+        if version > 0:
+            named |= self.optimizer.metadata()
         return named
 
     def expected_hash(self, declare: protocol.Declare | None) -> str | None:

@@ -48,7 +48,8 @@ __all__ = ["StateRow", "Store", "VersionRow"]
 # Keys of a run file that make it another run when they change, once a model is committed.
 _FIXED: Final = (
     "run.task", "model.initial", "participants.sites", "participants.count", "aggregation.rule",
-    "selection.metric", "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
+    "aggregation.optimizer", "selection.metric", "selection.mode", "transfer.update", "transfer.top_k",
+    "transfer.lossless",
 )  # fmt: skip
 
 _STOP: Final = "stop_asked"

@@ -1,0 +1,140 @@
+"""The server optimizer of a run: what it keeps from version to version, and what the core needs for the next."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedcore._core import Finisher, Layout
+from fedcore.config import OptimizerSection
+from fedcore.errors import IntegrityError, StorageError
+from fedcore.model_file import ModelFile, open_model
+from fedcore.rules.finishers import MASTER, find_finisher
+from fedcore.server.storage.integrity import checksum_of, verify_model
+from fedcore.server.storage.store import StateRow, Store
+
+__all__ = ["Optimizer"]
+
+logger = logging.getLogger("fedcore.server")
+
+
+class Optimizer:
+    """Holds the states of the last version.
+
+    Args:
+        section: of the run file; None: there is none, and the model is the combined updates.
+        store: the run's.
+    """
+
+    def __init__(self, section: OptimizerSection | None, store: Store) -> None:
+        self._section = section
+        self._store = store
+        self._version = 0
+        self._rows: dict[str, StateRow] = {}
+        self._states: dict[str, ModelFile] = {}
+        self._made: tuple[Layout, Finisher] | None = None
+
+    def open(self, version: int) -> None:
+        """Take up the states of the last version, which `Store` has committed.
+
+        Raises:
+            IntegrityError: one is missing, or is not the one that was committed.
+        """
+        self._version = version
+        if self._section is None:
+            return
+        self._rows = self._store.states(version)
+        for name, row in self._rows.items():
+            path = self._store.state_path(version, name)
+            verify_model(path, row.checksum, self._store.chunk_bytes)
+            self._states[name] = open_model(path, self._store.chunk_bytes)
+        if version > 0 and not self._rows:
+            logger.warning(
+                "the server optimizer begins anew after round %d: its state is kept for the last model alone",
+                version,
+            )
+
+    # --- the next version ---
+
+    def finisher(self, layout: Layout) -> Finisher | None:
+        """Return what makes the next version of a model of this layout; None if its updates alone do."""
+        if self._section is None:
+            return None
+        if self._made is None or self._made[0] is not layout:
+            before = {name: (state.file, state.data_offset) for name, state in self._states.items()}
+            made = Finisher(layout, self._section.name, self._section.options, set(), before)
+            self._made = layout, made
+        return self._made[1]
+
+    def layouts(self, layout: Layout) -> dict[str, Layout]:
+        """Return the layouts of the states of a model of this layout, by name."""
+        finisher = self.finisher(layout)
+        return {} if finisher is None else dict(finisher.states)
+
+    def scratches(self, version: int, layout: Layout | None) -> dict[str, tuple[Path, Layout]]:
+        """Return where each state of the next version is written, and its layout."""
+        if layout is None:  # the initial model has none
+            return {}
+        return {
+            name: (self._store.state_scratch(version, name), of)
+            for name, of in self.layouts(layout).items()
+        }
+
+    def key(self) -> dict[str, object]:
+        """Return what the next version's bytes depend on beside the run file."""
+        if self._section is None:
+            return {}
+        kind = find_finisher(self._section.name)
+        states = {name: row.checksum for name, row in self._rows.items()}
+        return {"optimizer": kind.version, "states": states}
+
+    def metadata(self) -> dict[str, str]:
+        """Return what is said of it in the header of a version's files."""
+        if self._section is None:
+            return {}
+        kind = find_finisher(self._section.name)
+        options = [f"{name}={value.hex()}" for name, value in self._section.options.items()]
+        return {"fedcore.optimizer": " ".join([kind.name, str(kind.version), *options])}
+
+    # --- a commit ---
+
+    def check(self) -> None:
+        """Check that the states that were read were readable to their end.
+
+        Raises:
+            IntegrityError: one has become shorter, or its disk could not read it.
+        """
+        for name, state in self._states.items():
+            try:
+                state.file.check_whole()
+            except StorageError as error:
+                written = str(self._store.state_scratch(self._version, name))
+                path = str(self._store.state_path(self._version, name))
+                raise IntegrityError(str(error).replace(written, path)) from None
+
+    @staticmethod
+    def rows(states: Mapping[str, ModelFile]) -> dict[str, StateRow]:
+        """Return what the journal keeps of new states, which are written."""
+        found = {}
+        for name, state in states.items():
+            found[name] = StateRow(checksum_of(state.checksums()), state.layout.total_bytes)
+        return found
+
+    def take(
+        self, version: int, states: Mapping[str, ModelFile], rows: Mapping[str, StateRow]
+    ) -> None:
+        """Go on from the states of a version that is committed now."""
+        self._version = version
+        self._states, self._rows = dict(states), dict(rows)
+        self._made = None
+
+    def describe(self, layout: Layout) -> str:
+        """Return in words what it is and what it keeps; empty if there is none."""
+        if self._section is None:
+            return ""
+        options = ", ".join(f"{name} {value:g}" for name, value in self._section.options.items())
+        kept = self.layouts(layout)
+        nbytes = sum(of.total_bytes for of in kept.values())
+        also = " and a master of the model in F32" if MASTER in kept else ""
+        return f"{self._section.name} ({options}); it keeps {nbytes:,} bytes{also}"

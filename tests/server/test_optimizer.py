@@ -1,0 +1,189 @@
+"""A server optimizer in whole runs: the bytes, over restarts, after a rollback, and what is refused by name."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from fedcore.config import RunConfig, parse_run
+from fedcore.errors import ConfigError, IntegrityError
+from fedcore.model_file import open_model
+from fedcore.server.service import Server
+from fedcore.server.storage.store import Store
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
+
+from ..support.run_folders import flip
+from ..support.runs import run
+
+COUNT = 3000
+SPECS = [("h", "BF16", [COUNT]), ("w", "F32", [COUNT])]
+DTYPES = {"h": ml_dtypes.bfloat16, "w": np.float32}
+WEIGHTS = {"a": 3, "b": 5}
+MOMENTUM = {"name": "momentum", "learning_rate": 0.3, "momentum": 0.8}
+Model = dict[str, Any]
+
+
+def config(folder: Path, rounds: int, optimizer: Any = MOMENTUM, **sections: Any) -> RunConfig:
+    values = {
+        "run": {"name": "t", "rounds": rounds},
+        "participants": {"sites": ["a", "b"], "round_deadline": "20s"},
+        "aggregation": {} if optimizer is None else {"optimizer": optimizer},
+        "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
+    }
+    return parse_run(values | sections, folder=folder)
+
+
+def change(name: str, round_: int) -> Model:
+    dice = np.random.default_rng([round_, *name.encode()])
+    return {key: dice.standard_normal(COUNT) / 50 for key in DTYPES}
+
+
+def trained(name: str, round_: int, model: Model) -> Model:
+    steps = change(name, round_)
+    return {
+        key: (model[key].astype(np.float64) + steps[key]).astype(dtype)
+        for key, dtype in DTYPES.items()
+    }
+
+
+def site(address: str, name: str) -> None:
+    session = Session(SiteSettings(server=address, site=name, connect_timeout=15))
+    try:
+        while session.is_running():
+            task = session.begin(SPECS, {}, lambda key: trained("", 0, zeros())[key].tobytes())
+            if task.kind == "evaluate":
+                session.end_task()
+                continue
+            model = {k: np.frombuffer(task.tensors[k], dtype) for k, dtype in DTYPES.items()}
+            update = trained(name, task.round, model)
+            session.submit(lambda key: update[key].tobytes(), WEIGHTS[name])  # noqa: B023 - at once
+    finally:
+        session.close()
+
+
+def zeros() -> Model:
+    return {key: np.zeros(COUNT, dtype) for key, dtype in DTYPES.items()}
+
+
+def train(config: RunConfig) -> bool:
+    server = Server(config)
+    return run(server, *(functools.partial(site, server.endpoint, name) for name in "ab"))[0].ok
+
+
+def reference(rounds: int) -> Model:
+    model = trained("", 0, zeros())
+    master = {key: value.astype(np.float32) for key, value in model.items()}
+    v = {key: np.zeros(COUNT, np.float32) for key in model}
+    for round_ in range(1, rounds + 1):
+        updates = {name: trained(name, round_, model) for name in WEIGHTS}
+        for key, dtype in DTYPES.items():
+            total = sum(
+                weight * updates[n][key].astype(np.float64) for n, weight in WEIGHTS.items()
+            )
+            step = total / 8 - model[key].astype(np.float64)
+            v[key] = (0.8 * v[key].astype(np.float64) + step).astype(np.float32)
+            moved = master[key].astype(np.float64) + 0.3 * v[key].astype(np.float64)
+            master[key] = moved.astype(np.float32)
+            model[key] = master[key].astype(dtype)
+    return model
+
+
+def committed(folder: Path, version: int) -> dict[str, bytes]:
+    model = open_model(folder / f"runs/t/models/round-{version:04d}.safetensors")
+    return {name: bytes(view) for name, view in model.views().items()}
+
+
+def as_bytes(model: Model) -> dict[str, bytes]:
+    return {key: value.tobytes() for key, value in model.items()}
+
+
+def test_a_run_with_momentum_is_the_reference_and_goes_on_from_its_states(tmp_path: Path) -> None:
+    assert train(config(tmp_path, 2))
+    models = tmp_path / "runs/t/models"
+    assert sorted(path.name for path in models.iterdir() if path.name.count(".") == 2) == [
+        "round-0002.master.safetensors",
+        "round-0002.momentum.safetensors",
+    ]
+    assert train(config(tmp_path, 4))  # another server, which opens the states
+    for version in range(1, 5):
+        assert committed(tmp_path, version) == as_bytes(reference(version))
+    for name in ("round-0004", "round-0004.momentum", "round-0004.master"):
+        with safe_open(models / f"{name}.safetensors", "np") as file:
+            said = file.metadata()["fedcore.optimizer"]
+        assert said == f"momentum 1 learning_rate={(0.3).hex()} momentum={(0.8).hex()}"
+
+
+def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(config(tmp_path, 2))
+    folder = tmp_path / "runs/t"
+    flip(folder / "models/round-0002.momentum.safetensors")
+    expected = r"round-0002\.momentum\.safetensors is not the file.*a state of the last.*rollback"
+    with pytest.raises(IntegrityError, match=expected):
+        Server(config(tmp_path, 3)).run()
+    store = Store(folder, None)
+    store.roll_back(1)
+    store.close()
+    caplog.set_level(logging.INFO, "fedcore.server")
+    assert train(config(tmp_path, 2))
+    assert "the server optimizer begins anew after round 1" in caplog.text
+    assert committed(tmp_path, 1) == as_bytes(reference(1))
+    anew = committed(tmp_path, 2)
+    assert anew != as_bytes(reference(2))
+    # With zero states round 2 is a first round of momentum from the model of round 1.
+    model = reference(1)
+    updates = {name: trained(name, 2, model)["w"] for name in WEIGHTS}
+    total = sum(weight * updates[name].astype(np.float64) for name, weight in WEIGHTS.items())
+    v = (total / 8 - model["w"].astype(np.float64)).astype(np.float32).astype(np.float64)
+    assert anew["w"] == (model["w"].astype(np.float64) + 0.3 * v).astype(np.float32).tobytes()
+
+
+def test_without_an_optimizer_a_run_keeps_no_states_and_old_settings_match(tmp_path: Path) -> None:
+    assert train(config(tmp_path, 1, None))
+    names = {path.name for path in (tmp_path / "runs/t/models").iterdir()}
+    assert names == {"round-0000.safetensors", "round-0001.safetensors"}
+    with pytest.raises(ConfigError, match=r"another aggregation\.optimizer: it was not given"):
+        Server(config(tmp_path, 2))
+    settings = config(tmp_path, 2, None).model_dump(mode="json", exclude={"folder", "simulate"})
+    del settings["aggregation"]["optimizer"]  # as it was recorded before there were any
+    shutil.copytree(tmp_path / "runs/t", tmp_path / "old")
+    Store(tmp_path / "old", settings).close()
+    Store(tmp_path / "old", config(tmp_path, 2, None).model_dump(mode="json")).close()
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({"optimizer": {"name": "adam"}}, r"expected one of 'momentum', got 'adam'"),
+        ({"optimizer": {**MOMENTUM, "momentum": 1.0}}, "at least 0 and below 1, got 1.0"),
+        ({"optimizer": {**MOMENTUM, "learning_rate": 0}}, "above 0 and below 1e.06, got 0"),
+        ({"optimizer": {**MOMENTUM, "beta": 0.5}}, "beta"),
+        ({"optimizer": MOMENTUM, "rule": "median"}, "does not go with aggregation.rule = 'median'"),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, sections: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        config(tmp_path, 1, aggregation=sections)
+
+
+def test_an_optimizer_is_for_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"aggregation\.optimizer is for run\.task = 'train'"):
+        config(tmp_path, 1, run={"name": "t", "task": "evaluate"}, model={"initial": "m"})
+
+
+def test_momentum_in_too_little_memory_is_refused_with_the_number(tmp_path: Path) -> None:
+    server = {"listen": "tcp://127.0.0.1:0", "insecure": True, "memory": "16MiB"}
+    with pytest.raises(ConfigError, match=r"aggregation\.optimizer.*at least \d+MiB"):
+        Server(config(tmp_path, 1, server=server))

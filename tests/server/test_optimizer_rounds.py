@@ -1,0 +1,233 @@
+"""Collections with a server optimizer, without sockets: the same bytes however they come, and after kills."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedcore._core import Codec, Exchange, Finisher, Layout, MappedFile, finish_mean
+from fedcore.encoding import UpdateEncoder
+from fedcore.errors import LayoutError, StorageError
+from fedcore.model_file import ModelFile, create_model
+from fedcore.server.collection import Collection, CollectionSetting
+from fedcore.server.rounds.actions import Participant
+from fedcore.server.storage.scratch import Scratch
+
+CHUNK = 4096
+LAYOUT = Layout([("h", "BF16", [9_001]), ("n", "I32", [40]), ("w", "F32", [20_001])], CHUNK)
+OPTIONS = {"learning_rate": 0.1, "momentum": 0.9}
+WEIGHTS = {"a": 3, "b": 5, "c": 7, "d": 1, "e": 2}
+STATES = ("momentum", "master")
+Files = dict[str, bytes]
+
+
+def model_of(seed: int) -> ModelFile:
+    dice, file = np.random.default_rng(seed), create_model(None, LAYOUT)
+    file.view("w")[:] = dice.standard_normal(20_001).astype(np.float32).tobytes()
+    halves = dice.standard_normal(9_001).astype(np.float32).view(np.uint32) >> 16
+    file.view("h")[:] = halves.astype(np.uint16).tobytes()
+    return file
+
+
+BASE = model_of(0)
+
+
+def states_before(seed: int = 9) -> dict[str, ModelFile]:
+    dice, made = np.random.default_rng(seed), {}
+    for name, layout in Finisher(LAYOUT, "momentum", OPTIONS).states:
+        made[name] = create_model(None, layout)
+        count = layout.total_bytes // 4
+        data = dice.standard_normal(count).astype(np.float32).tobytes()
+        made[name].file.view(made[name].data_offset, len(data))[:] = data
+    return made
+
+
+BEFORE = states_before()
+
+
+def finisher(*, fresh: bool = False) -> Finisher:
+    before = {} if fresh else {n: (f.file, f.data_offset) for n, f in BEFORE.items()}
+    return Finisher(LAYOUT, "momentum", OPTIONS, set(), before)
+
+
+def flat(file: ModelFile) -> bytes:
+    return bytes(file.file.view(file.data_offset, file.layout.total_bytes))
+
+
+class Server:
+    """A collection on a folder, of updates that are published beside it."""
+
+    def __init__(
+        self, folder: Path, names: str, *, scheme: str = "raw", fresh: bool = False, **options: Any
+    ) -> None:
+        self.folder, self.names = folder, names
+        folder.mkdir(exist_ok=True)
+        self.exchange, self.now = Exchange(), 0
+        self.sites: dict[bytes, Exchange] = {}
+        self.waiting: list[tuple[bytes, bytes, bytes]] = []
+        for name in names:
+            self.sites[name.encode()] = site = Exchange()
+            update, set_id = model_of(ord(name)), name.encode() * 16
+            if scheme == "raw":
+                site.publish(set_id, update.file, update.data_offset, LAYOUT.total_bytes, CHUNK)
+                continue
+            at = update.file, update.data_offset, BASE.file, BASE.data_offset
+            sent = UpdateEncoder(LAYOUT, scheme).encode(1, *at)
+            site.publish_encoded(set_id, sent.file, sent.offsets, sent.encodings, sent.checksums)
+        self.finisher = finisher(fresh=fresh)
+        states = {n: (folder / n, layout) for n, layout in self.finisher.states}
+        self.setting = CollectionSetting(
+            self.exchange,
+            LAYOUT,
+            Scratch(folder / "model", folder / "record", {}, {}, states),
+            memory=options.pop("memory", 1 << 20),
+            base=BASE,
+            codec=None if scheme == "raw" else Codec(LAYOUT, scheme),
+            finisher=self.finisher,
+            **options,
+        )
+        self.participants = tuple(
+            Participant(name, name.encode().hex() * 16, WEIGHTS[name]) for name in names
+        )
+        self.peers = {name: name.encode() for name in names}
+
+    def start(self) -> Server:
+        self.running = Collection.of(self.setting, self.participants, self.peers)
+        return self
+
+    def pull_ahead(self) -> Server:
+        self.running = Collection(self.setting, len(self.names))
+        for participant in self.participants:
+            self.running.offer(participant, self.peers[participant.site])
+        self.run()
+        assert self.running.close(self.participants, self.peers)
+        return self
+
+    def run(self, dice: random.Random | None = None, chunks: int = 100_000) -> Server:
+        """Deliver chunks in an order of the dice until there is nothing more to do."""
+        waiting, idle = self.waiting, 0
+        while idle < 40 and chunks and not self.running.collector.done:
+            self.now += 1
+            self.exchange.tick(self.now)
+            while (request := self.exchange.next_out(self.now)) is not None:
+                site = self.sites[request[0]]
+                site.deliver(0, b"server", request[1], None)
+                while (reply := site.next_out(0)) is not None:
+                    waiting.append((request[0], reply[1], bytes(reply[2] or b"")))
+            if not waiting:
+                idle += 1
+                continue
+            idle, chunks = 0, chunks - 1
+            peer, head, body = waiting.pop(dice.randrange(len(waiting)) if dice else 0)
+            self.exchange.deliver(self.now, peer, head, body)
+        return self
+
+    def killed(self) -> Path:
+        """Return a copy of the folder as a process that is killed now leaves it."""
+        copy = self.folder.with_name(self.folder.name + "'")
+        shutil.copytree(self.folder, copy)
+        return copy
+
+    def result(self) -> Files:
+        assert self.running.collector.done
+        model, checksums = self.running.finish()
+        assert checksums == model.checksums()
+        found = {name: flat(state) for name, state in self.running.scratch.states.items()}
+        return {"model": flat(model), **found}
+
+
+def expected(names: str, *, fresh: bool = False) -> Files:
+    of = finisher(fresh=fresh)
+    after = {name: (MappedFile.anonymous(layout.total_bytes), 0) for name, layout in of.states}
+    out = bytearray(LAYOUT.total_bytes)
+    updates = [flat(model_of(ord(name))) for name in names]
+    finish_mean(of, updates, [WEIGHTS[name] for name in names], flat(BASE), out, after)
+    return {"model": bytes(out), **{name: bytes(file.view()) for name, (file, _) in after.items()}}
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["with states", "without states"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"threads": 3}, {"memory": 20 * CHUNK}, {"memory": 1}],
+    ids=["at once", "threads", "folded", "one chunk"],
+)
+def test_the_bytes_are_the_same_however_the_chunks_are_reduced(
+    tmp_path: Path, options: dict[str, Any], fresh: bool
+) -> None:
+    server = Server(tmp_path / "run", "abcde", fresh=fresh, **options).start()
+    assert server.run(random.Random(1)).result() == expected("abcde", fresh=fresh)
+
+
+def test_updates_that_were_pulled_ahead_give_the_same_bytes(tmp_path: Path) -> None:
+    server = Server(tmp_path / "run", "abc").pull_ahead().run()
+    assert server.result() == expected("abc")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "top-k"])
+def test_differences_give_the_same_bytes_at_once_and_folded(tmp_path: Path, scheme: str) -> None:
+    at_once = Server(tmp_path / "a", "abcde", scheme=scheme).start().run().result()
+    folded = Server(tmp_path / "b", "abcde", scheme=scheme, memory=1).start().run().result()
+    assert at_once == folded
+    assert at_once != expected("abcde")
+
+
+def test_without_a_site_that_is_lost_the_bytes_are_those_of_the_others(tmp_path: Path) -> None:
+    server = Server(tmp_path / "run", "abc").start().run(random.Random(2), 60)
+    assert 0 < server.running.collector.progress()[0] < LAYOUT.chunk_count
+    left = tuple(p for p in server.participants if p.site != "b")
+    assert server.running.narrow(left, server.peers)
+    assert server.run().result() == expected("ac")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_server_killed_at_any_chunk_goes_on_to_the_same_bytes(tmp_path: Path, seed: int) -> None:
+    dice, server = random.Random(seed), Server(tmp_path / "run", "abc").start()
+    for _ in range(3):
+        server.run(dice, dice.randrange(1, 50))
+        before = server.running.collector.progress()[0]
+        server = Server(server.killed(), "abc").start()
+        assert server.running.collector.progress()[0] >= before
+    assert server.run(dice).result() == expected("abc")
+
+
+@pytest.mark.parametrize("lost", ["model", *STATES])
+def test_chunks_that_a_power_cut_took_out_of_a_state_are_reduced_again(
+    tmp_path: Path, lost: str
+) -> None:
+    killed = Server(tmp_path / "run", "abc").start().run(None, 90).killed()
+    with (killed / lost).open("r+b") as file:
+        head = 8 + int.from_bytes(file.read(8), "little")
+        file.seek(head)
+        file.write(bytes(2 * CHUNK))
+    server = Server(killed, "abc").start()
+    assert server.running.collector.progress()[0] < LAYOUT.chunk_count
+    assert server.run().result() == expected("abc")
+
+
+def test_a_collection_without_the_file_of_a_state_begins_anew(tmp_path: Path) -> None:
+    killed = Server(tmp_path / "run", "abc").start().run(None, 60).killed()
+    (killed / "momentum").unlink()
+    server = Server(killed, "abc").start()
+    assert server.running.collector.progress()[0] == 0
+    assert server.run().result() == expected("abc")
+
+
+def test_a_finisher_without_a_base_or_its_states_is_refused(tmp_path: Path) -> None:
+    server = Server(tmp_path / "run", "a")
+    server.setting = CollectionSetting(
+        server.exchange, LAYOUT, server.setting.scratch, 1 << 20, finisher=server.finisher
+    )
+    with pytest.raises(LayoutError, match="needs a base"):
+        server.start()
+    other = Server(tmp_path / "other", "a")
+    scratch = Scratch(tmp_path / "other/model", tmp_path / "other/record", {}, {})
+    other.setting = CollectionSetting(
+        other.exchange, LAYOUT, scratch, 1 << 20, base=BASE, finisher=other.finisher
+    )
+    with pytest.raises(StorageError, match="not the states"):
+        other.start()
