@@ -86,14 +86,14 @@ def _size(value: object) -> int:
     return int(_quantity(value, _BYTES, "a size such as '64KiB', '256MiB' or '2GiB'"))
 
 
-def _listener(text: str) -> str:
+def _function(text: str) -> str:
     module, colon, function = text.partition(":")
     if not (colon and all(map(str.isidentifier, [*module.split("."), *function.split(".")]))):
         raise ValueError(f"expected 'package.module:function', got {text!r}")
     return text
 
 
-ListenerName = Annotated[str, AfterValidator(_listener)]
+FunctionName = Annotated[str, AfterValidator(_function)]
 Duration = Annotated[float, BeforeValidator(_duration)]
 Size = Annotated[int, BeforeValidator(_size)]
 Name = Annotated[str, Field(pattern=SITE_NAME)]
@@ -254,7 +254,7 @@ class SelectionSection(_Section):
 class ServerSection(_Section):
     """``[server]``: where to listen, the server's keys or plain text instead, the memory budget for chunks, the
     spill file beyond it, the threads that reduce, how many models are kept, how long to stay after the end, and
-    who listens to the run's events."""
+    which functions hear of the run's events or are asked before a round."""
 
     listen: Annotated[str, Field(pattern=r"^tcp://[^\s/]+:([0-9]{1,5}|\*)$")] = (
         "tcp://127.0.0.1:7733"
@@ -268,7 +268,8 @@ class ServerSection(_Section):
     threads: Annotated[int, Field(ge=1, le=64)] | None = None
     keep_versions: Annotated[int, Field(ge=1)] | None = None
     linger: Duration = 8.0
-    listeners: list[ListenerName] = []
+    listeners: list[FunctionName] = []
+    gates: list[FunctionName] = []
 
     @model_validator(mode="after")
     def _consistent(self) -> ServerSection:

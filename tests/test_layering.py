@@ -20,6 +20,7 @@ FLOORS = (
         "fedcore",
         "errors",
         "events",
+        "gates",
         "words",
         "weighing",
         "replacing",

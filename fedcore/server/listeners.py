@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import threading
 import time
@@ -11,37 +10,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from fedcore.errors import ConfigError
 from fedcore.events import Event, Listener
 from fedcore.words import plural
 
-__all__ = ["MOST_WAITING", "Listeners", "load_listener"]
+from .loading import load_function
+
+__all__ = ["MOST_WAITING", "Listeners"]
 
 MOST_WAITING: Final = 1024
 """Events that wait for one listener; beyond it the oldest is dropped."""
 
 logger = logging.getLogger("fedcore.server")
-
-
-def load_listener(name: str) -> Listener:
-    """Return what a name such as ``"package.module:function"`` stands for.
-
-    Raises:
-        ConfigError: the module can't be imported, or has no such function.
-    """
-    module, _, path = name.partition(":")
-    try:
-        found: object = importlib.import_module(module)
-    except Exception as error:  # whatever the module does as it is imported
-        raise ConfigError(
-            f"server.listeners: cannot import {module!r} of {name!r}: {type(error).__name__}: {error}; the module "
-            "has to be installed, or its folder in PYTHONPATH"
-        ) from error
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    if not callable(found):
-        raise ConfigError(f"server.listeners: {name!r} is no function: {module} has no such one")
-    return found
 
 
 class _Worker:
@@ -123,7 +102,7 @@ class Listeners:
         wall: Callable[[], float] = time.time,
         view: Listener | None = None,
     ) -> None:
-        self._workers = [_Worker(name, load_listener(name)) for name in names]
+        self._workers = [_Worker(name, load_function(name, "server.listeners")) for name in names]
         self._wall = wall
         self._view = view
         self._run = run

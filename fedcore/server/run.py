@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from fedcore import __version__, protocol
 from fedcore._core import SetDamaged
@@ -68,9 +68,11 @@ from fedcore.words import plural
 from .access import Access
 from .collecting import Collecting, Reduced, Rejected, Stalled
 from .declaring import Declaring
+from .gates import Gates
 from .goodbye import Goodbye
 from .guard import Guard
-from .listeners import Listeners, load_listener
+from .listeners import Listeners
+from .loading import load_function
 from .outcome import Ending, Outcome, RunResult
 from .peers import Peer, Peers, name_of
 from .replies import Replies
@@ -143,10 +145,11 @@ def open_store(
     Raises:
         BusyError: the folder is in use.
         IntegrityError: it holds models that its journal does not know.
-        ConfigError: it holds a run with other settings, or a finished one; or a listener can't be loaded.
+        ConfigError: it holds a run with other settings, or a finished one; a listener or a gate can't be loaded.
     """
-    for name in config.server.listeners:  # before anything is opened
-        load_listener(name)
+    for setting in ("listeners", "gates"):  # before anything is opened
+        for name in getattr(config.server, setting):
+            load_function(name, f"server.{setting}")
     settings = config.model_dump(mode="json", exclude={"folder", "simulate"})
     store = Store(config.run_folder, settings, discard=discard, chunk_bytes=chunk_bytes)
     try:
@@ -210,6 +213,7 @@ class Run:
         self.rounds = make_rounds(config, roster, store.last_version)
         self._waiting = WaitingLog(self.rounds, lambda: self._clock.wall().astimezone())
         self.status = StatusBuilder(config, self.rounds, store, self._clock)
+        self._gates = Gates(config, store)
         self.listeners = Listeners(
             config.server.listeners,
             (config.run.name, store.run_id),
@@ -323,9 +327,11 @@ class Run:
         self._emit(RunStarted(version=version, rounds=self.rounds.rounds))
         if version is not None:
             self.versions.open_last(version)
+            self._ask_gates(version)
             logger.info("run %s goes on after round %d", self.config.run.name, version)
         elif self.config.initial_path is not None:
             self.versions.load_initial(self.config.initial_path)
+            self._ask_gates(0)
             self.rounds.committed(0, self._clock.monotonic())
             self._emit_commit(self.store.versions()[0])
             logger.info("initial model: %s", self.versions.describe())
@@ -483,7 +489,7 @@ class Run:
         if command.action == "stop":
             reply = self._on_stop()
         else:
-            reply, actions = steer(self.rounds, command.action, self._clock.monotonic())
+            reply, actions = self._steer(command.action)
         self._replies.tell(
             name_of(peer, self.peers.get(peer)),
             "%s asks to %s: %s",
@@ -493,6 +499,21 @@ class Run:
         )
         self._link.send(peer, reply)
         self._do(actions)
+
+    def _steer(
+        self, action: Literal["pause", "resume", "evaluate"]
+    ) -> tuple[protocol.CommandReply, list[Action]]:
+        version = self.rounds.version
+        asks = action == "resume" and self.rounds.held and version is not None
+        if asks and not self._gates.allow((version or 0) + 1):
+            text = f"the run stays paused: {self._gates.refusal}"
+            return protocol.CommandReply(ok=False, message=text), []
+        return steer(self.rounds, action, self._clock.monotonic())
+
+    def _ask_gates(self, version: int) -> None:
+        """Pause the run if a gate refuses the round after a version; call it before the plan begins that round."""
+        if not self.rounds.paused and not self._gates.allow(version + 1):
+            self.rounds.paused = True
 
     def _on_join(self, peer: bytes, join: protocol.Join) -> None:
         if self.peers.turn_away(peer, join) or not self._replies.may_have(
@@ -533,6 +554,10 @@ class Run:
             return
         if update.layout != self.versions.expected_hash(declare):
             self._put_out(peer, known.site, "layout", "the update's layout is not the run's")
+            return
+        if self._gates.refusal and self.rounds.held:  # trained before it was refused, or unasked
+            text = "the round is refused, and the run is paused"
+            self._link.send(peer, protocol.Dropped(round=ready.round, message=text))
             return
         known.metrics = dict(ready.metrics)
         self._keep_metrics(known.site, ready.round, None, ready.metrics)
@@ -757,6 +782,7 @@ class Run:
         if failure := device_failure():
             self._device = use_device("cpu")
             logger.warning("the GPU failed; the CPU goes on with the same bits: %s", failure)
+        self._ask_gates(action.version)
         self._do(self.rounds.committed(action.version, self._clock.monotonic()))
         if self.result is None:  # after the tasks: reading a large model takes seconds
             self._export_best()
@@ -888,5 +914,6 @@ class Run:
 
     def _snapshot(self) -> protocol.StatusReply:
         stats = self._link.exchange.stats()
-        paused = "paused: no other round begins" if self.rounds.paused else ""
+        paused = self._gates.refusal or "no other round begins"
+        paused = f"paused: {paused}" if self.rounds.paused else ""
         return self.status.build(stats, self.result.message if self.result else paused)

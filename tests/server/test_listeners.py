@@ -18,7 +18,8 @@ from fedcore import events
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError
 from fedcore.server import listeners as module
-from fedcore.server.listeners import MOST_WAITING, Listeners, load_listener
+from fedcore.server.listeners import MOST_WAITING, Listeners
+from fedcore.server.loading import load_function
 from fedcore.server.service import Server
 from fedcore.server.timing import Timing
 
@@ -131,7 +132,7 @@ def test_a_listener_that_cannot_be_loaded_is_named(
     (tmp_path / "broken_listener.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=text):
-        load_listener(name)
+        load_function(name, "server.listeners")
 
 
 # --- in a run ---
@@ -224,7 +225,7 @@ def test_the_listener_of_the_documentation_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = (Path(__file__).parents[2] / "docs/listeners.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = re.findall(r"```python\n(# run_log.*?)```", page, re.DOTALL)
     (tmp_path / "run_log.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)

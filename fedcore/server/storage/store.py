@@ -53,6 +53,7 @@ _FIXED: Final = (
 )  # fmt: skip
 
 _STOP: Final = "stop_asked"
+_ALLOWED: Final = "allowed_round"
 _WITHOUT_STATES: Final = "without_states"
 
 _BEYOND_DISK: Final = 16
@@ -414,6 +415,7 @@ class Store:
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
             self._db.execute("DELETE FROM chosen")
             self.logged.drop_after(version)
+            self._db.execute("DELETE FROM meta WHERE key = ?", (_ALLOWED,))
             self._db.execute("DELETE FROM meta WHERE key = 'finished'")
             self._drop_stop()
             self._journal.renew_run_id()
@@ -530,6 +532,16 @@ class Store:
         """Note that these sites know that the run has ended, so that nobody expects them back."""
         with self._journal.transaction():
             self._db.executemany("DELETE FROM members WHERE site = ?", [(site,) for site in sites])
+
+    @property
+    def allowed_round(self) -> int:
+        """The last round that the run's gates have allowed; 0 before the first."""
+        return int(self._journal.meta(_ALLOWED) or 0)
+
+    def allow_round(self, round_: int) -> None:
+        """Note that the run's gates have allowed a round to begin."""
+        with self._journal.transaction():
+            self._journal.set_meta(_ALLOWED, str(round_))
 
     def ask_stop(self) -> None:
         """Note that an operator ends the run: a server that is started before it has done so ends it then.

@@ -1,0 +1,177 @@
+"""Gates are asked before each round of training: what one refuses does not begin."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcore import protocol
+from fedcore.config import RunConfig
+from fedcore.errors import ConfigError
+from fedcore.gates import RoundRequest
+from fedcore.monitor.ask import StatusClient
+from fedcore.server import gates as module
+from fedcore.server.gates import Gates
+from fedcore.server.service import Server
+from fedcore.server.storage.store import Store
+
+from ..support.raw_site import DEADLINE, RawSite
+from ..support.run_folders import SETTINGS, run_of
+from ..support.runs import run, run_config, site
+
+NAME = "fedcore.server.gates:test_gate"
+
+
+def config(tmp_path: Path, **more: Any) -> RunConfig:
+    plain: RunConfig = run_config(tmp_path, sites=["a"], **more)
+    server = plain.server.model_copy(update={"gates": [NAME]})
+    return plain.model_copy(update={"server": server})
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Set what the gate does; returns the rounds that it is asked for."""
+
+    def to(act: Callable[[RoundRequest], object]) -> list[int]:
+        asked: list[int] = []
+
+        def gate(request: RoundRequest) -> object:
+            asked.append(request.round)
+            return act(request)
+
+        monkeypatch.setattr(module, "test_gate", gate, raising=False)
+        return asked
+
+    return to
+
+
+def test_a_gate_is_asked_once_for_each_round_and_not_for_the_evaluation(
+    tmp_path: Path, answer: Callable[..., list[int]]
+) -> None:
+    asked = answer(lambda _: None)
+    server = Server(config(tmp_path, rounds=3))
+    result, trained = run(server, lambda: site(server.endpoint, "a", 1))
+    assert (result.ok, trained, asked) == (True, [3], [1, 2, 3])
+
+
+def test_a_refused_round_begins_once_the_run_is_resumed_and_the_gate_allows_it(
+    tmp_path: Path, answer: Callable[..., list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_, refused = threading.Event(), threading.Event()
+    asked = answer(lambda request: None if request.round < 2 or open_.is_set() else "no budget")
+    ask = Gates.allow
+    monkeypatch.setattr(Gates, "allow", lambda *args: ask(*args) or refused.set())
+    server = Server(config(tmp_path, rounds=2))
+
+    def operator() -> int:
+        assert refused.wait(DEADLINE)
+        with StatusClient(server.endpoint) as client:
+            reply = client.command("resume", DEADLINE)
+            assert not reply.ok
+            assert "no budget" in reply.message
+            status = client.ask(DEADLINE)
+            assert (status.phase, [v.version for v in status.versions]) == ("paused", [0, 1])
+            assert "no budget" in status.message
+            open_.set()
+            assert client.command("resume", DEADLINE).ok
+        return 0
+
+    result, trained = run(server, lambda: site(server.endpoint, "a", 1), operator)
+    assert (result.ok, trained[0], asked) == (True, 2, [1, 2, 2, 2])
+
+
+def raises(_: RoundRequest) -> None:
+    raise RuntimeError("the ledger is away")
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (lambda _: "too much", "refuses it: too much"),
+        (lambda _: True, "answers bool"),
+        (raises, "fails: RuntimeError: the ledger is away"),
+    ],
+)
+def test_what_is_not_none_refuses(
+    act: Callable[[RoundRequest], object],
+    text: str,
+    tmp_path: Path,
+    answer: Callable[..., list[int]],
+) -> None:
+    answer(act)
+    store = Store(tmp_path / "run", SETTINGS)
+    gates = Gates(config(tmp_path), store)
+    assert not gates.allow(1)
+    assert text in gates.refusal
+    assert store.allowed_round == 0
+    store.close()
+
+
+def test_a_round_that_was_allowed_is_asked_for_again_only_after_a_rollback(
+    tmp_path: Path, answer: Callable[..., list[int]]
+) -> None:
+    asked = answer(lambda _: None)
+    folder = run_of(tmp_path / "run", 3.0, 2.0)
+    for _ in range(2):  # another server
+        store = Store(folder, SETTINGS)
+        assert Gates(config(tmp_path), store).allow(2)
+        store.close()
+    assert asked == [2]
+    store = Store(folder, None)
+    store.roll_back(0)
+    assert Gates(config(tmp_path), store).allow(2)
+    store.close()
+    assert asked == [2, 2]
+
+
+def test_an_update_of_a_refused_round_does_not_count(
+    tmp_path: Path, answer: Callable[..., list[int]]
+) -> None:
+    """A run whose round is under way gets a gate, and the server is started again."""
+    answer(lambda _: None)
+    first = Server(config(tmp_path, rounds=1))
+    run(first, lambda: site(first.endpoint, "a", 1))
+    answer(lambda _: "closed")
+    server = Server(config(tmp_path, rounds=2))
+
+    def deliver() -> int:
+        raw = RawSite(server.endpoint, "a")
+        update = protocol.NamedSet(id="0" * 32, layout=server.runs[0].versions.layout_hash)
+        raw.link.send(protocol.Ready(round=2, sets=[update], weight=1))
+        dropped = raw.await_message(protocol.Dropped)
+        raw.link.close()
+        server.stop()
+        assert "refused" in dropped.message
+        return 0
+
+    result, _ = run(server, deliver)
+    assert (result.ending, result.version) == ("stopped", 1)
+
+
+def test_a_run_file_whose_gate_cannot_be_loaded_does_not_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"server\.gates: .*no such one"):
+        Server(config(tmp_path))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_gate_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/listeners.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# quota.*?)```", page, re.DOTALL)
+    (tmp_path / "quota.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    import quota
+
+    monkeypatch.setattr(module, "test_gate", quota.gate, raising=False)
+    store = Store(tmp_path / "run", SETTINGS)
+    gates = Gates(config(tmp_path, rounds=20), store)
+    assert gates.allow(10)
+    assert not gates.allow(11)
+    assert "the contract covers 10 rounds" in gates.refusal
+    store.close()
