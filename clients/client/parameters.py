@@ -220,7 +220,12 @@ class ModelParameters:
                 state = {s[0]: from_view(tensors[s[0]], s).clone() for s in specs}
                 adapter = active_adapter(self._root)
                 if is_computed(self._root, adapter):
-                    load_prompt(self._root, adapter, state["prompt_embeddings"])
+                    load_prompt(self._root, adapter, state.pop("prompt_embeddings"))
+                    for (
+                        name,
+                        tensor,
+                    ) in state.items():  # modules_to_save, such as a classifier's head
+                        put(self._tensors[name], tensor)
                 else:
                     set_peft_model_state_dict(self._root, state, adapter)
                 return

@@ -21,7 +21,12 @@ from peft import (
     XLoraConfig,
     get_peft_model,
 )
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from fedcore.client.parameters import ModelParameters
 from fedcore.errors import LayoutError
@@ -138,6 +143,31 @@ def test_a_prompt_that_was_loaded_is_what_the_model_computes_and_trains(config: 
     optimizer.step()
     trained = torch.frombuffer(bytearray(ModelParameters(model).read(spec[0])), dtype=torch.float32)
     assert not torch.equal(trained, found), "and it goes on from there"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptEncoderConfig(num_virtual_tokens=2, encoder_hidden_size=8, task_type="SEQ_CLS"),
+        PrefixTuningConfig(num_virtual_tokens=2, prefix_projection=True, task_type="SEQ_CLS"),
+    ],
+    ids=["p-tuning", "prefix-projected"],
+)
+def test_a_classifiers_head_beside_a_computed_prompt_is_loaded_too(config: Any) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    base = BertForSequenceClassification(BertConfig(vocab_size=8, num_hidden_layers=1, **size))
+    parameters = ModelParameters(get_peft_model(base, config))
+    given = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(number))
+        for number, (name, _, shape) in enumerate(parameters.specs)
+    }
+    assert any("classifier" in name for name in given)
+    views = {name: memoryview(value.numpy().tobytes()) for name, value in given.items()}
+    parameters.load(parameters.specs, views)
+    for name, value in given.items():
+        found = torch.frombuffer(bytearray(parameters.read(name)), dtype=torch.float32)
+        torch.testing.assert_close(found.reshape(value.shape), value)
 
 
 @pytest.mark.parametrize("name", ["mlp", "c_fc", "h", "0", "transformer"])
