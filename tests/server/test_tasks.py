@@ -116,11 +116,43 @@ def test_a_comparison_goes_on_without_a_site_that_is_lost_or_invalid() -> None:
         deliver(rounds, name)
     assert rounds.lost("a", "gone", 2.0) == [HoldCollect(), collect("b")]
     dropped = rounds.rejected("b", "it holds NaN", 2.0)
-    assert dropped == [SendDropped("b", 2, "it holds NaN"), HoldCollect(), collect("c")]
+    assert dropped == [SendDropped("b", 2, "it holds NaN"), HoldCollect()]
+    assert rounds.tick(102.0) == [collect("c")]  # until then a was needed, and might have come back
     assert rounds.reduced() == [Commit(3, collect("c").participants)]
     rounds.committed(3, 2.0)
     rounds.scored("b", 3)
     assert rounds.scored("c", 3) == [EndRun(True, "")]
+
+
+def test_a_site_that_submitted_and_is_back_gives_its_model_again_before_it_scores() -> None:
+    rounds = comparing(quorum=3)
+    join(rounds, *SITES)
+    for name in SITES:
+        deliver(rounds, name)
+    rounds.reduced()
+    rounds.committed(1, 2.0)
+    assert rounds.scored("a", 1) == rounds.scored("b", 1) == []
+    assert rounds.lost("b", "nothing heard for 1.1 s", 3.0) == []
+    assert rounds.scored("c", 1) == []  # c's model is not pulled before b's
+    assert rounds.joined("b", "another process", 4.0) == [SendTask("b", "submit", 2)]
+    assert deliver(rounds, "b") == [collect("b")]
+    assert rounds.lost("b", "nothing heard for 1.1 s", 5.0) == [HoldCollect()]
+    assert rounds.tick(104.0) == []
+    assert rounds.tick(105.0) == [collect("c")]  # the deadline of the step
+
+
+def test_a_site_that_is_back_while_a_model_is_pulled_gives_its_own_again_and_scores() -> None:
+    rounds = comparing(quorum=3)
+    join(rounds, *SITES)
+    for name in SITES:
+        deliver(rounds, name)
+    rounds.lost("c", "nothing heard for 1.1 s", 2.0)
+    assert rounds.joined("c", "another process", 3.0) == [SendTask("c", "submit", 3)]
+    rounds.reduced()
+    assert rounds.committed(1, 4.0) == [SendTask(n, "evaluate", 1) for n in ("a", "b")]
+    assert rounds.scored("a", 1) == rounds.scored("b", 1) == []
+    assert deliver(rounds, "c") == [SendTask("c", "evaluate", 1)]
+    assert rounds.scored("c", 1) == [collect("b")]
 
 
 def test_a_comparison_that_was_killed_pulls_one_model_after_the_other_and_none_ahead() -> None:

@@ -120,6 +120,9 @@ class Comparing(Rounds):
     The submissions are trained at the same time, each from version 0. Once all are there, or at the deadline with
     at least ``quorum`` of them, they are pulled one after the other: that of the site at place *i* of the sorted
     names becomes version *i*, unchanged, and is scored by all before the next is pulled.
+
+    A site that had submitted and is gone is asked for its model again once it is back. Where fewer than ``quorum``
+    models are there without it, it is waited for, up to the deadline of the step.
     """
 
     def __init__(
@@ -144,6 +147,9 @@ class Comparing(Rounds):
         self._closed = bool(version)
         if self._closed:
             self.phase = Phase.EVALUATING
+        self._committed = version or 0  # models; after a restart as many as there can be
+        self._submitted: set[str] = set()  # whose models are to be pulled yet, once closed
+        self._asked_again: set[str] = set()
 
     # --- events ---
 
@@ -154,13 +160,18 @@ class Comparing(Rounds):
             return []
         if self.phase is Phase.INITIAL:
             return super().ready(site, round_, delivery)
-        reached = max([self.version or 0, *(self._places[p.site] for p in self.collecting)])
-        if round_ != self._places[site] or round_ <= reached:
+        if round_ != self._places[site] or round_ <= self._reached:
             return self._late(member, round_)
         if member.dropped_round == round_:
             return [SendDropped(site, round_, member.message)]
         member.delivery = delivery
         member.state = SiteState.DELIVERED
+        if self._closed:
+            self._submitted.add(site)
+        if site in self._asked_again and self.phase is Phase.EVALUATING:
+            self._asked_again.discard(site)
+            return self._assign(member, self._started or 0.0)
+        self._asked_again.discard(site)
         return self._close_if_due()
 
     def rejected(self, site: str, reason: str, now: float) -> list[Action]:
@@ -171,6 +182,7 @@ class Comparing(Rounds):
         if self.phase is Phase.INITIAL:
             return super().rejected(site, reason, now)
         place = self._places[site]
+        self._submitted.discard(site)
         member.delivery = None
         member.message = reason
         member.state = SiteState.DROPPED
@@ -191,11 +203,13 @@ class Comparing(Rounds):
             member = self._member(participant.site)
             if member is not None:
                 member.delivery = None
+        self._submitted.difference_update(p.site for p in self.collecting)
+        self._committed += len(self.collecting)
         self.version = version
         self.collecting = ()
-        self._started = None
+        self._started = now if self._asked_again else None
         self.phase = Phase.EVALUATING
-        present = [member for member in self.roster if member.alive]
+        present = [m for m in self.roster if m.alive and m.name not in self._asked_again]
         actions: list[Action] = []
         for member in present:
             actions += self._assign(member, now)
@@ -204,6 +218,12 @@ class Comparing(Rounds):
     # --- decisions ---
 
     def _assign(self, member: Member, now: float) -> list[Action]:
+        if not self.over and member in self._missed():
+            if self.phase is Phase.EVALUATING:
+                self._start_clock(now)
+            self._asked_again.add(member.name)
+            member.state = SiteState.TRAINING
+            return [SendTask(member.name, "submit", self._places[member.name])]
         if self.over or self.version is None or self.phase is Phase.EVALUATING:
             return super()._assign(member, now)
         if self._closed or member.delivery is not None or member.dropped_round > 0:
@@ -217,6 +237,8 @@ class Comparing(Rounds):
             return super()._collect(members)
         first = min(members, key=lambda member: self._places[member.name])
         assert first.delivery is not None
+        if not self._closed:
+            self._submitted = {member.name for member in members}
         self._closed = True
         self._started = None
         self.phase = Phase.AGGREGATING
@@ -231,13 +253,45 @@ class Comparing(Rounds):
         """They are pulled one after the other."""
         return []
 
-    def _recollect(self, now: float) -> list[Action]:  # noqa: ARG002
+    def _recollect(self, now: float) -> list[Action]:
         cancel: list[Action] = [HoldCollect()] if self.collecting else []
         self.collecting = ()
+        if self._waits():
+            self.phase = Phase.EVALUATING
+            self._start_clock(now)
+            return cancel
         return cancel + self._end()
 
+    def _missed(self) -> list[Member]:
+        """Return the sites that had submitted a model that is to be pulled yet, and do not offer it now."""
+        return [
+            m
+            for m in self.roster
+            if m.name in self._submitted
+            and m.delivery is None
+            and self._places[m.name] > self._reached
+        ]
+
+    @property
+    def _reached(self) -> int:
+        """The place of the last model that is committed or pulled: the others' turn is over."""
+        return max([self.version or 0, *(self._places[p.site] for p in self.collecting)])
+
+    def _waits(self) -> bool:
+        """Whether a model that is missed is the next one, and the comparison needs it."""
+        places = [self._places[m.name] for m in self._delivered()]
+        ahead = [place for place in places if place > (self.version or 0)]
+        missed = [self._places[m.name] for m in self._missed()]
+        short = self._committed + len(ahead) < self.quorum
+        return short and bool(missed) and min(missed) < min(ahead, default=math.inf)
+
+    def _end_if_evaluated(self) -> list[Action]:
+        if self.phase is Phase.EVALUATING and self._waits():
+            return []
+        return super()._end_if_evaluated()
+
     def _end(self) -> list[Action]:
-        """Go on with the next model, or end where there is none."""
+        """Go on with the next model, or end where there is none; what is missed now stays out."""
         if self.paused:
             self._started = None
             return []
