@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedcore._core import CollectorDone, Exchange, Layout
+from fedcore._core import CollectorDone, Exchange, Finisher, Layout
 from fedcore.errors import StorageError
 from fedcore.model_file import create_model, open_model
 from fedcore.server.collection import Collection, CollectionSetting
@@ -29,7 +29,7 @@ from fedcore.server.storage.store import StateRow, Store, VersionRow
 from fedcore.server.versions import checksum_of
 
 LAYOUT = Layout([("w", "F32", [6000])], 4096)
-STATE = Layout([("w", "F32", [100])])
+OPTIONS = {"learning_rate": 1.0, "momentum": 0.0}
 SITES = {"a": 1, "b": 3}
 SETTINGS = {"run": {"rounds": 1, "task": "train"}}
 DIED, REFUSED, RAISED = 99, 98, 97
@@ -84,12 +84,13 @@ def commit_one(store: Store) -> None:
             store.record(1),
             {},
             {"fedcore.version": "1"},
-            {"momentum": (store.state_scratch(1, "momentum"), STATE)},
+            {"momentum": (store.state_scratch(1, "momentum"), LAYOUT)},
         ),
         memory=1 << 20,
         base=base,
+        finisher=Finisher(LAYOUT, "momentum", OPTIONS),
     )
-    store.announce(1, LAYOUT.total_bytes, {"momentum": STATE.total_bytes})
+    store.announce(1, LAYOUT.total_bytes, {"momentum": LAYOUT.total_bytes})
     running = Collection.of(setting, participants, {site: site.encode() for site in SITES})
     sites = {}
     for site, weight in SITES.items():
@@ -111,8 +112,7 @@ def commit_one(store: Store) -> None:
     model, checksums = running.finish()
     row = VersionRow(1, checksum_of(checksums), "", model.layout.total_bytes, 1.0, SITES)
     state = running.scratch.states["momentum"]
-    kept = StateRow(checksum_of(state.fill(lambda _: values(7)[:400])), STATE.total_bytes)
-    state.file.sync()
+    kept = StateRow(checksum_of(state.checksums()), LAYOUT.total_bytes)
     store.commit(row, {"a": {"loss": 1.0}}, states={"momentum": kept})
 
 
@@ -150,6 +150,9 @@ def check(folder: Path) -> dict[str, Any]:
         exports[name] = of
     if store.finished:
         assert exports == {"best": 1, "final": 1}, "a finished run is not opened again"
+    if states:
+        v = open_model(store.state_path(1, "momentum"), LAYOUT.chunk_bytes).view("w")
+        assert bytes(v) == array("f", [1.25] * 6000).tobytes()
     summary = json.loads((folder / "summary.json").read_text())["version"]
     store.close()
     return {"version": max(rows), "exports": exports, "summary": summary}
