@@ -18,7 +18,6 @@ from fedcore.security.keys import check_name
 from fedcore.site.progress import TerminalHandler
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
-from fedcore.site.signals import ended_by
 
 __all__ = [
     "forget_intent",
@@ -162,7 +161,7 @@ def _warn(pid: int) -> None:
     if not _intends or failed or session is None or session.took_part or os.getpid() != pid:
         return
     if (
-        ended_by() or session.outcome is not None
+        session.ended_by or session.outcome is not None
     ):  # a signal ended it, or it came after the end of the run
         return
     if session.run:

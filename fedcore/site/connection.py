@@ -34,7 +34,7 @@ from .memory import keep_warm
 from .narration import narrate
 from .progress import Bar
 from .settings import SiteSettings
-from .signals import end_in_order, ended_by, let_go
+from .signals import InOrder, end_in_order, let_go
 
 __all__ = ["Connection"]
 
@@ -64,6 +64,7 @@ class Connection:
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._signals: InOrder | None = None
         self._connections = 1
         self._unresolved = ""
         self._upload = (0, 0, 0.0)
@@ -72,6 +73,11 @@ class Connection:
         self.settled: Callable[[protocol.Ready, bool], None] = lambda *_: None
 
     # --- coming, waiting, going ---
+
+    @property
+    def ended_by(self) -> str:
+        """The name of the signal that ends this process; empty if none does."""
+        return self._signals.ended_by if self._signals is not None else ""
 
     @property
     def opened(self) -> bool:
@@ -98,7 +104,7 @@ class Connection:
         with self._driven() as machine:
             machine.join(time.monotonic())
         self._thread.start()
-        end_in_order()
+        self._signals = end_in_order()
         return True
 
     def join(self) -> None:
@@ -188,7 +194,7 @@ class Connection:
         if self._link is None or self._closing or os.getpid() != self._pid:
             return False
         self._closing = True
-        number = ended_by()
+        number = self.ended_by
         with self._driven() as machine:
             machine.leave(
                 f"its process was ended by {number}" if number else "the site's process ended"

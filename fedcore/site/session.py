@@ -36,7 +36,7 @@ from fedcore.transport.ends import Dial
 from fedcore.transport.link import SiteLink
 
 from .connection import Connection
-from .metrics import checked_metrics
+from .metrics import MetricCheck
 from .received import Received
 from .settings import SiteSettings
 from .unchanged import Unchanged
@@ -106,7 +106,8 @@ class Session:
         self._connection = Connection(settings, dial)
         self._machine = self._connection.machine
         self._waits = Waits(self.site, self._connection)
-        self._updates = Updates(settings, self._connection)
+        self._check = MetricCheck()
+        self._updates = Updates(settings, self._connection, self._check)
         self._layout: Layout | None = None
         self._model: GlobalModel | None = None
         self._offered: tuple[str, int] | None = None
@@ -130,6 +131,11 @@ class Session:
     def run_id(self) -> str:
         """Random id of the run, once joined."""
         return self._machine.welcome.run_id if self._machine.welcome else ""
+
+    @property
+    def ended_by(self) -> str:
+        """The name of the signal that ends this process, once joined; empty if none does."""
+        return self._connection.ended_by
 
     @property
     def over(self) -> bool:
@@ -307,7 +313,7 @@ class Session:
             return
         self._score = protocol.Score(
             version=model.version,
-            metrics=checked_metrics(metrics),
+            metrics=self._check(metrics),
             examples=min(max(1, int(examples)), protocol.MAX_WEIGHT),
             rows={
                 name: min(n, protocol.MAX_WEIGHT)
@@ -413,7 +419,7 @@ class Session:
         """
         if not self._connection.opened:
             return
-        for name, value in checked_metrics(metrics).items():
+        for name, value in self._check(metrics).items():
             if name in self._unsaid or len(self._unsaid) < protocol.MAX_METRICS:
                 self._unsaid[name] = value
         self._calls += 1

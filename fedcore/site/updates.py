@@ -14,7 +14,7 @@ from fedcore.model_file import ModelFile, Reader
 
 from .connection import Connection
 from .encoded import Outgoing
-from .metrics import checked_metrics
+from .metrics import MetricCheck
 from .settings import SiteSettings
 from .work import WorkFolder
 
@@ -29,12 +29,14 @@ class Updates:
     Args:
         settings: who this site is, and where work folders lie.
         connection: publishes them; it has joined before anything here is called, but for `close`.
+        check: of the metrics that go with an update.
     """
 
-    def __init__(self, settings: SiteSettings, connection: Connection) -> None:
+    def __init__(self, settings: SiteSettings, connection: Connection, check: MetricCheck) -> None:
         self._settings = settings
         self._connection = connection
         self._machine = connection.machine
+        self._check = check
         self._work: WorkFolder | None = None
         self._outgoing: Outgoing | None = None
         self._looked = False
@@ -93,7 +95,7 @@ class Updates:
             round=round_,
             sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=layout_hash(layout))],
             weight=weight,
-            metrics=checked_metrics(metrics or {}, "train_metrics"),
+            metrics=self._check(metrics or {}, "train_metrics"),
         )
         if round_:
             self.folder().record(ready, update, score, self._base)

@@ -18,7 +18,7 @@ import fedcore.client.lightning as fl_lightning
 from fedcore.client.parameters import ModelParameters
 from fedcore.errors import ClosedError, ConfigError, LayoutError, MetricError
 from fedcore.server.outcome import RunResult
-from fedcore.site.metrics import checked_metrics
+from fedcore.site.metrics import MetricCheck
 
 
 class Model(torch.nn.Module):
@@ -202,13 +202,14 @@ def test_a_metric_that_no_site_reports_is_told_with_those_that_they_do(
 )
 def test_a_metric_that_is_no_number_is_named_at_the_site(metrics: Any, said: str) -> None:
     with pytest.raises(MetricError, match=said):
-        checked_metrics(metrics)
+        MetricCheck()(metrics)
 
 
 def test_a_metric_that_is_not_finite_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     given = {"loss": torch.tensor(0.5), "odd_metric": float("nan"), "n": np.int64(3), "ok": True}
+    check = MetricCheck()
     for _ in range(3):
-        found = checked_metrics(given)
+        found = check(given)
     assert (found["loss"], found["n"], found["ok"]) == (0.5, 3.0, 1.0)
     assert [r.getMessage() for r in caplog.records] == [
         "metrics: 'odd_metric' is nan; it counts in no mean over the sites"
