@@ -178,12 +178,13 @@ class ParticipantsSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """``[aggregation.optimizer]``: what the server makes of the step that the updates come to. Absent, the step is
-    added to the model as it is."""
+    """``[aggregation.optimizer]``: what the server makes of the step that the updates come to, but for tensors of
+    which a pattern in ``plain`` is the name. Absent, the step is added to the model as it is."""
 
     name: str
     learning_rate: float = FINISHERS["momentum"].options["learning_rate"].default
     momentum: float = FINISHERS["momentum"].options["momentum"].default
+    plain: list[str] = []
 
     @model_validator(mode="after")
     def _known(self) -> OptimizerSection:

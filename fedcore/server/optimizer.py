@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedcore._core import Finisher, Layout
@@ -34,6 +35,7 @@ class Optimizer:
         self._rows: dict[str, StateRow] = {}
         self._states: dict[str, ModelFile] = {}
         self._made: tuple[Layout, Finisher] | None = None
+        self._unmatched: set[str] = set()
 
     def open(self, version: int) -> None:
         """Take up the states of the last version, which `Store` has committed.
@@ -63,9 +65,22 @@ class Optimizer:
             return None
         if self._made is None or self._made[0] is not layout:
             before = {name: (state.file, state.data_offset) for name, state in self._states.items()}
-            made = Finisher(layout, self._section.name, self._section.options, set(), before)
+            plain = self._plain(layout, self._section.plain)
+            made = Finisher(layout, self._section.name, self._section.options, plain, before)
             self._made = layout, made
         return self._made[1]
+
+    def _plain(self, layout: Layout, patterns: Sequence[str]) -> set[str]:
+        """Return the names of the tensors that keep the combined updates; say once which pattern names none."""
+        names = [name for name, *_ in layout.tensors]
+        found: set[str] = set()
+        for pattern in patterns:
+            matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            if not matching and pattern not in self._unmatched:
+                self._unmatched.add(pattern)
+                logger.warning("aggregation.optimizer.plain: no tensor is named %r", pattern)
+            found.update(matching)
+        return found
 
     def layouts(self, layout: Layout) -> dict[str, Layout]:
         """Return the layouts of the states of a model of this layout, by name."""

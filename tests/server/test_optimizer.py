@@ -79,7 +79,7 @@ def train(config: RunConfig) -> bool:
     return run(server, *(functools.partial(site, server.endpoint, name) for name in "ab"))[0].ok
 
 
-def reference(rounds: int) -> Model:
+def reference(rounds: int, plain: str = "") -> Model:
     model = trained("", 0, zeros())
     master = {key: value.astype(np.float32) for key, value in model.items()}
     v = {key: np.zeros(COUNT, np.float32) for key in model}
@@ -89,6 +89,9 @@ def reference(rounds: int) -> Model:
             total = sum(
                 weight * updates[n][key].astype(np.float64) for n, weight in WEIGHTS.items()
             )
+            if key == plain:
+                model[key] = (total / 8).astype(dtype)
+                continue
             step = total / 8 - model[key].astype(np.float64)
             v[key] = (0.8 * v[key].astype(np.float64) + step).astype(np.float32)
             moved = master[key].astype(np.float64) + 0.3 * v[key].astype(np.float64)
@@ -120,6 +123,19 @@ def test_a_run_with_momentum_is_the_reference_and_goes_on_from_its_states(tmp_pa
         with safe_open(models / f"{name}.safetensors", "np") as file:
             said = file.metadata()["fedcore.optimizer"]
         assert said == f"momentum 1 learning_rate={(0.3).hex()} momentum={(0.8).hex()}"
+
+
+def test_tensors_that_plain_names_keep_the_mean_and_have_no_state(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    optimizer = {**MOMENTUM, "plain": ["h*", "*.running_var"]}
+    assert train(config(tmp_path, 2, optimizer))
+    for version in (1, 2):
+        assert committed(tmp_path, version) == as_bytes(reference(version, plain="h"))
+    with safe_open(tmp_path / "runs/t/models/round-0002.momentum.safetensors", "np") as file:
+        assert list(file.keys()) == ["w"]
+    said = "aggregation.optimizer.plain: no tensor is named '*.running_var'"
+    assert caplog.messages.count(said) == 1
 
 
 def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(
