@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -24,6 +24,8 @@ from .hf_kept import KeptRounds, Place
 from .randomness import put_back, take
 
 __all__ = ["Options", "Rounds"]
+
+_PERSISTENT: Final = "dataloader_persistent_workers"
 
 
 @dataclass(frozen=True)
@@ -236,11 +238,20 @@ class Rounds:
         """Give the trainer the budget of the whole run; `begin` says where this round ends."""
         trainer, args, now = self._trainer, self._trainer.args, self._round
         assert now is not None
-        names = ("max_steps", "num_train_epochs", "ignore_data_skip")
+        names = ("max_steps", "num_train_epochs", "ignore_data_skip", _PERSISTENT)
         before = {name: getattr(args, name) for name in names}
         config, model_init = trainer.accelerator.dataloader_config, trainer.model_init
         self._budget = args.max_steps, args.num_train_epochs
         place = self._place
+        if self._options.goes_on and getattr(args, _PERSISTENT):
+            # The trainer makes a new loader in each round. New workers that outlive an epoch draw a random number
+            # which those of one training do not, and an epoch that goes on would get another order.
+            setattr(args, _PERSISTENT, False)
+            if now.number == 1 or self._restarted:
+                self._say(
+                    f"{_PERSISTENT} is False in the rounds, so that each goes on in the data where the last one "
+                    "stopped: the order is that of one training without it"
+                )
         if args.max_steps > 0 or args.num_train_epochs % 1:
             steps = self._steps(None if args.max_steps > 0 else trainer.get_train_dataloader())
             args.max_steps = max(rounds * steps, (place.steps if place else 0) + steps)

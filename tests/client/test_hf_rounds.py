@@ -201,6 +201,23 @@ def test_rounds_go_on_in_the_data_as_one_training_would(
     assert len(list(tmp_path.glob("trainer-*"))) == 1, "what is kept is bounded"
 
 
+def test_rounds_with_persistent_workers_are_one_training_without(tmp_path: Path) -> None:
+    workers = {"max_steps": 8, "dataloader_num_workers": 1}
+    unbroken = make(tmp_path / "one", 2, **workers)
+    unbroken.train()
+    trainer = make(tmp_path / "some", 1, **workers, dataloader_persistent_workers=True)
+    said: list[str] = []
+    counter = StepCounter(trainer, None)
+    rounds = Rounds(trainer, counter, Options(), lambda **_: None, said.append)
+    counter.attach()
+    rounds.attach()
+    for number in (1, 2):
+        rounds.train(number, 2, trainer.train)
+    assert_same(trainer, unbroken)
+    assert trainer.args.dataloader_persistent_workers, "the script's own setting is put back"
+    assert len([line for line in said if "dataloader_persistent_workers is False" in line]) == 1
+
+
 def test_a_round_that_is_trained_again_begins_where_it_began(tmp_path: Path) -> None:
     unbroken = make(tmp_path / "one", 2)
     unbroken.train()
