@@ -7,10 +7,7 @@ from typing import Final
 
 from fedcore.errors import ConfigError
 
-__all__ = ["FINISHERS", "MASTER", "Finisher", "Option", "find_finisher"]
-
-MASTER: Final = "master"
-"""The state that holds the parameters of a F16 or BF16 model in F32."""
+__all__ = ["FINISHERS", "Finisher", "Option", "find_finisher"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from fedcore._core import Finisher, Layout
 from fedcore.config import OptimizerSection
 from fedcore.errors import IntegrityError, StorageError
 from fedcore.model_file import ModelFile, open_model
-from fedcore.rules.finishers import MASTER, find_finisher
+from fedcore.rules.finishers import find_finisher
 from fedcore.server.storage.integrity import checksum_of, verify_model
 from fedcore.server.storage.store import StateRow, Store
 
@@ -144,12 +144,10 @@ class Optimizer:
         self._states, self._rows = dict(states), dict(rows)
         self._made = None
 
-    def describe(self, layout: Layout) -> str:
-        """Return in words what it is and what it keeps; empty if there is none."""
+    def describe(self) -> str:
+        """Return in words what it is; empty if there is none."""
         if self._section is None:
             return ""
+        kind = find_finisher(self._section.name)
         options = ", ".join(f"{name} {value:g}" for name, value in self._section.options.items())
-        kept = self.layouts(layout)
-        nbytes = sum(of.total_bytes for of in kept.values())
-        also = " and a master of the model in F32" if MASTER in kept else ""
-        return f"{self._section.name} ({options}); it keeps {nbytes:,} bytes{also}"
+        return f"{kind.name} (version {kind.version}): {options}"

@@ -365,6 +365,11 @@ class Run:
                 "updates are combined by the rule %s (version %d): %s%s", rule.name, rule.version, rule.summary,
                 "" if self._device == "CPU" else "; it is computed on the CPU",
             )  # fmt: skip
+        if optimizer := self.versions.optimizer.describe():
+            logger.info(
+                "the server optimizer is %s%s", optimizer,
+                "" if self._device == "CPU" else "; it is computed on the CPU",
+            )  # fmt: skip
 
     def _linger_for_return(self) -> None:
         """Stay at the end of the run until the sites have noticed that this server is here."""

@@ -152,6 +152,10 @@ def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(
     store.close()
     caplog.set_level(logging.INFO, "fedcore.server")
     assert train(config(tmp_path, 2))
+    assert (
+        "the server optimizer is momentum (version 1): learning_rate 0.3, momentum 0.8"
+        in caplog.text
+    )
     assert "the server optimizer begins anew after round 1" in caplog.text
     assert committed(tmp_path, 1) == as_bytes(reference(1))
     anew = committed(tmp_path, 2)
