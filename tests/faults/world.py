@@ -32,10 +32,11 @@ from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.errors import NonFiniteError, WeightError
 from fedcore.layout import TensorSpec, compare_layouts, table
 from fedcore.model_file import ModelFile, create_model, reopen_model
-from fedcore.protocol import Kind
+from fedcore.protocol import Kind, read_header
 from fedcore.protocol import frame_header as header
 from fedcore.transport.link import CollectorEvent
 
+from ..support.offering import offer
 from .reference import CHUNK, TOP_K
 
 PAGE = 4096
@@ -124,13 +125,10 @@ class Site:
         sent = self.encode(held)
         if self.withdrawn:
             return
-        if sent is not None:
-            self.exchange.publish_encoded(
-                self.set_id, sent.file, sent.offsets[: chunks + 1], sent.encodings[:chunks]
-            )
-        else:
-            offered = min(length, chunks * CHUNK)
-            self.exchange.publish(self.set_id, held.file, held.data_offset, offered, CHUNK)
+        whole = sent if sent is not None else EncodedUpdate.raw(held)
+        offsets, encodings = whole.offsets[: chunks + 1], whole.encodings[:chunks]
+        part = EncodedUpdate(whole.file, offsets, encodings, whole.checksums[:chunks])
+        offer(self.exchange, self.name, self.set_id, part)
 
 
 class World:
@@ -424,11 +422,9 @@ class World:
             peer, head, body = request
             assert body is None
             sent = True
-            first, count = (
-                int.from_bytes(head[24:32], "little"),
-                int.from_bytes(head[32:36], "little"),
-            )
-            self.asked.setdefault(head[8:24], set()).update(range(first, first + count))
+            get = read_header(head)
+            asked = range(get.index, get.index + get.count)
+            self.asked.setdefault(get.set_id, set()).update(asked)
             self._to_sites.append((peer, head))
         for site in self.sites:
             while (reply := site.exchange.next_out(self.now)) is not None:
@@ -456,7 +452,8 @@ class World:
             self._accepted.add(key)
 
     def _ask(self, peer: bytes, head: bytes) -> None:
-        first, count = int.from_bytes(head[24:32], "little"), int.from_bytes(head[32:36], "little")
+        get = read_header(head)
+        first, count = get.index, get.count
         for site in self.sites:
             if site.peer != peer or site.gone or site.deaf_until > self.now:
                 continue

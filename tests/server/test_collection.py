@@ -13,7 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedcore._core import Exchange, Layout, SourceRejected, SourceStalled, Spill
+from fedcore.encoding import EncodedUpdate
 from fedcore.model_file import create_model
+from fedcore.protocol import read_header
 from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.service import Server
@@ -21,6 +23,7 @@ from fedcore.server.storage.scratch import Scratch
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
+from ..support.offering import offer
 from ..support.runs import run, run_config
 
 CHUNK = 4096
@@ -39,7 +42,7 @@ class Sites:
             site, file = Exchange(), create_model(None, LAYOUT)
             file.view("w")[:] = np.full(20_000, value, np.float32).tobytes()
             set_id = bytes.fromhex(participant.set_id)
-            site.publish(set_id, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
+            offer(site, participant.site, set_id, EncodedUpdate.raw(file))
             self.exchanges[participant.site.encode()] = site
 
     def carry(self, chunks: int, now: int = 0) -> None:
@@ -53,7 +56,7 @@ class Sites:
                     self.server.deliver(now, peer, reply[1], None)
                     self.server.tick(now)
                 elif chunks:
-                    self.asked[peer, int.from_bytes(reply[1][24:32], "little")] += 1
+                    self.asked[peer, read_header(reply[1]).index] += 1
                     self.server.deliver(now, peer, reply[1], bytes(reply[2]))
                     chunks -= 1
 
