@@ -146,7 +146,9 @@ def test_a_site_that_was_killed_at_the_end_and_is_started_again_learns_of_it(
     assert server.wait(20) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_server_ended_in_its_last_words_says_them_when_it_is_started_again(
     federation: Federation, number: signal.Signals
 ) -> None:

@@ -147,17 +147,28 @@ def encoded(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Federation]:
         made.end()
 
 
-@pytest.mark.parametrize("pulled", [False, True])
-def test_a_site_killed_in_a_run_with_encoded_updates_changes_no_byte_of_any_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pulled: bool
-) -> None:
-    """It is killed before a chunk of its update has come, or once all of it was pulled ahead."""
-    with encoded(tmp_path / "undisturbed", monkeypatch) as made:
+@pytest.fixture(scope="module")
+def undisturbed_encoded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The models of a run with encoded updates in which nothing happens."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        encoded(tmp_path_factory.mktemp("encoded") / "undisturbed", patch) as made,
+    ):
         server = made.server()
         for name in ("a", "b"):
             made.site(name).go(3)
         assert server.wait() == 0, (made.folder / "server.log").read_text()
-        undisturbed = made.models()
+        return made.models()
+
+
+@pytest.mark.parametrize("pulled", [False, True])
+def test_a_site_killed_in_a_run_with_encoded_updates_changes_no_byte_of_any_model(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed_encoded: dict[str, bytes],
+    pulled: bool,
+) -> None:
+    """It is killed before a chunk of its update has come, or once all of it was pulled ahead."""
     with (
         encoded(tmp_path / "killed", monkeypatch) as made,
         started_relay(made) as (server, relay),
@@ -185,4 +196,4 @@ def test_a_site_killed_in_a_run_with_encoded_updates_changes_no_byte_of_any_mode
             site.go()
         assert server.wait() == 0, (made.folder / "server.log").read_text()
         assert pulled or "trained before this process was started" in b.log.read_text()
-        assert made.models() == undisturbed
+        assert made.models() == undisturbed_encoded

@@ -46,10 +46,11 @@ def config(tmp_path: Path) -> RunConfig:
 
 
 @pytest.fixture
-def server(config: RunConfig) -> Iterator[Server]:
+def server(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server that waits for its sites."""
     server, thread = serve(config)
     yield server
+    monkeypatch.setattr("fedcore.server.status._WATCHER_SECONDS", 0.0)  # nobody watches any more
     server.stop()
     thread.join(30)
     assert not thread.is_alive()
