@@ -17,6 +17,7 @@ from .security import Insecure, InsecureNetwork, KitFolder
 if TYPE_CHECKING:
     from fedcore.monitor.ask import Target
     from fedcore.protocol import StatusReply
+    from fedcore.server.storage.logged import Series
 
 __all__ = ["WATCH_SECONDS", "status"]
 
@@ -42,7 +43,7 @@ def status(  # noqa: PLR0917
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole reply as JSON.")] = False,
     metrics: Annotated[
-        bool, typer.Option("--metrics", help="Show the training metrics in a run folder.")
+        bool, typer.Option("--metrics", help="Show the sites' training metrics.")
     ] = False,
     as_csv: Annotated[
         bool, typer.Option("--csv", help="With --metrics: print each point as a line of CSV.")
@@ -57,8 +58,7 @@ def status(  # noqa: PLR0917
     Given a run folder, asks the server that works on it; without a server, shows what the folder holds.
     With --watch, a terminal gets a live view, a pipe one line per change (with --json, one JSON text per line).
     It goes on while the server is away, and ends with the run.
-    With --metrics, shows what the sites logged while they trained. They are in the run folder: name it, on the
-    server's machine. A server may work on it.
+    With --metrics, shows what the sites logged while they trained.
 
     \b
     Examples:
@@ -69,7 +69,15 @@ def status(  # noqa: PLR0917
     """
     folder = Path(target) if target is not None and not target.startswith("tcp://") else None
     if metrics or as_csv:
-        _print_training(folder, watch=watch, as_json=as_json, as_csv=as_csv, metrics=metrics)
+        if not metrics or watch or (as_json and as_csv):
+            raise typer.BadParameter("--metrics goes with --json or --csv, and not with --watch")
+        if folder is not None:
+            series = _training_in(folder)
+        else:
+            from fedcore.monitor.ask import find_target
+
+            series = _training_at(find_target(target, kit, insecure, insecure_network), timeout)
+        _print_training(series, as_json=as_json, as_csv=as_csv)
         return
     from fedcore.monitor.ask import ask_status, find_target
     from fedcore.protocol import ENDED
@@ -89,28 +97,30 @@ def status(  # noqa: PLR0917
         _print_status(ask_status(found.address, timeout, found.credentials), as_json)
 
 
-def _print_training(
-    folder: Path | None, *, watch: bool, as_json: bool, as_csv: bool, metrics: bool
-) -> None:
-    from fedcore.errors import ConfigError
-
-    if not metrics:
-        raise ConfigError("--csv goes with --metrics")
-    if watch or (as_json and as_csv):
-        raise ConfigError("--metrics goes with --json or --csv, and not with --watch")
-    if folder is None:
-        raise ConfigError(
-            "training metrics are in the run folder: name it instead of an address, on the server's machine"
-        )
+def _training_in(folder: Path) -> list[Series]:
     from fedcore.monitor.ask import find_server
     from fedcore.server.storage.past import read_training
 
     find_server(folder)  # it raises where that is no run folder
-    series = read_training(folder)
+    return read_training(folder)
+
+
+def _training_at(server: Target | None, timeout: float) -> list[Series]:
+    from fedcore.monitor.ask import StatusClient
+    from fedcore.server.storage.logged import Series
+    from fedcore.server.storage.metrics import Point
+
+    assert server is not None
+    with StatusClient(server.address, server.credentials) as client:
+        found = client.training(timeout)
+    return [Series(one.site, one.name, [Point(*point) for point in one.points]) for one in found]
+
+
+def _print_training(series: list[Series], *, as_json: bool, as_csv: bool) -> None:
     from . import training
 
     if as_json:
-        typer.echo(training.as_json(folder, series))
+        typer.echo(training.as_json(series))
     elif as_csv:
         training.write_csv(series, sys.stdout)
     else:

@@ -6,7 +6,6 @@ import csv
 import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Final, TextIO
 
 from rich.table import Table
@@ -45,7 +44,7 @@ def table(series: Sequence[Series]) -> Table:
     return drawn
 
 
-def as_json(folder: Path, series: Sequence[Series]) -> str:
+def as_json(series: Sequence[Series]) -> str:
     """Return all series with their points as one JSON object; NaN and infinity are null."""
     found: list[dict[str, Any]] = []
     for one in series:
@@ -56,7 +55,7 @@ def as_json(folder: Path, series: Sequence[Series]) -> str:
         found.append(
             {"site": one.site, "name": one.name, **summarise(one.points), "points": points}
         )
-    return strict_json({"folder": str(folder), "metrics": found}, indent=2)
+    return strict_json({"metrics": found}, indent=2)
 
 
 def write_csv(series: Sequence[Series], out: TextIO) -> None:

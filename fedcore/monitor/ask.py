@@ -35,9 +35,10 @@ __all__ = [
 
 logger = logging.getLogger("fedcore")
 
-_R = TypeVar("_R", protocol.StatusReply, protocol.CommandReply)
+_R = TypeVar("_R", protocol.StatusReply, protocol.CommandReply, protocol.MetricsReply)
 
 _CHECK_SECONDS: Final = 0.5
+_PAGE_SECONDS: Final = 1.0
 _DEFAULT_ADDRESS: Final = "tcp://127.0.0.1:7733"
 ENDPOINT_FILE: Final = "endpoint"
 """File in a run folder that holds the address on which its server listens."""
@@ -73,6 +74,37 @@ class StatusClient:
             RefusedError: the server does not take this key, or not for this.
         """
         return self._asked(protocol.StatusRequest(), protocol.StatusReply, timeout)
+
+    def training(self, timeout: float) -> list[protocol.MetricSeries]:
+        """Return the training metrics that the server has written down, page by page; errors as in `ask`.
+
+        Args:
+            timeout: seconds to wait for each page. A server answers slowly who asks for much.
+        """
+        series: list[protocol.MetricSeries] = []
+        after = 0
+        while True:
+            page = self.page(after, timeout)
+            series += page.series
+            after = page.last
+            if not after:
+                return sorted(series, key=lambda one: (one.site, one.name))
+
+    def page(self, after: int, timeout: float) -> protocol.MetricsReply:
+        """Return the training metrics after those of a page whose ``last`` is given; errors as in `ask`."""
+        request, until = protocol.MetricsRequest(after=after), time.monotonic() + timeout
+        while True:  # what goes beyond the server's rate limit is asked for in vain
+            left = until - time.monotonic()
+            try:
+                page = self._asked(
+                    request, protocol.MetricsReply, min(max(left, 0.0), _PAGE_SECONDS)
+                )
+            except TransferTimeout:
+                if left <= _PAGE_SECONDS:
+                    raise
+            else:
+                if page.after == after:
+                    return page
 
     def command(self, action: protocol.Steer, timeout: float) -> protocol.CommandReply:
         """Steer the run; returns the answer, errors as in `ask`."""

@@ -44,7 +44,7 @@ from .messages import (
     Task,
     Welcome,
 )
-from .status import Command, CommandReply, StatusReply, StatusRequest
+from .status import Command, CommandReply, MetricsReply, MetricsRequest, StatusReply, StatusRequest
 
 _M = TypeVar("_M", bound=Message)
 _TEXT_MARKS: Final = 50_000
@@ -61,6 +61,7 @@ FromSite = (
     | Problem
     | Leave
     | StatusRequest
+    | MetricsRequest
     | Command
 )
 FromServer = (
@@ -74,6 +75,7 @@ FromServer = (
     | Finish
     | Stopped
     | StatusReply
+    | MetricsReply
     | CommandReply
 )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
 
 from .base import Message, OfRun, Part
-from .fields import Metrics, Round, SiteName, Steer, Text
+from .fields import MetricName, Metrics, Round, SiteName, Steer, Text
 
 ENDED: Final = ("done", "stopped", "failed")
 """The phases of a run that is over."""
@@ -15,6 +17,13 @@ class StatusRequest(Message):
     """Asked by ``fedcore status``; needs no `Join`."""
 
     type: Literal["status-request"] = "status-request"
+
+
+class MetricsRequest(Message):
+    """Asked by ``fedcore status --metrics``; needs no `Join`. ``after``: what `MetricsReply.last` said, or 0."""
+
+    type: Literal["metrics-request"] = "metrics-request"
+    after: Annotated[int, Field(ge=0, lt=1 << 53)] = 0
 
 
 class Command(OfRun):
@@ -53,6 +62,23 @@ class VersionStatus(Part):
     participants: list[SiteName] = []
     seconds: float | None = None
     bytes: int = 0
+
+
+class MetricSeries(Part):
+    """The kept points of one training metric of one site: number, round, step, seconds since 1970, value."""
+
+    site: SiteName
+    name: MetricName
+    points: list[tuple[int, Round, int | None, float, Annotated[float, Field(allow_inf_nan=True)]]]
+
+
+class MetricsReply(Message):
+    """Some series of a run. ``last`` is 0 if they are the last ones; else it is asked for what comes after it."""
+
+    type: Literal["metrics-reply"] = "metrics-reply"
+    after: int
+    last: int
+    series: list[MetricSeries]
 
 
 class StatusReply(Message):

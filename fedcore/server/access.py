@@ -55,8 +55,8 @@ _MAY_SAY: Final[dict[Role, tuple[type[protocol.Message], ...]]] = {
         protocol.Problem,
         protocol.Leave,
     ),
-    Role.OBSERVER: (protocol.StatusRequest,),
-    Role.OPERATOR: (protocol.StatusRequest, protocol.Command),
+    Role.OBSERVER: (protocol.StatusRequest, protocol.MetricsRequest),
+    Role.OPERATOR: (protocol.StatusRequest, protocol.MetricsRequest, protocol.Command),
 }
 
 logger = logging.getLogger("fedcore.server")
@@ -231,7 +231,7 @@ def _denied(who: Identity, message: protocol.FromSite) -> str:
     if isinstance(message, protocol.Command):
         deed = {"pause": "pause a run", "resume": "resume a run", "stop": "stop a run"}
         what = deed.get(message.action, "have a model scored")
-    elif isinstance(message, protocol.StatusRequest):
+    elif isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
         what = "ask for the status"
     else:
         what = "take part in a run"

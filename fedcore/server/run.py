@@ -58,6 +58,7 @@ from fedcore.server.rounds.selection import SiteScore
 from fedcore.server.rounds.steering import steer
 from fedcore.server.rounds.tasks import make_rounds
 from fedcore.server.rounds.waiting import WaitingLog
+from fedcore.server.storage.logged import PAGE_BYTES
 from fedcore.server.storage.readme import notes
 from fedcore.server.storage.store import Store, VersionRow
 from fedcore.transport.ends import ServerEnd
@@ -446,8 +447,8 @@ class Run:
 
     def handle(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message that its sender may say."""
-        if isinstance(message, protocol.StatusRequest):
-            self.reply_status(peer)
+        if isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
+            self._reply(peer, message)
             return
         if isinstance(message, protocol.Command):
             self._on_command(peer, message)
@@ -477,6 +478,15 @@ class Run:
         elif isinstance(message, protocol.Leave):
             self._replies.tell(site, "%s left: %s", message.reason, level=logging.INFO)
             self._lose(peer, message.reason, left=True)
+
+    def _reply(
+        self, peer: bytes, message: protocol.StatusRequest | protocol.MetricsRequest
+    ) -> None:
+        """Answer a peer that looks on, if its rate limit allows."""
+        if isinstance(message, protocol.StatusRequest):
+            self.reply_status(peer)
+        elif self._replies.may_have(peer, PAGE_BYTES):
+            self._link.send(peer, self.store.logged.page(message.after))
 
     def _on_stop(self) -> protocol.CommandReply:
         """Write a stop down before it is answered: it holds also if this server is killed after the answer."""

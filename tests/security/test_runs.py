@@ -280,8 +280,15 @@ def test_a_site_that_says_anothers_name_is_refused(
         ("ops", join("ops")),
         ("eye", protocol.Score(version=0, metrics={}, examples=1)),
         ("a", protocol.StatusRequest()),
+        ("a", protocol.MetricsRequest()),
     ],
-    ids=["observer joins", "operator joins", "observer scores", "site looks on"],
+    ids=[
+        "observer joins",
+        "operator joins",
+        "observer scores",
+        "site looks on",
+        "site reads metrics",
+    ],
 )
 def test_a_role_may_say_its_own_messages_alone(
     waiting: Server, kits: Provisioned, links: Links, name: str, message: protocol.FromSite

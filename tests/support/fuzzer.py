@@ -112,6 +112,7 @@ class Fuzzer:
                 protocol.Alive(),
                 protocol.Problem(message="x" * dice.randrange(1, 4000)),
                 protocol.StatusRequest(),
+                protocol.MetricsRequest(after=dice.randrange(1 << 53)),
                 protocol.Leave(reason="fuzz"),
             ]
         )

@@ -219,5 +219,5 @@ def test_the_status_for_other_programs_is_described_field_by_field() -> None:
     }
     assert named == fields | states
     series = Series("a", "loss", [Point(0, 1, 10, 0.0, 0.5)])
-    (found,) = json.loads(as_json(Path("run"), [series]))["metrics"]
+    (found,) = json.loads(as_json([series]))["metrics"]
     assert first_cells(training) == found.keys()

@@ -14,9 +14,13 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcore.cli.app import app
+from fedcore.monitor.ask import StatusClient
+from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 
+from ..support.raw_site import DEADLINE
 from ..support.run_folders import SETTINGS, run_of
+from ..support.runs import run, run_config
 
 
 @pytest.fixture
@@ -95,10 +99,34 @@ def test_a_folder_of_a_fedcore_that_kept_none_has_none(tmp_path: Path) -> None:
     assert json.loads(shown(folder, "--json"))["metrics"] == []
 
 
+def test_a_server_is_asked_for_its_metrics_page_by_page(tmp_path: Path) -> None:
+    server = Server(run_config(tmp_path, sites=["a"], rounds=1))
+    logged = server.runs[0].store.logged
+    names = [f"m{i:03d}" for i in range(50)]
+    for step in range(60):
+        logged.add("a", 1, step, dict.fromkeys(names, float(step)))
+    logged.add("a", 1, None, {"odd": float("nan")})
+    server.runs[0].store.leave()
+
+    def look() -> int:
+        with StatusClient(server.endpoint) as client:
+            first = client.page(0, DEADLINE)
+            found = {one.name: one for one in client.training(DEADLINE)}
+        rows = list(csv.DictReader(io.StringIO(shown(server.endpoint, "--csv", "--insecure"))))
+        server.stop()
+        assert 0 < len(first.series) < len(names)
+        assert list(found) == [*names, "odd"]
+        assert [point[2] for point in found["m007"].points] == list(range(60))
+        assert len(rows) == 60 * len(names) + 1
+        assert (rows[-1]["step"], rows[-1]["value"]) == ("", "nan")
+        return 0
+
+    run(server, look)
+
+
 @pytest.mark.parametrize(
     ("target", "options", "text"),
     [
-        ("tcp://127.0.0.1:1", [], "in the run folder"),
         ("run", ["--watch"], "not with --watch"),
         ("run", ["--json", "--csv"], "with --json or --csv"),
         ("elsewhere", [], "neither a run folder nor an address"),

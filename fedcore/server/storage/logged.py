@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
+from fedcore import protocol
 from fedcore.errors import IntegrityError, StorageError
 
 from .journal import Journal
 from .metrics import Change, MetricsBuffer, Point, most_names, stride_of
 
-__all__ = ["Logged", "Rows", "Series", "read_points", "read_series", "summarise"]
+__all__ = ["PAGE_BYTES", "Logged", "Rows", "Series", "read_points", "read_series", "summarise"]
 
 WRITE_SECONDS: Final = 1.0
 """Time between two transactions that hold nothing but points: what a killed server loses at most."""
+
+_PAGE_SERIES: Final = 64
+_PAGE_POINTS: Final = 2048
+PAGE_BYTES: Final = 256 << 10
+"""About how large a message of `Logged.page` is at most."""
 
 Rows = Callable[..., list[tuple[Any, ...]]]
 """Runs a query with its values on a journal."""
@@ -116,6 +122,24 @@ class Logged:
         assert made.lastrowid is not None
         self._new_ids[key] = made.lastrowid
         return made.lastrowid
+
+    def page(self, after: int) -> protocol.MetricsReply:
+        """Return the written points of the series after number ``after``, as many as a message should hold."""
+        rows = self._journal.rows
+        query = "SELECT id, site, name FROM series WHERE id > ? ORDER BY id LIMIT ?"
+        found = rows(query, after, _PAGE_SERIES)
+        series: list[protocol.MetricSeries] = []
+        count, last = 0, 0
+        for last, site, name in found:
+            points = read_points(rows, last)
+            count += len(points)
+            series.append(
+                protocol.MetricSeries(site=site, name=name, points=[(*p,) for p in points])
+            )
+            if count >= _PAGE_POINTS:
+                break
+        over = len(found) < _PAGE_SERIES and len(series) == len(found)
+        return protocol.MetricsReply(after=after, last=0 if over else last, series=series)
 
     def summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Write what waits, and return each series in short, by site and name."""
