@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from typing import Any
-from uuid import uuid4
 
 from fedcore import protocol
+from fedcore.site.machine import SiteMachine
+from fedcore.site.outputs import Send
+from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import Control, SiteLink
 
 DEADLINE = 20.0
@@ -16,8 +18,12 @@ class RawSite:
     """Speaks the control messages one by one."""
 
     def __init__(self, address: str, name: str) -> None:
-        self.link = SiteLink(address, uuid4().bytes)
-        self.link.send(protocol.Join(version="test", site=name, instance=uuid4().hex))
+        machine = SiteMachine(SiteSettings(server=address, site=name))
+        self.link = SiteLink(address, machine.instance.bytes)
+        machine.join(time.monotonic())
+        for output in machine.take_outputs():
+            assert isinstance(output, Send)
+            self.link.send(output.message)
         self.await_message(protocol.Welcome)
 
     def await_message(self, kind: type[Any]) -> Any:
