@@ -97,12 +97,12 @@ class Goodbye:
 
     def _let_go(self) -> None:
         """Forget processes that have fallen silent: one that goes on is asked to join again, and is told then."""
-        exchange, now = self._link.exchange, milliseconds(self._clock)
-        for peer, _ in list(self._peers):
-            heard = exchange.last_heard(peer)
-            if heard is None or now - heard > self._idle_ms:
+        now = milliseconds(self._clock)
+        for peer, _ in self._peers:
+            _, left = self._peers.silence(peer, now, self._idle_ms)
+            if left < 0:
                 self._peers.remove(peer, left=False)
-                exchange.forget(peer)
+                self._link.exchange.forget(peer)
 
     def _note(self) -> None:
         """Note who knows: those that left, and those that are still there some beats later."""

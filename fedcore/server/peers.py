@@ -112,6 +112,16 @@ class Peers:
         for peer in self._known:
             self._link.send(peer, message)
 
+    def silence(self, peer: bytes, now: int, limit: int) -> tuple[int, int]:
+        """Return for how long nothing came of a process, and how long it may still be silent; in milliseconds.
+
+        It is gone once the second is below 0: after ``limit``, or later where a chunk may still be on its way.
+        """
+        exchange = self._link.exchange
+        heard = exchange.last_heard(peer)
+        silent = limit + 1 if heard is None else now - heard
+        return silent, max(limit - silent, exchange.busy_until(peer) - now)
+
     # --- turning away ---
 
     def turn_away(self, peer: bytes, join: protocol.Join) -> bool:

@@ -398,11 +398,9 @@ class Run:
         if self._clock.monotonic() < self.next_look:
             return
         limit = round(self.config.participants.idle_timeout * 1000)
-        exchange, patience = self._link.exchange, round(self._timing.check * 1000)
+        patience = round(self._timing.check * 1000)
         for peer, known in self.peers:
-            now, heard = milliseconds(self._clock), exchange.last_heard(peer)
-            silent = limit + 1 if heard is None else now - heard
-            left = max(limit - silent, exchange.busy_until(peer) - now)
+            silent, left = self.peers.silence(peer, milliseconds(self._clock), limit)
             if left < 0:
                 self._lose(peer, f"nothing heard for {silent / 1000:.1f} s")
                 logger.warning("%s is lost: nothing heard for %.1f s", known.site, silent / 1000)
