@@ -24,6 +24,8 @@ __all__ = ["adapter_files", "frozen_by_class", "model_files"]
 
 _SENTENCE: Final = ("SentenceTransformer", "CrossEncoder", "SparseEncoder")
 """The classes of sentence-transformers, which make up what a folder lacks."""
+_CHANGES: Final = ("pissa_niter", "corda", "lora_ga")
+"""What PEFT's ways to draw first values begin with that change the base, and another time in another way."""
 _REPOSITORY: Final = re.compile(r"models--([^/]+?)--([^/]+)")
 
 
@@ -40,7 +42,7 @@ def adapter_files(
     """
     config = root.peft_config[active_adapter(root)]
     sentence = _sentence(given)
-    closed = _kept(specs, list(names)) or _why(sentence)
+    closed = _kept(specs, list(names)) or _why(sentence) or _changed(config)
     notes = [_TIED] if _is_tied(root) else []
     notes += _resized(root, config, [spec[0] for spec in specs])
     files = {"adapter_config.json": _adapter_config(config)}
@@ -95,6 +97,17 @@ def _why(sentence: str | None) -> str | None:
 def _kept(specs: Sequence[TensorSpec], names: Sequence[str]) -> str | None:
     left = len(names) - len({spec[0] for spec in specs}.intersection(names))
     return f"{left} of its {len(names)} tensors did not travel" if left else None
+
+
+def _changed(config: Any) -> str | None:
+    """Say why PEFT would put the adapter on another base: the one it was trained on can't be made again."""
+    how = str(getattr(config, "init_lora_weights", ""))
+    if not how.lower().startswith(_CHANGES):
+        return None
+    return (
+        f"init_lora_weights={how!r} has changed the base by random numbers or by a site's data, and "
+        "PeftModel.from_pretrained would change it in another way"
+    )
 
 
 def _incomplete(root: Any, reference: nn.Module | None, specs: Sequence[TensorSpec]) -> str | None:

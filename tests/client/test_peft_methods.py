@@ -15,6 +15,7 @@ from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from fedcore.client.parameters import ModelParameters
+from fedcore.files.opening import read_card
 
 from .tiny_models import ROWS, llama, loss, train, write_result
 
@@ -145,6 +146,16 @@ def test_the_table_of_methods_in_the_documentation_is_complete() -> None:
     assert set(rows) >= METHODS.keys() | REFUSED, "a method of this PEFT is not in the table"
     assert {name for name, state in rows.items() if state == "refused"} == REFUSED
     assert set(OPTIONS) <= {kind.value for kind in PeftType}
+
+
+def test_an_adapter_whose_base_cannot_be_made_again_does_not_open(tmp_path: Path) -> None:
+    model = adapted(lambda: peft.LoraConfig(r=2, init_lora_weights="pissa_niter_2", **LINEAR), 1)
+    train(model)
+    card = read_card(write_result(model, tmp_path))
+    assert card is not None
+    assert "init_lora_weights='pissa_niter_2' has changed the base" in str(card.closed)
+    with pytest.raises(ValueError):  # noqa: PT011, PEFT's words are its own
+        PeftModel.from_pretrained(llama(), tmp_path)
 
 
 def test_ranks_that_adalora_prunes_travel_whole(tmp_path: Path) -> None:
