@@ -372,6 +372,15 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "set_simd_level", [](const std::string& level) { kernels::select(level); }, py::arg("level"),
       "Switch the kernels of this process; for tests.");
   m.def(
+      "same_bytes",
+      [](const py::buffer& one, const py::buffer& other) {
+        const Bytes a(one), b(other);
+        const py::gil_scoped_release release;
+        return a.size() == b.size() &&
+               (a.size() == 0 || std::memcmp(a.data(), b.data(), a.size()) == 0);
+      },
+      py::arg("one"), py::arg("other"), "Whether two contiguous buffers hold the same bytes.");
+  m.def(
       "set_device",
       [](const std::optional<py::capsule>& device) {
         if (device &&

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 from typing_extensions import Buffer
 
+from fedcore._core import same_bytes
 from fedcore.model_file import Reader
 
 __all__ = ["Unchanged"]
-
-_PIECE: Final = 1 << 20
 
 
 class Unchanged:
@@ -29,13 +27,5 @@ class Unchanged:
         """Return the raw bytes of the tensor of that name."""
         found = self._read(name)
         if self.throughout:
-            self.throughout = _equal(memoryview(found).cast("B"), self._received[name])
+            self.throughout = same_bytes(found, self._received[name])
         return found
-
-
-def _equal(one: memoryview, other: memoryview) -> bool:
-    # Bytes are compared by the machine's memcmp, views one element after the other.
-    return len(one) == len(other) and all(
-        bytes(one[i : i + _PIECE]) == bytes(other[i : i + _PIECE])
-        for i in range(0, len(one), _PIECE)
-    )
