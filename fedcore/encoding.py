@@ -9,7 +9,7 @@ that was dropped nothing was sent as far as the global model is concerned.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from fedcore._core import Codec, Layout, MappedFile, crc32c, encode_update
@@ -92,18 +92,22 @@ class UpdateEncoder:
         make_file: Callable[[str, int], MappedFile] | None = None,
         resume: ResidualState | None = None,
         threads: int = 1,
+        stages: Sequence[tuple[str, float]] = (),
     ) -> None:
         """Make scratch files by ``make_file(name, size)``; without it they are memory.
 
         With ``resume`` it is to give the files ``residual-0`` and ``residual-1`` as an earlier process left them.
         The bytes are the same with any number of ``threads``; each above the first needs a chunk of memory or two.
+        ``stages`` change the difference to the global model before it is encoded: name and number of each, in
+        their order. ``limit``: no element changes by more than the number.
 
         Raises:
-            ConfigError: the scheme is unknown, ``top_k`` is not in (0, 1], or ``lossless`` lacks lz4.
+            ConfigError: the scheme or a stage is unknown, ``top_k`` is not in (0, 1], a stage's number is out of
+                range, or ``lossless`` lacks lz4.
             StorageError: the disk is full.
         """
         self._layout = layout
-        self._codec = Codec(layout, scheme, lossless, top_k)
+        self._codec = Codec(layout, scheme, lossless, top_k, stages)
         self._lossy = scheme != "raw"
         self._threads = threads
         self._make_file = make_file

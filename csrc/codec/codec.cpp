@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "base/copy.hpp"
 #include "base/crc32c.hpp"
@@ -72,17 +73,17 @@ Scheme parse_scheme(std::string_view name) {
 }
 
 Codec::Codec(std::shared_ptr<const Layout> layout, CodecOptions options, Lz4 lz4)
-    : layout_(std::move(layout)), options_(options), lz4_(lz4) {
+    : layout_(std::move(layout)), options_(std::move(options)), lz4_(lz4) {
   if (layout_->chunk_bytes() > wire::kMaxChunkBytes) {
     throw Error(Errc::kLayout, "chunks of " + std::to_string(layout_->chunk_bytes()) +
                                    " bytes can't be encoded; at most " +
                                    std::to_string(wire::kMaxChunkBytes));
   }
-  if (!(options.top_k > 0 && options.top_k <= 1)) {
+  if (!(options_.top_k > 0 && options_.top_k <= 1)) {
     throw Error(Errc::kConfig,
-                "top_k is " + std::to_string(options.top_k) + ": expected above 0, at most 1");
+                "top_k is " + std::to_string(options_.top_k) + ": expected above 0, at most 1");
   }
-  if (options.lossless && (lz4.compress == nullptr || lz4.decompress == nullptr)) {
+  if (options_.lossless && (lz4.compress == nullptr || lz4.decompress == nullptr)) {
     throw Error(Errc::kConfig, "lossless packing needs LZ4");
   }
 }
@@ -105,17 +106,60 @@ void Codec::load(const Chunk& chunk, const Run& run, std::size_t first, std::siz
   floats_.resize(std::max(floats_.size(), n));
   if (kernels::subtract(run.dtype, chunk.values + at, moved(chunk.base, at),
                         moved(chunk.residual, at), floats_.data(), n)) {
-    return;
+    return apply_stages(run, first, n);
   }
   const std::int64_t bad = kernels::find_non_finite(run.dtype, chunk.values + at, n * width);
   for (std::size_t i = 0; i < n; ++i) {
     if (static_cast<std::int64_t>(i) == bad || std::isnan(floats_[i])) {
-      const Location where = layout_->locate(run.offset + (first + i) * width);
-      throw Error(Errc::kNonFinite, "NaN or infinity in tensor '" + std::string(where.tensor) +
-                                        "', element " + std::to_string(where.element));
+      fail_at(run, first + i);
     }
     floats_[i] = std::min(std::max(floats_[i], -kLargest), kLargest);
   }
+  apply_stages(run, first, n);
+}
+
+void Codec::fail_at(const Run& run, std::size_t element) const {
+  const Location where = layout_->locate(run.offset + element * item_size(run.dtype));
+  throw Error(Errc::kNonFinite, "NaN or infinity in tensor '" + std::string(where.tensor) +
+                                    "', element " + std::to_string(where.element));
+}
+
+// Applies the stages to floats_, which hold `n` elements of the run.
+void Codec::apply_stages(const Run& run, std::size_t first, std::size_t n) {
+  if (options_.stages.empty()) {
+    return;
+  }
+  const std::size_t width = item_size(run.dtype);
+  for (const auto& stage : options_.stages) {
+    stage->apply({run.dtype, run.offset + first * width, n * width}, floats_.data());
+  }
+  const std::int64_t bad = kernels::find_non_finite(Dtype::kF32, floats_.data(), n * 4);
+  if (bad >= 0) {
+    fail_at(run, first + static_cast<std::size_t>(bad));
+  }
+}
+
+// Writes what is lost of the elements that decoded_ holds; floats_ hold them, from entry `from` on,
+// as the last stage gave them.
+void Codec::carry_piece(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n,
+                        std::size_t from) {
+  const std::size_t width = item_size(run.dtype);
+  const std::size_t at = run.offset - chunk.range.offset + first * width;
+  if (options_.stages.empty()) {
+    kernels::carry(run.dtype, chunk.values + at, moved(chunk.residual, at), decoded_.data(),
+                   decoded_.data(), n);
+  } else {
+    const std::uint8_t* const base = moved(chunk.base, at);
+    with_float(run.dtype, [&]<typename T>(T, double limit) {
+      for (std::size_t i = 0; i < n; ++i) {
+        const double under = base != nullptr ? T::read(base, i) : 0.0;
+        const double difference = floats_[from + i];
+        T::write(decoded_.data(), i, (under - T::read(decoded_.data(), i)) + difference, limit);
+      }
+    });
+  }
+  chunk.lost->checksum = crc32c(decoded_.data(), n * width, chunk.lost->checksum);
+  stream_copy(chunk.lost->to + at, decoded_.data(), n * width);
 }
 
 // Writes what the encoding lost of `n` elements, the next ones that the reader gives: a piece at a
@@ -131,10 +175,7 @@ void Codec::lose(const Chunk& chunk, const Run& run, RunReader& reader, std::siz
       reader.next(moved(chunk.base, at + from * width), decoded_.data() + from * width,
                   std::min(RunReader::kTile, piece - from));
     }
-    kernels::carry(run.dtype, chunk.values + at, moved(chunk.residual, at), decoded_.data(),
-                   decoded_.data(), piece);
-    chunk.lost->checksum = crc32c(decoded_.data(), piece * width, chunk.lost->checksum);
-    stream_copy(chunk.lost->to + at, decoded_.data(), piece * width);
+    carry_piece(chunk, run, first + done, piece, done);
   }
 }
 
@@ -166,7 +207,10 @@ void Codec::encode_run(const Chunk& chunk, Scheme scheme, const Run& run,
 }
 
 // A run that travels as it is, with the residual where it holds floats.
-void Codec::copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) const {
+void Codec::copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) {
+  if (is_float(run.dtype) && !options_.stages.empty()) {
+    return copy_staged(chunk, run, body);
+  }
   const std::size_t at = run.offset - chunk.range.offset;
   std::memcpy(body, chunk.values + at, run.nbytes);
   if (!is_float(run.dtype)) {
@@ -191,6 +235,22 @@ void Codec::copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) con
     std::uint8_t* const to = chunk.lost->to + at;
     kernels::carry(run.dtype, chunk.values + at, residual, body, to, count_of(run));
     chunk.lost->checksum = crc32c(to, run.nbytes, chunk.lost->checksum);
+  }
+}
+
+// A run that travels raw after stages: base + what they give.
+void Codec::copy_staged(const Chunk& chunk, const Run& run, std::uint8_t* body) {
+  const std::size_t width = item_size(run.dtype), count = count_of(run);
+  decoded_.resize(quantise::kPiece * width);
+  for (std::size_t first = 0; first < count; first += quantise::kPiece) {
+    const std::size_t n = std::min(quantise::kPiece, count - first);
+    const std::size_t at = run.offset - chunk.range.offset + first * width;
+    load(chunk, run, first, n);
+    kernels::add(run.dtype, moved(chunk.base, at), floats_.data(), body + first * width, n);
+    if (chunk.lost != nullptr) {
+      std::memcpy(decoded_.data(), body + first * width, n * width);
+      carry_piece(chunk, run, first, n, 0);
+    }
   }
 }
 

@@ -18,6 +18,7 @@
 
 #include "codec/quantise.hpp"
 #include "codec/run_reader.hpp"
+#include "codec/stage.hpp"
 #include "format/layout.hpp"
 
 namespace fedcore {
@@ -36,6 +37,7 @@ struct CodecOptions {
   Scheme scheme = Scheme::kRaw;
   bool lossless = false;  // byte shuffle and LZ4 on top where that saves 5 %
   double top_k = 0.01;    // the share of each run that top-k keeps, above 0, at most 1
+  std::vector<std::shared_ptr<const Stage>> stages;  // before encode(), in this order
 };
 
 // A body that check() let pass, unpacked: what travelled, or its codec's scratch.
@@ -65,10 +67,11 @@ class Codec {
 
   // Encodes chunk `index` into `body` and returns its encoding. `values`, and `base` and `residual`
   // where not nullptr, point at the chunk's flat bytes: what an encoded run stands for is values -
-  // base + residual, what a raw run holds is values + residual. Throws Error{kNonFinite}, naming
+  // base + residual, what a raw run holds is values + residual, both after the stages. Throws Error{kNonFinite}, naming
   // tensor and element, where an encoded run holds NaN or infinity, and Error{kLayout} for an index
   // past the end. Where `lost` is not nullptr, the body is checked as a receiver checks it
-  // (Error{kProtocol}), and what carry() makes of what it decodes goes there, past the cache.
+  // (Error{kProtocol}), and what carry() makes of what it decodes goes there, past the cache; after stages, what
+  // they gave takes the place of values + residual.
   std::uint8_t encode(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* base,
                       const std::uint8_t* residual, std::vector<std::uint8_t>& body,
                       Lost* lost = nullptr);
@@ -116,8 +119,13 @@ class Codec {
   void encode_runs(const Chunk& chunk, Scheme scheme, std::vector<std::uint8_t>& body);
   void encode_run(const Chunk& chunk, Scheme scheme, const Run& run,
                   std::vector<std::uint8_t>& body, std::size_t start);
-  void copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) const;
+  void copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body);
+  void copy_staged(const Chunk& chunk, const Run& run, std::uint8_t* body);
+  void apply_stages(const Run& run, std::size_t first, std::size_t n);
+  [[noreturn]] void fail_at(const Run& run, std::size_t element) const;
   void load(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n);
+  void carry_piece(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n,
+                   std::size_t from);
   void lose(const Chunk& chunk, const Run& run, RunReader& reader, std::size_t first,
             std::size_t n);
   bool pack(Scheme scheme, const std::vector<std::uint8_t>& plain, std::vector<std::uint8_t>& body);

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/error.hpp"
@@ -76,8 +77,12 @@ struct PyCodec {
 };
 
 std::unique_ptr<PyCodec> make_codec(const std::shared_ptr<Layout>& layout,
-                                    const std::string& scheme, bool lossless, double top_k) {
-  const CodecOptions options{parse_scheme(scheme), lossless, top_k};
+                                    const std::string& scheme, bool lossless, double top_k,
+                                    const std::vector<std::pair<std::string, double>>& stages) {
+  CodecOptions options{parse_scheme(scheme), lossless, top_k, {}};
+  for (const auto& [name, value] : stages) {
+    options.stages.push_back(make_stage(name, value));
+  }
   return std::unique_ptr<PyCodec>(
       new PyCodec{layout, Codec(layout, options, lossless ? find_lz4() : Lz4{}), {}});
 }
@@ -178,10 +183,13 @@ void bind_codec(py::module_& m) {
   py::class_<PyCodec>(m, "Codec",
                       "One chunk of a layout as the bytes that travel, and back; one thread at a "
                       "time.")
-      .def(py::init(&make_codec), py::arg("layout"), py::arg("scheme"), py::arg("lossless") = false,
-           py::arg("top_k") = 0.01,
-           "scheme: raw, bf16, fp16, int8, nf4 or top-k; ConfigError for any other, for a share "
-           "top_k outside (0, 1], and for lossless without the package lz4.")
+      .def(
+          py::init(&make_codec), py::arg("layout"), py::arg("scheme"), py::arg("lossless") = false,
+          py::arg("top_k") = 0.01,
+          py::arg("stages") = std::vector<std::pair<std::string, double>>{},
+          "scheme: raw, bf16, fp16, int8, nf4 or top-k; stages: (name, number) of each one that "
+          "changes differences before they are encoded. ConfigError for any other scheme or stage, "
+          "for a share top_k outside (0, 1], and for lossless without the package lz4.")
       .def("encode", &encode, py::arg("index"), py::arg("values"), py::arg("base") = std::nullopt,
            py::arg("residual") = std::nullopt,
            "Encode values - base + residual, the flat bytes of chunk `index`: (encoding, body). "
