@@ -234,6 +234,8 @@ def encodings(
             "ratio",
             "error",
             "encode GB/s",
+            "update GB/s",
+            "of memcpy",
             "decode GB/s",
             "reduce GB/s",
         ),
@@ -245,6 +247,8 @@ def encodings(
                 row["ratio"],
                 row["relative_rms_error"] or None,
                 row["encode_gb_s"],
+                row["update_gb_s"],
+                row["memcpy_share"],
                 row["decode_gb_s"],
                 row["reduce_gb_s"],
             ]

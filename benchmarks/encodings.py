@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedcore._core import Codec, Collector, CollectorOptions, Exchange, Layout, MappedFile
+from fedcore.encoding import UpdateEncoder
 from fedcore.errors import ProtocolError
 from fedcore.protocol import UPDATE_ENCODINGS
 
@@ -227,13 +228,46 @@ def _best(
     return min(times)
 
 
+def memcpy_gb_s(repeats: int) -> float:
+    """Return the GB that a copy of 64 MiB reads and writes per second of CPU time."""
+    source, target = (np.ones(64 * MIB, np.uint8) for _ in range(2))
+    return 2 * len(source) / _best(lambda: np.copyto(target, source), repeats) / 1e9
+
+
+def whole_updates(work: Work, scheme: str, lossless: bool, repeats: int) -> tuple[float, int]:
+    """Return the least CPU time in which a site encodes an update with its residual, and the bytes it touches.
+
+    These are the values, the base, the residual before and after, and what travels, each once.
+
+    Raises:
+        ArithmeticError: what travels are not the chunks that are encoded one by one.
+    """
+    size = len(work.local)
+    values, base = (MappedFile.anonymous(size) for _ in range(2))
+    values.write(0, work.local.data)
+    base.write(0, work.base.data)
+    encoder = UpdateEncoder(work.layout, scheme, lossless=lossless, top_k=TOP_K)
+    update = encoder.encode(1, values, 0, base, 0)
+    bodies = [body for _, body in work.encode(Codec(work.layout, scheme, lossless, TOP_K))]
+    if bytes(update.file.view(0, update.nbytes)) != b"".join(bodies):
+        raise ArithmeticError(f"{scheme}: an update of {work.name} is not its chunks")
+
+    def again() -> None:
+        encoder.settle(1, included=True)
+        encoder.encode(1, values, 0, base, 0)
+
+    seconds = _best(again, max(2, repeats))  # the first one touches new memory
+    return seconds, (2 if scheme == "raw" else 4) * size + update.nbytes
+
+
 def measure(
     work: Work, scheme: str, lossless: bool, repeats: int, threads: int = 1
 ) -> dict[str, Any]:
     """Return ratio, relative RMS error of the change, and GB of flat bytes per second of CPU time on one core.
 
     ``decode`` is that of single chunks, as they are spilled; ``reduce`` what a server does with each that comes,
-    with several threads per second of wall time.
+    with several threads per second of wall time. ``update`` is what a site does with its update, error feedback
+    included, and ``memcpy_share`` how fast that goes through the bytes that it touches, of a copy's rate.
     """
     codec = Codec(work.layout, scheme, lossless, TOP_K)
     out = np.empty_like(work.local)
@@ -250,6 +284,7 @@ def measure(
     reduce_s = _best(reduction.run, repeats, clock)
     if bytes(reduction.out.view()) != out.tobytes():
         raise ArithmeticError(f"{scheme}: the mean of {work.name} is not what both sites sent")
+    update_s, touched = whole_updates(work, scheme, lossless, repeats)
     return {
         "tensors": work.name,
         "bytes": size,
@@ -262,6 +297,8 @@ def measure(
         ),
         "packed_chunks": sum(encoding >= 0x80 for encoding, _ in chunks) / len(chunks),
         "encode_gb_s": size / _best(lambda: work.encode_only(codec), repeats) / 1e9,
+        "update_gb_s": size / update_s / 1e9,
+        "memcpy_share": touched / update_s / 1e9 / memcpy_gb_s(repeats),
         "decode_gb_s": size / _best(lambda: work.decode(codec, chunks, out), repeats) / 1e9,
         "reduce_gb_s": len(reduction.weights) * size / reduce_s / 1e9,
     }

@@ -15,7 +15,9 @@ def test_every_encoding_of_every_kind_of_tensors_has_a_row() -> None:
     rows = encodings.sweep(SIZE, 1)
     assert len(rows) == len(encodings.TENSORS) * (2 * len(encodings.SCHEMES) - 1)
     assert {row["tensors"] for row in rows} == set(encodings.TENSORS)
-    assert all(row[f"{what}_gb_s"] > 0 for row in rows for what in ("encode", "decode", "reduce"))
+    assert all(
+        row[f"{what}_gb_s"] > 0 for row in rows for what in ("encode", "update", "decode", "reduce")
+    )
     for row in rows:
         if row["tensors"].endswith("fp32") and not row["lossless"]:
             least = {"raw": 1, "bf16": 2, "fp16": 2, "int8": 3.8, "nf4": 7.5, "top-k": 60}
