@@ -7,9 +7,10 @@ from typing import Final
 
 from fedcore.config import RunConfig
 from fedcore.gates import Gate, RoundRequest
+from fedcore.protocol import shown
 from fedcore.server.storage.store import Store
 
-from .loading import load_function
+from .loading import describe, load_function
 
 __all__ = ["Gates"]
 
@@ -70,10 +71,12 @@ class Gates:
     def _ask(name: str, gate: Gate, request: RoundRequest) -> str:
         try:
             answer: object = gate(request)
-        except Exception as error:  # it fails closed
-            return f"gate {name} fails: {type(error).__name__}: {error}"[:_MOST_TEXT]
-        if answer is None:
-            return ""
-        if not isinstance(answer, str):
-            return f"gate {name} answers {type(answer).__name__}, which is neither None nor a text"
-        return f"gate {name} refuses it: {answer}"[:_MOST_TEXT]
+            if answer is None:
+                return ""
+            if isinstance(answer, str):
+                return shown(f"gate {name} refuses it: {answer}", _MOST_TEXT)
+        except KeyboardInterrupt:  # it is the server's
+            raise
+        except BaseException as error:  # it fails closed, also with one that would end the process
+            return shown(f"gate {name} fails: {describe(error)}", _MOST_TEXT)
+        return f"gate {name} answers {type(answer).__name__}, which is neither None nor a text"

@@ -1,4 +1,4 @@
-"""Functions that a run file names as ``"package.module:function"``."""
+"""Functions that a run file names as ``"package.module:function"``, and what goes wrong in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from typing import Any
 
 from fedcore.errors import ConfigError
 
-__all__ = ["load_function"]
+__all__ = ["describe", "load_function"]
+
+
+def describe(error: BaseException) -> str:
+    """Return the type of an error of code that is not ours, and its text, if it has one that can be had."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception:
+        return name
 
 
 def load_function(name: str, setting: str) -> Callable[..., Any]:
@@ -23,9 +32,11 @@ def load_function(name: str, setting: str) -> Callable[..., Any]:
     module, _, path = name.partition(":")
     try:
         found: object = importlib.import_module(module)
-    except Exception as error:  # whatever the module does as it is imported
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module does as it is imported
         raise ConfigError(
-            f"{setting}: cannot import {module!r} of {name!r}: {type(error).__name__}: {error}; the module has to "
+            f"{setting}: cannot import {module!r} of {name!r}: {describe(error)}; the module has to "
             "be installed, or its folder in PYTHONPATH"
         ) from error
     for part in path.split("."):

@@ -89,10 +89,26 @@ def raises(_: RoundRequest) -> None:
     raise RuntimeError("the ledger is away")
 
 
+def ends(_: RoundRequest) -> None:
+    raise SystemExit(3)
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+def raises_wordless(_: RoundRequest) -> None:
+    raise Wordless
+
+
 @pytest.mark.parametrize(
     ("act", "text"),
     [
         (lambda _: "too much", "refuses it: too much"),
+        (lambda _: "\x1b[2Jtoo\n\udcff", r"refuses it: \x1b[2Jtoo \udcff"),
+        (ends, "fails: SystemExit: 3"),
+        (raises_wordless, "fails: Wordless"),
         (lambda _: True, "answers bool"),
         (raises, "fails: RuntimeError: the ledger is away"),
     ],
