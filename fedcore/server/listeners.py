@@ -11,14 +11,17 @@ from dataclasses import replace
 from typing import Final
 
 from fedcore.events import Event, Listener
+from fedcore.protocol import shown
 from fedcore.words import plural
 
-from .loading import load_function
+from .loading import describe, load_function
 
 __all__ = ["MOST_WAITING", "Listeners"]
 
 MOST_WAITING: Final = 1024
 """Events that wait for one listener; beyond it the oldest is dropped."""
+
+_MOST_TEXT: Final = 500
 
 logger = logging.getLogger("fedcore.server")
 
@@ -74,8 +77,8 @@ class _Worker:
             except BaseException as error:  # even one that would end the process: the run goes on
                 if not self._failed:
                     logger.warning(
-                        "listener %s fails: %s: %s (said once)", self._name, type(error).__name__,
-                        error, exc_info=logger.isEnabledFor(logging.DEBUG),
+                        "listener %s fails: %s (said once)", self._name,
+                        shown(describe(error), _MOST_TEXT), exc_info=logger.isEnabledFor(logging.DEBUG),
                     )  # fmt: skip
                 self._failed = True
 

@@ -24,7 +24,7 @@ from .settings import SiteSettings
 __all__ = ["SiteMachine"]
 
 _HELD_SECONDS: Final = 1.0
-_MOST_BACK_OFF: Final = 60.0
+_BACK_OFF: Final = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 _SETTLE_SECONDS: Final = 1.5
 """So long after it is connected again a site waits to be asked to join, before it repeats what may be lost."""
 
@@ -212,8 +212,8 @@ class SiteMachine:
         if pull is None or pull.set_id != set_id or pull.again is not None:
             return
         if problem in ("checksum", "length"):
-            seconds = min(_MOST_BACK_OFF, 2.0**self._spoiled)
-            self._spoiled += 1
+            seconds = _BACK_OFF[self._spoiled]
+            self._spoiled = min(self._spoiled + 1, len(_BACK_OFF) - 1)
             pull.again = now + seconds
             self._outputs.append(out.Spoiled(seconds))
             return

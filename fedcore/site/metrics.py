@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedcore.errors import MetricError
-from fedcore.protocol import MAX_METRICS, MAX_NAME
+from fedcore.protocol import MAX_METRICS, MAX_NAME, shown
 
 __all__ = ["MetricCheck"]
 
@@ -53,11 +53,11 @@ class MetricCheck:
     def _name(self, name: Any, what: str) -> str:
         """Return a name that a message can have: it costs neither the other metrics nor the update."""
         text = str(name)
-        short = text[:MAX_NAME] or "unnamed"
+        short = shown(text, MAX_NAME) or "unnamed"
         if short != text and short not in self._warned:
             self._warned.add(short)
             logger.warning(
-                "%s: a name has 1 to %d characters; one of %d is sent as %r",
+                "%s: a name has 1 to %d printable characters; one of %d is sent as %r",
                 what, MAX_NAME, len(text), short[:40],
             )  # fmt: skip
         return short
@@ -71,6 +71,8 @@ def _number(name: Any, value: Any, what: str) -> float:
         raise MetricError(f"{what}: {name!r} is the text {value!r}; {hint}")
     try:
         return float(value)
+    except OverflowError:
+        raise MetricError(f"{what}: {name!r} is too large for a number of 64 bits") from None
     except (TypeError, ValueError, RuntimeError):  # torch raises RuntimeError for several elements
         kind = type(value).__name__
         raise MetricError(f"{what}: {name!r} is a {kind}, which is no number; {hint}") from None

@@ -15,6 +15,7 @@ import torch
 import fedcore.client
 import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
+from fedcore import protocol
 from fedcore.client.parameters import ModelParameters
 from fedcore.errors import ClosedError, ConfigError, LayoutError, MetricError
 from fedcore.server.outcome import RunResult
@@ -198,11 +199,19 @@ def test_a_metric_that_no_site_reports_is_told_with_those_that_they_do(
         ({"x": torch.ones(2)}, "'x' is a Tensor, which is no number"),
         ({str(i): 1.0 for i in range(65)}, "65 are given; at most 64"),
         ([("x", 1.0)], "expected numbers by name"),
+        ({"x": 10**400}, "'x' is too large"),
     ],
 )
 def test_a_metric_that_is_no_number_is_named_at_the_site(metrics: Any, said: str) -> None:
     with pytest.raises(MetricError, match=said):
         MetricCheck()(metrics)
+
+
+def test_a_metric_whose_name_cannot_travel_goes_under_one_that_can() -> None:
+    given = {"loss\udc80": 1.0, "\x1b[2Jloss": 2.0, "": 3.0}
+    found = MetricCheck()(given)
+    assert found == {r"loss\udc80": 1.0, r"\x1b[2Jloss": 2.0, "unnamed": 3.0}
+    protocol.Log(round=1, step=0, metrics=found)
 
 
 def test_a_metric_that_is_not_finite_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

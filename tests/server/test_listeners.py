@@ -97,7 +97,14 @@ def test_a_listener_that_hangs_at_the_end_is_not_waited_for(
     assert "has missed 2 events" in caplog.text
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), SystemExit(3), KeyboardInterrupt()])
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise ValueError
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), SystemExit(3), KeyboardInterrupt(), Wordless()]
+)
 def test_what_a_listener_raises_is_logged_once_and_the_next_event_comes(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
