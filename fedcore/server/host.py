@@ -121,13 +121,13 @@ class Host:
         """
         try:
             self.start(linger)
-            while any(run.result is None for run in self.runs):
+            while not all(run.over for run in self.runs):
                 for run in self.runs:
                     run.end_if_asked()
-                if all(run.result is not None for run in self.runs):
+                    if self._interrupted and run.result is None:
+                        run.go_away()
+                if all(run.over for run in self.runs):
                     break
-                if self._interrupted:
-                    return [run.result or run.go_away() for run in self.runs]
                 try:
                     self.step()
                 except KeyboardInterrupt:
@@ -194,7 +194,7 @@ class Host:
         """Let what came by the deadline count, though other messages were read first."""
         for _ in range(_MOST_AT_ONCE):
             arrived = self.link.recv(0.0)
-            if arrived is None or all(run.result is not None for run in self.runs):
+            if arrived is None or all(run.over for run in self.runs):
                 return
             self._take(arrived)
 

@@ -70,7 +70,7 @@ from .access import Access
 from .collecting import Collecting, Reduced, Rejected, Stalled
 from .declaring import Declaring
 from .gates import Gates
-from .goodbye import Goodbye
+from .goodbye import Goodbye, Patience
 from .guard import Guard
 from .listeners import Listeners
 from .loading import load_function
@@ -186,6 +186,7 @@ class Run:
         status: what is shown of the run.
         listeners: who gets the run's events; the host closes them.
         result: how it ended; None while it goes on.
+        over: whether it has ended, and waits for nobody to hear of it.
         next_look: when the sites are looked at next.
     """
 
@@ -205,6 +206,8 @@ class Run:
         self._requests = 0
         self._linger = 0.0
         self._says_end_again = False
+        self._goodbye: Goodbye | None = None
+        self.over = False
         self.next_look = 0.0
         self._round_begun, self._round_started = -1, self._clock.monotonic()
         people = config.participants
@@ -274,6 +277,11 @@ class Run:
 
     def pass_time(self) -> None:
         """Do what is due."""
+        if self._goodbye is not None:
+            if not self.over and self._goodbye.look():
+                self._part(self._goodbye)
+            self.next_look = self._goodbye.next_look
+            return
         self._check_alive()
         self._check_overtime()
         self.versions.keep_digests()
@@ -287,7 +295,10 @@ class Run:
 
     def end_part(self, peer: bytes, reason: str) -> None:
         """End the part of a site's process in the run."""
-        self._lose(peer, reason, left=True)
+        if self._goodbye is None:
+            self._lose(peer, reason, left=True)
+        else:
+            self.peers.remove(peer)
 
     def say_stopped(self, error: Exception) -> None:
         """Tell the sites that the run goes on once this server is started again, without any path."""
@@ -301,13 +312,14 @@ class Run:
             text = "a model file there is damaged" if damaged else "it could not write to its disk"
         self.peers.broadcast(protocol.Stopped(message=text))
 
-    def go_away(self) -> RunResult:
+    def go_away(self) -> None:
         """Leave the run as a crash would, but tell the sites to wait for the next server."""
         why = f"the server was ended by {self._interrupted}"
         logger.warning(
             "%s; the run goes on once the server is started again, and the sites wait for it", why
         )
         self.peers.broadcast(protocol.Stopped(message=f"it was ended by {self._interrupted}"))
+        self.over = True
         try:
             self.store.leave()
         except StorageError as error:  # as where the disk is full: nothing that counts is lost
@@ -315,7 +327,7 @@ class Run:
         self._emit(ServerStopped(reason=why))
         text = f"{why}; start it again to go on with the run"
         version = self.store.last_version
-        return RunResult("interrupted", version, self._outcome.best, None, None, text)
+        self.result = RunResult("interrupted", version, self._outcome.best, None, None, text)
 
     # --- the beginning ---
 
@@ -445,19 +457,21 @@ class Run:
 
     def handle(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message that its sender may say."""
-        if isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
+        if self._goodbye is not None:
+            self._goodbye.handle(peer, message)
+        elif isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
             self._reply(peer, message)
-            return
-        if isinstance(message, protocol.Command):
+        elif isinstance(message, protocol.Command):
             self._on_command(peer, message)
-            return
-        if isinstance(message, protocol.Join):
+        elif isinstance(message, protocol.Join):
             self._on_join(peer, message)
-            return
-        known = self.peers.get(peer)
-        if known is None:
+        elif (known := self.peers.get(peer)) is not None:
+            self._handle_of_site(peer, known, message)
+        else:
             self._link.send(peer, protocol.Rejoin())
-            return
+
+    def _handle_of_site(self, peer: bytes, known: Peer, message: protocol.FromSite) -> None:
+        """Handle a message of a site that takes part."""
         site = known.site
         if isinstance(message, protocol.Declare):
             self._on_declare(peer, site, message)
@@ -649,6 +663,8 @@ class Run:
             IntegrityError: a model is no longer what was committed.
             StorageError: the new model can't be written.
         """
+        if self._goodbye is not None:
+            return
         if isinstance(
             event, SetDamaged
         ):  # when a chunk was asked for again, or an update was added
@@ -851,7 +867,7 @@ class Run:
         self.store.end(finished=ok)
         self._emit_best(best)
         self._emit_end(result, ending)
-        goodbye = self._goodbye(ending, message, chosen)
+        goodbye = self._tell_end(ending, message, requests)
         self.versions.finish_digests(wait=ok)
         self._outcome.prune()
         self._outcome.write_summary(result, self._snapshot())  # now with the digests
@@ -867,7 +883,7 @@ class Run:
         )  # fmt: skip
         for note in () if result.best is None else notes(self.store.files()):
             logger.info("before you use %s: %s", result.best, note)
-        self.say_goodbye(goodbye, requests)
+        self.say_goodbye(goodbye)
 
     def _end_again(self) -> None:
         """The run was complete, but the server before this one was killed in its last words: say them again."""
@@ -876,44 +892,57 @@ class Run:
         self.rounds.phase = Phase.DONE
         self._emit_end(self.result, "complete")
         logger.info("the run is complete; telling %s, who may not know yet", ", ".join(sites))
-        goodbye = self._goodbye("complete", "", self.result.best_version)
         self._linger_for_return()
-        self.say_goodbye(goodbye, self._requests)
+        self.say_goodbye(self._tell_end("complete", "", self._requests))
 
-    def _goodbye(self, ending: Ending, message: str, best: int | None) -> Goodbye:
+    def _tell_end(self, ending: Ending, message: str, requests: int) -> Goodbye:
+        """Tell the sites of the end; a signal after ``requests`` others ends the wait for them."""
+        assert self.result is not None
         finish = protocol.Finish(
-            ok=ending == "complete", outcome=ending, message=message[:4096], best_version=best
+            ok=ending == "complete",
+            outcome=ending,
+            message=message[:4096],
+            best_version=self.result.best_version,
         )
+        at_once = ending == "stopped" and not self._says_end_again
         return Goodbye(
             (self._link, self._clock),
             self.peers,
-            self._access,
             finish,
-            idle_ms=round(self.config.participants.idle_timeout * 1000),
+            Patience(
+                leave=self._timing.goodbye,
+                linger=0.0 if at_once else self._linger,
+                idle=self.config.participants.idle_timeout,
+                hurried=lambda: self._requests != requests,
+                watched=lambda: self._watchers.present,
+                expected=self._members_there,
+            ),
             status=self.reply_status,
             forget=self.store.forget_members,
         )
 
-    def say_goodbye(self, goodbye: Goodbye, requests: int) -> None:
-        """Answer for a moment longer, so that every site and viewer hears of the end; another signal ends it."""
+    def say_goodbye(self, goodbye: Goodbye) -> None:
+        """Answer for a moment longer, so that every site and viewer hears of the end."""
+        self._goodbye = goodbye
+        self.next_look = 0.0
 
-        def hurried() -> bool:
-            return self._requests != requests
-
-        goodbye.until_gone(self._timing.goodbye, hurried, lambda: self._watchers.present)
-        assert self.result is not None
-        members = set(self.store.members())
+    def _members_there(self) -> set[str]:
+        """Return the sites that joined the run, and have not left it."""
         left = {m.name for m in self.rounds.roster if m.state is SiteState.LEFT}
-        at_once = self.result.ending == "stopped" and not self._says_end_again
-        linger = 0.0 if at_once else self._linger
-        untold = goodbye.until_told(members - left, linger, hurried)
-        if untold and linger:
+        return set(self.store.members()) - left
+
+    def _part(self, goodbye: Goodbye) -> None:
+        """Note on disk whom the next server need not tell of the end."""
+        assert self.result is not None
+        members, untold = set(self.store.members()), goodbye.untold
+        if untold and goodbye.patience.linger:
             names = ", ".join(sorted(untold))
             logger.warning("%s may not know that the run is over: nothing heard from there", names)
         # Whoever still waits joins the next server: one that goes on with the run, or says these words again.
         over = self.result.ok and not self._interrupted
         self.store.forget_members(members if over else members - untold)
         self.store.forget_stop()
+        self.over = True
 
     def reply_status(self, peer: bytes) -> None:
         """Answer a peer that asks how the run stands, if its rate limit allows."""
