@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import random
 from array import array
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from .registry import Rule, find_rule
 __all__ = ["check_rule", "load_rule"]
 
 _ELEMENTS: Final = 70_000  # more than a piece
+_MOST: Final = (1 << 31) - 1  # of a version, and of the sources that a rule needs
 
 
 def load_rule(name: str) -> Rule:
@@ -37,9 +39,13 @@ def _import(name: str) -> Rule:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"the rule {name!r} can't be imported: {error}") from error
+    except Exception as error:  # whatever the module does as it is imported
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"the rule {name!r} can't be imported: {what}") from error
     if not (isinstance(found, type) and issubclass(found, PythonRule)):
         raise ConfigError(f"the rule {name!r} is no subclass of fedcore.rules.PythonRule")
     chosen: type[PythonRule] = found
+    _check_class(name, chosen)
 
     def make(weights: list[float]) -> Callable[[memoryview, memoryview], None]:
         combiner = chosen(np.array(weights))
@@ -49,11 +55,11 @@ def _import(name: str) -> Rule:
 
         return combine
 
-    documented = chosen.__doc__ or class_name
+    documented = (chosen.__doc__ or "").strip() or class_name
     return Rule(
         name=name,
         version=chosen.version,
-        summary=documented.strip().splitlines()[0],
+        summary=documented.splitlines()[0],
         weighted=chosen.weighted,
         symmetric=chosen.symmetric,
         folds=False,
@@ -63,6 +69,24 @@ def _import(name: str) -> Rule:
             name, chosen.version, chosen.weighted, chosen.symmetric, chosen.least, make
         ),
     )
+
+
+def _check_class(name: str, chosen: type[PythonRule]) -> None:
+    """Raise ConfigError unless the class has all that an object of it needs."""
+    if inspect.isabstract(chosen):
+        raise ConfigError(f"the rule {name!r} has no method 'combine'")
+    for attribute in ("version", "least"):
+        value = getattr(chosen, attribute)
+        if type(value) is not int or not 1 <= value <= _MOST:
+            raise ConfigError(
+                f"the rule {name!r}: {attribute}: expected an integer above 0, got {value!r}"
+            )
+    for attribute in ("weighted", "symmetric"):
+        value = getattr(chosen, attribute)
+        if type(value) is not bool:
+            raise ConfigError(
+                f"the rule {name!r}: {attribute}: expected True or False, got {value!r}"
+            )
 
 
 def check_rule(rule: Rule, sources: int = 5) -> None:

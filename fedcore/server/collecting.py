@@ -182,6 +182,7 @@ class Collecting:
             layout = base.layout
         self._versions.release_superseded()
         optimizer = self._versions.optimizer
+        finisher = optimizer.finisher(layout)  # of the initial model it is asked to refuse it early
         kept = {} if base is None else optimizer.layouts(layout)
         sizes = {name: of.total_bytes for name, of in kept.items()}
         self._store.announce(version, layout.total_bytes, sizes)
@@ -200,7 +201,7 @@ class Collecting:
             threads=self._config.reducer_threads,
             # The initial model is one site's, as it is.
             rule="mean" if base is None else self._config.aggregation.rule,
-            finisher=None if base is None else optimizer.finisher(layout),
+            finisher=None if base is None else finisher,
         )
 
     # --- what the core says ---

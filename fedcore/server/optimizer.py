@@ -60,7 +60,11 @@ class Optimizer:
     # --- the next version ---
 
     def finisher(self, layout: Layout) -> Finisher | None:
-        """Return what makes the next version of a model of this layout; None if its updates alone do."""
+        """Return what makes the next version of a model of this layout; None if its updates alone do.
+
+        Raises:
+            ConfigError: the model has no tensor on which it acts.
+        """
         if self._section is None:
             return None
         if self._made is None or self._made[0] is not layout:

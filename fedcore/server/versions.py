@@ -121,11 +121,16 @@ class Versions:
         return f"{text}, or go back to round {earlier[-1]} ({command})"
 
     def load_initial(self, path: Path) -> None:
-        """Commit the model at ``path`` as version 0."""
+        """Commit the model at ``path`` as version 0.
+
+        Raises:
+            ConfigError: the path holds no model, or the server optimizer can't act on it.
+        """
         self._store.announce(0, 0)
         self._store.clear(0)
         scratch = self._store.scratch(0)
         model, self.cards = load_initial(path, scratch, self.metadata(0), self._store.chunk_bytes)
+        self.optimizer.finisher(model.layout)  # before anything is committed
         model.file.sync()
         row = VersionRow(0, "", "", model.layout.total_bytes, 0.0, {})
         self._save(row, model, model.checksums(), {})

@@ -56,6 +56,22 @@ class Heaviest(Median):
         out[:] = values[np.argmax(self.weights)]
 
 
+class Unfinished(PythonRule):
+    pass
+
+
+class Worded(Median):
+    least = "3"  # type: ignore[assignment]
+
+
+class Unsure(Median):
+    symmetric = None  # type: ignore[assignment]
+
+
+class Blank(Median):
+    """ """
+
+
 class Forgetful(Median):
     def combine(self, values: np.ndarray, out: np.ndarray) -> None:
         out[1:] = values[0, 1:]
@@ -176,11 +192,19 @@ def test_a_value_that_is_not_finite_does_not_reach_a_rule_in_python(tmp_path: Pa
         ("json:Rule", "can't be imported: .*Rule"),
         ("json:JSONDecoder", "no subclass of fedcore.rules.PythonRule"),
         (":Rule", "can't be imported"),
+        ("../json:Rule", "can't be imported: TypeError"),
+        (f"{__name__}:Unfinished", "Unfinished' has no method 'combine'"),
+        (f"{__name__}:Worded", "Worded': least: expected an integer above 0, got '3'"),
+        (f"{__name__}:Unsure", "Unsure': symmetric: expected True or False, got None"),
     ],
 )
 def test_what_is_no_rule_is_refused_by_name(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         load_rule(name)
+
+
+def test_a_rule_whose_docstring_is_blank_is_called_by_its_class() -> None:
+    assert load_rule(f"{__name__}:Blank").summary == "Blank"
 
 
 @pytest.mark.usefixtures("fresh_path")

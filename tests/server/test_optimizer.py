@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 from fedcore.config import RunConfig, parse_run
-from fedcore.errors import ConfigError, IntegrityError
+from fedcore.errors import ConfigError, FedcoreError, IntegrityError
 from fedcore.model_file import open_model
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
@@ -55,8 +56,11 @@ def trained(name: str, round_: int, model: Model) -> Model:
     }
 
 
-def site(address: str, name: str) -> None:
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=15))
+def site(address: str, name: str, idle_timeout: float = 600) -> None:
+    settings = SiteSettings(
+        server=address, site=name, connect_timeout=15, idle_timeout=idle_timeout
+    )
+    session = Session(settings)
     try:
         while session.is_running():
             task = session.begin(SPECS, {}, lambda key: trained("", 0, zeros())[key].tobytes())
@@ -207,3 +211,21 @@ def test_momentum_in_too_little_memory_is_refused_with_the_number(tmp_path: Path
     server = {"listen": "tcp://127.0.0.1:0", "insecure": True, "memory": "16MiB"}
     with pytest.raises(ConfigError, match=r"aggregation\.optimizer.*at least \d+MiB"):
         Server(config(tmp_path, 1, server=server))
+
+
+def test_an_optimizer_that_acts_on_no_tensor_ends_the_server_before_round_1(
+    tmp_path: Path,
+) -> None:
+    everything = {**MOMENTUM, "plain": ["*"]}
+    server = Server(config(tmp_path, 1, everything))
+    with ThreadPoolExecutor(2) as pool:
+        sites = [pool.submit(site, server.endpoint, name, idle_timeout=1) for name in "ab"]
+        with pytest.raises(ConfigError, match="no tensor on which a server optimizer acts"):
+            server.run()
+        assert all(isinstance(done.exception(20), FedcoreError) for done in sites)
+    assert train(config(tmp_path, 1))  # the run file may be mended: no model was committed
+    first = {"initial": str(tmp_path / "runs/t/models/round-0001.safetensors")}
+    server = Server(config(tmp_path / "b", 1, everything, model=first))
+    with pytest.raises(ConfigError, match="no tensor on which a server optimizer acts"):
+        server.run()
+    assert not list((tmp_path / "b").rglob("round-0000.safetensors"))
