@@ -29,6 +29,9 @@ void Workers::start(unsigned wanted) {
   started_.reserve(wanted);
   sigset_t all, before;
   sigfillset(&all);
+  for (const int own : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) {
+    sigdelset(&all, own);  // what a thread itself does wrong: blocked, it would end the process
+  }
   pthread_sigmask(SIG_SETMASK, &all, &before);  // a thread begins with its maker's mask
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);

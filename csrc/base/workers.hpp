@@ -3,7 +3,7 @@
 // Owns its threads: started when a job first has parts for them, joined by the destructor. Where
 // the system gives no more threads, those that there are do it all. One job at a time: run() is
 // called by one thread and returns when every part is done, so the parts may use its memory.
-// Signals go to other threads. Cost: a lock and a wake-up for each part, worth it from about 100
+// Signals of the process go to other threads. Cost: a lock and a wake-up for each part, worth it from about 100
 // microseconds a part; and a stack of half a MiB for each thread but the caller's, as the
 // system's own of 8 would show in a limit of memory.
 #pragma once

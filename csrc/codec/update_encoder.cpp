@@ -67,6 +67,11 @@ class UpdateJob {
     if (error_) {
       std::rethrow_exception(error_);
     }
+    for (const FlatBytes* flat : {&files_.values, &files_.base, &files_.residual, &files_.lost}) {
+      if (flat->file) {
+        flat->file->check_whole();
+      }
+    }
     for (std::uint64_t i = 0; i < lost_checksums_.size(); ++i) {
       encoded_.lost_checksum =
           crc32c_combine(encoded_.lost_checksum, lost_checksums_[i], layout_.chunk_range(i).nbytes);

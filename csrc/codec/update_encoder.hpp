@@ -42,8 +42,8 @@ struct EncodedUpdate {
 };
 
 // Encodes with `threads` workers, the caller among them. `progress` runs on the calling thread between two chunks;
-// what it throws stops the work. Throws Error{kStorage} for a range outside its file and for a full disk, and what
-// Codec::encode throws: Error{kNonFinite} names tensor and element. `out` and `lost` are of no use then.
+// what it throws stops the work. Throws Error{kStorage} for a range outside its file, for a file that became shorter
+// meanwhile and for a full disk, and what Codec::encode throws: Error{kNonFinite} names tensor and element. `out` and `lost` are of no use then.
 EncodedUpdate encode_update(const Codec& codec, const UpdateFiles& files, unsigned threads,
                             const std::function<void()>& progress = {});
 

@@ -56,6 +56,30 @@ def test_a_mapped_file_that_becomes_shorter_is_an_error_that_names_it(tmp_path: 
         assert f"{path} became shorter" in done.stdout
 
 
+ENCODES = """
+import os, sys
+from fedcore._core import Codec, Layout, MappedFile, encode_update
+layout = Layout([("w", "F32", [1 << 20])], 1 << 16)
+files = [MappedFile.open(path) for path in sys.argv[1:]]
+os.truncate(sys.argv[1], 5000)
+out, lost = (MappedFile.anonymous(layout.total_bytes) for _ in range(2))
+try:
+    encode_update(Codec(layout, "int8"), files[0], 0, files[1], 0, out, None, lost, 4)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_an_update_that_becomes_shorter_while_threads_encode_it_is_an_error(tmp_path: Path) -> None:
+    paths = [tmp_path / "values", tmp_path / "base"]
+    for path in paths:
+        path.write_bytes(bytes(4 << 20))
+    command = [sys.executable, "-P", "-c", ENCODES, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{paths[0]} became shorter" in done.stdout
+
+
 LATE = """
 import faulthandler, os, signal, sys
 from fedcore._core import MappedFile
