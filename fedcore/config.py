@@ -179,27 +179,41 @@ class ParticipantsSection(_Section):
 
 class OptimizerSection(_Section):
     """``[aggregation.optimizer]``: what the server makes of the step that the updates come to, but for tensors of
-    which a pattern in ``plain`` is the name. Absent, the step is added to the model as it is."""
+    which a pattern in ``plain`` is the name. The other keys are the numbers that the optimizer takes. Absent, the
+    step is added to the model as it is."""
+
+    model_config = ConfigDict(extra="allow")
 
     name: str
-    learning_rate: float = FINISHERS["momentum"].options["learning_rate"].default
-    momentum: float = FINISHERS["momentum"].options["momentum"].default
     plain: list[str] = []
+    __pydantic_extra__: dict[str, float]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completed(cls, values: Any) -> Any:
+        kind = FINISHERS.get(str(values.get("name"))) if isinstance(values, dict) else None
+        if kind is None:
+            return values
+        return {name: option.default for name, option in kind.options.items()} | values
 
     @model_validator(mode="after")
     def _known(self) -> OptimizerSection:
         if self.name not in FINISHERS:
             names = ", ".join(repr(name) for name in FINISHERS)
             raise ValueError(f"name: expected one of {names}, got {self.name!r}")
-        for name, option in FINISHERS[self.name].options.items():
-            if not option.allows(value := getattr(self, name)):
-                raise ValueError(f"{name}: expected a number {option.bounds}, got {value}")
+        options = FINISHERS[self.name].options
+        for name, value in self.options.items():
+            if name not in options:
+                hint = _hint(name, ["name", "plain", *options])
+                raise ValueError(f"unknown key {name!r} of {self.name!r}{hint}")
+            if not options[name].allows(value):
+                raise ValueError(f"{name}: expected a number {options[name].bounds}, got {value}")
         return self
 
     @property
     def options(self) -> dict[str, float]:
         """The numbers that the optimizer takes, by name."""
-        return {name: float(getattr(self, name)) for name in FINISHERS[self.name].options}
+        return {name: float(value) for name, value in (self.__pydantic_extra__ or {}).items()}
 
 
 class AggregationSection(_Section):
@@ -472,9 +486,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object)
     key = ".".join(str(part) for part in loc)
     if kind == "extra_forbidden":
         known = _known_keys(loc[:-1])
-        near = difflib.get_close_matches(str(loc[-1]), known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
-        return f"unknown key {key!r}{hint}"
+        return f"unknown key {key!r}{_hint(str(loc[-1]), known)}"
     if kind == "missing":
         return f"{key}: missing; it must be given"
     text = message.removeprefix("Value error, ")
@@ -487,9 +499,20 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object)
         text = "expected an address such as 'tcp://0.0.0.0:7733'"
     elif kind == "string_pattern_mismatch":
         text = "expected 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+    elif kind == "list_type":
+        text = (
+            f"expected a list, such as [{value!r}]" if isinstance(value, str) else "expected a list"
+        )
+    elif kind == "model_type":
+        text = "expected a table of keys"
     text = text.replace("Input should be", "expected")
     got = "" if "got " in text or isinstance(value, dict | BaseModel) else f", got {value!r}"
     return f"{key}: {text}{got}" if key else text
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
@@ -503,5 +526,7 @@ def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
         if isinstance(model, types.UnionType):
             model = typing.get_args(model)[0]
     if isinstance(model, type) and issubclass(model, BaseModel):
-        return [name for name in model.model_fields if name != "folder"]
+        options = [o for f in FINISHERS.values() for o in f.options]
+        more = options if model is OptimizerSection else []
+        return [name for name in [*model.model_fields, *more] if name != "folder"]
     return []

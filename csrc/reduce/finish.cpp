@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <type_traits>
 #include <unordered_map>
@@ -24,7 +25,7 @@ Dtype state_dtype(Dtype dtype) noexcept { return dtype == Dtype::kF64 ? Dtype::k
 }  // namespace
 
 const std::vector<const FinisherKind*>& finisher_kinds() {
-  static const std::vector<const FinisherKind*> all{&kMomentum};
+  static const std::vector<const FinisherKind*> all(std::begin(kFinishers), std::end(kFinishers));
   return all;
 }
 

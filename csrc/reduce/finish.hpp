@@ -1,13 +1,14 @@
 // Finisher: turns combined values (rule.hpp) into the elements of the next version, with states that
 // it keeps from version to version. This page is the contract; a kind of finisher is one source file
-// beside it, one line in finish.cpp, and one entry in fedcore/rules/finishers.py.
+// beside it, two lines in finishers.hpp, and one entry in fedcore/rules/finishers.py.
 //
 // A kind is a constant: a name, a version, the names of its states and of its options, and a
 // function for one piece of a parameter, element by element. The version changes when the same
 // inputs give other bits.
 //   - An element of the next version depends on the combined value, the base, the state and the
 //     options alone: not on how elements are cut into pieces, on threads or on arrival.
-//   - It is computed in binary64 with + - * alone, and rounded once to each number that is kept.
+//   - It is computed in binary64 with + - * / and square roots alone, which every processor rounds in
+//     the same way, and rounded once to each number that is kept.
 //   - The states of version r are read, those of version r + 1 are written elsewhere: a chunk may be
 //     reduced more than once. A run without states yet has states of zeros.
 //   - What is kept is limited to the finite numbers of its format.

@@ -1,5 +1,6 @@
 #include "reduce/rule.hpp"
 
+#include <iterator>
 #include <string>
 
 #include "base/error.hpp"
@@ -44,7 +45,7 @@ void check_weights(const Rule& rule, const std::vector<std::uint64_t>& weights) 
 }
 
 const std::vector<const Rule*>& rules() {
-  static const std::vector<const Rule*> all{&kMean, &kMedian};
+  static const std::vector<const Rule*> all(std::begin(kRules), std::end(kRules));
   return all;
 }
 

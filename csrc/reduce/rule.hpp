@@ -1,5 +1,5 @@
 // Rule: what combines K updates of one layout into one result. This page is the contract; a rule is
-// one source file beside it and one line in rule.cpp, and one entry in fedcore/rules/registry.py.
+// one source file beside it, two lines in families.hpp, and one entry in fedcore/rules/registry.py.
 //
 // A rule is a constant: a name, a version, its traits, and a function that makes a Combiner for
 // given weights. The version changes when the same inputs give other bits. One whose arithmetic is

@@ -301,7 +301,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
         bool, typer.Option("--force", help="Replace the output if it exists.")
     ] = False,
 ) -> None:
-    """Combine safetensors files by their weighted mean or median.
+    """Combine safetensors files: by their weighted mean, or by --rule.
 
     The output does not depend on the order of the files, the number of threads or the device. The files hold
     the same tensors; integers and booleans must be equal in all of them. An input is never overwritten, and the

@@ -69,7 +69,9 @@ def status(  # noqa: PLR0917
     """
     folder = Path(target) if target is not None and not target.startswith("tcp://") else None
     if metrics or as_csv:
-        if not metrics or watch or (as_json and as_csv):
+        if not metrics:
+            raise typer.BadParameter("--csv needs --metrics")
+        if watch or (as_json and as_csv):
             raise typer.BadParameter("--metrics goes with --json or --csv, and not with --watch")
         if folder is not None:
             series = _training_in(folder)

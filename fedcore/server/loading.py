@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -42,5 +43,7 @@ def load_function(name: str, setting: str) -> Callable[..., Any]:
     for part in path.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise ConfigError(f"{setting}: {name!r} is no function: {module} has no such one")
+        raise ConfigError(f"{setting}: {name!r} is no function: {module} has no function {path!r}")
+    if inspect.iscoroutinefunction(found):
+        raise ConfigError(f"{setting}: {name!r} is an async function; expected a plain one")
     return found

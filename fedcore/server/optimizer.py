@@ -51,11 +51,6 @@ class Optimizer:
             path = self._store.state_path(version, name)
             verify_model(path, row.checksum, self._store.chunk_bytes)
             self._states[name] = open_model(path, self._store.chunk_bytes)
-        if version > 0 and not self._rows:
-            logger.warning(
-                "the server optimizer begins anew after round %d: its state is kept for the last model alone",
-                version,
-            )
 
     # --- the next version ---
 
@@ -71,6 +66,11 @@ class Optimizer:
             before = {name: (state.file, state.data_offset) for name, state in self._states.items()}
             plain = self._plain(layout, self._section.plain)
             made = Finisher(layout, self._section.name, self._section.options, plain, before)
+            if self._version > 0 and made.states and not before:
+                logger.warning(
+                    "the server optimizer begins anew after round %d: its state is kept for the last model alone",
+                    self._version,
+                )
             self._made = layout, made
         return self._made[1]
 

@@ -170,7 +170,7 @@ def test_an_update_of_a_refused_round_does_not_count(
 
 
 def test_a_run_file_whose_gate_cannot_be_loaded_does_not_start(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"server\.gates: .*no such one"):
+    with pytest.raises(ConfigError, match=r"server\.gates: .*has no function"):
         Server(config(tmp_path))
     assert not (tmp_path / "runs").exists()
 

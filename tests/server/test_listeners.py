@@ -129,7 +129,8 @@ def test_what_a_listener_raises_is_logged_once_and_the_next_event_comes(
     [
         ("no_such_module_here:f", "cannot import 'no_such_module_here'.*PYTHONPATH"),
         ("broken_listener:f", "cannot import 'broken_listener'.*ZeroDivisionError"),
-        ("json:no_such_function", "json has no such one"),
+        ("json:no_such_function", "json has no function 'no_such_function'"),
+        ("asyncio:start_server", "is an async function; expected a plain one"),
         ("json:__name__", "is no function"),
     ],
 )

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError, FedcoreError, IntegrityError
 from fedcore.model_file import open_model
+from fedcore.rules.finishers import FINISHERS, Finisher, Option
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
@@ -29,6 +30,7 @@ COUNT = 3000
 SPECS = [("h", "BF16", [COUNT]), ("w", "F32", [COUNT])]
 DTYPES = {"h": ml_dtypes.bfloat16, "w": np.float32}
 WEIGHTS = {"a": 3, "b": 5}
+RATE = Finisher("rate", 1, "", (), {"rate": Option(0.5, 0, 10, "of the step", open=True)})
 MOMENTUM = {"name": "momentum", "learning_rate": 0.3, "momentum": 0.8}
 Model = dict[str, Any]
 
@@ -191,15 +193,36 @@ def test_without_an_optimizer_a_run_keeps_no_states_and_old_settings_match(tmp_p
         ({"optimizer": {"name": "adam"}}, r"expected one of 'momentum', got 'adam'"),
         ({"optimizer": {**MOMENTUM, "momentum": 1.0}}, "at least 0 and below 1, got 1.0"),
         ({"optimizer": {**MOMENTUM, "learning_rate": 0}}, "above 0 and below 1e.06, got 0"),
-        ({"optimizer": {**MOMENTUM, "beta": 0.5}}, "beta"),
+        ({"optimizer": {**MOMENTUM, "beta": 0.5}}, "unknown key 'beta' of 'momentum'"),
+        ({"optimizer": {**MOMENTUM, "momentun": 0.5}}, "did you mean 'momentum'"),
+        (
+            {"optimizer": {**MOMENTUM, "momentum": "0.5"}},
+            r"momentum: expected a valid number, got '0.5'",
+        ),
+        ({"optimizer": {**MOMENTUM, "plain": "b"}}, r"plain: expected a list, such as \['b'\]"),
+        ({"optimizer": "momentum"}, "optimizer: expected a table of keys, got 'momentum'"),
+        ({"optimizer": {"name": "rate", "momentum": 0.5}}, "unknown key 'momentum' of 'rate'"),
         ({"optimizer": MOMENTUM, "rule": "median"}, "does not go with aggregation.rule = 'median'"),
     ],
 )
 def test_an_optimizer_that_does_not_fit_is_refused_by_name(
-    tmp_path: Path, sections: dict[str, Any], text: str
+    tmp_path: Path, sections: dict[str, Any], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "'rate'" in text:
+        monkeypatch.setitem(FINISHERS, "rate", RATE)
     with pytest.raises(ConfigError, match=text):
         config(tmp_path, 1, aggregation=sections)
+
+
+def test_an_optimizer_takes_the_numbers_that_the_registry_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FINISHERS, "rate", RATE)
+    for given, expected in ({}, {"rate": 0.5}), ({"rate": 2}, {"rate": 2.0}):
+        section = config(tmp_path, 1, {"name": "rate", **given}).aggregation.optimizer
+        assert section is not None
+        assert section.options == expected
+        assert section.model_dump() == {"name": "rate", "plain": [], **expected}
 
 
 def test_an_optimizer_is_for_training(tmp_path: Path) -> None:

@@ -138,3 +138,9 @@ def test_where_metrics_cannot_be_had_is_one_clear_line(
     run_of(tmp_path / "run", 3.0)
     monkeypatch.chdir(tmp_path)
     assert text in shown(target, *options, status=2)
+
+
+def test_csv_without_metrics_is_refused_with_what_is_missing() -> None:
+    done = CliRunner().invoke(app, ["status", "run", "--csv"])
+    assert done.exit_code == 2
+    assert "--csv needs --metrics" in done.output
