@@ -119,18 +119,21 @@ class Optimizer:
     # --- a commit ---
 
     def check(self) -> None:
-        """Check that the states that were read were readable to their end.
+        """Check that the states that were read are still those that were committed.
 
         Raises:
-            IntegrityError: one has become shorter, or its disk could not read it.
+            IntegrityError: one has changed or become shorter, or its disk could not read it.
         """
         for name, state in self._states.items():
+            path = str(self._store.state_path(self._version, name))
             try:
+                same = checksum_of(state.checksums()) == self._rows[name].checksum
                 state.file.check_whole()
             except StorageError as error:
                 written = str(self._store.state_scratch(self._version, name))
-                path = str(self._store.state_path(self._version, name))
                 raise IntegrityError(str(error).replace(written, path)) from None
+            if not same:
+                raise IntegrityError(f"{path} has changed since it was committed")
 
     @staticmethod
     def rows(states: Mapping[str, ModelFile]) -> dict[str, StateRow]:

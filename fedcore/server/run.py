@@ -779,9 +779,13 @@ class Run:
         self.status.aggregation = None
         try:
             running.check_base()
-            self.versions.optimizer.check()
         except StorageError as error:
             raise self.versions.damaged(str(error)) from None
+        try:
+            self.versions.optimizer.check()
+        except StorageError as error:
+            running.cancel()  # what was made with a damaged state is not gone on with
+            raise self.versions.damaged(str(error), "a state of the last model") from None
         model, checksums = running.finish()
         weights = {p.site: p.weight for p in action.participants} if action.version else {}
         seconds = self._clock.monotonic() - self._round_started

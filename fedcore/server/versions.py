@@ -102,12 +102,12 @@ class Versions:
         for row in rows.values():
             self.included |= dict.fromkeys(row.participants, row.version)
 
-    def damaged(self, problem: str) -> IntegrityError:
-        """Return the error of a last model that is no longer what was committed while it is served."""
+    def damaged(self, problem: str, what: str = "the last model") -> IntegrityError:
+        """Return the error of a last model, or of a state of it, that is no longer what was committed."""
         version = self._store.last_version or 0
         # A file is known to the core by the name under which it was written.
         scratch, path = str(self._store.scratch(version)), str(self._store.path(version))
-        return IntegrityError(f"{problem.replace(scratch, path)}; {self._way_back(version)}")
+        return IntegrityError(f"{problem.replace(scratch, path)}; {self._way_back(version, what)}")
 
     def _way_back(self, version: int, what: str = "the last model") -> str:
         """Return what can be done where the last model, or a state of it, can't be used."""

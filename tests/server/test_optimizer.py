@@ -252,3 +252,30 @@ def test_an_optimizer_that_acts_on_no_tensor_ends_the_server_before_round_1(
     with pytest.raises(ConfigError, match="no tensor on which a server optimizer acts"):
         server.run()
     assert not list((tmp_path / "b").rglob("round-0000.safetensors"))
+
+
+def test_a_state_that_changes_during_a_round_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, made = tmp_path / "runs/t/models", change
+    state = models / "round-0002.momentum.safetensors"
+    kept = tmp_path / "kept"
+
+    def spoil(name: str, round_: int) -> Model:
+        if (name, round_) == ("a", 3) and not kept.exists():
+            shutil.copy(state, kept)
+            flip(state)
+        return made(name, round_)
+
+    monkeypatch.setitem(globals(), "change", spoil)
+    server = Server(config(tmp_path, 3))
+    with ThreadPoolExecutor(2) as pool:
+        sites = [pool.submit(site, server.endpoint, name, idle_timeout=1) for name in "ab"]
+        with pytest.raises(IntegrityError, match=r"momentum.* has changed .* a state of the last"):
+            server.run()
+        for done in sites:
+            done.exception(20)
+    assert not list(models.glob("*0003*"))
+    shutil.copy(kept, state)  # from a backup
+    assert train(config(tmp_path, 3))
+    assert committed(tmp_path, 3) == as_bytes(reference(3))
