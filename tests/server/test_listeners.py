@@ -143,6 +143,18 @@ def test_a_listener_that_cannot_be_loaded_is_named(
         load_function(name, "server.listeners")
 
 
+def test_a_function_that_would_never_be_awaited_or_whose_module_exits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "waits_for_ever.py").write_text("async def listener(event): ...\n")
+    (tmp_path / "exits_at_once.py").write_text("raise SystemExit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="is an async function"):
+        load_function("waits_for_ever:listener", "server.listeners")
+    with pytest.raises(ConfigError, match="SystemExit: 3"):
+        load_function("exits_at_once:listener", "server.listeners")
+
+
 # --- in a run ---
 
 
