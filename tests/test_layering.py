@@ -202,3 +202,15 @@ def test_importing_stays_light(module: str, absent: list[str]) -> None:
         [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_the_architecture_page_has_each_folder_on_its_floor() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([0-9]) \| ([^|]*) \|", page, re.MULTILINE)
+    named = {
+        name: int(floor)
+        for floor, cell in rows
+        for name in re.findall(r"`(?:fedcore|clients)/(\w+)", cell)
+    }
+    assert len(named) >= 20
+    assert named == {name: floor for floor, them in enumerate(FLOORS) for name in them & set(named)}
