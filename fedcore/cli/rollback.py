@@ -43,5 +43,5 @@ def rollback(
     typer.echo(f"{folder} is at round {round_}; what came after it is in {aside}")
     if anew:
         typer.echo(
-            f"the server optimiser begins anew after round {round_}: its state is kept for the last model alone"
+            f"the server optimizer begins anew after round {round_}: its state is kept for the last model alone"
         )
