@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Literal
@@ -53,12 +55,23 @@ def _journal(folder: Path) -> Iterator[Rows]:
     path = folder / "run.sqlite"
     uri = path.absolute().as_uri()
     db = sqlite3.connect(f"{uri}?mode=ro", uri=True)
+    copy = None
     try:
         try:
             db.execute("SELECT 1 FROM meta").fetchone()
-        except sqlite3.Error:  # after a crash, SQLite may want to write before it reads
+        except (
+            sqlite3.Error
+        ):  # after a crash, SQLite takes back what was not committed: of a copy here
             db.close()
-            db = sqlite3.connect(f"{uri}?immutable=1", uri=True)
+            try:
+                copy = tempfile.TemporaryDirectory(prefix="fedcore-")
+                for name in (path.name, f"{path.name}-journal"):
+                    with contextlib.suppress(FileNotFoundError):
+                        shutil.copyfile(folder / name, Path(copy.name, name))
+            except OSError as error:
+                raise ConfigError(f"cannot read a copy of {path}: {error}") from None
+            db = sqlite3.connect(Path(copy.name, path.name))
+            db.execute("SELECT 1 FROM meta").fetchone()
         yield lambda query, *values: db.execute(query, values).fetchall()
     except sqlite3.Error as error:
         raise ConfigError(
@@ -66,6 +79,8 @@ def _journal(folder: Path) -> Iterator[Rows]:
         ) from None
     finally:
         db.close()
+        if copy is not None:
+            copy.cleanup()
 
 
 def _phase(folder: Path, last: int | None, life: Life) -> Literal["waiting", "stopped", "failed"]:
