@@ -21,6 +21,8 @@ from .current import reset_session, use_session
 __all__ = ["LocalRun", "local_run"]
 
 _LIMIT: float = 60.0
+_SILENCE: float = 10.0
+"""A server in this process answers within a heartbeat; one that has failed never does."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def local_run(
         pool = stack.enter_context(ThreadPoolExecutor(1, "fedcore-local-server"))
         ended = pool.submit(server.run)
         stack.callback(server.stop)
-        use_session(Session(SiteSettings(server.endpoint, site), network.dial))
+        own = SiteSettings(server.endpoint, site, idle_timeout=_SILENCE)
+        use_session(Session(own, network.dial))
         stack.callback(reset_session)
         yield LocalRun(server, config.run_folder, network, ended)

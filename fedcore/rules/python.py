@@ -28,6 +28,11 @@ def load_rule(name: str) -> Rule:
         ConfigError: there is no rule of that name, no such module or class, it is no `PythonRule`, or NumPy is
             missing.
     """
+    module, dot, class_name = name.rpartition(".")
+    if dot and ":" not in name:
+        raise ConfigError(
+            f"no rule is named {name!r}; a rule of your own has a colon before its class: {module}:{class_name}"
+        )
     return _import(name) if ":" in name else find_rule(name)
 
 

@@ -400,7 +400,7 @@ class Run:
         scored = [] if version is None else [s.site for s in self.store.scores().get(version, [])]
         wait = self.config.participants.idle_timeout + protocol.RETURN_SECONDS
         decided = self.collecting.scratch(0 if version is None else version + 1).decided()
-        chosen = [] if version is None else self.store.chosen(version + 1)
+        chosen = [] if version is None else self.store.chosen(self.rounds.choice)
         self.rounds.restarted(sites, scored, self._clock.monotonic() + wait, decided, chosen)
         logger.info("expecting %s back within %.0f s", ", ".join(sites), wait)
 
@@ -708,7 +708,8 @@ class Run:
     def _do_one(self, action: Action) -> None:
         if isinstance(action, Choose):
             self.store.choose(action.round, action.sites)
-            self._emit(SitesChosen(round=action.round, sites=tuple(action.sites)))
+            if self.config.participants.sample is not None:
+                self._emit(SitesChosen(round=action.round, sites=tuple(action.sites)))
         elif isinstance(action, SendTask):
             self._send_task(action)
         elif isinstance(action, SendDropped):

@@ -13,8 +13,9 @@ from safetensors.numpy import load_file
 
 import fedcore.client as fl
 from fedcore.client.testing import local_run
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, StorageError, TransferTimeout
 from fedcore.server.service import Server
+from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.local import LocalNetwork
@@ -61,6 +62,22 @@ def test_a_script_that_fails_leaves_no_session_behind(tmp_path: Path) -> None:
         while fl.is_running():
             fl.send(fl.receive(), weight=1)
         assert local.result().ok
+
+
+def test_a_server_that_fails_ends_the_script_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcore.client.testing._SILENCE", 0.5)
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(Store, "commit", full)
+    with local_run(tmp_path) as local:
+        with pytest.raises(TransferTimeout):
+            script()
+        with pytest.raises(StorageError, match="the disk is full"):
+            local.result()
 
 
 def take_part(network: LocalNetwork, name: str, step: float, weight: int) -> None:

@@ -188,6 +188,7 @@ def test_a_value_that_is_not_finite_does_not_reach_a_rule_in_python(tmp_path: Pa
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("trimmed.TrimmedMean", "trimmed:TrimmedMean"),
         ("no_such_module:Rule", "can't be imported: No module"),
         ("json:Rule", "can't be imported: .*Rule"),
         ("json:JSONDecoder", "no subclass of fedcore.rules.PythonRule"),

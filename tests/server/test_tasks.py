@@ -16,6 +16,7 @@ from fedcore.config import parse_run
 from fedcore.errors import ConfigError
 from fedcore.server.rounds.actions import (
     Action,
+    Choose,
     Commit,
     EndRun,
     GiveUp,
@@ -101,7 +102,7 @@ def test_each_submission_becomes_a_version_that_all_score() -> None:
     assert deliver(rounds, "c") == deliver(rounds, "a") == []
     assert deliver(rounds, "b") == [collect("a")]
     for place, name in enumerate(SITES, 1):
-        assert rounds.reduced() == [Commit(place, collect(name).participants)]
+        assert rounds.reduced()[-1] == Commit(place, collect(name).participants)
         assert rounds.committed(place, 2.0) == [SendTask(n, "evaluate", place) for n in SITES]
         assert rounds.phase is Phase.EVALUATING
         assert rounds.scored("a", place) == rounds.scored("b", place) == []
@@ -118,7 +119,7 @@ def test_a_comparison_goes_on_without_a_site_that_is_lost_or_invalid() -> None:
     dropped = rounds.rejected("b", "it holds NaN", 2.0)
     assert dropped == [SendDropped("b", 2, "it holds NaN"), HoldCollect()]
     assert rounds.tick(102.0) == [collect("c")]  # until then a was needed, and might have come back
-    assert rounds.reduced() == [Commit(3, collect("c").participants)]
+    assert rounds.reduced()[-1] == Commit(3, collect("c").participants)
     rounds.committed(3, 2.0)
     rounds.scored("b", 3)
     assert rounds.scored("c", 3) == [EndRun(True, "")]
@@ -153,6 +154,21 @@ def test_a_site_that_is_back_while_a_model_is_pulled_gives_its_own_again_and_sco
     assert rounds.scored("a", 1) == rounds.scored("b", 1) == []
     assert deliver(rounds, "c") == [SendTask("c", "evaluate", 1)]
     assert rounds.scored("c", 1) == [collect("b")]
+
+
+def test_a_server_that_is_started_again_in_a_comparison_knows_who_had_submitted() -> None:
+    before = comparing(quorum=3)
+    join(before, *SITES)
+    for name in SITES:
+        deliver(before, name)
+    choice, commit = before.reduced()
+    assert choice == Choose(1, ("a", "b", "c"))
+    assert isinstance(commit, Commit)
+    rounds = comparing(quorum=3, version=1)
+    assert rounds.choice == 1
+    rounds.restarted(SITES, ("a",), 15.0, (), choice.sites)
+    assert rounds.joined("b", "another process", 4.0) == [SendTask("b", "submit", 2)]
+    assert deliver(rounds, "b") == [SendTask("b", "evaluate", 1)]
 
 
 def test_a_comparison_that_was_killed_pulls_one_model_after_the_other_and_none_ahead() -> None:

@@ -199,6 +199,11 @@ class Rounds:
             if member is not None and self.version is not None:
                 member.scored.add(self.version)
 
+    @property
+    def choice(self) -> int:
+        """The round under which the choice of sites is noted that a server which is started again needs."""
+        return (self.version or 0) + 1
+
     def joined(self, site: str, instance: str, now: float) -> list[Action]:
         """A site's process joined, or joined again; it was admitted before."""
         known = self.roster.get(site)

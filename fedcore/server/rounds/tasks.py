@@ -14,6 +14,7 @@ from fedcore.config import RunConfig
 
 from .actions import (
     Action,
+    Choose,
     Commit,
     EndRun,
     HoldCollect,
@@ -151,7 +152,25 @@ class Comparing(Rounds):
         self._submitted: set[str] = set()  # whose models are to be pulled yet, once closed
         self._asked_again: set[str] = set()
 
+    @property
+    def choice(self) -> int:
+        """The first step's number: it is noted there whose models are compared."""
+        return 1
+
     # --- events ---
+
+    def restarted(
+        self,
+        sites: Sequence[str],
+        scored: Sequence[str],
+        until: float,
+        decided: Sequence[Participant] = (),
+        chosen: Sequence[str] = (),
+    ) -> None:
+        """The server was started again; ``chosen`` had submitted a model when the first one was committed."""
+        super().restarted(sites, scored, until, decided)
+        if self._closed:
+            self._submitted = set(chosen)
 
     def ready(self, site: str, round_: int, delivery: Delivery) -> list[Action]:
         """A site has published the model that it submits, or the initial one."""
@@ -193,7 +212,12 @@ class Comparing(Rounds):
         """All chunks of a model are here."""
         if self.phase is not Phase.AGGREGATING or not self.collecting:
             return super().reduced()
-        return [Commit(self._places[self.collecting[0].site], self.collecting)]
+        commit = Commit(self._places[self.collecting[0].site], self.collecting)
+        return (
+            [commit]
+            if self.version
+            else [Choose(self.choice, tuple(sorted(self._submitted))), commit]
+        )
 
     def committed(self, version: int, now: float) -> list[Action]:
         """Model ``version`` is durable: all score it."""
