@@ -251,7 +251,7 @@ void decode_nf4(const std::uint8_t* outers, const std::uint8_t* minis, const std
 // --- Casts ---
 
 void encode_bf16(const float* values, std::size_t count, std::uint8_t* out) {
-  auto* words = reinterpret_cast<UnalignedU16*>(out);
+  UnalignedU16* words = reinterpret_cast<UnalignedU16*>(out);
   for (std::size_t i = 0; i < count; ++i) {
     const auto bits = __builtin_bit_cast(std::uint32_t, within(values[i], quantise::kMaxBf16));
     words[i] = static_cast<std::uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
@@ -259,14 +259,14 @@ void encode_bf16(const float* values, std::size_t count, std::uint8_t* out) {
 }
 
 void decode_bf16(const std::uint8_t* words, std::size_t count, float* out) {
-  const auto* from = reinterpret_cast<const UnalignedU16*>(words);
+  const UnalignedU16* from = reinterpret_cast<const UnalignedU16*>(words);
   for (std::size_t i = 0; i < count; ++i) {
     out[i] = arith::bf16_to_float(from[i]);
   }
 }
 
 void encode_f16(const float* values, std::size_t count, std::uint8_t* out) {
-  auto* words = reinterpret_cast<UnalignedU16*>(out);
+  UnalignedU16* words = reinterpret_cast<UnalignedU16*>(out);
   std::size_t i = 0;
 #if FEDCORE_F16C
   for (; i + kLanes <= count; i += kLanes) {
@@ -283,7 +283,7 @@ void encode_f16(const float* values, std::size_t count, std::uint8_t* out) {
 }
 
 void decode_f16(const std::uint8_t* words, std::size_t count, float* out) {
-  const auto* from = reinterpret_cast<const UnalignedU16*>(words);
+  const UnalignedU16* from = reinterpret_cast<const UnalignedU16*>(words);
   std::size_t i = 0;
 #if FEDCORE_F16C
   for (; i + kLanes <= count; i += kLanes) {

@@ -125,6 +125,8 @@ class Outcome:
         if last is None or count is None:
             return
         keep = {*range(last - count + 1, last + 1), *(() if self.best is None else (self.best,))}
+        if self._config.run.task == "compare" and not self._store.finished:
+            keep.add(0)  # a site that is asked again for its model trains from it
         for version in self._store.prune(keep):
             logger.debug("the model of round %d is removed", version)
 

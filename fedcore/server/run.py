@@ -744,13 +744,16 @@ class Run:
         )
         if self.versions.model is not None:
             listed, packed = self.versions.described()
+            set_id, checksum = self._set_id_for(action.site), self.versions.checksum
+            if action.kind == "submit":  # also after others' models have been committed
+                set_id, checksum = self.versions.first_set()
             task = task.model_copy(
                 update={
                     "included": self.versions.included.get(action.site),
-                    "checksum": self.versions.checksum,
+                    "checksum": checksum,
                     "sets": [
                         protocol.OpenSet.model_construct(
-                            id=self._set_id_for(action.site).hex(),
+                            id=set_id.hex(),
                             layout=self.versions.layout_hash,
                             tensors=listed,
                             packed=packed,

@@ -65,6 +65,7 @@ class Versions:
         self._checksum = ""
         self._hashed: tuple[Layout | None, str] = (None, "")
         self._superseded: ModelFile | None = None
+        self._first: tuple[bytes, str] | None = None
         # A model that is to be removed is hashed before: what waits takes disk space.
         behind = 8 if config.server.keep_versions is None else 2
         self._hasher = Hasher(self._moved, behind, store.chunk_bytes)
@@ -190,6 +191,23 @@ class Versions:
         )
         if self._config.transfer.lossless:
             self._publish_packed(self.model)
+
+    def first_set(self) -> tuple[bytes, str]:
+        """Return the id and the checksum of model 0, which stays published beside the last one from then on.
+
+        Raises:
+            IntegrityError: its file is missing, or is not the one that was committed.
+        """
+        if self._store.last_version == 0:
+            return self.set_id, self._checksum
+        if self._first is None:
+            row, path = self._store.versions()[0], self._store.path(0)
+            checksums = verify_model(path, row.checksum, self._store.chunk_bytes)
+            model, set_id = open_model(path, self._store.chunk_bytes), uuid.uuid4().bytes
+            place = model.file, model.data_offset, model.layout.total_bytes
+            self._exchange.publish(set_id, *place, model.layout.chunk_bytes, checksums)
+            self._first = set_id, row.checksum
+        return self._first
 
     def _publish_packed(self, model: ModelFile) -> None:
         """Publish the model once more: a chunk is compressed when it is first asked for, for all who ask."""
