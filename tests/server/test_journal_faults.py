@@ -60,7 +60,13 @@ def every_call_of_a_commit(library: Path, folder: Path, mode: str) -> list[dict[
     return found
 
 
-@pytest.mark.parametrize("mode", ["d", "t"], ids=["before the call", "in its middle"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("d", id="before the call"),
+        pytest.param("t", id="in its middle", marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_killed_at_any_write_or_rename_leaves_the_old_version_or_the_new(
     failing_calls: Path, tmp_path: Path, mode: str
 ) -> None:
@@ -89,6 +95,7 @@ def test_a_disk_that_is_full_at_any_call_is_named_and_costs_no_committed_version
     assert any("run.sqlite: database or disk is full" in attempt["said"] for attempt in refused)
 
 
+@pytest.mark.slow
 def test_a_short_write_is_completed(failing_calls: Path, tmp_path: Path) -> None:
     for attempt in every_call_of_a_commit(failing_calls, tmp_path, "s"):
         assert (attempt["code"], attempt["version"]) == (0, 1), attempt
