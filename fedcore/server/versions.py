@@ -180,15 +180,7 @@ class Versions:
     def publish(self) -> None:
         """Let the sites pull the last model, under a new id."""
         assert self.model is not None
-        self.set_id = self.packed_id = uuid.uuid4().bytes
-        self._exchange.publish(
-            self.set_id,
-            self.model.file,
-            self.model.data_offset,
-            self.model.layout.total_bytes,
-            self.model.layout.chunk_bytes,
-            self._checksums,
-        )
+        self.set_id = self.packed_id = self._publish_raw(self.model, self._checksums)
         if self._config.transfer.lossless:
             self._publish_packed(self.model)
 
@@ -203,11 +195,22 @@ class Versions:
         if self._first is None:
             row, path = self._store.versions()[0], self._store.path(0)
             checksums = verify_model(path, row.checksum, self._store.chunk_bytes)
-            model, set_id = open_model(path, self._store.chunk_bytes), uuid.uuid4().bytes
-            place = model.file, model.data_offset, model.layout.total_bytes
-            self._exchange.publish(set_id, *place, model.layout.chunk_bytes, checksums)
-            self._first = set_id, row.checksum
+            model = open_model(path, self._store.chunk_bytes)
+            self._first = self._publish_raw(model, checksums), row.checksum
         return self._first
+
+    def _publish_raw(self, model: ModelFile, checksums: list[int]) -> bytes:
+        """Publish a model as it is, under a new id."""
+        set_id = uuid.uuid4().bytes
+        self._exchange.publish(
+            set_id,
+            model.file,
+            model.data_offset,
+            model.layout.total_bytes,
+            model.layout.chunk_bytes,
+            checksums,
+        )
+        return set_id
 
     def _publish_packed(self, model: ModelFile) -> None:
         """Publish the model once more: a chunk is compressed when it is first asked for, for all who ask."""

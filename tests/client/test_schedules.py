@@ -14,6 +14,8 @@ import fedcore.client.hf as fl_hf
 import fedcore.client.lightning as fl_lightning
 from fedcore.server.outcome import RunResult
 
+from ..support.trainers import make_trainer
+
 ROUNDS = 3
 ROWS, BATCH = 40, 8
 
@@ -59,14 +61,8 @@ def lightning_module(package: Any, schedule: Any) -> Any:
 
 
 def lightning_trainer(package: Any, budget: dict[str, int], rounds: int = 1) -> Any:
-    return package.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{name: value * rounds if value > 0 else value for name, value in budget.items()},
-    )
+    whole = {name: value * rounds if value > 0 else value for name, value in budget.items()}
+    return make_trainer(package, **whole)
 
 
 def federated(trainer: Any, model: Any, **options: Any) -> None:

@@ -87,14 +87,7 @@ def test_the_first_site_publishes_the_initial_model(pump: str) -> None:
 
 def test_a_restarted_server_gets_everything_again(pump: str) -> None:
     with stage() as (server, session, call):
-        running = call(session.is_running)
-        server.expect(p.Join)
-        server.welcome()
-        server.task("train", 1, server.publish(1))
-        running.result(DEADLINE)
-        begun = call(session.begin, SPECS, {}, fill(0))
-        server.accept()
-        begun.result(DEADLINE)
+        begun_round(server, session, call)
         session.submit(fill(2), 3, {})
         first = server.expect(p.Ready)
 
