@@ -180,7 +180,6 @@ class CollectorOptions:
         budget_bytes: int,
         *,
         stall_ms: int = 2000,
-        check_finite: bool = True,
         write_behind: bool = False,
         spill: Spill | None = None,
         spill_after_ms: int = 250,

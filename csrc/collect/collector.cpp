@@ -169,7 +169,7 @@ void Collector::begin(const std::vector<std::size_t>& order, Place out,
   if (options_.finisher) {
     states_ = options_.finisher->check_after(states);
   }
-  pass_on_ = !options_.check_finite && order_.size() == 1 && !differences() && !options_.finisher;
+  pass_on_ = options_.rule->traits.copies && !differences() && !options_.finisher;
   use_sources();
   divide_budget();
   if (group_ > 0 && parts_.size() > 1) {  // where sources are folded, one chunk at a time is

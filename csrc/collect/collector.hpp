@@ -112,7 +112,6 @@ struct Place {
 struct CollectorOptions {
   std::uint64_t budget_bytes;
   std::int64_t stall_ms = 2000;
-  bool check_finite = true;
   // Whether to start writing the output to the device while it is filled, for a sync that follows.
   bool write_behind = false;
   // Where chunks go of a source whose window has been full for spill_after_ms; null: nowhere.

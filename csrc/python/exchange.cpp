@@ -30,14 +30,13 @@ Place to_place(const PyPlace& place) {
   return place ? Place{std::get<0>(*place)->share(), std::get<1>(*place)} : Place{};
 }
 
-CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms, bool check_finite,
-                              bool write_behind, std::shared_ptr<Spill> spill,
-                              std::int64_t spill_after_ms, const py::object& codec,
-                              unsigned threads, std::vector<std::uint32_t> base_checksums,
-                              const std::string& rule, std::shared_ptr<Finisher> finisher) {
+CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms, bool write_behind,
+                              std::shared_ptr<Spill> spill, std::int64_t spill_after_ms,
+                              const py::object& codec, unsigned threads,
+                              std::vector<std::uint32_t> base_checksums, const std::string& rule,
+                              std::shared_ptr<Finisher> finisher) {
   return {.budget_bytes = budget_bytes,
           .stall_ms = stall_ms,
-          .check_finite = check_finite,
           .write_behind = write_behind,
           .spill = std::move(spill),
           .spill_after_ms = spill_after_ms,
@@ -138,10 +137,9 @@ void bind_exchange(py::module_& m) {
                                "How a collector works, whatever it collects; all but the budget by "
                                "name.")
       .def(py::init(&make_options), py::arg("budget_bytes"), py::kw_only(),
-           py::arg("stall_ms") = usual.stall_ms, py::arg("check_finite") = usual.check_finite,
-           py::arg("write_behind") = usual.write_behind, py::arg("spill") = nullptr,
-           py::arg("spill_after_ms") = usual.spill_after_ms, py::arg("codec") = py::none(),
-           py::arg("threads") = usual.threads,
+           py::arg("stall_ms") = usual.stall_ms, py::arg("write_behind") = usual.write_behind,
+           py::arg("spill") = nullptr, py::arg("spill_after_ms") = usual.spill_after_ms,
+           py::arg("codec") = py::none(), py::arg("threads") = usual.threads,
            py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
            py::arg("finisher") = nullptr);
   py::class_<Collector, std::shared_ptr<Collector>>(

@@ -7,6 +7,7 @@ namespace fedcore {
 
 extern const Rule kMean;    // mean.cpp
 extern const Rule kMedian;  // median.cpp
+extern const Rule kCopy;    // copy.cpp; a download, and no choice for an aggregate
 
 // In the order in which documentation names them.
 inline constexpr const Rule* kRules[] = {&kMean, &kMedian};

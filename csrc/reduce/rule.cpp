@@ -42,6 +42,11 @@ void check_weights(const Rule& rule, const std::vector<std::uint64_t>& weights) 
                                    std::to_string(rule.traits.least) + " inputs, got " +
                                    std::to_string(weights.size()));
   }
+  if (weights.size() > rule.traits.most) {
+    throw Error(Errc::kConfig, "the rule '" + name + "' takes at most " +
+                                   std::to_string(rule.traits.most) + " inputs, got " +
+                                   std::to_string(weights.size()));
+  }
 }
 
 const std::vector<const Rule*>& rules() {
@@ -50,6 +55,9 @@ const std::vector<const Rule*>& rules() {
 }
 
 const Rule& find_rule(std::string_view name) {
+  if (name == kCopy.name) {
+    return kCopy;
+  }
   std::string known;
   for (const Rule* const rule : rules()) {
     if (rule->name == name) {

@@ -11,8 +11,8 @@
 //     the elements are cut into blocks, on threads, or on the instruction set.
 //   - Where traits.symmetric is true, they do not depend on the order either. Elsewhere the caller
 //     gives the inputs in canonical order.
-//   - Every input value is checked: a function returns false if a value or a result is NaN or
-//     infinite, and `out` is not to be used then.
+//   - Every input value is checked, unless traits.copies is true: a function returns false if a value
+//     or a result is NaN or infinite, and `out` is not to be used then.
 //   - Integers and booleans are copied from `base`, or from the first input without one.
 //   - The result is rounded once to the dtype of the inputs. Where a finisher follows, it gets the
 //     result in binary64 instead, before that rounding: combine_wide().
@@ -23,6 +23,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <string_view>
 #include <vector>
@@ -36,6 +37,8 @@ struct Traits {
   bool symmetric;     // the order of the inputs does not change the result
   bool folds;         // it can take one input after the other, and keep sums between them
   std::size_t least;  // sources that it needs at least
+  std::size_t most = std::numeric_limits<std::size_t>::max();  // and that it takes at most
+  bool copies = false;  // the result is the one source, whatever its values are: none is checked
 };
 
 class Combiner {
@@ -81,13 +84,13 @@ struct Rule {
 };
 
 // Throws Error{kWeight} unless kernels::is_weight() holds for every weight and there is one at
-// least, and Error{kConfig} where the rule needs more sources.
+// least, and Error{kConfig} where the rule needs more sources or takes fewer.
 void check_weights(const Rule& rule, const std::vector<std::uint64_t>& weights);
 
-// All rules, in the order in which documentation names them.
+// The rules that a user may choose, in the order in which documentation names them.
 const std::vector<const Rule*>& rules();
 
-// Throws Error{kConfig} that names the known rules.
+// One of rules(), or "copy". Throws Error{kConfig} that names rules().
 const Rule& find_rule(std::string_view name);
 
 }  // namespace fedcore

@@ -238,7 +238,7 @@ class Fleet:
             None,
             CollectorOptions(
                 _WINDOW_BYTES,
-                check_finite=False,
+                rule="copy",
                 codec=Codec(self._layout, "raw", True) if can_pack() else None,
             ),
         )

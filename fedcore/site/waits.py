@@ -95,7 +95,7 @@ class Waits:
             None,
             CollectorOptions(
                 _WINDOW_BYTES,
-                check_finite=False,
+                rule="copy",
                 codec=Codec(layout, "raw", True) if can_pack() else None,
             ),
         )

@@ -139,7 +139,7 @@ def test_a_model_that_is_encoded_once_is_served_losslessly_to_all() -> None:
             out,
             0,
             None,
-            CollectorOptions(1 << 20, check_finite=False, codec=codec),
+            CollectorOptions(1 << 20, rule="copy", codec=codec),
         )
         run_to_end(Exchange(), {b"": server}, collector, 0)
         assert collector.done

@@ -185,7 +185,7 @@ def pull(server: Exchange, *, until: int = 100) -> tuple[str, list[SetDamaged]]:
         target.file,
         target.data_offset,
         None,
-        CollectorOptions(1 << 20, check_finite=False, codec=codec),
+        CollectorOptions(1 << 20, rule="copy", codec=codec),
     )
     site.start(collector)
     for _ in range(until):

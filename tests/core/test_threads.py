@@ -33,7 +33,7 @@ class Three:
             self.out,
             0,
             None,
-            CollectorOptions(budget, check_finite=True, threads=threads),
+            CollectorOptions(budget, threads=threads),
         )
         self.server.start(self.collector)
         self.sites = {}

@@ -93,7 +93,7 @@ def test_a_site_pulls_the_published_bytes_exactly(pump: str, elements: int) -> N
             out.file,
             out.data_offset,
             None,
-            CollectorOptions(1 << 20, check_finite=False),
+            CollectorOptions(1 << 20, rule="copy"),
         )
         site.exchange.start(collector)
         site.kick()
