@@ -21,6 +21,7 @@ FLOORS = (
         "errors",
         "events",
         "gates",
+        "outlet",
         "words",
         "weighing",
         "replacing",

@@ -6,7 +6,9 @@ pass in the runs. Tensor bytes move in the link's pump.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
@@ -31,6 +33,8 @@ __all__ = ["Host"]
 
 _MOST_AT_ONCE: Final = 4096
 """Messages that are read at a deadline before it is acted on: nobody can put it off by sending more."""
+_MOST_TOGETHER: Final = 256
+"""Messages whose answers may wait for one transaction."""
 _UNASKED: Final = 64 << 20
 
 logger = logging.getLogger("fedcore.server")
@@ -176,27 +180,51 @@ class Host:
         self.link.wake()
 
     def step(self) -> None:
-        """Handle one message or event, after waiting for it, and do what is due in the runs."""
+        """Handle what arrives, after waiting for it, and do what is due in the runs."""
         now = self._clock.monotonic()
         deadlines = [run.deadline for run in self.runs if run.deadline is not None]
         looks = [run.next_look for run in self.runs]
         until = min([*looks, *(deadline for deadline in deadlines if deadline > now)])
         arrived = self.link.recv(max(0.0, min(self._timing.check, until - now)))
         if arrived is not None:
-            self._take(arrived)
+            self._take_together(arrived)
         if any(deadline <= self._clock.monotonic() for deadline in deadlines):
             self._take_what_waits()
         self._check_access()
         for run in self.runs:
             run.pass_time()
 
+    def _take_together(self, arrived: Control | DataEvent) -> None:
+        """Handle what has arrived, and the messages that wait behind it.
+
+        Their rows in the journals are one transaction, and their answers leave after it.
+        """
+        with self._group():
+            self._take(arrived)
+            for _ in range(_MOST_TOGETHER - 1):
+                if not isinstance(arrived, Control) or all(run.over for run in self.runs):
+                    return
+                following = self.link.recv(0.0)
+                if following is None:
+                    return
+                arrived = following
+                self._take(arrived)
+
     def _take_what_waits(self) -> None:
         """Let what came by the deadline count, though other messages were read first."""
-        for _ in range(_MOST_AT_ONCE):
-            arrived = self.link.recv(0.0)
-            if arrived is None or all(run.over for run in self.runs):
-                return
-            self._take(arrived)
+        with self._group():
+            for _ in range(_MOST_AT_ONCE):
+                arrived = self.link.recv(0.0)
+                if arrived is None or all(run.over for run in self.runs):
+                    return
+                self._take(arrived)
+
+    def _group(self) -> AbstractContextManager[object]:
+        """Have rows that are written in here reach the devices together."""
+        groups = contextlib.ExitStack()
+        for run in self.runs:
+            groups.enter_context(run.store.group())
+        return groups
 
     def _check_access(self) -> None:
         for name in self._guard.take_out_revoked():

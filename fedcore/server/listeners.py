@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from fedcore.events import Event, Listener
+from fedcore.outlet import Outlet
 from fedcore.protocol import shown
 from fedcore.words import plural
 
@@ -94,6 +95,9 @@ class Listeners:
         wall: gives the time, in seconds since the epoch.
         view: a part of the server itself that is called within `emit`; it is quick and raises nothing.
 
+    Attributes:
+        outlet: the way of events to the threads: while it is held, they wait.
+
     Raises:
         ConfigError: a listener can't be loaded; it is named.
     """
@@ -109,6 +113,7 @@ class Listeners:
         self._wall = wall
         self._view = view
         self._run = run
+        self.outlet = Outlet(self._give)
 
     def emit(self, event: Event) -> None:
         """Hand an event to all listeners."""
@@ -116,7 +121,9 @@ class Listeners:
             self._view(event)
         if self._workers:
             run, run_id = self._run
-            event = replace(event, run=run, run_id=run_id, time=self._wall())
+            self.outlet.put(replace(event, run=run, run_id=run_id, time=self._wall()))
+
+    def _give(self, event: Event) -> None:
         for worker in self._workers:
             worker.give(event)
 

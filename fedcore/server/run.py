@@ -224,6 +224,7 @@ class Run:
             lambda: self._clock.wall().timestamp(),
             self.status.on_event,
         )
+        store.hold_back(self._link.outlet, self.listeners.outlet)
         store.taken = lambda: self.status.taken(self._link.exchange.stats())
         self._overtime = Overtime()
         self._declaring = Declaring(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import pytest
 
 from fedcore import protocol
-from fedcore._core import Exchange, Layout
+from fedcore._core import Layout
 from fedcore.clock import ManualClock
 from fedcore.config import parse_run
 from fedcore.layout import layout_hash, table
@@ -19,27 +19,10 @@ from fedcore.server.rounds.rounds import Phase, Rounds
 from fedcore.server.service import Server
 from fedcore.transport.link import Control
 
+from ..support.arriving import Arriving, peer, says
+
 HOUR: Final = 3600.0
 LAYOUT = Layout([("w", "F32", [1000])], protocol.DEFAULT_CHUNK_BYTES)
-
-
-class Arriving:
-    """Stands in for a server's link: what a test lists arrives, in this order, and nothing else ever does."""
-
-    endpoint, secure = "tcp://127.0.0.1:0", False
-
-    def __init__(self) -> None:
-        self.run_id: str | None = None
-        self.exchange: Any = Exchange()
-        self.waiting: list[Control] = []
-        self.recv: Callable[[float], Control | None] = lambda _: (
-            self.waiting.pop(0) if self.waiting else None
-        )
-
-    def nothing(self, *_: object) -> None:
-        pass
-
-    send = kick = wake = close = nothing
 
 
 class Stage(NamedTuple):
@@ -80,14 +63,6 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
     made.start()
     yield Stage(made, link, clock)
     made.close()
-
-
-def peer(site: str) -> bytes:
-    return site.encode() * 16
-
-
-def says(site: str, message: protocol.FromSite) -> Control:
-    return Control(peer(site), protocol.encode(message))
 
 
 def joins(*sites: str) -> list[Control]:

@@ -14,12 +14,13 @@ import re
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from fedcore import __version__
 from fedcore.errors import ConfigError, FedcoreError, IntegrityError, StorageError
+from fedcore.outlet import Outlet
 from fedcore.replacing import sync_folder
 
 __all__ = ["SCHEMA", "Journal", "storing"]
@@ -87,6 +88,10 @@ class Journal:
         path: the file; a new one is made where there is none, or an empty one.
         busy_seconds: how long SQLite waits for another process's transaction before a line says so.
 
+    Attributes:
+        outlets: what leaves through them may follow from the rows of a `group`; they are held until these are on
+            the device.
+
     Raises:
         ConfigError: the file is of a version of fedcore that this one can't read.
         IntegrityError: the file does not hold the run's id.
@@ -96,6 +101,10 @@ class Journal:
     def __init__(self, path: Path, busy_seconds: float = _BUSY_SECONDS) -> None:
         self.path = path
         self._busy_seconds = busy_seconds
+        self.outlets: Sequence[Outlet[Any]] = ()
+        self._grouping = False
+        self._waits = False  # rows that are not on the device
+        self._lost = False
         self.new = not holds_something(path)
         try:
             self.db = self._connect()
@@ -185,6 +194,7 @@ class Journal:
         Raises:
             StorageError: the journal can't be written, or it was replaced by another file.
         """
+        self.settle()
         with storing(self.path):
             self._check_place()
             self._patiently(lambda: self.db.execute("BEGIN IMMEDIATE"))
@@ -196,12 +206,102 @@ class Journal:
                     self.db.execute("ROLLBACK")
                 raise
 
+    @contextlib.contextmanager
+    def group(self) -> Iterator[None]:
+        """Have what `grouped` writes in here reach the device together, at the end or with the next `transaction`.
+
+        Synchronising costs far more than a row. The outlets are held for as long as a row waits: what follows from
+        it leaves after it is on the device, or never.
+
+        Raises:
+            StorageError: the rows can't be written; none of them counts.
+        """
+        self._grouping = True
+        try:
+            yield
+        finally:
+            self._grouping = False
+            self.settle()
+
+    @contextlib.contextmanager
+    def grouped(self) -> Iterator[None]:
+        """Run statements that count entirely or not at all; within a `group` they may not be on the device yet.
+
+        Raises:
+            StorageError: as in `transaction`.
+        """
+        if not self._grouping:
+            with self.transaction():
+                yield
+            return
+        with storing(self.path):
+            self._begin_waiting()
+            self.db.execute("SAVEPOINT one")
+            try:
+                yield
+                self.db.execute("RELEASE one")
+            except BaseException:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK TO one")
+                    self.db.execute("RELEASE one")
+                else:  # SQLite itself rolls back where the disk is full, and with it the rows before
+                    self._lose_what_waits()
+                raise
+
+    def _begin_waiting(self) -> None:
+        self._check_lost()
+        if not self.db.in_transaction:
+            self._check_place()
+            self._patiently(lambda: self.db.execute("BEGIN IMMEDIATE"))
+        if not self._waits:
+            self._waits = True
+            for outlet in self.outlets:
+                outlet.hold()
+
+    def settle(self) -> None:
+        """Have all rows on the device that wait in a group.
+
+        Raises:
+            StorageError: they can't be written: none of them counts, nothing that followed from them leaves, and
+                nothing more is written.
+        """
+        self._check_lost()
+        if not self._waits:
+            return
+        with storing(self.path):
+            try:
+                if (
+                    self.db.in_transaction
+                ):  # not where an interrupt came between the commit and here
+                    self._patiently(lambda: self.db.execute("COMMIT"))
+            except Exception:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                self._lose_what_waits()
+                raise
+        self._waits = False
+        for outlet in self.outlets:
+            outlet.release()
+
+    def _lose_what_waits(self) -> None:
+        self._waits, self._lost = False, True
+        for outlet in self.outlets:
+            outlet.discard()
+
+    def _check_lost(self) -> None:
+        """Write nothing after rows were lost that others may have been decided by."""
+        if self._lost:
+            raise StorageError(
+                f"cannot write {self.path}: rows of it are lost; start the server again"
+            )
+
     def try_transaction(self, act: Callable[[], None]) -> bool:
         """Call ``act`` in a transaction if no other process has the journal locked; returns whether it did.
 
         Raises:
             StorageError: as in `transaction`.
         """
+        self.settle()
         with storing(self.path):
             self._check_place()
             self.db.execute("PRAGMA busy_timeout = 0")

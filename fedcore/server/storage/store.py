@@ -15,6 +15,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +23,7 @@ from typing import Any, Final
 from fedcore import __version__
 from fedcore.errors import ConfigError, IntegrityError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES
+from fedcore.outlet import Outlet
 from fedcore.protocol import strict_json
 from fedcore.replacing import place_of, put_in_place
 from fedcore.server.rounds.selection import SiteScore
@@ -211,6 +213,14 @@ class Store:
     @property
     def _db(self) -> sqlite3.Connection:
         return self._journal.db
+
+    def hold_back(self, *outlets: Outlet[Any]) -> None:
+        """Let nothing leave through these outlets while a row of a `group` is not on the device."""
+        self._journal.outlets = outlets
+
+    def group(self) -> AbstractContextManager[None]:
+        """Have the rows of many messages reach the device together; see `Journal.group`."""
+        return self._journal.group()
 
     # --- versions ---
 
@@ -437,7 +447,7 @@ class Store:
 
     def add_score(self, version: int, score: SiteScore) -> bool:
         """Keep a site's metrics of a version; returns whether they are the first ones, which count."""
-        with self._journal.transaction():
+        with self._journal.grouped():
             added = self._db.execute(
                 "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
                 (version, score.site, _number(score.examples), score_text(score)),
@@ -453,7 +463,7 @@ class Store:
     ) -> bool:
         """Keep a site's outputs of a version, and that it has answered; returns whether they are the first ones,
         which count."""
-        with self._journal.transaction():
+        with self._journal.grouped():
             added = self._db.execute(
                 "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)",
                 (version, site, _number(examples), json.dumps(dict(outputs))),
@@ -475,7 +485,7 @@ class Store:
 
     def add_member(self, site: str) -> None:
         """Note that a site has joined, for a server that is started again after a crash."""
-        with self._journal.transaction():
+        with self._journal.grouped():
             self._db.execute("INSERT OR IGNORE INTO members VALUES (?)", (site,))
 
     def members(self) -> list[str]:
@@ -504,7 +514,7 @@ class Store:
 
     def keep_declared(self, site: str, text: str | None) -> None:
         """Keep what a site declared, instead of what it declared before; None: keep nothing of it."""
-        with self._journal.transaction():
+        with self._journal.grouped():
             self._db.execute("DELETE FROM declared WHERE site = ?", (site,))
             if text is not None:
                 digest = hashlib.sha256(text.encode()).hexdigest()
@@ -516,7 +526,7 @@ class Store:
 
     def choose(self, round_: int, sites: Collection[str]) -> None:
         """Note who trains in a round where not all do, all of them; what was noted of other rounds goes."""
-        with self._journal.transaction():
+        with self._journal.grouped():
             self._db.execute("DELETE FROM chosen")
             self._db.executemany(
                 "INSERT INTO chosen VALUES (?, ?)", [(round_, site) for site in sites]
@@ -593,7 +603,7 @@ class Store:
 
     def add_file(self, name: str, text: str) -> None:
         """Keep a file that describes the model, if the initial model came without it."""
-        with self._journal.transaction():
+        with self._journal.grouped():
             self._db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (name, text))
 
     def export(self, name: str, version: int) -> Path:
