@@ -32,7 +32,7 @@ FLOORS = (
         "_cuda",
         "_pump",
     },
-    {"protocol", "layout", "model_file", "encoding", "rules"},
+    {"protocol", "layout", "roles", "model_file", "encoding", "rules"},
     {"config", "security", "transport"},
     {"files", "monitor"},
     {"server", "site"},

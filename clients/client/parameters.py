@@ -26,7 +26,8 @@ from torch.nn.modules.loss import _Loss
 
 from fedcore.errors import LayoutError
 from fedcore.files.frozen import FrozenGroup
-from fedcore.layout import TensorSpec, check_names, compare_layouts
+from fedcore.layout import FLOATS, TensorSpec, check_names, compare_layouts
+from fedcore.protocol import Role
 from fedcore.site.received import Received
 
 from .base import frozen_groups, frozen_tensors
@@ -154,6 +155,22 @@ class ModelParameters:
         return model_files(
             self._root, self._given, self.specs, pretrained=_is_pretrained(self._root)
         )
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """What each tensor is to the model, but for its parameters; see `fedcore.roles`.
+
+        A tensor that is tied to a parameter, or that is computed from some, is a parameter.
+        """
+        buffers = {_place(b) for b in self._root.buffers() if b.numel()}
+        buffers -= {_place(p) for p in self._root.parameters()}
+        found: dict[str, Role] = {}
+        for name, dtype, _ in self.specs:
+            if dtype not in FLOATS:
+                found[name] = "integer"
+            elif _place(self._tensors[name]) in buffers:
+                found[name] = "buffer"
+        return found
 
     @property
     def names(self) -> list[str]:
@@ -396,6 +413,10 @@ def _computes(root: Any, tensors: Mapping[str, torch.Tensor]) -> bool:
         f"the tensor {moved[0]!r} of {getattr(config.peft_type, 'value', config.peft_type)} is computed anew each "
         "time it is asked for, so nothing can be loaded into it; take another PEFT method"
     )
+
+
+def _place(tensor: torch.Tensor) -> tuple[torch.device, int]:
+    return tensor.device, address(tensor)
 
 
 def _check(name: str, tensor: torch.Tensor) -> None:

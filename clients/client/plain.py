@@ -321,7 +321,8 @@ def _begin_with(session: Session | RankedSession, model: ModelParameters) -> Glo
         session.problem(text)
     if session.bound:
         return session.begin(model.specs, {}, model.read)
-    return session.begin(model.specs, model.files, model.read, _fingerprints(), model.frozen())
+    prints, frozen = _fingerprints(), model.frozen()
+    return session.begin(model.specs, model.files, model.read, prints, frozen, roles=model.roles)
 
 
 def _refreshed() -> ModelParameters:

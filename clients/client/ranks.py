@@ -25,6 +25,7 @@ from fedcore.errors import ClosedError
 from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import TensorSpec
 from fedcore.model_file import Reader
+from fedcore.protocol import Role
 from fedcore.site.session import GlobalModel, Outcome, Session
 
 from .current import get_session, reset_session
@@ -212,6 +213,8 @@ class RankedSession:
         read: Reader,
         fingerprints: Mapping[str, str] | None = None,
         frozen: Sequence[FrozenGroup] = (),
+        *,
+        roles: Mapping[str, Role] | None = None,
     ) -> GlobalModel:
         """Return the current task's global model; see `Session.begin`.
 
@@ -223,7 +226,7 @@ class RankedSession:
 
         def begin() -> Any:
             shared = self._shared(read)
-            led.append(self._lead().begin(specs, files, shared, fingerprints, frozen))
+            led.append(self._lead().begin(specs, files, shared, fingerprints, frozen, roles=roles))
             info = self._lead().system_info()
             return [getattr(led[0], field) for field in _TASK_FIELDS], list(led[0].specs), info
 

@@ -99,14 +99,14 @@ class TorchSite:
                 "`while fl.is_running():`"
             )
         parameters = self._parameters(model)
-        files, prints, frozen = (
-            ({}, {}, [])
-            if self._session.bound
-            else (parameters.files, self._fingerprints(), parameters.frozen())
-        )
-        task = self._session.begin(
-            parameters.specs, files, self._reader(parameters), prints, frozen
-        )
+        read = self._reader(parameters)
+        if self._session.bound:
+            task = self._session.begin(parameters.specs, {}, read)
+        else:
+            prints, frozen = self._fingerprints(), parameters.frozen()
+            task = self._session.begin(
+                parameters.specs, parameters.files, read, prints, frozen, roles=parameters.roles
+            )
         if task is not self._loaded:
             self._joined = self._joined or parameters.joined()
             parameters.load(list(task.specs), task.tensors)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fedcore._core import Layout
 from fedcore.layout import DEFAULT_CHUNK_BYTES, FLOATS, ITEMSIZE, TensorSpec, table
-from fedcore.protocol import Transfer, shown
+from fedcore.protocol import Role, Transfer, shown
 from fedcore.words import plural
 
 from .frozen import FrozenGroup
@@ -27,6 +27,7 @@ class Inspection(BaseModel):
         files: texts by name, such as ``adapter_config.json``.
         fingerprints: digests by name of what all sites must have alike.
         frozen: digests of groups of tensors that do not travel; see `fedcore.files.frozen`.
+        roles: what tensors are to the model, but for parameters (`fedcore.roles`); None: it is not known.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -35,6 +36,7 @@ class Inspection(BaseModel):
     files: dict[str, str] = {}
     fingerprints: dict[str, str] = {}
     frozen: list[FrozenGroup] = []
+    roles: dict[str, Role] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +49,8 @@ def describe(
     files: Mapping[str, str],
     fingerprints: Mapping[str, str] | None = None,
     frozen: Sequence[FrozenGroup] = (),
+    *,
+    roles: Mapping[str, Role] | None = None,
 ) -> Inspection:
     """Describe what a site declares and sends; LayoutError if the tensors make no layout."""
     layout = Layout([(n, d, list(s)) for n, d, s in specs], DEFAULT_CHUNK_BYTES)
@@ -55,6 +59,7 @@ def describe(
         files=dict(files),
         fingerprints=dict(fingerprints or {}),
         frozen=list(frozen),
+        roles=None if roles is None else dict(roles),
     )
 
 
@@ -106,7 +111,8 @@ def lines(found: Inspection, transfer: Transfer | None = None) -> Iterator[str]:
     beside += [f"the digest of the {name}" for name in found.fingerprints]
     if found.frozen:
         beside.append(f"{len(found.frozen)} digests of what is frozen")
-    yield f"once: names, dtypes and shapes of the tensors{''.join(', ' + part for part in beside)}"
+    known = "names, dtypes and shapes" if found.roles is None else "names, dtypes, shapes and roles"
+    yield f"once: {known} of the tensors{''.join(', ' + part for part in beside)}"
     yield "nothing else leaves; no server was contacted"
 
 

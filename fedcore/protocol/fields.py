@@ -129,6 +129,8 @@ TensorEntry = tuple[
     Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16, fail_fast=True)],
 ]
 TensorTable = Annotated[list[TensorEntry], Field(max_length=MAX_TENSORS, fail_fast=True)]
+Role = Literal["parameter", "buffer", "integer"]
+"""What a tensor is to its model; see `fedcore.roles`."""
 FrozenTable = Annotated[
     list[
         tuple[

@@ -17,6 +17,7 @@ from .base import Message, OfRun, Part
 from .fields import (
     MAX_ANSWER_BYTES,
     MAX_DECLARE_BYTES,
+    MAX_LISTED,
     MAX_SETS,
     MODEL,
     Features,
@@ -25,6 +26,7 @@ from .fields import (
     MetricRows,
     Metrics,
     Outputs,
+    Role,
     Round,
     SetId,
     SetName,
@@ -127,6 +129,16 @@ class Join(Message):
         return super().left_out() | ({"run"} if self.run is None else set())
 
 
+class OfRole(Part):
+    """Tensors of one role, by their places in the table of a `Declare`."""
+
+    role: Role
+    tensors: Annotated[
+        list[Annotated[int, Field(ge=0)]],
+        Field(min_length=1, max_length=MAX_LISTED, fail_fast=True),
+    ]
+
+
 class Declare(OfRun):
     """The tensors that this site would send and load, and the small text files that describe its model.
 
@@ -134,7 +146,8 @@ class Declare(OfRun):
     ``best/`` and ``final/`` so that the folders open with the usual loaders. ``fingerprints`` are digests of what
     must be alike at all sites, such as the tokenizer. ``packed`` stands for ``tensors`` on the wire where there
     are many: `fedcore.protocol.tables`. ``frozen`` describes what the model has and does not
-    travel, as `fedcore.files.frozen` compares it.
+    travel, as `fedcore.files.frozen` compares it. ``roles`` says what each tensor is to the model; what no entry
+    names is a parameter, or an integer by its dtype. None: the site does not know.
     """
 
     type: Literal["declare"] = "declare"
@@ -155,18 +168,29 @@ class Declare(OfRun):
         BeforeValidator(few),
     ] = {}
     frozen: FrozenTable = []
+    roles: Annotated[list[OfRole], Field(max_length=16, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _leaves_room(self, info: ValidationInfo) -> Declare:
         """What a site declares comes back in each `Task`, with a little more beside it."""
         _unpack(self, info)
+        _check_places(self.roles or [], len(self.tensors))
         if len(self.model_dump_json(exclude=self.left_out())) > MAX_DECLARE_BYTES:
             raise ValueError("tensors and files are too large")
         return self
 
     def left_out(self) -> set[str]:
         """Return the fields that are not written where they say nothing, or where another one says it."""
-        return super().left_out() | ({"packed"} if self.packed is None else {"tensors"})
+        silent = {"roles"} if self.roles is None else set()
+        return super().left_out() | silent | ({"packed"} if self.packed is None else {"tensors"})
+
+
+def _check_places(roles: list[OfRole], count: int) -> None:
+    places = [place for of_role in roles for place in of_role.tensors]
+    if any(place >= count for place in places):
+        raise ValueError(f"roles: a place is beyond the {count:,} tensors")
+    if len(set(places)) != len(places):
+        raise ValueError("roles: a tensor is named twice")
 
 
 class Ready(OfRun):

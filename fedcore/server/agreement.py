@@ -1,4 +1,5 @@
-"""What all sites of a run should have alike: the adapter's configuration, the tokenizer, and the frozen base.
+"""What all sites of a run should have alike: the adapter's configuration, the tokenizer, the roles of tensors, and
+the frozen base.
 
 Tensors of the same names and shapes can still mean different things: an adapter of another scale, token ids of
 another tokenizer, an adapter over another base. Their average would be of no use, and nothing else would tell.
@@ -9,11 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from fedcore import protocol
 from fedcore.files.frozen import FrozenGroup, compare_frozen, model_config
+from fedcore.roles import Buffers, buffers_of, compare_buffers
 
 from .adapter_config import changed_base, compare_configs, describe_model, read_config
 
@@ -58,6 +60,7 @@ class _Described:
     model: dict[str, Any]
     prints: dict[str, str]
     frozen: tuple[FrozenGroup, ...]
+    buffers: Buffers = None
 
     @property
     def kind(self) -> str:
@@ -105,11 +108,24 @@ class Agreement:
         """Return whose declarations are remembered."""
         return list(self._texts)
 
+    @property
+    def buffers(self) -> Buffers:
+        """The buffers of the model, as the sites declared that know its roles."""
+        return next((d.buffers for d in self._described.values() if d.buffers is not None), None)
+
     def compare(self, site: str, declare: protocol.Declare) -> Found:
-        """Compare a site with the others and with the run's model; nothing is remembered yet."""
-        mine = _describe(declare.files, declare.fingerprints, declare.frozen)
+        """Compare a site with the others and with the run's model; nothing is remembered yet.
+
+        Raises:
+            LayoutError: it says a role that a tensor can't have.
+        """
+        mine = _described(declare)
         others = self._others(site)
-        refusal = self._other_adapter(site, mine, others) or _other_prints(site, mine, others)
+        refusal = (
+            self._other_adapter(site, mine, others)
+            or _other_prints(site, mine, others)
+            or _other_roles(site, mine, others)
+        )
         if refusal is not None:
             return Found(refusal)
         found = Found(notes=self._harmless(site, mine, others))
@@ -123,7 +139,7 @@ class Agreement:
 
     def note(self, site: str, declare: protocol.Declare) -> None:
         """Remember what a site declared, instead of what it declared before."""
-        described = _describe(declare.files, declare.fingerprints, declare.frozen)
+        described = _described(declare)
         text = _write(described)
         if self._texts.get(site) == text:
             return
@@ -203,6 +219,14 @@ def _other_prints(site: str, mine: _Described, others: _Others) -> str | None:
     return None
 
 
+def _other_roles(site: str, mine: _Described, others: _Others) -> str | None:
+    for (other, *_), theirs in others:
+        unlike = compare_buffers(mine.buffers, theirs.buffers, f"site {site!r}", f"site {other!r}")
+        if unlike is not None:
+            return f"the roles of tensors differ: {unlike}; give all sites the same model"
+    return None
+
+
 def _other_config(site: str, mine: _Described, others: _Others) -> tuple[str, str]:
     """Compare the configurations of models that are trained whole."""
     for (other, *_), theirs in others:
@@ -254,6 +278,11 @@ def _few(names: list[str]) -> str:
     return ", ".join(protocol.shown(name, 200) for name in names[:_SHOWN]) + more
 
 
+def _described(declare: protocol.Declare) -> _Described:
+    found = _describe(declare.files, declare.fingerprints, declare.frozen)
+    return replace(found, buffers=buffers_of(declare))
+
+
 def _describe(
     files: Mapping[str, str], prints: Mapping[str, str], frozen: Sequence[FrozenGroup]
 ) -> _Described:
@@ -266,13 +295,13 @@ def _describe(
 
 
 def _write(described: _Described) -> str:
-    return json.dumps(
-        {
-            "adapter": described.adapter, "model": described.model, "prints": described.prints,
-            "frozen": described.frozen,
-        },
-        sort_keys=True,
-    )  # fmt: skip
+    of = {
+        "adapter": described.adapter, "model": described.model, "prints": described.prints,
+        "frozen": described.frozen,
+    }  # fmt: skip
+    if described.buffers is not None:
+        of["buffers"] = described.buffers
+    return json.dumps(of, sort_keys=True)
 
 
 def _read(text: str) -> _Described | None:
@@ -280,6 +309,10 @@ def _read(text: str) -> _Described | None:
     try:
         kept = json.loads(text)
         frozen = tuple((str(n), str(f), int(c), str(d)) for n, f, c, d in kept["frozen"])
-        return _Described(dict(kept["adapter"]), dict(kept["model"]), dict(kept["prints"]), frozen)
-    except (ValueError, TypeError, KeyError, RecursionError):
+        buffers = kept.get("buffers")
+        return _Described(
+            dict(kept["adapter"]), dict(kept["model"]), dict(kept["prints"]), frozen,
+            None if buffers is None else tuple(map(str, buffers)),
+        )  # fmt: skip
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

@@ -180,6 +180,7 @@ class Collecting:
             self._versions.cards = dict(initial.files)
         else:
             layout = base.layout
+            self._versions.roles.settle()
         self._versions.release_superseded()
         optimizer = self._versions.optimizer
         finisher = optimizer.finisher(layout)  # of the initial model it is asked to refuse it early

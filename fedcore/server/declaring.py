@@ -8,14 +8,16 @@ from typing import Final
 
 from fedcore import protocol
 from fedcore.config import RunConfig
-from fedcore.errors import FedcoreError, StorageError
+from fedcore.errors import FedcoreError, LayoutError, StorageError
 from fedcore.files.opening import CARD
 from fedcore.layout import compare_layouts, layout_hash, table
+from fedcore.roles import Buffers, buffers_of
 from fedcore.server.storage.store import Store
 from fedcore.transport.ends import ServerEnd
+from fedcore.words import plural
 
 from .access import Access
-from .agreement import Agreement
+from .agreement import Agreement, Found
 from .peers import Peers
 from .status import StatusBuilder
 from .versions import Versions, declared_layout
@@ -58,23 +60,24 @@ class Declaring:
             memory=self._store,
             owner=self._whose_model,
         )
+        self._versions.roles.say(self._agreement.buffers)
 
     def forget(self, site: str) -> None:
         """Compare nobody with a site any more: its key was revoked."""
         self._agreement.forget(site)
+        self._versions.roles.say(self._agreement.buffers)
 
     def forget_revoked(self, access: Access) -> None:
         """Forget the sites whose keys were revoked while no server worked on the run."""
         for site in self._agreement.sites():
             if not access.knows(site):
-                self._agreement.forget(site)
+                self.forget(site)
 
     def take(self, peer: bytes, site: str, declare: protocol.Declare) -> bool:
         """Accept or refuse what a site declares, and tell it so; returns whether it is accepted."""
         model = self._versions.model
-        found = self._agreement.compare(site, declare)
-        if found.refusal is not None:
-            self._put_out(peer, site, "unlike", found.refusal)
+        found = self._compared(peer, site, declare)
+        if found is None:
             return False
         if model is not None:
             difference = compare_layouts(
@@ -103,6 +106,7 @@ class Declaring:
                 return False
             hash_ = layout_hash(layout)
         self._agreement.note(site, declare)
+        self._versions.roles.say(self._agreement.buffers)
         for text in found.warnings:
             self._peers.replies.tell(site, "%s: %s", text)
         for text in found.notes:
@@ -119,6 +123,33 @@ class Declaring:
         warnings = [text[:4096] for text in found.warnings]
         self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=warnings))
         return True
+
+    def _compared(self, peer: bytes, site: str, declare: protocol.Declare) -> Found | None:
+        """Return what is unlike other sites and the run, and may be; None if the site was put out."""
+        try:
+            found = self._agreement.compare(site, declare)
+            refusal = found.refusal or self._unlike_roles(site, buffers_of(declare), found)
+        except LayoutError as error:
+            self._put_out(peer, site, "layout", str(error))
+            return None
+        if refusal is not None:
+            self._put_out(peer, site, "unlike", refusal)
+            return None
+        return found
+
+    def _unlike_roles(self, site: str, buffers: Buffers, found: Found) -> str | None:
+        """Say how a site's roles differ from the run's; where the run has none, warn of what that means."""
+        roles = self._versions.roles
+        unlike = roles.unlike(buffers, f"site {site!r}")
+        if unlike is not None:
+            return f"the roles of tensors differ: {unlike}; give all sites the same model"
+        late = self._versions.optimizer.acts_on(buffers or ())
+        if late and roles.settled:
+            found.warnings.append(
+                f"{plural(len(late), 'buffer')} of the model, such as {late[0]!r}, are parameters to the server "
+                "optimizer: no site had said the roles of tensors when the run began"
+            )
+        return None
 
     def _has_room(self, peer: bytes, site: str, nbytes: int) -> bool:
         """Whether a first model fits on the disk. Until it does, its site declares it again and again."""

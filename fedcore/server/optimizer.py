@@ -11,9 +11,12 @@ from fedcore._core import Finisher, Layout
 from fedcore.config import OptimizerSection
 from fedcore.errors import IntegrityError, StorageError
 from fedcore.model_file import ModelFile, open_model
+from fedcore.roles import Buffers
 from fedcore.rules.finishers import find_finisher
 from fedcore.server.storage.integrity import checksum_of, verify_model
 from fedcore.server.storage.store import StateRow, Store
+
+from .roles import Roles
 
 __all__ = ["Optimizer"]
 
@@ -26,15 +29,17 @@ class Optimizer:
     Args:
         section: of the run file; None: there is none, and the model is the combined updates.
         store: the run's.
+        roles: of its model: it does not act on buffers.
     """
 
-    def __init__(self, section: OptimizerSection | None, store: Store) -> None:
+    def __init__(self, section: OptimizerSection | None, store: Store, roles: Roles) -> None:
         self._section = section
         self._store = store
         self._version = 0
         self._rows: dict[str, StateRow] = {}
         self._states: dict[str, ModelFile] = {}
-        self._made: tuple[Layout, Finisher] | None = None
+        self._roles = roles
+        self._made: tuple[Layout, Buffers, Finisher] | None = None
         self._unmatched: set[str] = set()
 
     def open(self, version: int) -> None:
@@ -62,17 +67,25 @@ class Optimizer:
         """
         if self._section is None:
             return None
-        if self._made is None or self._made[0] is not layout:
+        buffers = self._roles.buffers
+        if self._made is None or self._made[0] is not layout or self._made[1] != buffers:
             before = {name: (state.file, state.data_offset) for name, state in self._states.items()}
-            plain = self._plain(layout, self._section.plain)
+            plain = self._plain(layout, self._section.plain) | set(buffers or ())
             made = Finisher(layout, self._section.name, self._section.options, plain, before)
             if self._version > 0 and made.states and not before:
                 logger.warning(
                     "the server optimizer begins anew after round %d: its state is kept for the last model alone",
                     self._version,
                 )
-            self._made = layout, made
-        return self._made[1]
+            self._made = layout, buffers, made
+        return self._made[2]
+
+    def acts_on(self, names: Sequence[str]) -> list[str]:
+        """Return which of these tensors of a float dtype it changes, as far as patterns say."""
+        if self._section is None:
+            return []
+        plain = self._section.plain
+        return [n for n in names if not any(fnmatch.fnmatchcase(n, pattern) for pattern in plain)]
 
     def _plain(self, layout: Layout, patterns: Sequence[str]) -> set[str]:
         """Return the names of the tensors that keep the combined updates; say once which pattern names none."""
@@ -106,7 +119,8 @@ class Optimizer:
             return {}
         kind = find_finisher(self._section.name)
         states = {name: row.checksum for name, row in self._rows.items()}
-        return {"optimizer": kind.version, "states": states}
+        buffers = {"buffers": self._roles.buffers} if self._roles.buffers else {}
+        return {"optimizer": kind.version, "states": states, **buffers}
 
     def metadata(self) -> dict[str, str]:
         """Return what is said of it in the header of a version's files."""

@@ -22,6 +22,7 @@ from fedcore.words import plural
 
 from .initial import load_initial
 from .optimizer import Optimizer
+from .roles import Roles
 
 __all__ = ["Versions", "checksum_of", "declared_layout"]
 
@@ -48,6 +49,7 @@ class Versions:
         set_id: the id under which ``model`` is published.
         packed_id: the same for sites that can unpack chunks, where the run allows compressing them.
         included: the last version that holds an update of each site.
+        roles: which tensors are buffers.
         optimizer: what makes the next model, and its states.
     """
 
@@ -56,7 +58,8 @@ class Versions:
         self.cards: dict[str, str] = {}
         self.set_id = self.packed_id = b""
         self.included: dict[str, int] = {}
-        self.optimizer = Optimizer(config.aggregation.optimizer, store)
+        self.roles = Roles(store)
+        self.optimizer = Optimizer(config.aggregation.optimizer, store, self.roles)
         self._config = config
         self._described: tuple[Layout, list[tuple[str, str, list[int]]], str | None] | None = None
         self._store = store

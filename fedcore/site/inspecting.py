@@ -9,9 +9,10 @@ from typing import NoReturn
 
 from fedcore.errors import ClosedError, ConfigError
 from fedcore.files.frozen import FrozenGroup
-from fedcore.files.inspection import describe, lines
+from fedcore.files.inspection import Inspection, describe, lines
 from fedcore.layout import TensorSpec
 from fedcore.model_file import Reader
+from fedcore.protocol import Role
 
 from .session import GlobalModel, Session
 from .settings import SiteSettings
@@ -48,18 +49,13 @@ class InspectingSession(Session):
         read: Reader,  # noqa: ARG002
         fingerprints: Mapping[str, str] | None = None,
         frozen: Sequence[FrozenGroup] = (),
+        *,
+        roles: Mapping[str, Role] | None = None,
     ) -> GlobalModel:
         """Report the tensors and end the script."""
-        self._report(specs, files, fingerprints, frozen)
+        self._report(describe(specs, files, fingerprints, frozen, roles=roles))
 
-    def _report(
-        self,
-        specs: Sequence[TensorSpec],
-        files: Mapping[str, str],
-        fingerprints: Mapping[str, str] | None,
-        frozen: Sequence[FrozenGroup],
-    ) -> NoReturn:
-        found = describe(specs, files, fingerprints, frozen)
+    def _report(self, found: Inspection) -> NoReturn:
         if self._report_to == "1":
             print("\n".join(lines(found)), flush=True)
         else:

@@ -31,6 +31,7 @@ from fedcore.errors import (
 from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, compare_layouts, layout_hash, table
 from fedcore.model_file import Reader
+from fedcore.roles import roles_message
 from fedcore.security.rate_limit import TokenBucket
 from fedcore.transport.ends import Dial
 from fedcore.transport.link import SiteLink
@@ -215,6 +216,8 @@ class Session:
         read: Reader,
         fingerprints: Mapping[str, str] | None = None,
         frozen: Sequence[FrozenGroup] = (),
+        *,
+        roles: Mapping[str, protocol.Role] | None = None,
     ) -> GlobalModel:
         """Return the current task's global model, downloading it on the first call.
 
@@ -224,28 +227,22 @@ class Session:
             read: gives the local values; called if the server asks this site for the initial model.
             fingerprints: digests, by name, of what all sites must have alike, such as the tokenizer.
             frozen: digests of what the model has and does not travel; see `fedcore.files.frozen`.
+            roles: what tensors are to the model, but for parameters (`fedcore.roles`); None: it is not known.
 
         Raises:
-            RefusedError: another site has other files or fingerprints; both are named.
+            RefusedError: another site has other files, fingerprints or roles; both are named.
             LayoutError: the tensors differ from the server's or from an earlier call's; each is named.
             RunEndedError: the run is over; RunFailedError if it was given up.
         """
         self._join()
         try:
-            return self._begin(specs, files, read, fingerprints, frozen)
+            layout = self._bind(specs, files, fingerprints or {}, frozen, roles)
+            return self._begin(layout, read)
         except RunEndedError:
             self._conclude()
             raise
 
-    def _begin(
-        self,
-        specs: Sequence[TensorSpec],
-        files: Mapping[str, str],
-        read: Reader,
-        fingerprints: Mapping[str, str] | None,
-        frozen: Sequence[FrozenGroup],
-    ) -> GlobalModel:
-        layout = self._bind(specs, files, fingerprints or {}, frozen)
+    def _begin(self, layout: Layout, read: Reader) -> GlobalModel:
         if self._model is not None:
             return self._model
         while True:
@@ -533,6 +530,7 @@ class Session:
         files: Mapping[str, str],
         fingerprints: Mapping[str, str],
         frozen: Sequence[FrozenGroup],
+        roles: Mapping[str, protocol.Role] | None,
     ) -> Layout:
         assert self._machine.welcome is not None
         if self._layout is not None:
@@ -557,6 +555,7 @@ class Session:
             files=dict(files),
             fingerprints=dict(fingerprints),
             frozen=list(frozen),
+            roles=None if roles is None else roles_message(tensors, roles),
         )
         self._connection.declare(declare)
         self._layout = layout

@@ -66,6 +66,11 @@ bodies = {
     "as many of them as it may have": filled(ONE, b'"m%d":0', b"}", 1_400_000),
     "files": filled(ONE + b'"files":{', b'"m%d.json":"x"', b"}}"),
     "fingerprints": filled(ONE + b'"fingerprints":{', b'"m%d":"x"', b"}}"),
+    "roles": filled(ONE[:-1] + b'],"roles":[{"role":"buffer","tensors":[', b"0", b"]}]}"),
+    "wrong roles": filled(ONE[:-1] + b'],"roles":[', b'{"role":"%d","tensors":[0]}', b"]}"),
+    "as many places as it may have": filled(
+        ONE[:-1] + b'],"roles":[{"role":"buffer","tensors":[', b"%d", b"]}]}", 600_000
+    ),
     "two types": filled(ONE + b'"type":"log","round":0,"step":0,"metrics":{', b'"m%d":"x"', b"}}"),
     "a type that comes last": filled(b'{"metrics":{', b'"m%d":"x"', b'},"type":"log"}'),
 }

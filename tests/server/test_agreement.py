@@ -11,7 +11,7 @@ import pytest
 
 from fedcore import protocol
 from fedcore.config import parse_run
-from fedcore.errors import ClosedError, RefusedError
+from fedcore.errors import ClosedError, LayoutError, RefusedError
 from fedcore.server.agreement import Agreement, Found
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
@@ -171,6 +171,42 @@ def test_the_base_is_compared_after_a_restart_until_a_key_is_revoked(tmp_path: P
     agreement.forget("north")
     assert joined(agreement, "south", frozen(head="2")) is None
     store.close()
+
+
+def test_sites_that_say_other_roles_are_refused_and_those_that_say_none_are_not(
+    tmp_path: Path,
+) -> None:
+    def roles(*places: int) -> protocol.Declare:
+        names = ("norm.running_mean", "norm.running_var", "w")
+        said = [protocol.OfRole(role="buffer", tensors=list(places))] if places else []
+        return protocol.Declare(tensors=[(name, "F32", [1]) for name in names], roles=said)
+
+    store = Store(tmp_path, {})
+    agreement = Agreement(dict, memory=store)
+    assert joined(agreement, "arrays", declared()) is None
+    assert agreement.buffers is None
+    assert joined(agreement, "west", roles(0, 1)) is None
+    assert agreement.buffers == ("norm.running_mean", "norm.running_var")
+    store.add_member("west")
+    store.close()
+    store = Store(tmp_path, {})
+    agreement = Agreement(store.files, memory=store)
+    assert agreement.buffers == ("norm.running_mean", "norm.running_var")
+    said = joined(agreement, "south", roles(0))
+    assert said is not None
+    assert "'norm.running_var' is a parameter at site 'south' and a buffer at site 'west'" in said
+    assert joined(agreement, "south", roles()) is not None
+    assert joined(agreement, "south", roles(1, 0)) is None
+    assert joined(agreement, "east", declared()) is None
+    store.close()
+
+
+def test_a_role_that_a_tensors_dtype_cant_have_is_refused() -> None:
+    for dtype, role in (("F32", "integer"), ("I64", "buffer"), ("I64", "parameter")):
+        of = [protocol.OfRole(role=role, tensors=[0])]  # type: ignore[arg-type]
+        declare = protocol.Declare(tensors=[("n", dtype, [1])], roles=of)
+        with pytest.raises(LayoutError, match=f"'n' of dtype {dtype} can't be of role '{role}'"):
+            Agreement(dict).compare("a", declare)
 
 
 def test_the_configs_of_models_that_are_trained_whole_are_compared() -> None:

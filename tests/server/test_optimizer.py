@@ -15,8 +15,9 @@ import pytest
 from safetensors import safe_open
 
 from fedcore.config import RunConfig, parse_run
-from fedcore.errors import ConfigError, FedcoreError, IntegrityError
+from fedcore.errors import ConfigError, FedcoreError, IntegrityError, RefusedError
 from fedcore.model_file import open_model
+from fedcore.protocol import Role
 from fedcore.rules.finishers import FINISHERS, Finisher, Option
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
@@ -58,14 +59,17 @@ def trained(name: str, round_: int, model: Model) -> Model:
     }
 
 
-def site(address: str, name: str, idle_timeout: float = 600) -> None:
+def site(
+    address: str, name: str, idle_timeout: float = 600, roles: dict[str, Role] | None = None
+) -> None:
     settings = SiteSettings(
         server=address, site=name, connect_timeout=15, idle_timeout=idle_timeout
     )
     session = Session(settings)
     try:
         while session.is_running():
-            task = session.begin(SPECS, {}, lambda key: trained("", 0, zeros())[key].tobytes())
+            first = trained("", 0, zeros())
+            task = session.begin(SPECS, {}, lambda key: first[key].tobytes(), roles=roles)  # noqa: B023 - at once
             if task.kind == "evaluate":
                 session.end_task()
                 continue
@@ -80,9 +84,11 @@ def zeros() -> Model:
     return {key: np.zeros(COUNT, dtype) for key, dtype in DTYPES.items()}
 
 
-def train(config: RunConfig) -> bool:
+def train(config: RunConfig, roles: dict[str, Role] | None = None) -> bool:
+    """Run a server and two sites, of which the first says roles."""
     server = Server(config)
-    return run(server, *(functools.partial(site, server.endpoint, name) for name in "ab"))[0].ok
+    first = functools.partial(site, server.endpoint, "a", roles=roles)
+    return run(server, first, functools.partial(site, server.endpoint, "b"))[0].ok
 
 
 def reference(rounds: int, plain: str = "") -> Model:
@@ -142,6 +148,45 @@ def test_tensors_that_plain_names_keep_the_mean_and_have_no_state(
         assert list(file.keys()) == ["w"]
     said = "aggregation.optimizer.plain: no tensor is named '*.running_var'"
     assert caplog.messages.count(said) == 1
+
+
+def test_buffers_that_a_site_declared_keep_the_mean_over_restarts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedcore.server")
+    assert train(config(tmp_path, 2), {"h": "buffer"})
+    assert caplog.messages.count("1 buffer of the model, such as h, will keep the plain mean") == 1
+    assert train(config(tmp_path, 4))  # another server, and no site that knows
+    for version in range(1, 5):
+        assert committed(tmp_path, version) == as_bytes(reference(version, plain="h"))
+    with safe_open(tmp_path / "runs/t/models/round-0004.momentum.safetensors", "np") as file:
+        assert list(file.keys()) == ["w"]
+
+
+def test_a_run_that_began_without_roles_goes_on_without_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(config(tmp_path, 2))
+    assert train(config(tmp_path, 3), {"h": "buffer"})
+    assert committed(tmp_path, 3) == as_bytes(reference(3))
+    assert (
+        "1 buffer of the model, such as 'h', are parameters to the server optimizer" in caplog.text
+    )
+
+
+def test_a_site_whose_roles_are_not_the_runs_is_refused(tmp_path: Path) -> None:
+    assert train(config(tmp_path, 1), {"h": "buffer"})
+    store = Store(tmp_path / "runs/t", None)
+    store.keep_declared("a", None)  # its key was revoked
+    store.close()
+    server = Server(config(tmp_path, 2))
+    said = "'h' is a parameter at site 'b' and a buffer at the run"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.run)
+        with pytest.raises(RefusedError, match=said):
+            site(server.endpoint, "b", roles={})
+        server.stop()
+        running.result(20)
 
 
 def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(

@@ -14,7 +14,7 @@ import logging
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -500,6 +500,16 @@ class Store:
     def initial_site(self) -> str | None:
         """Return whose model is version 0; None if it is the run file's, or not known."""
         return self._journal.meta("initial_site")
+
+    def keep_buffers(self, names: Sequence[str] | None) -> None:
+        """Note which tensors of the model are buffers; None: it is not known."""
+        with self._journal.transaction():
+            self._journal.set_meta("buffers", json.dumps(names))
+
+    def buffers(self) -> tuple[str, ...] | None:
+        """Return which tensors of the model are buffers; None if it is not known."""
+        names = json.loads(self._journal.meta("buffers") or "null")
+        return None if names is None else tuple(names)
 
     def declared(self) -> dict[str, str]:
         """Return what each site declared last, of the sites that are in a model or are expected back.
