@@ -409,9 +409,13 @@ def _computes(root: Any, tensors: Mapping[str, torch.Tensor]) -> bool:
     if not moved:
         return False
     config = root.peft_config[active_adapter(root)]
+    chosen = getattr(
+        config, "save_only_topk_weights", False
+    )  # VB-LoRA's files then hold a choice of its weights
     raise LayoutError(
         f"the tensor {moved[0]!r} of {getattr(config.peft_type, 'value', config.peft_type)} is computed anew each "
-        "time it is asked for, so nothing can be loaded into it; take another PEFT method"
+        "time it is asked for, so nothing can be loaded into it; "
+        + ("set save_only_topk_weights=False" if chosen else "take another PEFT method")
     )
 
 

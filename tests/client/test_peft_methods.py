@@ -15,6 +15,7 @@ from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from fedcore.client.parameters import ModelParameters
+from fedcore.errors import LayoutError
 from fedcore.files.opening import read_card
 
 from .tiny_models import ROWS, llama, loss, train, write_result
@@ -71,6 +72,17 @@ LORA: dict[str, dict[str, Any]] = {
     "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
     "ranks by pattern": {"rank_pattern": {"q_proj": 3}},
 }
+
+
+VARIANTS: dict[str, Callable[[], Any]] = {
+    "hra, orthogonal vectors": lambda: peft.HRAConfig(r=3, apply_GS=True, **LINEAR),
+    "vera without projections": lambda: peft.VeraConfig(r=4, save_projection=False, **LINEAR),
+    "randlora without projections": lambda: peft.RandLoraConfig(
+        r=4, save_projection=False, **LINEAR
+    ),
+    "lora with its own bias": lambda: peft.LoraConfig(r=2, lora_bias=True, **LINEAR),
+}
+"""Options of other methods that change what is computed or saved."""
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +150,24 @@ def test_lora_with_the_options_that_add_tensors_opens_as_it_was_scored(
 @pytest.mark.parametrize("option", sorted(LORA))
 def test_lora_with_each_option_opens_as_it_was_scored(option: str, tmp_path: Path) -> None:
     check(lambda: peft.LoraConfig(**{"r": 2, **LINEAR, **LORA[option]}), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"hra, orthogonal vectors"}))
+def test_options_that_change_what_is_saved_open_as_they_were_scored(
+    variant: str, tmp_path: Path
+) -> None:
+    check(VARIANTS[variant], tmp_path)
+
+
+def test_vectors_made_orthogonal_in_each_pass_open_as_they_were_scored(tmp_path: Path) -> None:
+    check(VARIANTS["hra, orthogonal vectors"], tmp_path)
+
+
+def test_saving_only_the_largest_weights_of_vblora_is_refused_by_name() -> None:
+    options = {**OPTIONS["VBLORA"], "save_only_topk_weights": True}
+    with pytest.raises(LayoutError, match=r"VBLORA .* set save_only_topk_weights=False"):
+        ModelParameters(adapted(lambda: peft.VBLoRAConfig(**options), 1))
 
 
 def test_the_table_of_methods_in_the_documentation_is_complete() -> None:
