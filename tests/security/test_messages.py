@@ -235,13 +235,15 @@ def test_a_config_that_is_nested_without_end_ends_no_server(
     depth: int,
 ) -> None:
     nested = '{"a": ' + "[" * depth + "]" * depth + "}"
+    agreed = []
     for name in ("a", "b"):
         link = links.site(waiting.endpoint, load_kit(kits.kits[name]).credentials)
         link.send(join(name))
         told(link, protocol.Welcome)
         tensors = [("w", "F32", [4])]
         link.send(protocol.Declare(tensors=tensors, files={"adapter_config.json": nested}))
-        told(link, protocol.Accepted)
+        agreed.append(told(link, protocol.Accepted).layout_hash)
+    assert agreed[0] == agreed[1]
 
 
 def test_a_key_whose_message_is_none_is_told_and_not_heard_for_a_while(

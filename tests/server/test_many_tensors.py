@@ -44,18 +44,20 @@ def train(address: str, count: int) -> int:
     return rounds
 
 
-def rounds_of(tmp_path: Path, count: int) -> None:
+def rounds_of(tmp_path: Path, count: int) -> int:
+    """Let one site train ``count`` tensors over two rounds, and check them; returns how many rounds it trained."""
     server = Server(run_config(tmp_path, sites=["a"], rounds=2, round_deadline="5min"))
     with ThreadPoolExecutor(2) as pool:
         result, done = pool.submit(server.run), pool.submit(train, server.endpoint, count)
         try:
-            assert done.result(500) == 2
+            trained = done.result(500)
             assert result.result(60).ok
         finally:
             server.stop()
     final = load_file(tmp_path / "runs/t/final/model.safetensors")
     assert len(final) == count
     assert all((value == 2).all() for value in final.values())
+    return trained
 
 
 def test_a_model_whose_table_travels_packed_goes_through_its_rounds(
@@ -64,7 +66,7 @@ def test_a_model_whose_table_travels_packed_goes_through_its_rounds(
     assert protocol.packs(specs(10_000))
     monkeypatch.setattr("fedcore.protocol.tables.PACK_FROM", 100)
     assert protocol.packs(specs(600))
-    rounds_of(tmp_path, 600)
+    assert rounds_of(tmp_path, 600) == 2
 
 
 @pytest.mark.slow
@@ -72,7 +74,7 @@ def test_a_model_whose_table_travels_packed_goes_through_its_rounds(
 def test_an_adapter_for_each_expert_of_a_large_mixture_goes_through_its_rounds(
     tmp_path: Path,
 ) -> None:
-    rounds_of(tmp_path, 138_240)
+    assert rounds_of(tmp_path, 138_240) == 2
 
 
 def test_more_tensors_than_a_model_file_describes_are_refused_with_the_limit(

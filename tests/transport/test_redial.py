@@ -194,7 +194,9 @@ def test_a_name_whose_addresses_do_not_answer_is_named_with_them(names: Names) -
     with closing(ServerLink("tcp://127.0.0.1:0")) as probe:
         address = named(probe)
     with linked(address) as site:
-        until(lambda: f"{NAME} is {NOWHERE}, 127.0.0.1" in site.hint, site)
+        addresses = f"{NAME} is {NOWHERE}, 127.0.0.1"
+        until(lambda: addresses in site.hint, site)
+        assert addresses in site.hint
 
 
 def test_addresses_that_all_fail_are_tried_again_after_a_pause_that_grows() -> None:

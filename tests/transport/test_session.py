@@ -450,7 +450,7 @@ def test_a_site_that_ends_says_so() -> None:
     with stage() as (server, session, call):
         begun_round(server, session, call)
         session.close()
-        server.expect(p.Leave)
+        assert server.expect(p.Leave).reason == "the site's process ended"
 
 
 @pytest.mark.parametrize(
