@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -10,6 +11,14 @@ from pathlib import Path
 import pytest
 
 pytest.register_assert_rewrite("tests.support")
+
+
+def pytest_collection_finish() -> None:
+    """Spare trainers what takes them most time here: garbage collections, and second threads for tiny tensors."""
+    gc.collect()
+    gc.freeze()  # what the imports made is not looked at again, several times a round
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
