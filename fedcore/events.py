@@ -32,7 +32,9 @@ __all__ = [
     "ServerStopped",
     "SiteJoined",
     "SiteLost",
+    "SiteReported",
     "SitesChosen",
+    "UpdateReady",
     "UpdateRefused",
     "VersionCommitted",
 ]
@@ -75,15 +77,30 @@ class SiteJoined(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class SiteLost(Event):
-    """A site is not there any more. Not in the journal.
+    """A site is not there any more, or is not waited for any more. Not in the journal.
 
     Attributes:
-        left: it left in order, or its part was ended; else nothing came from it any more.
+        how: ``"left"``: it left in order; ``"removed"``: the server refused it, or its key was revoked;
+            ``"lost"``: nothing came from it any more.
     """
 
     site: str
     reason: str
-    left: bool
+    how: Literal["left", "removed", "lost"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReported(Event):
+    """There is something to know about a site: its own words, or what the server found. Not in the journal.
+
+    Attributes:
+        message: what the site reports, or words that go on after its name; empty if it is over.
+        own: these are the site's words; else the server found it.
+    """
+
+    site: str
+    message: str
+    own: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +126,21 @@ class RoundStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UpdateReady(Event):
+    """A site has finished its training of a round, and its update can be pulled. Not in the journal.
+
+    Attributes:
+        examples: the number of training examples, as the site gives it.
+    """
+
+    site: str
+    round: int
+    examples: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class UpdateRefused(Event):
-    """An update does not count, as it holds NaN or infinity. Not in the journal."""
+    """An update does not count: it holds NaN or infinity, or came too slowly. Not in the journal."""
 
     site: str
     round: int
@@ -134,11 +164,16 @@ class ScoreReceived(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerReceived(Event):
-    """A site has answered an inference task. The journal has the outputs, the event has not."""
+    """A site has answered an inference task. The journal has the values.
+
+    Attributes:
+        outputs: the names of what it answered.
+    """
 
     site: str
     version: int
     examples: int
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,21 +183,31 @@ class VersionCommitted(Event):
     Attributes:
         version: 0 for the initial model, else the round that made it.
         participants: the effective weight of each site in it, in canonical order; of version 0 none.
-        seconds: from the round's first task to the commit.
-        nbytes: size of the model.
+        seconds: from the round's first task to the commit; collect_seconds: of these, to pull and combine.
+        nbytes, tensors: size of the model.
+        source: of version 0, the site whose model it is; empty if it is the run file's.
     """
 
     version: int
     participants: Mapping[str, int]
     seconds: float
+    collect_seconds: float
     nbytes: int
+    tensors: int
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestChanged(Event):
-    """Another version leads, and ``best/`` holds it. It follows from the scores in the journal."""
+    """Another version leads, and ``best/`` holds it. It follows from the scores in the journal.
+
+    Attributes:
+        metric, value: what selected it; None where no metric selects, or no score is known.
+    """
 
     version: int
+    metric: str | None
+    value: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,20 +232,30 @@ class RunEnded(Event):
         outcome: as in ``summary.json``.
         message: why it ended, if not as planned.
         version: the last version; best_version: the selected one; None where nothing was committed.
+        best: the folder with the selected model.
+        metric, value: what selected it; None where no metric selects, or no score is known.
     """
 
     outcome: Literal["complete", "stopped", "failed"]
     message: str
     version: int | None
     best_version: int | None
+    best: str | None
+    metric: str | None
+    value: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerStopped(Event):
     """The server ends before the run does: the last event of its process, but none after ``kill -9``. Not in the
-    journal."""
+    journal.
+
+    Attributes:
+        failed: an error ended it; else a signal did.
+    """
 
     reason: str
+    failed: bool
 
 
 Listener: TypeAlias = Callable[[Event], object]

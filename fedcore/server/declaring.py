@@ -19,7 +19,6 @@ from fedcore.words import plural
 from .access import Access
 from .agreement import Agreement, Found
 from .peers import Peers
-from .status import StatusBuilder
 from .versions import Versions, declared_layout
 
 __all__ = ["Declaring"]
@@ -34,7 +33,7 @@ class Declaring:
         config: the run file.
         link, people: how sites are answered; who is there, and how a site is put out.
         store, versions: the run's files and models.
-        status: shows notes with a site.
+        report: reports a problem of a site, and its end with an empty text.
 
     Attributes:
         declared: what each site has declared while there was no model.
@@ -46,13 +45,13 @@ class Declaring:
         link: ServerEnd,
         people: tuple[Peers, Callable[[bytes, str, str, str], None]],
         files: tuple[Store, Versions],
-        status: StatusBuilder,
+        report: Callable[[str, str], None],
     ) -> None:
         self._config = config
         self._link = link
         self._peers, self._put_out = people
         self._store, self._versions = files
-        self._status = status
+        self._report = report
         self.declared: dict[str, protocol.Declare] = {}
         self._agreement = Agreement(
             self._store.files,
@@ -162,7 +161,7 @@ class Declaring:
                 self._peers.replies.tell(
                     site, "the model of %s has to wait: %s; make some room", str(error)
                 )
-                self._status.note(site, "waits for room on the server's disk")
+                self._report(site, "waits for room on the server's disk")
                 text = (
                     f"the server's disk has no room for a model of {nbytes:,} bytes; waiting for it"
                 )
@@ -171,7 +170,7 @@ class Declaring:
             return False
         if known.lacks_room:
             known.lacks_room = False
-            self._status.note(site, "")
+            self._report(site, "")
         return True
 
     def _unlike_declared(self, site: str, declare: protocol.Declare) -> str | None:

@@ -93,7 +93,7 @@ class Listeners:
         names: the listeners as the run file has them.
         run: name and id of the run.
         wall: gives the time, in seconds since the epoch.
-        view: a part of the server itself that is called within `emit`; it is quick and raises nothing.
+        views: parts of the server itself that are called within `emit`; they are quick and raise nothing.
 
     Attributes:
         outlet: the way of events to the threads: while it is held, they wait.
@@ -107,18 +107,18 @@ class Listeners:
         names: Sequence[str],
         run: tuple[str, str] = ("", ""),
         wall: Callable[[], float] = time.time,
-        view: Listener | None = None,
+        views: Sequence[Listener] = (),
     ) -> None:
         self._workers = [_Worker(name, load_function(name, "server.listeners")) for name in names]
         self._wall = wall
-        self._view = view
+        self._views = tuple(views)
         self._run = run
         self.outlet = Outlet(self._give)
 
     def emit(self, event: Event) -> None:
         """Hand an event to all listeners."""
-        if self._view is not None:
-            self._view(event)
+        for view in self._views:
+            view(event)
         if self._workers:
             run, run_id = self._run
             self.outlet.put(replace(event, run=run, run_id=run_id, time=self._wall()))

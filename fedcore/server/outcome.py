@@ -85,8 +85,6 @@ class Outcome:
             self._damaged = best
             logger.error("%s; %s", error, _WAY_ON)
             return self.best
-        if self.best is not None or best:
-            logger.info("best model so far: round %d (%s)", best, self.metric_text(best))
         self.best = best
         return best
 
@@ -130,13 +128,12 @@ class Outcome:
         for version in self._store.prune(keep):
             logger.debug("the model of round %d is removed", version)
 
-    def metric_text(self, version: int) -> str:
-        """Return a version's selecting metric in words."""
+    def score(self, version: int | None) -> float | None:
+        """Return a version's value of the metric that selects; None where there is none."""
         metric = self._config.selection.metric
-        if metric is None:
-            return "the last one, as no metric selects"
-        value = weighted_metrics(self._store.scores().get(version, [])).get(metric)
-        return f"{metric} unknown" if value is None else f"{metric} {value:.4f}"
+        if metric is None or version is None:
+            return None
+        return weighted_metrics(self._store.scores().get(version, [])).get(metric)
 
     def conclude(self, ending: Ending, message: str) -> RunResult:
         """Write ``final/`` and ``best/`` from what is committed; returns the run's result.

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -33,7 +31,9 @@ from fedcore.events import (
     ServerStopped,
     SiteJoined,
     SiteLost,
+    SiteReported,
     SitesChosen,
+    UpdateReady,
     UpdateRefused,
     VersionCommitted,
 )
@@ -74,6 +74,7 @@ from .goodbye import Goodbye, Patience
 from .guard import Guard
 from .listeners import Listeners
 from .loading import load_function
+from .log_lines import LogLines
 from .outcome import Ending, Outcome, RunResult
 from .peers import Peer, Peers, name_of
 from .replies import Replies
@@ -216,13 +217,14 @@ class Run:
         self._outcome = Outcome(config, store, roster)
         self.rounds = make_rounds(config, roster, store.last_version)
         self._waiting = WaitingLog(self.rounds, lambda: self._clock.wall().astimezone())
-        self.status = StatusBuilder(config, self.rounds, store, self._clock)
+        self.status = StatusBuilder(config, self.rounds, store, self._clock, self.collecting)
+        self._status_bytes = 0
         self._gates = Gates(config, store)
         self.listeners = Listeners(
             config.server.listeners,
             (config.run.name, store.run_id),
             lambda: self._clock.wall().timestamp(),
-            self.status.on_event,
+            (self.status.on_event, LogLines(config, store.run_id, self._replies).on_event),
         )
         store.hold_back(self._link.outlet, self.listeners.outlet)
         store.taken = lambda: self.status.taken(self._link.exchange.stats())
@@ -232,7 +234,7 @@ class Run:
             self._link,
             (self.peers, self._put_out),
             (store, self.versions),
-            self.status,
+            self._report,
         )
         self._declaring.forget_revoked(self._access)
         self._watchers = Watchers(self._clock)
@@ -297,7 +299,7 @@ class Run:
     def end_part(self, peer: bytes, reason: str) -> None:
         """End the part of a site's process in the run."""
         if self._goodbye is None:
-            self._lose(peer, reason, left=True)
+            self._lose(peer, reason, "removed")
         else:
             self.peers.remove(peer)
 
@@ -306,8 +308,7 @@ class Run:
         damaged = isinstance(error, IntegrityError)  # its message says what can be done
         goes_on = "ends" if self._stopping else "goes on"
         after = "" if damaged else f"; the run {goes_on} once the server is started again"
-        logger.error("stopped: %s%s", error, after)
-        self._emit(ServerStopped(reason=str(error)))
+        self._emit(ServerStopped(reason=f"{error}{after}", failed=True))
         text = "of an error there"
         if isinstance(error, OSError):
             text = "a model file there is damaged" if damaged else "it could not write to its disk"
@@ -316,16 +317,14 @@ class Run:
     def go_away(self) -> None:
         """Leave the run as a crash would, but tell the sites to wait for the next server."""
         why = f"the server was ended by {self._interrupted}"
-        logger.warning(
-            "%s; the run goes on once the server is started again, and the sites wait for it", why
-        )
         self.peers.broadcast(protocol.Stopped(message=f"it was ended by {self._interrupted}"))
         self.over = True
         try:
             self.store.leave()
         except StorageError as error:  # as where the disk is full: nothing that counts is lost
             logger.warning("the totals of the run are those of its last commit: %s", error)
-        self._emit(ServerStopped(reason=why))
+        after = "the run goes on once the server is started again, and the sites wait for it"
+        self._emit(ServerStopped(reason=f"{why}; {after}", failed=False))
         text = f"{why}; start it again to go on with the run"
         version = self.store.last_version
         self.result = RunResult("interrupted", version, self._outcome.best, None, None, text)
@@ -333,22 +332,16 @@ class Run:
     # --- the beginning ---
 
     def _begin(self) -> None:
-        logger.info(
-            "fedcore %s, run %s (id %s), process %d on %s",
-            __version__, self.config.run.name, self.store.run_id, os.getpid(), socket.gethostname(),
-        )  # fmt: skip
         version = self.store.last_version
         self._emit(RunStarted(version=version, rounds=self.rounds.rounds))
         if version is not None:
             self.versions.open_last(version)
             self._ask_gates(version)
-            logger.info("run %s goes on after round %d", self.config.run.name, version)
         elif self.config.initial_path is not None:
             self.versions.load_initial(self.config.initial_path)
             self._ask_gates(0)
             self.rounds.committed(0, self._clock.monotonic())
             self._emit_commit(self.store.versions()[0])
-            logger.info("initial model: %s", self.versions.describe())
         if self.versions.model is not None:
             self.versions.publish()
         logger.info(
@@ -412,11 +405,10 @@ class Run:
             return
         limit = round(self.config.participants.idle_timeout * 1000)
         patience = round(self._timing.check * 1000)
-        for peer, known in self.peers:
+        for peer, _ in self.peers:
             silent, left = self.peers.silence(peer, milliseconds(self._clock), limit)
             if left < 0:
                 self._lose(peer, f"nothing heard for {silent / 1000:.1f} s")
-                logger.warning("%s is lost: nothing heard for %.1f s", known.site, silent / 1000)
             else:
                 patience = min(patience, left + 1)
         self.next_look = self._clock.monotonic() + patience / 1000
@@ -428,23 +420,26 @@ class Run:
             self._overtime.reset()
             return
         for site in self._overtime.look(now, self.collecting.pulls()):
+            round_ = self.rounds.round
             actions = self.rounds.too_slow(site, now)
             if actions:
-                self._replies.tell(
-                    site,
-                    "%s is left out of round %s: its update came too slowly after the round's deadline; with less "
-                    "than %s a second, raise participants.round_deadline",
-                    str(self.rounds.round), "1 MiB",
-                )  # fmt: skip
+                reason = (
+                    "it came too slowly after the round's deadline; with less than 1 MiB a second, raise "
+                    "participants.round_deadline"
+                )
+                self._emit(UpdateRefused(site=site, round=round_, reason=reason))
                 self._do(actions)
                 return
 
-    def _lose(self, peer: bytes, reason: str, *, left: bool = False) -> None:
+    def _lose(
+        self, peer: bytes, reason: str, how: Literal["left", "removed", "lost"] = "lost"
+    ) -> None:
+        left = how != "lost"
         known = self.peers.remove(peer, left=left)
         assert known is not None
         self._link.exchange.forget(peer)
         self.collecting.lost(known.site)
-        self._emit(SiteLost(site=known.site, reason=reason, left=left))
+        self._emit(SiteLost(site=known.site, reason=reason, how=how))
         self._do(self.rounds.lost(known.site, reason, self._clock.monotonic(), left=left))
 
     def _put_out(self, peer: bytes, site: str, code: str, text: str) -> None:
@@ -486,11 +481,9 @@ class Run:
             merge_metrics(known.metrics, message.metrics)
             self._keep_metrics(site, message.round, message.step, message.metrics)
         elif isinstance(message, protocol.Problem):
-            self._replies.tell(site, "%s reports: %s", message.message)
-            self.status.note(site, message.message)
+            self._emit(SiteReported(site=site, message=message.message, own=True))
         elif isinstance(message, protocol.Leave):
-            self._replies.tell(site, "%s left: %s", message.reason, level=logging.INFO)
-            self._lose(peer, message.reason, left=True)
+            self._lose(peer, message.reason, "left")
 
     def _reply(
         self, peer: bytes, message: protocol.StatusRequest | protocol.MetricsRequest
@@ -549,7 +542,6 @@ class Run:
         ):
             return
         if peer not in self.peers:
-            self._replies.tell(join.site, "%s joined", level=logging.INFO)
             self.store.add_member(join.site)
             self._emit(SiteJoined(site=join.site))
             self.peers.add(peer, join.site, join.features)
@@ -589,7 +581,7 @@ class Run:
             return
         known.metrics = dict(ready.metrics)
         self._keep_metrics(known.site, ready.round, None, ready.metrics)
-        self.status.examples[known.site] = ready.weight
+        self._emit(UpdateReady(site=known.site, round=ready.round, examples=ready.weight))
         self._do(
             self.rounds.ready(
                 known.site, ready.round, Delivery(update.id, effective_weight(ready.weight))
@@ -644,8 +636,7 @@ class Run:
         """Say at once, and not after the last round, if a site's metrics select nothing."""
         problem = self._outcome.metric_problem(site, version, metrics)
         if problem:
-            self._replies.tell(site, "%s %s", problem)
-            self.status.note(site, problem)
+            self._report(site, problem)
 
     def _on_answer(self, peer: bytes, site: str, answer: protocol.Answer) -> None:
         if self.config.run.task != "infer" or answer.version != self.store.last_version:
@@ -653,8 +644,14 @@ class Run:
             return
         examples = effective_weight(answer.examples)
         if self.store.add_answer(answer.version, site, examples, answer.outputs):
-            self._emit(AnswerReceived(site=site, version=answer.version, examples=examples))
-        self._replies.tell(site, "%s answered: %s", ", ".join(answer.outputs), level=logging.INFO)
+            self._emit(
+                AnswerReceived(
+                    site=site,
+                    version=answer.version,
+                    examples=examples,
+                    outputs=tuple(answer.outputs),
+                )
+            )
         self._do(self.rounds.scored(site, answer.version))
 
     def on_event(self, event: DataEvent) -> None:
@@ -681,10 +678,6 @@ class Run:
     def _on_rejected(self, site: str, reason: str) -> None:
         round_ = self.rounds.round
         actions = self.rounds.rejected(site, reason, self._clock.monotonic())
-        if actions and round_ == 0:
-            logger.warning("the initial model of %s is not usable: %s", site, reason)
-        elif actions:
-            logger.warning("the update of %s is left out of round %d: %s", site, round_, reason)
         if actions:
             self._emit(UpdateRefused(site=site, round=round_, reason=reason))
         self._do(actions)
@@ -696,9 +689,7 @@ class Run:
             return
         for peer, known in self.peers:
             if known.site == site:
-                reason = f"it answers, but sent no data for {silent_ms / 1000:.0f} s"
-                logger.warning("%s is lost: %s", site, reason)
-                self._lose(peer, reason)
+                self._lose(peer, f"it answers, but sent no data for {silent_ms / 1000:.0f} s")
 
     # --- actions ---
 
@@ -719,7 +710,7 @@ class Run:
             )
             logger.debug("%s: %s", action.site, action.message)
         elif isinstance(action, GiveUp):
-            logger.warning("%s is lost: %s", action.site, action.message)
+            self._emit(SiteLost(site=action.site, reason=action.message, how="lost"))
         elif isinstance(action, PullAhead):
             self._pull_ahead(action)
         elif isinstance(action, StartCollect):
@@ -770,18 +761,15 @@ class Run:
 
     def _pull_ahead(self, action: PullAhead) -> None:
         self.collecting.pull_ahead(action, self.peers.addresses(), self.rounds.most)
-        self.status.aggregation = self.collecting.running
 
     def _start_collect(self, action: StartCollect) -> None:
         done = self.collecting.start(action, self.peers.addresses(), self._declaring.declared)
-        self.status.aggregation = self.collecting.running
         if done:
             self._do(self.rounds.reduced())
 
     def commit(self, action: Commit) -> None:
         """Commit the version whose chunks are all reduced, and tell the sites."""
         running = self.collecting.take()
-        self.status.aggregation = None
         try:
             running.check_base()
         except StorageError as error:
@@ -799,17 +787,11 @@ class Run:
         if action.version == 0:
             self.store.keep_initial_site(action.participants[0].site)
         self.versions.commit(row, (model, checksums), metrics, running.scratch.states)
-        self._emit_commit(row)
         names = [p.site for p in action.participants]
+        collected = self._clock.monotonic() - running.started
+        self._emit_commit(row, collected, "" if action.version else names[0])
         if action.version:
             self._check_scored(action.version - 1, names)
-            logger.info(
-                "round %d of %d committed: %s, %.1f s, of which %.2f s to pull and reduce",
-                action.version, self.rounds.rounds, ", ".join(names), seconds,
-                self._clock.monotonic() - running.started,
-            )  # fmt: skip
-        else:
-            logger.info("initial model from %s: %s", names[0], self.versions.describe())
         for peer, known in self.peers:
             self._link.send(
                 peer,
@@ -831,20 +813,28 @@ class Run:
     def _emit(self, event: Event) -> None:
         self.listeners.emit(event)
 
-    def _emit_commit(self, row: VersionRow) -> None:
+    def _report(self, site: str, message: str) -> None:
+        self._emit(SiteReported(site=site, message=message, own=False))
+
+    def _emit_commit(self, row: VersionRow, collected: float = 0.0, source: str = "") -> None:
+        assert self.versions.model is not None
         self._emit(
             VersionCommitted(
                 version=row.version,
                 participants=dict(row.participants),
                 seconds=row.seconds,
+                collect_seconds=collected,
                 nbytes=row.nbytes,
+                tensors=len(self.versions.model.layout.tensors),
+                source=source,
             )
         )
 
     def _emit_best(self, before: int | None) -> None:
         best = self._outcome.best
         if best is not None and best != before:
-            self._emit(BestChanged(version=best))
+            metric, value = self.config.selection.metric, self._outcome.score(best)
+            self._emit(BestChanged(version=best, metric=metric, value=value))
 
     def _emit_end(self, result: RunResult, ending: Ending) -> None:
         self._emit(
@@ -853,6 +843,9 @@ class Run:
                 message=result.message,
                 version=result.version,
                 best_version=result.best_version,
+                best=None if result.best is None else str(result.best),
+                metric=self.config.selection.metric,
+                value=self._outcome.score(result.best_version),
             )
         )
 
@@ -871,25 +864,16 @@ class Run:
         self.result = result = self._outcome.conclude(ending, message)
         ok = result.ok
         self.rounds.phase = _LAST_PHASE[ending]
-        chosen = result.best_version
         self._outcome.write_summary(result, self._snapshot())
         self.store.end(finished=ok)
         self._emit_best(best)
-        self._emit_end(result, ending)
         goodbye = self._tell_end(ending, message, requests)
         self.versions.finish_digests(wait=ok)
         self._outcome.prune()
         self._outcome.write_summary(result, self._snapshot())  # now with the digests
         if self.config.run.task != "train":
             logger.info("results: %s", self._outcome.write_results(result))
-        how = {"complete": "is complete", "stopped": f"was {message}"}
-        logger.log(
-            logging.ERROR if ending == "failed" else logging.INFO,
-            "the run %s%s", how.get(ending, f"failed: {message}"),
-            "" if chosen is None
-            else f"; best model{'' if ok else ' so far'}: round {chosen}, {self._outcome.metric_text(chosen)}"
-            + ("" if result.best is None else f", in {result.best}"),
-        )  # fmt: skip
+        self._emit_end(result, ending)
         for note in () if result.best is None else notes(self.store.files()):
             logger.info("before you use %s: %s", result.best, note)
         self.say_goodbye(goodbye)
@@ -959,8 +943,8 @@ class Run:
             self._watchers.note(peer)
         else:
             self._watchers.forget(peer)
-        if self._replies.may_have(peer, self.status.reply_bytes):
-            reply, self.status.reply_bytes = within_a_message(self._snapshot())
+        if self._replies.may_have(peer, self._status_bytes):
+            reply, self._status_bytes = within_a_message(self._snapshot())
             self._link.send(peer, reply)
 
     def _snapshot(self) -> protocol.StatusReply:

@@ -14,6 +14,8 @@ from fedcore.events import (
     MetricsLogged,
     RunEnded,
     ScoreReceived,
+    SiteReported,
+    UpdateReady,
     VersionCommitted,
 )
 from fedcore.server.rounds.rounds import Rounds
@@ -21,7 +23,7 @@ from fedcore.server.rounds.selection import weighted_metrics
 from fedcore.server.storage.history import Life
 from fedcore.server.storage.store import Store
 
-from .collection import Collection
+from .collecting import Collecting
 
 __all__ = ["StatusBuilder", "Watchers", "merge_metrics", "within_a_message"]
 
@@ -84,7 +86,9 @@ class Watchers:
 class StatusBuilder:
     """Gathers what a `StatusReply` shows, from the run's events and its store; nothing decides by it."""
 
-    def __init__(self, config: RunConfig, rounds: Rounds, store: Store, clock: Clock) -> None:
+    def __init__(
+        self, config: RunConfig, rounds: Rounds, store: Store, clock: Clock, collecting: Collecting
+    ) -> None:
         self._clock = clock
         self._config = config
         self._rounds = rounds
@@ -96,21 +100,19 @@ class StatusBuilder:
         self._versions: list[protocol.VersionStatus] | None = None
         self._first_version = rounds.version or 0
         self._messages: dict[str, str] = {}
-        self.metrics: dict[str, dict[str, float]] = {}
-        self.examples: dict[str, int] = {}
-        self.aggregation: Collection | None = None
+        self._metrics: dict[str, dict[str, float]] = {}
+        self._examples: dict[str, int] = {}
+        self._collecting = collecting
         self._best: int | None = None
-        self.reply_bytes = 0
-        """How large the last reply was."""
-
-    def note(self, site: str, message: str) -> None:
-        """Show a message with a site."""
-        self._messages[site] = message
 
     def on_event(self, event: Event) -> None:
         """Show what an event says."""
         if isinstance(event, MetricsLogged):
-            merge_metrics(self.metrics.setdefault(event.site, {}), event.metrics)
+            merge_metrics(self._metrics.setdefault(event.site, {}), event.metrics)
+        elif isinstance(event, UpdateReady):
+            self._examples[event.site] = event.examples
+        elif isinstance(event, SiteReported):
+            self._messages[event.site] = event.message
         elif isinstance(event, ScoreReceived | VersionCommitted):
             self._versions = None  # they are read again when they are next shown
         elif isinstance(event, BestChanged):
@@ -134,7 +136,7 @@ class StatusBuilder:
         """Return a snapshot; ``stats`` are the data plane's counters."""
         rounds, chosen = self._rounds, self._config.selection
         life = self.taken(stats)
-        running = self.aggregation
+        running = self._collecting.running
         reduced, chunks = (
             (0, 0) if running is None or running.open else running.collector.progress()[:2]
         )
@@ -158,8 +160,8 @@ class StatusBuilder:
                 protocol.SiteStatus(
                     site=member.name,
                     state=member.state.value,
-                    examples=self.examples.get(member.name),
-                    metrics=dict(self.metrics.get(member.name, {})),
+                    examples=self._examples.get(member.name),
+                    metrics=dict(self._metrics.get(member.name, {})),
                     message=(member.message or self._messages.get(member.name, ""))[:4096],
                 )
                 for member in rounds.roster
