@@ -112,6 +112,8 @@ def _is_shallow(value: Any) -> bool:
     """Whether a value is nested no deeper than any that means something: comparing it takes the stack, too."""
     level = [value]
     for _ in range(_DEEPEST):
+        if not level:
+            return True
         level = [
             inner
             for outer in level

@@ -95,6 +95,9 @@ class Agreement:
         self._memory = memory
         self._owner = owner
         self._texts: dict[str, str] = {}
+        self._alike: dict[
+            str, dict[str, None]
+        ] = {}  # by text: the sites, in the order in which they came
         self._described: dict[
             str, _Described
         ] = {}  # by text: a thousand sites mostly declare the same
@@ -102,7 +105,7 @@ class Agreement:
             described = _read(text)
             if described is not None:
                 self._described.setdefault(text, described)
-                self._texts[site] = self._text(text)
+                self._add(site, text)
 
     def sites(self) -> list[str]:
         """Return whose declarations are remembered."""
@@ -145,7 +148,7 @@ class Agreement:
             return
         self.forget(site, keep=True)
         self._described.setdefault(text, described)
-        self._texts[site] = self._text(text)
+        self._add(site, text)
         if self._memory is not None:
             self._memory.keep_declared(site, text)
 
@@ -157,21 +160,25 @@ class Agreement:
         text = self._texts.pop(site, None)
         if text is None:
             return
-        if text not in self._texts.values():
-            del self._described[text]
+        del self._alike[text][site]
+        if not self._alike[text]:
+            del self._alike[text], self._described[text]
         if self._memory is not None and not keep:
             self._memory.keep_declared(site, None)
 
-    def _text(self, text: str) -> str:
-        """Return the one copy of a text that is held."""
-        return next((held for held in self._texts.values() if held == text), text)
+    def _add(self, site: str, text: str) -> None:
+        """Remember a site's text, of which one copy is held."""
+        alike = self._alike.setdefault(text, {})
+        self._texts[site] = self._texts[next(iter(alike))] if alike else text
+        alike[site] = None
 
     def _others(self, site: str) -> _Others:
-        sites: dict[str, list[str]] = {}
-        for other, text in self._texts.items():
-            if other != site:
-                sites.setdefault(text, []).append(other)
-        return [(names, self._described[text]) for text, names in sites.items()]
+        found = []
+        for text, alike in self._alike.items():
+            names = [other for other in alike if other != site]
+            if names:
+                found.append((names, self._described[text]))
+        return found
 
     def _references(self, others: _Others) -> Iterator[tuple[str, str, _Described]]:
         """Yield what a site is compared with: its name in a sentence, in a list, and what is known of it."""

@@ -140,6 +140,7 @@ class Collection:
         self.started = time.monotonic()
         self._expected = expected
         self._sources: list[Participant | None] = []  # by the collector's numbers; None: dropped
+        self._numbers: dict[str, int] = {}  # of the sources that are not dropped, by site
         self._layout = setting.layout
         self._base = setting.base
         self._exchange = setting.exchange
@@ -174,6 +175,7 @@ class Collection:
         self, setting: CollectionSetting, closed: Mapping[Participant, bytes]
     ) -> Collector:
         self._sources, self._peers = list(closed), list(closed.values())
+        self._numbers = {known.site: number for number, known in enumerate(closed)}
         self.file, record = setting.scratch.open(setting.layout, tuple(closed))
         collector = Collector(
             setting.layout,
@@ -208,23 +210,23 @@ class Collection:
         Beyond as many sites as expected it takes the place of one whose site is gone. False, and not pulled, where
         there is none: memory is divided among so many.
         """
-        for number, known in self._known():
-            if known.site != participant.site:
-                continue
-            if known == participant and known not in self._rejected:
-                self._reach(number, known, peer)
+        number = self._numbers.get(participant.site)
+        if number is not None:
+            if self._sources[number] == participant and participant not in self._rejected:
+                self._reach(number, participant, peer)
                 return True
             self._drop(number)
-        if len(self._known()) >= self._expected:
-            gone = [number for number, known in self._known() if known.site in self._away]
+        if len(self._numbers) >= self._expected:
+            gone = [self._numbers[site] for site in self._away if site in self._numbers]
             if not gone:
                 return False
-            self._drop(gone[0])
+            self._drop(min(gone))
         self._rejected.discard(participant)
         self._away.discard(participant.site)
         self._pulled[participant.site] += 1
         set_id = bytes.fromhex(participant.set_id)
         number = self._exchange.add(self.collector, peer, set_id, participant.weight)
+        self._numbers[participant.site] = number
         self._sources[number:] = [participant, *self._sources[number + 1 :]]
         self._peers[number:] = [peer, *self._peers[number + 1 :]]
         return True
@@ -237,8 +239,9 @@ class Collection:
         Raises:
             StorageError: the version's file can't be made.
         """
+        counted = set(participants)
         for number, known in self._known():
-            if known not in participants:
+            if known not in counted:
                 self._drop(number)
         if not all(
             self.offer(participant, peers[participant.site]) for participant in participants
@@ -268,8 +271,11 @@ class Collection:
         return [(number, known) for number, known in enumerate(self._sources) if known is not None]
 
     def _drop(self, number: int) -> None:
+        dropped = self._sources[number]
+        assert dropped is not None
         self._exchange.drop(self.collector, number)
         self._sources[number] = None
+        del self._numbers[dropped.site]
 
     def _reach(self, number: int, participant: Participant, peer: bytes) -> None:
         """Ask a participant anew if it is known under another address, or was gone."""
@@ -300,10 +306,11 @@ class Collection:
 
         The chunks that are here of them are kept; those of the others count no longer.
         """
-        if not set(participants) <= {known for _, known in self._known()} - self._rejected:
+        counted = set(participants)
+        if not counted <= {known for _, known in self._known()} - self._rejected:
             return False
         for number, known in self._known():
-            if known not in participants:
+            if known not in counted:
                 self._drop(number)
             elif known.site in peers:
                 self._reach(number, known, peers[known.site])

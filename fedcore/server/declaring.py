@@ -175,7 +175,7 @@ class Declaring:
 
     def _unlike_declared(self, site: str, declare: protocol.Declare) -> str | None:
         """Say how a site's tensors differ from those of another that is there, while there is no model yet."""
-        here = self._peers.addresses()
+        here = self._peers.addresses
         for other, seen in self.declared.items():
             if other != site and other in here:
                 difference = compare_layouts(

@@ -17,6 +17,7 @@ __all__ = ["Goodbye", "Patience"]
 
 _TURN_SECONDS: Final = 0.2
 _NOTE_MS: Final = 250
+_LOOK_MS: Final = 250
 _SURE_MS: Final = 2 * HEARTBEAT_MS + 500
 """A site that still beats this long after the message was sent has it: one connection keeps the order."""
 
@@ -75,7 +76,7 @@ class Goodbye:
         self._forget = forget
         self._sent: dict[bytes, int] = {}
         self._noted: set[str] = set()
-        self._next_note = 0
+        self._next_note = self._next_look = 0
         self._told: set[str] = set()
         self._until: float | None = None
         self._expected: set[str] | None = None
@@ -97,8 +98,8 @@ class Goodbye:
 
     def look(self) -> bool:
         """Note who knows of the end; returns whether nobody is waited for any more."""
+        self._look_at_peers()
         self._note()
-        self._let_go()
         now, patience = self._clock.monotonic(), self.patience
         if self._until is None:
             self._until = now + patience.leave
@@ -133,21 +134,24 @@ class Goodbye:
         self._sent[peer] = milliseconds(self._clock)
         self._link.send(peer, self._finish)
 
-    def _let_go(self) -> None:
-        """Forget processes that have fallen silent: one that goes on is asked to join again, and is told then."""
-        now, limit = milliseconds(self._clock), round(self.patience.idle * 1000)
-        for peer, _ in self._peers:
-            _, left = self._peers.silence(peer, now, limit)
-            if left < 0:
-                self._peers.remove(peer, left=False)
-                self._link.exchange.forget(peer)
-
-    def _note(self) -> None:
-        """Note who knows: those that left, and those that are still there some beats later."""
+    def _look_at_peers(self) -> None:
+        """See who knows, as they are still there some beats later, and forget processes that have fallen silent:
+        one that goes on is asked to join again, and is told then."""
+        now = milliseconds(self._clock)
+        if now < self._next_look:
+            return
         for peer, known in self._peers:
             heard, sent = self._link.exchange.last_heard(peer), self._sent.get(peer)
             if heard is not None and sent is not None and heard > sent + _SURE_MS:
                 self._told.add(known.site)
+        gone, wait = self._peers.look(now, round(self.patience.idle * 1000), _LOOK_MS)
+        self._next_look = now + wait
+        for peer, _ in gone:
+            self._peers.remove(peer, left=False)
+            self._link.exchange.forget(peer)
+
+    def _note(self) -> None:
+        """Write down who knows."""
         # A thousand sites leave within a second: not each of them is a transaction of its own.
         now = milliseconds(self._clock)
         if (new := self._told - self._noted) and now >= self._next_note:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
@@ -67,6 +68,7 @@ class Peers:
         self._roster = roster
         self._known: dict[bytes, Peer] = {}
         self._lost: dict[str, bytes] = {}
+        self._of_sites: dict[str, bytes] = {}
 
     def __iter__(self) -> Iterator[tuple[bytes, Peer]]:
         return iter(list(self._known.items()))
@@ -81,46 +83,67 @@ class Peers:
         """Return who a routing id is; None for a stranger."""
         return self._known.get(peer)
 
-    def addresses(self) -> dict[str, bytes]:
-        """Return each site's routing id."""
-        return {known.site: peer for peer, known in self._known.items()}
+    def of_site(self, site: str) -> tuple[bytes, Peer] | None:
+        """Return a site's process and its routing id; None if it is not there."""
+        peer = self._of_sites.get(site)
+        return None if peer is None else (peer, self._known[peer])
+
+    @property
+    def addresses(self) -> Mapping[str, bytes]:
+        """Each site's routing id, as long as it is there."""
+        return MappingProxyType(self._of_sites)
 
     def add(self, peer: bytes, site: str, features: Mapping[str, int]) -> None:
         """Note that a site is there, and what it can do."""
         self._known[peer] = Peer(site, features)
+        self._of_sites[site] = peer
 
     def remove(self, peer: bytes, *, left: bool = True) -> Peer | None:
         """Note that a site's process has left, or is lost; returns what it was."""
         known = self._known.pop(peer, None)
-        if known is not None and not left:
-            self._lost[known.site] = peer
+        if known is not None:
+            del self._of_sites[known.site]
+            if not left:
+                self._lost[known.site] = peer
         return known
 
     def lost(self) -> list[bytes]:
         """Return the last routing ids of the sites that were lost and are not back."""
-        back = {known.site for known in self._known.values()}
-        return [peer for site, peer in self._lost.items() if site not in back]
+        return [peer for site, peer in self._lost.items() if site not in self._of_sites]
 
     def send_to(self, site: str, message: protocol.FromServer) -> None:
         """Send a message to a site, if it is there."""
-        for peer, known in self._known.items():
-            if known.site == site:
-                self._link.send(peer, message)
+        peer = self._of_sites.get(site)
+        if peer is not None:
+            self._link.send(peer, message)
 
     def broadcast(self, message: protocol.FromServer) -> None:
         """Send a message to all sites that are there."""
         for peer in self._known:
             self._link.send(peer, message)
 
-    def silence(self, peer: bytes, now: int, limit: int) -> tuple[int, int]:
-        """Return for how long nothing came of a process, and how long it may still be silent; in milliseconds.
+    def look(self, now: int, limit: int, longest: int) -> tuple[list[tuple[bytes, int]], int]:
+        """Look at all processes, which is not to be done with each message: there may be a thousand.
 
-        It is gone once the second is below 0: after ``limit``, or later where a chunk may still be on its way.
+        Args:
+            now: milliseconds of the link's clock.
+            limit: how long a process may be silent, in milliseconds; longer where a chunk may be on its way.
+            longest: milliseconds between two looks, at most.
+
+        Returns the routing ids of those that are gone, with the milliseconds for which nothing has come of them;
+        and in how many milliseconds to look again.
         """
         exchange = self._link.exchange
-        heard = exchange.last_heard(peer)
-        silent = limit + 1 if heard is None else now - heard
-        return silent, max(limit - silent, exchange.busy_until(peer) - now)
+        gone: list[tuple[bytes, int]] = []
+        for peer in self._known:
+            heard = exchange.last_heard(peer)
+            silent = limit + 1 if heard is None else now - heard
+            left = max(limit - silent, exchange.busy_until(peer) - now)
+            if left < 0:
+                gone.append((peer, silent))
+            else:
+                longest = min(longest, left + 1)
+        return gone, longest
 
     # --- turning away ---
 
@@ -145,11 +168,10 @@ class Peers:
         reason = self._roster.refusal(join.site)
         if reason is not None:
             return protocol.Refused(code="unknown-site", message=reason)
-        for other, known in self._known.items():
-            if known.site == join.site and other != peer:
-                return protocol.Refused(
-                    code="name-in-use",
-                    message=f"another process takes part as {join.site!r}; every site needs a name of its own: "
-                    "that of its kit, or without keys FEDCORE_SITE",
-                )
+        if self._of_sites.get(join.site, peer) != peer:
+            return protocol.Refused(
+                code="name-in-use",
+                message=f"another process takes part as {join.site!r}; every site needs a name of its own: "
+                "that of its kit, or without keys FEDCORE_SITE",
+            )
         return None

@@ -405,12 +405,10 @@ class Run:
             return
         limit = round(self.config.participants.idle_timeout * 1000)
         patience = round(self._timing.check * 1000)
-        for peer, _ in self.peers:
-            silent, left = self.peers.silence(peer, milliseconds(self._clock), limit)
-            if left < 0:
+        gone, patience = self.peers.look(milliseconds(self._clock), limit, patience)
+        for peer, silent in gone:
+            if peer in self.peers:
                 self._lose(peer, f"nothing heard for {silent / 1000:.1f} s")
-            else:
-                patience = min(patience, left + 1)
         self.next_look = self._clock.monotonic() + patience / 1000
 
     def _check_overtime(self) -> None:
@@ -687,9 +685,9 @@ class Run:
         logger.debug("%s: no chunk for %.0f s; asked again", site, silent_ms / 1000)
         if silent_ms < self._timing.data_silence * 1000:
             return
-        for peer, known in self.peers:
-            if known.site == site:
-                self._lose(peer, f"it answers, but sent no data for {silent_ms / 1000:.0f} s")
+        found = self.peers.of_site(site)
+        if found is not None:
+            self._lose(found[0], f"it answers, but sent no data for {silent_ms / 1000:.0f} s")
 
     # --- actions ---
 
@@ -756,14 +754,15 @@ class Run:
         self.peers.send_to(action.site, task)
 
     def _set_id_for(self, site: str) -> bytes:
-        unpacks = any("lossless" in known.features for _, known in self.peers if known.site == site)
+        found = self.peers.of_site(site)
+        unpacks = found is not None and "lossless" in found[1].features
         return self.versions.packed_id if unpacks else self.versions.set_id
 
     def _pull_ahead(self, action: PullAhead) -> None:
-        self.collecting.pull_ahead(action, self.peers.addresses(), self.rounds.most)
+        self.collecting.pull_ahead(action, self.peers.addresses, self.rounds.most)
 
     def _start_collect(self, action: StartCollect) -> None:
-        done = self.collecting.start(action, self.peers.addresses(), self._declaring.declared)
+        done = self.collecting.start(action, self.peers.addresses, self._declaring.declared)
         if done:
             self._do(self.rounds.reduced())
 

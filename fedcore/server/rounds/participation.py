@@ -73,11 +73,14 @@ class Roster:
     def __init__(self, sites: Sequence[str] | None, count: int | None) -> None:
         self._listed = sites is not None
         self._members = {name: Member(name) for name in sites or ()}
+        self._ordered: list[Member] = []
         self.expected = len(self._members) if sites is not None else (count or 0)
 
     def __iter__(self) -> Iterator[Member]:
         """Iterate in canonical order: by name."""
-        return iter(sorted(self._members.values(), key=lambda member: member.name))
+        if len(self._ordered) != len(self._members):
+            self._ordered = sorted(self._members.values(), key=lambda member: member.name)
+        return iter(self._ordered)
 
     def get(self, name: str) -> Member | None:
         """Return a member, or None for a stranger."""

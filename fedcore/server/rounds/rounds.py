@@ -491,7 +491,7 @@ class Rounds:
         return actions
 
     def _delivered(self) -> list[Member]:
-        return [m for m in self.roster if m.alive and m.delivery is not None]
+        return [m for m in self.roster if m.delivery is not None and m.alive]
 
     def _pull_ahead(self, members: Sequence[Member]) -> list[Action]:
         """Pull what is ready; not while the collection of a server that was killed may be gone on with."""
@@ -541,17 +541,17 @@ class Rounds:
         if self.phase is not Phase.TRAINING:
             return []
         delivered = self._delivered()
-        waited_for = [
-            m
-            for m in self.roster
-            if self._sample.includes(m)
-            and (m.returning or (m.alive and m.state is not SiteState.DROPPED))
-        ]
-        complete = self._sample.size is not None or self.awaited == 0
-        if complete and len(delivered) == len(waited_for) >= self.quorum:
-            return [self._collect(delivered)]
-        hopeless = self.roster.expected - sum(m.dropped_round == self.round for m in self.roster)
-        if hopeless < self.quorum:
+        if len(delivered) >= self.quorum and (self._sample.size is not None or self.awaited == 0):
+            waited_for = sum(
+                m.returning or (m.alive and m.state is not SiteState.DROPPED)
+                for m in self.roster
+                if self._sample.includes(m)
+            )
+            if len(delivered) == waited_for:
+                return [self._collect(delivered)]
+        round_ = self.round
+        able = self.roster.expected - sum(m.dropped_round == round_ for m in self.roster)
+        if able < self.quorum:
             return self._fail(self._missing_text(f"in round {self.round}"))
         return []
 
@@ -562,11 +562,10 @@ class Rounds:
     def _end_if_evaluated(self) -> list[Action]:
         if self.phase is not Phase.EVALUATING or self.held:
             return []
-        waiting = [
-            m for m in self.roster if m.returning or (m.alive and self.version not in m.scored)
-        ]
+        if any(m.returning or (m.alive and self.version not in m.scored) for m in self.roster):
+            return []
         anyone = any(self.version in m.scored for m in self.roster)
-        return self._end() if not waiting and (anyone or self._started is not None) else []
+        return self._end() if anyone or self._started is not None else []
 
     def _end(self) -> list[Action]:
         self.phase = Phase.DONE

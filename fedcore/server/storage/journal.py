@@ -102,6 +102,7 @@ class Journal:
         self.path = path
         self._busy_seconds = busy_seconds
         self.outlets: Sequence[Outlet[Any]] = ()
+        self._run_id: str | None = None
         self._grouping = False
         self._waits = False  # rows that are not on the device
         self._lost = False
@@ -395,12 +396,13 @@ class Journal:
     @property
     def run_id(self) -> str:
         """Random id of the run, the same after a restart."""
-        value = self.meta("run_id")
-        if value is None:  # it was there when the file was opened
+        if self._run_id is None:  # it is asked for with each message
+            self._run_id = self.meta("run_id")
+        if self._run_id is None:  # it was there when the file was opened
             raise IntegrityError(
                 f"{self.path} has lost the id of its run: put it back from a backup"
             )
-        return value
+        return self._run_id
 
     @property
     def run_ids(self) -> set[str]:
@@ -411,6 +413,7 @@ class Journal:
         """Give the run another id, within a transaction: what sites kept of later versions counts no longer."""
         self.set_meta("earlier_run_ids", json.dumps(sorted(self.run_ids)))
         self.set_meta("run_id", uuid.uuid4().hex)
+        self._run_id = None
 
     def close(self) -> None:
         """Close the file."""

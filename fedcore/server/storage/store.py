@@ -525,14 +525,20 @@ class Store:
     def keep_declared(self, site: str, text: str | None) -> None:
         """Keep what a site declared, instead of what it declared before; None: keep nothing of it."""
         with self._journal.grouped():
+            before = self._db.execute(
+                "SELECT digest FROM declared WHERE site = ?", (site,)
+            ).fetchone()
             self._db.execute("DELETE FROM declared WHERE site = ?", (site,))
             if text is not None:
                 digest = hashlib.sha256(text.encode()).hexdigest()
                 self._db.execute("INSERT OR IGNORE INTO declarations VALUES (?, ?)", (digest, text))
                 self._db.execute("INSERT INTO declared VALUES (?, ?)", (site, digest))
-            self._db.execute(
-                "DELETE FROM declarations WHERE digest NOT IN (SELECT digest FROM declared)"
-            )
+            if before is not None:
+                self._db.execute(
+                    "DELETE FROM declarations WHERE digest = ?1 AND "
+                    "NOT EXISTS (SELECT 1 FROM declared WHERE digest = ?1)",
+                    before,
+                )
 
     def choose(self, round_: int, sites: Collection[str]) -> None:
         """Note who trains in a round where not all do, all of them; what was noted of other rounds goes."""
