@@ -22,9 +22,9 @@ CASES: Final = {
 }
 
 
-def _expected(work: Work, scheme: str, updates: list[Chunks]) -> Flat:
+def _expected(work: Work, encoding: str, updates: list[Chunks]) -> Flat:
     """Return the mean of the decoded updates, on the CPU, by the kernels that ``kernels`` compares with NumPy."""
-    codec = Codec(work.layout, scheme)
+    codec = Codec(work.layout, encoding)
     flats = [np.empty_like(work.base) for _ in updates]
     for chunks, flat in zip(updates, flats, strict=True):
         work.decode(codec, chunks, flat)
@@ -40,7 +40,7 @@ def _seconds(reduction: Reduction) -> tuple[float, float]:
     return time.perf_counter() - clock, time.thread_time() - processor
 
 
-def measure(work: Work, scheme: str, inputs: int, device: str, repeats: int) -> dict[str, Any]:
+def measure(work: Work, encoding: str, inputs: int, device: str, repeats: int) -> dict[str, Any]:
     """Return GB of the updates' flat bytes per second, of what a server does with each but the sockets.
 
     CPU and device take turns, chunk after chunk from one thread, and the medians count.
@@ -49,11 +49,11 @@ def measure(work: Work, scheme: str, inputs: int, device: str, repeats: int) -> 
         ArithmeticError: a mean differs from that of the decoded updates in a bit.
         FedcoreError: the device left a chunk to the CPU.
     """
-    codec = Codec(work.layout, scheme)
+    codec = Codec(work.layout, encoding)
     updates = [work.encode(codec, work.trained(seed)) for seed in range(1, inputs + 1)]
     use_device("cpu")
-    expected = _expected(work, scheme, updates).tobytes()
-    reduction = Reduction(work, updates, scheme)
+    expected = _expected(work, encoding, updates).tobytes()
+    reduction = Reduction(work, updates, encoding)
     places = {"cpu": "cpu", "device": device}
     samples: dict[str, list[tuple[float, float]]] = {place: [] for place in places}
     try:
@@ -66,17 +66,19 @@ def measure(work: Work, scheme: str, inputs: int, device: str, repeats: int) -> 
                 computed = device_blocks() - before
                 if choice != "cpu" and computed != work.layout.chunk_count:
                     raise FedcoreError(
-                        f"{scheme}: of {work.layout.chunk_count} chunks the device computed {computed} "
+                        f"{encoding}: of {work.layout.chunk_count} chunks the device computed {computed} "
                         f"({device_failure() or 'it declined the others'})"
                     )
                 if bytes(reduction.out.view()) != expected:
-                    raise ArithmeticError(f"{scheme}: the mean of {work.name} on {choice} is wrong")
+                    raise ArithmeticError(
+                        f"{encoding}: the mean of {work.name} on {choice} is wrong"
+                    )
                 if turn > 0:
                     samples[place].append(taken)
     finally:
         use_device("cpu")
     size = inputs * len(work.base)
-    row: dict[str, Any] = {"tensors": work.name, "update": scheme, "inputs": inputs}
+    row: dict[str, Any] = {"tensors": work.name, "update": encoding, "inputs": inputs}
     for place, all_taken in samples.items():
         clock, processor = (statistics.median(kind) for kind in zip(*all_taken, strict=True))
         row[f"{place}_gb_s"] = size / clock / 1e9
@@ -95,7 +97,7 @@ def sweep(size: int, inputs: int, device: str, repeats: int) -> dict[str, Any]:
     name = use_device(device)
     use_device("cpu")
     rows = []
-    for tensors, schemes in CASES.items():
+    for tensors, encodings in CASES.items():
         work = Work(tensors, size)
-        rows += [measure(work, scheme, inputs, device, repeats) for scheme in schemes]
+        rows += [measure(work, encoding, inputs, device, repeats) for encoding in encodings]
     return {"device": name, "rows": rows}

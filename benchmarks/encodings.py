@@ -16,7 +16,7 @@ from fedcore.protocol import UPDATE_ENCODINGS
 
 from .report import MIB
 
-SCHEMES: Final = UPDATE_ENCODINGS
+ENCODINGS: Final = UPDATE_ENCODINGS
 TOP_K: Final = 0.01
 _ROWS: Final = 1024
 _BOUND: Final = {"bf16": 2.0**-8, "fp16": 2.0**-11, "int8": 0.5 / 127 * 1.001, "nf4": 0.17}
@@ -111,11 +111,11 @@ class Work:
 
     def decode(self, codec: Codec, chunks: Chunks, out: Flat) -> None:
         """Write what the chunks stand for."""
-        for index, (part, (encoding, body)) in enumerate(zip(self.parts, chunks, strict=True)):
-            codec.decode(index, encoding, body, out[part].data, self.base[part].data)
+        for index, (part, (number, body)) in enumerate(zip(self.parts, chunks, strict=True)):
+            codec.decode(index, number, body, out[part].data, self.base[part].data)
 
 
-def validate(work: Work, scheme: str, chunks: Chunks, out: Flat) -> None:
+def validate(work: Work, encoding: str, chunks: Chunks, out: Flat) -> None:
     """Compare what the chunks stand for with the tensors, and see that a damaged chunk is refused.
 
     Raises:
@@ -124,41 +124,41 @@ def validate(work: Work, scheme: str, chunks: Chunks, out: Flat) -> None:
     want, got, base = (_floats(flat, work.dtype) for flat in (work.local, out, work.base))
     change, lost = want - base, np.abs(want.astype(np.float64) - got)
     ulp = np.spacing(np.maximum(np.abs(want), np.abs(got))) * (1 if work.dtype == "F32" else 2**16)
-    if scheme == "raw" or (scheme in ("bf16", "fp16") and work.dtype == "BF16"):
+    if encoding == "raw" or (encoding in ("bf16", "fp16") and work.dtype == "BF16"):
         right = out.tobytes() == work.local.tobytes()
-    elif scheme == "top-k":
+    elif encoding == "top-k":
         kept = got != base
         share = kept.sum() / len(kept)
         right = bool((lost[kept] <= ulp[kept]).all()) and 0.5 * TOP_K < share <= 1.01 * TOP_K
     else:
         # The blocks of int8 and nf4 have a scale each; the casts' errors go with each value.
-        block = {"int8": 128, "nf4": 64}.get(scheme, 1)
+        block = {"int8": 128, "nf4": 64}.get(encoding, 1)
         padded = np.zeros(-(-len(change) // block) * block, np.float32)
         padded[: len(change)] = np.abs(change)
         largest = np.repeat(padded.reshape(-1, block).max(axis=1), block)[: len(change)]
-        right = bool((lost <= _BOUND[scheme] * largest + 2 * ulp + 2.0**-25).all())
+        right = bool((lost <= _BOUND[encoding] * largest + 2 * ulp + 2.0**-25).all())
     if not right:
-        raise ArithmeticError(f"{scheme}: {work.name} are not what was encoded")
-    codec = Codec(work.layout, scheme, True, TOP_K)
-    encoding, body = chunks[0]
+        raise ArithmeticError(f"{encoding}: {work.name} are not what was encoded")
+    codec = Codec(work.layout, encoding, True, TOP_K)
+    number, body = chunks[0]
     first = work.parts[0]
     try:
-        codec.decode(0, encoding, body[:-1], out[first].copy().data, work.base[first].data)
+        codec.decode(0, number, body[:-1], out[first].copy().data, work.base[first].data)
     except ProtocolError:
         return
-    raise ArithmeticError(f"{scheme}: a chunk without its last byte was decoded")
+    raise ArithmeticError(f"{encoding}: a chunk without its last byte was decoded")
 
 
 class Reduction:
     """The server's work for sites that send these chunks: check, decode and reduce, all but the sockets."""
 
     def __init__(
-        self, work: Work, updates: Sequence[Chunks], scheme: str, threads: int = 1
+        self, work: Work, updates: Sequence[Chunks], encoding: str, threads: int = 1
     ) -> None:
         self.weights: Final = range(1, len(updates) + 1)
         self._work = work
         self._threads = threads
-        self._scheme = scheme
+        self._encoding = encoding
         self._base, self.out = (MappedFile.anonymous(len(work.base)) for _ in range(2))
         self._base.view()[:] = work.base.tobytes()
         self._frames: dict[tuple[bytes, int], tuple[bytes, bytes]] = {}
@@ -169,7 +169,7 @@ class Reduction:
             file = MappedFile.anonymous(len(body))
             file.view()[:] = body
             offsets = np.cumsum([0] + [len(body) for _, body in chunks]).tolist()
-            encodings = bytes(encoding for encoding, _ in chunks)
+            encodings = bytes(number for number, _ in chunks)
             self._sites[peer] = Exchange()
             self._sites[peer].publish_encoded(peer * 16, file, offsets, encodings)
         self.run()  # and so makes the frames
@@ -177,7 +177,7 @@ class Reduction:
     def run(self) -> None:
         """Collect the updates into ``out``."""
         work = self._work
-        codec = Codec(work.layout, self._scheme, True, TOP_K)
+        codec = Codec(work.layout, self._encoding, True, TOP_K)
         sources = [
             (peer, peer * 16, weight)
             for peer, weight in zip(self._sites, self.weights, strict=True)
@@ -198,7 +198,7 @@ class Reduction:
                 return
             asked = server.next_out(0)
             if asked is None:
-                raise ArithmeticError(f"{self._scheme}: the collection stands still")
+                raise ArithmeticError(f"{self._encoding}: the collection stands still")
             peer, head, _ = asked
             first, count = (
                 int.from_bytes(head[at:end], "little") for at, end in ((24, 32), (32, 36))
@@ -234,7 +234,7 @@ def memcpy_gb_s(repeats: int) -> float:
     return 2 * len(source) / _best(lambda: np.copyto(target, source), repeats) / 1e9
 
 
-def whole_updates(work: Work, scheme: str, lossless: bool, repeats: int) -> tuple[float, int]:
+def whole_updates(work: Work, encoding: str, lossless: bool, repeats: int) -> tuple[float, int]:
     """Return the least CPU time in which a site encodes an update with its residual, and the bytes it touches.
 
     These are the values, the base, the residual before and after, and what travels, each once.
@@ -246,22 +246,22 @@ def whole_updates(work: Work, scheme: str, lossless: bool, repeats: int) -> tupl
     values, base = (MappedFile.anonymous(size) for _ in range(2))
     values.write(0, work.local.data)
     base.write(0, work.base.data)
-    encoder = UpdateEncoder(work.layout, scheme, lossless=lossless, top_k=TOP_K)
+    encoder = UpdateEncoder(work.layout, encoding, lossless=lossless, top_k=TOP_K)
     update = encoder.encode(1, values, 0, base, 0)
-    bodies = [body for _, body in work.encode(Codec(work.layout, scheme, lossless, TOP_K))]
+    bodies = [body for _, body in work.encode(Codec(work.layout, encoding, lossless, TOP_K))]
     if bytes(update.file.view(0, update.nbytes)) != b"".join(bodies):
-        raise ArithmeticError(f"{scheme}: an update of {work.name} is not its chunks")
+        raise ArithmeticError(f"{encoding}: an update of {work.name} is not its chunks")
 
     def again() -> None:
         encoder.settle(1, included=True)
         encoder.encode(1, values, 0, base, 0)
 
     seconds = _best(again, max(2, repeats))  # the first one touches new memory
-    return seconds, (2 if scheme == "raw" else 4) * size + update.nbytes
+    return seconds, (2 if encoding == "raw" else 4) * size + update.nbytes
 
 
 def measure(
-    work: Work, scheme: str, lossless: bool, repeats: int, threads: int = 1
+    work: Work, encoding: str, lossless: bool, repeats: int, threads: int = 1
 ) -> dict[str, Any]:
     """Return ratio, relative RMS error of the change, and GB of flat bytes per second of CPU time on one core.
 
@@ -269,33 +269,33 @@ def measure(
     with several threads per second of wall time. ``update`` is what a site does with its update, error feedback
     included, and ``memcpy_share`` how fast that goes through the bytes that it touches, of a copy's rate.
     """
-    codec = Codec(work.layout, scheme, lossless, TOP_K)
+    codec = Codec(work.layout, encoding, lossless, TOP_K)
     out = np.empty_like(work.local)
     chunks = work.encode(codec)
     work.decode(codec, chunks, out)
-    validate(work, scheme, chunks, out)
+    validate(work, encoding, chunks, out)
     want, got, base = (
         _floats(f, work.dtype).astype(np.float64) for f in (work.local, out, work.base)
     )
     size = len(work.local)
     # The mean of two such updates is what the chunks stand for.
-    reduction = Reduction(work, [chunks, chunks], scheme, threads)
+    reduction = Reduction(work, [chunks, chunks], encoding, threads)
     clock = time.thread_time if threads == 1 else time.perf_counter
     reduce_s = _best(reduction.run, repeats, clock)
     if bytes(reduction.out.view()) != out.tobytes():
-        raise ArithmeticError(f"{scheme}: the mean of {work.name} is not what both sites sent")
-    update_s, touched = whole_updates(work, scheme, lossless, repeats)
+        raise ArithmeticError(f"{encoding}: the mean of {work.name} is not what both sites sent")
+    update_s, touched = whole_updates(work, encoding, lossless, repeats)
     return {
         "tensors": work.name,
         "bytes": size,
-        "update": scheme,
+        "update": encoding,
         "lossless": lossless,
         "threads": threads,
         "ratio": size / sum(len(body) for _, body in chunks),
         "relative_rms_error": float(
             np.sqrt(np.mean((got - want) ** 2) / np.mean((want - base) ** 2))
         ),
-        "packed_chunks": sum(encoding >= 0x80 for encoding, _ in chunks) / len(chunks),
+        "packed_chunks": sum(number >= 0x80 for number, _ in chunks) / len(chunks),
         "encode_gb_s": size / _best(lambda: work.encode_only(codec), repeats) / 1e9,
         "update_gb_s": size / update_s / 1e9,
         "memcpy_share": touched / update_s / 1e9 / memcpy_gb_s(repeats),
@@ -309,8 +309,8 @@ def sweep(size: int, repeats: int, threads: int = 1) -> list[dict[str, Any]]:
     rows = []
     for name in TENSORS:
         work = Work(name, size)
-        for scheme in SCHEMES:
+        for encoding in ENCODINGS:
             for lossless in (False, True):
-                if not (lossless and scheme == "top-k"):  # which is never compressed
-                    rows.append(measure(work, scheme, lossless, repeats, threads))
+                if not (lossless and encoding == "top-k"):  # which is never compressed
+                    rows.append(measure(work, encoding, lossless, repeats, threads))
     return rows

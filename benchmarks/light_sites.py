@@ -56,10 +56,10 @@ class Values:
         size = _CHUNK_ELEMENTS + chunks * _STEP
         self._base = [dice.integers(0, 1 << 16, size).astype(np.float32) for _ in _WEIGHTS]
         self._checksums: dict[tuple[int, int], int] = {}
-        scheme, _, lossless = update.partition("+")
+        encoding, _, lossless = update.partition("+")
         self.lossless = bool(lossless)
         self._zeros = np.zeros(_CHUNK_ELEMENTS, np.float32)
-        self._codec = None if update == "raw" else Codec(layout(chunks), scheme, self.lossless)
+        self._codec = None if update == "raw" else Codec(layout(chunks), encoding, self.lossless)
 
     def chunk(self, parity: int, index: int) -> np.ndarray[Any, Any]:
         """Return a chunk of the update of the sites with even (0) or odd (1) numbers."""

@@ -80,7 +80,7 @@ class Codec:
     def __init__(
         self,
         layout: Layout,
-        scheme: str,
+        encoding: str,
         lossless: bool = False,
         top_k: float = 0.01,
         stages: Sequence[tuple[str, float]] = (),

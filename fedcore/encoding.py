@@ -85,7 +85,7 @@ class UpdateEncoder:
     def __init__(
         self,
         layout: Layout,
-        scheme: str,
+        encoding: str,
         *,
         lossless: bool = False,
         top_k: float = 0.01,
@@ -102,13 +102,13 @@ class UpdateEncoder:
         their order. ``limit``: no element changes by more than the number.
 
         Raises:
-            ConfigError: the scheme or a stage is unknown, ``top_k`` is not in (0, 1], a stage's number is out of
+            ConfigError: the encoding or a stage is unknown, ``top_k`` is not in (0, 1], a stage's number is out of
                 range, or ``lossless`` lacks lz4.
             StorageError: the disk is full.
         """
         self._layout = layout
-        self._codec = Codec(layout, scheme, lossless, top_k, stages)
-        self._lossy = scheme != "raw"
+        self._codec = Codec(layout, encoding, lossless, top_k, stages)
+        self._lossy = encoding != "raw"
         self._threads = threads
         self._make_file = make_file
         self._encoded = self._scratch("encoded")

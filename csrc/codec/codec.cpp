@@ -23,7 +23,7 @@ namespace {
 constexpr std::size_t kSample = 64 << 10;
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-constexpr std::array<std::string_view, 6> kSchemes{"raw", "bf16", "fp16", "int8", "nf4", "top-k"};
+constexpr std::array<std::string_view, 6> kEncodings{"raw", "bf16", "fp16", "int8", "nf4", "top-k"};
 
 // Bytes of width w: all first bytes, then all second ones, and so on; a rest that fills no element
 // stays at the end.
@@ -47,11 +47,11 @@ void unshuffle(const std::uint8_t* from, std::size_t size, std::size_t width, st
   std::memcpy(to + width * count, from + width * count, size - width * count);
 }
 
-std::size_t shuffle_width(Scheme scheme, bool encoded, Dtype dtype) noexcept {
+std::size_t shuffle_width(Encoding encoding, bool encoded, Dtype dtype) noexcept {
   if (!encoded) {
     return item_size(dtype);
   }
-  return scheme == Scheme::kBf16 || scheme == Scheme::kF16 ? 2 : 1;
+  return encoding == Encoding::kBf16 || encoding == Encoding::kF16 ? 2 : 1;
 }
 
 }  // namespace
@@ -60,13 +60,13 @@ std::string undecodable(std::uint64_t index, const char* why) {
   return "chunk " + std::to_string(index) + " can't be decoded: " + why;
 }
 
-Scheme parse_scheme(std::string_view name) {
+Encoding parse_encoding(std::string_view name) {
   std::string known;
-  for (std::size_t i = 0; i < kSchemes.size(); ++i) {
-    if (kSchemes[i] == name) {
-      return static_cast<Scheme>(i);
+  for (std::size_t i = 0; i < kEncodings.size(); ++i) {
+    if (kEncodings[i] == name) {
+      return static_cast<Encoding>(i);
     }
-    known += (known.empty() ? "" : ", ") + std::string(kSchemes[i]);
+    known += (known.empty() ? "" : ", ") + std::string(kEncodings[i]);
   }
   throw Error(Errc::kConfig,
               "there is no encoding '" + std::string(name) + "'; expected one of " + known);
@@ -180,26 +180,26 @@ void Codec::lose(const Chunk& chunk, const Run& run, RunReader& reader, std::siz
 }
 
 // Encodes a run, whose body begins at `start`: piece by piece, while the piece is in the cache.
-void Codec::encode_run(const Chunk& chunk, Scheme scheme, const Run& run,
+void Codec::encode_run(const Chunk& chunk, Encoding encoding, const Run& run,
                        std::vector<std::uint8_t>& body, std::size_t start) {
   const std::size_t count = count_of(run);
-  if (scheme == Scheme::kTopK) {
+  if (encoding == Encoding::kTopK) {
     load(chunk, run, 0, count);
     const double share = std::ceil(options_.top_k * static_cast<double>(count));
     const std::size_t keep = std::min(count, static_cast<std::size_t>(share));
-    quantise::encode(scheme, floats_.data(), count, keep, body);
+    quantise::encode(encoding, floats_.data(), count, keep, body);
     if (chunk.lost != nullptr) {
-      RunReader reader(scheme, run.dtype, body.data() + start, count);
+      RunReader reader(encoding, run.dtype, body.data() + start, count);
       lose(chunk, run, reader, 0, count);
     }
     return;
   }
-  body.resize(std::max(body.size(), start + quantise::encoded_bytes(scheme, count)));
-  RunReader reader(scheme, run.dtype, body.data() + start, count);
+  body.resize(std::max(body.size(), start + quantise::encoded_bytes(encoding, count)));
+  RunReader reader(encoding, run.dtype, body.data() + start, count);
   for (std::size_t first = 0; first < count; first += quantise::kPiece) {
     const std::size_t n = std::min(quantise::kPiece, count - first);
     load(chunk, run, first, n);
-    quantise::encode_piece(scheme, floats_.data(), first, n, count, body.data() + start);
+    quantise::encode_piece(encoding, floats_.data(), first, n, count, body.data() + start);
     if (chunk.lost != nullptr) {
       lose(chunk, run, reader, first, n);
     }
@@ -254,25 +254,25 @@ void Codec::copy_staged(const Chunk& chunk, const Run& run, std::uint8_t* body) 
   }
 }
 
-void Codec::encode_runs(const Chunk& chunk, Scheme scheme, std::vector<std::uint8_t>& body) {
+void Codec::encode_runs(const Chunk& chunk, Encoding encoding, std::vector<std::uint8_t>& body) {
   segments_.clear();
   std::size_t start = 0;
   if (chunk.lost != nullptr) {
     chunk.lost->checksum = 0;
   }
-  if (scheme == Scheme::kTopK) {
+  if (encoding == Encoding::kTopK) {
     body.clear();  // encode() appends to it
   }
   for (const Run& run : layout_->runs(chunk.range)) {
-    const bool encoded = encodes(scheme, run.dtype);
+    const bool encoded = encodes(encoding, run.dtype);
     std::size_t size = run.nbytes;
     if (!encoded) {
       body.resize(std::max(body.size(), start + run.nbytes));
       copy_run(chunk, run, body.data() + start);
     } else {
-      encode_run(chunk, scheme, run, body, start);
-      size = scheme == Scheme::kTopK ? body.size() - start
-                                     : quantise::encoded_bytes(scheme, count_of(run));
+      encode_run(chunk, encoding, run, body, start);
+      size = encoding == Encoding::kTopK ? body.size() - start
+                                         : quantise::encoded_bytes(encoding, count_of(run));
     }
     segments_.push_back({run, encoded, start, size});
     start += size;
@@ -283,28 +283,28 @@ void Codec::encode_runs(const Chunk& chunk, Scheme scheme, std::vector<std::uint
 // What would be encoded is finite, although the chunk travels raw.
 void Codec::check_finite(const Chunk& chunk) {
   for (const Run& run : layout_->runs(chunk.range)) {
-    if (encodes(options_.scheme, run.dtype)) {
+    if (encodes(options_.encoding, run.dtype)) {
       load(chunk, run, 0, count_of(run));
     }
   }
 }
 
-// The scheme of a chunk whose length does not depend on its values: raw if its own saves nothing.
-Scheme Codec::shorter(const Range& range) const {
-  const Scheme scheme = options_.scheme;
+// The encoding of a chunk whose length does not depend on its values: raw if its own saves nothing.
+Encoding Codec::shorter(const Range& range) const {
+  const Encoding encoding = options_.encoding;
   std::size_t size = 0;
   bool any = false;
   for (const Run& run : layout_->runs(range)) {
-    const bool encoded = encodes(scheme, run.dtype);
-    size += encoded ? quantise::encoded_bytes(scheme, count_of(run)) : run.nbytes;
+    const bool encoded = encodes(encoding, run.dtype);
+    size += encoded ? quantise::encoded_bytes(encoding, count_of(run)) : run.nbytes;
     any |= encoded;
   }
-  return any && size < range.nbytes ? scheme : Scheme::kRaw;  // of top-k it is the least size
+  return any && size < range.nbytes ? encoding : Encoding::kRaw;  // of top-k it is the least size
 }
 
 // Shuffles and compresses `plain`, whose segments are at hand, if that saves 5 % of a sample from
 // its middle and of the whole.
-bool Codec::pack(Scheme scheme, const std::vector<std::uint8_t>& plain,
+bool Codec::pack(Encoding encoding, const std::vector<std::uint8_t>& plain,
                  std::vector<std::uint8_t>& body) {
   shuffled_.resize(plain.size());
   const auto try_it = [&](std::size_t size) {
@@ -321,7 +321,7 @@ bool Codec::pack(Scheme scheme, const std::vector<std::uint8_t>& plain,
     for (const Segment& segment : segments_) {
       middle = segment.offset <= plain.size() / 2 ? &segment : middle;
     }
-    const std::size_t width = shuffle_width(scheme, middle->encoded, middle->run.dtype);
+    const std::size_t width = shuffle_width(encoding, middle->encoded, middle->run.dtype);
     const std::size_t size = std::min(kSample, middle->size);
     const std::size_t skipped = (middle->size - size) / 2 / width * width;
     shuffle(plain.data() + middle->offset + skipped, size, width, shuffled_.data());
@@ -330,7 +330,7 @@ bool Codec::pack(Scheme scheme, const std::vector<std::uint8_t>& plain,
     }
   }
   for (const Segment& s : segments_) {
-    shuffle(plain.data() + s.offset, s.size, shuffle_width(scheme, s.encoded, s.run.dtype),
+    shuffle(plain.data() + s.offset, s.size, shuffle_width(encoding, s.encoded, s.run.dtype),
             shuffled_.data() + s.offset);
   }
   return try_it(plain.size());
@@ -340,54 +340,54 @@ std::uint8_t Codec::encode(std::uint64_t index, const std::uint8_t* values,
                            const std::uint8_t* base, const std::uint8_t* residual,
                            std::vector<std::uint8_t>& body, Lost* lost) {
   const Chunk chunk{layout_->chunk_range(index), values, base, residual, lost};
-  const std::uint8_t encoding = encode_chunk(chunk, body);
+  const std::uint8_t encoding_byte = encode_chunk(chunk, body);
   Body checked;
   if (lost != nullptr) {
-    if (const char* why = check(index, encoding, body.data(), body.size(), checked)) {
+    if (const char* why = check(index, encoding_byte, body.data(), body.size(), checked)) {
       throw Error(Errc::kProtocol, undecodable(index, why));
     }
   }
-  return encoding;
+  return encoding_byte;
 }
 
 std::uint8_t Codec::encode_chunk(const Chunk& chunk, std::vector<std::uint8_t>& body) {
-  Scheme scheme = shorter(chunk.range);
-  if (scheme == Scheme::kTopK) {
-    encode_runs(chunk, scheme, body);
+  Encoding encoding = shorter(chunk.range);
+  if (encoding == Encoding::kTopK) {
+    encode_runs(chunk, encoding, body);
     if (body.size() < chunk.range.nbytes) {
-      return static_cast<std::uint8_t>(scheme);
+      return static_cast<std::uint8_t>(encoding);
     }
-    scheme = Scheme::kRaw;
-  } else if (scheme != options_.scheme) {
+    encoding = Encoding::kRaw;
+  } else if (encoding != options_.encoding) {
     check_finite(chunk);
   }
   if (!options_.lossless) {
-    encode_runs(chunk, scheme, body);
-    return static_cast<std::uint8_t>(scheme);
+    encode_runs(chunk, encoding, body);
+    return static_cast<std::uint8_t>(encoding);
   }
-  encode_runs(chunk, scheme, plain_);
-  if (pack(scheme, plain_, body)) {
-    return static_cast<std::uint8_t>(static_cast<std::uint8_t>(scheme) | wire::kPacked);
+  encode_runs(chunk, encoding, plain_);
+  if (pack(encoding, plain_, body)) {
+    return static_cast<std::uint8_t>(static_cast<std::uint8_t>(encoding) | wire::kPacked);
   }
   body.swap(plain_);
-  return static_cast<std::uint8_t>(scheme);
+  return static_cast<std::uint8_t>(encoding);
 }
 
 // Finds the segments of an unpacked body. With `plain` it checks what they hold; without, their
 // lengths alone, which are fixed then, for top-k is never packed.
-const char* Codec::plan(Scheme scheme, const Range& range, const std::uint8_t* plain,
+const char* Codec::plan(Encoding encoding, const Range& range, const std::uint8_t* plain,
                         std::size_t size) {
   segments_.clear();
   std::size_t at = 0;
   for (const Run& run : layout_->runs(range)) {
-    const bool encoded = encodes(scheme, run.dtype);
+    const bool encoded = encodes(encoding, run.dtype);
     const std::size_t count = run.nbytes / item_size(run.dtype);
-    std::size_t used = encoded ? quantise::encoded_bytes(scheme, count) : run.nbytes;
+    std::size_t used = encoded ? quantise::encoded_bytes(encoding, count) : run.nbytes;
     if (size - at < used) {
       return "it is too short";
     }
     if (encoded && plain != nullptr) {
-      if (const char* why = quantise::check(scheme, plain + at, size - at, count, used)) {
+      if (const char* why = quantise::check(encoding, plain + at, size - at, count, used)) {
         return why;
       }
     }
@@ -398,17 +398,18 @@ const char* Codec::plan(Scheme scheme, const Range& range, const std::uint8_t* p
 }
 
 // Fills plain_ from a packed body.
-const char* Codec::unpack(Scheme scheme, const Range& range, const std::uint8_t* body,
+const char* Codec::unpack(Encoding encoding, const Range& range, const std::uint8_t* body,
                           std::size_t size) {
   std::size_t expected = 0;
   for (const Run& run : layout_->runs(range)) {
     const std::size_t count = run.nbytes / item_size(run.dtype);
-    expected += encodes(scheme, run.dtype) ? quantise::encoded_bytes(scheme, count) : run.nbytes;
+    expected +=
+        encodes(encoding, run.dtype) ? quantise::encoded_bytes(encoding, count) : run.nbytes;
   }
   if (expected > range.nbytes) {
     return "it would have been sent raw";
   }
-  plan(scheme, range, nullptr, expected);
+  plan(encoding, range, nullptr, expected);
   shuffled_.resize(expected);
   plain_.resize(expected);
   const int got = lz4_.decompress(reinterpret_cast<const char*>(body),
@@ -418,38 +419,38 @@ const char* Codec::unpack(Scheme scheme, const Range& range, const std::uint8_t*
     return "it can't be unpacked to its chunk's length";
   }
   for (const Segment& s : segments_) {
-    unshuffle(shuffled_.data() + s.offset, s.size, shuffle_width(scheme, s.encoded, s.run.dtype),
+    unshuffle(shuffled_.data() + s.offset, s.size, shuffle_width(encoding, s.encoded, s.run.dtype),
               plain_.data() + s.offset);
   }
   return nullptr;
 }
 
-const char* Codec::check(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+const char* Codec::check(std::uint64_t index, std::uint8_t encoding_byte, const std::uint8_t* body,
                          std::size_t size, Body& checked) {
   const Range range = layout_->chunk_range(index);
-  const bool packed = (encoding & wire::kPacked) != 0;
-  const auto scheme = static_cast<Scheme>(encoding & ~wire::kPacked);
-  if ((scheme != Scheme::kRaw && scheme != options_.scheme) || (packed && !options_.lossless) ||
-      (packed && scheme == Scheme::kTopK)) {
+  const bool packed = (encoding_byte & wire::kPacked) != 0;
+  const auto encoding = static_cast<Encoding>(encoding_byte & ~wire::kPacked);
+  if ((encoding != Encoding::kRaw && encoding != options_.encoding) ||
+      (packed && !options_.lossless) || (packed && encoding == Encoding::kTopK)) {
     return "its encoding was not agreed on";
   }
   if (size > range.nbytes) {
     return "it is too long";
   }
-  checked = {body, size, scheme};
+  checked = {body, size, encoding};
   if (packed) {
-    if (const char* why = unpack(scheme, range, body, size)) {
+    if (const char* why = unpack(encoding, range, body, size)) {
       return why;
     }
-    checked = {plain_.data(), plain_.size(), scheme};
+    checked = {plain_.data(), plain_.size(), encoding};
   }
-  return plan(scheme, range, checked.data, checked.size);
+  return plan(encoding, range, checked.data, checked.size);
 }
 
-const char* Codec::decode(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+const char* Codec::decode(std::uint64_t index, std::uint8_t encoding_byte, const std::uint8_t* body,
                           std::size_t size, const std::uint8_t* base, std::uint8_t* out) {
   Body checked;
-  if (const char* why = check(index, encoding, body, size, checked)) {
+  if (const char* why = check(index, encoding_byte, body, size, checked)) {
     return why;
   }
   decode(index, checked, base, out);
@@ -462,12 +463,12 @@ void Codec::decode(std::uint64_t index, const Body& checked, const std::uint8_t*
   const std::uint8_t* body = checked.data;
   for (const Run& run : layout_->runs(range)) {
     const std::size_t at = run.offset - range.offset;
-    const std::size_t used = run_bytes(checked.scheme, run, body);
-    if (!encodes(checked.scheme, run.dtype)) {
+    const std::size_t used = run_bytes(checked.encoding, run, body);
+    if (!encodes(checked.encoding, run.dtype)) {
       std::memcpy(out + at, body, used);
     } else {
       const std::size_t width = item_size(run.dtype), count = run.nbytes / width;
-      RunReader reader(checked.scheme, run.dtype, body, count);
+      RunReader reader(checked.encoding, run.dtype, body, count);
       for (std::size_t first = 0; first < count; first += RunReader::kTile) {
         const std::size_t from = at + first * width;
         reader.next(base != nullptr ? base + from : nullptr, out + from,

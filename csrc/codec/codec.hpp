@@ -23,8 +23,8 @@
 
 namespace fedcore {
 
-// The names of the schemes: raw, bf16, fp16, int8, nf4, top-k. Throws Error{kConfig} for any other.
-Scheme parse_scheme(std::string_view name);
+// The names of the encodings: raw, bf16, fp16, int8, nf4, top-k. Throws Error{kConfig} for any other.
+Encoding parse_encoding(std::string_view name);
 
 // LZ4's block functions, LZ4_compress_default and LZ4_decompress_safe; handed in, so that the core
 // needs no library.
@@ -34,7 +34,7 @@ struct Lz4 {
 };
 
 struct CodecOptions {
-  Scheme scheme = Scheme::kRaw;
+  Encoding encoding = Encoding::kRaw;
   bool lossless = false;  // byte shuffle and LZ4 on top where that saves 5 %
   double top_k = 0.01;    // the share of each run that top-k keeps, above 0, at most 1
   std::vector<std::shared_ptr<const Stage>> stages;  // before encode(), in this order
@@ -44,7 +44,7 @@ struct CodecOptions {
 struct Body {
   const std::uint8_t* data = nullptr;
   std::size_t size = 0;
-  Scheme scheme = Scheme::kRaw;
+  Encoding encoding = Encoding::kRaw;
 };
 
 // Where encode() puts what the encoding of a chunk lost, and the CRC-32C of that.
@@ -78,14 +78,14 @@ class Codec {
 
   // Looks at all of a body and unpacks it. Returns nullptr, or why the body is refused. What
   // `checked` points at may be scratch, and is valid until the next call.
-  const char* check(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+  const char* check(std::uint64_t index, std::uint8_t encoding_byte, const std::uint8_t* body,
                     std::size_t size, Body& checked);
 
   // Writes the chunk's flat bytes to `out`: base + the decoded difference, or the difference alone
   // where base is nullptr, each rounded once and limited to the dtype's finite numbers; raw runs as
   // they are. Returns nullptr, or why the body is refused, in which case nothing was written.
   // Throws Error{kLayout} for an index past the end. `out` may be `base` but not the body.
-  const char* decode(std::uint64_t index, std::uint8_t encoding, const std::uint8_t* body,
+  const char* decode(std::uint64_t index, std::uint8_t encoding_byte, const std::uint8_t* body,
                      std::size_t size, const std::uint8_t* base, std::uint8_t* out);
   void decode(std::uint64_t index, const Body& checked, const std::uint8_t* base,
               std::uint8_t* out) const;
@@ -113,11 +113,11 @@ class Codec {
     Lost* lost;
   };
 
-  Scheme shorter(const Range& range) const;
+  Encoding shorter(const Range& range) const;
   void check_finite(const Chunk& chunk);
   std::uint8_t encode_chunk(const Chunk& chunk, std::vector<std::uint8_t>& body);
-  void encode_runs(const Chunk& chunk, Scheme scheme, std::vector<std::uint8_t>& body);
-  void encode_run(const Chunk& chunk, Scheme scheme, const Run& run,
+  void encode_runs(const Chunk& chunk, Encoding encoding, std::vector<std::uint8_t>& body);
+  void encode_run(const Chunk& chunk, Encoding encoding, const Run& run,
                   std::vector<std::uint8_t>& body, std::size_t start);
   void copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body);
   void copy_staged(const Chunk& chunk, const Run& run, std::uint8_t* body);
@@ -128,9 +128,12 @@ class Codec {
                    std::size_t from);
   void lose(const Chunk& chunk, const Run& run, RunReader& reader, std::size_t first,
             std::size_t n);
-  bool pack(Scheme scheme, const std::vector<std::uint8_t>& plain, std::vector<std::uint8_t>& body);
-  const char* unpack(Scheme scheme, const Range& range, const std::uint8_t* body, std::size_t size);
-  const char* plan(Scheme scheme, const Range& range, const std::uint8_t* plain, std::size_t size);
+  bool pack(Encoding encoding, const std::vector<std::uint8_t>& plain,
+            std::vector<std::uint8_t>& body);
+  const char* unpack(Encoding encoding, const Range& range, const std::uint8_t* body,
+                     std::size_t size);
+  const char* plan(Encoding encoding, const Range& range, const std::uint8_t* plain,
+                   std::size_t size);
 
   std::shared_ptr<const Layout> layout_;
   CodecOptions options_;

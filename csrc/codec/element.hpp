@@ -1,4 +1,4 @@
-// Elements of float dtypes as binary64 numbers, and which dtypes a scheme encodes. Pure functions
+// Elements of float dtypes as binary64 numbers, and which dtypes an encoding covers. Pure functions
 // of the codec's parts (codec.cpp, run_reader.cpp), callable from any thread.
 #pragma once
 
@@ -45,12 +45,12 @@ void with_float(Dtype dtype, Work&& work) {
 }
 
 // Whether runs of a dtype are encoded, or travel as they are.
-inline bool encodes(Scheme scheme, Dtype dtype) noexcept {
-  switch (scheme) {
-    case Scheme::kRaw:
+inline bool encodes(Encoding encoding, Dtype dtype) noexcept {
+  switch (encoding) {
+    case Encoding::kRaw:
       return false;
-    case Scheme::kBf16:
-    case Scheme::kF16:
+    case Encoding::kBf16:
+    case Encoding::kF16:
       return dtype == Dtype::kF32 || dtype == Dtype::kF64;
     default:
       return is_float(dtype);

@@ -19,7 +19,7 @@ Packer::Packer(std::shared_ptr<Codec> codec, std::shared_ptr<MappedFile> file)
       file_(std::move(file)),
       states_(static_cast<std::size_t>(codec_->layout().chunk_count()), State::kUnknown),
       chunks_(states_.size()) {
-  if (codec_->options().scheme != Scheme::kRaw || !codec_->options().lossless) {
+  if (codec_->options().encoding != Encoding::kRaw || !codec_->options().lossless) {
     throw Error(Errc::kConfig, "a set can be compressed without loss alone");
   }
   file_->check_range(0, codec_->layout().total_bytes());
@@ -40,8 +40,8 @@ std::optional<Packer::Chunk> Packer::pack(std::uint64_t index, const std::uint8_
   if (full_ || in_vain) {
     return std::nullopt;
   }
-  const std::uint8_t encoding = codec_->encode(index, data, nullptr, nullptr, body_);
-  if ((encoding & wire::kPacked) == 0) {
+  const std::uint8_t encoding_byte = codec_->encode(index, data, nullptr, nullptr, body_);
+  if ((encoding_byte & wire::kPacked) == 0) {
     ++failed_;
     return std::nullopt;
   }
@@ -55,7 +55,7 @@ std::optional<Packer::Chunk> Packer::pack(std::uint64_t index, const std::uint8_
     return std::nullopt;
   }
   const Chunk chunk{end_, static_cast<std::uint32_t>(body_.size()),
-                    crc32c(body_.data(), body_.size()), encoding};
+                    crc32c(body_.data(), body_.size()), encoding_byte};
   end_ = std::min((end_ + body_.size() + kPage - 1) / kPage * kPage, file_->size());
   return chunk;
 }

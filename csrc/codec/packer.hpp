@@ -26,7 +26,7 @@ class Packer {
     std::uint64_t offset;
     std::uint32_t size;
     std::uint32_t crc;
-    std::uint8_t encoding;
+    std::uint8_t encoding_byte;
   };
 
   // `file`: at least as large as the set, for this object alone.

@@ -152,14 +152,14 @@ const char* check_scales(const std::uint8_t* data, std::size_t count, float larg
 
 }  // namespace
 
-std::size_t encoded_bytes(Scheme scheme, std::size_t count) noexcept {
-  switch (scheme) {
-    case Scheme::kBf16:
-    case Scheme::kF16:
+std::size_t encoded_bytes(Encoding encoding, std::size_t count) noexcept {
+  switch (encoding) {
+    case Encoding::kBf16:
+    case Encoding::kF16:
       return 2 * count;
-    case Scheme::kInt8:
+    case Encoding::kInt8:
       return 4 * over(count, kInt8Block) + count;
-    case Scheme::kNf4: {
+    case Encoding::kNf4: {
       const std::size_t blocks = over(count, kNf4Block);
       return 4 * over(blocks, kNf4Group) + blocks + over(count, 2);
     }
@@ -168,48 +168,48 @@ std::size_t encoded_bytes(Scheme scheme, std::size_t count) noexcept {
   }
 }
 
-void encode(Scheme scheme, const float* values, std::size_t count, std::size_t keep,
+void encode(Encoding encoding, const float* values, std::size_t count, std::size_t keep,
             std::vector<std::uint8_t>& out) {
-  if (scheme == Scheme::kTopK) {
+  if (encoding == Encoding::kTopK) {
     encode_top_k(values, count, keep, out);
     return;
   }
   const std::size_t at = out.size();
-  out.resize(at + encoded_bytes(scheme, count));
-  encode_piece(scheme, values, 0, count, count, out.data() + at);
+  out.resize(at + encoded_bytes(encoding, count));
+  encode_piece(encoding, values, 0, count, count, out.data() + at);
 }
 
-void encode_piece(Scheme scheme, const float* values, std::size_t first, std::size_t n,
+void encode_piece(Encoding encoding, const float* values, std::size_t first, std::size_t n,
                   std::size_t count, std::uint8_t* run) {
   const kernels::Table& table = kernels::active();
-  switch (scheme) {
-    case Scheme::kInt8: {
+  switch (encoding) {
+    case Encoding::kInt8: {
       std::uint8_t* const codes = run + 4 * over(count, kInt8Block);
       return table.encode_int8(values, n, run + first / kInt8Block * 4, codes + first);
     }
-    case Scheme::kNf4: {
+    case Encoding::kNf4: {
       const std::size_t blocks = over(count, kNf4Block);
       std::uint8_t* const minis = run + 4 * over(blocks, kNf4Group);
       return table.encode_nf4(values, n, run + first / kNf4Block / kNf4Group * 4,
                               minis + first / kNf4Block, minis + blocks + first / 2);
     }
-    case Scheme::kBf16:
+    case Encoding::kBf16:
       return table.encode_bf16(values, n, run + 2 * first);
     default:
       return table.encode_f16(values, n, run + 2 * first);
   }
 }
 
-const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std::size_t count,
+const char* check(Encoding encoding, const std::uint8_t* data, std::size_t size, std::size_t count,
                   std::size_t& used) noexcept {
-  used = encoded_bytes(scheme, count);
+  used = encoded_bytes(encoding, count);
   if (size < used) {
     return "it is too short";
   }
-  if (scheme == Scheme::kTopK) {
+  if (encoding == Encoding::kTopK) {
     return check_top_k(data, size, count, used);
   }
-  if (scheme == Scheme::kInt8) {
+  if (encoding == Encoding::kInt8) {
     const std::size_t scales = over(count, kInt8Block);
     std::uint8_t found = 0;  // of the codes' own width, so that many are looked at together
     for (std::size_t i = 0; i < count; ++i) {
@@ -220,13 +220,13 @@ const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std
     }
     return check_scales(data, scales, kMaxInt8Scale);
   }
-  if (scheme == Scheme::kNf4) {
+  if (encoding == Encoding::kNf4) {
     if (count % 2 == 1 && data[used - 1] >= 0x10) {
       return "the half byte behind the last value is not 0";
     }
     return check_scales(data, over(over(count, kNf4Block), kNf4Group), kMaxNf4Scale);
   }
-  const auto exponent = static_cast<std::uint16_t>(scheme == Scheme::kBf16 ? 0x7F80 : 0x7C00);
+  const auto exponent = static_cast<std::uint16_t>(encoding == Encoding::kBf16 ? 0x7F80 : 0x7C00);
   std::uint16_t found = 0;
   for (std::size_t i = 0; i < count; ++i) {
     const bool is = (get<std::uint16_t>(data + 2 * i) & exponent) == exponent;
@@ -235,27 +235,27 @@ const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std
   return found == 0 ? nullptr : "a value is NaN or infinite";
 }
 
-std::size_t used_bytes(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept {
-  return encoded_bytes(scheme, count) +
-         (scheme == Scheme::kTopK
+std::size_t used_bytes(Encoding encoding, const std::uint8_t* data, std::size_t count) noexcept {
+  return encoded_bytes(encoding, count) +
+         (encoding == Encoding::kTopK
               ? std::size_t{4} * get<std::uint32_t>(data) + get<std::uint32_t>(data + 4)
               : 0);
 }
 
-std::array<Array, 3> arrays(Scheme scheme, std::size_t count) noexcept {
-  if (scheme == Scheme::kInt8) {
+std::array<Array, 3> arrays(Encoding encoding, std::size_t count) noexcept {
+  if (encoding == Encoding::kInt8) {
     return {{{4 * over(count, kInt8Block), 1, 1}, {0, kInt8Block, 4}, {0, 1, 0}}};
   }
-  if (scheme == Scheme::kNf4) {
+  if (encoding == Encoding::kNf4) {
     const std::size_t blocks = over(count, kNf4Block), outers = 4 * over(blocks, kNf4Group);
     return {{{outers + blocks, 2, 1}, {0, kNf4Block * kNf4Group, 4}, {outers, kNf4Block, 1}}};
   }
   return {{{0, 1, 2}, {0, 1, 0}, {0, 1, 0}}};
 }
 
-Reader::Reader(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept
-    : scheme_(scheme), data_(data), count_(count) {
-  if (scheme == Scheme::kTopK) {
+Reader::Reader(Encoding encoding, const std::uint8_t* data, std::size_t count) noexcept
+    : encoding_(encoding), data_(data), count_(count) {
+  if (encoding == Encoding::kTopK) {
     kept_ = get<std::uint32_t>(data);
     gaps_ = data + 8 + 4 * kept_;
     find_next_kept();
@@ -284,18 +284,18 @@ void Reader::next_top_k(float* out, std::size_t n) noexcept {
 
 void Reader::next(float* out, std::size_t n) noexcept {
   const kernels::Table& table = kernels::active();
-  switch (scheme_) {
-    case Scheme::kBf16:
+  switch (encoding_) {
+    case Encoding::kBf16:
       table.decode_bf16(data_ + 2 * at_, n, out);
       break;
-    case Scheme::kF16:
+    case Encoding::kF16:
       table.decode_f16(data_ + 2 * at_, n, out);
       break;
-    case Scheme::kInt8:
+    case Encoding::kInt8:
       table.decode_int8(data_ + at_ / kInt8Block * 4, data_ + 4 * over(count_, kInt8Block) + at_, n,
                         out);
       break;
-    case Scheme::kNf4: {
+    case Encoding::kNf4: {
       const std::size_t blocks = over(count_, kNf4Block);
       const std::uint8_t* minis = data_ + 4 * over(blocks, kNf4Group);
       table.decode_nf4(data_, minis, minis + blocks, at_, n, out);

@@ -30,14 +30,14 @@ struct Array {
 };
 
 // What a run of `count` > 0 values consists of: codes, then scales, then nf4's scales of blocks; of
-// width 0 what its scheme has not. Not for kRaw and kTopK.
-std::array<Array, 3> arrays(Scheme scheme, std::size_t count) noexcept;
+// width 0 what its encoding has not. Not for kRaw and kTopK.
+std::array<Array, 3> arrays(Encoding encoding, std::size_t count) noexcept;
 
 // Bytes of `count` encoded values, count > 0; of top-k the fewest there can be. Not for kRaw.
-std::size_t encoded_bytes(Scheme scheme, std::size_t count) noexcept;
+std::size_t encoded_bytes(Encoding encoding, std::size_t count) noexcept;
 
 // Appends `count` > 0 finite values to `out`. `keep` is for top-k alone: how many to keep at most.
-void encode(Scheme scheme, const float* values, std::size_t count, std::size_t keep,
+void encode(Encoding encoding, const float* values, std::size_t count, std::size_t keep,
             std::vector<std::uint8_t>& out);
 
 // The values of a run that encode_piece() takes at once: they stay in the cache meanwhile.
@@ -46,21 +46,21 @@ inline constexpr std::size_t kPiece = kNf4Block * kNf4Group;
 // encode() for a part of a run of `count` values: the `n` finite ones from element `first` on, both
 // multiples of kPiece but n at the run's end. `run` has encoded_bytes(). Not for kTopK, whose
 // lengths depend on the values.
-void encode_piece(Scheme scheme, const float* values, std::size_t first, std::size_t n,
+void encode_piece(Encoding encoding, const float* values, std::size_t first, std::size_t n,
                   std::size_t count, std::uint8_t* run);
 
 // Returns nullptr and the length of the encoded run if `size` bytes begin with one of `count`
 // values, else why they do not.
-const char* check(Scheme scheme, const std::uint8_t* data, std::size_t size, std::size_t count,
+const char* check(Encoding encoding, const std::uint8_t* data, std::size_t size, std::size_t count,
                   std::size_t& used) noexcept;
 
 // The length of a checked run.
-std::size_t used_bytes(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept;
+std::size_t used_bytes(Encoding encoding, const std::uint8_t* data, std::size_t count) noexcept;
 
 // Gives the values of a checked run from the first to the last.
 class Reader {
  public:
-  Reader(Scheme scheme, const std::uint8_t* data, std::size_t count) noexcept;
+  Reader(Encoding encoding, const std::uint8_t* data, std::size_t count) noexcept;
 
   // The next `n` values, at most kTile, and a multiple of kInt8Block but at the run's end.
   void next(float* out, std::size_t n) noexcept;
@@ -69,7 +69,7 @@ class Reader {
   void next_top_k(float* out, std::size_t n) noexcept;
   void find_next_kept() noexcept;
 
-  Scheme scheme_;
+  Encoding encoding_;
   const std::uint8_t* data_;
   std::size_t count_;
   std::size_t at_ = 0;

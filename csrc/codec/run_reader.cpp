@@ -13,9 +13,9 @@ void RunReader::next(const std::uint8_t* base, std::uint8_t* out, std::size_t n)
   kernels::add(dtype_, base, values.data(), out, n);
 }
 
-std::size_t run_bytes(Scheme scheme, const Run& run, const std::uint8_t* body) noexcept {
-  return encodes(scheme, run.dtype)
-             ? quantise::used_bytes(scheme, body, run.nbytes / item_size(run.dtype))
+std::size_t run_bytes(Encoding encoding, const Run& run, const std::uint8_t* body) noexcept {
+  return encodes(encoding, run.dtype)
+             ? quantise::used_bytes(encoding, body, run.nbytes / item_size(run.dtype))
              : run.nbytes;
 }
 

@@ -2,7 +2,7 @@
 // reads them (the reducer, Codec::decode) never holds more than a piece of them.
 //
 // Owns nothing but a cursor. Reads only bodies that Codec::check let pass, and only runs that their
-// scheme encodes. Not thread-safe; any number of readers may read one body. Cost: bound by
+// encoding encodes. Not thread-safe; any number of readers may read one body. Cost: bound by
 // arithmetic.
 #pragma once
 
@@ -19,8 +19,8 @@ class RunReader {
   static constexpr std::size_t kTile = quantise::kTile;
 
   // `body` points at the run's first byte; `count` > 0 elements.
-  RunReader(Scheme scheme, Dtype dtype, const std::uint8_t* body, std::size_t count) noexcept
-      : values_(scheme, body, count), dtype_(dtype) {}
+  RunReader(Encoding encoding, Dtype dtype, const std::uint8_t* body, std::size_t count) noexcept
+      : values_(encoding, body, count), dtype_(dtype) {}
 
   // Writes the next `n` elements to `out`: base + the decoded difference, or the difference alone
   // where base is nullptr, rounded once and limited to the dtype's finite numbers. `base` and `out`
@@ -33,7 +33,7 @@ class RunReader {
   Dtype dtype_;
 };
 
-// The bytes that a run takes in a body of this scheme that Codec::check let pass.
-std::size_t run_bytes(Scheme scheme, const Run& run, const std::uint8_t* body) noexcept;
+// The bytes that a run takes in a body of this encoding that Codec::check let pass.
+std::size_t run_bytes(Encoding encoding, const Run& run, const std::uint8_t* body) noexcept;
 
 }  // namespace fedcore

@@ -338,7 +338,7 @@ const char* Collector::unpack(const wire::Header& header, Frame& frame, Held& ch
           options_.codec->check(header.index, header.encoding, frame.data(), frame.size(), body)) {
     return why;
   }
-  chunk.scheme = body.scheme;
+  chunk.encoding = body.encoding;
   if (body.data == frame.data()) {
     chunk.frame = std::move(frame);
     return nullptr;

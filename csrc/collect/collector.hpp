@@ -256,8 +256,8 @@ class Collector {
   // A chunk in memory: its flat bytes, or what they are decoded from when they are reduced.
   struct Held {
     Frame frame;
-    Scheme scheme = Scheme::kRaw;
-    Body body() const noexcept { return {frame.data(), frame.size(), scheme}; }
+    Encoding encoding = Encoding::kRaw;
+    Body body() const noexcept { return {frame.data(), frame.size(), encoding}; }
   };
 
   struct Pull {
@@ -306,7 +306,7 @@ class Collector {
   }
   bool is_pulled(const Pull& pull) const noexcept { return pull.counts && !pull.failed; }
   bool differences() const noexcept {
-    return options_.codec && options_.codec->options().scheme != Scheme::kRaw;
+    return options_.codec && options_.codec->options().encoding != Encoding::kRaw;
   }
   // Of what is reduced, pages are given back so many bytes at a time.
   std::uint64_t release_step() const noexcept {

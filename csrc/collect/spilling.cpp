@@ -13,7 +13,7 @@ std::uint64_t Collector::spill_room(const Pull& pull) const noexcept {
 
 // A chunk's flat bytes, until the next call; null, and all stops, if the base has changed.
 const std::uint8_t* Collector::flat_bytes(std::uint64_t index, const Held& chunk) {
-  if (chunk.scheme == Scheme::kRaw) {
+  if (chunk.encoding == Encoding::kRaw) {
     return chunk.frame.data();
   }
   const Range range = layout_->chunk_range(index);

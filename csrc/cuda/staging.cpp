@@ -21,12 +21,12 @@ std::size_t head_bytes(std::size_t k) {
 
 Source source_of(const FcMean& mean, std::size_t i) {
   const auto* const data = static_cast<const std::uint8_t*>(mean.inputs[i]);
-  const auto scheme =
-      static_cast<Scheme>(mean.encodings != nullptr ? mean.encodings[i] : std::uint8_t{FC_RAW});
-  if (scheme == Scheme::kRaw) {
-    return {scheme, data, {{{0, 1, word_size(mean.dtype)}, {0, 1, 0}, {0, 1, 0}}}};
+  const auto encoding =
+      static_cast<Encoding>(mean.encodings != nullptr ? mean.encodings[i] : std::uint8_t{FC_RAW});
+  if (encoding == Encoding::kRaw) {
+    return {encoding, data, {{{0, 1, word_size(mean.dtype)}, {0, 1, 0}, {0, 1, 0}}}};
   }
-  return {scheme, data, quantise::arrays(scheme, mean.count)};
+  return {encoding, data, quantise::arrays(encoding, mean.count)};
 }
 
 // The bytes that a piece of `count` elements takes at most, wherever in a run it begins.
@@ -131,7 +131,7 @@ void Lane::start(Slot& slot, const FcMean& mean, std::size_t first, std::size_t 
       there[a] = filling.add(source.data, source.arrays[a], first, count);
     }
     const quantise::Input input{there[0], reinterpret_cast<const float*>(there[1]), there[2],
-                                source.scheme};
+                                source.encoding};
     std::memcpy(host + i * sizeof input, &input, sizeof input);
   }
   std::memcpy(host + k * sizeof(quantise::Input), mean.weights, k * sizeof(double));

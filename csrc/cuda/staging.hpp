@@ -60,7 +60,7 @@ using OpenQueue = std::function<std::unique_ptr<Queue>(std::size_t bytes)>;
 
 // An input of the block at hand, and the arrays that it consists of: raw elements are one.
 struct Source {
-  Scheme scheme;
+  Encoding encoding;
   const std::uint8_t* data;
   std::array<quantise::Array, 3> arrays;
 };

@@ -113,8 +113,8 @@ inline const char* parse(const void* data, std::size_t size, std::size_t body_si
   header.count = detail::load<std::uint32_t>(p + 32);
   header.length = detail::load<std::uint32_t>(p + 36);
   header.body_crc = detail::load<std::uint32_t>(p + 40);
-  const int scheme = header.encoding & ~kPacked;
-  if (scheme > kLastEncoding || (header.encoding != kRaw && header.kind != Kind::kChunk)) {
+  const int encoding = header.encoding & ~kPacked;
+  if (encoding > kLastEncoding || (header.encoding != kRaw && header.kind != Kind::kChunk)) {
     return "the encoding is unknown";
   }
   if (header.length != body_size) {

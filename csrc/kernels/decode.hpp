@@ -13,7 +13,14 @@
 
 namespace fedcore {
 
-enum class Scheme : std::uint8_t { kRaw = 0, kBf16 = 1, kF16 = 2, kInt8 = 3, kNf4 = 4, kTopK = 5 };
+enum class Encoding : std::uint8_t {
+  kRaw = 0,
+  kBf16 = 1,
+  kF16 = 2,
+  kInt8 = 3,
+  kNf4 = 4,
+  kTopK = 5
+};
 
 namespace quantise {
 
@@ -50,18 +57,18 @@ struct Input {
   const void* data;           // elements, or codes
   const float* scales;        // of int8's blocks, of nf4's groups
   const std::uint8_t* minis;  // of nf4's blocks
-  Scheme scheme;              // any but kTopK
+  Encoding encoding;          // any but kTopK
 };
 
 // The difference that element first + j of a run stands for.
 FEDCORE_HD float difference(const Input& input, std::size_t first, std::size_t j) {
   const auto* const bytes = static_cast<const std::uint8_t*>(input.data);
-  switch (input.scheme) {
-    case Scheme::kBf16:
+  switch (input.encoding) {
+    case Encoding::kBf16:
       return arith::bf16_to_float(static_cast<const std::uint16_t*>(input.data)[j]);
-    case Scheme::kF16:
+    case Encoding::kF16:
       return arith::half_to_float(static_cast<const std::uint16_t*>(input.data)[j]);
-    case Scheme::kInt8:
+    case Encoding::kInt8:
       return int8_value(bytes[j], input.scales[(first % kInt8Block + j) / kInt8Block]);
     default: {
       static constexpr Nf4Levels levels = nf4_levels();  // one for all threads of a device
@@ -85,7 +92,7 @@ struct MixedElements {
 
   FEDCORE_HD double operator()(std::size_t i, std::size_t j) const {
     const Input& input = inputs[i];
-    if (input.scheme == Scheme::kRaw) {
+    if (input.encoding == Encoding::kRaw) {
       return T::decode(static_cast<const typename T::Word*>(input.data)[j]);
     }
     double value = difference(input, first, j);

@@ -180,12 +180,12 @@ std::atomic<const FcDevice*> chosen_device{nullptr};
 
 static_assert(static_cast<int>(Dtype::kF64) == FC_F64 && static_cast<int>(Dtype::kF32) == FC_F32 &&
               static_cast<int>(Dtype::kF16) == FC_F16 && static_cast<int>(Dtype::kBF16) == FC_BF16);
-static_assert(static_cast<int>(Scheme::kRaw) == FC_RAW &&
-              static_cast<int>(Scheme::kBf16) == FC_CAST_BF16 &&
-              static_cast<int>(Scheme::kF16) == FC_CAST_F16 &&
-              static_cast<int>(Scheme::kInt8) == FC_INT8 &&
-              static_cast<int>(Scheme::kNf4) == FC_NF4 &&
-              static_cast<int>(Scheme::kTopK) == FC_TOP_K);
+static_assert(static_cast<int>(Encoding::kRaw) == FC_RAW &&
+              static_cast<int>(Encoding::kBf16) == FC_CAST_BF16 &&
+              static_cast<int>(Encoding::kF16) == FC_CAST_F16 &&
+              static_cast<int>(Encoding::kInt8) == FC_INT8 &&
+              static_cast<int>(Encoding::kNf4) == FC_NF4 &&
+              static_cast<int>(Encoding::kTopK) == FC_TOP_K);
 
 const Table& choose() {
   if (const char* forced = std::getenv("FEDCORE_SIMD"); forced != nullptr && *forced != '\0') {

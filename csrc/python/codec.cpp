@@ -77,9 +77,9 @@ struct PyCodec {
 };
 
 std::unique_ptr<PyCodec> make_codec(const std::shared_ptr<Layout>& layout,
-                                    const std::string& scheme, bool lossless, double top_k,
+                                    const std::string& encoding, bool lossless, double top_k,
                                     const std::vector<std::pair<std::string, double>>& stages) {
-  CodecOptions options{parse_scheme(scheme), lossless, top_k, {}};
+  CodecOptions options{parse_encoding(encoding), lossless, top_k, {}};
   for (const auto& [name, value] : stages) {
     options.stages.push_back(make_stage(name, value));
   }
@@ -183,13 +183,13 @@ void bind_codec(py::module_& m) {
   py::class_<PyCodec>(m, "Codec",
                       "One chunk of a layout as the bytes that travel, and back; one thread at a "
                       "time.")
-      .def(
-          py::init(&make_codec), py::arg("layout"), py::arg("scheme"), py::arg("lossless") = false,
-          py::arg("top_k") = 0.01,
-          py::arg("stages") = std::vector<std::pair<std::string, double>>{},
-          "scheme: raw, bf16, fp16, int8, nf4 or top-k; stages: (name, number) of each one that "
-          "changes differences before they are encoded. ConfigError for any other scheme or stage, "
-          "for a share top_k outside (0, 1], and for lossless without the package lz4.")
+      .def(py::init(&make_codec), py::arg("layout"), py::arg("encoding"),
+           py::arg("lossless") = false, py::arg("top_k") = 0.01,
+           py::arg("stages") = std::vector<std::pair<std::string, double>>{},
+           "encoding: raw, bf16, fp16, int8, nf4 or top-k; stages: (name, number) of each one that "
+           "changes differences before they are encoded. ConfigError for any other encoding or "
+           "stage, "
+           "for a share top_k outside (0, 1], and for lossless without the package lz4.")
       .def("encode", &encode, py::arg("index"), py::arg("values"), py::arg("base") = std::nullopt,
            py::arg("residual") = std::nullopt,
            "Encode values - base + residual, the flat bytes of chunk `index`: (encoding, body). "

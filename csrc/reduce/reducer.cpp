@@ -29,7 +29,7 @@ std::optional<BadValue> Reducer::reduce(const Layout& layout, Range range, const
       return bad;
     }
     for (std::size_t k = 0; k < bodies_.size(); ++k) {
-      bodies_[k] += run_bytes(inputs[k].scheme, run, bodies_[k]);
+      bodies_[k] += run_bytes(inputs[k].encoding, run, bodies_[k]);
     }
   }
   return std::nullopt;
@@ -39,9 +39,9 @@ std::optional<BadValue> Reducer::reduce_run(const Run& run, const Body* inputs,
                                             const std::uint8_t* base, std::uint8_t* out) {
   bool encoded = false;
   for (std::size_t k = 0; k < bodies_.size(); ++k) {
-    const bool here = encodes(inputs[k].scheme, run.dtype);
+    const bool here = encodes(inputs[k].encoding, run.dtype);
     pointers_[k] = bodies_[k];
-    encodings_[k] = static_cast<std::uint8_t>(here ? inputs[k].scheme : Scheme::kRaw);
+    encodings_[k] = static_cast<std::uint8_t>(here ? inputs[k].encoding : Encoding::kRaw);
     encoded = encoded || here;
   }
   int verdict = FC_MEAN_DECLINED;
@@ -71,8 +71,8 @@ std::optional<BadValue> Reducer::reduce_pieces(const Run& run, const Body* input
   const std::size_t piece_bytes = kernels::kPiece * width;
   readers_.clear();
   for (std::size_t k = 0; k < bodies_.size(); ++k) {
-    if (encodes(inputs[k].scheme, run.dtype)) {
-      readers_.emplace_back(inputs[k].scheme, run.dtype, bodies_[k], count);
+    if (encodes(inputs[k].encoding, run.dtype)) {
+      readers_.emplace_back(inputs[k].encoding, run.dtype, bodies_[k], count);
     }
   }
   pieces_.resize(std::max(pieces_.size(), readers_.size() * piece_bytes));
@@ -81,7 +81,7 @@ std::optional<BadValue> Reducer::reduce_pieces(const Run& run, const Body* input
     std::size_t reader = 0;
     for (std::size_t k = 0; k < bodies_.size(); ++k) {
       pointers_[k] = bodies_[k] + at;
-      if (encodes(inputs[k].scheme, run.dtype)) {
+      if (encodes(inputs[k].encoding, run.dtype)) {
         std::uint8_t* const piece = pieces_.data() + reader * piece_bytes;
         readers_[reader++].next(base != nullptr ? base + at : nullptr, piece, n);
         pointers_[k] = piece;
@@ -134,14 +134,14 @@ std::optional<BadValue> Reducer::fold(const Layout& layout, Range range, std::si
   std::size_t sums = 0;
   const std::uint8_t* body = input.data;
   for (const Run& run : runs) {
-    if (!encodes(input.scheme, run.dtype)) {  // what is encoded is finite
+    if (!encodes(input.encoding, run.dtype)) {  // what is encoded is finite
       const std::int64_t found = kernels::find_non_finite(run.dtype, body, run.nbytes);
       if (found >= 0) {
         return BadValue{source,
                         run.offset + static_cast<std::uint64_t>(found) * item_size(run.dtype)};
       }
     }
-    body += run_bytes(input.scheme, run, body);
+    body += run_bytes(input.encoding, run, body);
     sums += sums_of(run);
   }
   sums_.resize(std::max(sums, sums_.size()));
@@ -149,23 +149,23 @@ std::optional<BadValue> Reducer::fold(const Layout& layout, Range range, std::si
   body = input.data;
   for (const Run& run : runs) {
     const std::uint64_t begin = run.offset - range.offset;
-    if (encodes(input.scheme, run.dtype)) {
-      fold_pieces(run, source, input.scheme, body, base != nullptr ? base + begin : nullptr, at);
+    if (encodes(input.encoding, run.dtype)) {
+      fold_pieces(run, source, input.encoding, body, base != nullptr ? base + begin : nullptr, at);
     } else if (is_float(run.dtype)) {
       combiner_->fold(run.dtype, source, body, at, run.nbytes);
     } else if (source == 0) {
       std::memcpy(out + begin, base != nullptr ? base + begin : body, run.nbytes);
     }
     at += sums_of(run);
-    body += run_bytes(input.scheme, run, body);
+    body += run_bytes(input.encoding, run, body);
   }
   return std::nullopt;
 }
 
-void Reducer::fold_pieces(const Run& run, std::size_t source, Scheme scheme,
+void Reducer::fold_pieces(const Run& run, std::size_t source, Encoding encoding,
                           const std::uint8_t* body, const std::uint8_t* base, double* sums) {
   const std::size_t width = item_size(run.dtype), count = run.nbytes / width;
-  RunReader reader(scheme, run.dtype, body, count);
+  RunReader reader(encoding, run.dtype, body, count);
   pieces_.resize(std::max(pieces_.size(), kernels::kPiece * width));
   for (std::size_t first = 0; first < count; first += kernels::kPiece) {
     const std::size_t n = std::min(kernels::kPiece, count - first);

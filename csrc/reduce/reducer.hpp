@@ -66,7 +66,7 @@ class Reducer {
   bool combine_piece(const Run& run, std::size_t first, std::size_t n, const std::uint8_t* base,
                      std::uint8_t* out);
   std::optional<BadValue> find_bad(Dtype dtype, std::uint64_t offset, std::uint64_t nbytes) const;
-  void fold_pieces(const Run& run, std::size_t source, Scheme scheme, const std::uint8_t* body,
+  void fold_pieces(const Run& run, std::size_t source, Encoding encoding, const std::uint8_t* body,
                    const std::uint8_t* base, double* sums);
   void finish_pieces(const Run& run, const double* sums, const std::uint8_t* base,
                      std::uint8_t* out);

@@ -513,7 +513,7 @@ std::optional<OutFrame> Exchange::serve(const std::string& peer) {
   }
   auto file = outgoing_->send(peer, found->file, found->data, found->size);
   header.kind = wire::Kind::kChunk;
-  header.encoding = found->encoding;
+  header.encoding = found->encoding_byte;
   header.length = found->size;
   header.body_crc = publisher_.checksum(set, index);
   return OutFrame{peer, wire::encode(header), std::move(file), found->data, found->size};

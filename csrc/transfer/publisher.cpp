@@ -132,7 +132,8 @@ std::optional<PublishedChunk> Publisher::find(const wire::SetId& id, std::uint64
     if (const auto packed = set.packer->get(index, set.file->data() + at)) {
       set.file->release(at, end - at);
       const auto& file = set.packer->file();
-      return PublishedChunk{file, file->data() + packed->offset, packed->size, packed->encoding};
+      return PublishedChunk{file, file->data() + packed->offset, packed->size,
+                            packed->encoding_byte};
     }
   }
   return PublishedChunk{set.file, set.file->data() + at, static_cast<std::uint32_t>(end - at),
@@ -186,7 +187,7 @@ std::uint32_t Publisher::checksum(const wire::SetId& id, std::uint64_t index) {
   Set& set = sets_.at(id);
   chunk->file->populate(static_cast<std::uint64_t>(chunk->data - chunk->file->data()), chunk->size);
   touch(chunk->data, chunk->size);
-  if (chunk->encoding != wire::kRaw && set.packer) {
+  if (chunk->encoding_byte != wire::kRaw && set.packer) {
     if (const auto packed = set.packer->get(index, nullptr)) {
       return packed->crc;
     }

@@ -23,7 +23,7 @@ struct PublishedChunk {
   std::shared_ptr<MappedFile> file;
   const std::uint8_t* data;
   std::uint32_t size;
-  std::uint8_t encoding;
+  std::uint8_t encoding_byte;
 };
 
 class Publisher {

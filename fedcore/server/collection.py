@@ -59,10 +59,10 @@ def update_codec(transfer: TransferSection, layout: Layout, *, initial: bool) ->
 
     The initial model has no base to be a difference to, so at most it is compressed.
     """
-    scheme = "raw" if initial else transfer.update
-    if scheme == "raw" and not transfer.lossless:
+    encoding = "raw" if initial else transfer.update
+    if encoding == "raw" and not transfer.lossless:
         return None
-    return Codec(layout, scheme, transfer.lossless, transfer.top_k)
+    return Codec(layout, encoding, transfer.lossless, transfer.top_k)
 
 
 @dataclass(frozen=True)

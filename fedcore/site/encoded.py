@@ -81,7 +81,7 @@ class Outgoing:
             checksums: of the file's chunks.
             included: the last committed version that holds this site's update: its residual counts from now on.
         """
-        scheme = self._transfer.update
+        encoding = self._transfer.update
         if not self._encodes:
             return EncodedUpdate.raw(file, checksums)
         self.prepare(included)
@@ -89,7 +89,7 @@ class Outgoing:
         assert encoder is not None
         if included is not None:
             encoder.settle(included, included=True)
-        if scheme != "raw":  # before the file that does not count is written over
+        if encoding != "raw":  # before the file that does not count is written over
             self._work.record_residual(self._layout, encoder.state)
         try:
             update = encoder.encode(
@@ -98,31 +98,31 @@ class Outgoing:
         except NonFiniteError as error:
             logger.warning("this update leaves as it is: %s", error)
             return EncodedUpdate.raw(file, checksums)
-        if scheme != "raw":
+        if encoding != "raw":
             self._work.record_residual(self._layout, encoder.state)
         return update
 
-    def _resume(self, scheme: str, included: int | None) -> UpdateEncoder:
+    def _resume(self, encoding: str, included: int | None) -> UpdateEncoder:
         """Return an encoder that goes on with the residual of an earlier process, if there is a whole one."""
-        state = None if scheme == "raw" else self._work.residual(self._layout)
+        state = None if encoding == "raw" else self._work.residual(self._layout)
         if state is not None:
-            encoder = self._make(scheme, state)
+            encoder = self._make(encoding, state)
             if included is not None:
                 encoder.settle(included, included=True)
             if encoder.is_whole():
                 return encoder
             if encoder.state.checksums[encoder.state.now] is not None:
                 logger.warning("what earlier updates lost to their encoding is not here any more")
-        return self._make(scheme, None)
+        return self._make(encoding, None)
 
-    def _make(self, scheme: str, state: ResidualState | None) -> UpdateEncoder:
+    def _make(self, encoding: str, state: ResidualState | None) -> UpdateEncoder:
         def file(name: str, nbytes: int) -> MappedFile:
             again = state is not None and name.startswith("residual")
             return self._work.flat(name, nbytes, again=again)
 
         return UpdateEncoder(
             self._layout,
-            scheme,
+            encoding,
             lossless=self._lossless,
             top_k=self._transfer.top_k,
             make_file=file,

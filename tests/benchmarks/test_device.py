@@ -96,7 +96,7 @@ def test_the_cpu_beside_itself_has_a_row_for_every_case(tmp_path: Path) -> None:
     found = json.loads(path.read_text())
     assert found["device"] == "CPU"
     assert [(row["tensors"], row["update"]) for row in found["rows"]] == [
-        (tensors, scheme) for tensors, schemes in device.CASES.items() for scheme in schemes
+        (tensors, encoding) for tensors, encodings in device.CASES.items() for encoding in encodings
     ]
     for row in found["rows"]:
         assert row["cpu_gb_s"] > 0
@@ -121,11 +121,13 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("scheme", ["raw", "nf4"])
-def test_a_device_that_is_wrong_is_not_timed(install: Any, scheme: str) -> None:
+@pytest.mark.parametrize("encoding", ["raw", "nf4"])
+def test_a_device_that_is_wrong_is_not_timed(install: Any, encoding: str) -> None:
     install(lambda mean: FINITE)  # and writes nothing
-    with pytest.raises(ArithmeticError, match=f"{scheme}: the mean of LoRA, fp32 on cuda is wrong"):
-        device.measure(Work("LoRA, fp32", SIZE), scheme, 2, "cuda", 1)
+    with pytest.raises(
+        ArithmeticError, match=f"{encoding}: the mean of LoRA, fp32 on cuda is wrong"
+    ):
+        device.measure(Work("LoRA, fp32", SIZE), encoding, 2, "cuda", 1)
     assert _device.device_blocks() == 0, "the CPU is in use again"
 
 

@@ -13,7 +13,7 @@ SIZE = 1 << 20
 
 def test_every_encoding_of_every_kind_of_tensors_has_a_row() -> None:
     rows = encodings.sweep(SIZE, 1)
-    assert len(rows) == len(encodings.TENSORS) * (2 * len(encodings.SCHEMES) - 1)
+    assert len(rows) == len(encodings.TENSORS) * (2 * len(encodings.ENCODINGS) - 1)
     assert {row["tensors"] for row in rows} == set(encodings.TENSORS)
     assert all(
         row[f"{what}_gb_s"] > 0 for row in rows for what in ("encode", "update", "decode", "reduce")
@@ -42,13 +42,13 @@ def test_a_mean_that_is_not_what_both_sites_sent_is_not_timed(
 
 
 @pytest.mark.parametrize("name", encodings.TENSORS)
-@pytest.mark.parametrize("scheme", encodings.SCHEMES)
-def test_an_encoding_that_is_off_by_one_value_is_not_timed(name: str, scheme: str) -> None:
+@pytest.mark.parametrize("encoding", encodings.ENCODINGS)
+def test_an_encoding_that_is_off_by_one_value_is_not_timed(name: str, encoding: str) -> None:
     work = encodings.Work(name, SIZE // 4)
-    codec = Codec(work.layout, scheme, False, encodings.TOP_K)
+    codec = Codec(work.layout, encoding, False, encodings.TOP_K)
     chunks, out = work.encode(codec), np.empty_like(work.local)
     work.decode(codec, chunks, out)
-    encodings.validate(work, scheme, chunks, out)
+    encodings.validate(work, encoding, chunks, out)
     out[-1] ^= 0x40  # a bit of the last value's exponent
-    with pytest.raises(ArithmeticError, match=scheme):
-        encodings.validate(work, scheme, chunks, out)
+    with pytest.raises(ArithmeticError, match=encoding):
+        encodings.validate(work, encoding, chunks, out)

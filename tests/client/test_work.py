@@ -369,12 +369,12 @@ def files_of_at_most(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("scheme", ["raw", "int8"])
+@pytest.mark.parametrize("encoding", ["raw", "int8"])
 def test_an_update_that_its_folder_has_no_room_for_waits_in_memory(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, scheme: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, encoding: str
 ) -> None:
     work = WorkFolder(tmp_path, "a", RUN)
-    outgoing = Outgoing(LAYOUT, protocol.Transfer.model_validate({"update": scheme}), work)
+    outgoing = Outgoing(LAYOUT, protocol.Transfer.model_validate({"update": encoding}), work)
     base = work.scratch(LAYOUT)
     with files_of_at_most(CHUNK):
         work.reserve(LAYOUT)

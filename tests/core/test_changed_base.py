@@ -46,16 +46,16 @@ def checksums(data: bytes) -> list[int]:
 
 
 def collect(
-    base: MappedFile, scheme: str, *, budget: int, spill: Spill | None = None, threads: int = 1
+    base: MappedFile, encoding: str, *, budget: int, spill: Spill | None = None, threads: int = 1
 ) -> tuple[Collector, list[tuple[Any, ...]]]:
     """Reduce the updates of two sites onto ``base``, b's once all of a's are here; what is reported, too."""
     sites = {}
     for number, name in enumerate(WEIGHTS, start=1):
         sites[name] = site = Exchange()
-        if scheme == "raw":
+        if encoding == "raw":
             site.publish(name * 16, mapped(flat(number)), 0, LAYOUT.total_bytes, CHUNK)
             continue
-        encoder = UpdateEncoder(LAYOUT, scheme, top_k=0.1)
+        encoder = UpdateEncoder(LAYOUT, encoding, top_k=0.1)
         update = encoder.encode(1, mapped(flat(number)), 0, mapped(flat(0)), 0)
         site.publish_encoded(name * 16, update.file, update.offsets, update.encodings)
     server, out = Exchange(), MappedFile.anonymous(LAYOUT.total_bytes)
@@ -71,7 +71,7 @@ def collect(
             spill_after_ms=1,
             threads=threads,
             base_checksums=checksums(flat(0)),
-            codec=None if scheme == "raw" else Codec(LAYOUT, scheme),
+            codec=None if encoding == "raw" else Codec(LAYOUT, encoding),
         ),
     )
     server.start(collector)
@@ -94,24 +94,24 @@ def collect(
     return collector, events
 
 
-@pytest.mark.parametrize("scheme", ["int8", "top-k", "raw"])
+@pytest.mark.parametrize("encoding", ["int8", "top-k", "raw"])
 @pytest.mark.parametrize(("budget", "threads"), [(1, 1), (1 << 20, 1), (1 << 20, 4)])
 @pytest.mark.parametrize("spilled", [False, True])
 def test_a_base_that_has_changed_is_named_and_makes_no_model(
-    tmp_path: Path, scheme: str, budget: int, threads: int, spilled: bool
+    tmp_path: Path, encoding: str, budget: int, threads: int, spilled: bool
 ) -> None:
     path = tmp_path / "base"
     base = MappedFile.create(str(path), LAYOUT.total_bytes)
     base.write(0, flat(0))
     spill = Spill(str(tmp_path / "spill"), CHUNK, 0) if spilled else None
     budget = 16 * CHUNK if spilled and budget > 1 else budget
-    collector, events = collect(base, scheme, budget=budget, spill=spill, threads=threads)
+    collector, events = collect(base, encoding, budget=budget, spill=spill, threads=threads)
     assert collector.done
     assert [type(event) for event in events] == [CollectorDone]
 
     at = 4 * COUNT + 100  # where integers lie, which are taken from the base whatever is sent
     base.write(at, b"\x01")
-    collector, events = collect(base, scheme, budget=budget, spill=spill, threads=threads)
+    collector, events = collect(base, encoding, budget=budget, spill=spill, threads=threads)
     assert not collector.done
     assert [(type(event), event.set_id) for event in events] == [(SetDamaged, b"")]
     assert (

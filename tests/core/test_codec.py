@@ -148,13 +148,13 @@ def one_run(count: int) -> Layout:
 
 
 def trip(codec: Codec, values: F32, base: F32 | None = None) -> tuple[int, bytes, F32]:
-    encoding, body = codec.encode(0, values, base)
+    number, body = codec.encode(0, values, base)
     out = np.empty_like(values)
-    codec.decode(0, encoding, body, out, base)
-    return encoding, body, out
+    codec.decode(0, number, body, out, base)
+    return number, body, out
 
 
-@pytest.mark.parametrize("scheme", LOSSY)
+@pytest.mark.parametrize("encoding", LOSSY)
 @settings(max_examples=60, deadline=None)
 @given(
     count=st.one_of(st.integers(1, 9), st.integers(10, 40_000)),
@@ -164,7 +164,7 @@ def trip(codec: Codec, values: F32, base: F32 | None = None) -> tuple[int, bytes
     coarse=st.booleans(),
 )
 def test_an_encoded_run_is_the_references_bytes_and_values(
-    scheme: str, *, count: int, seed: int, scale: float, spread: bool, coarse: bool
+    encoding: str, *, count: int, seed: int, scale: float, spread: bool, coarse: bool
 ) -> None:
     values = floats(count, seed, scale)
     if coarse:  # half of them lie in the middle between two numbers of bf16
@@ -173,12 +173,12 @@ def test_an_encoded_run_is_the_references_bytes_and_values(
         rng = np.random.default_rng(seed)
         values *= np.repeat(np.exp2(-rng.integers(0, 30, count // 64 + 1)), 64)[:count].astype("f4")
         values[: count // 3] = 0
-    expected, decoded = REFERENCE[scheme](values)
-    encoding, body, out = trip(Codec(one_run(count), scheme), values)
+    expected, decoded = REFERENCE[encoding](values)
+    number, body, out = trip(Codec(one_run(count), encoding), values)
     if len(expected) >= values.nbytes:
-        assert (encoding, body) == (0, values.tobytes())
+        assert (number, body) == (0, values.tobytes())
     else:
-        assert (encoding, body) == (NUMBER[scheme], expected)
+        assert (number, body) == (NUMBER[encoding], expected)
         np.testing.assert_array_equal(out, decoded)
 
 
@@ -198,34 +198,36 @@ def test_ties_of_nf4_go_to_the_even_scale_and_the_lower_code() -> None:
     assert body[5:].hex() == "0f21436587a9cbed"
 
 
-@pytest.mark.parametrize("scheme", LOSSY)
+@pytest.mark.parametrize("encoding", LOSSY)
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 def test_a_decoded_difference_lands_on_the_base_in_the_dtype_of_the_run(
-    scheme: str, dtype: str
+    encoding: str, dtype: str
 ) -> None:
     torch = pytest.importorskip("torch")
     kind = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
     base = torch.from_numpy(floats(5000, 1, 1.0)).to(getattr(torch, kind))
     values = (base.double() + torch.from_numpy(floats(5000, 2, 0.05))).to(base.dtype)
-    codec = Codec(Layout([("w", dtype, [5000])], 1 << 20), scheme, top_k=0.05)
+    codec = Codec(Layout([("w", dtype, [5000])], 1 << 20), encoding, top_k=0.05)
     raw, under = (t.view(torch.uint8).numpy() for t in (values, base))
-    encoding, body = codec.encode(0, raw, under)
+    number, body = codec.encode(0, raw, under)
     out = torch.empty_like(base)
-    codec.decode(0, encoding, body, out.view(torch.uint8).numpy(), under)
-    if scheme in ("bf16", "fp16") and dtype in ("F16", "BF16"):
-        assert encoding == 0
+    codec.decode(0, number, body, out.view(torch.uint8).numpy(), under)
+    if encoding in ("bf16", "fp16") and dtype in ("F16", "BF16"):
+        assert number == 0
         assert torch.equal(out, values)
         return
     difference = (values.double() - base.double()).float().numpy()
     expected, decoded = (
-        reference_top_k(difference, 0.05) if scheme == "top-k" else REFERENCE[scheme](difference)
+        reference_top_k(difference, 0.05)
+        if encoding == "top-k"
+        else REFERENCE[encoding](difference)
     )
     assert body == expected
     assert torch.equal(out, (base.double() + torch.from_numpy(decoded)).to(base.dtype))
 
 
 @pytest.mark.parametrize(
-    ("scheme", "bound", "ratio"),
+    ("encoding", "bound", "ratio"),
     [
         ("bf16", 2**-8, 1.999),
         ("fp16", 2**-10, 1.999),
@@ -235,12 +237,12 @@ def test_a_decoded_difference_lands_on_the_base_in_the_dtype_of_the_run(
     ],
 )
 def test_the_error_and_the_ratio_are_those_that_the_protocol_promises(
-    scheme: str, bound: float, ratio: float
+    encoding: str, bound: float, ratio: float
 ) -> None:
     values = floats(1 << 18)
-    _, body, out = trip(Codec(one_run(1 << 18), scheme), values)
+    _, body, out = trip(Codec(one_run(1 << 18), encoding), values)
     largest = np.abs(blocks(values, 64)).max(axis=1, keepdims=True)
-    if scheme == "int8":
+    if encoding == "int8":
         largest = np.repeat(np.abs(blocks(values, 128)).max(axis=1, keepdims=True), 2, axis=0)
     assert (np.abs(blocks(out - values, 64)) <= bound * largest).all()
     assert values.nbytes / len(body) >= ratio
@@ -278,22 +280,22 @@ def mixed_bytes(layout: Layout, seed: int) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-@pytest.mark.parametrize("scheme", ["raw", *LOSSY])
+@pytest.mark.parametrize("encoding", ["raw", *LOSSY])
 def test_integers_and_booleans_travel_exactly_and_no_chunk_grows(
-    scheme: str, lossless: bool
+    encoding: str, lossless: bool
 ) -> None:
     layout = mixed_layout()
     flat, base = mixed_bytes(layout, 1), mixed_bytes(layout, 2)
-    codec = Codec(layout, scheme, lossless)
+    codec = Codec(layout, encoding, lossless)
     out = np.zeros_like(flat)
     for index in range(layout.chunk_count):
         offset, nbytes = layout.chunk_range(index)
         part = slice(offset, offset + nbytes)
-        encoding, body = codec.encode(index, flat[part], base[part])
+        number, body = codec.encode(index, flat[part], base[part])
         assert len(body) <= nbytes
-        codec.decode(index, encoding, body, out[part], base[part])
+        codec.decode(index, number, body, out[part], base[part])
     for _, dtype, _, offset, nbytes in layout.tensors:
-        if scheme == "raw" or dtype in ("I64", "U8", "BOOL"):
+        if encoding == "raw" or dtype in ("I64", "U8", "BOOL"):
             part = slice(offset, offset + nbytes)
             np.testing.assert_array_equal(out[part], flat[part])
 
@@ -302,10 +304,10 @@ def test_lossless_packs_what_shrinks_and_leaves_the_rest_raw() -> None:
     count = 1 << 18
     codec = Codec(one_run(count), "raw", lossless=True)
     noise = np.random.default_rng(3).integers(0, 2**32, count, np.uint32).view(np.float32)
-    encoding, body = codec.encode(0, noise)
-    assert (encoding, len(body)) == (0, noise.nbytes)
-    encoding, body, out = trip(codec, floats(count))
-    assert encoding == 0x80
+    number, body = codec.encode(0, noise)
+    assert (number, len(body)) == (0, noise.nbytes)
+    number, body, out = trip(codec, floats(count))
+    assert number == 0x80
     assert len(body) <= 0.95 * out.nbytes
     np.testing.assert_array_equal(out, floats(count))
 
@@ -314,8 +316,8 @@ def test_a_chunk_whose_middle_alone_shrinks_stays_raw() -> None:
     count = 1 << 18
     noise = np.random.default_rng(3).integers(0, 2**32, count, np.uint32).view(np.float32)
     noise[count // 2 - 5000 : count // 2 + 5000] = 0
-    encoding, _ = Codec(one_run(count), "raw", lossless=True).encode(0, noise)
-    assert encoding == 0
+    number, _ = Codec(one_run(count), "raw", lossless=True).encode(0, noise)
+    assert number == 0
 
 
 @pytest.mark.parametrize(("zeros", "packed"), [(45, False), (80, True)])
@@ -335,10 +337,8 @@ def test_a_chunk_whose_middle_does_not_shrink_is_not_tried_any_further() -> None
     data = np.zeros(count, np.uint8)
     middle = slice(count // 2 - (48 << 10), count // 2 + (48 << 10))
     data[middle] = np.random.default_rng(3).integers(0, 256, 96 << 10, np.uint8)
-    encoding, _ = Codec(Layout([("w", "U8", [count])], 1 << 20), "raw", lossless=True).encode(
-        0, data
-    )
-    assert encoding == 0
+    number, _ = Codec(Layout([("w", "U8", [count])], 1 << 20), "raw", lossless=True).encode(0, data)
+    assert number == 0
 
 
 def test_a_packed_encoding_gives_the_values_of_the_plain_one() -> None:
@@ -365,10 +365,10 @@ def test_every_simd_level_and_a_second_codec_give_the_same_bytes() -> None:
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("scheme", ["int8", "nf4", "top-k"])
+@pytest.mark.parametrize("encoding", ["int8", "nf4", "top-k"])
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 def test_every_simd_level_adds_differences_to_the_base_with_the_same_bits(
-    dtype: str, scheme: str
+    dtype: str, encoding: str
 ) -> None:
     from fedcore import _core
 
@@ -388,14 +388,14 @@ def test_every_simd_level_adds_differences_to_the_base_with_the_same_bits(
         base[:3] = np.finfo(np.float32).max
         local[:3] = -np.finfo(np.float32).max
     layout = Layout([("w", dtype, [count])], -(-count * size // 4096) * 4096)
-    codec = Codec(layout, scheme, top_k=0.5)
-    body, encoding = codec.encode(0, local.tobytes(), base.tobytes())
-    assert encoding != 0
+    codec = Codec(layout, encoding, top_k=0.5)
+    body, number = codec.encode(0, local.tobytes(), base.tobytes())
+    assert number != 0
     before, seen = _core.simd_level(), set()
     for level in _core.simd_levels():
         _core.set_simd_level(level)
         out = bytearray(count * size)
-        codec.decode(0, body, encoding, out, base.tobytes())
+        codec.decode(0, body, number, out, base.tobytes())
         seen.add(bytes(out))
     _core.set_simd_level(before)
     assert len(seen) == 1
@@ -416,47 +416,47 @@ GOLDEN = {
 }
 
 
-@pytest.mark.parametrize("scheme", LOSSY)
-def test_the_golden_bytes_of_the_protocol_page(scheme: str) -> None:
+@pytest.mark.parametrize("encoding", LOSSY)
+def test_the_golden_bytes_of_the_protocol_page(encoding: str) -> None:
     values = np.array([-1, 0.5, 0, 3], np.float32)
-    _, body = Codec(one_run(4), scheme).encode(0, values)
-    assert body.hex() == GOLDEN[scheme].replace(" ", "")
+    _, body = Codec(one_run(4), encoding).encode(0, values)
+    assert body.hex() == GOLDEN[encoding].replace(" ", "")
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("scheme", LOSSY)
-def test_a_non_finite_value_is_named_and_not_encoded(scheme: str, bad: float) -> None:
+@pytest.mark.parametrize("encoding", LOSSY)
+def test_a_non_finite_value_is_named_and_not_encoded(encoding: str, bad: float) -> None:
     values = floats(5000)
     values[321] = bad
     with pytest.raises(NonFiniteError, match="tensor 'w', element 321"):
-        Codec(one_run(5000), scheme).encode(0, values)
+        Codec(one_run(5000), encoding).encode(0, values)
 
 
-@pytest.mark.parametrize("scheme", LOSSY)
-def test_a_difference_beyond_the_format_is_limited_to_its_largest_number(scheme: str) -> None:
+@pytest.mark.parametrize("encoding", LOSSY)
+def test_a_difference_beyond_the_format_is_limited_to_its_largest_number(encoding: str) -> None:
     most = np.float32(np.finfo(np.float32).max)
     values, base = np.full(640, most), np.full(640, -most)
-    _, _, out = trip(Codec(one_run(640), scheme), values, base)
+    _, _, out = trip(Codec(one_run(640), encoding), values, base)
     assert np.isfinite(out).all()
-    codec = Codec(one_run(640), scheme, top_k=0.4)
-    encoding, body = codec.encode(0, values)
-    codec.decode(0, encoding, body, out)
+    codec = Codec(one_run(640), encoding, top_k=0.4)
+    number, body = codec.encode(0, values)
+    codec.decode(0, number, body, out)
     assert np.isfinite(out).all()
-    codec.decode(0, encoding, body, out, values)
+    codec.decode(0, number, body, out, values)
     assert out[0] == most
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "int8", "nf4", "top-k"])
-def test_the_residual_carries_what_an_encoding_loses_into_the_next_round(scheme: str) -> None:
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4", "top-k"])
+def test_the_residual_carries_what_an_encoding_loses_into_the_next_round(encoding: str) -> None:
     count = 10_000
-    codec = Codec(one_run(count), scheme, top_k=0.1)
+    codec = Codec(one_run(count), encoding, top_k=0.1)
     base, values = floats(count, 1, 1.0), floats(count, 1, 1.0) + floats(count, 2, 1e-2)
     residual, sent = np.zeros(count, np.float32), np.zeros(count)
     rounds = 40
     for _ in range(rounds):
-        encoding, body = codec.encode(0, values, base, residual)
+        number, body = codec.encode(0, values, base, residual)
         out, after = np.empty_like(values), np.empty_like(values)
-        codec.decode(0, encoding, body, out, base)
+        codec.decode(0, number, body, out, base)
         codec.carry(0, values, residual, out, after)
         sent += out.astype(np.float64) - base
         residual = after
@@ -472,9 +472,9 @@ def test_a_raw_run_of_which_nothing_was_lost_keeps_the_sign_of_zero() -> None:
     values[200:] = 0x8000
     residual, out = np.zeros(250, np.uint16), np.empty(250, np.uint16)
     codec = Codec(layout, "bf16")
-    encoding, body = codec.encode(0, values, base, residual)
-    codec.decode(0, encoding, body, out, base)
-    assert encoding == NUMBER["bf16"]
+    number, body = codec.encode(0, values, base, residual)
+    codec.decode(0, number, body, out, base)
+    assert number == NUMBER["bf16"]
     assert set(out[200:]) == {0x8000}
     residual[200:] = 0x3F80
     codec.decode(0, *codec.encode(0, values, base, residual), out, base)
@@ -484,11 +484,11 @@ def test_a_raw_run_of_which_nothing_was_lost_keeps_the_sign_of_zero() -> None:
 # --- Hostile bodies ---
 
 
-def refused(codec: Codec, encoding: int, body: bytes, nbytes: int) -> str:
+def refused(codec: Codec, number: int, body: bytes, nbytes: int) -> str:
     """Decode what must be refused; the output must be as it was."""
     out = bytearray(b"\xa5" * nbytes)
     with pytest.raises(ProtocolError) as caught:
-        codec.decode(0, encoding, body, out)
+        codec.decode(0, number, body, out)
     assert out == b"\xa5" * nbytes
     return str(caught.value)
 
@@ -501,7 +501,7 @@ ONE = struct.pack("<f", 1)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "body", "said"),
+    ("encoding", "body", "said"),
     [
         ("bf16", b"\x00\x00" * 99, "too short"),
         ("bf16", b"\x00\x00" * 101, "too long"),
@@ -534,9 +534,9 @@ ONE = struct.pack("<f", 1)
     ],
 )
 def test_a_malformed_body_is_refused_and_changes_nothing(
-    scheme: str, body: bytes, said: str
+    encoding: str, body: bytes, said: str
 ) -> None:
-    assert said in refused(Codec(one_run(100), scheme), NUMBER[scheme], body, 400)
+    assert said in refused(Codec(one_run(100), encoding), NUMBER[encoding], body, 400)
 
 
 def test_a_half_byte_behind_the_last_value_must_be_zero() -> None:
@@ -545,8 +545,8 @@ def test_a_half_byte_behind_the_last_value_must_be_zero() -> None:
 
 
 def test_an_encoding_that_was_not_agreed_on_is_refused() -> None:
-    for scheme, encoding in [("raw", 3), ("int8", 4), ("int8", 0x83), ("raw", 0x80), ("raw", 6)]:
-        assert "not agreed on" in refused(Codec(one_run(100), scheme), encoding, bytes(104), 400)
+    for encoding, number in [("raw", 3), ("int8", 4), ("int8", 0x83), ("raw", 0x80), ("raw", 6)]:
+        assert "not agreed on" in refused(Codec(one_run(100), encoding), number, bytes(104), 400)
     packed = Codec(one_run(100), "top-k", lossless=True)
     assert "not agreed on" in refused(packed, 0x85, bytes(104), 400)
 
@@ -562,18 +562,18 @@ def test_a_packed_body_can_not_grow_beyond_its_chunk() -> None:
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-@pytest.mark.parametrize("scheme", ["raw", *LOSSY])
-def test_thousands_of_mutated_bodies_end_no_process(scheme: str, lossless: bool) -> None:
+@pytest.mark.parametrize("encoding", ["raw", *LOSSY])
+def test_thousands_of_mutated_bodies_end_no_process(encoding: str, lossless: bool) -> None:
     layout = mixed_layout()
     flat = np.repeat(mixed_bytes(layout, 1)[::8], 8)[: layout.total_bytes]
-    flat = mixed_bytes(layout, 1) if scheme != "raw" else flat
-    codec = Codec(layout, scheme, lossless, top_k=0.2)
-    dice = random.Random(f"{scheme} {lossless}")
+    flat = mixed_bytes(layout, 1) if encoding != "raw" else flat
+    codec = Codec(layout, encoding, lossless, top_k=0.2)
+    dice = random.Random(f"{encoding} {lossless}")
     good = [codec.encode(i, flat[slice(*span(layout, i))]) for i in range(layout.chunk_count)]
     outcomes = {"taken": 0, "refused": 0}
     for _ in range(3000):
         index = dice.randrange(layout.chunk_count)
-        encoding, body = good[dice.randrange(len(good)) if dice.random() < 0.1 else index]
+        number, body = good[dice.randrange(len(good)) if dice.random() < 0.1 else index]
         hostile = bytearray(body)
         for _ in range(dice.randrange(1, 4)):
             move = dice.random()
@@ -585,10 +585,10 @@ def test_thousands_of_mutated_bodies_end_no_process(scheme: str, lossless: bool)
             else:
                 hostile[at:at] = dice.randbytes(dice.randrange(1, 40))
         if dice.random() < 0.1:
-            encoding = dice.randrange(256)
+            number = dice.randrange(256)
         out = bytearray(layout.chunk_range(index)[1])
         try:
-            codec.decode(index, encoding, bytes(hostile), out)
+            codec.decode(index, number, bytes(hostile), out)
             outcomes["taken"] += 1
         except ProtocolError:
             outcomes["refused"] += 1

@@ -68,18 +68,18 @@ def run_to_end(
         server.deliver(0, *waiting.pop(dice.randrange(len(waiting))))
 
 
-def reduce_encoded(scheme: str, budget: int, seed: int, threads: int = 1) -> tuple[bytes, int]:
+def reduce_encoded(encoding: str, budget: int, seed: int, threads: int = 1) -> tuple[bytes, int]:
     """Reduce three encoded updates that arrive in a random order; the bytes, and how many travelled."""
     sites, sent = {}, 0
     for number in (1, 2, 3):
-        encoder = UpdateEncoder(LAYOUT, scheme, top_k=0.1)
+        encoder = UpdateEncoder(LAYOUT, encoding, top_k=0.1)
         update = encoder.encode(1, mapped(moved(BASE, number)), 0, mapped(BASE), 0)
         sites[bytes([number])] = site = Exchange()
         site.publish_encoded(bytes([number]) * 16, update.file, update.offsets, update.encodings)
         sent += update.nbytes
     out = MappedFile.anonymous(LAYOUT.total_bytes)
     sources = [(peer, peer * 16, w) for peer, w in zip(sites, WEIGHTS, strict=True)]
-    codec = Codec(LAYOUT, scheme)
+    codec = Codec(LAYOUT, encoding)
     collector = Collector(
         LAYOUT,
         sources,
@@ -94,12 +94,12 @@ def reduce_encoded(scheme: str, budget: int, seed: int, threads: int = 1) -> tup
     return bytes(out.view()), sent
 
 
-@pytest.mark.parametrize("scheme", LOSSY)
+@pytest.mark.parametrize("encoding", LOSSY)
 def test_the_aggregate_is_the_mean_of_base_and_decoded_difference_in_any_order(
-    scheme: str,
+    encoding: str,
 ) -> None:
     results = {
-        reduce_encoded(scheme, budget, seed, threads)
+        reduce_encoded(encoding, budget, seed, threads)
         for seed in range(3)
         for budget, threads in ((1, 1), (1 << 20, 1), (1 << 20, 4))
     }
@@ -108,7 +108,7 @@ def test_the_aggregate_is_the_mean_of_base_and_decoded_difference_in_any_order(
     assert sent < 3 * LAYOUT.total_bytes
     updates = []
     for number in (1, 2, 3):
-        codec, values = Codec(LAYOUT, scheme, top_k=0.1), moved(BASE, number)
+        codec, values = Codec(LAYOUT, encoding, top_k=0.1), moved(BASE, number)
         got = np.empty_like(values)
         for index in range(LAYOUT.chunk_count):
             at, nbytes = LAYOUT.chunk_range(index)

@@ -33,9 +33,9 @@ def base() -> ModelFile:
     return update("base")
 
 
-def decoded(name: str, scheme: str) -> bytes:
+def decoded(name: str, encoding: str) -> bytes:
     """Return what a site's encoded update stands for."""
-    codec, out = Codec(LAYOUT, scheme, top_k=0.1), bytearray(LAYOUT.total_bytes)
+    codec, out = Codec(LAYOUT, encoding, top_k=0.1), bytearray(LAYOUT.total_bytes)
     local, under = update(name), base()
     for index in range(CHUNKS):
         at, nbytes = LAYOUT.chunk_range(index)
@@ -47,10 +47,16 @@ def decoded(name: str, scheme: str) -> bytes:
 
 
 class Encoded(Federation):
-    """Sites that publish encoded updates; without a scheme, what those stand for as it is."""
+    """Sites that publish encoded updates; without an encoding, what those stand for as it is."""
 
     def __init__(
-        self, names: str, scheme: str, budget: int, spill: Spill | None = None, *, raw: bool = False
+        self,
+        names: str,
+        encoding: str,
+        budget: int,
+        spill: Spill | None = None,
+        *,
+        raw: bool = False,
     ) -> None:
         self.names = names
         self.server = Exchange()
@@ -60,10 +66,10 @@ class Encoded(Federation):
             set_id = name.encode() * 16
             if raw:
                 file = create_model(None, LAYOUT)
-                file.file.view(file.data_offset)[:] = decoded(name, scheme)
+                file.file.view(file.data_offset)[:] = decoded(name, encoding)
                 site.publish(set_id, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
                 continue
-            encoder = UpdateEncoder(LAYOUT, scheme, top_k=0.1)
+            encoder = UpdateEncoder(LAYOUT, encoding, top_k=0.1)
             local, under = update(name), base()
             sent = encoder.encode(1, local.file, local.data_offset, under.file, under.data_offset)
             assert sent.nbytes < LAYOUT.total_bytes
@@ -80,7 +86,7 @@ class Encoded(Federation):
                 budget,
                 spill=spill,
                 spill_after_ms=100,
-                codec=None if raw else Codec(LAYOUT, scheme),
+                codec=None if raw else Codec(LAYOUT, encoding),
             ),
         )
         self.server.start(self.collector)
@@ -90,58 +96,58 @@ class Encoded(Federation):
         self.most = 0
 
 
-def expected(names: str, scheme: str) -> bytes:
-    federation = Encoded(names, scheme, 1 << 30, raw=True)
+def expected(names: str, encoding: str) -> bytes:
+    federation = Encoded(names, encoding, 1 << 30, raw=True)
     federation.run(names)
     return federation.result()
 
 
-@pytest.mark.parametrize("scheme", LOSSY)
+@pytest.mark.parametrize("encoding", LOSSY)
 def test_encoded_chunks_of_a_site_that_is_ahead_wait_decoded_in_the_spill_file(
-    tmp_path: Path, scheme: str
+    tmp_path: Path, encoding: str
 ) -> None:
     spill = spill_file(tmp_path)
-    federation = Encoded("abc", scheme, 4 * 4 * CHUNK, spill)
+    federation = Encoded("abc", encoding, 4 * 4 * CHUNK, spill)
     federation.run("a")
     assert federation.collector.progress()[2][0] == CHUNKS
     assert spill.used > CHUNKS // 2
     federation.run("abc", seed=1)
-    assert federation.result() == expected("abc", scheme)
+    assert federation.result() == expected("abc", encoding)
 
 
-@pytest.mark.parametrize("scheme", LOSSY)
+@pytest.mark.parametrize("encoding", LOSSY)
 @pytest.mark.parametrize("budget", [1, 6, 40])
 @pytest.mark.parametrize("use_spill", [False, True])
 def test_a_site_lost_at_any_point_leaves_the_mean_of_what_the_others_sent(
-    tmp_path: Path, scheme: str, budget: int, use_spill: bool
+    tmp_path: Path, encoding: str, budget: int, use_spill: bool
 ) -> None:
-    survivors = expected("acd", scheme)
+    survivors = expected("acd", encoding)
     for seed, until in itertools.product(range(2), (0, CHUNKS // 2, CHUNKS - 1)):
         folder = tmp_path / f"{seed}-{until}"
         folder.mkdir()
         spill = spill_file(folder) if use_spill else None
-        federation = Encoded("abcd", scheme, budget * CHUNK, spill)
+        federation = Encoded("abcd", encoding, budget * CHUNK, spill)
         federation.run("abcd", seed, until)
         federation.lose("b")
         federation.run("acd", seed)
         assert federation.result() == survivors
 
 
-@pytest.mark.parametrize("scheme", LOSSY)
-def test_the_window_leaves_room_for_a_chunk_of_the_base(scheme: str) -> None:
-    raw = Encoded("abc", scheme, 12 * CHUNK, raw=True)
-    assert (raw.collector.window, Encoded("abc", scheme, 12 * CHUNK).collector.window) == (4, 3)
-    federation = Encoded("abc", scheme, 12 * CHUNK)
+@pytest.mark.parametrize("encoding", LOSSY)
+def test_the_window_leaves_room_for_a_chunk_of_the_base(encoding: str) -> None:
+    raw = Encoded("abc", encoding, 12 * CHUNK, raw=True)
+    assert (raw.collector.window, Encoded("abc", encoding, 12 * CHUNK).collector.window) == (4, 3)
+    federation = Encoded("abc", encoding, 12 * CHUNK)
     federation.run("ab")
     most = federation.collector.progress()[2]
     assert most == [4, 3, 0]
     assert sum(most) + most[1] + 1 <= 12
-    federation.run("abc", random.Random(scheme).randrange(100))
-    assert federation.result() == expected("abc", scheme)
+    federation.run("abc", random.Random(encoding).randrange(100))
+    assert federation.result() == expected("abc", encoding)
 
 
 def test_what_is_expected_is_not_what_the_sites_have() -> None:
-    assert len({decoded("a", scheme) for scheme in LOSSY}) == len(LOSSY)
+    assert len({decoded("a", encoding) for encoding in LOSSY}) == len(LOSSY)
     near = np.frombuffer(decoded("a", "int8")[8 * 700 : 8 * 700 + 4 * 30_001], np.float32)
     exact = np.frombuffer(update("a").view("w"), np.float32)
     assert 0 < np.abs(near - exact).max() < 0.05

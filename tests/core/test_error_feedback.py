@@ -31,12 +31,12 @@ def loss(sites: Problem, model: NDArray[np.float32]) -> float:
     return float(np.mean([0.5 * np.sum((x @ model - y) ** 2) for x, y in sites]))
 
 
-def train(scheme: str, *, feedback: bool = True) -> float:
+def train(encoding: str, *, feedback: bool = True) -> float:
     """Return the loss after some rounds of one gradient step at each site."""
     sites, model = problem(), np.zeros(SIZE, np.float32)
     base, local = (MappedFile.anonymous(LAYOUT.total_bytes) for _ in range(2))
-    encoders = [UpdateEncoder(LAYOUT, scheme, top_k=0.1) for _ in sites]
-    codec = Codec(LAYOUT, scheme)
+    encoders = [UpdateEncoder(LAYOUT, encoding, top_k=0.1) for _ in sites]
+    codec = Codec(LAYOUT, encoding)
     for round_ in range(1, ROUNDS + 1):
         base.write(0, model)
         updates = []
@@ -51,11 +51,13 @@ def train(scheme: str, *, feedback: bool = True) -> float:
     return loss(sites, model)
 
 
-@pytest.mark.parametrize(("scheme", "near", "far"), [("nf4", 1.0005, 1.002), ("top-k", 1.03, 2.0)])
+@pytest.mark.parametrize(
+    ("encoding", "near", "far"), [("nf4", 1.0005, 1.002), ("top-k", 1.03, 2.0)]
+)
 def test_with_the_residual_training_reaches_what_raw_updates_reach(
-    scheme: str, near: float, far: float
+    encoding: str, near: float, far: float
 ) -> None:
     raw = train("raw")
     assert raw < 0.3 * loss(problem(), np.zeros(SIZE, np.float32))
-    assert train(scheme) < near * raw
-    assert train(scheme, feedback=False) > far * raw
+    assert train(encoding) < near * raw
+    assert train(encoding, feedback=False) > far * raw

@@ -123,18 +123,18 @@ def test_a_site_with_a_bad_value_is_named_and_left_out_of_the_median() -> None:
     assert federation.result() == expected("ac")
 
 
-def encoded_median(scheme: str, names: str) -> tuple[bytes, bytes]:
+def encoded_median(encoding: str, names: str) -> tuple[bytes, bytes]:
     """Return the median of encoded updates, and what NumPy makes of what they decode to."""
     dice = np.random.default_rng(7)
     base = dice.standard_normal(COUNT).astype(np.float32)
     rest = dice.integers(0, 99, 600).astype(np.int16).tobytes()
     flat_base = mapped(base.tobytes() + rest)
-    codec = Codec(ENCODED, scheme)
+    codec = Codec(ENCODED, encoding)
     sites, decoded = {}, []
     for name in names:
         moved = base + dice.standard_normal(COUNT).astype(np.float32) * np.float32(0.01)
         file = mapped(moved.tobytes() + rest)
-        encoded = UpdateEncoder(ENCODED, scheme).encode(1, file, 0, flat_base, 0)
+        encoded = UpdateEncoder(ENCODED, encoding).encode(1, file, 0, flat_base, 0)
         sites[name.encode()] = site = Exchange()
         offsets, kinds = encoded.offsets, encoded.encodings
         site.publish_encoded(name.encode() * 16, encoded.file, offsets, kinds)
@@ -181,11 +181,11 @@ def mapped(data: bytes) -> MappedFile:
 
 
 @pytest.mark.parametrize("names", ["abc", "abcd"])
-@pytest.mark.parametrize("scheme", ["bf16", "fp16", "int8", "nf4"])
+@pytest.mark.parametrize("encoding", ["bf16", "fp16", "int8", "nf4"])
 def test_the_median_of_encoded_updates_is_that_of_what_they_decode_to(
-    scheme: str, names: str
+    encoding: str, names: str
 ) -> None:
-    found, wanted = encoded_median(scheme, names)
+    found, wanted = encoded_median(encoding, names)
     assert found == wanted
 
 

@@ -31,12 +31,12 @@ def in_memory(values: F32) -> MappedFile:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("scheme", ["bf16", "int8", "nf4", "top-k"])
-def test_what_is_encoded_is_what_the_last_stage_gives(scheme: str, threads: int) -> None:
-    encoder = UpdateEncoder(LAYOUT, scheme, stages=STAGES, threads=threads)
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4", "top-k"])
+def test_what_is_encoded_is_what_the_last_stage_gives(encoding: str, threads: int) -> None:
+    encoder = UpdateEncoder(LAYOUT, encoding, stages=STAGES, threads=threads)
     update = encoder.encode(1, in_memory(VALUES), 0, in_memory(BASE), 0)
     limited = np.clip(VALUES - BASE, -np.float32(LIMIT), np.float32(LIMIT))
-    plain = Codec(LAYOUT, scheme)
+    plain = Codec(LAYOUT, encoding)
     for index in range(LAYOUT.chunk_count):
         at, nbytes = LAYOUT.chunk_range(index)
         _, body = plain.encode(index, limited[at // 4 : (at + nbytes) // 4])
@@ -44,23 +44,23 @@ def test_what_is_encoded_is_what_the_last_stage_gives(scheme: str, threads: int)
         assert same_bytes(update.file.view(begin, end - begin), body)
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "int8", "nf4"])
-def test_the_residual_holds_nothing_that_a_stage_took_away(scheme: str) -> None:
+@pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])
+def test_the_residual_holds_nothing_that_a_stage_took_away(encoding: str) -> None:
     files: dict[str, MappedFile] = {}
 
     def make(name: str, nbytes: int) -> MappedFile:
         return files.setdefault(name, MappedFile.anonymous(nbytes))
 
-    encoder = UpdateEncoder(LAYOUT, scheme, stages=STAGES, make_file=make)
+    encoder = UpdateEncoder(LAYOUT, encoding, stages=STAGES, make_file=make)
     update = encoder.encode(1, in_memory(VALUES), 0, in_memory(BASE), 0)
     limited = np.clip(VALUES - BASE, -np.float32(LIMIT), np.float32(LIMIT))
-    codec, decoded = Codec(LAYOUT, scheme), np.empty(COUNT, np.float32)
-    for index, encoding in enumerate(update.encodings):
+    codec, decoded = Codec(LAYOUT, encoding), np.empty(COUNT, np.float32)
+    for index, number in enumerate(update.encodings):
         at, nbytes = LAYOUT.chunk_range(index)
         part = slice(at // 4, (at + nbytes) // 4)
         begin, end = update.offsets[index : index + 2]
         body = update.file.view(begin, end - begin)
-        codec.decode(index, encoding, body, decoded[part], BASE[part])
+        codec.decode(index, number, body, decoded[part], BASE[part])
     lost = np.frombuffer(files["residual-1"].view(), np.float32)
     assert (lost == ((BASE.astype(np.float64) - decoded) + limited).astype(np.float32)).all()
     assert np.abs(lost).max() < 0.2 * LIMIT < np.abs(VALUES - BASE - limited).max()

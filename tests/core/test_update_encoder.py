@@ -26,7 +26,7 @@ from fedcore.errors import NonFiniteError, StorageError
 
 Flat = NDArray[np.uint8]
 
-SCHEMES: Final = ("raw", "bf16", "fp16", "int8", "nf4", "top-k")
+ENCODINGS: Final = ("raw", "bf16", "fp16", "int8", "nf4", "top-k")
 COUNTS: Final = {
     "F64": 9001,
     "F32": 70_003,
@@ -51,7 +51,7 @@ GOLDEN: Final = {
     "nf4": "db4d1fb7a57503a6b25a07c8ce7e66b69cd5728ffef70dc11d52770db5f4881e",
     "top-k": "7034448166557278bcdc4a50e321387d31f6f43139fc66e5b6f8aa6bc56dbb01",
 }
-"""SHA-256 of what each scheme makes of the updates below, as the first release with residuals made it."""
+"""SHA-256 of what each encoding makes of the updates below, as the first release with residuals made it."""
 
 
 def bits(count: int, seed: str) -> Flat:
@@ -109,10 +109,10 @@ UPDATES: Final = [flat_bytes(f"round {round_}", BASE) for round_, _ in ROUNDS]
 class Loop:
     """What an update's bytes are, chunk by chunk."""
 
-    def __init__(self, layout: Layout, scheme: str, lossless: bool = False) -> None:
-        self.layout, self.codec = layout, Codec(layout, scheme, lossless, TOP_K)
+    def __init__(self, layout: Layout, encoding: str, lossless: bool = False) -> None:
+        self.layout, self.codec = layout, Codec(layout, encoding, lossless, TOP_K)
         self.residual: Flat | None = None
-        if scheme != "raw":
+        if encoding != "raw":
             self.residual = np.zeros(layout.total_bytes, np.uint8)
         self.following = np.zeros(layout.total_bytes, np.uint8)
 
@@ -122,12 +122,12 @@ class Loop:
             at, nbytes = self.layout.chunk_range(index)
             local, under = (flat[at : at + nbytes].data for flat in (values, base))
             carried = None if self.residual is None else self.residual[at : at + nbytes].data
-            encoding, body = self.codec.encode(index, local, under, carried)
-            encodings.append(encoding)
+            number, body = self.codec.encode(index, local, under, carried)
+            encodings.append(number)
             bodies.append(body)
             if carried is not None:
                 decoded = np.empty(nbytes, np.uint8)
-                self.codec.decode(index, encoding, body, decoded.data, under)
+                self.codec.decode(index, number, body, decoded.data, under)
                 lost = self.following[at : at + nbytes]
                 self.codec.carry(index, local, carried, decoded.data, lost.data)
         return bytes(encodings), bodies, [crc32c(body) for body in bodies]
@@ -162,11 +162,11 @@ def _level(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_level")
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_an_update_has_the_bytes_of_every_release_before(scheme: str) -> None:
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_an_update_has_the_bytes_of_every_release_before(encoding: str) -> None:
     found = hashlib.sha256()
     files = Files()
-    encoder = UpdateEncoder(LAYOUT, scheme, top_k=TOP_K, make_file=files)
+    encoder = UpdateEncoder(LAYOUT, encoding, top_k=TOP_K, make_file=files)
     for (round_, included), values in zip(ROUNDS, UPDATES, strict=True):
         update = encoder.encode(round_, in_memory(values, 24), 24, in_memory(BASE, 8), 8)
         found.update(update.encodings + b"".join(bodies_of(update)))
@@ -177,15 +177,15 @@ def test_an_update_has_the_bytes_of_every_release_before(scheme: str) -> None:
                 found.update(bytes(files.made[name].view()))
         found.update(repr(encoder.state).encode())
         encoder.settle(round_, included=included)
-    assert found.hexdigest() == GOLDEN[scheme]
+    assert found.hexdigest() == GOLDEN[encoding]
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_an_update_has_the_bytes_of_its_chunks_one_by_one(scheme: str, lossless: bool) -> None:
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_an_update_has_the_bytes_of_its_chunks_one_by_one(encoding: str, lossless: bool) -> None:
     files = Files()
-    encoder = UpdateEncoder(LAYOUT, scheme, lossless=lossless, top_k=TOP_K, make_file=files)
-    loop = Loop(LAYOUT, scheme, lossless)
+    encoder = UpdateEncoder(LAYOUT, encoding, lossless=lossless, top_k=TOP_K, make_file=files)
+    loop = Loop(LAYOUT, encoding, lossless)
     for (round_, included), values in zip(ROUNDS, UPDATES, strict=True):
         update = encoder.encode(round_, in_memory(values), 0, in_memory(BASE), 0)
         encodings, bodies, checksums = loop.encode(values, BASE)
@@ -200,13 +200,13 @@ def test_an_update_has_the_bytes_of_its_chunks_one_by_one(scheme: str, lossless:
 
 
 @pytest.mark.parametrize("lossless", [False, True])
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_any_number_of_threads_gives_the_same_bytes(scheme: str, lossless: bool) -> None:
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_any_number_of_threads_gives_the_same_bytes(encoding: str, lossless: bool) -> None:
     made = []
     for threads in (1, 3):
         files = Files()
         encoder = UpdateEncoder(
-            LAYOUT, scheme, lossless=lossless, top_k=TOP_K, make_file=files, threads=threads
+            LAYOUT, encoding, lossless=lossless, top_k=TOP_K, make_file=files, threads=threads
         )
         for (round_, included), values in zip(ROUNDS, UPDATES, strict=True):
             update = encoder.encode(round_, in_memory(values), 0, in_memory(BASE), 0)
@@ -217,12 +217,12 @@ def test_any_number_of_threads_gives_the_same_bytes(scheme: str, lossless: bool)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("scheme", ["int8", "nf4", "top-k", "bf16"])
-def test_nan_and_infinity_are_named_from_the_lowest_on(scheme: str, threads: int) -> None:
+@pytest.mark.parametrize("encoding", ["int8", "nf4", "top-k", "bf16"])
+def test_nan_and_infinity_are_named_from_the_lowest_on(encoding: str, threads: int) -> None:
     spoiled = UPDATES[0].copy()
     _, _, _, offset, nbytes = next(t for t in LAYOUT.tensors if t[0] == "F32")
     spoiled[offset : offset + nbytes].view(np.float32)[[69_000, 40_000, 1234]] = np.nan, 1, np.inf
-    encoder = UpdateEncoder(LAYOUT, scheme, threads=threads)
+    encoder = UpdateEncoder(LAYOUT, encoding, threads=threads)
     encoder.encode(1, in_memory(UPDATES[1]), 0, in_memory(BASE), 0)
     before = encoder.state
     with pytest.raises(NonFiniteError, match="tensor 'F32', element 1234$"):

@@ -14,7 +14,7 @@ using namespace fedcore;
 
 namespace {
 
-constexpr const char* kSchemes[] = {"raw", "bf16", "fp16", "int8", "nf4", "top-k"};
+constexpr const char* kEncodings[] = {"raw", "bf16", "fp16", "int8", "nf4", "top-k"};
 
 std::shared_ptr<const Layout> mixed() {
   return std::make_shared<const Layout>(std::vector<TensorSpec>{{"d", Dtype::kF64, {65}},
@@ -77,9 +77,9 @@ void mutate(std::vector<std::uint8_t>& body, std::mt19937_64& random) {
 void no_body_reaches_beyond_its_buffers() {
   std::mt19937_64 random(11);
   const auto layout = mixed();
-  for (const char* name : kSchemes) {
+  for (const char* name : kEncodings) {
     for (const bool lossless : {false, true}) {
-      Codec codec(layout, {parse_scheme(name), lossless, 0.1}, {store, restore});
+      Codec codec(layout, {parse_encoding(name), lossless, 0.1}, {store, restore});
       for (std::uint64_t index = 0; index < layout->chunk_count(); ++index) {
         const Range range = layout->chunk_range(index);
         GuardedBuffer values(range.nbytes), base(range.nbytes), out(range.nbytes),
@@ -87,7 +87,7 @@ void no_body_reaches_beyond_its_buffers() {
         fill(*layout, range, random, values.data());
         fill(*layout, range, random, base.data());
         std::vector<std::uint8_t> body;
-        const std::uint8_t encoding =
+        const std::uint8_t encoding_byte =
             codec.encode(index, values.data(), base.data(), nullptr, body);
         CHECK(body.size() <= range.nbytes);
         for (int i = 0; i < 400; ++i) {
@@ -98,13 +98,13 @@ void no_body_reaches_beyond_its_buffers() {
           GuardedBuffer sent(std::max<std::size_t>(hostile.size(), 1));
           std::copy(hostile.begin(), hostile.end(), sent.data());
           std::memset(out.data(), 0x5A, out.size());
-          const char* why = codec.decode(index, encoding, sent.data(), hostile.size(),
+          const char* why = codec.decode(index, encoding_byte, sent.data(), hostile.size(),
                                          i % 2 == 0 ? base.data() : nullptr, out.data());
           CHECK(i % 4 != 0 || why == nullptr);
           CHECK(why == nullptr || std::all_of(out.data(), out.data() + out.size(),
                                               [](std::uint8_t byte) { return byte == 0x5A; }));
         }
-        codec.decode(index, encoding, body.data(), body.size(), base.data(), out.data());
+        codec.decode(index, encoding_byte, body.data(), body.size(), base.data(), out.data());
         codec.carry(index, values.data(), nullptr, out.data(), lost.data());
       }
     }

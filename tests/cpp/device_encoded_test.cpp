@@ -18,7 +18,7 @@ using namespace fedcore;
 
 namespace {
 
-constexpr Scheme kOnDevice[] = {Scheme::kBf16, Scheme::kF16, Scheme::kInt8, Scheme::kNf4};
+constexpr Encoding kOnDevice[] = {Encoding::kBf16, Encoding::kF16, Encoding::kInt8, Encoding::kNf4};
 // A tail of every kind: of a byte of nf4, a block of nf4 and int8, and a group of nf4.
 constexpr std::size_t kCounts[] = {1, 2, 63, 65, 127, 128, 129, 1001, 16'384, 16'385, 40'003};
 
@@ -50,11 +50,11 @@ std::uint64_t same_bits(const EncodedInputs& block, std::size_t piece_bytes) {
 
 void every_encoding_of_every_dtype_gets_the_bits_of_the_cpu() {
   for (const Dtype dtype : kFloats) {
-    for (const Scheme scheme : kOnDevice) {
+    for (const Encoding encoding : kOnDevice) {
       for (const std::size_t count : kCounts) {
         for (const bool has_base : {true, false}) {
           const auto seed = static_cast<unsigned>(count);
-          CHECK(same_bits({dtype, 3, count, {scheme}, has_base, seed}, 16'384) == 1);
+          CHECK(same_bits({dtype, 3, count, {encoding}, has_base, seed}, 16'384) == 1);
         }
       }
     }
@@ -62,8 +62,8 @@ void every_encoding_of_every_dtype_gets_the_bits_of_the_cpu() {
 }
 
 void raw_and_encoded_inputs_are_averaged_together() {
-  const std::vector<Scheme> mixed{Scheme::kRaw, Scheme::kNf4, Scheme::kInt8,
-                                  Scheme::kRaw, Scheme::kF16, Scheme::kBf16};
+  const std::vector<Encoding> mixed{Encoding::kRaw, Encoding::kNf4, Encoding::kInt8,
+                                    Encoding::kRaw, Encoding::kF16, Encoding::kBf16};
   for (const Dtype dtype : kFloats) {
     for (const std::size_t k : {2u, 7u}) {
       for (const std::size_t count : kCounts) {
@@ -79,9 +79,9 @@ void raw_and_encoded_inputs_are_averaged_together() {
 // A piece may begin anywhere in a block and in a group.
 void pieces_of_any_size_give_the_same_bits() {
   for (const Dtype dtype : kFloats) {
-    for (const Scheme scheme : {Scheme::kInt8, Scheme::kNf4}) {
+    for (const Encoding encoding : {Encoding::kInt8, Encoding::kNf4}) {
       for (std::size_t bytes = 4096; bytes < 20'000; bytes += 1280) {
-        CHECK(same_bits({dtype, 2, 20'011, {scheme}, true, 5}, bytes) == 1);
+        CHECK(same_bits({dtype, 2, 20'011, {encoding}, true, 5}, bytes) == 1);
       }
     }
   }
@@ -104,7 +104,7 @@ void encoded_inputs_go_up_as_they_travelled() {
   cuda::StagedDevice device(
       [&](std::size_t bytes) { return std::make_unique<CountingQueue>(bytes, up); }, 8u << 20, 1);
   const InUse use(device);
-  EncodedInputs block(Dtype::kF32, 4, 1u << 18, {Scheme::kNf4}, true, 1);
+  EncodedInputs block(Dtype::kF32, 4, 1u << 18, {Encoding::kNf4}, true, 1);
   CHECK(!block.reduce(block.out));
   std::size_t travelled = block.range.nbytes;
   for (const Body& input : block.inputs) {
@@ -117,12 +117,13 @@ void encoded_inputs_go_up_as_they_travelled() {
 void what_a_device_does_not_decode_goes_to_the_cpu() {
   for (const Dtype dtype : kFloats) {
     for (const bool has_base : {true, false}) {
-      CHECK(same_bits({dtype, 3, 5000, {Scheme::kTopK}, has_base, 3}, 65'536) == 0);
-      CHECK(same_bits({dtype, 3, 5000, {Scheme::kRaw, Scheme::kTopK}, has_base, 4}, 65'536) == 0);
+      CHECK(same_bits({dtype, 3, 5000, {Encoding::kTopK}, has_base, 3}, 65'536) == 0);
+      CHECK(same_bits({dtype, 3, 5000, {Encoding::kRaw, Encoding::kTopK}, has_base, 4}, 65'536) ==
+            0);
     }
   }
   const std::size_t narrow = 4096;  // holds no piece of so many inputs
-  CHECK(same_bits({Dtype::kF32, 90, 5000, {Scheme::kNf4}, true, 3}, narrow) == 0);
+  CHECK(same_bits({Dtype::kF32, 90, 5000, {Encoding::kNf4}, true, 3}, narrow) == 0);
 }
 
 void a_raw_value_that_is_not_finite_is_named_beside_encoded_ones() {
@@ -131,7 +132,7 @@ void a_raw_value_that_is_not_finite_is_named_beside_encoded_ones() {
   for (const Dtype dtype : kFloats) {
     const std::size_t size = item_size(dtype);
     for (const std::size_t at : {0u, 2500u, 9999u}) {
-      EncodedInputs block(dtype, 3, 10'000, {Scheme::kInt8, Scheme::kRaw}, true, 1);
+      EncodedInputs block(dtype, 3, 10'000, {Encoding::kInt8, Encoding::kRaw}, true, 1);
       CHECK(!block.reduce(block.out));
       block.bodies[1][at * size + size - 1] = 0x7F;  // infinity or NaN
       block.bodies[1][at * size + size - 2] |= 0xF0;
@@ -147,7 +148,7 @@ void a_device_that_fails_leaves_encoded_updates_to_the_cpu() {
     using LateQueue::LateQueue;
     void wait() override { throw Error(Errc::kConfig, "the device fell off the bus"); }
   };
-  EncodedInputs block(Dtype::kBF16, 3, 10'000, {Scheme::kNf4, Scheme::kRaw}, true, 8);
+  EncodedInputs block(Dtype::kBF16, 3, 10'000, {Encoding::kNf4, Encoding::kRaw}, true, 8);
   std::vector<std::uint8_t> expected;
   CHECK(!block.reduce(expected));
   cuda::StagedDevice device([](std::size_t bytes) { return std::make_unique<BrokenQueue>(bytes); },
@@ -165,7 +166,7 @@ void what_the_device_computed_is_not_computed_again() {
                          std::memset(mean->out, 0x55, mean->count * 4);
                          return FC_MEAN_FINITE;
                        }};
-  EncodedInputs block(Dtype::kF32, 3, 1000, {Scheme::kNf4, Scheme::kRaw}, true, 8);
+  EncodedInputs block(Dtype::kF32, 3, 1000, {Encoding::kNf4, Encoding::kRaw}, true, 8);
   kernels::use_device(&table);
   CHECK(!block.reduce(block.out));
   CHECK(block.out == std::vector<std::uint8_t>(4000, 0x55));
@@ -176,8 +177,8 @@ void reducers_of_several_threads_share_the_lanes() {
   std::vector<EncodedInputs> blocks;
   std::vector<std::vector<std::uint8_t>> expected(4);
   for (unsigned t = 0; t < 4; ++t) {
-    blocks.emplace_back(Dtype::kF32, 3, 9000 + t, std::vector{Scheme::kNf4, Scheme::kInt8}, true,
-                        t);
+    blocks.emplace_back(Dtype::kF32, 3, 9000 + t, std::vector{Encoding::kNf4, Encoding::kInt8},
+                        true, t);
     CHECK(!blocks[t].reduce(expected[t]));
   }
   cuda::StagedDevice device(open_late, 16'384, 2);

@@ -45,9 +45,9 @@ inline std::vector<float> random_differences(std::size_t count, std::mt19937_64&
 
 // One chunk of one tensor from k sites.
 struct EncodedInputs {
-  // Input i has schemes[i % schemes.size()].
-  EncodedInputs(Dtype dtype, std::size_t k, std::size_t count, const std::vector<Scheme>& schemes,
-                bool has_base, unsigned seed)
+  // Input i has encodings[i % encodings.size()].
+  EncodedInputs(Dtype dtype, std::size_t k, std::size_t count,
+                const std::vector<Encoding>& encodings, bool has_base, unsigned seed)
       : layout({{"w", dtype, {static_cast<std::int64_t>(count)}}},
                (count * item_size(dtype) / Layout::kPage + 1) * Layout::kPage),
         range(layout.chunk_range(0)),
@@ -58,16 +58,17 @@ struct EncodedInputs {
       base = random_elements(dtype, count, random);
     }
     for (std::size_t i = 0; i < k; ++i) {
-      const Scheme scheme = schemes[i % schemes.size()];
-      if (encodes(scheme, dtype)) {
-        quantise::encode(scheme, random_differences(count, random).data(), count, count / 10 + 1,
+      const Encoding encoding = encodings[i % encodings.size()];
+      if (encodes(encoding, dtype)) {
+        quantise::encode(encoding, random_differences(count, random).data(), count, count / 10 + 1,
                          bodies[i]);
         std::size_t used = 0;
-        CHECK(quantise::check(scheme, bodies[i].data(), bodies[i].size(), count, used) == nullptr);
+        CHECK(quantise::check(encoding, bodies[i].data(), bodies[i].size(), count, used) ==
+              nullptr);
       } else {
         bodies[i] = random_elements(dtype, count, random);
       }
-      inputs.push_back({bodies[i].data(), bodies[i].size(), scheme});
+      inputs.push_back({bodies[i].data(), bodies[i].size(), encoding});
       weights.push_back(static_cast<std::uint32_t>(1 + random() % kernels::kMaxWeight));
     }
   }

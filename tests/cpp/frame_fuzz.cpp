@@ -86,11 +86,11 @@ struct World {
   const Source north{"north", set_id(1), 1}, south{"south", set_id(2), 3};
 
   // `ahead`: north is pulled ahead, and open_further() does what comes next.
-  World(Scheme scheme, bool ahead) : codec(layout, CodecOptions{scheme, false, 0.1}) {
+  World(Encoding encoding, bool ahead) : codec(layout, CodecOptions{encoding, false, 0.1}) {
     exchange.publish(set_id(9), base, 0, layout->total_bytes(), kChunk);
     CollectorOptions options{.budget_bytes = 256 << 10};
-    options.codec =
-        std::make_shared<Codec>(layout, CodecOptions{scheme, true, 0.1}, Lz4{compress, decompress});
+    options.codec = std::make_shared<Codec>(layout, CodecOptions{encoding, true, 0.1},
+                                            Lz4{compress, decompress});
     if (ahead) {
       collector = std::make_shared<Collector>(layout, 2, Place{base, 0}, options);
     } else {
@@ -115,7 +115,7 @@ struct World {
 
 // A body: bytes of the input, or what a site would send of chunk `index`, with a few bytes changed.
 std::vector<std::uint8_t> make_body(Input& input, World& world, std::uint8_t how,
-                                    std::uint64_t index, std::uint8_t& encoding) {
+                                    std::uint64_t index, std::uint8_t& encoding_byte) {
   std::vector<std::uint8_t> body;
   if ((how & 4) == 0 || index >= world.layout->chunk_count()) {
     body.resize(input.byte());
@@ -129,7 +129,7 @@ std::vector<std::uint8_t> make_body(Input& input, World& world, std::uint8_t how
     state = state * 1664525 + 1013904223;
     value = static_cast<std::uint8_t>(state >> 24 & 0x3F);  // every element is finite
   }
-  encoding =
+  encoding_byte =
       world.codec.encode(index, values.data(), world.base->data() + range.offset, nullptr, body);
   for (int changes = input.byte() % 4; changes > 0; --changes) {
     body[input.word() % body.size()] = input.byte();
@@ -204,10 +204,10 @@ void decide_one(Input& input, World& world, std::int64_t now) {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   Input input(data, size);
-  constexpr Scheme kSchemes[] = {Scheme::kRaw,  Scheme::kBf16, Scheme::kF16,
-                                 Scheme::kInt8, Scheme::kNf4,  Scheme::kTopK};
+  constexpr Encoding kEncodings[] = {Encoding::kRaw,  Encoding::kBf16, Encoding::kF16,
+                                     Encoding::kInt8, Encoding::kNf4,  Encoding::kTopK};
   const std::uint8_t first = input.byte();
-  World world(kSchemes[first % 6], first % 64 >= 32);
+  World world(kEncodings[first % 6], first % 64 >= 32);
   world.exchange.set_limits({.paced = first >= 128});
   std::int64_t now = 0;
   while (!input.empty()) {

@@ -68,17 +68,17 @@ int as_device(void* self, const FcMean* mean) {
 
 void the_gpu_decodes_to_the_bits_of_the_cpu(cuda::StagedDevice& gpu) {
   const FcDevice table{&gpu, as_device};
-  const std::vector<std::vector<Scheme>> updates{
-      {Scheme::kBf16},
-      {Scheme::kF16},
-      {Scheme::kInt8},
-      {Scheme::kNf4},
-      {Scheme::kRaw, Scheme::kNf4, Scheme::kInt8, Scheme::kF16, Scheme::kBf16}};
+  const std::vector<std::vector<Encoding>> updates{
+      {Encoding::kBf16},
+      {Encoding::kF16},
+      {Encoding::kInt8},
+      {Encoding::kNf4},
+      {Encoding::kRaw, Encoding::kNf4, Encoding::kInt8, Encoding::kF16, Encoding::kBf16}};
   for (const Dtype dtype : kFloats) {
-    for (const std::vector<Scheme>& schemes : updates) {
+    for (const std::vector<Encoding>& encodings : updates) {
       for (const std::size_t count : {1u, 129u, 16'385u, 300'007u}) {
         for (const bool has_base : {true, false}) {
-          EncodedInputs block(dtype, 5, count, schemes, has_base, static_cast<unsigned>(count));
+          EncodedInputs block(dtype, 5, count, encodings, has_base, static_cast<unsigned>(count));
           std::vector<std::uint8_t> expected;
           CHECK(!block.reduce(expected));
           const std::uint64_t before = gpu.blocks();

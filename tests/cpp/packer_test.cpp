@@ -51,7 +51,7 @@ int stretch(const char* from, char* to, int size, int capacity) {
 }
 
 std::shared_ptr<Codec> lossless(std::shared_ptr<const Layout> layout) {
-  return std::make_shared<Codec>(std::move(layout), CodecOptions{Scheme::kRaw, true, 0.1},
+  return std::make_shared<Codec>(std::move(layout), CodecOptions{Encoding::kRaw, true, 0.1},
                                  Lz4{shrink, stretch});
 }
 
@@ -88,13 +88,13 @@ void what_is_packed_comes_back_and_stays_as_it_is() {
     if (!got) {
       continue;
     }
-    CHECK((got->encoding & wire::kPacked) != 0 && got->offset >= behind);
+    CHECK((got->encoding_byte & wire::kPacked) != 0 && got->offset >= behind);
     behind = got->offset + got->size;
     CHECK(behind <= packer.file()->size() && got->size < bytes.size());
     const std::uint8_t* body = packer.file()->data() + got->offset;
     CHECK(got->crc == crc32c(body, got->size));
     std::vector<std::uint8_t> back(bytes.size());
-    CHECK(codec->decode(i, got->encoding, body, got->size, nullptr, back.data()) == nullptr);
+    CHECK(codec->decode(i, got->encoding_byte, body, got->size, nullptr, back.data()) == nullptr);
     CHECK(back == bytes);
   }
   // Asked again, a chunk is what it was, whatever lies at the pointer now.
@@ -124,7 +124,7 @@ void a_file_that_is_too_small_or_a_lossy_codec_is_refused() {
     small = error.code() == Errc::kStorage;
   }
   try {
-    auto codec = std::make_shared<Codec>(layout, CodecOptions{Scheme::kInt8, true, 0.1},
+    auto codec = std::make_shared<Codec>(layout, CodecOptions{Encoding::kInt8, true, 0.1},
                                          Lz4{shrink, stretch});
     Packer packer(codec, MappedFile::anonymous(layout->total_bytes()));
   } catch (const Error& error) {

@@ -75,12 +75,12 @@ def mean(
     return out
 
 
-def stands_for(layout: Layout, update: bytes, base: bytes, scheme: str) -> bytes:
+def stands_for(layout: Layout, update: bytes, base: bytes, encoding: str) -> bytes:
     """What an encoded update is taken for; tests/core/test_codec.py compares the encodings with NumPy."""
     out = bytearray(update)
-    if scheme == "raw":
+    if encoding == "raw":
         return bytes(out)
-    codec = Codec(layout, scheme, top_k=TOP_K)
+    codec = Codec(layout, encoding, top_k=TOP_K)
     for index in range(layout.chunk_count):
         at, nbytes = layout.chunk_range(index)
         part = slice(at, at + nbytes)

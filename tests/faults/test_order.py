@@ -40,9 +40,9 @@ def restore_level() -> Iterator[None]:
     _core.set_simd_level(before)
 
 
-@pytest.mark.parametrize("scheme", ["raw", "int8", "nf4"])
+@pytest.mark.parametrize("encoding", ["raw", "int8", "nf4"])
 @pytest.mark.parametrize("level", _core.simd_levels())
-def test_a_hundred_orders_of_arrival_give_one_hash(level: str, scheme: str) -> None:
+def test_a_hundred_orders_of_arrival_give_one_hash(level: str, encoding: str) -> None:
     _core.set_simd_level(level)
     hashes = set()
     for seed in range(ORDERS):
@@ -51,14 +51,21 @@ def test_a_hundred_orders_of_arrival_give_one_hash(level: str, scheme: str) -> N
         sites = [Site(name, weight, UPDATES[name]) for name, weight in SITES.items()]
         threads = 1 + seed // 2 % 4
         world = World(
-            LAYOUT, sites, dice, budget, BASE, ahead=seed % 2 == 0, threads=threads, scheme=scheme
+            LAYOUT,
+            sites,
+            dice,
+            budget,
+            BASE,
+            ahead=seed % 2 == 0,
+            threads=threads,
+            encoding=encoding,
         )
         world.run()
         assert world.result is not None
         hashes.add(hashlib.sha256(world.result).hexdigest())
     _core.set_simd_level("baseline")
     updates = [
-        (weight, stands_for(LAYOUT, bytes(UPDATES[name]), BASE, scheme))
+        (weight, stands_for(LAYOUT, bytes(UPDATES[name]), BASE, encoding))
         for name, weight in sorted(SITES.items())
     ]
     exact = flat(LAYOUT, mean(LAYOUT, updates, BASE))

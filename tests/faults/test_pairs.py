@@ -50,8 +50,8 @@ def play(faults: tuple[Fault, Fault], seed: int) -> tuple[bytes | None, bytes | 
         dice.choice(sites).interferences.append(held_back)
     ahead = dice.random() < 0.5
     threads = dice.choice([1, 3])
-    scheme = "raw" if base is None else dice.choice(["raw", "bf16", "int8", "nf4", "top-k"])
-    how = {"spilling": spilling, "ahead": ahead, "threads": threads, "scheme": scheme}
+    encoding = "raw" if base is None else dice.choice(["raw", "bf16", "int8", "nf4", "top-k"])
+    how = {"spilling": spilling, "ahead": ahead, "threads": threads, "encoding": encoding}
     world = World(layout, sites, dice, budget, base, **how)  # type: ignore[arg-type]
     world.run()
     assert world.rejections.keys() == codes.keys()
@@ -61,7 +61,7 @@ def play(faults: tuple[Fault, Fault], seed: int) -> tuple[bytes | None, bytes | 
     if not survivors:
         return world.result, None
     if base is not None:
-        survivors = [(w, stands_for(layout, update, base, scheme)) for w, update in survivors]
+        survivors = [(w, stands_for(layout, update, base, encoding)) for w, update in survivors]
     return world.result, flat(layout, mean(layout, survivors, base))
 
 

@@ -142,7 +142,7 @@ class World:
         spill: where chunks wait of sites that are ahead, if they may.
         threads: how many chunks the server reduces at the same time.
         ahead: whether sites are added to an open collection one by one, which is closed some time later.
-        scheme: how updates travel; other than raw only with a base.
+        encoding: how updates travel; other than raw only with a base.
         disk_full: from now on no file may grow beyond what a model and one extent of the spill file take.
     """
 
@@ -157,10 +157,10 @@ class World:
         spilling: bool = False,
         ahead: bool = False,
         threads: int = 1,
-        scheme: str = "raw",
+        encoding: str = "raw",
     ) -> None:
         self.threads = threads
-        self.scheme = scheme
+        self.encoding = encoding
         self.ahead = ahead
         self.layout = layout
         self.dice = dice
@@ -195,18 +195,18 @@ class World:
 
     def _encode(self, update: ModelFile) -> EncodedUpdate | None:
         """What a site does before it publishes: an update with NaN leaves as it is."""
-        if self.scheme == "raw":
+        if self.encoding == "raw":
             return None
         assert self._base is not None
         places = update.file, update.data_offset, self._base.file, self._base.data_offset
         try:
-            return UpdateEncoder(self.layout, self.scheme, top_k=TOP_K).encode(1, *places)
+            return UpdateEncoder(self.layout, self.encoding, top_k=TOP_K).encode(1, *places)
         except NonFiniteError:
             return None
 
     @property
     def _codec(self) -> Codec | None:
-        return None if self.scheme == "raw" else Codec(self.layout, self.scheme)
+        return None if self.encoding == "raw" else Codec(self.layout, self.encoding)
 
     # --- what the server's process does ---
 

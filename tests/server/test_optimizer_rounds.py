@@ -63,7 +63,13 @@ class Server:
     """A collection on a folder, of updates that are published beside it."""
 
     def __init__(
-        self, folder: Path, names: str, *, scheme: str = "raw", fresh: bool = False, **options: Any
+        self,
+        folder: Path,
+        names: str,
+        *,
+        encoding: str = "raw",
+        fresh: bool = False,
+        **options: Any,
     ) -> None:
         self.folder, self.names = folder, names
         folder.mkdir(exist_ok=True)
@@ -73,11 +79,11 @@ class Server:
         for name in names:
             self.sites[name.encode()] = site = Exchange()
             update, set_id = model_of(ord(name)), name.encode() * 16
-            if scheme == "raw":
+            if encoding == "raw":
                 site.publish(set_id, update.file, update.data_offset, LAYOUT.total_bytes, CHUNK)
                 continue
             at = update.file, update.data_offset, BASE.file, BASE.data_offset
-            sent = UpdateEncoder(LAYOUT, scheme).encode(1, *at)
+            sent = UpdateEncoder(LAYOUT, encoding).encode(1, *at)
             site.publish_encoded(set_id, sent.file, sent.offsets, sent.encodings, sent.checksums)
         self.finisher = finisher(fresh=fresh)
         states = {n: (folder / n, layout) for n, layout in self.finisher.states}
@@ -87,7 +93,7 @@ class Server:
             Scratch(folder / "model", folder / "record", {}, {}, states),
             memory=options.pop("memory", 1 << 20),
             base=BASE,
-            codec=None if scheme == "raw" else Codec(LAYOUT, scheme),
+            codec=None if encoding == "raw" else Codec(LAYOUT, encoding),
             finisher=self.finisher,
             **options,
         )
@@ -168,10 +174,10 @@ def test_updates_that_were_pulled_ahead_give_the_same_bytes(tmp_path: Path) -> N
     assert server.result() == expected("abc")
 
 
-@pytest.mark.parametrize("scheme", ["int8", "top-k"])
-def test_differences_give_the_same_bytes_at_once_and_folded(tmp_path: Path, scheme: str) -> None:
-    at_once = Server(tmp_path / "a", "abcde", scheme=scheme).start().run().result()
-    folded = Server(tmp_path / "b", "abcde", scheme=scheme, memory=1).start().run().result()
+@pytest.mark.parametrize("encoding", ["int8", "top-k"])
+def test_differences_give_the_same_bytes_at_once_and_folded(tmp_path: Path, encoding: str) -> None:
+    at_once = Server(tmp_path / "a", "abcde", encoding=encoding).start().run().result()
+    folded = Server(tmp_path / "b", "abcde", encoding=encoding, memory=1).start().run().result()
     assert at_once == folded
     assert at_once != expected("abcde")
 

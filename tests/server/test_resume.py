@@ -46,21 +46,21 @@ def values(name: str) -> ModelFile:
 
 
 class Sites:
-    """The sites, which outlive the servers, and how often each chunk was sent; encoded with ``scheme``."""
+    """The sites, which outlive the servers, and how often each chunk was sent; encoded with ``encoding``."""
 
-    def __init__(self, names: str, scheme: str = "raw") -> None:
+    def __init__(self, names: str, encoding: str = "raw") -> None:
         self.sent: Counter[tuple[str, int]] = Counter()
         self.exchanges: dict[str, Exchange] = {}
-        self.scheme = scheme
+        self.encoding = encoding
         self.base = values("base")
         for name in names:
             self.exchanges[name] = site = Exchange()
             file, set_id = values(name), name.encode() * 16
-            if scheme == "raw":
+            if encoding == "raw":
                 site.publish(set_id, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
                 continue
             at = file.file, file.data_offset, self.base.file, self.base.data_offset
-            sent = UpdateEncoder(LAYOUT, scheme).encode(1, *at)
+            sent = UpdateEncoder(LAYOUT, encoding).encode(1, *at)
             site.publish_encoded(set_id, sent.file, sent.offsets, sent.encodings, sent.checksums)
 
     def sent_again(self, name: str) -> int:
@@ -91,8 +91,8 @@ class Server:
             self.exchange,
             LAYOUT,
             Scratch(folder / "model", folder / "record", of, {}),
-            base=None if sites.scheme == "raw" else sites.base,
-            codec=None if sites.scheme == "raw" else Codec(LAYOUT, sites.scheme),
+            base=None if sites.encoding == "raw" else sites.base,
+            codec=None if sites.encoding == "raw" else Codec(LAYOUT, sites.encoding),
             memory=window * len(names) * CHUNK,
             spill=self.spill,
         )
@@ -149,9 +149,9 @@ class Server:
         return (self.folder / "model").read_bytes()
 
 
-def undisturbed(folder: Path, names: str, scheme: str = "raw") -> bytes:
+def undisturbed(folder: Path, names: str, encoding: str = "raw") -> bytes:
     """Return the file of a collection in which nothing happens."""
-    server = Server(folder / f"undisturbed-{names}", Sites(names, scheme), names)
+    server = Server(folder / f"undisturbed-{names}", Sites(names, encoding), names)
     server.run(random.Random(0))
     return server.result()
 
@@ -178,9 +178,9 @@ def test_a_server_killed_at_any_chunk_goes_on_and_each_site_sends_at_most_a_wind
     assert max(sites.sent_again(name) for name in "abc") <= kills * window
 
 
-@pytest.mark.parametrize("scheme", ["raw", "nf4", "top-k"])
-def test_what_a_site_was_ahead_with_is_not_sent_again(tmp_path: Path, scheme: str) -> None:
-    sites, dice = Sites("abc", scheme), random.Random(1)
+@pytest.mark.parametrize("encoding", ["raw", "nf4", "top-k"])
+def test_what_a_site_was_ahead_with_is_not_sent_again(tmp_path: Path, encoding: str) -> None:
+    sites, dice = Sites("abc", encoding), random.Random(1)
     first = Server(tmp_path / "run", sites, "abc")
     first.run(
         dice, "ac"
@@ -188,7 +188,7 @@ def test_what_a_site_was_ahead_with_is_not_sent_again(tmp_path: Path, scheme: st
     again = Server(first.killed(), sites, "abc")
     assert min(again.running.collector.progress()[2][0::2]) >= CHUNKS - 4
     again.run(dice)
-    assert again.result() == undisturbed(tmp_path, "abc", scheme)
+    assert again.result() == undisturbed(tmp_path, "abc", encoding)
     assert {name: sites.sent_again(name) <= 4 for name in "abc"} == dict.fromkeys("abc", True)
     assert again.spill is not None
     assert again.spill.used == 0
