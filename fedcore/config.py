@@ -100,7 +100,7 @@ Name = Annotated[str, Field(pattern=SITE_NAME)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
 
 class RunSection(_Section):

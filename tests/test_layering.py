@@ -192,8 +192,8 @@ def test_what_host_and_device_share_includes_nothing_that_a_device_lacks(
     ("module", "absent"),
     [
         ("fedcore", ["torch", "numpy", "fedcore._core", "zmq", "pydantic"]),
-        ("fedcore.client", ["torch", "numpy"]),
-        ("fedcore.server.service", ["torch", "numpy"]),
+        ("fedcore.client", ["torch", "numpy", "asyncio"]),
+        ("fedcore.server.service", ["torch", "numpy", "asyncio"]),
         ("fedcore.cli.app", ["torch", "numpy", "zmq", "fedcore._core"]),
     ],
 )

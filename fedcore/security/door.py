@@ -11,6 +11,7 @@ import logging
 import os
 import resource
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,6 @@ from typing import Final
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import parse_monitor_message
 
 from .connections import Connections, Limits, Notes
 from .keys import AllowList, KeyPair, fingerprint
@@ -41,6 +41,8 @@ _MAX_BUCKETS: Final = 4096
 _MAX_FILES: Final = 1 << 20
 _BATCH: Final = 256
 _EVENTS: Final = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+_EVENT: Final = struct.Struct("=hi")
+"""The event and its connection's number, as zmq_socket_monitor sends them. pyzmq's parser would load asyncio."""
 _GONE: Final = (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED)
 
 logger = logging.getLogger("fedcore.server")
@@ -164,8 +166,8 @@ class Doorkeeper:
         """Count all that is told, so that a connection is known before its key is asked about."""
         with contextlib.suppress(zmq.Again):
             for _ in range(_BATCH):
-                event = parse_monitor_message(events.recv_multipart(zmq.DONTWAIT))
-                self._count(event["event"], event["value"])
+                event, number = _EVENT.unpack(events.recv_multipart(zmq.DONTWAIT)[0])
+                self._count(event, number)
 
     def _answer(self, frames: list[bytes]) -> None:
         """Answer one request: envelope, empty, version, id, domain, address, identity, mechanism, credentials."""
