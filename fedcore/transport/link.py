@@ -83,7 +83,8 @@ UNREAD_MS: Final = 30_000
 """The system ends the connection of a peer that has read nothing for so long of what was sent to it."""
 MUTE_MS: Final = 10_000
 """For how long a key that sent too much is not heard."""
-_MAX_FRAME: Final = protocol.MAX_CONTROL_BYTES + 1024  # encryption adds 33 bytes
+MAX_FRAME: Final = protocol.MAX_CONTROL_BYTES + 1024  # encryption adds 33 bytes
+"""Bytes of the longest frame that a link takes."""
 SITE_LIMITS: Final = (32 << 20, 16 << 20, 64 << 20)
 """Bytes of a site: its update's on their way, of which its one peer may have half, and of control messages."""
 _LINGER_MS: Final = 1000
@@ -523,7 +524,7 @@ class SiteLink(_Link):
 
 def _set_common(net: zmq.Socket[bytes], address: str) -> None:
     net.setsockopt(zmq.SNDHWM, 0)  # what is sent was asked for: windows bound it, not the socket
-    net.setsockopt(zmq.MAXMSGSIZE, _MAX_FRAME)
+    net.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
     net.setsockopt(zmq.LINGER, _LINGER_MS)
     if "[" in address:
         net.setsockopt(zmq.IPV6, 1)

@@ -22,7 +22,7 @@ from fedcore.errors import ConfigError, ProtocolError
 from fedcore.protocol import FromSite, Kind, control_frames, frame_header
 
 from .dialling import Server
-from .link import HEARTBEAT_MS, Control, DataEvent, now_ms
+from .link import HEARTBEAT_MS, MAX_FRAME, Control, DataEvent, now_ms
 from .open_files import require_free_files
 from .zmtp import Incoming, message, opening
 
@@ -59,7 +59,7 @@ class _Wire:
         self.up = False  # it takes messages
         self.redial_ms, self.delay_ms = 0, _REDIAL_MS[0]
         self.turned_away = 0  # connections in a row that ended in their handshake
-        self.incoming = Incoming()
+        self.incoming = Incoming(MAX_FRAME)
         self.outgoing: deque[Buffer] = deque()
 
 
@@ -106,7 +106,8 @@ class ManyLinks:
         That is a site's name and a control message for it, or an event of the core.
 
         Raises:
-            ProtocolError: what listens at the address is no server that takes plain connections.
+            ProtocolError: what listens at the address is no server that takes plain connections, or its frames are
+                longer than any of a server.
         """
         now = now_ms()
         wait = self.exchange.tick(now)
@@ -212,7 +213,7 @@ class ManyLinks:
             net.setblocking(False)
             net.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             net.connect_ex(self._address)  # how it ends is seen once the socket can be written to
-            wire.net, wire.incoming = net, Incoming()
+            wire.net, wire.incoming = net, Incoming(MAX_FRAME)
             self._selector.register(net, selectors.EVENT_WRITE, wire)
 
     def _on_writable(self, wire: _Wire) -> None:

@@ -22,6 +22,7 @@ _MORE: Final = 1
 _LONG: Final = 2
 _COMMAND: Final = 4
 _SHORT: Final = 255
+_MOST_FRAMES: Final = 8
 
 
 def opening(identity: bytes) -> bytes:
@@ -52,14 +53,18 @@ def message(frames: Sequence[Buffer]) -> list[Buffer]:
 class Incoming:
     """Takes apart what comes over one connection. It holds no memory while nothing is incomplete.
 
+    Args:
+        longest: bytes of the longest frame that is taken.
+
     Attributes:
         ready: whether the other end has finished its handshake; before that it takes no message.
     """
 
-    __slots__ = ("_frames", "_greeted", "_rest", "ready")
+    __slots__ = ("_frames", "_greeted", "_longest", "_rest", "ready")
 
-    def __init__(self) -> None:
+    def __init__(self, longest: int) -> None:
         self.ready = False
+        self._longest = longest
         self._greeted = False
         self._rest: bytearray | None = None
         self._frames: list[bytes] | None = None  # of a message whose last frame has not come
@@ -68,7 +73,8 @@ class Incoming:
         """Take in bytes and yield the messages that they complete.
 
         Raises:
-            ProtocolError: the other end does not speak ZMTP 3, wants keys, or has refused the connection.
+            ProtocolError: the other end does not speak ZMTP 3, wants keys, or has refused the connection; or it
+                announces a frame or sends a message that is longer than any.
         """
         rest = self._rest or bytearray()
         rest += data
@@ -76,7 +82,7 @@ class Incoming:
         if not self._greeted and len(rest) >= _GREETING:
             _check_greeting(rest)
             self._greeted, at = True, _GREETING
-        while self._greeted and (found := _frame(rest, at)) is not None:
+        while self._greeted and (found := _frame(rest, at, self._longest)) is not None:
             flags, begin, at = found
             frame = bytes(memoryview(rest)[begin:at])
             if flags & _COMMAND:
@@ -85,6 +91,10 @@ class Incoming:
                 self.ready = self.ready or frame.startswith(b"\x05READY")
                 continue
             frames = self._frames or []
+            if len(frames) == _MOST_FRAMES:
+                raise ProtocolError(
+                    f"what listens there sends a message of over {len(frames)} frames"
+                )
             frames.append(frame)
             self._frames = frames if flags & _MORE else None
             if not flags & _MORE:
@@ -100,13 +110,20 @@ def _check_greeting(greeting: bytearray) -> None:
         raise ProtocolError(f"the server wants encrypted connections ({mechanism})")
 
 
-def _frame(data: bytearray, at: int) -> tuple[int, int, int] | None:
-    """Return a frame's flags, where its bytes begin and end; None if it is not complete."""
+def _frame(data: bytearray, at: int, longest: int) -> tuple[int, int, int] | None:
+    """Return a frame's flags, where its bytes begin and end; None if it is not complete.
+
+    Raises:
+        ProtocolError: it is of more than ``longest`` bytes: it is not waited for.
+    """
     if len(data) - at < 2:
         return None
     flags = data[at]
     begin = at + (9 if flags & _LONG else 2)
     if len(data) < begin:
         return None
-    end = begin + int.from_bytes(data[at + 1 : begin], "big")
+    size = int.from_bytes(data[at + 1 : begin], "big")
+    if size > longest:
+        raise ProtocolError(f"what listens there announces a frame of {size:,} bytes")
+    end = begin + size
     return None if len(data) < end else (flags, begin, end)

@@ -16,7 +16,14 @@ from fedcore.errors import StorageError
 from fedcore.monitor.ask import StatusClient
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
-from fedcore.server.rounds.actions import Action, EndRun, SendTask, StartCollect
+from fedcore.server.rounds.actions import (
+    Action,
+    EndRun,
+    Participant,
+    PullAhead,
+    SendTask,
+    StartCollect,
+)
 from fedcore.server.rounds.participation import Delivery, Roster
 from fedcore.server.rounds.rounds import Phase, Rounds
 from fedcore.server.rounds.steering import steer
@@ -67,6 +74,33 @@ def test_a_paused_run_ends_its_round_and_begins_no_other_until_it_is_resumed() -
     assert tasks(rounds.joined("a", "again", 1001)) == []
     reply, actions = steer(rounds, "resume", 1002)
     assert tasks(actions) == [("a", "train", 2), ("b", "train", 2)]
+
+
+def test_updates_that_come_while_a_run_is_held_wait_until_it_is_resumed() -> None:
+    rounds = joined()
+    steer(rounds, "pause", 0)
+    close_round(rounds)
+    early = Delivery("1" * 32, 1)
+    assert rounds.ready("a", 2, early) + rounds.ready("b", 2, early) == []
+    assert rounds.lost("b", "gone", 2) + rounds.joined("b", "again", 3) == []
+    assert rounds.tick(1000) == []
+    actions = steer(rounds, "resume", 1001)[1]
+    assert tasks(actions) == [("b", "train", 2)], "what another process offered counts no longer"
+    assert actions[1:] == [PullAhead(2, Participant("a", early.set_id, 1))]
+    steer(rounds, "pause", 1002)
+    (collect,) = rounds.ready("b", 2, early)
+    assert isinstance(collect, StartCollect), "the round is under way"
+
+
+def test_a_round_whose_updates_are_all_there_closes_when_the_run_is_resumed() -> None:
+    rounds = joined()
+    steer(rounds, "pause", 0)
+    close_round(rounds)
+    for name in ("a", "b"):
+        assert rounds.ready(name, 2, Delivery("1" * 32, 1)) == []
+    (collect,) = steer(rounds, "resume", 5)[1]
+    assert isinstance(collect, StartCollect)
+    assert not rounds.held
 
 
 def test_a_pause_taken_back_in_the_same_round_changes_nothing() -> None:

@@ -15,6 +15,7 @@ from fedcore.transport.zmtp import Incoming, message, opening
 
 IDENTITY = bytes(range(16))
 SIZES = (0, 1, 255, 256, 70_000)
+LONGEST = 70_000
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def dial(router: zmq.Socket[bytes]) -> socket.socket:
 def test_frames_of_all_sizes_reach_a_router_and_come_back(router: zmq.Socket[bytes]) -> None:
     frames = [bytes([number]) * size for number, size in enumerate(SIZES)]
     with dial(router) as net:
-        incoming, came = Incoming(), list[list[bytes]]()
+        incoming, came = Incoming(LONGEST), list[list[bytes]]()
         while not incoming.ready:
             came += incoming.feed(net.recv(10_000))
         net.sendall(b"".join(message(frames)) * 2)
@@ -51,9 +52,23 @@ def test_bytes_may_come_one_by_one_and_many_messages_at_once() -> None:
     greeting = opening(b"x")  # a peer's begins alike
     frames = [b"a" * 300, b"", b"b"]
     stream = greeting + b"".join(message(frames)) + b"".join(message([b"c"]))
-    incoming = Incoming()
+    incoming = Incoming(LONGEST)
     single = [found for byte in stream for found in incoming.feed(bytes([byte]))]
-    assert single == list(Incoming().feed(stream)) == [frames, [b"c"]]
+    assert single == list(Incoming(LONGEST).feed(stream)) == [frames, [b"c"]]
+
+
+def test_a_frame_that_is_too_long_is_refused_before_it_comes() -> None:
+    head, _ = message([bytes(LONGEST + 1)])
+    incoming = Incoming(LONGEST)
+    with pytest.raises(ProtocolError, match="frame of 70,001 bytes"):
+        list(incoming.feed(opening(b"x") + bytes(head)))
+
+
+def test_a_message_without_end_is_refused() -> None:
+    begun = b"".join(message([b"a"] * 9)[:-2])
+    incoming = Incoming(LONGEST)
+    with pytest.raises(ProtocolError, match="over 8 frames"):
+        list(incoming.feed(opening(b"x") + begun * 2))
 
 
 def test_a_server_that_wants_keys_is_no_server_for_plain_connections() -> None:
@@ -71,4 +86,4 @@ def test_a_server_that_wants_keys_is_no_server_for_plain_connections() -> None:
 @pytest.mark.parametrize("peer", [b"HTTP/1.1 400 Bad Request\r\n".ljust(64), b"\xff" * 64])
 def test_something_that_is_no_server_is_named(peer: bytes) -> None:
     with pytest.raises(ProtocolError, match="does not speak ZMTP"):
-        list(Incoming().feed(peer))
+        list(Incoming(LONGEST).feed(peer))

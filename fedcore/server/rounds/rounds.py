@@ -159,7 +159,18 @@ class Rounds:
             return []
         if self.version is None:
             return self._choose_first(now)
-        return self._begin(now)
+        return self._begin(now) + self._take_up(now)
+
+    def _take_up(self, now: float) -> list[Action]:
+        """Go on with the updates that came while the run was held, as of a site that was started again."""
+        delivered = self._delivered()
+        if self.phase is not Phase.TRAINING or not delivered:
+            return []
+        self._start_clock(now)
+        again = self._collect_decided()
+        if again is not None:
+            return [again]
+        return self._close_if_due() or self._pull_ahead(delivered)
 
     def evaluate(self) -> list[Action]:
         """Have the last model scored while the run is `held`, by those who have not scored it."""
@@ -250,6 +261,8 @@ class Rounds:
         member.delivery = delivery
         member.state = SiteState.DELIVERED
         if self.phase is Phase.AGGREGATING:  # it counts only if too few of the others are left
+            return []
+        if self.held:  # nobody was asked for it: it waits for the round to begin
             return []
         again = self._collect_decided()
         if again is not None:
@@ -495,7 +508,7 @@ class Rounds:
 
     def _pull_ahead(self, members: Sequence[Member]) -> list[Action]:
         """Pull what is ready; not while the collection of a server that was killed may be gone on with."""
-        if self.phase is not Phase.TRAINING or self._decided or self.version is None:
+        if self.phase is not Phase.TRAINING or self.held or self._decided or self.version is None:
             return []
         return [PullAhead(self.version + 1, offer) for offer in _offers(members)]
 
@@ -538,7 +551,7 @@ class Rounds:
         return cancel + self._choose(now) + self._close_if_due()
 
     def _close_if_due(self) -> list[Action]:
-        if self.phase is not Phase.TRAINING:
+        if self.phase is not Phase.TRAINING or self.held:
             return []
         delivered = self._delivered()
         if len(delivered) >= self.quorum and (self._sample.size is not None or self.awaited == 0):
