@@ -8,9 +8,7 @@ over. Neither is forced to the device: what a power failure leaves is found out 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
-import os
 import shutil
 import tempfile
 import threading
@@ -28,6 +26,7 @@ from fedcore.errors import StorageError
 from fedcore.layout import layout_hash
 from fedcore.model_file import ModelFile, create_model, open_model
 
+from .folder_lock import FolderLock
 from .memory import available_memory
 
 __all__ = ["TRAINER", "Kept", "Record", "WorkFolder"]
@@ -35,16 +34,12 @@ __all__ = ["TRAINER", "Kept", "Record", "WorkFolder"]
 TRAINER: Final = "trainer-"
 """How the folders begin in which an adapter keeps the state of its trainer."""
 
-_ATTEMPTS: Final = 5
 _ENCODED: Final = "encoded"
 _SHARE: Final = 8  # of the memory that is available, what the global model may take
 
 logger = logging.getLogger("fedcore.client")
 
 _T = TypeVar("_T", ModelFile, MappedFile)
-
-_held: set[Path] = set()
-"""Folders that this process has: the system's locks keep only other processes away."""
 
 
 class Record(BaseModel):
@@ -113,7 +108,7 @@ class WorkFolder:
         self._recorded = ""
         self._files: dict[str, ModelFile] = {}
         self._in_memory: set[str] = set()
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
         self.folder: Path | None = None
         if root is not None:
             self._take(root.absolute())
@@ -129,7 +124,7 @@ class WorkFolder:
     def _take(self, root: Path) -> None:
         folder = root / self._site / self._run_id
         try:
-            self._lock = _lock(folder)
+            self._lock = FolderLock.take(folder)
             if self._lock is None:
                 logger.warning(
                     "%s: another process uses %s; what this one trains is not kept should it be killed",
@@ -138,12 +133,13 @@ class WorkFolder:
                 return
             _remove_others(folder)
         except OSError as error:
+            if self._lock is not None:
+                self._lock.release()
             raise StorageError(
                 f"cannot use the work folder {folder}: {error.strerror or error}; set FEDCORE_WORK to a folder "
                 "that can be written"
             ) from None
         self.folder = folder
-        _held.add(folder)
 
     def _path(self, name: str) -> Path:
         assert self.folder is not None
@@ -383,9 +379,8 @@ class WorkFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # not empty: other runs are there
                 self.folder.parent.rmdir()
-        _held.discard(self.folder)
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
 
@@ -393,41 +388,15 @@ def _checksum(checksums: list[int]) -> str:
     return f"{crc32c(b''.join(value.to_bytes(4, 'little') for value in checksums)):08x}"
 
 
-def _lock(folder: Path) -> int | None:
-    """Make a folder and lock it; None if another process has it. The lock goes with this process.
-
-    A record lock is not inherited, so children that outlive a killed process do not hold it.
-    """
-    if folder in _held:
-        return None
-    for _ in range(_ATTEMPTS):
-        with contextlib.suppress(FileNotFoundError):  # removed by another process just now
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = folder / "lock"
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), path.stat()):
-                    return descriptor
-            except BlockingIOError:
-                os.close(descriptor)
-                return None
-            except OSError:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
-    return None
-
-
 def _remove_others(folder: Path) -> None:
     """Remove what processes of this site have left of other runs, unless they still run."""
     for other in _folders(folder.parent):
         if other == folder:
             continue
-        descriptor = _lock(other)
-        if descriptor is not None:
+        lock = FolderLock.take(other)
+        if lock is not None:
             shutil.rmtree(other, ignore_errors=True)
-            os.close(descriptor)
+            lock.release()
 
 
 def _folders(parent: Path) -> Iterator[Path]:

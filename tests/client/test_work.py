@@ -339,6 +339,20 @@ def test_a_second_process_of_a_site_leaves_the_first_ones_files_alone(
         first.communicate()
 
 
+def test_a_second_session_in_one_process_leaves_the_first_ones_files_alone(tmp_path: Path) -> None:
+    first = trained(tmp_path)
+    second = WorkFolder(tmp_path, "a", RUN)
+    assert not second.keeps
+    second.close(keep=False)
+    another = WorkFolder(tmp_path, "a", "2" * 32)
+    assert files(tmp_path) == {"update.json", "update.safetensors"}
+    another.close(keep=False)
+    killed(first)
+    third = WorkFolder(tmp_path, "a", RUN)
+    assert third.kept(task(), CHUNK) is not None
+    third.close(keep=False)
+
+
 def test_what_other_runs_have_left_is_removed_unless_they_still_run(tmp_path: Path) -> None:
     killed(trained(tmp_path))
     other = holder(tmp_path, "1" * 32)
