@@ -12,6 +12,23 @@ import pytest
 
 pytest.register_assert_rewrite("tests.support")
 
+_MEMORY_FOLDER = Path("/dev/shm")
+_ROOM = 4 << 30  # bytes; the tests at work at one time take far less
+
+
+def _memory_has_room() -> bool:
+    try:
+        found = os.statvfs(_MEMORY_FOLDER)
+    except OSError:
+        return False
+    return os.access(_MEMORY_FOLDER, os.W_OK) and found.f_bavail * found.f_frsize >= _ROOM
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the tests' files in memory: hundreds of servers that wait for a disk at each commit take minutes."""
+    if config.option.basetemp is None and _memory_has_room():
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY_FOLDER))
+
 
 def pytest_collection_finish() -> None:
     """Spare trainers what takes them most time here: garbage collections, and second threads for tiny tensors."""
