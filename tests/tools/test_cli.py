@@ -91,6 +91,19 @@ def test_the_version_is_the_packages() -> None:
 
 
 @pytest.fixture
+def ended(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in this process; returns its exit status, its output and its errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            main(list(arguments))
+        assert isinstance(left.value.code, int)
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a run file whose script is missing."""
     (tmp_path / "run.toml").write_text(
@@ -118,12 +131,27 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_an_error_is_one_clear_line(
-    arguments: list[str], status: int, said: str, fedcore: Command, folder: Path
+    arguments: list[str],
+    status: int,
+    said: str,
+    ended: Callable[..., tuple[int, str, str]],
+    folder: Path,
 ) -> None:
-    done = fedcore(*arguments)
-    assert done.returncode == status, done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    code, out, err = ended(*arguments)
+    assert code == status, err
+    assert said in err
+    assert "Traceback" not in err
+    assert not out
+
+
+def test_an_error_of_a_command_is_one_line_without_a_traceback(
+    fedcore: Command, folder: Path
+) -> None:
+    done = fedcore("simulate", "run.toml")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+    assert "train.py does not exist" in done.stderr
     assert not done.stdout
 
 
@@ -184,17 +212,17 @@ def test_the_server_has_a_command_of_its_own() -> None:
 @pytest.mark.parametrize("command", ["status", "stop"])
 @pytest.mark.parametrize("seconds", ["nan", "-1", "0", "1e400"])
 def test_a_timeout_that_is_none_is_wrong_use(
-    fedcore: Callable[..., subprocess.CompletedProcess[str]], command: str, seconds: str
+    ended: Callable[..., tuple[int, str, str]], command: str, seconds: str
 ) -> None:
-    done = fedcore(command, "tcp://127.0.0.1:9", "--insecure", f"--timeout={seconds}")
-    assert done.returncode == 2
-    assert "expected a number of seconds above 0" in " ".join(done.stderr.replace("│", "").split())
+    code, _, err = ended(command, "tcp://127.0.0.1:9", "--insecure", f"--timeout={seconds}")
+    assert code == 2
+    assert "expected a number of seconds above 0" in " ".join(err.replace("│", "").split())
 
 
 @pytest.mark.parametrize("port", ["99999", "0"])
 def test_a_port_that_is_none_is_wrong_use(
-    fedcore: Callable[..., subprocess.CompletedProcess[str]], port: str
+    ended: Callable[..., tuple[int, str, str]], port: str
 ) -> None:
-    done = fedcore("status", f"tcp://127.0.0.1:{port}", "--insecure")
-    assert done.returncode == 2
-    assert "a port from 1 to 65535" in done.stderr
+    code, _, err = ended("status", f"tcp://127.0.0.1:{port}", "--insecure")
+    assert code == 2
+    assert "a port from 1 to 65535" in err

@@ -133,10 +133,13 @@ def test_a_simulation_is_encrypted_with_keys_that_are_thrown_away(
     assert len(set(seen)) == 4
 
 
-def test_what_a_script_does_after_the_run_is_waited_for(run_file: RunFile, tmp_path: Path) -> None:
+def test_what_a_script_does_after_the_run_is_waited_for(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcore.simulation.processes._END_SECONDS", 0.3)
     after = """
     import pathlib, threading
-    threading.Event().wait(4)
+    threading.Event().wait(1)
     pathlib.Path(f"{fl.system_info()['site']}.txt").write_text("saved")
     """
     result = run(
