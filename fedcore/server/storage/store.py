@@ -8,7 +8,6 @@ sets back what is pending. A file that no row lists is never touched. States are
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -26,36 +25,27 @@ from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.outlet import Outlet
 from fedcore.protocol import strict_json
 from fedcore.replacing import place_of, put_in_place
-from fedcore.server.rounds.selection import SiteScore
 
+from .decisions import Decisions
 from .exports import Committed, write_durably, write_export
 from .files import Files, model_name, record_name, scratch_name, state_name
+from .fixed import check_fixed
 from .history import (
     Life,
     StateRow,
     VersionRow,
     read_life,
-    read_scores,
     read_states,
     read_versions,
-    score_text,
 )
 from .integrity import verify_model
 from .journal import SCHEMA, Journal, holds_something, storing
 from .lock import FolderLock
 from .logged import Logged
+from .site_rows import SiteRows, number_of
 
 __all__ = ["StateRow", "Store", "VersionRow"]
 
-# Keys of a run file that make it another run when they change, once a model is committed.
-_FIXED: Final = (
-    "run.task", "model.initial", "participants.sites", "participants.count", "aggregation.rule",
-    "aggregation.optimizer", "selection.metric", "selection.mode", "transfer.update", "transfer.top_k",
-    "transfer.lossless",
-)  # fmt: skip
-
-_STOP: Final = "stop_asked"
-_ALLOWED: Final = "allowed_round"
 _WITHOUT_STATES: Final = "without_states"
 
 _BEYOND_DISK: Final = 16
@@ -64,16 +54,7 @@ _BEYOND_DISK: Final = 16
 logger = logging.getLogger("fedcore.server")
 
 
-def _shown(value: object) -> str:
-    return "not given" if value is None else repr(value)
-
-
-def _number(weight: int) -> int | float:
-    """Return what SQLite keeps of a weight: its integers end at 2^63 - 1; 24 bits are exact as a float, too."""
-    return weight if weight < 1 << 63 else float(weight)
-
-
-class Store:
+class Store(SiteRows, Decisions):
     """The only writer of a run folder; a second server on it is refused.
 
     Args:
@@ -153,7 +134,8 @@ class Store:
                 sizes = {row.version: row.nbytes for row in self.versions()}
                 self._files.take_up_format_2(sizes, self.last_version)
         if settings is not None:
-            self._check_settings(settings)
+            begun = self.last_version is not None
+            check_fixed(self.folder, self._journal.meta("settings") if begun else None, settings)
         found = self._files.foreign()
         if found and not discard:
             self._files.refuse_foreign(found, self.last_version)
@@ -178,21 +160,6 @@ class Store:
             self._files.settle()
             for name in ("summary", "results"):
                 (self.folder / f".{name}.json.partial").unlink(missing_ok=True)
-
-    def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        text = self._journal.meta("settings")
-        if text is None or self.last_version is None:
-            return
-        before = json.loads(text)
-        before.get("run", {}).setdefault("task", "train")
-        for key in _FIXED:
-            section, _, name = key.partition(".")
-            old, new = before.get(section, {}).get(name), settings.get(section, {}).get(name)
-            if old != new:
-                raise ConfigError(
-                    f"run folder {self.folder} holds a run with another {key}: it was {_shown(old)} and is now "
-                    f"{_shown(new)}; give this run another name (run.name), or remove the folder"
-                )
 
     def check_possible(self, nbytes: int) -> None:
         """Raise StorageError if no room that could be made would hold a model of ``nbytes`` bytes."""
@@ -329,7 +296,7 @@ class Store:
             self._db.executemany(
                 "INSERT INTO contributions VALUES (?, ?, ?, ?)",
                 [
-                    (row.version, site, _number(weight), json.dumps(dict(metrics.get(site, {}))))
+                    (row.version, site, number_of(weight), json.dumps(dict(metrics.get(site, {}))))
                     for site, weight in row.participants.items()
                 ],
             )
@@ -425,7 +392,7 @@ class Store:
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
             self._db.execute("DELETE FROM chosen")
             self.logged.drop_after(version)
-            self._db.execute("DELETE FROM meta WHERE key = ?", (_ALLOWED,))
+            self._drop_allowed()
             self._db.execute("DELETE FROM meta WHERE key = 'finished'")
             self._drop_stop()
             self._journal.renew_run_id()
@@ -445,62 +412,6 @@ class Store:
         with self._journal.transaction():
             self._db.execute("UPDATE versions SET sha256 = ? WHERE version = ?", (digest, version))
 
-    def add_score(self, version: int, score: SiteScore) -> bool:
-        """Keep a site's metrics of a version; returns whether they are the first ones, which count."""
-        with self._journal.grouped():
-            added = self._db.execute(
-                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
-                (version, score.site, _number(score.examples), score_text(score)),
-            )
-        return added.rowcount > 0
-
-    def scores(self) -> dict[int, list[SiteScore]]:
-        """Return all scores by version."""
-        return read_scores(self._journal.rows)
-
-    def add_answer(
-        self, version: int, site: str, examples: int, outputs: Mapping[str, Any]
-    ) -> bool:
-        """Keep a site's outputs of a version, and that it has answered; returns whether they are the first ones,
-        which count."""
-        with self._journal.grouped():
-            added = self._db.execute(
-                "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)",
-                (version, site, _number(examples), json.dumps(dict(outputs))),
-            )
-            self._db.execute(
-                "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, '{}')",
-                (version, site, _number(examples)),
-            )
-        return added.rowcount > 0
-
-    def answers(self) -> dict[int, dict[str, dict[str, Any]]]:
-        """Return all outputs by version and site."""
-        found: dict[int, dict[str, dict[str, Any]]] = {}
-        for version, site, outputs in self._journal.rows(
-            "SELECT version, site, outputs FROM answers ORDER BY version, site"
-        ):
-            found.setdefault(version, {})[site] = json.loads(outputs)
-        return found
-
-    def add_member(self, site: str) -> None:
-        """Note that a site has joined, for a server that is started again after a crash."""
-        with self._journal.grouped():
-            self._db.execute("INSERT OR IGNORE INTO members VALUES (?)", (site,))
-
-    def members(self) -> list[str]:
-        """Return the sites that had joined when the last server vanished; none that it told of the run's end."""
-        return [row[0] for row in self._journal.rows("SELECT site FROM members ORDER BY site")]
-
-    def keep_initial_site(self, site: str) -> None:
-        """Note whose model is version 0."""
-        with self._journal.transaction():
-            self._journal.set_meta("initial_site", site)
-
-    def initial_site(self) -> str | None:
-        """Return whose model is version 0; None if it is the run file's, or not known."""
-        return self._journal.meta("initial_site")
-
     def keep_buffers(self, names: Sequence[str] | None) -> None:
         """Note which tensors of the model are buffers; None: it is not known."""
         with self._journal.transaction():
@@ -510,88 +421,6 @@ class Store:
         """Return which tensors of the model are buffers; None if it is not known."""
         names = json.loads(self._journal.meta("buffers") or "null")
         return None if names is None else tuple(names)
-
-    def declared(self) -> dict[str, str]:
-        """Return what each site declared last, of the sites that are in a model or are expected back.
-
-        Others keep nobody out: they may have been there by mistake.
-        """
-        rows = self._journal.rows(
-            "SELECT site, text FROM declared JOIN declarations USING (digest) WHERE site IN "
-            "(SELECT site FROM contributions UNION SELECT site FROM members) ORDER BY site"
-        )
-        return {str(site): str(text) for site, text in rows}
-
-    def keep_declared(self, site: str, text: str | None) -> None:
-        """Keep what a site declared, instead of what it declared before; None: keep nothing of it."""
-        with self._journal.grouped():
-            before = self._db.execute(
-                "SELECT digest FROM declared WHERE site = ?", (site,)
-            ).fetchone()
-            self._db.execute("DELETE FROM declared WHERE site = ?", (site,))
-            if text is not None:
-                digest = hashlib.sha256(text.encode()).hexdigest()
-                self._db.execute("INSERT OR IGNORE INTO declarations VALUES (?, ?)", (digest, text))
-                self._db.execute("INSERT INTO declared VALUES (?, ?)", (site, digest))
-            if before is not None:
-                self._db.execute(
-                    "DELETE FROM declarations WHERE digest = ?1 AND "
-                    "NOT EXISTS (SELECT 1 FROM declared WHERE digest = ?1)",
-                    before,
-                )
-
-    def choose(self, round_: int, sites: Collection[str]) -> None:
-        """Note who trains in a round where not all do, all of them; what was noted of other rounds goes."""
-        with self._journal.grouped():
-            self._db.execute("DELETE FROM chosen")
-            self._db.executemany(
-                "INSERT INTO chosen VALUES (?, ?)", [(round_, site) for site in sites]
-            )
-
-    def chosen(self, round_: int) -> list[str]:
-        """Return the sites that were chosen for a round by the server before this one."""
-        query = "SELECT site FROM chosen WHERE round = ? ORDER BY site"
-        rows = self._journal.rows(query, round_)
-        return [row[0] for row in rows]
-
-    def forget_members(self, sites: Collection[str]) -> None:
-        """Note that these sites know that the run has ended, so that nobody expects them back."""
-        with self._journal.transaction():
-            self._db.executemany("DELETE FROM members WHERE site = ?", [(site,) for site in sites])
-
-    @property
-    def allowed_round(self) -> int:
-        """The last round that the run's gates have allowed; 0 before the first."""
-        return int(self._journal.meta(_ALLOWED) or 0)
-
-    def allow_round(self, round_: int) -> None:
-        """Note that the run's gates have allowed a round to begin."""
-        with self._journal.transaction():
-            self._journal.set_meta(_ALLOWED, str(round_))
-
-    def ask_stop(self) -> None:
-        """Note that an operator ends the run: a server that is started before it has done so ends it then.
-
-        Raises:
-            IntegrityError: the journal was replaced by another file.
-            StorageError: it can't be written; the run is not stopped.
-        """
-        with self._journal.transaction():
-            self._journal.set_meta(_STOP, "1")
-
-    @property
-    def stop_asked(self) -> bool:
-        """Whether an operator has ended the run, and not all of what follows from it is done."""
-        return self._journal.meta(_STOP) is not None
-
-    def forget_stop(self) -> None:
-        """Note that the run has been stopped, and its sites know: the next server goes on with the run."""
-        if self.stop_asked:
-            with self._journal.transaction():
-                self._drop_stop()
-
-    def _drop_stop(self) -> None:
-        self._db.execute("DELETE FROM meta WHERE key = ?", (_STOP,))
 
     def leave(self) -> None:
         """Note what the run has taken, before this process ends and the run goes on."""
