@@ -26,6 +26,17 @@ Source to_source(const py::bytes& peer, const py::bytes& set, const py::int_& we
   return {std::string(peer), to_set_id(set), to_weights({weight})[0]};
 }
 
+py::dict to_dict(const ExchangeStats& stats) {
+  py::dict out;
+  out["bytes_in"] = stats.bytes_in;
+  out["bytes_out"] = stats.bytes_out;
+  out["frames_in"] = stats.frames_in;
+  out["frames_out"] = stats.frames_out;
+  out["dropped"] = stats.dropped;
+  out["owners"] = stats.owners;
+  return out;
+}
+
 Place to_place(const PyPlace& place) {
   return place ? Place{std::get<0>(*place)->share(), std::get<1>(*place)} : Place{};
 }
@@ -206,6 +217,31 @@ void bind_exchange(py::module_& m) {
       .def(
           "withdraw", [](Exchange& e, const py::bytes& id) { e.withdraw(to_set_id(id)); },
           py::arg("set_id"))
+      .def(
+          "restrict",
+          [](Exchange& e, const py::bytes& id, std::uint64_t audience) {
+            e.restrict_to(to_set_id(id), audience);
+          },
+          py::arg("set_id"), py::arg("audience"),
+          "Make a set unknown to all peers but those of one audience; 0: known to all.")
+      .def(
+          "enrol",
+          [](Exchange& e, const py::bytes& peer, std::uint64_t audience) {
+            e.enrol(std::string(peer), audience);
+          },
+          py::arg("peer"), py::arg("audience"),
+          "Put a peer into an audience, out of the one before.")
+      .def(
+          "expel",
+          [](Exchange& e, const py::bytes& peer, std::uint64_t audience) {
+            e.expel(std::string(peer), audience);
+          },
+          py::arg("peer"), py::arg("audience"),
+          "Take a peer out of an audience; where it is in another one, nothing.")
+      .def("limit_audience", &Exchange::limit_audience, py::arg("audience"), py::arg("outgoing"),
+           py::arg("control"),
+           "Bound, in bytes, for an audience alone: published chunks on their way, and control "
+           "messages that wait.")
       .def("published",
            [](const Exchange& e) {
              py::list ids;
@@ -332,18 +368,11 @@ void bind_exchange(py::module_& m) {
           },
           py::arg("user"), py::arg("blocked"),
           "Hear nothing more from a user's peers, or hear them again.")
-      .def("stats",
-           [](const Exchange& e) {
-             const ExchangeStats s = e.stats();
-             py::dict out;
-             out["bytes_in"] = s.bytes_in;
-             out["bytes_out"] = s.bytes_out;
-             out["frames_in"] = s.frames_in;
-             out["frames_out"] = s.frames_out;
-             out["dropped"] = s.dropped;
-             out["owners"] = s.owners;
-             return out;
-           })
+      .def("stats", [](const Exchange& e) { return to_dict(e.stats()); })
+      .def(
+          "stats_of",
+          [](const Exchange& e, std::uint64_t audience) { return to_dict(e.stats_of(audience)); },
+          py::arg("audience"), "The bytes and frames of an audience's peers, while in it.")
       .def(
           "capsule",
           [](const Exchange& e) {

@@ -221,8 +221,11 @@ std::vector<std::pair<std::uint64_t, std::uint64_t>> Exchange::pulls(
 int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const void* header_data,
                       std::size_t header_size, Frame& body) {
   const std::lock_guard lock(mutex_);
-  ++stats_.frames_in;
-  stats_.bytes_in += header_size + body.size();
+  const std::string peer(peer_view);
+  for (ExchangeStats* stats : {&stats_, &audiences_[audience_of(peer)].stats}) {
+    ++stats->frames_in;
+    stats->bytes_in += header_size + body.size();
+  }
   if (is_blocked(peer_view)) {
     ++stats_.dropped;
     return FC_UNHEARD;
@@ -241,7 +244,6 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
     }
     return malformed(peer_view, body.size(), why);
   }
-  const std::string peer(peer_view);
   if (limits_.paced && !may_speak(peer, now_ms)) {
     ++stats_.dropped;
     return FC_UNHEARD;
@@ -351,10 +353,11 @@ void Exchange::look_again(const std::string& peer, const wire::Header& header,
 }
 
 int Exchange::on_get(const std::string& peer, const wire::Header& header, std::int64_t now_ms) {
-  auto refusal = publisher_.check(header.set, header.index, header.count);
+  const std::uint64_t audience = audience_of(peer);
+  auto refusal = publisher_.check(header.set, header.index, header.count, audience);
   if (!refusal) {
     look_again(peer, header, now_ms);
-    refusal = publisher_.check(header.set, header.index, header.count);
+    refusal = publisher_.check(header.set, header.index, header.count, audience);
   }
   std::deque<Request>& waiting = requests_[peer];
   if (!refusal && waiting.size() >= kMaxRequestsPerPeer) {
@@ -373,7 +376,7 @@ int Exchange::on_get(const std::string& peer, const wire::Header& header, std::i
     return FC_DONE;
   }
   if (waiting.empty()) {
-    turns_.push_back(peer);
+    audiences_[audience].chunk_turns.push_back(peer);
   }
   waiting.push_back({header.set, header.index, header.index + header.count});
   return FC_DONE;
@@ -462,61 +465,12 @@ std::optional<OutFrame> Exchange::next_out(std::int64_t now_ms) {
     }
   }
   if (out) {
-    ++stats_.frames_out;
-    stats_.bytes_out += wire::kHeaderBytes + out->body_size;
+    for (ExchangeStats* stats : {&stats_, &audiences_[audience_of(out->peer)].stats}) {
+      ++stats->frames_out;
+      stats->bytes_out += wire::kHeaderBytes + out->body_size;
+    }
   }
   return out;
-}
-
-// The next chunk that somebody asked for and that may go: peers are served in turn, and one that
-// has too much on its way is passed over.
-std::optional<OutFrame> Exchange::next_chunk() {
-  for (std::size_t left = turns_.size(); left > 0; --left) {
-    const std::string peer = std::move(turns_.front());
-    turns_.pop_front();
-    if (!requests_.contains(peer)) {
-      continue;
-    }
-    auto frame = serve(peer);
-    if (requests_.contains(peer)) {
-      turns_.push_back(peer);
-    }
-    if (frame) {
-      return frame;
-    }
-  }
-  return std::nullopt;
-}
-
-std::optional<OutFrame> Exchange::serve(const std::string& peer) {
-  const auto waiting = requests_.find(peer);
-  Request& request = waiting->second.front();
-  const wire::SetId set = request.set;
-  const std::uint64_t index = request.next;
-  const auto found = publisher_.find(set, index);
-  if (found && !outgoing_->may_go(peer, found->data, found->size)) {
-    return std::nullopt;
-  }
-  if (++request.next == request.end) {
-    waiting->second.pop_front();
-    if (waiting->second.empty()) {
-      requests_.erase(waiting);
-    }
-  }
-  wire::Header header;
-  header.set = set;
-  header.index = index;
-  if (!found) {
-    header.kind = wire::Kind::kRefuse;
-    header.count = static_cast<std::uint32_t>(wire::Refusal::kUnknownSet);
-    return OutFrame{peer, wire::encode(header), nullptr, nullptr, 0};
-  }
-  auto file = outgoing_->send(peer, found->file, found->data, found->size);
-  header.kind = wire::Kind::kChunk;
-  header.encoding = found->encoding_byte;
-  header.length = found->size;
-  header.body_crc = publisher_.checksum(set, index);
-  return OutFrame{peer, wire::encode(header), std::move(file), found->data, found->size};
 }
 
 std::int64_t Exchange::tick(std::int64_t now_ms) {
@@ -639,7 +593,9 @@ void Exchange::forget(const std::string& peer) {
   contacts_.erase(peer);
   std::erase(owner_of(peer).peers, peer);
   requests_.erase(peer);
-  std::erase(turns_, peer);
+  for (auto& [number, audience] : audiences_) {
+    std::erase(audience.chunk_turns, peer);
+  }
 }
 
 ExchangeStats Exchange::stats() const {

@@ -10,11 +10,17 @@
 // where there is one) may have waiting, and have handled in a second, counts for all of its
 // connections together: beyond its rate its messages wait, beyond its share it loses them, which is
 // an event.
+//
+// A process may have several runs. The peers of a run are an audience, a number from 1; 0: peers in
+// none. A set may be restricted to an audience: it is unknown to all other peers. Audiences have
+// turns, and the peers of each have turns within it: of control messages by their count, of chunks
+// by their bytes. An audience may have limits of its own, so that its queues leave another room.
 #pragma once
 
 #include <cstdint>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -63,9 +69,9 @@ struct ControlMessage {
 
 // Bounds that depend on the memory there is; in bytes.
 struct ExchangeLimits {
-  std::uint64_t outgoing = Outgoing::kDefaultLimit;
-  std::uint64_t control_per_peer = 16u << 20;  // waiting; a first message always may
-  std::uint64_t control = 64u << 20;
+  std::uint64_t outgoing = Outgoing::kDefaultLimit;  // of peers whose audience has no limit
+  std::uint64_t control_per_peer = 16u << 20;        // waiting; a first message always may
+  std::uint64_t control = 64u << 20;  // waiting, of audiences without a limit together
   bool paced = false;  // whether an owner's frames have a rate, and its connections a number
   // Where paced: what an owner may send at once that nobody asked for. More than what may be under
   // way to it, as that is not asked for any more when a collection ends.
@@ -129,6 +135,16 @@ class Exchange {
                       const std::vector<std::uint32_t>& checksums = {});
   void withdraw(const wire::SetId& id);
   std::vector<wire::SetId> published() const;
+  // Makes a set unknown to all peers but those of one audience; 0: known to all.
+  void restrict_to(const wire::SetId& id, std::uint64_t audience);
+  // Puts a peer into an audience, out of the one before. Who enrols a peer takes it out again:
+  // forget() does not. What it had asked for as one of another audience is dropped.
+  void enrol(const std::string& peer, std::uint64_t audience);
+  // Takes a peer out of an audience; does nothing where it is in another one.
+  void expel(const std::string& peer, std::uint64_t audience);
+  // Gives an audience limits of its own, in bytes: of chunks on their way, of control messages that
+  // wait.
+  void limit_audience(std::uint64_t audience, std::uint64_t outgoing, std::uint64_t control);
 
   void start(std::shared_ptr<Collector> collector);
   // Adds a source to a running collector that is open, or closes it; see Collector.
@@ -183,6 +199,8 @@ class Exchange {
   // Throws away what waits of a peer's control messages.
   void discard(const std::string& peer);
   ExchangeStats stats() const;
+  // What came from an audience's peers, and went to them, while they were in it.
+  ExchangeStats stats_of(std::uint64_t audience) const;
 
   Outgoing& outgoing() noexcept { return *outgoing_; }
   const FcSink* sink() const noexcept { return &sink_; }
@@ -213,6 +231,22 @@ class Exchange {
     bool flooded = false;  // and that was told
     bool crowded = false;
   };
+  // The control messages of a peer that wait. They count for the audience in which it sent the
+  // first of them.
+  struct Waiting {
+    std::uint64_t audience = 0;
+    std::deque<std::string> messages;
+  };
+  // What the peers of a run, or those of none, have together.
+  struct Audience {
+    std::deque<std::string> control_turns;  // peers with control messages, round robin
+    std::deque<std::string> chunk_turns;    // peers with requests, round robin
+    std::uint64_t control_bytes = 0;
+    std::optional<std::uint64_t> control_limit;  // nothing: that of all that have none
+    // Bytes of chunks that were served, or could have been: the audience with the fewest is next.
+    std::uint64_t served = 0;
+    ExchangeStats stats;
+  };
   struct Request {
     wire::SetId set;
     std::uint64_t next;
@@ -230,6 +264,10 @@ class Exchange {
   bool is_within_rate(std::string_view peer, std::int64_t now_ms);
   bool may_speak(const std::string& peer, std::int64_t now_ms);
   bool is_due(Owner& owner, std::int64_t now_ms) const;
+  std::uint64_t audience_of(const std::string& peer) const;
+  void move_to(const std::string& peer, std::uint64_t audience);
+  std::pair<std::uint64_t, std::uint64_t> control_use(std::uint64_t audience) const;
+  std::optional<ControlMessage> next_control_of(Audience& audience, std::int64_t now_ms);
   void charge(std::string_view peer, double frames, std::size_t bytes = 0);
   static void refill(Owner& owner, std::int64_t now_ms);
   int malformed(std::string_view peer, std::size_t bytes, std::string why);
@@ -243,7 +281,8 @@ class Exchange {
   void discard_where(const std::function<bool(std::string_view)>& which);
 
   std::optional<OutFrame> next_chunk();
-  std::optional<OutFrame> serve(const std::string& peer);
+  std::optional<OutFrame> next_chunk_of(std::uint64_t number, Audience& audience);
+  std::optional<OutFrame> serve(const std::string& peer, std::uint64_t audience);
 
   mutable std::mutex mutex_;
   const std::shared_ptr<Outgoing> outgoing_ = Outgoing::make();
@@ -251,14 +290,15 @@ class Exchange {
   std::vector<std::shared_ptr<Collector>> collectors_;
   std::deque<OutFrame> small_;                                     // frames without a body
   std::unordered_map<std::string, std::deque<Request>> requests_;  // GETs to serve, by peer
-  std::deque<std::string> turns_;  // peers with requests, round robin
   std::unordered_map<std::string, Contact> contacts_;
   std::unordered_map<std::string, Owner> owners_;
+  std::map<std::uint64_t, Audience> audiences_;              // as many as runs, and that of none
+  std::unordered_map<std::string, std::uint64_t> enrolled_;  // audiences by peer
+  std::uint64_t last_audience_ = 0;                          // which had the last control message
+  std::uint64_t served_ = 0;  // what the audience of the last chunk had been served before
   std::unordered_set<std::string> blocked_;
   std::deque<Event> events_;
-  std::unordered_map<std::string, std::deque<std::string>> controls_;  // by peer
-  std::deque<std::string> control_turns_;  // peers with control messages, round robin
-  std::uint64_t control_bytes_ = 0;
+  std::unordered_map<std::string, Waiting> controls_;  // by peer
   ExchangeLimits limits_;
   bool unsignalled_ = false;
   bool signalled_ = false;  // Python was told, and has not looked since

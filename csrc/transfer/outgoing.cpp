@@ -54,12 +54,18 @@ Outgoing::~Outgoing() {
   }
 }
 
-void Outgoing::limit(std::uint64_t bytes) {
+void Outgoing::limit(std::uint64_t bytes, std::uint64_t audience) {
   const std::lock_guard lock(mutex_);
-  limit_ = bytes;
+  shares_[audience].limit = bytes;
 }
 
-bool Outgoing::may_go(const std::string& peer, const std::uint8_t* data, std::uint64_t size) {
+Outgoing::Share& Outgoing::share_of(std::uint64_t audience) {
+  const auto found = shares_.find(audience);
+  return found == shares_.end() ? shares_[0] : found->second;
+}
+
+bool Outgoing::may_go(const std::string& peer, const std::uint8_t* data, std::uint64_t size,
+                      std::uint64_t audience) {
   const std::lock_guard lock(mutex_);
   if (wake_fd_ < 0) {
     return true;
@@ -67,8 +73,9 @@ bool Outgoing::may_go(const std::string& peer, const std::uint8_t* data, std::ui
   const auto found = by_peer_.find(peer);
   const std::uint64_t on_its_way = found == by_peer_.end() ? 0 : found->second;
   const std::uint64_t more = pages_.contains(data) ? 0 : size;
-  const std::uint64_t left = limit_ > bytes_ ? limit_ - bytes_ : 0;
-  const bool room = bytes_ == 0 || more <= left;
+  const Share& share = share_of(audience);
+  const std::uint64_t left = share.limit > share.bytes ? share.limit - share.bytes : 0;
+  const bool room = share.bytes == 0 || more <= left;
   if (room && (on_its_way == 0 || on_its_way + size <= left)) {
     return true;
   }
@@ -78,13 +85,15 @@ bool Outgoing::may_go(const std::string& peer, const std::uint8_t* data, std::ui
 
 std::shared_ptr<MappedFile> Outgoing::send(const std::string& peer,
                                            std::shared_ptr<MappedFile> file,
-                                           const std::uint8_t* data, std::uint64_t size) {
+                                           const std::uint8_t* data, std::uint64_t size,
+                                           std::uint64_t audience) {
   MappedFile* const raw = file.get();
   auto chunk = std::make_shared<Chunk>(shared_from_this(), std::move(file), peer, data, size);
   const std::lock_guard lock(mutex_);
   by_peer_[peer] += size;
-  if (pages_.try_emplace(data, Pages{size, 0}).first->second.users++ == 0) {
-    bytes_ += size;
+  const auto found = pages_.try_emplace(data, Pages{size, 0, &share_of(audience)}).first;
+  if (found->second.users++ == 0) {
+    found->second.share->bytes += size;
   }
   return {std::move(chunk), raw};
 }
@@ -104,7 +113,7 @@ void Outgoing::done(const Chunk& chunk) noexcept {
     if (pages != pages_.end() && --pages->second.users == 0) {
       // Under the lock, so that nobody makes them resident for another peer in between.
       chunk.file->release(static_cast<std::uint64_t>(chunk.data - chunk.file->data()), chunk.size);
-      bytes_ -= pages->second.size;
+      pages->second.share->bytes -= pages->second.size;
       pages_.erase(pages);
     }
     wake = std::exchange(waited_for_, false);
@@ -128,7 +137,11 @@ void Outgoing::clear_wake() noexcept {
 
 std::uint64_t Outgoing::bytes() const {
   const std::lock_guard lock(mutex_);
-  return bytes_;
+  std::uint64_t all = 0;
+  for (const auto& [audience, share] : shares_) {
+    all += share.bytes;
+  }
+  return all;
 }
 
 }  // namespace fedcore

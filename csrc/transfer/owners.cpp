@@ -99,15 +99,17 @@ bool Exchange::may_speak(const std::string& peer, std::int64_t now_ms) {
 int Exchange::on_control(const std::string& peer, const Frame& body) {
   Owner& owner = owner_of(peer);
   const std::uint64_t size = body.size();
+  const auto before = controls_.find(peer);
+  const std::uint64_t number =
+      before == controls_.end() ? audience_of(peer) : before->second.audience;
+  const auto [used, limit] = control_use(number);
   // Who has said more than its rate leaves half for the others.
-  const std::uint64_t total =
-      limits_.paced && owner.bytes <= 0 ? limits_.control / 2 : limits_.control;
-  const bool room = owner.waiting == 0
-                        ? control_bytes_ == 0 || (limits_.paced && size <= kSmallControlBytes) ||
-                              control_bytes_ + size <= total
-                        : owner.waiting < kMaxControlPerPeer &&
-                              owner.waiting_bytes + size <= limits_.control_per_peer &&
-                              control_bytes_ + size <= total;
+  const std::uint64_t total = limits_.paced && owner.bytes <= 0 ? limit / 2 : limit;
+  const bool room =
+      owner.waiting == 0
+          ? used == 0 || (limits_.paced && size <= kSmallControlBytes) || used + size <= total
+          : owner.waiting < kMaxControlPerPeer &&
+                owner.waiting_bytes + size <= limits_.control_per_peer && used + size <= total;
   if (!room) {
     ++stats_.dropped;
     // Where the others fill the queue nobody is to blame: what is lost is said again.
@@ -121,14 +123,16 @@ int Exchange::on_control(const std::string& peer, const Frame& body) {
     }
     return FC_DROP;
   }
-  std::deque<std::string>& waiting = controls_[peer];
-  if (waiting.empty()) {
-    control_turns_.push_back(peer);
+  Audience& audience = audiences_[number];
+  Waiting& waiting = controls_[peer];
+  if (waiting.messages.empty()) {
+    waiting.audience = number;
+    audience.control_turns.push_back(peer);
   }
-  waiting.emplace_back(reinterpret_cast<const char*>(body.data()), body.size());
+  waiting.messages.emplace_back(reinterpret_cast<const char*>(body.data()), body.size());
   ++owner.waiting;
   owner.waiting_bytes += size;
-  control_bytes_ += size;
+  audience.control_bytes += size;
   unsignalled_ = true;
   return FC_DONE;
 }
@@ -142,29 +146,30 @@ bool Exchange::is_due(Owner& owner, std::int64_t now_ms) const {
   return owner.messages >= 1 && owner.bytes > 0;
 }
 
-std::optional<ControlMessage> Exchange::next_control(std::int64_t now_ms) {
-  const std::lock_guard lock(mutex_);
-  for (std::size_t left = control_turns_.size(); left > 0; --left) {
-    std::string peer = std::move(control_turns_.front());
-    control_turns_.pop_front();
+std::optional<ControlMessage> Exchange::next_control_of(Audience& audience, std::int64_t now_ms) {
+  std::deque<std::string>& turns = audience.control_turns;
+  for (std::size_t left = turns.size(); left > 0; --left) {
+    std::string peer = std::move(turns.front());
+    turns.pop_front();
     Owner& owner = owner_of(peer);
     if (!is_due(owner, now_ms)) {
-      control_turns_.push_back(std::move(peer));
+      turns.push_back(std::move(peer));
       continue;
     }
     const auto found = controls_.find(peer);
-    ControlMessage message{std::move(peer), std::move(found->second.front())};
-    found->second.pop_front();
+    std::deque<std::string>& waiting = found->second.messages;
+    ControlMessage message{std::move(peer), std::move(waiting.front())};
+    waiting.pop_front();
     const std::uint64_t size = message.body.size();
     owner.messages -= 1;
     owner.bytes -= static_cast<double>(size);
     owner.waiting_bytes -= size;
-    control_bytes_ -= size;
+    audience.control_bytes -= size;
     owner.flooded = --owner.waiting > 0 && owner.flooded;
-    if (found->second.empty()) {
+    if (waiting.empty()) {
       controls_.erase(found);
     } else {
-      control_turns_.push_back(message.peer);
+      turns.push_back(message.peer);
     }
     return message;
   }
@@ -177,16 +182,18 @@ void Exchange::discard(const std::string& peer) {
 }
 
 void Exchange::discard_where(const std::function<bool(std::string_view)>& which) {
-  std::erase_if(control_turns_, which);
+  for (auto& [number, audience] : audiences_) {
+    std::erase_if(audience.control_turns, which);
+  }
   std::erase_if(controls_, [&](const auto& entry) {
     if (!which(entry.first)) {
       return false;
     }
     Owner& owner = owner_of(entry.first);
-    for (const std::string& body : entry.second) {
+    for (const std::string& body : entry.second.messages) {
       --owner.waiting;
       owner.waiting_bytes -= body.size();
-      control_bytes_ -= body.size();
+      audiences_[entry.second.audience].control_bytes -= body.size();
     }
     owner.flooded = owner.waiting > 0 && owner.flooded;
     return true;
@@ -202,7 +209,9 @@ void Exchange::block(const std::string& user, bool blocked) {
   blocked_.insert(user);
   std::erase_if(contacts_, [&](const auto& entry) { return is_blocked(entry.first); });
   std::erase_if(requests_, [&](const auto& entry) { return is_blocked(entry.first); });
-  std::erase_if(turns_, [&](const auto& peer) { return is_blocked(peer); });
+  for (auto& [number, audience] : audiences_) {
+    std::erase_if(audience.chunk_turns, [&](const auto& peer) { return is_blocked(peer); });
+  }
   discard_where([&](std::string_view peer) { return is_blocked(peer); });
 }
 

@@ -98,10 +98,17 @@ std::vector<wire::SetId> Publisher::published() const {
   return ids;
 }
 
+void Publisher::restrict_to(const wire::SetId& id, std::uint64_t audience) noexcept {
+  if (const auto found = sets_.find(id); found != sets_.end()) {
+    found->second.audience = audience;
+  }
+}
+
 std::optional<wire::Refusal> Publisher::check(const wire::SetId& id, std::uint64_t first,
-                                              std::uint32_t count) const noexcept {
+                                              std::uint32_t count,
+                                              std::uint64_t audience) const noexcept {
   const auto found = sets_.find(id);
-  if (found == sets_.end()) {
+  if (found == sets_.end() || (found->second.audience != 0 && found->second.audience != audience)) {
     return wire::Refusal::kUnknownSet;
   }
   const std::uint64_t chunks = found->second.crcs.size();

@@ -48,9 +48,13 @@ class Publisher {
   void withdraw(const wire::SetId& id) noexcept { sets_.erase(id); }
   std::vector<wire::SetId> published() const;
 
-  // Why chunks [first, first + count) can't be served, or nothing.
+  // Makes a set unknown to all peers but those of one audience; 0: known to all. Does nothing where
+  // there is no such set.
+  void restrict_to(const wire::SetId& id, std::uint64_t audience) noexcept;
+
+  // Why chunks [first, first + count) can't be served to a peer of this audience, or nothing.
   std::optional<wire::Refusal> check(const wire::SetId& id, std::uint64_t first,
-                                     std::uint32_t count) const noexcept;
+                                     std::uint32_t count, std::uint64_t audience) const noexcept;
 
   // A chunk, or nothing if the set was withdrawn in the meantime.
   std::optional<PublishedChunk> find(const wire::SetId& id, std::uint64_t index);
@@ -71,6 +75,7 @@ class Publisher {
     std::vector<std::uint64_t> offsets;   // of encoded chunks, else empty
     std::vector<std::uint8_t> encodings;  // the same
     std::shared_ptr<Packer> packer;       // where chunks may be compressed
+    std::uint64_t audience = 0;           // the peers that may have it; 0: all
 
     std::uint64_t begin(std::uint64_t index) const noexcept;
     std::uint64_t end(std::uint64_t index) const noexcept;
