@@ -31,7 +31,7 @@ from .steering import register as register_steering
 
 if TYPE_CHECKING:
     from fedcore.config import RunConfig
-    from fedcore.server.service import Server
+    from fedcore.server.host import Host
     from fedcore.simulation.processes import SimulationResult
 
 __all__ = ["main", "server_main"]
@@ -51,6 +51,9 @@ app = typer.Typer(
 )
 
 RunFile = Annotated[Path, typer.Argument(help="The run file (TOML).", metavar="RUN.toml")]
+RunFiles = Annotated[
+    list[Path], typer.Argument(help="The run file (TOML), or several.", metavar="RUN.toml")
+]
 Overrides = Annotated[
     list[str],
     typer.Option(
@@ -92,7 +95,7 @@ def _options(_: ShowVersion = False) -> None:
 @app.command()
 @reported
 def server(  # noqa: PLR0917 - typer calls it by name
-    run_file: RunFile,
+    run_files: RunFiles,
     overrides: Overrides = [],  # noqa: B006 - typer reads the default, nobody changes it
     endpoint_file: Annotated[
         Path | None, typer.Option(help="Write the address that the server listens on to this file.")
@@ -108,7 +111,7 @@ def server(  # noqa: PLR0917 - typer calls it by name
     insecure_network: InsecureNetwork = False,
     _: ShowVersion = False,
 ) -> None:
-    """Serve one run: run the rounds and keep the best model.
+    """Serve one run or several: run the rounds and keep the best model.
 
     The run file's [server] keys names the server's kit, which `fedcore provision` makes; without it, --insecure
     asks for plain text, on this machine alone.
@@ -117,34 +120,50 @@ def server(  # noqa: PLR0917 - typer calls it by name
     the run cleanly with that round on disk. SIGTERM and SIGHUP end this process only: the sites wait until it is
     started again. The same as the command fedcore-server.
 
+    Several runs have one port: server.listen, the keys and server.memory must be the same in their run files, and
+    they share the memory in equal parts. Each site says which run it takes part in (FEDCORE_RUN, its kit, or
+    run=... in its script).
+
     \b
     Examples:
       fedcore server run.toml
       fedcore server run.toml --set server.listen=tcp://0.0.0.0:7733 --set run.rounds=20
+      fedcore server first.toml second.toml
     """
     from fedcore.config import load_run_file
     from fedcore.monitor.ask import ENDPOINT_FILE
-    from fedcore.server.service import Server
+    from fedcore.server.host import Host
 
-    config = load_run_file(run_file, [*overrides, *_plain_text(insecure, insecure_network)])
-    process = Server(config, endpoint_file, discard=discard)
-    endpoint = config.run_folder / ENDPOINT_FILE
-    endpoint.write_text(process.endpoint + "\n", encoding="utf-8")
-    _log_to(config.run_folder / "server.log", logging.DEBUG if verbose else logging.INFO)
+    given = [*overrides, *_plain_text(insecure, insecure_network)]
+    configs = [load_run_file(run_file, given) for run_file in run_files]
+    process = Host(configs, endpoint_file, discard=discard)
+    several = len(process.runs) > 1
+    endpoints = []
+    for run in process.runs:
+        endpoints.append(run.store.folder / ENDPOINT_FILE)
+        which = f"#{run.store.run_id}" if several else ""
+        endpoints[-1].write_text(f"{process.endpoint}{which}\n", encoding="utf-8")
+    _log_to([run.config for run in process.runs], logging.DEBUG if verbose else logging.INFO)
     ended_by = _take_signals(process)
     try:
-        result = process.run(config.server.linger)
+        results = process.serve(None)
     finally:
-        endpoint.unlink(missing_ok=True)
-    if not result.ok:
+        for endpoint in endpoints:
+            endpoint.unlink(missing_ok=True)
+    statuses = []
+    for run, result in zip(process.runs, results, strict=True):
+        if result.ok:
+            continue
         stopped = result.ending == "stopped"
-        typer.echo(result.message if stopped else f"error: {result.message}", err=True)
+        text = f"run {run.config.run.name}: {result.message}" if several else result.message
+        typer.echo(text if stopped else f"error: {text}", err=True)
         interrupted = result.ending == "interrupted" and ended_by
-        status = 128 + ended_by[-1] if interrupted else INTERRUPTED if stopped else 1
-        raise typer.Exit(status)
+        statuses.append(128 + ended_by[-1] if interrupted else INTERRUPTED if stopped else 1)
+    if statuses:
+        raise typer.Exit(min(statuses))  # where one has failed: 1
 
 
-def _take_signals(process: Server) -> list[int]:
+def _take_signals(process: Host) -> list[int]:
     """Have signals end the run, or this process; returns a list to which those that end the process are added."""
     ended_by: list[int] = []
 
@@ -165,12 +184,22 @@ def _plain_text(insecure: bool, network: bool) -> list[str]:
     return [f"{key}=true" for key, value in given.items() if value]
 
 
-def _log_to(path: Path, level: int) -> None:
+def _log_to(configs: list[RunConfig], level: int) -> None:
+    from fedcore.server.run_log import OfRun, name_run
+
     log = logging.getLogger("fedcore.server")
     log.setLevel(level)
-    for handler in (logging.StreamHandler(), logging.FileHandler(path)):
+    shown: logging.Handler = logging.StreamHandler()
+    handlers = [shown]
+    for config in configs:
+        handlers.append(logging.FileHandler(config.run_folder / "server.log"))
+        handlers[-1].addFilter(OfRun(config.run.name))
+    for handler in handlers:
         handler.setFormatter(_Stamped("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
+    if len(configs) > 1:
+        shown.addFilter(name_run)
+        shown.setFormatter(_Stamped("%(asctime)s %(levelname)s %(run)s%(message)s"))
 
 
 class _Stamped(logging.Formatter):

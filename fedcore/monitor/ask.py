@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -53,12 +54,27 @@ class Target:
 
 
 class StatusClient:
-    """A connection to a server that takes no part in its run; use it in a ``with`` block."""
+    """A connection to a server that takes no part in its run; use it in a ``with`` block.
+
+    Args:
+        address: ``tcp://HOST:PORT``, or ``tcp://HOST:PORT#RUN_ID`` for a run of a server that has several.
+        credentials: the key to talk to it; None: plain text.
+
+    Raises:
+        ConfigError: what follows the ``#`` is no id of a run.
+    """
 
     def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+        address, _, run = address.partition("#")
+        if run and not re.fullmatch("[0-9a-f]{32}", run):
+            raise ConfigError(
+                f"{address}#{run}: what follows the # is the run's id, 32 hexadecimal digits; the first line of "
+                "the run's log has it"
+            )
         self.address = address
         self._warned = False
         self._link = SiteLink(address, uuid.uuid4().bytes, credentials)
+        self._link.run_id = run or None
 
     def __enter__(self) -> StatusClient:
         return self
@@ -246,7 +262,7 @@ def find_target(
             f"no key for {address}: name the run folder where the server is on this machine, or a kit with --kit "
             "(or FEDCORE_KIT); --insecure is for a server whose run file says server.insecure = true"
         )
-    if not is_loopback(address) and not network:
+    if not is_loopback(address.partition("#")[0]) and not network:
         raise ConfigError(
             f"--insecure is for a server on this machine, and {address} is not; use --kit, or insist with "
             "--insecure-network"

@@ -13,13 +13,13 @@ ENDED: Final = ("done", "stopped", "failed")
 """The phases of a run that is over."""
 
 
-class StatusRequest(Message):
-    """Asked by ``fedcore status``; needs no `Join`."""
+class StatusRequest(OfRun):
+    """Asked by ``fedcore status``; needs no `Join`. Where a server has several runs, ``run_id`` says which."""
 
     type: Literal["status-request"] = "status-request"
 
 
-class MetricsRequest(Message):
+class MetricsRequest(OfRun):
     """Asked by ``fedcore status --metrics``; needs no `Join`. ``after``: what `MetricsReply.last` said, or 0."""
 
     type: Literal["metrics-request"] = "metrics-request"
@@ -33,7 +33,7 @@ class Command(OfRun):
     action: Steer
 
 
-class CommandReply(Message):
+class CommandReply(OfRun):
     """Answer to `Command`: whether it is carried out, and what that means or why not."""
 
     type: Literal["command-reply"] = "command-reply"
@@ -72,7 +72,7 @@ class MetricSeries(Part):
     points: list[tuple[int, Round, int | None, float, Annotated[float, Field(allow_inf_nan=True)]]]
 
 
-class MetricsReply(Message):
+class MetricsReply(OfRun):
     """Some series of a run. ``last`` is 0 if they are the last ones; else it is asked for what comes after it."""
 
     type: Literal["metrics-reply"] = "metrics-reply"

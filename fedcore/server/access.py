@@ -11,6 +11,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -62,8 +63,28 @@ _MAY_SAY: Final[dict[Role, tuple[type[protocol.Message], ...]]] = {
 logger = logging.getLogger("fedcore.server")
 
 
+@dataclass(frozen=True)
+class _LocalKit:
+    """The key that lies in a run folder while the server works."""
+
+    folder: Path
+    pair: KeyPair
+    operator: Identity
+
+    @classmethod
+    def of(cls, folder: Path) -> _LocalKit:
+        pair = KeyPair.generate()
+        who = Identity("run-folder", Role.OPERATOR, fingerprint(pair.public))
+        return cls(folder, pair, who)
+
+
 class Access:
     """The keys of one server process.
+
+    Args:
+        config: the run file, which names the keys.
+        clock: when the allow-list is looked at.
+        others: the run files of further runs of the process.
 
     Attributes:
         secured: for the link; None where the run file asks for plain text.
@@ -72,11 +93,14 @@ class Access:
         ConfigError: the run file names no keys and does not ask for plain text either, or the keys are damaged.
     """
 
-    def __init__(self, config: RunConfig, clock: Clock = SYSTEM) -> None:
+    def __init__(
+        self, config: RunConfig, clock: Clock = SYSTEM, others: Sequence[RunConfig] = ()
+    ) -> None:
         self._clock = clock
+        self._locals: list[_LocalKit] = []
         self.secured: Secured | None = None
         self._link: ServerEnd | None = None
-        self._local = config.run_folder / LOCAL_KIT
+        self._folders: list[Path] = []
         self._next_look = 0.0
         if config.server.insecure:
             return
@@ -92,34 +116,43 @@ class Access:
         self._stamp = self._look()
         self._listed = AllowList.load(self._path)
         self._takes_up: tuple[AllowList, float] | None = None
-        self._pair = KeyPair.generate()
-        self._operator = Identity("run-folder", Role.OPERATOR, fingerprint(self._pair.public))
+        self._locals = [_LocalKit.of(run.run_folder) for run in (config, *others)]
         self.secured = Secured(
             read_own_secret(home),
             self._with_operator(self._listed),
-            Limits.of(config.participants.expected, config.server.memory),
+            Limits.of(
+                sum(run.participants.expected for run in (config, *others)), config.server.memory
+            ),
         )
 
     def _with_operator(self, listed: AllowList) -> AllowList:
-        return AllowList({**listed.keys, self._pair.public: self._operator})
+        own = {kit.pair.public: kit.operator for kit in self._locals}
+        return AllowList({**listed.keys, **own})
 
-    def opened(self, link: ServerEnd) -> None:
-        """Leave a kit in the run folder, for the commands of this server's own user."""
-        self._link = link
+    def opened(self, link: ServerEnd, folders: Sequence[Path]) -> None:
+        """Leave a kit in each run folder that is served, for the commands of this server's own user."""
+        self._link, self._folders = link, list(folders)
         self._remove_local()
-        if self.secured is not None:
-            credentials = Credentials(self.secured.pair.public, self._pair)
-            write_kit(self._local, Kit(self._operator.name, link.endpoint, credentials))
+        if self.secured is None:
+            return
+        for kit in self._locals:
+            if kit.folder in self._folders:
+                credentials = Credentials(self.secured.pair.public, kit.pair)
+                write_kit(
+                    kit.folder / LOCAL_KIT, Kit(kit.operator.name, link.endpoint, credentials)
+                )
 
     def close(self) -> None:
-        """Take that kit away."""
+        """Take those kits away."""
         self._remove_local()
 
     def _remove_local(self) -> None:
-        # Whoever put a link there does not choose where a secret is written.
-        if self._local.is_symlink():
-            self._local.unlink()
-        shutil.rmtree(self._local, ignore_errors=True)
+        for folder in self._folders:
+            path = folder / LOCAL_KIT
+            # Whoever put a link there does not choose where a secret is written.
+            if path.is_symlink():
+                path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
     # --- who may say what ---
 
@@ -136,6 +169,11 @@ class Access:
             text = f"the key is that of {who.name}, and it says that it is {message.site}"
             return protocol.Refused(code="name", message=text)
         return None
+
+    def folder_of(self, peer: bytes) -> Path | None:
+        """Return the run folder whose kit a peer has; None for any other key."""
+        who = Identity.of_peer(peer)
+        return next((kit.folder for kit in self._locals if kit.operator == who), None)
 
     def without_key(self, sites: Sequence[str] | None, count: int | None) -> str | None:
         """Return which sites of a run no key admits, and what to do; None if there are none, or no keys at all.

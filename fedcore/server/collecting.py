@@ -21,10 +21,10 @@ from fedcore.rules import find_rule
 from fedcore.server.rounds.actions import PullAhead, StartCollect
 from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store
-from fedcore.transport.ends import ServerEnd
 from fedcore.transport.link import CollectorEvent, DataEvent
 
 from .collection import Collection, CollectionSetting, open_spill, update_codec
+from .run_link import RunLink
 from .versions import Versions, declared_layout
 
 __all__ = ["Collecting", "Reduced", "Rejected", "Stalled"]
@@ -66,7 +66,7 @@ class Collecting:
     """
 
     def __init__(
-        self, config: RunConfig, store: Store, versions: Versions, link: ServerEnd, memory: int
+        self, config: RunConfig, store: Store, versions: Versions, link: RunLink, memory: int
     ) -> None:
         self.running: Collection | None = None
         self._config = config

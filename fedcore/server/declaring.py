@@ -13,12 +13,12 @@ from fedcore.files.opening import CARD
 from fedcore.layout import compare_layouts, layout_hash, table
 from fedcore.roles import Buffers, buffers_of
 from fedcore.server.storage.store import Store
-from fedcore.transport.ends import ServerEnd
 from fedcore.words import plural
 
 from .access import Access
 from .agreement import Agreement, Found
 from .peers import Peers
+from .run_link import RunLink
 from .versions import Versions, declared_layout
 
 __all__ = ["Declaring"]
@@ -42,7 +42,7 @@ class Declaring:
     def __init__(
         self,
         config: RunConfig,
-        link: ServerEnd,
+        link: RunLink,
         people: tuple[Peers, Callable[[bytes, str, str, str], None]],
         files: tuple[Store, Versions],
         report: Callable[[str, str], None],

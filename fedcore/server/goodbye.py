@@ -8,10 +8,10 @@ from typing import Final
 
 from fedcore import protocol
 from fedcore.clock import Clock, milliseconds
-from fedcore.transport.ends import ServerEnd
 from fedcore.transport.link import HEARTBEAT_MS
 
 from .peers import Peers
+from .run_link import RunLink
 
 __all__ = ["Goodbye", "Patience"]
 
@@ -60,7 +60,7 @@ class Goodbye:
 
     def __init__(
         self,
-        reached: tuple[ServerEnd, Clock],
+        reached: tuple[RunLink, Clock],
         peers: Peers,
         finish: protocol.Finish,
         patience: Patience,

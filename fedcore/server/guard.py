@@ -1,10 +1,15 @@
-"""Peers that break the rules: what they are told, and how their part in the run ends."""
+"""Peers that break the rules: how they are answered, and how their part in the run ends.
+
+A log line about a peer that takes part in a run is the run's, any other is the host's.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Generic, Protocol, TypeVar
 
 from fedcore import __version__, protocol
 from fedcore._core import ConnectionsExceeded, FrameMalformed, PeerUnknown, RateExceeded
@@ -29,26 +34,38 @@ class _Run(Protocol):
     @property
     def peers(self) -> Peers: ...
 
+    def send(self, peer: bytes, message: protocol.FromServer) -> None: ...
+
     def end_part(self, peer: bytes, reason: str) -> None: ...
 
 
-class Guard:
+_R = TypeVar("_R", bound=_Run)
+
+
+class Guard(Generic[_R]):
     """Tells peers that they are refused, and ends the part of those that take part.
 
     Args:
         link, access, replies: how peers are reached, who may be there, and what is logged of them.
         runs: the host's runs.
+        working_on: in its ``with`` block is what is done for one run.
     """
 
     def __init__(
-        self, link: ServerEnd, access: Access, replies: Replies, runs: Sequence[_Run]
+        self,
+        link: ServerEnd,
+        access: Access,
+        replies: Replies,
+        runs: Sequence[_R],
+        working_on: Callable[[_R], AbstractContextManager[None]],
     ) -> None:
         self._link = link
         self._access = access
         self._replies = replies
         self._runs = runs
+        self._working_on = working_on
 
-    def run_of(self, peer: bytes) -> _Run | None:
+    def run_of(self, peer: bytes) -> _R | None:
         """Return the run in which a peer takes part; None if in none."""
         return next((run for run in self._runs if peer in run.peers), None)
 
@@ -57,23 +74,33 @@ class Guard:
         run = self.run_of(peer)
         return name_of(peer, None if run is None else run.peers.get(peer))
 
+    def of_run_of(self, peer: bytes) -> AbstractContextManager[None]:
+        """What is done in this ``with`` block is done for the run in which a peer takes part, if in any."""
+        run = self.run_of(peer)
+        return contextlib.nullcontext() if run is None else self._working_on(run)
+
     def heard(self, event: DataEvent) -> bool:
         """Answer an event of the link that is about a peer; False if it is about a collection."""
-        match event:
-            case FrameMalformed():
-                self._on_malformed(event.peer, event.message)
-            case PeerUnknown():
-                if self.run_of(event.peer) is None:
-                    self._link.send(event.peer, protocol.Rejoin())  # at once, after a restart
-            case RateExceeded():
-                self._on_flood(event.peer, event.message)
-            case ConnectionsExceeded():
-                name = self.name(event.peer)
-                self._replies.complain("%s has %s: the others are cut", name, event.message)
-                self._link.look()
-            case _:
-                return False
+        if not isinstance(event, FrameMalformed | PeerUnknown | RateExceeded | ConnectionsExceeded):
+            return False
+        with self.of_run_of(event.peer):
+            self._answer(event)
         return True
+
+    def _answer(
+        self, event: FrameMalformed | PeerUnknown | RateExceeded | ConnectionsExceeded
+    ) -> None:
+        if isinstance(event, FrameMalformed):
+            self._on_malformed(event.peer, event.message)
+        elif isinstance(event, PeerUnknown):
+            if self.run_of(event.peer) is None:
+                self._link.send(event.peer, protocol.Rejoin())  # at once, after a restart
+        elif isinstance(event, RateExceeded):
+            self._on_flood(event.peer, event.message)
+        else:
+            name = self.name(event.peer)
+            self._replies.complain("%s has %s: the others are cut", name, event.message)
+            self._link.look()
 
     def invalid(self, peer: bytes, error: str, greeting: protocol.Greeting | None = None) -> None:
         """A message that breaks the protocol ends its sender's part; a stranger that joins is told."""
@@ -81,7 +108,7 @@ class Guard:
         self._replies.complain("%s sent a %s", self.name(peer), error)
         if run is not None:
             text = f"the server did not understand this site: {error}"
-            self._link.send(peer, protocol.Refused(code="message", message=text[:4096]))
+            run.send(peer, protocol.Refused(code="message", message=text[:4096]))
             run.end_part(peer, f"it sent a {error}")
         elif greeting is not None:
             self._link.send(peer, unlike_version(greeting, error))
@@ -95,13 +122,15 @@ class Guard:
             if not self._access.knows(who.name):  # where a key was replaced, the site is the same
                 gone.append(who.name)
             for run, peer, site in self._all():
-                if Identity.of_peer(peer) == who:
-                    self._link.send(peer, protocol.Refused(code="revoked", message=_REVOKED))
+                if Identity.of_peer(peer) != who:
+                    continue
+                with self._working_on(run):
+                    run.send(peer, protocol.Refused(code="revoked", message=_REVOKED))
                     run.end_part(peer, "its key was revoked")
                     logger.warning("%s is taken out of the run: its key was revoked", site)
         return gone
 
-    def _all(self) -> list[tuple[_Run, bytes, str]]:
+    def _all(self) -> list[tuple[_R, bytes, str]]:
         """Return all peers with their runs and sites."""
         return [(run, peer, known.site) for run in self._runs for peer, known in run.peers]
 
@@ -126,7 +155,8 @@ class Guard:
             self._link.send(peer, refusal)
         for run, other, _ in self._all():
             if other == peer or (who is not None and Identity.of_peer(other) == who):
-                self._link.send(other, refusal)
-                run.end_part(other, f"it floods the server: {waiting}")
+                with self._working_on(run):
+                    run.send(other, refusal)
+                    run.end_part(other, f"it floods the server: {waiting}")
         if who is not None:
             self._link.mute(peer)

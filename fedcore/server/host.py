@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
 from fedcore import protocol
+from fedcore._core import SetDamaged
 from fedcore._device import use_device
 from fedcore.clock import SYSTEM, Clock
 from fedcore.config import RunConfig
@@ -24,9 +25,11 @@ from fedcore.transport.link import Control, DataEvent, ServerLink
 from .access import Access
 from .budget import Budget, check_memory, machine_memory, require_connections, steady_heap
 from .guard import Guard
+from .opening import check_alike, open_shares
 from .outcome import RunResult
 from .replies import Replies
-from .run import Run, Surroundings, check_encoding, open_store
+from .run import Run, Surroundings, check_encoding
+from .run_log import RUN
 from .timing import DEFAULT, Timing
 
 __all__ = ["Host"]
@@ -36,18 +39,27 @@ _MOST_AT_ONCE: Final = 4096
 _MOST_TOGETHER: Final = 256
 """Messages whose answers may wait for one transaction."""
 _UNASKED: Final = 64 << 20
+_FromOutside = protocol.StatusRequest | protocol.MetricsRequest | protocol.Command
+"""What needs no part in a run."""
+_WHICH_RUN: Final = (
+    "this server has several runs, and this names none of them that it belongs to: a site names its run by "
+    "FEDCORE_RUN, its kit or run=... in its script, and a command by the run's folder, or by its id behind the "
+    "address (tcp://HOST:PORT#RUN_ID)"
+)
 
 logger = logging.getLogger("fedcore.server")
 
 
 class Host:
-    """A server's process with one run. `serve` returns when it is over, or when this process is to end before it.
+    """A server's process with one run or several. `serve` returns when they are over, or when this process is to
+    end before them.
 
     Args:
-        config: the run file.
+        configs: the run files. What concerns the process must be the same in all of them: ``server.listen``, the
+            keys, and ``server.memory``, which the runs share in equal parts.
         endpoint_file: where to write the address that the server really listens on, for programs that
             start it with port 0.
-        discard: move the models that the run folder's journal does not know into a folder of their own, and go on.
+        discard: move the models that a run folder's journal does not know into a folder of their own, and go on.
         link: what it listens on instead of ``server.listen``; the host closes it.
         clock: what deadlines are measured with; the link's clock.
         timing: how long it waits for what no run file sets.
@@ -58,16 +70,16 @@ class Host:
         runs: its runs.
 
     Raises:
-        BusyError: the port or the run folder is in use.
-        IntegrityError: the run folder holds models that its journal does not know.
-        ConfigError: the run file names no keys and does not ask for plain text; the run folder holds a run
-            with other settings, or a finished one; or FEDCORE_DEVICE or transfer.lossless asks for what this
-            machine doesn't have.
+        BusyError: the port or a run folder is in use.
+        IntegrityError: a run folder holds models that its journal does not know.
+        ConfigError: the run files differ in what concerns the process, or have one name; they name no keys and do
+            not ask for plain text; a run folder holds a run with other settings, or a finished one; or
+            FEDCORE_DEVICE or transfer.lossless asks for what this machine doesn't have.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        configs: Sequence[RunConfig],
         endpoint_file: Path | None = None,
         *,
         discard: bool = False,
@@ -76,31 +88,32 @@ class Host:
         timing: Timing = DEFAULT,
     ) -> None:
         self._clock, self._timing = clock, timing
-        self._memory = config.server.memory
+        self._memory = configs[0].server.memory
+        check_alike(configs)
         device = use_device()
-        check_encoding(config)
-        access = Access(config, clock)
-        budget = _budget(config, access)
-        store = open_store(config, discard=discard, chunk_bytes=budget.chunk_bytes)
-        try:
-            if store.chunk_bytes != budget.chunk_bytes:  # the run keeps those that it began with
-                budget = _budget(config, access, store.chunk_bytes)
-            self.link: ServerEnd = link or ServerLink(config.server.listen, access.secured)
-        except BaseException:
-            store.close()
-            raise
-        self.link.run_id = store.run_id
+        for config in configs:
+            check_encoding(config)
+        access = self._access = Access(configs[0], clock, configs[1:])
+        steady_heap()
+        require_connections(sum(config.participants.expected for config in configs))
+        encrypted = access.secured is not None
+        shares, opened = open_shares(configs, encrypted=encrypted, discard=discard)
+        with opened:
+            self.link: ServerEnd = link or ServerLink(configs[0].server.listen, access.secured)
+            opened.pop_all()
         self.endpoint = self.link.endpoint
-        access.opened(self.link)
-        self._set_limits(budget)
-        self._access = access
+        access.opened(self.link, [share.store.folder for share in shares])
+        self._set_limits([share.budget for share in shares])
         self._replies = Replies(self.link, clock)
         self.runs: list[Run] = []
-        self._guard = Guard(self.link, access, self._replies, self.runs)
-        around = Surroundings(
-            self.link, access, self._replies, self._guard, budget.chunks, device, clock, timing
-        )
-        self.runs.append(Run(config, store, around))
+        self._guard = Guard(self.link, access, self._replies, self.runs, self._working_on)
+        for number, share in enumerate(shares, 1):
+            around = Surroundings(
+                self.link, number, access, self._replies, self._guard, share.budget.chunks, device, clock, timing
+            )  # fmt: skip
+            self.runs.append(Run(share.config, share.store, around))
+        served = {run.config.run.name for run in self.runs}
+        self._finished = [c.run.name for c in configs if c.run.name not in served]
         self._interrupted = False
         if endpoint_file is not None:
             place = place_of(endpoint_file)
@@ -110,13 +123,13 @@ class Host:
 
     # --- the process ---
 
-    def serve(self, linger: float = 0.0) -> list[RunResult]:
+    def serve(self, linger: float | None = 0.0) -> list[RunResult]:
         """Serve until all runs are over; KeyboardInterrupt and `stop` end them with what is committed, `interrupt`
         does not.
 
         Args:
             linger: seconds after the end of a run that was not stopped, within which sites that do not know of it
-                may still ask.
+                may still ask; None: each run's ``server.linger``.
 
         Returns how each run ended, in their order.
 
@@ -127,29 +140,39 @@ class Host:
             self.start(linger)
             while not all(run.over for run in self.runs):
                 for run in self.runs:
-                    run.end_if_asked()
-                    if self._interrupted and run.result is None:
-                        run.go_away()
+                    with self._working_on(run):
+                        run.end_if_asked()
+                        if self._interrupted and run.result is None and run.error is None:
+                            run.go_away()
                 if all(run.over for run in self.runs):
                     break
                 try:
                     self.step()
                 except KeyboardInterrupt:
                     self.stop()
-            return [run.result for run in self.runs if run.result is not None]
         except Exception as error:
             for run in self.runs:
-                run.say_stopped(error)
+                if run.error is None:
+                    run.say_stopped(error)
             raise
+        else:
+            for run in self.runs:
+                if run.error is not None:
+                    raise run.error
+            return [run.result for run in self.runs if run.result is not None]
         finally:
             self.close()
 
-    def start(self, linger: float = 0.0) -> None:
+    def start(self, linger: float | None = 0.0) -> None:
         """Begin the runs, or go on with them: `serve` does it, and then calls `step` until they are over."""
+        if self._finished:
+            names = ", ".join(self._finished)
+            logger.info("finished, and not served any more: %s", names)
         if warning := check_memory(self._memory, machine_memory()):
             logger.warning("%s", warning)
         for run in self.runs:
-            run.start(linger)
+            with self._working_on(run):
+                run.start(run.config.server.linger if linger is None else linger)
 
     def close(self) -> None:
         """Let go of the port and the run folders, as a crash would."""
@@ -192,7 +215,8 @@ class Host:
             self._take_what_waits()
         self._check_access()
         for run in self.runs:
-            run.pass_time()
+            with self._working_on(run):
+                run.pass_time()
 
     def _take_together(self, arrived: Control | DataEvent) -> None:
         """Handle what has arrived, and the messages that wait behind it.
@@ -219,12 +243,18 @@ class Host:
                     return
                 self._take(arrived)
 
-    def _group(self) -> AbstractContextManager[object]:
-        """Have rows that are written in here reach the devices together."""
-        groups = contextlib.ExitStack()
-        for run in self.runs:
-            groups.enter_context(run.store.group())
-        return groups
+    @contextlib.contextmanager
+    def _group(self) -> Iterator[None]:
+        """Have rows that are written in here reach the devices together, those of each run by themselves."""
+        groups = [(run, run.store.group()) for run in self.runs]
+        for _, group in groups:
+            group.__enter__()
+        try:
+            yield
+        finally:
+            for run, group in groups:
+                with self._working_on(run):
+                    group.__exit__(None, None, None)
 
     def _check_access(self) -> None:
         for name in self._guard.take_out_revoked():
@@ -236,50 +266,94 @@ class Host:
     def _take(self, arrived: Control | DataEvent) -> None:
         if not isinstance(arrived, Control):
             if not self._guard.heard(arrived):
-                for run in self.runs:
-                    run.on_event(arrived)
+                self._on_event(arrived)
             return
-        most = max(run.versions.most_tensors() for run in self.runs)
+        inside = self._guard.run_of(arrived.peer)
+        asked = self.runs if inside is None else [inside]
+        most = max(run.versions.most_tensors() for run in asked)
         try:
             message = protocol.decode_from_site(arrived.body, most)
         except ProtocolError as error:
-            self._guard.invalid(arrived.peer, str(error), protocol.greeting(arrived.body))
+            with self._guard.of_run_of(arrived.peer):
+                self._guard.invalid(arrived.peer, str(error), protocol.greeting(arrived.body))
         else:
             self._admit(arrived.peer, message)
+
+    def _on_event(self, event: DataEvent) -> None:
+        """Hand an event to its run; what is of none, as of a collection that has ended, is dropped there."""
+        runs = self.runs
+        if isinstance(event, SetDamaged) and len(runs) > 1:
+            runs = [run for run in runs if run.versions.owns(event.set_id, event.message)]
+        for run in runs:
+            with self._working_on(run):
+                run.on_event(event)
 
     def _admit(self, peer: bytes, message: protocol.FromSite) -> None:
         """Hand a message to its run, if its sender may say it."""
         refusal = self._access.refusal(peer, message)
-        run = self.runs[0]
         if refusal is not None:
-            self._replies.refuse(peer, self._guard.name(peer), refusal)
-        elif protocol.is_of_run(message, run.store.run_id):
-            run.handle(peer, message)
+            with self._guard.of_run_of(peer):
+                self._replies.refuse(peer, self._guard.name(peer), refusal)
+            return
+        run = self._run_of(peer, message)
+        if run is not None and protocol.is_of_run(message, run.store.run_id):
+            if isinstance(message, protocol.Join):
+                self._end_other_part(peer, run)
+            with self._working_on(run):
+                run.handle(peer, message)
+        elif run is None and isinstance(message, protocol.Join | _FromOutside):
+            # The same text whether there is such a run or not: who is of none learns no names.
+            name = message.site if isinstance(message, protocol.Join) else self._guard.name(peer)
+            self._replies.refuse(peer, name, protocol.Refused(code="other-run", message=_WHICH_RUN))
         else:
             self.link.send(peer, protocol.Rejoin())  # the Welcome says which run this is
 
-    def _set_limits(self, budget: Budget) -> None:
-        self.link.exchange.set_limits(
-            budget.outgoing,
-            budget.control_per_peer,
-            budget.control,
+    def _run_of(self, peer: bytes, message: protocol.FromSite) -> Run | None:
+        """Return the run that a message is for; None if its sender belongs to none that it may mean."""
+        if len(self.runs) == 1:
+            return self.runs[0]
+        if isinstance(message, protocol.Join):
+            return next((run for run in self.runs if run.may_join(message)), None)
+        folder = self._access.folder_of(peer)
+        if folder is not None:  # the key that lies in a run folder is for that run
+            return next((run for run in self.runs if run.store.folder == folder), None)
+        inside = self._guard.run_of(peer)
+        if inside is not None or not isinstance(message, _FromOutside):
+            return inside
+        wanted = message.run_id
+        return next((run for run in self.runs if run.store.run_id == wanted), None)
+
+    def _end_other_part(self, peer: bytes, joined: Run) -> None:
+        """A peer takes part in one run at a time: that in which it has joined last."""
+        other = self._guard.run_of(peer)
+        if other is not None and other is not joined:
+            with self._working_on(other):
+                other.end_part(peer, "it joins another run")
+
+    @contextlib.contextmanager
+    def _working_on(self, run: Run) -> Iterator[None]:
+        """Do something for one run: its lines are its own, and where it fails, the others go on."""
+        token = RUN.set(run.config.run.name)
+        try:
+            yield
+        except Exception as error:
+            if len(self.runs) == 1:
+                raise
+            run.give_up(error)
+        finally:
+            RUN.reset(token)
+
+    def _set_limits(self, budgets: Sequence[Budget]) -> None:
+        """Bound the queues. Each of several runs has a part of them, and peers that are in none have one, too."""
+        exchange, control = self.link.exchange, sum(budget.control for budget in budgets)
+        several = len(budgets) > 1
+        part = control // (len(budgets) + 1) if several else control
+        exchange.set_limits(
+            budgets[0].outgoing,  # nothing is published for peers that are in none of several runs
+            max(budget.control_per_peer for budget in budgets),
+            part,
             paced=self.link.secure,
             unasked=self._memory + _UNASKED,  # all that may be under way when it is given up
         )
-
-
-def _budget(config: RunConfig, access: Access, chunk_bytes: int | None = None) -> Budget:
-    """Divide the memory of a server, and have the system give it what its sites need.
-
-    Args:
-        config, access: the server's.
-        chunk_bytes: the size that chunks must have; None: it may be chosen.
-
-    Raises:
-        ConfigError: that is too little memory, or too few open files.
-    """
-    encrypted = access.secured is not None
-    budget = Budget.of_run(config, encrypted=encrypted, chunk_bytes=chunk_bytes)
-    steady_heap()
-    require_connections(config.participants.expected)
-    return budget
+        for number, budget in enumerate(budgets, 1) if several else ():
+            exchange.limit_audience(number, budget.outgoing, part)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -43,9 +44,10 @@ class _Worker:
     def give(self, event: Event) -> None:
         with self._changed:
             if self._thread is None:
+                run = contextvars.copy_context().run  # its log lines are those of the run
                 self._thread = threading.Thread(
-                    target=self._work, name=f"fedcore listener {self._name}", daemon=True
-                )
+                    target=run, args=(self._work,), name=f"fedcore listener {self._name}", daemon=True
+                )  # fmt: skip
                 self._thread.start()
             if len(self._waiting) >= MOST_WAITING:
                 self._waiting.popleft()

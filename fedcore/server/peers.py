@@ -9,9 +9,9 @@ from types import MappingProxyType
 from fedcore import __version__, protocol
 from fedcore.security.keys import Identity
 from fedcore.server.rounds.participation import Roster
-from fedcore.transport.ends import ServerEnd
 
 from .replies import Replies
+from .run_link import RunLink
 
 __all__ = ["Peer", "Peers", "name_of", "unlike_version"]
 
@@ -60,7 +60,7 @@ class Peers:
     """
 
     def __init__(
-        self, link: ServerEnd, roster: Roster, replies: Replies, run: tuple[str, str]
+        self, link: RunLink, roster: Roster, replies: Replies, run: tuple[str, str]
     ) -> None:
         self._link = link
         self._run = run
@@ -97,14 +97,20 @@ class Peers:
         """Note that a site is there, and what it can do."""
         self._known[peer] = Peer(site, features)
         self._of_sites[site] = peer
+        self._link.enrol(peer)
 
     def remove(self, peer: bytes, *, left: bool = True) -> Peer | None:
         """Note that a site's process has left, or is lost; returns what it was."""
         known = self._known.pop(peer, None)
-        if known is not None:
-            del self._of_sites[known.site]
-            if not left:
-                self._lost[known.site] = peer
+        if known is None:
+            return None
+        del self._of_sites[known.site]
+        gone = peer
+        if not left:  # it may come back, and goes on pulling then
+            gone = self._lost.get(known.site, peer)
+            self._lost[known.site] = peer
+        if gone not in self._known and (left or gone != peer):
+            self._link.expel(gone)
         return known
 
     def lost(self) -> list[bytes]:
@@ -152,7 +158,7 @@ class Peers:
         refusal = self._refusal(peer, join)
         if refusal is None:
             return False
-        self.replies.refuse(peer, join.site, refusal)
+        self.replies.refuse(peer, join.site, refusal, self._link)
         return True
 
     def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:

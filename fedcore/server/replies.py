@@ -11,6 +11,8 @@ from fedcore.security.keys import Identity
 from fedcore.security.rate_limit import TokenBucket
 from fedcore.transport.ends import ServerEnd
 
+from .run_link import RunLink
+
 __all__ = ["ANSWER_BURST", "ANSWER_PER_SECOND", "LINES", "LINES_PER_SECOND", "Replies"]
 
 LINES: Final = 100
@@ -47,14 +49,20 @@ class Replies:
         self._next_complaint = 0.0
         self._complaints_left_out = 0
 
-    def refuse(self, peer: bytes, name: str, refusal: protocol.Refused) -> None:
-        """Send a refusal to a peer, and log it."""
+    def refuse(
+        self, peer: bytes, name: str, refusal: protocol.Refused, link: RunLink | None = None
+    ) -> None:
+        """Send a refusal to a peer, and log it.
+
+        Args:
+            link: of the run that refuses, so that what it has sent before does not come after; None: the host's.
+        """
         # A site that is started again at once asks until its dead process is noticed: once is enough to read.
         again = (peer, refusal.code) == self._refused
         self._refused = (peer, refusal.code)
         level = logging.DEBUG if again else logging.WARNING
         self.tell(name, "refused %s: %s", refusal.message, level=level)
-        self._link.send(peer, refusal)
+        (link or self._link).send(peer, refusal)
 
     def may_have(self, peer: bytes, answer: int) -> bool:
         """Whether a key may have another answer, of about so many bytes.

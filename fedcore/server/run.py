@@ -78,11 +78,12 @@ from .log_lines import LogLines
 from .outcome import Ending, Outcome, RunResult
 from .peers import Peer, Peers, name_of
 from .replies import Replies
+from .run_link import RunLink
 from .status import StatusBuilder, Watchers, merge_metrics, within_a_message
 from .timing import Timing
 from .versions import Versions
 
-__all__ = ["Run", "Surroundings", "check_encoding", "open_store"]
+__all__ = ["Run", "RunFinishedError", "Surroundings", "check_encoding", "open_store"]
 
 _SEED_STRIDE: Final = 1_000_003  # more than the rounds of any run
 _LAST_PHASE: Final = {
@@ -90,6 +91,10 @@ _LAST_PHASE: Final = {
     "stopped": Phase.STOPPED,
     "failed": Phase.FAILED,
 }
+
+_GIVEN_UP: Final = (
+    "an error has ended the work on this run; it goes on once the server is started again"
+)
 
 logger = logging.getLogger("fedcore.server")
 
@@ -99,7 +104,8 @@ class Surroundings:
     """What a run has of its host.
 
     Attributes:
-        link: how sites are reached.
+        link: how peers are reached.
+        audience: the run's number at this host, from 1.
         access, replies, guard: who may say what, what is logged of it, and what follows where it is not allowed.
         chunks: the bytes that updates' chunks may take.
         device: where means are computed, in words.
@@ -107,9 +113,10 @@ class Surroundings:
     """
 
     link: ServerEnd
+    audience: int
     access: Access
     replies: Replies
-    guard: Guard
+    guard: Guard[Run]
     chunks: int
     device: str
     clock: Clock
@@ -134,6 +141,10 @@ def check_encoding(config: RunConfig) -> None:
         )
 
 
+class RunFinishedError(ConfigError):
+    """The run in a folder is finished, and there is nobody who may not know."""
+
+
 def open_store(
     config: RunConfig, *, discard: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES
 ) -> Store:
@@ -147,7 +158,8 @@ def open_store(
     Raises:
         BusyError: the folder is in use.
         IntegrityError: it holds models that its journal does not know.
-        ConfigError: it holds a run with other settings, or a finished one; a listener or a gate can't be loaded.
+        RunFinishedError: it holds a finished run.
+        ConfigError: it holds a run with other settings; a listener or a gate can't be loaded.
     """
     for setting in ("listeners", "gates"):  # before anything is opened
         for name in getattr(config.server, setting):
@@ -156,7 +168,7 @@ def open_store(
     store = Store(config.run_folder, settings, discard=discard, chunk_bytes=chunk_bytes)
     try:
         if _is_over(config, store) and not store.members():
-            raise ConfigError(
+            raise RunFinishedError(
                 f"the run in {config.run_folder} is finished; give this run another name (run.name), raise "
                 "run.rounds to go on with it, or remove the folder"
             )
@@ -168,6 +180,13 @@ def open_store(
 
 def _is_over(config: RunConfig, store: Store) -> bool:
     return store.finished and (store.last_version or 0) >= config.run.rounds
+
+
+def _stopped_by(error: Exception | None) -> str:
+    """Return what the sites get of an error that has stopped a run: no path."""
+    if isinstance(error, IntegrityError):
+        return "a model file there is damaged"
+    return "it could not write to its disk" if isinstance(error, OSError) else "of an error there"
 
 
 class Run:
@@ -188,18 +207,20 @@ class Run:
         listeners: who gets the run's events; the host closes them.
         result: how it ended; None while it goes on.
         over: whether it has ended, and waits for nobody to hear of it.
+        error: what ended the server's work on it; None if nothing did.
         next_look: when the sites are looked at next.
     """
 
     def __init__(self, config: RunConfig, store: Store, around: Surroundings) -> None:
         self.config = config
         self.store = store
-        self._link, self._access = around.link, around.access
+        self._link = RunLink(around.link, store.run_id, around.audience)
+        self._access = around.access
         self._replies, self._guard = around.replies, around.guard
         self._clock, self._timing = around.clock, around.timing
         self._device = around.device
         self._over_before = _is_over(config, store)
-        self.versions = Versions(config, store, self._link.exchange)
+        self.versions = Versions(config, store, self._link.exchange, self._link.restrict)
         self.collecting = Collecting(config, store, self.versions, self._link, around.chunks)
         self.result: RunResult | None = None
         self._stopping = False
@@ -209,6 +230,7 @@ class Run:
         self._says_end_again = False
         self._goodbye: Goodbye | None = None
         self.over = False
+        self.error: Exception | None = None
         self.next_look = 0.0
         self._round_begun, self._round_started = -1, self._clock.monotonic()
         people = config.participants
@@ -227,7 +249,7 @@ class Run:
             (self.status.on_event, LogLines(config, store.run_id, self._replies).on_event),
         )
         store.hold_back(self._link.outlet, self.listeners.outlet)
-        store.taken = lambda: self.status.taken(self._link.exchange.stats())
+        store.taken = lambda: self.status.taken(self._link.stats())
         self._overtime = Overtime()
         self._declaring = Declaring(
             config,
@@ -271,15 +293,18 @@ class Run:
     @property
     def deadline(self) -> float | None:
         """When the plan has something to decide; None if never."""
-        return self.rounds.deadline
+        return None if self.error is not None else self.rounds.deadline
 
     def end_if_asked(self) -> None:
         """End the run if a stop was asked for."""
-        if self._stopping and self.result is None:
+        if self._stopping and self.result is None and self.error is None:
             self.end("stopped", "stopped on request")
 
     def pass_time(self) -> None:
         """Do what is due."""
+        if self.error is not None:
+            self.next_look = math.inf
+            return
         if self._goodbye is not None:
             if not self.over and self._goodbye.look():
                 self._part(self._goodbye)
@@ -292,16 +317,37 @@ class Run:
         self._do(self.rounds.tick(self._clock.monotonic()))
         self._waiting.look(self._clock.monotonic())
 
+    def may_join(self, join: protocol.Join) -> bool:
+        """Whether a site names this run, and is one of its sites."""
+        named = join.run in (self.config.run.name, self.store.run_id)
+        return named and self.rounds.roster.refusal(join.site) is None
+
+    def send(self, peer: bytes, message: protocol.FromServer) -> None:
+        """Send a message to a peer, behind those that wait for rows of the journal."""
+        self._link.send(peer, message)
+
     def forget(self, site: str) -> None:
         """Compare nobody with a site any more: its key was revoked."""
         self._declaring.forget(site)
 
     def end_part(self, peer: bytes, reason: str) -> None:
         """End the part of a site's process in the run."""
-        if self._goodbye is None:
+        if self._goodbye is None and self.error is None:
             self._lose(peer, reason, "removed")
         else:
             self.peers.remove(peer)
+
+    def give_up(self, error: Exception) -> None:
+        """End the work on the run, as a crash would, while the host goes on with others.
+
+        Its folder stays locked: it goes on once the host is started again.
+        """
+        again = self.error is not None
+        self.error, self.over = self.error or error, True
+        self.say_stopped(error)
+        if not again:
+            self.collecting.close()
+            self.versions.withdraw()
 
     def say_stopped(self, error: Exception) -> None:
         """Tell the sites that the run goes on once this server is started again, without any path."""
@@ -309,10 +355,7 @@ class Run:
         goes_on = "ends" if self._stopping else "goes on"
         after = "" if damaged else f"; the run {goes_on} once the server is started again"
         self._emit(ServerStopped(reason=f"{error}{after}", failed=True))
-        text = "of an error there"
-        if isinstance(error, OSError):
-            text = "a model file there is damaged" if damaged else "it could not write to its disk"
-        self.peers.broadcast(protocol.Stopped(message=text))
+        self.peers.broadcast(protocol.Stopped(message=_stopped_by(error)))
 
     def go_away(self) -> None:
         """Leave the run as a crash would, but tell the sites to wait for the next server."""
@@ -451,7 +494,9 @@ class Run:
 
     def handle(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message that its sender may say."""
-        if self._goodbye is not None:
+        if self.error is not None:
+            self._handle_given_up(peer, message)
+        elif self._goodbye is not None:
             self._goodbye.handle(peer, message)
         elif isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
             self._reply(peer, message)
@@ -463,6 +508,15 @@ class Run:
             self._handle_of_site(peer, known, message)
         else:
             self._link.send(peer, protocol.Rejoin())
+
+    def _handle_given_up(self, peer: bytes, message: protocol.FromSite) -> None:
+        """Answer a peer of a run that was given up."""
+        if isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
+            self._reply(peer, message)
+        elif isinstance(message, protocol.Command):
+            self._link.send(peer, protocol.CommandReply(ok=False, message=_GIVEN_UP))
+        elif isinstance(message, protocol.Join):
+            self._link.send(peer, protocol.Stopped(message=_stopped_by(self.error)))
 
     def _handle_of_site(self, peer: bytes, known: Peer, message: protocol.FromSite) -> None:
         """Handle a message of a site that takes part."""
@@ -659,7 +713,7 @@ class Run:
             IntegrityError: a model is no longer what was committed.
             StorageError: the new model can't be written.
         """
-        if self._goodbye is not None:
+        if self._goodbye is not None or self.error is not None:
             return
         if isinstance(
             event, SetDamaged
@@ -947,7 +1001,10 @@ class Run:
             self._link.send(peer, reply)
 
     def _snapshot(self) -> protocol.StatusReply:
-        stats = self._link.exchange.stats()
         paused = self._gates.refusal or "no other round begins"
-        paused = f"paused: {paused}" if self.rounds.paused else ""
-        return self.status.build(stats, self.result.message if self.result else paused)
+        message = f"paused: {paused}" if self.rounds.paused else ""
+        if self.result is not None:
+            message = self.result.message
+        elif self.error is not None:
+            message = _GIVEN_UP
+        return self.status.build(self._link.stats(), message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +43,11 @@ def declared_layout(declare: protocol.Declare, chunk_bytes: int = DEFAULT_CHUNK_
 class Versions:
     """Holds the last committed model, publishes it, and commits the next.
 
+    Args:
+        config, store: the run file, and the run folder.
+        exchange: the data plane.
+        restrict: makes a set unknown to all but the run's peers.
+
     Attributes:
         model: the last committed model; None before the first.
         cards: the small text files that describe the model, for the first commit.
@@ -53,7 +58,14 @@ class Versions:
         optimizer: what makes the next model, and its states.
     """
 
-    def __init__(self, config: RunConfig, store: Store, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        store: Store,
+        exchange: Exchange,
+        restrict: Callable[[bytes], object] = lambda _: None,
+    ) -> None:
+        self._restrict = restrict
         self.model: ModelFile | None = None
         self.cards: dict[str, str] = {}
         self.set_id = self.packed_id = b""
@@ -213,6 +225,7 @@ class Versions:
             model.layout.chunk_bytes,
             checksums,
         )
+        self._restrict(set_id)
         return set_id
 
     def _publish_packed(self, model: ModelFile) -> None:
@@ -234,7 +247,22 @@ class Versions:
             packed,
             self._checksums,
         )
+        self._restrict(packed_id)
         self.packed_id = packed_id
+
+    @property
+    def _published(self) -> set[bytes]:
+        first = b"" if self._first is None else self._first[0]
+        return {self.set_id, self.packed_id, first} - {b""}
+
+    def withdraw(self) -> None:
+        """Withdraw all that is published."""
+        for set_id in self._published:
+            self._exchange.withdraw(set_id)
+
+    def owns(self, set_id: bytes, problem: str) -> bool:
+        """Whether a set that was damaged, or the file that ``problem`` names, is one of these models."""
+        return set_id in self._published or f"{self._store.models}/" in problem
 
     def release_superseded(self) -> None:
         """Give back the pages of the model before the last: the system gives them to the next one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from fedcore.outlet import Outlet
 from fedcore.protocol import FromServer, FromSite
 
 if TYPE_CHECKING:
@@ -41,13 +40,7 @@ class _End(Protocol):
 
 
 class ServerEnd(_End, Protocol):
-    """A server's end, to which sites come.
-
-    Attributes:
-        outlet: the way out of control messages (peer, message, version): while it is held, they wait.
-    """
-
-    outlet: Outlet[tuple[bytes, FromServer, int | None]]
+    """A server's end, to which sites come."""
 
     @property
     def endpoint(self) -> str:

@@ -42,7 +42,6 @@ from fedcore._core import (
     SourceStalled,
 )
 from fedcore.errors import BusyError, ClosedError, ConfigError
-from fedcore.outlet import Outlet
 from fedcore.protocol import FromServer, FromSite, control_frames
 from fedcore.security.connections import Notes
 
@@ -333,7 +332,6 @@ class ServerLink(_Link):
         net.setsockopt(zmq.SNDHWM, SEND_QUEUE)
         net.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE)
         net.setsockopt(zmq.TCP_MAXRT, UNREAD_MS)
-        self.outlet = Outlet(self._send)
         self._door = None
         if secured is not None:
             from fedcore.security.door import DOMAIN, Doorkeeper
@@ -396,10 +394,6 @@ class ServerLink(_Link):
 
         ``version`` is for a `protocol.Refused` to a peer of another protocol version, which reads no other frames.
         """
-        self.outlet.put((peer, message, version))
-
-    def _send(self, item: tuple[bytes, FromServer, int | None]) -> None:
-        peer, message, version = item
         routing = peer.partition(b"\0")[2] if self._secure else peer
         self._command([b"S", routing, *control_frames(self.of_run(message), version)])
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Final
 
 from fedcore.clock import SYSTEM, Clock, milliseconds
 from fedcore.errors import ClosedError
-from fedcore.outlet import Outlet
 from fedcore.protocol import FromServer, FromSite, control_frames
 
 from .link import HEARTBEAT_MS, MUTE_MS, SITE_LIMITS, Control, DataEvent, End
@@ -210,16 +209,8 @@ class LocalServer(_LocalEnd):
     endpoint = _ADDRESS
     secure = False
 
-    def __init__(self, network: LocalNetwork) -> None:
-        super().__init__(network)
-        self.outlet = Outlet(self._send)
-
     def send(self, peer: bytes, message: FromServer, version: int | None = None) -> None:
         """Send a control message to a site; one that is gone does not get it."""
-        self.outlet.put((peer, message, version))
-
-    def _send(self, item: tuple[bytes, FromServer, int | None]) -> None:
-        peer, message, version = item
         if not self._closed:
             self.pass_on(peer, *control_frames(self.of_run(message), version))
             self.kick()

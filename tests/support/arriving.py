@@ -7,7 +7,6 @@ from typing import Any
 
 from fedcore import protocol
 from fedcore._core import Exchange
-from fedcore.outlet import Outlet
 from fedcore.protocol import FromServer
 from fedcore.transport.link import Control
 
@@ -25,7 +24,6 @@ class Arriving:
         self.exchange: Any = Exchange()
         self.waiting: list[Control] = []
         self.sent: list[tuple[bytes, FromServer]] = []
-        self.outlet = Outlet(self._leave)
         self.recv: Callable[[float], Control | None] = lambda _: (
             self.waiting.pop(0) if self.waiting else None
         )
@@ -36,10 +34,7 @@ class Arriving:
     kick = wake = close = nothing
 
     def send(self, peer: bytes, message: FromServer, version: int | None = None) -> None:
-        self.outlet.put((peer, message, version))
-
-    def _leave(self, item: tuple[bytes, FromServer, int | None]) -> None:
-        self.sent.append(item[:2])
+        self.sent.append((peer, message))
 
 
 def peer(site: str) -> bytes:
