@@ -38,24 +38,41 @@ class _Worker:
         self._changed = threading.Condition()
         self._closed = False
         self._dropped = 0
+        self._slow = False
         self._failed = False
         self._thread: threading.Thread | None = None
 
     def give(self, event: Event) -> None:
         with self._changed:
-            if self._thread is None:
-                run = contextvars.copy_context().run  # its log lines are those of the run
-                self._thread = threading.Thread(
-                    target=run, args=(self._work,), name=f"fedcore listener {self._name}", daemon=True
-                )  # fmt: skip
-                self._thread.start()
+            if self._thread is None and not self._start():
+                self._dropped += 1
+                return
             if len(self._waiting) >= MOST_WAITING:
                 self._waiting.popleft()
                 self._dropped += 1
-                if self._dropped == 1:
+                if not self._slow:
                     logger.warning("listener %s is slow: it misses events of the run", self._name)
+                self._slow = True
             self._waiting.append(event)
             self._changed.notify()
+
+    def _start(self) -> bool:
+        """Start the thread, and say so once where the system refuses one; the next event tries again."""
+        run = contextvars.copy_context().run  # its log lines are those of the run
+        thread = threading.Thread(
+            target=run, args=(self._work,), name=f"fedcore listener {self._name}", daemon=True
+        )
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            if self._dropped == 0:
+                logger.warning(
+                    "listener %s misses events of the run: its thread can't start: %s",
+                    self._name, describe(error),
+                )  # fmt: skip
+            return False
+        self._thread = thread
+        return True
 
     def close(self, until: float) -> None:
         with self._changed:

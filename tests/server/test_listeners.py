@@ -85,6 +85,26 @@ def test_a_slow_listener_delays_nobody_and_misses_the_oldest_events(
     ]
 
 
+def test_a_listener_whose_thread_cannot_start_misses_events_and_disturbs_nobody(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    listeners = Listeners([NAME])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        for name in "ab":
+            listeners.emit(joined(name))
+    listeners.emit(joined("c"))
+    listeners.close(30)
+    assert heard.events == [joined("c")]
+    assert [r.getMessage().partition("test_listener ")[2] for r in caplog.records] == [
+        "misses events of the run: its thread can't start: RuntimeError: can't start new thread",
+        "has missed 2 events",
+    ]
+
+
 def test_a_listener_that_hangs_at_the_end_is_not_waited_for(
     heard: Heard, caplog: pytest.LogCaptureFixture
 ) -> None:
