@@ -309,7 +309,7 @@ class Journal:
             try:
                 self.db.execute("BEGIN EXCLUSIVE")
             except sqlite3.OperationalError as error:
-                if _is_locked(error):
+                if is_locked(error):
                     return False
                 raise
             finally:
@@ -335,7 +335,7 @@ class Journal:
             try:
                 done = act()
             except sqlite3.OperationalError as error:
-                if not _is_locked(error):
+                if not is_locked(error):
                     raise
             else:
                 if next_line:
@@ -420,8 +420,12 @@ class Journal:
         self.db.close()
 
 
-def _is_locked(error: sqlite3.OperationalError) -> bool:
-    return error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+def is_locked(error: sqlite3.Error) -> bool:
+    """Return whether SQLite refused because another process has the journal locked."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+    )
 
 
 def holds_something(path: Path) -> bool:

@@ -17,10 +17,13 @@ from fedcore.monitor.ask import read_summary
 from fedcore.server.rounds.selection import best_version, weighted_metrics
 
 from .history import Life, read_life, read_scores, read_versions
+from .journal import is_locked
 from .logged import Rows, Series, read_points, read_series
 
 __all__ = ["read_past", "read_training"]
 
+_BUSY_SECONDS: Final = 5.0
+_TRIES: Final = 5
 _ENDS: Final[tuple[Literal["stopped", "failed"], ...]] = ("stopped", "failed")
 
 
@@ -28,7 +31,8 @@ def read_past(folder: Path) -> protocol.StatusReply:
     """Return how the run in a folder stands, on which no server works; nothing in the folder is changed.
 
     Raises:
-        ConfigError: the journal can't be read, or another version of fedcore wrote it.
+        ConfigError: the journal can't be read, another process has it locked, or another version of fedcore wrote
+            it.
     """
     with _journal(folder) as rows:
         return _read(folder, rows)
@@ -38,7 +42,8 @@ def read_training(folder: Path) -> list[Series]:
     """Return the training metrics that a run folder holds; a server that works on it is not disturbed.
 
     Raises:
-        ConfigError: the journal can't be read, or another version of fedcore wrote it.
+        ConfigError: the journal can't be read, another process has it locked, or another version of fedcore wrote
+            it.
     """
     with _journal(folder) as rows:
         if not rows("SELECT 1 FROM sqlite_master WHERE name = 'points'"):
@@ -53,34 +58,57 @@ def read_training(folder: Path) -> list[Series]:
 def _journal(folder: Path) -> Iterator[Rows]:
     """Give what runs queries on the journal of a run folder; nothing in the folder is changed."""
     path = folder / "run.sqlite"
-    uri = path.absolute().as_uri()
-    db = sqlite3.connect(f"{uri}?mode=ro", uri=True)
-    copy = None
-    try:
+    with contextlib.ExitStack() as open_until:
+        try:
+            db = open_until.enter_context(contextlib.closing(_opened(path, open_until)))
+            yield lambda query, *values: db.execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            if is_locked(error):
+                raise ConfigError(f"another process has {path} locked: try again later") from None
+            raise ConfigError(
+                f"cannot read {path}: {error}; another version of fedcore may have written it"
+            ) from None
+
+
+def _opened(path: Path, open_until: contextlib.ExitStack) -> sqlite3.Connection:
+    """Open a journal for reading: itself, or a copy of it where a crash left something to take back.
+
+    SQLite takes it back by writing to the file, so it does that to the copy. The copy is consistent: it is made
+    anew if a file changed meanwhile, and never of a journal that a process has locked.
+    """
+    for _ in range(_TRIES):
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
         try:
             db.execute("SELECT 1 FROM meta").fetchone()
-        except (
-            sqlite3.Error
-        ):  # after a crash, SQLite takes back what was not committed: of a copy here
+            return db
+        except sqlite3.Error as error:
             db.close()
-            try:
-                copy = tempfile.TemporaryDirectory(prefix="fedcore-")
-                for name in (path.name, f"{path.name}-journal"):
-                    with contextlib.suppress(FileNotFoundError):
-                        shutil.copyfile(folder / name, Path(copy.name, name))
-            except OSError as error:
-                raise ConfigError(f"cannot read a copy of {path}: {error}") from None
-            db = sqlite3.connect(Path(copy.name, path.name))
-            db.execute("SELECT 1 FROM meta").fetchone()
-        yield lambda query, *values: db.execute(query, values).fetchall()
-    except sqlite3.Error as error:
-        raise ConfigError(
-            f"cannot read {path}: {error}; another version of fedcore may have written it"
-        ) from None
-    finally:
-        db.close()
-        if copy is not None:
-            copy.cleanup()
+            if is_locked(error):
+                raise
+        copy = open_until.enter_context(tempfile.TemporaryDirectory(prefix="fedcore-"))
+        files = (path, path.with_name(f"{path.name}-journal"))
+        try:
+            before = [_state(file) for file in files]
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copyfile(file, Path(copy, file.name))
+            if [_state(file) for file in files] != before:
+                continue
+        except OSError as error:
+            raise ConfigError(f"cannot read a copy of {path}: {error}") from None
+        db = sqlite3.connect(Path(copy, path.name))
+        db.execute("SELECT 1 FROM meta").fetchone()
+        return db
+    raise ConfigError(f"another process changes {path}: try again later")
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file is written or replaced; None if it is not there."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _phase(folder: Path, last: int | None, life: Life) -> Literal["waiting", "stopped", "failed"]:
