@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedcore._core import Codec, Collector, CollectorOptions, Exchange, Layout, MappedFile
 from fedcore.encoding import UpdateEncoder
 from fedcore.errors import ProtocolError
-from fedcore.protocol import UPDATE_ENCODINGS
+from fedcore.protocol import UPDATE_ENCODINGS, read_header
 
 from .report import MIB
 
@@ -200,9 +200,8 @@ class Reduction:
             if asked is None:
                 raise ArithmeticError(f"{self._encoding}: the collection stands still")
             peer, head, _ = asked
-            first, count = (
-                int.from_bytes(head[at:end], "little") for at, end in ((24, 32), (32, 36))
-            )
+            wanted = read_header(head)
+            first, count = wanted.index, wanted.count
             if (peer, first + count - 1) not in self._frames:
                 self._make_frames(peer, first, head)
             for index in range(first, first + count):

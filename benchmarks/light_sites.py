@@ -262,7 +262,7 @@ def take_part(
             while socket.poll(0):
                 frames = socket.recv_multipart()
                 site.on_frames(frames)
-                if frames[0][5] != Kind.PONG:
+                if read_header(frames[0]).kind != Kind.PONG:
                     quiet_since = now
         if laggard is not None and sites[laggard].kept_back and now - quiet_since > _QUIET_SECONDS:
             sites[laggard].give_up()

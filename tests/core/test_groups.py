@@ -11,6 +11,7 @@ import pytest
 from fedcore import _core
 from fedcore._core import Collector, CollectorOptions, Exchange, Layout, SourceRejected
 from fedcore.model_file import create_model
+from fedcore.protocol import read_header
 
 CHUNK = 4096
 LAYOUT = Layout(
@@ -136,7 +137,7 @@ def test_the_sums_leave_what_they_do_not_take_to_chunks_under_way(dtype: str, su
     server.start(collector)
     asked = 0
     while (request := server.next_out(0)) is not None:
-        asked += int.from_bytes(request[1][32:36], "little")
+        asked += read_header(request[1]).count
     assert asked == 9 - sums
 
 

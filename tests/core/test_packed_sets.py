@@ -11,6 +11,7 @@ import pytest
 from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.errors import ConfigError, StorageError
 from fedcore.protocol import frame_header as header
+from fedcore.protocol import read_header
 
 CHUNK = 4096
 CHUNKS = 40
@@ -41,7 +42,8 @@ def get(exchange: Exchange, peer: bytes, first: int, count: int) -> list[tuple[i
     came = []
     while (frame := exchange.next_out(0)) is not None:
         assert frame[2] is not None
-        came.append((int.from_bytes(frame[1][24:32], "little"), frame[1][6], bytes(frame[2])))
+        head = read_header(frame[1])
+        came.append((head.index, head.encoding, bytes(frame[2])))
     return came
 
 

@@ -20,7 +20,7 @@ from fedcore import __version__, protocol
 from fedcore.config import ModelSection
 from fedcore.errors import LayoutError
 from fedcore.monitor.ask import ask_status
-from fedcore.protocol import control_frames
+from fedcore.protocol import control_frames, read_header
 from fedcore.server.service import Server
 from fedcore.server.timing import Timing
 from fedcore.site.session import Session
@@ -248,7 +248,7 @@ def silent_site(address: str, name: str, over: threading.Event) -> None:
             say(protocol.Alive())
             continue
         header, *body = socket.recv_multipart()
-        if header[5] != protocol.Kind.CONTROL or not body:
+        if read_header(header).kind != protocol.Kind.CONTROL or not body:
             continue
         message = protocol.decode_from_server(body[0])
         if isinstance(message, protocol.Welcome):

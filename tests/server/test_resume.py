@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from fedcore._core import Codec, Exchange, Layout, Record, Spill
-from fedcore.encoding import UpdateEncoder
+from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.model_file import ModelFile, create_model
+from fedcore.protocol import read_header
 from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
+
+from ..support.offering import offer
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [30_001]), ("h", "BF16", [777])], CHUNK)
@@ -57,11 +60,10 @@ class Sites:
             self.exchanges[name] = site = Exchange()
             file, set_id = values(name), name.encode() * 16
             if encoding == "raw":
-                site.publish(set_id, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
+                offer(site, name, set_id, EncodedUpdate.raw(file))
                 continue
             at = file.file, file.data_offset, self.base.file, self.base.data_offset
-            sent = UpdateEncoder(LAYOUT, encoding).encode(1, *at)
-            site.publish_encoded(set_id, sent.file, sent.offsets, sent.encodings, sent.checksums)
+            offer(site, name, set_id, UpdateEncoder(LAYOUT, encoding).encode(1, *at))
 
     def sent_again(self, name: str) -> int:
         return sum(times - 1 for (site, _), times in self.sent.items() if site == name)
@@ -118,7 +120,7 @@ class Server:
                 if reply[2] is None:
                     continue  # it answers a ping
                 self.waiting[name].append((reply[1], bytes(reply[2])))
-                self.sites.sent[name, int.from_bytes(reply[1][24:32], "little")] += 1
+                self.sites.sent[name, read_header(reply[1]).index] += 1
         ready = [name for name in awake if self.waiting.get(name)]
         if not ready:
             return False

@@ -11,7 +11,7 @@ import zmq
 
 from fedcore import protocol
 from fedcore._core import crc32c
-from fedcore.protocol import Kind, control_frames, frame_header
+from fedcore.protocol import Kind, control_frames, frame_header, read_header
 
 
 def data_frame(kind: int, dice: random.Random, set_id: bytes, body: bytes = b"") -> list[bytes]:
@@ -59,7 +59,7 @@ class Fuzzer:
         self.sent += 1
         while self._socket.poll(0):
             header, *body = self._socket.recv_multipart()
-            if body and header[5] == Kind.CONTROL:
+            if body and read_header(header).kind == Kind.CONTROL:
                 message = protocol.decode_from_server(body[0])
                 if isinstance(message, protocol.Task) and message.model:
                     self.set_id = bytes.fromhex(message.model.id)

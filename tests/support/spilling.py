@@ -10,6 +10,7 @@ import numpy as np
 
 from fedcore._core import Collector, CollectorOptions, Exchange, Layout, Spill
 from fedcore.model_file import ModelFile, create_model
+from fedcore.protocol import read_header
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [30_001]), ("d", "F64", [700]), ("h", "BF16", [777])], CHUNK)
@@ -77,7 +78,7 @@ class Federation:
                 if reply[2] is None:
                     continue  # it answers a ping
                 self.waiting[peer.decode()].append((reply[1], bytes(reply[2])))
-                self.asked[peer.decode(), int.from_bytes(reply[1][24:32], "little")] += 1
+                self.asked[peer.decode(), read_header(reply[1]).index] += 1
         self.most = max(self.most, *(len(queue) for queue in self.waiting.values()))
         ready = [name for name in awake if self.waiting[name]]
         if not ready:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import select
-import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from fedcore._core import (
     PeerUnknown,
     RateExceeded,
 )
-from fedcore.protocol import Kind, control_frames
+from fedcore.protocol import Kind, control_frames, read_header
 from fedcore.protocol import frame_header as header
 from fedcore.security.door import Secured
 from fedcore.security.keys import AllowList, Credentials, KeyPair
@@ -353,8 +352,8 @@ def test_chunks_that_were_asked_for_have_no_bound_of_bytes() -> None:
     )
     verdicts = []
     while (request := exchange.next_out(0)) is not None:
-        first, count = struct.unpack_from("<QI", request[1], 24)
-        for index in range(first, first + count):
+        asked = read_header(request[1])
+        for index in range(asked.index, asked.index + asked.count):
             verdicts.append(exchange.deliver(0, b"site/a/1\0x", *chunk(1 << 20, index)))
     assert (len(verdicts), MUTED in verdicts) == (16, False)
 
@@ -429,7 +428,8 @@ def test_requests_beyond_those_that_may_wait_are_refused_as_busy(tmp_path: Path)
     for _ in range(1024 + 76):
         exchange.deliver(0, b"eager", get(0, 1), None)
     exchange.deliver(0, b"calm", get(1, 1), None)
-    replies = [(peer, header[5], header[32]) for peer, header, _ in frames(exchange)]
+    heads = [(peer, read_header(header)) for peer, header, _ in frames(exchange)]
+    replies = [(peer, head.kind, head.count) for peer, head in heads]
     busy = [reply for reply in replies if reply[1] == Kind.REFUSE]
     assert busy == [(b"eager", Kind.REFUSE, 3)] * 76
     assert replies.index((b"calm", Kind.CHUNK, 0)) < 80
