@@ -25,10 +25,11 @@ from fedcore.transport.link import Control, DataEvent, ServerLink
 from .access import Access
 from .budget import Budget, check_memory, machine_memory, require_connections, steady_heap
 from .guard import Guard
-from .opening import check_alike, open_shares
+from .opening import check_alike, check_encoding, open_shares
 from .outcome import RunResult
+from .parts import Surroundings
 from .replies import Replies
-from .run import Run, Surroundings, check_encoding
+from .run import Run
 from .run_log import RUN
 from .timing import DEFAULT, Timing
 

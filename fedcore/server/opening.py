@@ -7,13 +7,78 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedcore.config import RunConfig
+from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError
+from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.server.storage.store import Store
 
 from .budget import Budget
-from .run import RunFinishedError, open_store
+from .loading import load_function
 
-__all__ = ["Share", "check_alike", "open_shares"]
+__all__ = [
+    "RunFinishedError",
+    "Share",
+    "check_alike",
+    "check_encoding",
+    "is_over",
+    "open_shares",
+    "open_store",
+]
+
+
+def check_encoding(config: RunConfig) -> None:
+    """Check that this machine has what a run's encoding needs.
+
+    Raises:
+        ConfigError: it lacks the package lz4.
+    """
+    if config.transfer.lossless and not can_pack():
+        raise ConfigError(
+            "transfer.lossless needs the Python package lz4 at the server: install fedcore-fl[lossless], or "
+            "set it to false"
+        )
+
+
+class RunFinishedError(ConfigError):
+    """The run in a folder is finished, and there is nobody who may not know."""
+
+
+def open_store(
+    config: RunConfig, *, discard: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+) -> Store:
+    """Open the folder of a run.
+
+    Args:
+        config: the run file.
+        discard: move the models that the folder's journal does not know into a folder of their own, and go on.
+        chunk_bytes: how large the chunks of a new run are.
+
+    Raises:
+        BusyError: the folder is in use.
+        IntegrityError: it holds models that its journal does not know.
+        RunFinishedError: it holds a finished run.
+        ConfigError: it holds a run with other settings; a listener or a gate can't be loaded.
+    """
+    for setting in ("listeners", "gates"):  # before anything is opened
+        for name in getattr(config.server, setting):
+            load_function(name, f"server.{setting}")
+    settings = config.model_dump(mode="json", exclude={"folder", "simulate"})
+    store = Store(config.run_folder, settings, discard=discard, chunk_bytes=chunk_bytes)
+    try:
+        if is_over(config, store) and not store.members():
+            raise RunFinishedError(
+                f"the run in {config.run_folder} is finished; give this run another name (run.name), raise "
+                "run.rounds to go on with it, or remove the folder"
+            )
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def is_over(config: RunConfig, store: Store) -> bool:
+    """Whether all rounds of a run are committed, and its end was written."""
+    return store.finished and (store.last_version or 0) >= config.run.rounds
 
 
 @dataclass(frozen=True)

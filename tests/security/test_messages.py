@@ -17,7 +17,7 @@ from fedcore.errors import ProtocolError
 from fedcore.protocol import control_frames
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import Provisioned
-from fedcore.server import replies, run
+from fedcore.server import ending, replies
 from fedcore.server.service import Server
 from fedcore.server.status import within_a_message
 from fedcore.transport.link import Control, SiteLink
@@ -192,7 +192,7 @@ def test_who_asks_without_end_for_large_answers_has_few(
 ) -> None:
     monkeypatch.setattr(replies, "ANSWER_PER_SECOND", 0)
     monkeypatch.setattr(type(waiting.runs[0].versions), "table_bytes", property(lambda _: 1 << 20))
-    monkeypatch.setattr(run, "within_a_message", lambda reply: (reply, 16 << 20))
+    monkeypatch.setattr(ending, "within_a_message", lambda reply: (reply, 16 << 20))
     name, message, reply = {
         "join": ("a", join("a"), b'"welcome"'),
         "status": ("eye", protocol.StatusRequest(), b'"status-reply"'),

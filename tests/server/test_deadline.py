@@ -59,7 +59,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
     }
     link, clock = Arriving(), ManualClock()
     made = Server(parse_run(config, folder=tmp_path), link=link, clock=clock)  # type: ignore[arg-type]
-    made.runs[0].next_look = float("inf")  # these sites send no heartbeats
+    made.runs[0].attendance.next_look = float("inf")  # these sites send no heartbeats
     made.start()
     yield Stage(made, link, clock)
     made.close()
@@ -127,7 +127,7 @@ def test_a_site_is_noticed_when_it_has_been_silent_for_too_long_and_not_only_at_
 
     stage.link.exchange = Data()
     stage.link.recv = lambda seconds: waited.append(round(seconds, 2))
-    stage.server.runs[0].next_look = 0.0
+    stage.server.runs[0].attendance.next_look = 0.0
     for later in (0.0, 0.0, 0.102, 0.0):
         stage.clock.advance(later)
         stage.server.step()

@@ -221,7 +221,7 @@ def test_a_site_without_lz4_takes_part_uncompressed(
 def test_a_server_without_lz4_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.server.run.can_pack", lambda: False)
+    monkeypatch.setattr("fedcore.server.opening.can_pack", lambda: False)
     with pytest.raises(ConfigError, match=r"transfer\.lossless needs the Python package lz4"):
         Server(config(tmp_path, {"lossless": True}))
 

@@ -292,7 +292,7 @@ def test_a_site_that_floods_the_server_is_named_and_loses_its_part_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Server(run_config(tmp_path, sites=["a", "b"], rounds=2, min_results=1))
-    reply, exchange = server.runs[0].reply_status, server.link.exchange
+    reply, exchange = server.runs[0].ending.reply_status, server.link.exchange
 
     def reply_slowly(peer: bytes) -> None:
         """How fast a machine answers must not decide whether more comes than is answered."""
@@ -301,7 +301,7 @@ def test_a_site_that_floods_the_server_is_named_and_loses_its_part_alone(
             time.sleep(0.01)
         reply(peer)
 
-    monkeypatch.setattr(server.runs[0], "reply_status", reply_slowly)
+    monkeypatch.setattr(server.runs[0].ending, "reply_status", reply_slowly)
 
     def hostile() -> int:
         raw = RawSite(server.endpoint, "b")

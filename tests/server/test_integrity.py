@@ -593,7 +593,7 @@ def test_a_model_that_shrank_under_a_collection_is_named_as_it_was_committed(
         bytes(base.file.view())
         running = Mock(check_base=lambda: Collection.check_base(Mock(_base=base)))
         server.runs[0].collecting.running = running
-        server.runs[0].commit(Commit(2, ()))
+        server.runs[0].acting.commit(Commit(2, ()))
 
     monkeypatch.setattr(server, "step", shrinks)
     with pytest.raises(IntegrityError, match=r"models/round-0001\.safetensors became.*rollback"):

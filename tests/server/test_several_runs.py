@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 import subprocess
 import sys
@@ -22,11 +23,12 @@ import pytest
 from fedcore import protocol
 from fedcore._core import Collector, CollectorDone, CollectorOptions, SourceRejected
 from fedcore.config import parse_run
-from fedcore.errors import ConfigError, StorageError
+from fedcore.errors import ConfigError, RefusedError, StorageError
 from fedcore.model_file import create_model
 from fedcore.monitor.ask import StatusClient, ask_status
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, provision
+from fedcore.server.acting import Acting
 from fedcore.server.budget import Budget
 from fedcore.server.host import _WHICH_RUN, Host
 from fedcore.server.opening import open_shares
@@ -267,18 +269,57 @@ def test_two_runs_killed_and_started_again_end_as_each_does_alone(
     assert "[one] " in again[0]
 
 
+@pytest.mark.slow
+def test_a_process_with_two_runs_takes_no_more_memory_than_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in MODELS:
+        monkeypatch.setitem(MODELS, name, 16 << 20)  # 64 MiB: more than the memory of all runs
+    memory, address = 48, f"tcp://127.0.0.1:{free_port()}"
+    names = [written(tmp_path, name, address, f"{memory}MiB") for name in MODELS]
+    server = started(tmp_path, *names)
+    taken: list[int] = []
+
+    def measure() -> None:
+        status = Path(f"/proc/{server.pid}/status")
+        while server.poll() is None:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                found = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+                taken.append(int(found[1]) if found else 0)
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(5) as pool:
+        try:
+            with StatusClient(address) as client, contextlib.suppress(RefusedError):
+                client.ask(
+                    DEADLINE
+                )  # it names no run: all that is to be known is that the server is there
+            measured = pool.submit(measure)
+            wait_for(lambda: bool(taken))
+            who = [("one", "a"), ("one", "b"), ("two", "b"), ("two", "c")]
+            sites = [pool.submit(site, address, *each) for each in who]
+            assert [done.result(300) for done in sites] == [3] * 4
+            assert server.wait(DEADLINE) == 0, (tmp_path / "server.log").read_text()
+            measured.result(DEADLINE)
+        finally:
+            server.kill()
+            server.wait()
+    assert max(taken) - taken[0] <= memory << 10
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def written(folder: Path, name: str, address: str) -> Path:
+def written(folder: Path, name: str, address: str, memory: str = "256MiB") -> Path:
     """Write a run file, as `run_file` has it."""
     config, path = run_file(folder, name, address), folder / f"{name}.toml"
     path.write_text(
         f'[run]\nname = "{name}"\nrounds = 3\n[participants]\nsites = {config.participants.sites}\n'
         f'[transfer]\nupdate = "{config.transfer.update}"\n[server]\nlisten = "{address}"\ninsecure = true\n'
+        f'memory = "{memory}"\n'
     )
     return path
 
@@ -454,14 +495,17 @@ class Peer:
 def test_a_run_that_cannot_be_written_does_not_end_the_other(
     tmp_path: Path, alone: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = Run.commit
+    commit = Acting.commit
 
-    def full(run: Run, action: Any) -> None:
-        if run.config.run.name == "two" and action.version == 2:
+    refused: list[Any] = []
+
+    def full(acting: Acting, action: Any) -> None:
+        if action.version == 2 and not refused:  # the other run is not that far yet
+            refused.append(action)
             raise StorageError("no space left")
-        commit(run, action)
+        commit(acting, action)
 
-    monkeypatch.setattr(Run, "commit", full)
+    monkeypatch.setattr(Acting, "commit", full)
     with serving(run_file(tmp_path, "one"), run_file(tmp_path, "two")) as (host, pool, ended):
         at = host.endpoint
         for name in ("b", "c"):

@@ -16,6 +16,7 @@ from fedcore.errors import StorageError
 from fedcore.monitor.ask import StatusClient
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
+from fedcore.server.ending import Ending
 from fedcore.server.rounds.actions import (
     Action,
     EndRun,
@@ -27,7 +28,6 @@ from fedcore.server.rounds.actions import (
 from fedcore.server.rounds.participation import Delivery, Roster
 from fedcore.server.rounds.rounds import Phase, Rounds
 from fedcore.server.rounds.steering import steer
-from fedcore.server.run import Run
 from fedcore.server.storage.past import read_past
 from fedcore.server.storage.store import Store
 
@@ -251,7 +251,7 @@ def test_a_run_whose_stop_was_answered_ends_also_if_the_server_is_killed(
     address = server.endpoint
     credentials = load_kit(kits.kits["ops"]).credentials
     with ThreadPoolExecutor(2) as pool, monkeypatch.context() as patch:
-        patch.setattr(Run, killed_in, kill)
+        patch.setattr(Ending, killed_in, kill)
         result = pool.submit(server.run)
         with StatusClient(address, credentials) as operator:
             assert operator.command("stop", DEADLINE).ok

@@ -1,0 +1,205 @@
+"""What a run does of what its plan has decided: tasks, collections, commits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Final
+
+from fedcore import protocol
+from fedcore._device import device_failure, use_device
+from fedcore.errors import StorageError
+from fedcore.events import (
+    RoundStarted,
+    SiteLost,
+    SitesChosen,
+)
+from fedcore.server.rounds.actions import (
+    Action,
+    Choose,
+    Commit,
+    EndRun,
+    GiveUp,
+    HoldCollect,
+    PullAhead,
+    SendDropped,
+    SendTask,
+    StartCollect,
+)
+from fedcore.server.storage.store import VersionRow
+
+from .ending import Ending
+from .parts import Parts
+
+__all__ = ["Acting"]
+
+_SEED_STRIDE: Final = 1_000_003  # more than the rounds of any run
+
+logger = logging.getLogger("fedcore.server")
+
+
+def round_seed(seed: int, round_: int) -> int:
+    """Return what a round's tasks draw random numbers from: another for each round, and each seed of a run."""
+    return seed * _SEED_STRIDE + round_
+
+
+class Acting:
+    """Carries out the actions of a run's plan.
+
+    Args:
+        run: the run's parts.
+        ending: how it ends.
+        device: where means are computed, in words.
+
+    Attributes:
+        device: as given, or the CPU once the GPU has failed.
+    """
+
+    def __init__(self, run: Parts, ending: Ending, device: str) -> None:
+        self._run = run
+        self._ending = ending
+        self.device = device
+        self._round_begun, self._round_started = -1, run.clock.monotonic()
+
+    def do(self, actions: list[Action]) -> None:
+        """Carry out actions, in their order."""
+        for action in actions:
+            self._do_one(action)
+
+    def _do_one(self, action: Action) -> None:
+        if isinstance(action, Choose):
+            self._run.store.choose(action.round, action.sites)
+            if self._run.config.participants.sample is not None:
+                self._run.emit(SitesChosen(round=action.round, sites=tuple(action.sites)))
+        elif isinstance(action, SendTask):
+            self._send_task(action)
+        elif isinstance(action, SendDropped):
+            self._run.peers.send_to(
+                action.site, protocol.Dropped(round=action.round, message=action.message[:4096])
+            )
+            logger.debug("%s: %s", action.site, action.message)
+        elif isinstance(action, GiveUp):
+            self._run.emit(SiteLost(site=action.site, reason=action.message, how="lost"))
+        elif isinstance(action, PullAhead):
+            self._pull_ahead(action)
+        elif isinstance(action, StartCollect):
+            self._start_collect(action)
+        elif isinstance(action, HoldCollect):
+            self._run.collecting.park()
+        elif isinstance(action, Commit):
+            self.commit(action)
+        elif isinstance(action, EndRun):
+            self._ending.end("complete" if action.ok else "failed", action.message)
+
+    def _send_task(self, action: SendTask) -> None:
+        if action.round != self._round_begun:
+            self._round_begun = action.round
+            self._round_started = self._run.clock.monotonic()
+            self._run.emit(RoundStarted(round=action.round))
+        task = protocol.Task(
+            kind=action.kind,
+            round=action.round,
+            rounds=self._run.rounds.rounds,
+            version=action.version,
+            seed=round_seed(self._run.config.run.seed, action.round),
+        )
+        if self._run.versions.model is not None:
+            listed, packed = self._run.versions.described()
+            set_id, checksum = self._set_id_for(action.site), self._run.versions.checksum
+            if action.kind == "submit":  # also after others' models have been committed
+                set_id, checksum = self._run.versions.first_set()
+            task = task.model_copy(
+                update={
+                    "included": self._run.versions.included.get(action.site),
+                    "checksum": checksum,
+                    "sets": [
+                        protocol.OpenSet.model_construct(
+                            id=set_id.hex(),
+                            layout=self._run.versions.layout_hash,
+                            tensors=listed,
+                            packed=packed,
+                        )
+                    ],
+                }
+            )
+        self._run.peers.send_to(action.site, task)
+
+    def _set_id_for(self, site: str) -> bytes:
+        found = self._run.peers.of_site(site)
+        unpacks = found is not None and "lossless" in found[1].features
+        return self._run.versions.packed_id if unpacks else self._run.versions.set_id
+
+    def _pull_ahead(self, action: PullAhead) -> None:
+        self._run.collecting.pull_ahead(action, self._run.peers.addresses, self._run.rounds.most)
+
+    def _start_collect(self, action: StartCollect) -> None:
+        done = self._run.collecting.start(
+            action, self._run.peers.addresses, self._run.declaring.declared
+        )
+        if done:
+            self.do(self._run.rounds.reduced())
+
+    def commit(self, action: Commit) -> None:
+        """Commit the version whose chunks are all reduced, and tell the sites."""
+        running = self._run.collecting.take()
+        try:
+            running.check_base()
+        except StorageError as error:
+            raise self._run.versions.damaged(str(error)) from None
+        try:
+            self._run.versions.optimizer.check()
+        except StorageError as error:
+            running.cancel()  # what was made with a damaged state is not gone on with
+            raise self._run.versions.damaged(str(error), "a state of the last model") from None
+        model, checksums = running.finish()
+        weights = {p.site: p.weight for p in action.participants} if action.version else {}
+        seconds = self._run.clock.monotonic() - self._round_started
+        row = VersionRow(action.version, "", "", model.layout.total_bytes, seconds, weights)
+        metrics = {known.site: known.metrics for _, known in self._run.peers}
+        if action.version == 0:
+            self._run.store.keep_initial_site(action.participants[0].site)
+        self._run.versions.commit(row, (model, checksums), metrics, running.scratch.states)
+        names = [p.site for p in action.participants]
+        collected = self._run.clock.monotonic() - running.started
+        self._run.emit_commit(row, collected, "" if action.version else names[0])
+        if action.version:
+            self._check_scored(action.version - 1, names)
+        for peer, known in self._run.peers:
+            self._run.link.send(
+                peer,
+                protocol.Commit(
+                    version=action.version, included=known.site in names, participants=names
+                ),
+            )
+        if failure := device_failure():
+            self.device = use_device("cpu")
+            logger.warning("the GPU failed; the CPU goes on with the same bits: %s", failure)
+        self.ask_gates(action.version)
+        self.do(self._run.rounds.committed(action.version, self._run.clock.monotonic()))
+        if self._ending.result is None:  # after the tasks: reading a large model takes seconds
+            self._export_best()
+            self._run.outcome.prune()
+
+    def _export_best(self) -> None:
+        before = self._run.outcome.best
+        self._run.outcome.export_best()
+        self._run.emit_best(before)
+
+    def ask_gates(self, version: int) -> None:
+        """Pause the run if a gate refuses the round after a version; call it before the plan begins that round."""
+        if not self._run.rounds.paused and not self._run.gates.allow(version + 1):
+            self._run.rounds.paused = True
+
+    def _check_scored(self, version: int, sites: Collection[str]) -> None:
+        """Name the sites that trained from a model without a score of it, where a metric selects."""
+        if self._run.config.selection.metric is None or self._run.config.run.task != "train":
+            return
+        scored = {score.site for score in self._run.store.scores().get(version, [])}
+        for site in sorted({*sites} - scored):
+            self.check_metrics(site, version, ())
+
+    def check_metrics(self, site: str, version: int, metrics: Collection[str]) -> None:
+        """Say at once, and not after the last round, if a site's metrics select nothing."""
+        problem = self._run.outcome.metric_problem(site, version, metrics)
+        if problem:
+            self._run.report(site, problem)
