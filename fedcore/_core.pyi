@@ -83,7 +83,7 @@ class Codec:
         encoding: str,
         lossless: bool = False,
         top_k: float = 0.01,
-        stages: Sequence[tuple[str, float]] = (),
+        stages: Sequence[tuple[str, Mapping[str, float]]] = (),
     ) -> None: ...
     def encode(
         self,
@@ -109,7 +109,7 @@ def encode_update(
     residual: MappedFile | None = None,
     lost: MappedFile | None = None,
     threads: int = 1,
-) -> tuple[list[int], bytes, list[int], int]: ...
+) -> tuple[list[int], bytes, list[int], int, list[float], list[float]]: ...
 
 class MappedFile:
     def check_whole(self) -> None: ...

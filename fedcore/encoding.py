@@ -9,8 +9,8 @@ that was dropped nothing was sent as far as the global model is concerned.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from fedcore._core import Codec, Layout, MappedFile, crc32c, encode_update
 from fedcore.errors import ConfigError
@@ -38,12 +38,16 @@ class EncodedUpdate:
         offsets: chunk i is bytes ``offsets[i]`` to ``offsets[i + 1]`` of the file.
         encodings: one byte per chunk.
         checksums: CRC-32C of each chunk.
+        found, decoded: of each stage, what it measured of the differences before it, and of what the receiver
+            decodes; of ``clip`` the norm. 0 where a stage does not measure.
     """
 
     file: MappedFile
     offsets: list[int]
     encodings: bytes
     checksums: list[int]
+    found: list[float] = field(default_factory=list)
+    decoded: list[float] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -92,18 +96,19 @@ class UpdateEncoder:
         make_file: Callable[[str, int], MappedFile] | None = None,
         resume: ResidualState | None = None,
         threads: int = 1,
-        stages: Sequence[tuple[str, float]] = (),
+        stages: Sequence[tuple[str, Mapping[str, float]]] = (),
     ) -> None:
         """Make scratch files by ``make_file(name, size)``; without it they are memory.
 
         With ``resume`` it is to give the files ``residual-0`` and ``residual-1`` as an earlier process left them.
         The bytes are the same with any number of ``threads``; each above the first needs a chunk of memory or two.
-        ``stages`` change the difference to the global model before it is encoded: name and number of each, in
-        their order. ``limit``: no element changes by more than the number.
+        ``stages`` change the difference to the global model before it is encoded: name and options of each, in
+        their order. ``clip``: the Euclidean norm of what the receiver decodes is at most ``norm``. ``limit``: no
+        element changes by more than ``most``, before the encoding rounds.
 
         Raises:
-            ConfigError: the encoding or a stage is unknown, ``top_k`` is not in (0, 1], a stage's number is out of
-                range, or ``lossless`` lacks lz4.
+            ConfigError: the encoding or a stage is unknown, ``top_k`` is not in (0, 1], a stage's options are not
+                its own or out of range, or ``lossless`` lacks lz4.
             StorageError: the disk is full.
         """
         self._layout = layout
@@ -130,7 +135,7 @@ class UpdateEncoder:
         """
         state = self.state
         self.state = replace(state, at_stake=None)
-        offsets, encodings, checksums, lost = encode_update(
+        offsets, encodings, checksums, lost, found, decoded = encode_update(
             self._codec,
             values,
             values_at,
@@ -143,7 +148,7 @@ class UpdateEncoder:
         )
         sums = (lost, state.checksums[1]) if state.now else (state.checksums[0], lost)
         self.state = ResidualState(state.now, round_, sums)
-        return EncodedUpdate(self._encoded, offsets, encodings, checksums)
+        return EncodedUpdate(self._encoded, offsets, encodings, checksums, found, decoded)
 
     def settle(self, round_: int, *, included: bool) -> None:
         """Say whether the update of a round counts; of any round but the last one it changes nothing."""

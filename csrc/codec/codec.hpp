@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,10 +19,11 @@
 
 #include "codec/quantise.hpp"
 #include "codec/run_reader.hpp"
-#include "codec/stage.hpp"
 #include "format/layout.hpp"
 
 namespace fedcore {
+
+class Stage;  // stage.hpp
 
 // The names of the encodings: raw, bf16, fp16, int8, nf4, top-k. Throws Error{kConfig} for any other.
 Encoding parse_encoding(std::string_view name);
@@ -75,6 +77,16 @@ class Codec {
   std::uint8_t encode(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* base,
                       const std::uint8_t* residual, std::vector<std::uint8_t>& body,
                       Lost* lost = nullptr);
+
+  // The same codec with other stages.
+  Codec with_stages(std::vector<std::shared_ptr<const Stage>> stages) const;
+
+  // Gives `use` the differences that encode() would encode, as the last stage gives them: of each
+  // float run of the chunk, encoded or raw, part after part. A part begins at a multiple of
+  // quantise::kPiece elements of its run. Throws Error{kNonFinite} as encode() does.
+  void differences(std::uint64_t index, const std::uint8_t* values, const std::uint8_t* base,
+                   const std::uint8_t* residual,
+                   const std::function<void(const Run& part, const float* differences)>& use);
 
   // Looks at all of a body and unpacks it. Returns nullptr, or why the body is refused. What
   // `checked` points at may be scratch, and is valid until the next call.
@@ -138,8 +150,8 @@ class Codec {
   std::shared_ptr<const Layout> layout_;
   CodecOptions options_;
   Lz4 lz4_;
-  std::vector<Segment> segments_;  // of the chunk at hand
-  std::vector<float> floats_;      // of the piece at hand, of top-k the run
+  std::vector<Segment> segments_;  // of the current chunk
+  std::vector<float> floats_;      // of the current piece, of top-k the run
   std::vector<std::uint8_t> plain_, shuffled_, decoded_;
 };
 

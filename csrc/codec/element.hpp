@@ -1,5 +1,5 @@
 // Elements of float dtypes as binary64 numbers, and which dtypes an encoding covers. Pure functions
-// of the codec's parts (codec.cpp, run_reader.cpp), callable from any thread.
+// of the codec's parts, callable from any thread.
 #pragma once
 
 #include <cstddef>
@@ -42,6 +42,13 @@ void with_float(Dtype dtype, Work&& work) {
     default:
       return work(Element<arith::Bf16>{}, arith::Bf16::largest());
   }
+}
+
+inline std::size_t count_of(const Run& run) noexcept { return run.nbytes / item_size(run.dtype); }
+
+// A place among flat bytes that may be absent (nullptr).
+inline const std::uint8_t* at_offset(const std::uint8_t* from, std::size_t bytes) noexcept {
+  return from != nullptr ? from + bytes : nullptr;
 }
 
 // Whether runs of a dtype are encoded, or travel as they are.

@@ -1,7 +1,8 @@
-// The stage "limit": no element changes by more than its number.
+// The stage "limit": no element changes by more than the option `most`, before the encoding rounds.
 
 #include <cstddef>
 #include <string>
+#include <string_view>
 
 #include "base/error.hpp"
 #include "codec/stage_kinds.hpp"
@@ -25,17 +26,19 @@ class Limit : public Stage {
   float most_;
 };
 
-std::shared_ptr<const Stage> make_limit(double value) {
-  const auto most = static_cast<float>(value);
+std::shared_ptr<const Stage> make_limit(const double* options) {
+  const auto most = static_cast<float>(options[0]);
   if (!(most > 0) || most > 3.0e38f) {
     throw Error(Errc::kConfig,
-                "limit is " + std::to_string(value) + ": expected a positive, finite number");
+                "limit is " + std::to_string(options[0]) + ": expected a positive, finite number");
   }
   return std::make_shared<Limit>(most);
 }
 
+constexpr std::string_view kOptions[] = {"most"};
+
 }  // namespace
 
-const StageKind kLimit{"limit", make_limit};
+const StageKind kLimit{"limit", kOptions, make_limit};
 
 }  // namespace fedcore

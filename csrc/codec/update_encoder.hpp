@@ -2,7 +2,8 @@
 //
 // For each chunk: the codec encodes values - base + residual, the body is checked as the receiver checks it, what
 // the encoding lost is written as the next residual, and both get their checksums. Bodies lie back to back in
-// `out`, in the order of the chunks.
+// `out`, in the order of the chunks. Stages that need the whole update get a first pass; where what the receiver
+// decodes breaks the bound of one, the update is encoded again (stage.hpp).
 //
 // Owns nothing after the call: its threads are joined before it returns or throws. The bytes and the error do not
 // depend on the number of threads: the chunk with the lowest index that fails is the one that is reported. Memory:
@@ -12,33 +13,21 @@
 
 #include <cstdint>
 #include <functional>
-#include <memory>
 #include <vector>
 
-#include "base/mapped_file.hpp"
 #include "codec/codec.hpp"
+#include "codec/update_files.hpp"
 
 namespace fedcore {
-
-// Flat bytes of a layout that begin at `offset` of a file.
-struct FlatBytes {
-  std::shared_ptr<MappedFile> file;
-  std::uint64_t offset = 0;
-};
-
-struct UpdateFiles {
-  FlatBytes values;
-  FlatBytes base;
-  FlatBytes residual;               // without a file: there is none
-  FlatBytes lost;                   // the next residual; without a file: it is not computed
-  std::shared_ptr<MappedFile> out;  // at least as large as the flat bytes
-};
 
 struct EncodedUpdate {
   std::vector<std::uint64_t> offsets;  // chunk i is bytes offsets[i] to offsets[i + 1] of `out`
   std::vector<std::uint8_t> encodings;
   std::vector<std::uint32_t> checksums;  // CRC-32C of each body
   std::uint32_t lost_checksum = 0;       // CRC-32C of all of the next residual; 0 without one
+  // Of each stage (Stage::figure): what it found of the differences before it, 0 without a first pass; and of what
+  // the receiver decodes, 0 where that is not checked.
+  std::vector<double> found, decoded;
 };
 
 // Encodes with `threads` workers, the caller among them. `progress` runs on the calling thread between two chunks;

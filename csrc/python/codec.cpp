@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -15,6 +16,7 @@
 
 #include "base/error.hpp"
 #include "codec/codec.hpp"
+#include "codec/stage.hpp"
 #include "codec/update_encoder.hpp"
 #include "python/bindings.hpp"
 
@@ -76,12 +78,15 @@ struct PyCodec {
   std::mutex lock;
 };
 
+// Of each stage: its name, and its options by name.
+using StageList = std::vector<std::pair<std::string, std::map<std::string, double>>>;
+
 std::unique_ptr<PyCodec> make_codec(const std::shared_ptr<Layout>& layout,
                                     const std::string& encoding, bool lossless, double top_k,
-                                    const std::vector<std::pair<std::string, double>>& stages) {
+                                    const StageList& stages) {
   CodecOptions options{parse_encoding(encoding), lossless, top_k, {}};
-  for (const auto& [name, value] : stages) {
-    options.stages.push_back(make_stage(name, value));
+  for (const auto& [name, given] : stages) {
+    options.stages.push_back(make_stage(name, {given.begin(), given.end()}));
   }
   return std::unique_ptr<PyCodec>(
       new PyCodec{layout, Codec(layout, options, lossless ? find_lz4() : Lz4{}), {}});
@@ -165,7 +170,7 @@ py::tuple py_encode_update(const py::object& codec, const FileHandle& values,
   return py::make_tuple(
       update.offsets,
       py::bytes(reinterpret_cast<const char*>(update.encodings.data()), update.encodings.size()),
-      update.checksums, update.lost_checksum);
+      update.checksums, update.lost_checksum, update.found, update.decoded);
 }
 
 }  // namespace
@@ -183,13 +188,13 @@ void bind_codec(py::module_& m) {
   py::class_<PyCodec>(m, "Codec",
                       "One chunk of a layout as the bytes that travel, and back; one thread at a "
                       "time.")
-      .def(py::init(&make_codec), py::arg("layout"), py::arg("encoding"),
-           py::arg("lossless") = false, py::arg("top_k") = 0.01,
-           py::arg("stages") = std::vector<std::pair<std::string, double>>{},
-           "encoding: raw, bf16, fp16, int8, nf4 or top-k; stages: (name, number) of each one that "
-           "changes differences before they are encoded. ConfigError for any other encoding or "
-           "stage, "
-           "for a share top_k outside (0, 1], and for lossless without the package lz4.")
+      .def(
+          py::init(&make_codec), py::arg("layout"), py::arg("encoding"),
+          py::arg("lossless") = false, py::arg("top_k") = 0.01, py::arg("stages") = StageList{},
+          "encoding: raw, bf16, fp16, int8, nf4 or top-k; stages: (name, options) of each one that "
+          "changes differences before they are encoded. ConfigError for any other encoding or "
+          "stage, "
+          "for a share top_k outside (0, 1], and for lossless without the package lz4.")
       .def("encode", &encode, py::arg("index"), py::arg("values"), py::arg("base") = std::nullopt,
            py::arg("residual") = std::nullopt,
            "Encode values - base + residual, the flat bytes of chunk `index`: (encoding, body). "
@@ -206,7 +211,8 @@ void bind_codec(py::module_& m) {
         py::arg("residual") = nullptr, py::arg("lost") = nullptr, py::arg("threads") = 1,
         "Encode every chunk of values - base + residual into `out`, back to back, and write to "
         "`lost` what the "
-        "encoding lost: (offsets, encodings, checksums, checksum of `lost`). NonFiniteError names "
+        "encoding lost: (offsets, encodings, checksums, checksum of `lost`, and of each stage "
+        "what it found of the differences before it and of what is decoded). NonFiniteError names "
         "tensor and "
         "element; StorageError: a file is too short, or the disk full.");
 }
