@@ -51,7 +51,11 @@ class LocalRun:
 
 @contextlib.contextmanager
 def local_run(
-    folder: Path, *, site: str = "site", settings: Mapping[str, Any] | None = None
+    folder: Path,
+    *,
+    site: str = "site",
+    settings: Mapping[str, Any] | None = None,
+    clip: float | None = None,
 ) -> Iterator[LocalRun]:
     """Serve a run in the background, in which the script of this process is ``site``.
 
@@ -59,6 +63,7 @@ def local_run(
         folder: the run's files go below it.
         site: the script's name in the run.
         settings: sections of a run file that differ from one run of two rounds with this one site.
+        clip: the site's own bound of an update's norm, as ``FEDCORE_CLIP``.
 
     Raises:
         ConfigError: the settings are no run file's.
@@ -78,7 +83,7 @@ def local_run(
         pool = stack.enter_context(ThreadPoolExecutor(1, "fedcore-local-server"))
         ended = pool.submit(server.run)
         stack.callback(server.stop)
-        own = SiteSettings(server.endpoint, site, idle_timeout=_SILENCE)
+        own = SiteSettings(server.endpoint, site, idle_timeout=_SILENCE, clip=clip)
         use_session(Session(own, network.dial))
         stack.callback(reset_session)
         yield LocalRun(server, config.run_folder, network, ended)

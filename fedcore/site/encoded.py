@@ -30,10 +30,21 @@ class Outgoing:
         transfer: what the run agreed on.
         work: holds the encoded chunks and the residual, up to three times the update's size, also for a process
             that is started again.
+        site: its name, for the log.
+        clip: the largest norm of an update (`SiteSettings`).
     """
 
-    def __init__(self, layout: Layout, transfer: protocol.Transfer, work: WorkFolder) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        transfer: protocol.Transfer,
+        work: WorkFolder,
+        site: str = "",
+        clip: float | None = None,
+    ) -> None:
         self._layout = layout
+        self._site = site
+        self._clip = clip
         self._transfer = transfer
         self._work = work
         self._encoder: UpdateEncoder | None = None
@@ -43,12 +54,14 @@ class Outgoing:
                 "chunks leave this site uncompressed: the package lz4 is missing (it comes with "
                 "fedcore-fl[lossless])"
             )
+        if clip is not None:
+            logger.info("%s: the norm of each update is at most %g (FEDCORE_CLIP)", site, clip)
 
     def initial(self, file: ModelFile, checksums: list[int]) -> EncodedUpdate:
         """Return the initial model as it is to be published: there is no base, so it is compressed at most."""
         if not self._lossless:
             return EncodedUpdate.raw(file, checksums)
-        encoder = self._make("raw", None)
+        encoder = self._make("raw", None, bounded=False)
         return encoder.encode(0, file.file, file.data_offset, file.file, file.data_offset)
 
     def prepare(self, included: int | None) -> None:
@@ -62,7 +75,7 @@ class Outgoing:
 
     @property
     def _encodes(self) -> bool:
-        return self._transfer.update != "raw" or self._lossless
+        return self._transfer.update != "raw" or self._lossless or self._clip is not None
 
     def encode(
         self,
@@ -74,12 +87,16 @@ class Outgoing:
     ) -> EncodedUpdate:
         """Return the update in ``file`` as it is to be published; what was returned before is overwritten.
 
-        An update with NaN or infinity stays raw, so that the server names tensor and element.
+        An update with NaN or infinity stays raw, so that the server names tensor and element. With a bound on its
+        norm it does not leave.
 
         Args:
             round_, file, base: the round, the tensors after training, and the global model before it.
             checksums: of the file's chunks.
             included: the last committed version that holds this site's update: its residual counts from now on.
+
+        Raises:
+            NonFiniteError: the update holds NaN or infinity, and its norm is bounded.
         """
         encoding = self._transfer.update
         if not self._encodes:
@@ -96,10 +113,17 @@ class Outgoing:
                 round_, file.file, file.data_offset, base.file, base.data_offset
             )
         except NonFiniteError as error:
+            if self._clip is not None:
+                raise
             logger.warning("this update leaves as it is: %s", error)
             return EncodedUpdate.raw(file, checksums)
         if encoding != "raw":
             self._work.record_residual(self._layout, encoder.state)
+        if self._clip is not None and update.found[0] > self._clip:
+            logger.info(
+                "%s: the update of round %d had a norm of %.6g; it was scaled, and %.6g leaves (FEDCORE_CLIP)",
+                self._site, round_, update.found[0], update.decoded[0],
+            )  # fmt: skip
         return update
 
     def _resume(self, encoding: str, included: int | None) -> UpdateEncoder:
@@ -115,7 +139,9 @@ class Outgoing:
                 logger.warning("what earlier updates lost to their encoding is not here any more")
         return self._make(encoding, None)
 
-    def _make(self, encoding: str, state: ResidualState | None) -> UpdateEncoder:
+    def _make(
+        self, encoding: str, state: ResidualState | None, *, bounded: bool = True
+    ) -> UpdateEncoder:
         def file(name: str, nbytes: int) -> MappedFile:
             again = state is not None and name.startswith("residual")
             return self._work.flat(name, nbytes, again=again)
@@ -128,6 +154,7 @@ class Outgoing:
             make_file=file,
             resume=state,
             threads=_threads(),
+            stages=[("clip", {"norm": self._clip})] if bounded and self._clip is not None else [],
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class SiteSettings:
         connect_timeout: seconds to wait for the server's first answer.
         idle_timeout: seconds of the server's silence after which a wait is given up.
         run: name or id of the run that is meant; None: whichever the server has.
+        clip: the largest Euclidean norm that this site's change of the global model may have once it is decoded;
+            None: no bound. No server can widen it.
     """
 
     server: str
@@ -39,6 +42,7 @@ class SiteSettings:
     connect_timeout: float = 60.0
     idle_timeout: float = 600.0
     run: str | None = None
+    clip: float | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> SiteSettings:
@@ -81,6 +85,7 @@ class SiteSettings:
             else (kit.run if kit else None),
             connect_timeout=_seconds(env, "FEDCORE_CONNECT_TIMEOUT", cls.connect_timeout),
             idle_timeout=_seconds(env, "FEDCORE_IDLE_TIMEOUT", cls.idle_timeout),
+            clip=_positive(env, "FEDCORE_CLIP"),
         )
 
 
@@ -111,6 +116,19 @@ def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
         return parse_duration(text)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def _positive(env: Mapping[str, str], name: str) -> float | None:
+    text = env.get(name)
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name} is {text!r}: expected a positive, finite number")
+    return value
 
 
 def _check_keys(env: Mapping[str, str], kit: Kit | None, server: str, site: str) -> None:

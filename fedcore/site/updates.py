@@ -98,7 +98,7 @@ class Updates:
             metrics=self._check(metrics or {}, "train_metrics"),
         )
         if round_:
-            self.folder().record(ready, update, score, self._base)
+            self.folder().record(ready, update, score, self._base, self._settings.clip)
         self._connection.publish(ready, update)
 
     def _encode(
@@ -115,7 +115,13 @@ class Updates:
         """Return what encodes updates, which is made on the first call."""
         if self._outgoing is None:
             assert self._machine.welcome is not None
-            self._outgoing = Outgoing(layout, self._machine.welcome.transfer, self.folder())
+            self._outgoing = Outgoing(
+                layout,
+                self._machine.welcome.transfer,
+                self.folder(),
+                self._settings.site,
+                self._settings.clip,
+            )
         return self._outgoing
 
     def deliver_kept(self, task: protocol.Task) -> bool:
@@ -127,7 +133,7 @@ class Updates:
         if self._looked or welcome is None:
             return False
         self._looked = True
-        kept = self.folder().kept(task, welcome.chunk_bytes)
+        kept = self.folder().kept(task, welcome.chunk_bytes, self._settings.clip)
         if kept is None:
             return False
         ready, score = kept.record.ready, kept.record.score

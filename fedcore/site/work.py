@@ -52,6 +52,7 @@ class Record(BaseModel):
             encodings in hex. None of an update that travels as it is.
         score: what this site has said of the model that it trained from.
         base: the checksum of that model; empty where the server did not say.
+        clip: the bound of the update's norm (`SiteSettings`).
     """
 
     model_config = ConfigDict(
@@ -67,6 +68,7 @@ class Record(BaseModel):
     encodings: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{2})*$")] = ""
     score: protocol.Score | None = None
     base: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{8})?$")] = ""
+    clip: Annotated[float, Field(gt=0)] | None = None
 
 
 class ResidualRecord(BaseModel):
@@ -275,10 +277,11 @@ class WorkFolder:
         update: EncodedUpdate,
         score: protocol.Score | None,
         base: str = "",
+        clip: float | None = None,
     ) -> None:
         """Note that the update file is complete; of one that is in memory nothing is noted.
 
-        ``base`` is the checksum of the model that it was trained from.
+        ``base`` is the checksum of the model that it was trained from, and ``clip`` the bound of its norm.
         """
         encoded = any(update.encodings) or update.offsets[0] == 0
         if not self.keeps or (_ENCODED if encoded else "update") in self._in_memory:
@@ -292,6 +295,7 @@ class WorkFolder:
             encodings=update.encodings.hex() if encoded else "",
             score=score,
             base=base,
+            clip=clip,
         )
         partial = self._record_path.with_suffix(".partial")
         with self._changing:
@@ -314,12 +318,15 @@ class WorkFolder:
                 self._record_path.unlink(missing_ok=True)
                 self._recorded = ""
 
-    def kept(self, task: protocol.Task, chunk_bytes: int) -> Kept | None:
-        """Return the update that an earlier process trained for ``task``; one for anything else is removed."""
+    def kept(self, task: protocol.Task, chunk_bytes: int, clip: float | None = None) -> Kept | None:
+        """Return the update that an earlier process trained for ``task``; one for anything else is removed.
+
+        So is one whose norm was not bounded by ``clip`` or less.
+        """
         if not self.keeps or not self._record_path.exists():
             return None
         try:
-            found = self._read(task, chunk_bytes)
+            found = self._read(task, chunk_bytes, clip)
         except (OSError, ValueError) as error:
             problem = "its record is damaged" if isinstance(error, ValidationError) else str(error)
             logger.warning("%s: a kept update is not used: %s", self._site, problem)
@@ -330,7 +337,7 @@ class WorkFolder:
         self._recorded = found.record.ready.model.id
         return found
 
-    def _read(self, task: protocol.Task, chunk_bytes: int) -> Kept:
+    def _read(self, task: protocol.Task, chunk_bytes: int, clip: float | None) -> Kept:
         record = Record.model_validate_json(self._record_path.read_bytes())
         ready = record.ready
         if (record.run_id, record.site) != (self._run_id, self._site):
@@ -344,6 +351,8 @@ class WorkFolder:
             raise StorageError(
                 f"the server has another model of round {task.version} by now than the one it was trained from"
             )
+        if clip is not None and (record.clip is None or record.clip > clip):
+            raise StorageError(f"its norm was not bounded by {clip:g}")
         if record.lengths is not None:
             update = self._read_encoded(record.lengths, record.encodings)
         else:

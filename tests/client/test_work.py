@@ -39,7 +39,9 @@ def task(round_: int = 1, layout: Layout = LAYOUT, kind: str = "train") -> proto
     )
 
 
-def trained(root: Path, round_: int = 1, layout: Layout = LAYOUT) -> WorkFolder:
+def trained(
+    root: Path, round_: int = 1, layout: Layout = LAYOUT, clip: float | None = None
+) -> WorkFolder:
     """Let a process train in ``round_``."""
     work = WorkFolder(root, "a", RUN)
     file = work.update(layout)
@@ -50,7 +52,7 @@ def trained(root: Path, round_: int = 1, layout: Layout = LAYOUT) -> WorkFolder:
         weight=5,
     )
     score = protocol.Score(version=round_ - 1, metrics={"loss": 0.5}, examples=3)
-    work.record(ready, EncodedUpdate.raw(file), score)
+    work.record(ready, EncodedUpdate.raw(file), score, clip=clip)
     return work
 
 
@@ -408,6 +410,18 @@ def test_an_update_that_its_folder_has_no_room_for_waits_in_memory(
     assert update.nbytes > 0
     assert files(tmp_path) == set(), "a record of what is in memory would name no file"
     work.close(keep=True)
+
+
+@pytest.mark.parametrize(("at_training", "now", "used"), [(None, None, True), (1.0, None, True),
+                                                         (1.0, 2.0, True), (None, 1.0, False),
+                                                         (2.0, 1.0, False)])  # fmt: skip
+def test_a_kept_update_is_delivered_only_within_the_bound_of_now(
+    tmp_path: Path, at_training: float | None, now: float | None, used: bool
+) -> None:
+    killed(trained(tmp_path, clip=at_training))
+    work = WorkFolder(tmp_path, "a", RUN)
+    assert (work.kept(task(), CHUNK, now) is not None) == used
+    work.close(keep=False)
 
 
 def test_room_for_an_update_is_looked_for_before_it_is_trained(
