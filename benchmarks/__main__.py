@@ -259,6 +259,39 @@ def encodings(
 
 
 @app.command()
+def updates(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of the update (fp32).")] = "256MiB",
+    repeats: Annotated[int, typer.Option(min=1, help="Of which the fastest counts.")] = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="An empty folder for the files; without it they are memory.")
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Time the encoding of a site's whole update, with and without error feedback, in turns with memcpy."""
+    from .updates import measure
+
+    rows = measure(parse_size(size), repeats, folder=folder)
+    show(
+        f"Encoding of an update of {size_text(rows[0]['bytes'])}",
+        ("update", "feedback", "threads", "GB/s", "GB/s of CPU", "of memcpy", "peak memory"),
+        [
+            [
+                row["update"],
+                "yes" if row["feedback"] else "no",
+                row["threads"],
+                row["gb_s"],
+                row["cpu_gb_s"],
+                row["memcpy_share"],
+                size_text(row["peak_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+    write(json_file, {"rows": rows})
+
+
+@app.command()
 def device(
     *,
     device: Annotated[
