@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from fedcore._core import Collector, CollectorDone, CollectorOptions, SourceReje
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, RefusedError, StorageError
 from fedcore.model_file import create_model
-from fedcore.monitor.ask import StatusClient, ask_status
+from fedcore.monitor.ask import StatusClient, ask_status, find_server
 from fedcore.security.keys import Role, load_kit
 from fedcore.security.provision import Project, provision
 from fedcore.server.acting import Acting
@@ -39,6 +40,7 @@ from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import Control, SiteLink
 
+from ..support.arriving import Arriving, says
 from ..support.links import wait
 
 DEADLINE = 30.0
@@ -255,6 +257,11 @@ def test_two_runs_killed_and_started_again_end_as_each_does_alone(
             server.kill()
             server.wait()
             server = started(tmp_path, *names)
+            for name in MODELS:  # by the run folder, as commands on the server's machine do
+                wait_for(lambda name=name: find_server(tmp_path / "runs" / name) is not None)
+                found = find_server(tmp_path / "runs" / name)
+                assert found is not None
+                assert ask_status(found.address, DEADLINE).run == name
             stops[1].wait(DEADLINE)
             assert [done.result(DEADLINE) for done in sites] == [3] * 4
             assert server.wait(DEADLINE) == 0, (tmp_path / "server.log").read_text()
@@ -531,6 +538,43 @@ def test_a_run_that_cannot_be_written_does_not_end_the_other(
         with pytest.raises(StorageError, match="no space left"):
             ended.result(DEADLINE)
     assert best(tmp_path, "one") == alone["one"]
+
+
+class Failing:
+    """A connection of SQLite that cannot commit."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._db, name)
+
+    def execute(self, statement: str, *values: Any) -> Any:
+        if statement == "COMMIT":
+            raise sqlite3.DatabaseError("disk I/O error")
+        return self._db.execute(statement, *values)
+
+
+def test_rows_of_one_run_that_cannot_be_written_hold_back_no_answer_of_another(
+    tmp_path: Path,
+) -> None:
+    link = Arriving()
+    host = Host([run_file(tmp_path, name) for name in MODELS], link=link)  # type: ignore[arg-type]
+    try:
+        host.start()
+        host.runs[0].store._journal.db = Failing(host.runs[0].store._journal.db)  # type: ignore[assignment]
+        link.waiting = [
+            says(name, protocol.Join(version="0", site=name, run=run, instance="0" * 32))
+            for run, name in (("one", "a"), ("two", "c"))
+        ]
+        host.step()
+        answers = {peer[:1]: type(message) for peer, message in link.sent}
+        assert answers == {b"a": protocol.Stopped, b"c": protocol.Welcome}
+        assert "disk I/O error" in str(host.runs[0].error)
+        assert (host.runs[0].over, host.runs[1].over) == (True, False)
+        assert host.runs[1].store.members() == ["c"]
+    finally:
+        host.close()
 
 
 @pytest.mark.parametrize(
