@@ -198,6 +198,10 @@ PROMPTS = {"prompt": ["the cat sat"] * 12, "level": [1] * 12, "source": ["x"] * 
 TEXTS = {"text": [" ".join(["the", "cat", "sat"] * (1 + i % 3)) for i in range(24)]}
 CHOICES = {"prompt": ["the cat"] * 12, "chosen": [" sat on"] * 12, "rejected": [" ran to the"] * 12}
 JUDGED = {"prompt": ["the cat"] * 12, "completion": [" sat on"] * 12, "label": [True, False] * 6}
+ANSWERED = {
+    "prompt": ["the cat" if i % 2 else "the dog ran" for i in range(12)],
+    "completion": [" sat on" * (1 + i % 3) for i in range(12)],
+}
 
 
 @pytest.mark.parametrize(
@@ -211,6 +215,9 @@ JUDGED = {"prompt": ["the cat"] * 12, "completion": [" sat on"] * 12, "label": [
         ("SFT", TEXTS, {"packing": True, "max_length": 32}, 24),
         ("SFT", TEXTS, {"packing": True, "max_length": 32, "per_device_train_batch_size": 1}, 24),
         ("SFT", TEXTS, {"padding_free": True, "max_length": None, "pad_to_multiple_of": 16}, 24),
+        ("SFT", ANSWERED, {"completion_only_loss": True}, 12),
+        ("SFT", ANSWERED, {"completion_only_loss": True, "packing": True, "max_length": 32}, 12),
+        ("SFT", ANSWERED, {"padding_free": True, "max_length": None}, 12),
         ("DPO", CHOICES, {}, 12),
         ("Reward", {name: CHOICES[name] for name in ("chosen", "rejected")}, {}, 12),
         ("KTO", JUDGED, {}, 12),
@@ -222,6 +229,18 @@ def test_trls_trainers_weigh_the_examples_that_they_trained_on(
     kind: str, columns: Any, options: Any, expected: int, tmp_path: Path
 ) -> None:
     assert counted(trl_trainer(kind, tmp_path, columns, **options)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{}, {"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}]
+)
+def test_tokens_of_completions_count_alone_however_rows_are_packed(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    completions = [len(text.split()) + 1 for text in ANSWERED["completion"]]  # and the end of text
+    trainer = trl_trainer("SFT", tmp_path, ANSWERED, completion_only_loss=True, **options)
+    assert counted(trainer, "tokens") == sum(completions)
 
 
 @pytest.mark.slow
