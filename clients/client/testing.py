@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -85,5 +86,15 @@ def local_run(
         stack.callback(server.stop)
         own = SiteSettings(server.endpoint, site, idle_timeout=_SILENCE, clip=clip)
         use_session(Session(own, network.dial))
-        stack.callback(reset_session)
+        stack.callback(_forget)
         yield LocalRun(server, config.run_folder, network, ended)
+
+
+def _forget() -> None:
+    """End the script's session and forget its trainer: the next run of this process has its own."""
+    if "fedcore.client.torch" in sys.modules:
+        from .torch import forget_site
+
+        forget_site()
+    else:
+        reset_session()

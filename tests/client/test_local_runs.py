@@ -116,3 +116,14 @@ def test_a_run_in_memory_ends_with_the_bytes_of_one_over_tcp(
     for name in ("best", "final"):
         file = f"runs/t/{name}/model.safetensors"
         assert (tmp_path / "memory" / file).read_bytes() == (tmp_path / "tcp" / file).read_bytes()
+
+
+def test_the_next_run_of_a_process_has_a_trainer_of_its_own(tmp_path: Path) -> None:
+    from fedcore.client.torch import current_site
+
+    sites = []
+    for name in ("one", "two"):
+        with local_run(tmp_path / name):
+            sites.append(current_site())
+            sites[-1].claim(object())
+    assert sites[0] is not sites[1]
