@@ -207,8 +207,16 @@ def test_no_thread_of_gloo_is_left_when_the_interpreter_ends(
     assert "at the end 0" in process.said
 
 
-def test_an_error_of_rank_0_is_raised_by_all(run: Future[RunResult], tmp_path: Path) -> None:
-    zero, one = start_two("hf_ddp.py", tmp_path / "hf", "frozen")
+@pytest.mark.parametrize(
+    "script",
+    [["plain.py", "frozen"], pytest.param(["hf_ddp.py", "hf", "frozen"], marks=pytest.mark.slow)],
+    ids=["loop", "transformers"],
+)
+def test_an_error_of_rank_0_is_raised_by_all(
+    script: list[str], run: Future[RunResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    zero, one = start_two(*script)
     assert "LayoutError: the model has no trainable tensor" in zero.said
     assert zero.returncode
     assert one.returncode

@@ -14,7 +14,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, what = dist.get_rank(), sys.argv[1]
     torch.manual_seed(rank)
-    net = torch.nn.Linear(3, 1)
+    net = torch.nn.Linear(3, 1).requires_grad_(what != "frozen")
     fl.init(net)
     passes = 0
     while fl.is_running():
