@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -42,6 +43,7 @@ from fedcore.transport.link import Control, SiteLink
 
 from ..support.arriving import Arriving, says
 from ..support.links import wait
+from ..support.processes import heed_signals
 
 DEADLINE = 30.0
 UNKNOWN = "the tensors are no longer published there"
@@ -276,6 +278,30 @@ def test_two_runs_killed_and_started_again_end_as_each_does_alone(
     assert "[one] " in again[0]
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_reaches_all_runs_and_each_says_how_it_ended(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    address = f"tcp://127.0.0.1:{free_port()}"
+    server = started(tmp_path, *(written(tmp_path, name, address) for name in MODELS))
+    try:
+        with StatusClient(address) as client, contextlib.suppress(RefusedError):
+            client.ask(DEADLINE)  # it names no run: what matters is that the server is there
+        server.send_signal(number)
+        assert server.wait(DEADLINE) == status
+    finally:
+        server.kill()
+        server.wait()
+    text = (tmp_path / "server.log").read_text()
+    how = "the server was ended by SIGTERM" if status == 143 else "stopped on request"
+    assert [f"run {name}: {how}" in text for name in MODELS] == [True, True], text
+    logs = [(tmp_path / "runs" / name / "server.log").read_text() for name in MODELS]
+    assert [("run one:" in log, "run two:" in log) for log in logs] == [
+        (True, False),
+        (False, True),
+    ]
+
+
 @pytest.mark.slow
 def test_a_process_with_two_runs_takes_no_more_memory_than_it_may(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -298,9 +324,7 @@ def test_a_process_with_two_runs_takes_no_more_memory_than_it_may(
     with ThreadPoolExecutor(5) as pool:
         try:
             with StatusClient(address) as client, contextlib.suppress(RefusedError):
-                client.ask(
-                    DEADLINE
-                )  # it names no run: all that is to be known is that the server is there
+                client.ask(DEADLINE)
             measured = pool.submit(measure)
             wait_for(lambda: bool(taken))
             who = [("one", "a"), ("one", "b"), ("two", "b"), ("two", "c")]
@@ -335,7 +359,10 @@ def started(folder: Path, *run_files: Path) -> subprocess.Popen[bytes]:
     command = "from fedcore.cli.app import server_main; server_main()"
     with (folder / "server.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-c", command, *map(str, run_files)], stdout=log, stderr=log
+            [sys.executable, "-P", "-c", command, *map(str, run_files)],
+            stdout=log,
+            stderr=log,
+            preexec_fn=heed_signals,  # noqa: PLW1509
         )
 
 
