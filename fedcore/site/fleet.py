@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from fedcore import protocol
 from fedcore._core import (
@@ -28,10 +28,14 @@ from fedcore.layout import layout_hash, table
 from fedcore.model_file import ModelFile, create_model
 from fedcore.transport.link import DataEvent, other_version
 from fedcore.transport.many_links import ManyLinks
+from fedcore.transport.many_secured import ManySecuredLinks
 
 from . import outputs as out
 from .machine import SiteMachine
 from .settings import SiteSettings
+
+if TYPE_CHECKING:
+    from fedcore.security.keys import Credentials
 
 __all__ = ["Fleet", "Trained", "Trainer"]
 
@@ -63,10 +67,11 @@ class Fleet:
     """Virtual sites of one run, from the first message to the last.
 
     Args:
-        server: address of the server, ``tcp://HOST:PORT``; the connections are plain text.
+        server: address of the server, ``tcp://HOST:PORT``.
         layout: of the tensors of all of them.
         trainers: what each site does, by its name.
         listen: called with a site's name and each event of its machine.
+        keys: what each site dials with, by its name; None: the connections are plain text, and take less memory.
 
     Raises:
         ConfigError: the address is malformed, or this process may have too few files open.
@@ -78,13 +83,17 @@ class Fleet:
         layout: Layout,
         trainers: Mapping[str, Trainer],
         listen: Callable[[str, out.Event], None] = lambda *_: None,
+        keys: Mapping[str, Credentials] | None = None,
     ) -> None:
         self._layout, self._hash = layout, layout_hash(layout)
         self._declare = protocol.Declare(tensors=table(layout))
         self._trainers = dict(trainers)
         self._listen = listen
         self.machines = {name: SiteMachine(SiteSettings(server, name)) for name in trainers}
-        self._links = ManyLinks(server, [(n, m.instance.bytes) for n, m in self.machines.items()])
+        names = [(name, machine.instance.bytes) for name, machine in self.machines.items()]
+        self._links: ManyLinks | ManySecuredLinks = (
+            ManyLinks(server, names) if keys is None else ManySecuredLinks(server, names, keys)
+        )
         self._over: set[str] = set()
         self._waiting: dict[str, list[str]] = {}  # the sites that wait for a set
         self._next_tick = 0.0

@@ -18,11 +18,14 @@ from fedcore._core import Layout
 from fedcore.encoding import EncodedUpdate
 from fedcore.errors import RefusedError
 from fedcore.model_file import ModelFile, create_model
+from fedcore.security.keys import Credentials, KeyPair, Role, load_kit
+from fedcore.security.provision import Project, Provisioned, provision
 from fedcore.server.service import Server
 from fedcore.site import outputs as out
 from fedcore.site.fleet import Fleet, Trained
 
 from ..support.runs import run_config
+from ..support.secured_runs import server_of
 
 LAYOUT = Layout([("w", "F32", [16_384])])
 SECONDS = 30.0
@@ -124,6 +127,40 @@ def test_virtual_sites_go_on_with_a_server_that_is_started_again(tmp_path: Path)
         drive(fleet)
     final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
     assert np.allclose(final, 3 * 5 / 3)
+
+
+@pytest.fixture
+def kits(tmp_path: Path) -> Provisioned:
+    parties = {"a": Role.SITE, "b": Role.SITE, "c": Role.SITE}
+    return provision(Project("tcp://127.0.0.1:7733", parties), tmp_path / "kits")
+
+
+def test_virtual_sites_with_keys_of_their_own_take_part_in_a_secured_run(
+    tmp_path: Path, kits: Provisioned
+) -> None:
+    server = server_of(tmp_path)
+    keys = {name: load_kit(kits.kits[name]).credentials for name in ("a", "b")}
+    with serving(server):
+        drive(Fleet(server.endpoint, LAYOUT, {"a": Adding(1), "b": Adding(2)}, keys=keys))
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
+    assert np.allclose(final, 2 * 5 / 3)
+
+
+def test_a_key_that_the_server_does_not_admit_ends_the_step_with_an_error(
+    tmp_path: Path, kits: Provisioned
+) -> None:
+    server = server_of(tmp_path)
+    admitted = load_kit(kits.kits["a"]).credentials
+    keys = {"a": Credentials(admitted.server_key, KeyPair.generate())}
+    fleet = Fleet(server.endpoint, LAYOUT, {"a": Adding(1)}, keys=keys)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(server.run)
+        try:
+            with pytest.raises(RefusedError, match="does not admit the key of a"):
+                drive(fleet)
+        finally:
+            server.stop()
+    fleet.close()
 
 
 def test_a_refused_site_of_many_ends_the_step_with_its_error(tmp_path: Path) -> None:
