@@ -168,6 +168,7 @@ class Finisher:
         options: Mapping[str, float],
         plain: Set[str] = ...,
         before: Mapping[str, tuple[MappedFile, int]] = ...,
+        checksums: Mapping[str, Sequence[int]] = ...,
     ) -> None: ...
     @property
     def states(self) -> list[tuple[str, Layout]]: ...

@@ -143,7 +143,7 @@ struct CollectorEvent {
   // kRejected: nothing more is asked of the source, and nothing is reduced until it is dropped.
   // kBroken: the output can't be written; no source is at fault.
   // kNoRoom: a chunk could not be spilled; sources that are ahead are held back from now on.
-  // kDamaged: the base is not what it was; nothing is reduced any more.
+  // kDamaged: the base, or a state, is not what it was; nothing is reduced any more.
   enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom, kDamaged } kind;
   std::size_t source = 0;
   std::string code;
@@ -292,6 +292,7 @@ class Collector {
     std::uint32_t crc = 0;
     std::optional<BadValue> bad;
     bool base_changed = false;
+    const MappedFile* changed_state = nullptr;
   };
 
   std::uint64_t chunk_of(std::uint64_t position) const noexcept {
@@ -363,6 +364,7 @@ class Collector {
   bool base_changed(std::uint64_t index) const;
   bool check_base(std::uint64_t index);
   void report_base(std::uint64_t index);
+  void report_state(const MappedFile& state);
   bool reduce_parts(unsigned count);
   void advance();
   void finish();

@@ -145,6 +145,7 @@ void Collector::reduce(Part& part) const {
   if (!part.bad) {
     part.crc = crc32c(part.out.data(), range.nbytes);
     part.base_changed = base_changed(part.index);
+    part.changed_state = options_.finisher ? options_.finisher->changed(range) : nullptr;
   }
 }
 
@@ -183,6 +184,13 @@ void Collector::report_base(std::uint64_t index) {
   stop();
 }
 
+void Collector::report_state(const MappedFile& state) {
+  const std::string what = state.whole() ? " has changed since it was committed"
+                                         : " became shorter, or its disk could not read it";
+  events_.push_back({CollectorEvent::Kind::kDamaged, 0, "", state.path() + what});
+  stop();
+}
+
 // Reduces the first `count` parts, at the same time, and writes them one after the other; false if
 // one can't be.
 bool Collector::reduce_parts(unsigned count) {
@@ -202,6 +210,10 @@ bool Collector::reduce_parts(unsigned count) {
     }
     if (part.base_changed) {
       report_base(part.index);
+      return false;
+    }
+    if (part.changed_state != nullptr) {
+      report_state(*part.changed_state);
       return false;
     }
     checksums_[part.index] = part.crc;
@@ -275,7 +287,15 @@ bool Collector::finish_fold(std::uint64_t index) {
   }
   part.reducer->finish(*layout_, range, base, part.out.data());
   checksums_[index] = crc32c(part.out.data(), range.nbytes);
-  return check_base(index) && write(part, part.out.data());
+  if (!check_base(index)) {
+    return false;
+  }
+  if (const MappedFile* const state =
+          options_.finisher ? options_.finisher->changed(range) : nullptr) {
+    report_state(*state);
+    return false;
+  }
+  return write(part, part.out.data());
 }
 
 // Adds what is there of the next chunk to its sums, in the order of the sources; true once it is

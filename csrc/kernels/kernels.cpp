@@ -231,6 +231,8 @@ const Table& active() {
 
 void select(std::string_view level) { chosen.store(&find(level), std::memory_order_release); }
 
+std::size_t level() { return static_cast<std::size_t>(&active() - kTables); }
+
 void use_device(const FcDevice* device) noexcept {
   chosen_device.store(device, std::memory_order_release);
 }

@@ -100,6 +100,8 @@ struct Table {
 // Throws Error{kConfig} if FEDCORE_SIMD names an unknown level or one that this CPU lacks.
 const Table& active();
 void select(std::string_view level);
+// The place of active() among the levels: 0 is "baseline", 1 "avx2", 2 "avx512".
+std::size_t level();
 std::vector<std::string> available();
 
 // From now on mean() tries `device` first; nullptr: the CPU alone. The device outlives the

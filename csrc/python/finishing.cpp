@@ -15,10 +15,13 @@
 namespace fedcore {
 namespace {
 
+// Of each chunk of a state, by its name.
+using PyChecksums = std::map<std::string, std::vector<std::uint32_t>>;
+
 std::shared_ptr<Finisher> make_finisher(const PyLayout& layout, const std::string& name,
                                         const std::map<std::string, double>& options,
-                                        const std::set<std::string>& plain,
-                                        const PyStates& before) {
+                                        const std::set<std::string>& plain, const PyStates& before,
+                                        const PyChecksums& checksums) {
   const FinisherKind& kind = find_finisher(name);
   std::vector<double> values;
   for (const std::string_view option : kind.options) {
@@ -29,7 +32,13 @@ std::shared_ptr<Finisher> make_finisher(const PyLayout& layout, const std::strin
   if (values.size() != options.size()) {
     values.clear();  // one is unknown: refused as too few
   }
-  return std::make_shared<Finisher>(layout, kind, std::move(values), plain, to_states(before));
+  std::map<std::string, StatePlace> places = to_states(before);
+  for (const auto& [state, crcs] : checksums) {
+    if (const auto found = places.find(state); found != places.end()) {
+      found->second.crcs = crcs;
+    }
+  }
+  return std::make_shared<Finisher>(layout, kind, std::move(values), plain, places);
 }
 
 // Reduces whole inputs by the mean, chunk by chunk, as a collector does; for tests.
@@ -83,7 +92,8 @@ void bind_finishing(py::module_& m) {
       "Turns combined values into the elements of the next version, with states: a server "
       "optimizer for one layout, and the states of one version.")
       .def(py::init(&make_finisher), py::arg("layout"), py::arg("name"), py::arg("options"),
-           py::arg("plain") = std::set<std::string>(), py::arg("before") = PyStates())
+           py::arg("plain") = std::set<std::string>(), py::arg("before") = PyStates(),
+           py::arg("checksums") = PyChecksums())
       .def_property_readonly(
           "states",
           [](const Finisher& finisher) {

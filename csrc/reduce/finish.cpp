@@ -1,8 +1,6 @@
 #include "reduce/finish.hpp"
 
 #include <algorithm>
-#include <cstring>
-#include <iterator>
 #include <limits>
 #include <type_traits>
 #include <unordered_map>
@@ -10,9 +8,8 @@
 
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
-#include "codec/element.hpp"
 #include "kernels/kernels.hpp"
-#include "reduce/finishers.hpp"
+#include "reduce/finish_bodies.hpp"
 
 namespace fedcore {
 namespace {
@@ -23,11 +20,6 @@ constexpr std::uint64_t kNowhere = std::numeric_limits<std::uint64_t>::max();
 Dtype state_dtype(Dtype dtype) noexcept { return dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32; }
 
 }  // namespace
-
-const std::vector<const FinisherKind*>& finisher_kinds() {
-  static const std::vector<const FinisherKind*> all(std::begin(kFinishers), std::end(kFinishers));
-  return all;
-}
 
 const FinisherKind& find_finisher(std::string_view name) {
   std::string known;
@@ -112,6 +104,9 @@ StatePlace Finisher::checked(const std::map<std::string, StatePlace>& places, st
   }
   const StatePlace& place = found->second;
   place.file->check_range(place.offset, states_[s].layout->total_bytes());
+  if (!place.crcs.empty() && place.crcs.size() != states_[s].layout->chunk_count()) {
+    throw Error(Errc::kStorage, "a state has another number of checksums than of chunks");
+  }
   if (place.offset % sizeof(double) != 0) {
     throw Error(Errc::kStorage, "the state " + place.file->path() + " is not aligned");
   }
@@ -194,6 +189,33 @@ std::uint32_t Finisher::crc_of(Range range, std::uint32_t model_crc,
   return crc;
 }
 
+std::pair<std::uint64_t, std::uint64_t> Finisher::chunks_of(std::size_t s,
+                                                            Range in) const noexcept {
+  const std::uint64_t chunk = states_[s].layout->chunk_bytes();
+  return {in.offset / chunk, (in.offset + in.nbytes + chunk - 1) / chunk};
+}
+
+const MappedFile* Finisher::changed(Range range) const {
+  const std::vector<Stretch> parts = stretches(range);
+  for (std::size_t s = 0; s < before_.size(); ++s) {
+    const StatePlace& before = before_[s];
+    std::uint64_t seen = 0;  // chunks before it were looked at
+    for (const Range& in : ranges(parts, s)) {
+      const auto [first, end] = chunks_of(s, in);
+      for (std::uint64_t index = std::max(seen, first); index < end && !before.crcs.empty();
+           ++index) {
+        const Range chunk = states_[s].layout->chunk_range(index);
+        const std::uint8_t* const bytes = before.file->data() + before.offset + chunk.offset;
+        if (crc32c(bytes, chunk.nbytes) != before.crcs[static_cast<std::size_t>(index)]) {
+          return before.file.get();
+        }
+      }
+      seen = std::max(seen, end);
+    }
+  }
+  return nullptr;
+}
+
 void Finisher::write_behind(Range range, const std::vector<StatePlace>& after) const {
   const std::vector<Stretch> parts = stretches(range);
   for (std::size_t s = 0; s < states_.size(); ++s) {
@@ -233,17 +255,13 @@ void FinishedChunk::apply(Dtype dtype, std::uint64_t offset, const double* combi
     const std::size_t count =
         static_cast<std::size_t>(std::min<std::uint64_t>(n, (until - offset) / width));
     const auto place = static_cast<std::size_t>(next - stretches_.begin());
-    with_float(dtype, [&](auto element, double limit) {
-      typedef decltype(element) Format;
-      typedef std::conditional_t<sizeof(typename Format::Word) == 8, double, float> Word;
-      if (inside) {
-        finish<Format, Word>(*next, place, offset, combined, base, out, count, limit);
-        return;
-      }
-      for (std::size_t i = 0; i < count; ++i) {
-        Format::write(out, i, combined[i], limit);
-      }
-    });
+    if (!inside) {
+      finish_stages().round[float_place(dtype)](combined, out, count);
+    } else if (dtype == Dtype::kF64) {
+      finish<double>(*next, place, offset, combined, base, out, count);
+    } else {
+      finish<float>(*next, place, offset, combined, base, out, count);
+    }
     combined += count;
     base += count * width;
     out += count * width;
@@ -254,55 +272,43 @@ void FinishedChunk::apply(Dtype dtype, std::uint64_t offset, const double* combi
 }
 
 // A piece that lies in one parameter.
-template <typename Element, typename Word>
+template <typename Word>
 void FinishedChunk::finish(const Finisher::Stretch& stretch, std::size_t place,
                            std::uint64_t offset, const double* combined, const std::uint8_t* base,
-                           std::uint8_t* out, std::size_t n, double limit) {
-  static constexpr Word kZeros[kernels::kPiece] = {};
+                           std::uint8_t* out, std::size_t n) {
   double step[kernels::kPiece], x[kernels::kPiece];
   const Word* before[kMaxStates] = {};
   Word* after[kMaxStates] = {};
-  const std::uint64_t skipped = (offset - stretch.begin) / item_size(stretch.parameter->dtype);
+  const Dtype dtype = stretch.parameter->dtype;
+  const bool fresh = finisher_.before_.empty();
+  const std::uint64_t skipped = (offset - stretch.begin) / item_size(dtype);
   const std::size_t count = bytes_.size();
   for (std::size_t s = 0; s < count; ++s) {
     after[s] = reinterpret_cast<Word*>(bytes_[s].data() + starts_[s][place]) + skipped;
-    before[s] = kZeros;
-    if (!finisher_.before_.empty()) {
+    if (!fresh) {
       const StatePlace& from = finisher_.before_[s];
       const std::uint64_t at = from.offset + stretch.in_state(s, finisher_).offset;
       before[s] = reinterpret_cast<const Word*>(from.file->data() + at) + skipped;
     }
   }
-  for (std::size_t i = 0; i < n; ++i) {
-    x[i] = Element::read(base, i);
-    step[i] = combined[i] - x[i];
-  }
-  const std::size_t master = count - 1;
-  const bool narrow = sizeof(typename Element::Word) < sizeof(float);
-  if (narrow && !finisher_.before_.empty()) {
-    for (std::size_t i = 0; i < n; ++i) {
-      x[i] = static_cast<double>(before[master][i]);
-    }
-  }
+  const FinishStages& stages = finish_stages();
   const double* const options = finisher_.options_.data();
-  const FinishPiece<Word> piece{step, x, before, after, n};
+  const FinishPiece<Word> piece{step, x, fresh ? nullptr : before, after, n};
+  stages.widen[float_place(dtype)](base, combined, x, step, n);
   if constexpr (sizeof(Word) == sizeof(double)) {
-    finisher_.kind_.wide(options, piece);
+    finisher_.kind_.bodies.wide[kernels::level()](options, piece);
   } else {
-    finisher_.kind_.narrow(options, piece);
-  }
-  if (narrow) {
-    constexpr double kLargest = arith::F32::largest();
-    for (std::size_t i = 0; i < n; ++i) {
-      x[i] = x[i] > kLargest ? kLargest : x[i];
-      x[i] = x[i] < -kLargest ? -kLargest : x[i];
-      after[master][i] = static_cast<Word>(x[i]);
-      x[i] = static_cast<double>(after[master][i]);
+    const bool narrow = item_size(dtype) < sizeof(float);
+    const std::size_t master = count - 1;
+    if (narrow && !fresh) {
+      stages.load(before[master], x, n);
+    }
+    finisher_.kind_.bodies.narrow[kernels::level()](options, piece);
+    if (narrow) {
+      stages.keep(x, after[master], n);
     }
   }
-  for (std::size_t i = 0; i < n; ++i) {
-    Element::write(out, i, x[i], limit);
-  }
+  stages.round[float_place(dtype)](x, out, n);
 }
 
 std::uint32_t FinishedChunk::crc(std::uint32_t model_crc) const {
@@ -320,8 +326,12 @@ void FinishedChunk::write() const {
       after_[s].file->write(after_[s].offset + in.offset, from, in.nbytes);
       from += in.nbytes;
       if (!finisher_.before_.empty()) {
+        // With the chunks that changed() has read.
         const StatePlace& before = finisher_.before_[s];
-        before.file->release(before.offset + in.offset, in.nbytes);
+        const auto [first, end] = finisher_.chunks_of(s, in);
+        const Range last = finisher_.states_[s].layout->chunk_range(end - 1);
+        const std::uint64_t begin = finisher_.states_[s].layout->chunk_range(first).offset;
+        before.file->release(before.offset + begin, last.offset + last.nbytes - begin);
       }
     }
   }

@@ -1,16 +1,16 @@
 // Finisher: turns combined values (rule.hpp) into the elements of the next version, with states that
 // it keeps from version to version. This page is the contract; a kind of finisher is one source file
-// beside it, two lines in finishers.hpp, and one entry in fedcore/rules/finishers.py.
+// beside it, two lines in finishers.inl, and one entry in fedcore/rules/finishers.py.
 //
-// A kind is a constant: a name, a version, the names of its states and of its options, and a
-// function for one piece of a parameter, element by element. The version changes when the same
-// inputs give other bits.
+// A kind is a class: a name, a version, the names of its states and of its options, what states
+// start with, and a function for one element, which is compiled for each instruction set
+// (finish_bodies.inl). The version changes when the same inputs give other bits.
 //   - An element of the next version depends on the combined value, the base, the state and the
 //     options alone: not on how elements are cut into pieces, on threads or on arrival.
 //   - It is computed in binary64 with + - * / and square roots alone, which every processor rounds in
 //     the same way, and rounded once to each number that is kept.
 //   - The states of version r are read, those of version r + 1 are written elsewhere: a chunk may be
-//     reduced more than once. A run without states yet has states of zeros.
+//     reduced more than once. A run without states yet has those that the kind starts with.
 //   - What is kept is limited to the finite numbers of its format.
 //
 // Finishers act on parameters: the tensors of float dtypes that are not plain. Plain ones (buffers,
@@ -29,6 +29,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "base/mapped_file.hpp"
@@ -44,21 +45,27 @@ template <typename Word>
 struct FinishPiece {
   const double* step;  // combined value - base
   double* x;           // the elements of this version; the function makes them the next one's
-  const Word* const* before;  // of each state, the elements of this version
+  const Word* const* before;  // of each state, the elements of this version; nullptr: none yet
   Word* const* after;         // and of the next one
   std::size_t n;
 };
+
+// For each instruction set, in the order of kernels::level().
+template <typename Word>
+using FinishBodies = void (*[3])(const double* options, const FinishPiece<Word>& piece);
 
 struct FinisherKind {
   std::string_view name;
   unsigned version;
   std::span<const std::string_view> states;  // fewer than kMaxStates
   std::span<const std::string_view> options;
-  void (*narrow)(const double* options, const FinishPiece<float>& piece);
-  void (*wide)(const double* options, const FinishPiece<double>& piece);
+  struct Bodies {
+    FinishBodies<float> narrow;
+    FinishBodies<double> wide;
+  } bodies;
 };
 
-// All kinds, in the order in which documentation names them.
+// All kinds, in the order in which documentation names them; see finishers.inl.
 const std::vector<const FinisherKind*>& finisher_kinds();
 
 // Throws Error{kConfig} that names the known kinds.
@@ -72,6 +79,7 @@ struct FinisherState {
 struct StatePlace {
   std::shared_ptr<MappedFile> file;
   std::uint64_t offset = 0;
+  std::vector<std::uint32_t> crcs = {};  // of the chunks of its layout, to be compared; empty: not
 };
 
 class FinishedChunk;
@@ -103,6 +111,11 @@ class Finisher {
   std::uint32_t crc_of(Range range, std::uint32_t model_crc,
                        const std::vector<StatePlace>& after) const;
 
+  // The file of a state of this version whose bytes, in the chunks of its layout that were read for a
+  // range of the model, are not those that were recorded; null if there is none. It is asked once the
+  // range is made: what changes before is seen, and the bytes are hot in the cache.
+  const MappedFile* changed(Range range) const;
+
   // Starts writing the states in `after` back to the device, for a range of the model.
   void write_behind(Range range, const std::vector<StatePlace>& after) const;
 
@@ -128,6 +141,8 @@ class Finisher {
   bool has_master() const noexcept { return states_.size() > kind_.states.size(); }
   bool is_master(std::size_t s) const noexcept { return s >= kind_.states.size(); }
   std::vector<Stretch> stretches(Range range) const;
+  // The chunks of a state that hold a part of such ranges of it: the first, and the one behind.
+  std::pair<std::uint64_t, std::uint64_t> chunks_of(std::size_t s, Range in) const noexcept;
   // Where they lie in a state, in order; neighbours are merged.
   std::vector<Range> ranges(const std::vector<Stretch>& stretches, std::size_t s) const;
   std::uint64_t state_bytes(Range range) const;
@@ -160,10 +175,9 @@ class FinishedChunk final : public Finish {
   void write() const;
 
  private:
-  template <typename Element, typename Word>
+  template <typename Word>
   void finish(const Finisher::Stretch& stretch, std::size_t place, std::uint64_t offset,
-              const double* combined, const std::uint8_t* base, std::uint8_t* out, std::size_t n,
-              double limit);
+              const double* combined, const std::uint8_t* base, std::uint8_t* out, std::size_t n);
 
   const Finisher& finisher_;
   const std::vector<StatePlace>& after_;

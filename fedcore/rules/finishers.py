@@ -55,6 +55,13 @@ class Finisher:
     options: dict[str, Option]
 
 
+_RATE: Final = Option(0.001, 0, 1e6, "how far an element moves in a round, about", open=True)
+_TAU: Final = Option(
+    0.001, 0, 1e6, "what is added to the root of v; v starts at its square", open=True
+)
+_BETA1: Final = Option(0.9, 0, 1, "the part of m that stays from round to round")
+_BETA2: Final = Option(0.99, 0, 1, "the part of v that stays from round to round")
+
 FINISHERS: Final[dict[str, Finisher]] = {
     finisher.name: finisher
     for finisher in (
@@ -67,6 +74,41 @@ FINISHERS: Final[dict[str, Finisher]] = {
                 "learning_rate": Option(1.0, 0, 1e6, "the part of v that is added", open=True),
                 "momentum": Option(0.9, 0, 1, "the part of v that stays from round to round"),
             },
+        ),
+        Finisher(
+            name="nesterov",
+            version=1,
+            summary="momentum that looks ahead (DiLoCo's outer step): v <- momentum * v + step; "
+            "x <- x + learning_rate * (momentum * v + step)",
+            states=("momentum",),
+            options={
+                "learning_rate": Option(
+                    0.7, 0, 1e6, "the part of the step that is added", open=True
+                ),
+                "momentum": Option(0.9, 0, 1, "the part of v that stays from round to round"),
+            },
+        ),
+        Finisher(
+            name="adagrad",
+            version=1,
+            summary="FedAdagrad: v <- v + step^2; x <- x + learning_rate * step / (sqrt(v) + tau)",
+            states=("variance",),
+            options={"learning_rate": _RATE, "tau": _TAU},
+        ),
+        Finisher(
+            name="adam",
+            version=1,
+            summary="FedAdam: m <- beta1 * m + (1 - beta1) * step; v <- beta2 * v + (1 - beta2) * step^2; "
+            "x <- x + learning_rate * m / (sqrt(v) + tau)",
+            states=("momentum", "variance"),
+            options={"learning_rate": _RATE, "beta1": _BETA1, "beta2": _BETA2, "tau": _TAU},
+        ),
+        Finisher(
+            name="yogi",
+            version=1,
+            summary="FedYogi: FedAdam with v <- v - (1 - beta2) * step^2 * sign(v - step^2)",
+            states=("momentum", "variance"),
+            options={"learning_rate": _RATE, "beta1": _BETA1, "beta2": _BETA2, "tau": _TAU},
         ),
     )
 }

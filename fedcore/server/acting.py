@@ -150,7 +150,7 @@ class Acting:
             self._run.versions.optimizer.check()
         except StorageError as error:
             running.cancel()  # what was made with a damaged state is not gone on with
-            raise self._run.versions.damaged(str(error), "a state of the last model") from None
+            raise self._run.versions.damaged(str(error)) from None
         model, checksums = running.finish()
         weights = {p.site: p.weight for p in action.participants} if action.version else {}
         seconds = self._run.clock.monotonic() - self._round_started

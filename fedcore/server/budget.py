@@ -15,6 +15,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
 from fedcore.rules import Rule, find_rule
+from fedcore.rules.finishers import find_finisher
 from fedcore.transport.open_files import require_files
 from fedcore.words import plural
 
@@ -26,9 +27,8 @@ SITE_BYTES: Final = 104 << 10
 """What a connection takes: its buffers in libzmq, the reply under way, what is known of the site."""
 _SUM_CHUNKS: Final = 4  # the sums of a chunk in fp64, or the chunks that are read back together
 _FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
-_OPTIMIZER_CHUNKS: Final = (
-    10  # the states of a chunk, read and written (twice 4), and pages of the base
-)
+_STATE_CHUNKS: Final = 4  # a state of a chunk of bfloat16, read and written
+_OPTIMIZER_CHUNKS: Final = 2 + _STATE_CHUNKS  # pages of the base, and the master
 _PACKING_CHUNKS: Final = 6  # to compress a chunk of the model, and to unpack one of an update
 _CHUNK_SIZES: Final = tuple(DEFAULT_CHUNK_BYTES >> shift for shift in range(5))
 """What a rule may have that needs a chunk of each update at the same time: 1 MiB down to 64 KiB."""
@@ -160,7 +160,9 @@ class Budget:
     def _check_optimizer(cls, config: RunConfig, budget: Budget, encrypted: bool) -> None:
         """Raise ConfigError unless the states of a chunk fit beside the least that a budget needs."""
         size = budget.chunk_bytes
-        least = (_FEWEST_CHUNKS + _OPTIMIZER_CHUNKS) * size
+        assert config.aggregation.optimizer is not None
+        kept = len(find_finisher(config.aggregation.optimizer.name).states)
+        least = (_FEWEST_CHUNKS + _OPTIMIZER_CHUNKS + _STATE_CHUNKS * kept) * size
 
         def enough(mib: int) -> bool:
             return cls._of_config(config, mib << 20, encrypted, size).chunks >= least

@@ -38,6 +38,7 @@ class Optimizer:
         self._version = 0
         self._rows: dict[str, StateRow] = {}
         self._states: dict[str, ModelFile] = {}
+        self._checksums: dict[str, list[int]] = {}  # of the chunks of each
         self._roles = roles
         self._made: tuple[Layout, Buffers, Finisher] | None = None
         self._unmatched: set[str] = set()
@@ -54,7 +55,7 @@ class Optimizer:
         self._rows = self._store.states(version)
         for name, row in self._rows.items():
             path = self._store.state_path(version, name)
-            verify_model(path, row.checksum, self._store.chunk_bytes)
+            self._checksums[name] = verify_model(path, row.checksum, self._store.chunk_bytes)
             self._states[name] = open_model(path, self._store.chunk_bytes)
 
     # --- the next version ---
@@ -71,7 +72,8 @@ class Optimizer:
         if self._made is None or self._made[0] is not layout or self._made[1] != buffers:
             before = {name: (state.file, state.data_offset) for name, state in self._states.items()}
             plain = self._plain(layout, self._section.plain) | set(buffers or ())
-            made = Finisher(layout, self._section.name, self._section.options, plain, before)
+            section, sums = self._section, self._checksums
+            made = Finisher(layout, section.name, section.options, plain, before, sums)
             if self._version > 0 and made.states and not before:
                 logger.warning(
                     "the server optimizer begins anew after round %d: its state is kept for the last model alone",
@@ -133,36 +135,55 @@ class Optimizer:
     # --- a commit ---
 
     def check(self) -> None:
-        """Check that the states that were read are still those that were committed.
+        """Check that all of the states could be read; that they are those of the commit, each chunk was asked.
 
         Raises:
-            IntegrityError: one has changed or become shorter, or its disk could not read it.
+            IntegrityError: one has become shorter, or its disk could not read it.
         """
-        for name, state in self._states.items():
-            path = str(self._store.state_path(self._version, name))
+        for state in self._states.values():
             try:
-                same = checksum_of(state.checksums()) == self._rows[name].checksum
                 state.file.check_whole()
             except StorageError as error:
-                written = str(self._store.state_scratch(self._version, name))
-                raise IntegrityError(str(error).replace(written, path)) from None
-            if not same:
-                raise IntegrityError(f"{path} has changed since it was committed")
+                raise IntegrityError(self.named(str(error)) or str(error)) from None
+
+    def named(self, problem: str) -> str | None:
+        """Return a problem of the core with a state of the last version under the state's name; None: of no state.
+
+        The core knows a file by the name under which it was written.
+        """
+        for name in self._states:
+            path = str(self._store.state_path(self._version, name))
+            written = str(self._store.state_scratch(self._version, name))
+            if written in problem or path in problem:
+                return problem.replace(written, path)
+        return None
 
     @staticmethod
-    def rows(states: Mapping[str, ModelFile]) -> dict[str, StateRow]:
-        """Return what the journal keeps of new states, which are written."""
-        found = {}
-        for name, state in states.items():
-            found[name] = StateRow(checksum_of(state.checksums()), state.layout.total_bytes)
-        return found
+    def checksums(states: Mapping[str, ModelFile]) -> dict[str, list[int]]:
+        """Return the checksums of the chunks of new states, which are written."""
+        return {name: state.checksums() for name, state in states.items()}
+
+    @staticmethod
+    def rows(
+        states: Mapping[str, ModelFile], checksums: Mapping[str, list[int]]
+    ) -> dict[str, StateRow]:
+        """Return what the journal keeps of new states."""
+        return {
+            name: StateRow(checksum_of(checksums[name]), state.layout.total_bytes)
+            for name, state in states.items()
+        }
 
     def take(
-        self, version: int, states: Mapping[str, ModelFile], rows: Mapping[str, StateRow]
+        self,
+        version: int,
+        states: Mapping[str, ModelFile],
+        rows: Mapping[str, StateRow],
+        checksums: Mapping[str, list[int]],
     ) -> None:
         """Go on from the states of a version that is committed now."""
         self._version = version
         self._states, self._rows = dict(states), dict(rows)
+        self._checksums = dict(checksums)
         self._made = None
 
     def describe(self) -> str:

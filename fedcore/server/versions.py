@@ -29,6 +29,8 @@ __all__ = ["Versions", "checksum_of", "declared_layout"]
 _TENSOR_BYTES: Final = 1024
 """What a tensor of a declared table takes in memory, at most, while the table is parsed and kept."""
 
+_STATE: Final = "a state of the last model"
+
 logger = logging.getLogger("fedcore.server")
 
 
@@ -102,7 +104,7 @@ class Versions:
         try:
             self.optimizer.open(version)
         except IntegrityError as error:
-            way_back = self._way_back(version, "a state of the last model")
+            way_back = self._way_back(version, _STATE)
             raise IntegrityError(f"{error}; {way_back}") from None
         self.model = open_model(path, self._store.chunk_bytes)
         for missing in self._store.missing():
@@ -118,12 +120,14 @@ class Versions:
         for row in rows.values():
             self.included |= dict.fromkeys(row.participants, row.version)
 
-    def damaged(self, problem: str, what: str = "the last model") -> IntegrityError:
+    def damaged(self, problem: str) -> IntegrityError:
         """Return the error of a last model, or of a state of it, that is no longer what was committed."""
         version = self._store.last_version or 0
+        if (of_state := self.optimizer.named(problem)) is not None:
+            return IntegrityError(f"{of_state}; {self._way_back(version, _STATE)}")
         # A file is known to the core by the name under which it was written.
         scratch, path = str(self._store.scratch(version)), str(self._store.path(version))
-        return IntegrityError(f"{problem.replace(scratch, path)}; {self._way_back(version, what)}")
+        return IntegrityError(f"{problem.replace(scratch, path)}; {self._way_back(version)}")
 
     def _way_back(self, version: int, what: str = "the last model") -> str:
         """Return what can be done where the last model, or a state of it, can't be used."""
@@ -181,12 +185,13 @@ class Versions:
         states: Mapping[str, ModelFile] | None = None,
     ) -> None:
         states = states or {}
-        kept = self.optimizer.rows(states)
+        sums = self.optimizer.checksums(states)
+        kept = self.optimizer.rows(states, sums)
         row = VersionRow(
             row.version, checksum_of(checksums), "", row.nbytes, row.seconds, row.participants
         )
         self._store.commit(row, metrics, self.cards if row.version == 0 else None, kept)
-        self.optimizer.take(row.version, states, kept)
+        self.optimizer.take(row.version, states, kept, sums)
         self.model, self._checksums, self._checksum = model, checksums, row.checksum
         self.included |= dict.fromkeys(row.participants, row.version)
         path = self._store.path(row.version)

@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedcore._core import Codec, Exchange, Finisher, Layout, MappedFile, finish_mean
+from fedcore._core import (
+    Codec,
+    Exchange,
+    Finisher,
+    Layout,
+    MappedFile,
+    SetDamaged,
+    finish_mean,
+)
 from fedcore.encoding import UpdateEncoder
 from fedcore.errors import LayoutError, StorageError
 from fedcore.model_file import ModelFile, create_model
@@ -37,10 +45,10 @@ def model_of(seed: int) -> ModelFile:
 BASE = model_of(0)
 
 
-def states_before(seed: int = 9) -> dict[str, ModelFile]:
-    dice, made = np.random.default_rng(seed), {}
+def states_before(folder: Path | None = None) -> dict[str, ModelFile]:
+    dice, made = np.random.default_rng(9), {}
     for name, layout in Finisher(LAYOUT, "momentum", OPTIONS).states:
-        made[name] = create_model(None, layout)
+        made[name] = create_model(None if folder is None else folder / f"old-{name}", layout)
         count = layout.total_bytes // 4
         data = dice.standard_normal(count).astype(np.float32).tobytes()
         made[name].file.view(made[name].data_offset, len(data))[:] = data
@@ -50,9 +58,10 @@ def states_before(seed: int = 9) -> dict[str, ModelFile]:
 BEFORE = states_before()
 
 
-def finisher(*, fresh: bool = False) -> Finisher:
-    before = {} if fresh else {n: (f.file, f.data_offset) for n, f in BEFORE.items()}
-    return Finisher(LAYOUT, "momentum", OPTIONS, set(), before)
+def finisher(*, fresh: bool = False, states: dict[str, ModelFile] = BEFORE) -> Finisher:
+    before = {} if fresh else {n: (f.file, f.data_offset) for n, f in states.items()}
+    checksums = {name: state.checksums() for name, state in BEFORE.items()}
+    return Finisher(LAYOUT, "momentum", OPTIONS, set(), before, checksums)
 
 
 def flat(file: ModelFile) -> bytes:
@@ -69,6 +78,7 @@ class Server:
         *,
         encoding: str = "raw",
         fresh: bool = False,
+        states: dict[str, ModelFile] = BEFORE,
         **options: Any,
     ) -> None:
         self.folder, self.names = folder, names
@@ -85,12 +95,12 @@ class Server:
             at = update.file, update.data_offset, BASE.file, BASE.data_offset
             sent = UpdateEncoder(LAYOUT, encoding).encode(1, *at)
             site.publish_encoded(set_id, sent.file, sent.offsets, sent.encodings, sent.checksums)
-        self.finisher = finisher(fresh=fresh)
-        states = {n: (folder / n, layout) for n, layout in self.finisher.states}
+        self.finisher = finisher(fresh=fresh, states=states)
+        after = {n: (folder / n, layout) for n, layout in self.finisher.states}
         self.setting = CollectionSetting(
             self.exchange,
             LAYOUT,
-            Scratch(folder / "model", folder / "record", {}, {}, states),
+            Scratch(folder / "model", folder / "record", {}, {}, after),
             memory=options.pop("memory", 1 << 20),
             base=BASE,
             codec=None if encoding == "raw" else Codec(LAYOUT, encoding),
@@ -213,6 +223,29 @@ def test_chunks_that_a_power_cut_took_out_of_a_state_are_reduced_again(
     server = Server(killed, "abc").start()
     assert server.running.collector.progress()[0] < LAYOUT.chunk_count
     assert server.run().result() == expected("abc")
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 3}, {"memory": 1}], ids=str)
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_changes_for_a_while_is_found_when_its_chunk_is_read(
+    tmp_path: Path, options: dict[str, Any], name: str
+) -> None:
+    states = states_before(tmp_path)
+    server = Server(tmp_path / "run", "abcde", states=states, **options).start()
+    server.run(None, 40)
+    state = states[name]
+    last = state.data_offset + state.layout.total_bytes - 1
+    kept = bytes(state.file.view(last, 1))
+    state.file.write(last, bytes([kept[0] ^ 1]))
+    server.run()
+    assert not server.running.collector.done
+    event = server.exchange.next_event()
+    assert isinstance(event, SetDamaged)
+    assert event.message == f"{tmp_path / f'old-{name}'} has changed since it was committed"
+    state.file.write(last, kept)  # undone before anybody looks again
+    server = Server(server.killed(), "abcde", states=states, **options).start()
+    assert 0 < server.running.collector.progress()[0] < LAYOUT.chunk_count
+    assert server.run().result() == expected("abcde")
 
 
 def test_a_collection_without_the_file_of_a_state_begins_anew(tmp_path: Path) -> None:
