@@ -22,7 +22,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
+    Strict,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -31,7 +34,7 @@ from fedcore.security.keys import is_loopback, parse_toml
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer
 from .rules import RULES
-from .rules.finishers import FINISHERS
+from .rules.finishers import FINISHERS, Option, factor_of
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -47,6 +50,8 @@ _BYTES: Final = {
 }
 _PATHS: Final = ("run.dir", "model.initial", "server.keys", "server.spill_dir", "simulate.script")
 _MIN_MEMORY: Final = 16 << 20
+_RATE: Final = "learning_rate"
+_MOST_POINTS: Final = 1000
 
 
 def parse_duration(text: str) -> float:
@@ -179,13 +184,16 @@ class ParticipantsSection(_Section):
 
 class OptimizerSection(_Section):
     """``[aggregation.optimizer]``: what the server makes of the step that the updates come to, but for tensors of
-    which a pattern in ``plain`` is the name. The other keys are the numbers that the optimizer takes. Absent, the
-    step is added to the model as it is."""
+    which a pattern in ``plain`` is the name. ``schedule`` has pairs of a round and a factor of the learning rate.
+    The other keys are the numbers that the optimizer takes. Absent, the step is added to the model as it is."""
 
     model_config = ConfigDict(extra="allow")
 
     name: str
     plain: list[str] = []
+    schedule: Annotated[
+        list[Annotated[tuple[int, float], Strict(False)]], Field(max_length=_MOST_POINTS)
+    ] = []
     __pydantic_extra__: dict[str, float]
 
     @model_validator(mode="before")
@@ -204,16 +212,43 @@ class OptimizerSection(_Section):
         options = FINISHERS[self.name].options
         for name, value in self.options.items():
             if name not in options:
-                hint = _hint(name, ["name", "plain", *options])
+                hint = _hint(name, ["name", "plain", "schedule", *options])
                 raise ValueError(f"unknown key {name!r} of {self.name!r}{hint}")
             if not options[name].allows(value):
                 raise ValueError(f"{name}: expected a number {options[name].bounds}, got {value}")
+        self._check_schedule(options)
         return self
+
+    def _check_schedule(self, options: Mapping[str, Option]) -> None:
+        if self.schedule and _RATE not in options:
+            raise ValueError(f"schedule: {self.name!r} has no {_RATE}")
+        rounds = [round_ for round_, _ in self.schedule]
+        if rounds != sorted(set(rounds)) or any(round_ < 1 for round_ in rounds):
+            raise ValueError("schedule: expected rounds from 1 on, each later than the one before")
+        for round_, factor in self.schedule:
+            if not options[_RATE].allows(self.options[_RATE] * factor):
+                text = f"a factor that leaves {_RATE} {options[_RATE].bounds}"
+                raise ValueError(f"schedule: expected {text}, got {factor} for round {round_}")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out an empty schedule: runs that began before there were any go on."""
+        of: dict[str, Any] = dump(self)
+        if not self.schedule:
+            del of["schedule"]
+        return of
 
     @property
     def options(self) -> dict[str, float]:
         """The numbers that the optimizer takes, by name."""
         return {name: float(value) for name, value in (self.__pydantic_extra__ or {}).items()}
+
+    def options_of(self, round_: int) -> dict[str, float]:
+        """The same in one round, with the learning rate of the schedule."""
+        if not self.schedule:
+            return self.options
+        rate = self.options[_RATE] * factor_of(self.schedule, round_)
+        return self.options | {_RATE: rate}
 
 
 class AggregationSection(_Section):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from fedcore.errors import ConfigError
 
-__all__ = ["FINISHERS", "Finisher", "Option", "find_finisher"]
+__all__ = ["FINISHERS", "Finisher", "Option", "factor_of", "find_finisher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +123,18 @@ def find_finisher(name: str) -> Finisher:
             f"no server optimizer is named {name!r}; expected one of {', '.join(FINISHERS)}"
         )
     return finisher
+
+
+def factor_of(schedule: Sequence[tuple[int, float]], round_: int) -> float:
+    """Return the factor of the learning rate in a round, by a schedule of at least one point.
+
+    Between two points the factor lies on a straight line, elsewhere it is the nearest point's. Only + - x and /
+    are used, which every machine rounds in the same way.
+    """
+    begin, before = schedule[0]
+    for end, factor in schedule:
+        if round_ < end:
+            part = (round_ - begin) / (end - begin) if round_ > begin else 0.0
+            return before + (factor - before) * part
+        begin, before = end, factor
+    return before

@@ -73,7 +73,8 @@ class Optimizer:
             before = {name: (state.file, state.data_offset) for name, state in self._states.items()}
             plain = self._plain(layout, self._section.plain) | set(buffers or ())
             section, sums = self._section, self._checksums
-            made = Finisher(layout, section.name, section.options, plain, before, sums)
+            options = section.options_of(self._version + 1)
+            made = Finisher(layout, section.name, options, plain, before, sums)
             if self._version > 0 and made.states and not before:
                 logger.warning(
                     "the server optimizer begins anew after round %d: its state is kept for the last model alone",
@@ -124,12 +125,14 @@ class Optimizer:
         buffers = {"buffers": self._roles.buffers} if self._roles.buffers else {}
         return {"optimizer": kind.version, "states": states, **buffers}
 
-    def metadata(self) -> dict[str, str]:
-        """Return what is said of it in the header of a version's files."""
+    def metadata(self, version: int) -> dict[str, str]:
+        """Return what is said of it in the header of a version's files, with its numbers in that round."""
         if self._section is None:
             return {}
         kind = find_finisher(self._section.name)
-        options = [f"{name}={value.hex()}" for name, value in self._section.options.items()]
+        options = [
+            f"{name}={value.hex()}" for name, value in self._section.options_of(version).items()
+        ]
         return {"fedcore.optimizer": " ".join([kind.name, str(kind.version), *options])}
 
     # --- a commit ---
@@ -192,4 +195,5 @@ class Optimizer:
             return ""
         kind = find_finisher(self._section.name)
         options = ", ".join(f"{name} {value:g}" for name, value in self._section.options.items())
-        return f"{kind.name} (version {kind.version}): {options}"
+        by = ", learning_rate by a schedule" if self._section.schedule else ""
+        return f"{kind.name} (version {kind.version}): {options}{by}"

@@ -284,7 +284,7 @@ class Versions:
         if version > 0 and rule.name != DEFAULT_RULE:
             named["fedcore.rule"] = f"{rule.name} {rule.version}"
         if version > 0:
-            named |= self.optimizer.metadata()
+            named |= self.optimizer.metadata(version)
         return named
 
     def expected_hash(self, declare: protocol.Declare | None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError, FedcoreError, IntegrityError, RefusedError
 from fedcore.model_file import open_model
 from fedcore.protocol import Role
-from fedcore.rules.finishers import FINISHERS, Finisher, Option
+from fedcore.rules.finishers import FINISHERS, Finisher, Option, factor_of
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
@@ -91,7 +92,7 @@ def train(config: RunConfig, roles: dict[str, Role] | None = None) -> bool:
     return run(server, first, functools.partial(site, server.endpoint, "b"))[0].ok
 
 
-def reference(rounds: int, plain: str = "") -> Model:
+def reference(rounds: int, plain: str = "", factors: Sequence[float] = (1.0,) * 9) -> Model:
     model = trained("", 0, zeros())
     master = {key: value.astype(np.float32) for key, value in model.items()}
     v = {key: np.zeros(COUNT, np.float32) for key in model}
@@ -106,7 +107,8 @@ def reference(rounds: int, plain: str = "") -> Model:
                 continue
             step = total / 8 - model[key].astype(np.float64)
             v[key] = (0.8 * v[key].astype(np.float64) + step).astype(np.float32)
-            moved = master[key].astype(np.float64) + 0.3 * v[key].astype(np.float64)
+            rate = 0.3 * factors[round_ - 1]
+            moved = master[key].astype(np.float64) + rate * v[key].astype(np.float64)
             master[key] = moved.astype(np.float32)
             model[key] = master[key].astype(dtype)
     return model
@@ -232,6 +234,26 @@ def test_without_an_optimizer_a_run_keeps_no_states_and_old_settings_match(tmp_p
     Store(tmp_path / "old", config(tmp_path, 2, None).model_dump(mode="json")).close()
 
 
+def test_the_learning_rate_follows_its_schedule_over_restarts(tmp_path: Path) -> None:
+    optimizer = {**MOMENTUM, "schedule": [[1, 0.5], [3, 1.0]]}
+    factors = [0.5, 0.75, 1.0, 1.0]
+    assert train(config(tmp_path, 2, optimizer))
+    assert train(config(tmp_path, 4, optimizer))
+    for version in range(1, 5):
+        assert committed(tmp_path, version) == as_bytes(reference(version, factors=factors))
+    with safe_open(tmp_path / "runs/t/models/round-0002.safetensors", "np") as file:
+        said = file.metadata()["fedcore.optimizer"]
+    assert f"learning_rate={(0.3 * 0.75).hex()}" in said
+    with pytest.raises(ConfigError, match=r"another aggregation\.optimizer"):
+        Server(config(tmp_path, 5))
+
+
+def test_a_schedule_is_straight_lines_between_its_points() -> None:
+    points = [(3, 0.25), (5, 1.0), (6, 1.0), (7, 0.5)]
+    found = [factor_of(points, round_) for round_ in range(1, 10)]
+    assert found == [0.25, 0.25, 0.25, 0.625, 1.0, 1.0, 0.5, 0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("sections", "text"),
     [
@@ -245,6 +267,11 @@ def test_without_an_optimizer_a_run_keeps_no_states_and_old_settings_match(tmp_p
             r"momentum: expected a valid number, got '0.5'",
         ),
         ({"optimizer": {**MOMENTUM, "plain": "b"}}, r"plain: expected a list, such as \['b'\]"),
+        ({"optimizer": {**MOMENTUM, "schedule": [[2, 1.0], [2, 0.5]]}}, "each later than the one"),
+        ({"optimizer": {**MOMENTUM, "schedule": [[0, 1.0]]}}, "expected rounds from 1 on"),
+        ({"optimizer": {**MOMENTUM, "schedule": [[4, 0.0]]}}, "got 0.0 for round 4"),
+        ({"optimizer": {**MOMENTUM, "schedule": 3}}, "schedule: expected a"),
+        ({"optimizer": {"name": "rate", "schedule": [[1, 1.0]]}}, "'rate' has no learning_rate"),
         ({"optimizer": "momentum"}, "optimizer: expected a table of keys, got 'momentum'"),
         ({"optimizer": {"name": "rate", "momentum": 0.5}}, "unknown key 'momentum' of 'rate'"),
         ({"optimizer": MOMENTUM, "rule": "median"}, "does not go with aggregation.rule = 'median'"),
