@@ -90,6 +90,29 @@ def kernels(
 
 
 @app.command()
+def optimizers(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of the model.")] = "64MiB",
+    repeats: Repeats = 7,
+    json_file: Json = None,
+) -> None:
+    """Time each server optimizer on every instruction set of this processor in turns with memcpy."""
+    from .optimizers import sweep
+
+    rows = sweep(parse_size(size), repeats)
+    show(
+        f"A round of a model of {size_text(rows[0]['bytes'])} with one update, one core",
+        ("optimizer", "dtype", "SIMD", "moved GB/s", "memcpy moved GB/s", "moved / memcpy moved"),
+        [
+            [row["optimizer"], row["dtype"], row["simd"], row["moved_gb_s"], row["memcpy_moved_gb_s"],
+             row["moved_over_memcpy_moved"]]
+            for row in rows
+        ],
+    )  # fmt: skip
+    write(json_file, {"rows": rows})
+
+
+@app.command()
 def round_trip(
     *,
     size: Size = "512MiB",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import kernels
+from benchmarks import kernels, optimizers
 from benchmarks.__main__ import app
 from benchmarks.limits import Limits
 from benchmarks.processes import Family
@@ -24,6 +24,7 @@ from benchmarks.workload import TENSORS, Work
 from fedcore import _core
 from fedcore.errors import FedcoreError
 from fedcore.model_file import create_model
+from fedcore.rules.finishers import FINISHERS
 
 from ..support.benchmarking import ROOT, command
 
@@ -35,6 +36,7 @@ def test_the_help_names_every_benchmark() -> None:
     assert result.returncode == 0
     names = (
         "kernels",
+        "optimizers",
         "reduce",
         "round-trip",
         "memory",
@@ -105,6 +107,14 @@ def test_every_kernel_is_checked_and_timed_on_every_instruction_set() -> None:
     assert {(row["simd"], row["dtype"]) for row in rows} == {
         (simd, dtype) for simd in _core.simd_levels() for dtype in kernels.DTYPES
     }
+
+
+def test_every_optimizer_is_timed_on_every_instruction_set() -> None:
+    before = _core.simd_level()
+    rows = optimizers.sweep(64 << 10, 1)
+    assert _core.simd_level() == before
+    assert len(rows) == 2 * len(FINISHERS) * len(_core.simd_levels())
+    assert all(row["moved_over_memcpy_moved"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
