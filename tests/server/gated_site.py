@@ -70,8 +70,9 @@ class GatedSite(threading.Thread):
 
     def wait(self, condition: Callable[[], bool]) -> None:
         with self.changed:
-            reached = self.changed.wait_for(condition, 40)
-            assert reached, f"{self.site} sent {self.sent} and may send {self._allowed} more"
+            reached = self.changed.wait_for(condition, 100)
+            sent = self.sent.total()
+            assert reached, f"{self.site} sent {sent} chunks and may send {self._allowed} more"
 
     def stop(self) -> None:
         self._stopping = True
