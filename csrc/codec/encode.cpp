@@ -20,6 +20,18 @@ namespace fedcore {
 namespace {
 
 constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr std::size_t kLine = 64;  // bytes of a line of the cache
+// Values of int8 that are encoded at once: they stay in the first level of the cache.
+constexpr std::size_t kInt8Piece = 4096;
+// After so many values, memory is asked for as many of the next piece.
+constexpr std::size_t kInt8Step = quantise::kInt8Block;
+
+// Asks for bytes that are needed soon; nullptr: there are none.
+void fetch(const std::uint8_t* from, std::size_t nbytes) {
+  for (std::size_t at = 0; from != nullptr && at < nbytes; at += kLine) {
+    __builtin_prefetch(from + at, 0, 2);
+  }
+}
 
 }  // namespace
 
@@ -147,10 +159,25 @@ void Codec::encode_run(const Chunk& chunk, Encoding encoding, const Run& run,
   }
   body.resize(std::max(body.size(), start + quantise::encoded_bytes(encoding, count)));
   RunReader reader(encoding, run.dtype, body.data() + start, count);
-  for (std::size_t first = 0; first < count; first += quantise::kPiece) {
-    const std::size_t n = std::min(quantise::kPiece, count - first);
+  // With a residual, what was asked for would be gone from the cache before it is needed.
+  const bool asks = encoding == Encoding::kInt8 && chunk.lost == nullptr;
+  const std::size_t piece = asks ? kInt8Piece : quantise::kPiece;
+  const std::size_t step = asks ? kInt8Step : piece;
+  const std::size_t width = item_size(run.dtype);
+  for (std::size_t first = 0; first < count; first += piece) {
+    const std::size_t n = std::min(piece, count - first);
     load(chunk, run, first, n);
-    quantise::encode_piece(encoding, floats_.data(), first, n, count, body.data() + start);
+    for (std::size_t done = 0; done < n; done += step) {
+      const std::size_t next = first + done + piece;
+      if (asks && next < count) {  // arithmetic binds here, and memory has nothing to do
+        const std::size_t at = run.offset - chunk.range.offset + next * width;
+        const std::size_t nbytes = std::min(step, count - next) * width;
+        fetch(chunk.values + at, nbytes);
+        fetch(at_offset(chunk.base, at), nbytes);
+      }
+      quantise::encode_piece(encoding, floats_.data() + done, first + done,
+                             std::min(step, n - done), count, body.data() + start);
+    }
     if (chunk.lost != nullptr) {
       lose(chunk, run, reader, first, n);
     }

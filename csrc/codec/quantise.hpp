@@ -44,8 +44,8 @@ void encode(Encoding encoding, const float* values, std::size_t count, std::size
 inline constexpr std::size_t kPiece = kNf4Block * kNf4Group;
 
 // encode() for a part of a run of `count` values: the `n` finite ones from element `first` on, both
-// multiples of kPiece but n at the run's end. `run` has encoded_bytes(). Not for kTopK, whose
-// lengths depend on the values.
+// multiples of kPiece (of int8: of kInt8Block) but n at the run's end. `run` has encoded_bytes().
+// Not for kTopK, whose lengths depend on the values.
 void encode_piece(Encoding encoding, const float* values, std::size_t first, std::size_t n,
                   std::size_t count, std::uint8_t* run);
 
