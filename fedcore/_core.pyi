@@ -37,7 +37,7 @@ def combine_wide(
     weights: Sequence[int],
     out: Buffer,
 ) -> None: ...
-def rule_scratch(rule: str, sources: int) -> int: ...
+def rule_scratch(rule: str | PythonRule, sources: int) -> int: ...
 def finishers() -> list[tuple[str, int, list[str], list[str]]]: ...
 def finish_mean(
     finisher: Finisher,
@@ -187,7 +187,7 @@ class CollectorOptions:
         codec: Codec | None = None,
         threads: int = 1,
         base_checksums: Sequence[int] = (),
-        rule: str = "mean",
+        rule: str | PythonRule = "mean",
         finisher: Finisher | None = None,
     ) -> None: ...
 
@@ -229,6 +229,7 @@ _Event: TypeAlias = (
     | SourceRejected
     | SourceStalled
     | OutputBroken
+    | RuleFailed
     | NoRoom
     | SetDamaged
     | FrameMalformed
@@ -262,6 +263,13 @@ class SourceStalled:
 class OutputBroken:
     collector: int
     message: str
+
+@final
+@dataclass(frozen=True)
+class RuleFailed:
+    collector: int
+    message: str
+    trace: str
 
 @final
 @dataclass(frozen=True)

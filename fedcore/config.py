@@ -34,7 +34,8 @@ from fedcore.security.keys import is_loopback, parse_toml
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer
 from .rules import RULES
-from .rules.finishers import FINISHERS, Option, factor_of
+from .rules.finishers import FINISHERS, factor_of
+from .rules.options import Option, complete
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -91,11 +92,15 @@ def _size(value: object) -> int:
     return int(_quantity(value, _BYTES, "a size such as '64KiB', '256MiB' or '2GiB'"))
 
 
-def _function(text: str) -> str:
-    module, colon, function = text.partition(":")
-    if not (colon and all(map(str.isidentifier, [*module.split("."), *function.split(".")]))):
-        raise ValueError(f"expected 'package.module:function', got {text!r}")
+def _importable(text: str, kind: str) -> str:
+    module, colon, name = text.partition(":")
+    if not (colon and all(map(str.isidentifier, [*module.split("."), *name.split(".")]))):
+        raise ValueError(f"expected 'package.module:{kind}', got {text!r}")
     return text
+
+
+def _function(text: str) -> str:
+    return _importable(text, "function")
 
 
 FunctionName = Annotated[str, AfterValidator(_function)]
@@ -215,7 +220,7 @@ class OptimizerSection(_Section):
                 hint = _hint(name, ["name", "plain", "schedule", *options])
                 raise ValueError(f"unknown key {name!r} of {self.name!r}{hint}")
             if not options[name].allows(value):
-                raise ValueError(f"{name}: expected a number {options[name].bounds}, got {value}")
+                raise ValueError(f"{name}: expected {options[name].bounds}, got {value}")
         self._check_schedule(options)
         return self
 
@@ -252,21 +257,30 @@ class OptimizerSection(_Section):
 
 
 class AggregationSection(_Section):
-    """``[aggregation]``: the rule that combines the sites' updates, and what the server makes of the result
-    (``optimizer``)."""
+    """``[aggregation]``: the rule that combines the sites' updates, the numbers that it takes (``options``), and
+    what the server makes of the result (``optimizer``)."""
 
     rule: str = "mean"
+    options: dict[str, float] = {}
     optimizer: OptimizerSection | None = None
 
     @model_validator(mode="after")
     def _known(self) -> AggregationSection:
-        if ":" in self.rule:
-            raise ValueError(
-                f"rule: {self.rule!r} is a rule in Python, which works with `fedcore aggregate` alone"
-            )
-        if self.rule not in RULES:
+        if ":" in self.rule:  # a class in Python, which the server imports
+            try:
+                _importable(self.rule, "Class")
+            except ValueError as error:
+                raise ValueError(f"rule: {error}") from None
+        elif self.rule not in RULES:
             names = ", ".join(repr(name) for name in RULES)
-            raise ValueError(f"rule: expected one of {names}, got {self.rule!r}")
+            raise ValueError(
+                f"rule: expected one of {names} or 'package.module:Class', got {self.rule!r}"
+            )
+        else:
+            try:
+                complete(RULES[self.rule].options, self.options, self.rule)
+            except ValueError as error:
+                raise ValueError(f"options: {error}") from None
         return self
 
 
@@ -393,17 +407,14 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_rule(self) -> RunConfig:
-        rule = RULES[self.aggregation.rule]
-        if self.transfer.update == "top-k" and not rule.sparse:
+        name = self.aggregation.rule
+        rule = RULES.get(name)  # one in Python is asked by the server, and is never sparse
+        if self.transfer.update == "top-k" and not (rule and rule.sparse):
             raise ValueError(
-                f"transfer.update: 'top-k' does not go with aggregation.rule = {rule.name!r}: it leaves out most "
+                f"transfer.update: 'top-k' does not go with aggregation.rule = {name!r}: it leaves out most "
                 "values of an update, and what is left out would decide the result"
             )
-        if self.aggregation.optimizer is not None and not rule.folds:
-            raise ValueError(
-                f"aggregation.optimizer does not go with aggregation.rule = {rule.name!r}; leave one of them out"
-            )
-        if self.participants.quorum < rule.least:
+        if rule is not None and self.participants.quorum < rule.least:
             raise ValueError(
                 f"participants.min_results: aggregation.rule = {rule.name!r} needs {rule.least} or more updates "
                 f"in a round, and {self.participants.quorum} would do"

@@ -17,6 +17,7 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "RefusedError",
+    "RuleError",
     "RunEndedError",
     "RunFailedError",
     "StorageError",
@@ -51,6 +52,24 @@ class NonFiniteError(FedcoreError, ValueError):
 
 class WeightError(FedcoreError, ValueError):
     """A weight is not an integer from 1 to 2**64 - 1."""
+
+
+class RuleError(FedcoreError, RuntimeError):
+    """A rule that combines updates has failed, or broke its contract.
+
+    Attributes:
+        tensor: the number of the tensor, where files are combined; None elsewhere.
+        element: of the tensor.
+        trace: where in the rule's own code it failed; empty if it raised nothing.
+    """
+
+    def __init__(
+        self, message: str, tensor: int | None = None, element: int = 0, trace: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.tensor, self.element, self.trace = tensor, element, trace
+        if trace:
+            self.add_note(trace)
 
 
 class StorageError(FedcoreError, OSError):

@@ -18,6 +18,7 @@ enum class Errc {
   kWeight,     // a weight out of range
   kStorage,    // a file could not be created, mapped, written or synchronised
   kClosed,     // the object was closed
+  kRule,       // a rule has failed, or broke its contract
 };
 
 class Error : public std::runtime_error {

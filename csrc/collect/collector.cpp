@@ -59,7 +59,8 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   }
   const std::uint64_t spare = options_.budget_bytes / 8 / part_bytes();
   const std::uint64_t most = std::min(1 + spare, layout_->chunk_count());
-  parts_.resize(std::clamp<std::uint64_t>(options_.threads, 1, most));
+  // A slow rule gets one chunk at a time, from the thread that has the collector.
+  parts_.resize(options_.rule->slow ? 1 : std::clamp<std::uint64_t>(options_.threads, 1, most));
   while (!options_.rule->traits.folds && parts_.size() > 1 && chunk_room() < expected_) {
     parts_.pop_back();
   }
@@ -201,7 +202,12 @@ void Collector::use_sources() {
     if (options_.finisher) {
       part.finished = std::make_unique<FinishedChunk>(*options_.finisher, states_);
     }
-    part.reducer = std::make_unique<Reducer>(*options_.rule, weights, part.finished.get());
+    try {
+      part.reducer = std::make_unique<Reducer>(*options_.rule, weights, part.finished.get());
+    } catch (const Error&) {  // nothing is there to reduce with
+      stop();
+      throw;
+    }
   }
 }
 

@@ -126,8 +126,8 @@ struct CollectorOptions {
   // CRC-32C of each chunk of the base, which a chunk that is reduced with it is compared with;
   // empty: it is not checked.
   std::vector<std::uint32_t> base_crcs = {};
-  // What combines the sources; it is constant and outlives the collector.
-  const Rule* rule = &kMean;
+  // What combines the sources.
+  std::shared_ptr<const Rule> rule = known_rule(kMean);
   // What makes the output's elements of what is combined, with states; null: they are rounded. It
   // needs a base.
   std::shared_ptr<const Finisher> finisher = nullptr;
@@ -144,9 +144,10 @@ struct CollectorEvent {
   // kBroken: the output can't be written; no source is at fault.
   // kNoRoom: a chunk could not be spilled; sources that are ahead are held back from now on.
   // kDamaged: the base, or a state, is not what it was; nothing is reduced any more.
-  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom, kDamaged } kind;
+  // kRuleFailed: the rule has failed; no source is at fault, and nothing is reduced any more.
+  enum class Kind { kDone, kRejected, kStalled, kBroken, kNoRoom, kDamaged, kRuleFailed } kind;
   std::size_t source = 0;
-  std::string code;
+  std::string code;  // of kRuleFailed: the rule's own trace of the failure
   std::string message;
   std::int64_t silent_ms = 0;  // kStalled: for how long the source answers without a chunk
 };
@@ -291,6 +292,7 @@ class Collector {
     std::vector<std::uint8_t> out;  // hot in the cache when it is written out
     std::uint32_t crc = 0;
     std::optional<BadValue> bad;
+    std::optional<RuleError> failed;
     bool base_changed = false;
     const MappedFile* changed_state = nullptr;
   };
@@ -365,6 +367,7 @@ class Collector {
   bool check_base(std::uint64_t index);
   void report_base(std::uint64_t index);
   void report_state(const MappedFile& state);
+  void report_rule(std::uint64_t index, const RuleError& error);
   bool reduce_parts(unsigned count);
   void advance();
   void finish();

@@ -46,8 +46,12 @@ bool Collector::all_held(std::uint64_t position) const noexcept {
                                 });
 }
 
-// Whether to reduce now: more than one chunk at a time is worth waiting for until tick().
+// Whether to reduce now: more than one chunk at a time is worth waiting for until tick(), and a slow
+// rule waits until other frames are handled.
 bool Collector::enough_held() const noexcept {
+  if (options_.rule->slow) {
+    return false;
+  }
   return parts_.size() == 1 || group_ > 0 || open_ || all_held(next_ + parts_.size() - 1);
 }
 
@@ -87,9 +91,10 @@ void Collector::reduce_ready() {
   if (open_) {
     return;
   }
+  const int most = options_.rule->slow ? 1 : kMaxAtOnce;
   int reduced = 0;
   while (state_ == State::kActive && next_ < end_) {
-    if (reduced >= kMaxAtOnce) {
+    if (reduced >= most) {
       work_left_ = true;
       return;
     }
@@ -141,7 +146,12 @@ void Collector::reduce(Part& part) const {
   if (part.finished) {
     part.finished->begin(range);
   }
-  part.bad = part.reducer->reduce(*layout_, range, part.inputs.data(), base, part.out.data());
+  try {
+    part.bad = part.reducer->reduce(*layout_, range, part.inputs.data(), base, part.out.data());
+  } catch (const RuleError& error) {
+    part.failed = error;
+    return;
+  }
   if (!part.bad) {
     part.crc = crc32c(part.out.data(), range.nbytes);
     part.base_changed = base_changed(part.index);
@@ -191,6 +201,13 @@ void Collector::report_state(const MappedFile& state) {
   stop();
 }
 
+void Collector::report_rule(std::uint64_t index, const RuleError& error) {
+  events_.push_back({CollectorEvent::Kind::kRuleFailed, 0, error.trace(),
+                     "the rule '" + std::string(options_.rule->name) + "' failed in chunk " +
+                         std::to_string(index) + ", " + error.what()});
+  stop();
+}
+
 // Reduces the first `count` parts, at the same time, and writes them one after the other; false if
 // one can't be.
 bool Collector::reduce_parts(unsigned count) {
@@ -204,6 +221,10 @@ bool Collector::reduce_parts(unsigned count) {
   workers_->run(count, [this](unsigned i) { reduce(parts_[i]); });
   for (unsigned i = 0; i < count; ++i) {
     const Part& part = parts_[i];
+    if (part.failed) {
+      report_rule(part.index, *part.failed);
+      return false;
+    }
     if (part.bad) {
       reject_value(*part.bad);
       return false;

@@ -73,11 +73,21 @@ namespace {
 
 constexpr std::size_t kReleaseGil = 64 << 10;
 
+void raise_rule_error(const RuleError& error, const py::object& tensor) {
+  const py::object type = py::module_::import("fedcore.errors").attr("RuleError");
+  const py::object raised = type(error.what(), tensor, error.element(), error.trace());
+  PyErr_SetObject(type.ptr(), raised.ptr());
+}
+
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) {
       std::rethrow_exception(pointer);
     }
+  } catch (const FileRuleError& error) {
+    raise_rule_error(error, py::int_(error.tensor()));
+  } catch (const RuleError& error) {
+    raise_rule_error(error, py::none());
   } catch (const Error& error) {
     const char* name = nullptr;
     switch (error.code()) {
@@ -101,6 +111,9 @@ void translate(std::exception_ptr pointer) {
         break;
       case Errc::kClosed:
         name = "ClosedError";
+        break;
+      case Errc::kRule:
+        name = "RuleError";
         break;
     }
     const py::object type = py::module_::import("fedcore.errors").attr(name);
@@ -468,7 +481,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       "Combine whole buffers by a rule into binary64 numbers, as a finisher gets them; for tests.");
   m.def(
       "rule_scratch",
-      [](const std::string& name, std::size_t sources) { return find_rule(name).scratch(sources); },
+      [](const py::object& rule, std::size_t sources) { return to_rule(rule)->scratch(sources); },
       py::arg("rule"), py::arg("sources"),
       "Bytes of scratch memory that each thread of a rule takes for so many sources.");
   m.def(

@@ -28,6 +28,11 @@ struct OutputBroken {
   std::uint64_t collector;
   std::string message;
 };
+struct RuleFailed {
+  std::uint64_t collector;
+  std::string message;
+  std::string trace;
+};
 struct NoRoom {
   std::uint64_t collector;
   std::string message;
@@ -84,6 +89,8 @@ py::object to_python(const Event& event) {
       return py::cast(SourceStalled{event.collector, event.source, event.silent_ms});
     case Event::Kind::kBroken:
       return py::cast(OutputBroken{event.collector, event.message});
+    case Event::Kind::kRuleFailed:
+      return py::cast(RuleFailed{event.collector, event.message, event.code});
     case Event::Kind::kNoRoom:
       return py::cast(NoRoom{event.collector, event.message});
     case Event::Kind::kUnknownPeer:
@@ -116,6 +123,11 @@ void bind_events(py::module_& m) {
   bind_event<OutputBroken>(m, "OutputBroken", "A collector's output can't be written.",
                            pair{"collector", &OutputBroken::collector},
                            pair{"message", &OutputBroken::message});
+  bind_event<RuleFailed>(m, "RuleFailed",
+                         "A collector's rule has failed: message says in which chunk, trace where "
+                         "in its own code.",
+                         pair{"collector", &RuleFailed::collector},
+                         pair{"message", &RuleFailed::message}, pair{"trace", &RuleFailed::trace});
   bind_event<NoRoom>(m, "NoRoom",
                      "The spill file can't take a chunk: sources that are ahead have to wait.",
                      pair{"collector", &NoRoom::collector}, pair{"message", &NoRoom::message});

@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -41,10 +43,21 @@ Place to_place(const PyPlace& place) {
   return place ? Place{std::get<0>(*place)->share(), std::get<1>(*place)} : Place{};
 }
 
+// A thread that reduces by a rule in Python has the exchange, and wants the GIL. A thread that has the
+// GIL and wants the exchange gives the GIL up while it waits.
+void wait_without_gil(std::mutex& mutex) {
+  if (PyGILState_Check() == 0) {
+    mutex.lock();
+    return;
+  }
+  const py::gil_scoped_release release;
+  mutex.lock();
+}
+
 CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms, bool write_behind,
                               std::shared_ptr<Spill> spill, std::int64_t spill_after_ms,
                               const py::object& codec, unsigned threads,
-                              std::vector<std::uint32_t> base_checksums, const std::string& rule,
+                              std::vector<std::uint32_t> base_checksums, const py::object& rule,
                               std::shared_ptr<Finisher> finisher) {
   return {.budget_bytes = budget_bytes,
           .stall_ms = stall_ms,
@@ -54,7 +67,7 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
           .codec = codec_of(codec),
           .threads = threads,
           .base_crcs = std::move(base_checksums),
-          .rule = &find_rule(rule),
+          .rule = to_rule(rule),
           .finisher = std::move(finisher)};
 }
 
@@ -177,7 +190,7 @@ void bind_exchange(py::module_& m) {
           "(chunks reduced, chunks in all, chunks received per source).");
   py::class_<Exchange>(m, "Exchange",
                        "The data plane of one process: thread-safe, and without I/O of its own.")
-      .def(py::init<>())
+      .def(py::init([] { return std::make_unique<Exchange>(&wait_without_gil); }))
       .def(
           "publish",
           [](Exchange& e, const py::bytes& id, const FileHandle& file, std::uint64_t offset,

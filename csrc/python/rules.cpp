@@ -3,7 +3,8 @@
 //
 // It gets the elements of a piece of each source in binary64, and gives one number an element. The
 // core decodes what comes, checks it and what the rule made of it, and rounds that once. It holds
-// the GIL while Python works, so threads take turns; the bits do not depend on their number.
+// the GIL while Python works, so threads take turns; the bits do not depend on their number. What
+// Python raises becomes the core's own error here: it must not cross a thread that has no GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -26,12 +27,13 @@ namespace {
 
 // Elements of a source in a piece: a call into Python is worth some work.
 std::size_t piece_elements(std::size_t k) {
-  constexpr std::size_t kBytes = 4u << 20, kMost = 64u << 10;
+  constexpr std::size_t kBytes = 1u << 20, kMost = 64u << 10;
   return std::clamp(kBytes / (k * sizeof(double)) / kernels::kPiece * kernels::kPiece,
                     kernels::kPiece, kMost);
 }
 
-std::size_t scratch(std::size_t k) { return (k + 1) * piece_elements(k) * sizeof(double); }
+// What is kept here, and twice as much again for what Python makes on the way.
+std::size_t scratch(std::size_t k) { return 3 * (k + 1) * piece_elements(k) * sizeof(double); }
 
 // Reads n elements as binary64 numbers. Returns false if one is NaN or infinite.
 template <typename Format>
@@ -46,21 +48,22 @@ bool widen(const void* from, double* to, std::size_t n) {
   return bad == 0;
 }
 
-// Writes n numbers, each rounded once. Returns false if one is beyond the format's finite numbers.
+// Writes n numbers, each rounded once. Returns the first that is beyond the format's finite numbers,
+// or n.
 template <typename Format>
-bool narrow(const double* from, void* to, std::size_t n) {
-  bool fits = true;
-  for (std::size_t i = 0; i < n; ++i) {
-    fits = fits && std::abs(from[i]) <= Format::largest();
+std::size_t narrow(const double* from, void* to, std::size_t n) {
+  std::size_t beyond = n;
+  for (std::size_t i = n; i-- > 0;) {
+    beyond = std::abs(from[i]) <= Format::largest() ? beyond : i;
     const auto word = Format::encode(arith::limited<Format>(from[i]));
     std::memcpy(static_cast<std::uint8_t*>(to) + i * sizeof word, &word, sizeof word);
   }
-  return fits;
+  return beyond;
 }
 
 // Calls one of these for the format of a dtype.
 template <typename Call>
-bool for_format(Dtype dtype, const Call& call) {
+auto for_format(Dtype dtype, const Call& call) {
   switch (dtype) {
     case Dtype::kF64:
       return call(arith::F64());
@@ -83,11 +86,26 @@ Held hold(py::object object) {
           }};
 }
 
+// What was raised, in words and with its traceback. It needs the GIL.
+RuleError raised(const std::string& before, const py::error_already_set& error,
+                 std::size_t element) {
+  try {
+    const std::string kind = py::str(error.type().attr("__name__"));
+    const std::string text = py::str(error.value());
+    const py::object trace = error.trace() ? error.trace() : py::none();
+    const auto lines = py::module_::import("traceback")
+                           .attr("format_exception")(error.type(), error.value(), trace);
+    return {before + (text.empty() ? kind : kind + ": " + text), element,
+            py::str("").attr("join")(lines).cast<std::string>()};
+  } catch (const py::error_already_set&) {  // what was raised can't be shown
+    return {before + "it raised an exception that has no text", element};
+  }
+}
+
 class PythonCombiner final : public Combiner {
  public:
-  PythonCombiner(std::string name, Held combine, std::size_t k)
-      : name_(std::move(name)),
-        combine_(std::move(combine)),
+  PythonCombiner(Held combine, std::size_t k)
+      : combine_(std::move(combine)),
         k_(k),
         step_(piece_elements(k)),
         values_(k * step_),
@@ -101,14 +119,13 @@ class PythonCombiner final : public Combiner {
     }
     const std::size_t width = item_size(dtype);
     return for_pieces(dtype, inputs, nbytes / width, [&](std::size_t first, std::size_t n) {
-      const bool fits = for_format(dtype, [&](auto format) {
+      const std::size_t beyond = for_format(dtype, [&](auto format) {
         auto* const to = static_cast<std::uint8_t*>(out) + first * width;
         return narrow<decltype(format)>(result_.data(), to, n);
       });
-      if (!fits) {
-        throw Error(Errc::kNonFinite, "the rule '" + name_ +
-                                          "' gave a number that is too large for " +
-                                          std::string(dtype_name(dtype)));
+      if (beyond < n) {
+        throw RuleError("it gave a number that is too large for " + std::string(dtype_name(dtype)),
+                        first + beyond);
       }
     });
   }
@@ -136,13 +153,14 @@ class PythonCombiner final : public Combiner {
           return false;
         }
       }
-      call(n);
+      call(first, n);
       each(first, n);
     }
     return true;
   }
 
-  void call(std::size_t n) {
+  // Has the rule combine the elements from `first` on; throws RuleError.
+  void call(std::size_t first, std::size_t n) {
     std::fill_n(result_.begin(), n, std::nan(""));  // what the rule leaves out is found below
     {
       const py::gil_scoped_acquire acquire;
@@ -151,17 +169,19 @@ class PythonCombiner final : public Combiner {
       const auto values = py::memoryview::from_buffer(static_cast<const double*>(values_.data()),
                                                       {rows, columns}, {columns * kSize, kSize});
       const auto out = py::memoryview::from_buffer(result_.data(), {columns}, {kSize});
-      (*combine_)(values, out);
+      try {
+        (*combine_)(values, out);
+      } catch (const py::error_already_set& error) {
+        throw raised("", error, first);
+      }
     }
     for (std::size_t i = 0; i < n; ++i) {
       if (arith::non_finite(result_[i]) != 0) {
-        throw Error(Errc::kNonFinite,
-                    "the rule '" + name_ + "' left an element out, or gave NaN or infinity");
+        throw RuleError("it left the element out, or gave NaN or infinity", first + i);
       }
     }
   }
 
-  const std::string name_;
   const Held combine_;
   const std::size_t k_;
   const std::size_t step_;      // elements of a source in a piece
@@ -181,10 +201,15 @@ std::shared_ptr<PythonRule> make_rule(const std::string& name, unsigned version,
   made->name = name;
   const auto combiner = [name, held = hold(std::move(make))](const std::vector<double>& weights) {
     const py::gil_scoped_acquire acquire;
-    return std::unique_ptr<Combiner>(
-        std::make_unique<PythonCombiner>(name, hold((*held)(weights)), weights.size()));
+    try {
+      return std::unique_ptr<Combiner>(
+          std::make_unique<PythonCombiner>(hold((*held)(weights)), weights.size()));
+    } catch (const py::error_already_set& error) {
+      throw raised("the rule '" + name + "' can't be made: ", error, 0);
+    }
   };
-  made->rule = {made->name, version, {weighted, symmetric, false, least}, &scratch, combiner};
+  made->rule = {made->name, version, {weighted, symmetric, false, least}, &scratch, combiner,
+                nullptr,    true};
   return made;
 }
 
@@ -192,7 +217,7 @@ std::shared_ptr<PythonRule> make_rule(const std::string& name, unsigned version,
 
 std::shared_ptr<const Rule> to_rule(const py::object& rule) {
   if (py::isinstance<py::str>(rule)) {
-    return {std::shared_ptr<void>(), &find_rule(rule.cast<std::string>())};
+    return known_rule(find_rule(rule.cast<std::string>()));
   }
   const auto held = rule.cast<std::shared_ptr<PythonRule>>();
   return {held, &held->rule};

@@ -112,14 +112,23 @@ class FileJob {
                                            block.nbytes / item_size(tensor.dtype));
     }
     if (verdict == FC_MEAN_NON_FINITE ||
-        (verdict == FC_MEAN_DECLINED &&
-         !combiner.combine(tensor.dtype, pointers.data(), nullptr, out, block.nbytes))) {
+        (verdict == FC_MEAN_DECLINED && !combine(block, combiner, pointers, out))) {
       record(block, tensor, pointers);
     }
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
       inputs_[k]->release(tensor.input_offsets[k] + block.offset, block.nbytes);
     }
     out_.release(tensor.out_offset + block.offset, block.nbytes);
+  }
+
+  bool combine(const Block& block, Combiner& combiner, const std::vector<const void*>& pointers,
+               std::uint8_t* out) const {
+    const Dtype dtype = tensors_[block.tensor].dtype;
+    try {
+      return combiner.combine(dtype, pointers.data(), nullptr, out, block.nbytes);
+    } catch (const RuleError& error) {
+      throw FileRuleError(error, block.tensor, block.offset / item_size(dtype) + error.element());
+    }
   }
 
   void record(const Block& block, const FileTensor& tensor,

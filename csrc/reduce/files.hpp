@@ -31,10 +31,22 @@ struct FileBadValue {
   std::uint64_t element;
 };
 
+// A rule has failed: in which tensor, and at which of its elements.
+class FileRuleError : public RuleError {
+ public:
+  FileRuleError(const RuleError& error, std::size_t tensor, std::uint64_t element)
+      : RuleError(error.what(), static_cast<std::size_t>(element), error.trace()),
+        tensor_(tensor) {}
+  std::size_t tensor() const noexcept { return tensor_; }
+
+ private:
+  std::size_t tensor_;
+};
+
 // Combines tensors of `inputs` into `out` by `rule` with `threads` workers, block by block. `progress` runs
 // on the calling thread with the bytes done so far, about 20 times a second and once at the end;
 // what it throws stops the work. Returns the first non-finite value (lowest tensor, element,
-// source), or nothing. Integers and booleans are copied from the first input.
+// source), or nothing. Integers and booleans are copied from the first input. Throws FileRuleError.
 std::optional<FileBadValue> reduce_files(const std::vector<std::shared_ptr<MappedFile>>& inputs,
                                          const std::vector<std::uint64_t>& weights,
                                          const std::vector<FileTensor>& tensors,

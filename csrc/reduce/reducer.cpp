@@ -20,6 +20,18 @@ Reducer::Reducer(const Rule& rule, const std::vector<std::uint64_t>& weights, Fi
 
 std::optional<BadValue> Reducer::reduce(const Layout& layout, Range range, const Body* inputs,
                                         const std::uint8_t* base, std::uint8_t* out) {
+  try {
+    return reduce_runs(layout, range, inputs, base, out);
+  } catch (const RuleError& error) {
+    const Location where = layout.locate(block_ + error.element() * width_);
+    throw RuleError("tensor '" + std::string(where.tensor) + "', element " +
+                        std::to_string(where.element) + ": " + error.what(),
+                    static_cast<std::size_t>(where.element), error.trace());
+  }
+}
+
+std::optional<BadValue> Reducer::reduce_runs(const Layout& layout, Range range, const Body* inputs,
+                                             const std::uint8_t* base, std::uint8_t* out) {
   for (std::size_t k = 0; k < bodies_.size(); ++k) {
     bodies_[k] = inputs[k].data;
   }
@@ -44,6 +56,8 @@ std::optional<BadValue> Reducer::reduce_run(const Run& run, const Body* inputs,
     encodings_[k] = static_cast<std::uint8_t>(here ? inputs[k].encoding : Encoding::kRaw);
     encoded = encoded || here;
   }
+  block_ = run.offset;
+  width_ = item_size(run.dtype);
   int verdict = FC_MEAN_DECLINED;
   if (is_float(run.dtype) && !finishes(run.dtype)) {
     verdict = combiner_->combine_on_device(
@@ -98,6 +112,7 @@ std::optional<BadValue> Reducer::reduce_pieces(const Run& run, const Body* input
 bool Reducer::combine_piece(const Run& run, std::size_t first, std::size_t n,
                             const std::uint8_t* base, std::uint8_t* out) {
   const std::size_t width = item_size(run.dtype), at = first * width;
+  block_ = run.offset + at;
   if (!finishes(run.dtype)) {
     return combiner_->combine(run.dtype, pointers_.data(), nullptr, out + at, n * width);
   }

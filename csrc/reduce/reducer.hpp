@@ -45,7 +45,8 @@ class Reducer {
   // Combines the flat bytes of `range`, which inputs hold as they are or as an encoded body of one
   // chunk, the difference to `base`. base (or nullptr) and out point at the range's first byte.
   // What is encoded is decoded on the device, if one is in use that can, else a piece at a time,
-  // into the cache. Returns a non-finite input value, in which case `out` is not to be used.
+  // into the cache. Returns a non-finite input value, in which case `out` is not to be used. Throws
+  // the RuleError of a rule that fails; its message names tensor and element.
   std::optional<BadValue> reduce(const Layout& layout, Range range, const Body* inputs,
                                  const std::uint8_t* base, std::uint8_t* out);
 
@@ -59,6 +60,8 @@ class Reducer {
  private:
   bool finishes(Dtype dtype) const noexcept { return finish_ != nullptr && is_float(dtype); }
   std::size_t sums_of(const Run& run) const noexcept;
+  std::optional<BadValue> reduce_runs(const Layout& layout, Range range, const Body* inputs,
+                                      const std::uint8_t* base, std::uint8_t* out);
   std::optional<BadValue> reduce_run(const Run& run, const Body* inputs, const std::uint8_t* base,
                                      std::uint8_t* out);
   std::optional<BadValue> reduce_pieces(const Run& run, const Body* inputs,
@@ -76,11 +79,13 @@ class Reducer {
   Finish* finish_;
   std::vector<const std::uint8_t*> bodies_;  // where the current run begins in each input
   std::vector<const void*> pointers_;        // the block that is combined
-  std::vector<std::uint8_t> encodings_;      // of the current run in each input
-  std::vector<RunReader> readers_;           // of the inputs that the current run is encoded in
-  std::vector<std::uint8_t> pieces_;         // what those hold, decoded
-  std::vector<double> wide_;                 // a piece for finish_
-  std::vector<double> sums_;                 // of fold()
+  std::uint64_t block_ = 0;                  // its flat byte offset, and its elements' size
+  std::size_t width_ = 1;
+  std::vector<std::uint8_t> encodings_;  // of the current run in each input
+  std::vector<RunReader> readers_;       // of the inputs that the current run is encoded in
+  std::vector<std::uint8_t> pieces_;     // what those hold, decoded
+  std::vector<double> wide_;             // a piece for finish_
+  std::vector<double> sums_;             // of fold()
 };
 
 }  // namespace fedcore

@@ -18,6 +18,8 @@
 //     result in binary64 instead, before that rounding: combine_wide().
 //   - A rule that folds takes one input after the other, too, with sums between them. The bits are
 //     those of combine(). The other rules need a block of every input at the same time.
+//   - A rule that runs code from outside the core may fail: making a Combiner throws Error{kRule},
+//     and combining throws RuleError.
 #pragma once
 
 #include <cstddef>
@@ -25,12 +27,29 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
+#include "base/error.hpp"
 #include "format/layout.hpp"
 
 namespace fedcore {
+
+// A rule has failed in a block, or broke its contract there.
+class RuleError : public Error {
+ public:
+  // `element`: of the block, the first that is affected. `trace`: for whoever mends the rule.
+  RuleError(const std::string& message, std::size_t element, std::string trace = "")
+      : Error(Errc::kRule, message), element_(element), trace_(std::move(trace)) {}
+  std::size_t element() const noexcept { return element_; }
+  const std::string& trace() const noexcept { return trace_; }
+
+ private:
+  std::size_t element_;
+  std::string trace_;
+};
 
 struct Traits {
   bool weighted;      // weights change the result
@@ -81,6 +100,8 @@ struct Rule {
   // Sums that each element of a dtype has between two inputs of a fold; null where traits.folds is
   // false.
   std::size_t (*sums_per_element)(Dtype dtype) noexcept = nullptr;
+  // Whether a chunk may take so long that other work is to be done between two of them.
+  bool slow = false;
 };
 
 // Throws Error{kWeight} unless kernels::is_weight() holds for every weight and there is one at
@@ -92,5 +113,10 @@ const std::vector<const Rule*>& rules();
 
 // One of rules(), or "copy". Throws Error{kConfig} that names rules().
 const Rule& find_rule(std::string_view name);
+
+// One of rules() for whoever shares rules that it owns, too.
+inline std::shared_ptr<const Rule> known_rule(const Rule& rule) {
+  return {std::shared_ptr<void>(), &rule};
+}
 
 }  // namespace fedcore

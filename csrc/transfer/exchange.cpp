@@ -43,7 +43,7 @@ int sink_has_event(void* pointer) { return self(pointer)->has_event() ? 1 : 0; }
 
 }  // namespace
 
-Exchange::Exchange() {
+Exchange::Exchange(WaitingMutex::Wait wait) : mutex_(wait) {
   sink_.self = this;
   sink_.deliver = sink_deliver;
   sink_.next_out = [](void* pointer, std::int64_t now_ms, FcOut* out) -> int {
@@ -421,12 +421,13 @@ int Exchange::on_refuse(const std::string& peer, const wire::Header& header) {
 
 void Exchange::collect_events(Collector& collector) {
   for (CollectorEvent& event : collector.take_events()) {
-    const auto kind = event.kind == CollectorEvent::Kind::kDone       ? Event::Kind::kDone
-                      : event.kind == CollectorEvent::Kind::kRejected ? Event::Kind::kRejected
-                      : event.kind == CollectorEvent::Kind::kBroken   ? Event::Kind::kBroken
-                      : event.kind == CollectorEvent::Kind::kNoRoom   ? Event::Kind::kNoRoom
-                      : event.kind == CollectorEvent::Kind::kDamaged  ? Event::Kind::kDamaged
-                                                                      : Event::Kind::kStalled;
+    const auto kind = event.kind == CollectorEvent::Kind::kDone         ? Event::Kind::kDone
+                      : event.kind == CollectorEvent::Kind::kRejected   ? Event::Kind::kRejected
+                      : event.kind == CollectorEvent::Kind::kBroken     ? Event::Kind::kBroken
+                      : event.kind == CollectorEvent::Kind::kNoRoom     ? Event::Kind::kNoRoom
+                      : event.kind == CollectorEvent::Kind::kDamaged    ? Event::Kind::kDamaged
+                      : event.kind == CollectorEvent::Kind::kRuleFailed ? Event::Kind::kRuleFailed
+                                                                        : Event::Kind::kStalled;
     events_.push_back({kind, collector.id(), event.source, std::move(event.code),
                        std::move(event.message), event.silent_ms});
     unsignalled_ = true;

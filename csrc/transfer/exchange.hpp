@@ -31,6 +31,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/waiting_mutex.hpp"
 #include "collect/collector.hpp"
 #include "format/wire.hpp"
 #include "transfer/outgoing.hpp"
@@ -51,12 +52,14 @@ struct Event {
     kUnknownPeer,
     kRate,
     kConnections,
-    kDamaged
+    kDamaged,
+    kRuleFailed
   } kind;
   std::uint64_t collector = 0;
   std::size_t source = 0;
   // Of a rejection; the peer of a malformed frame, of a rate or a number of connections that is
-  // exceeded, or an unknown one; a damaged set's id, empty where it is the base of a collection.
+  // exceeded, or an unknown one; a damaged set's id, empty where it is the base of a collection; the
+  // trace of a rule that failed.
   std::string code;
   std::string message;
   std::int64_t silent_ms = 0;  // of a stall: for how long the source answers without a chunk
@@ -122,7 +125,9 @@ class Exchange {
   // with it: for each peer once in that time.
   static constexpr std::int64_t kRereadMs = 60'000;
 
-  Exchange();
+  // `wait`: how a thread waits while another one has the mutex, perhaps to reduce by a rule that needs
+  // Python's GIL.
+  explicit Exchange(WaitingMutex::Wait wait = nullptr);
 
   void publish(const wire::SetId& id, std::shared_ptr<MappedFile> file, std::uint64_t offset,
                std::uint64_t length, std::uint64_t chunk_bytes,
@@ -284,7 +289,7 @@ class Exchange {
   std::optional<OutFrame> next_chunk_of(std::uint64_t number, Audience& audience);
   std::optional<OutFrame> serve(const std::string& peer, std::uint64_t audience);
 
-  mutable std::mutex mutex_;
+  mutable WaitingMutex mutex_;
   const std::shared_ptr<Outgoing> outgoing_ = Outgoing::make();
   Publisher publisher_;
   std::vector<std::shared_ptr<Collector>> collectors_;

@@ -194,8 +194,9 @@ def _log_to(configs: list[RunConfig], level: int) -> None:
     for config in configs:
         handlers.append(logging.FileHandler(config.run_folder / "server.log"))
         handlers[-1].addFilter(OfRun(config.run.name))
+    shown.addFilter(lambda record: not getattr(record, "trace", ""))  # the files alone have those
     for handler in handlers:
-        handler.setFormatter(_Stamped("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Traced("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
     if len(configs) > 1:
         shown.addFilter(name_run)
@@ -207,6 +208,14 @@ class _Stamped(logging.Formatter):
 
     def formatTime(self, record: logging.LogRecord, _: str | None = None) -> str:  # noqa: N802
         return datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="seconds")
+
+
+class _Traced(_Stamped):
+    """Writes the trace of code that is not ours below the line that says what failed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line, trace = super().format(record), getattr(record, "trace", "")
+        return f"{line}\n{trace.rstrip()}" if trace else line
 
 
 @app.command()
@@ -321,6 +330,14 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             + "; or a class of your own, looked for in this folder, too.",
         ),
     ] = "mean",
+    options: Annotated[
+        list[str],
+        typer.Option(
+            "--option",
+            metavar="NAME=NUMBER",
+            help="Give an option of the rule a value; may be given more than once.",
+        ),
+    ] = [],  # noqa: B006 - typer reads the default, nobody changes it
     threads: Annotated[int, typer.Option(min=1, max=64, help="Worker threads.")] = 1,
     device: Annotated[
         _Device | None,
@@ -350,7 +367,8 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
 
     if ":" in rule:
         sys.path.insert(0, "")
-    weighs = load_rule(rule).weighted
+    settings = _numbers(options)
+    weighs = load_rule(rule, settings).weighted
     try:
         counts = None if weights is None else [int(text) for text in weights.split(",")]
     except ValueError:
@@ -366,6 +384,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             counts,
             out,
             rule=rule,
+            settings=settings,
             threads=threads,
             device=device,
             force=force,
@@ -379,6 +398,18 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
         f"{out}: {plural(len(result.layout.tensors), 'tensor')}, {result.layout.total_bytes:,} bytes, "
         f"sha256 {result.sha256()}"
     )
+
+
+def _numbers(options: list[str]) -> dict[str, float]:
+    """Return the numbers in texts such as ``"trim=2"``."""
+    found = {}
+    for text in options:
+        name, _, number = text.partition("=")
+        try:
+            found[name.strip()] = float(number)
+        except ValueError:
+            raise ConfigError(f"--option {text}: expected NAME=NUMBER, such as trim=2") from None
+    return found
 
 
 def _progress_bar(enter: Callable[..., object], rule: str) -> Callable[[int, int], None]:

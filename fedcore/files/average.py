@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from fedcore._core import reduce_files
 from fedcore._device import use_device
-from fedcore.errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
+from fedcore.errors import (
+    ConfigError,
+    LayoutError,
+    NonFiniteError,
+    RuleError,
+    StorageError,
+    WeightError,
+)
 from fedcore.layout import FLOATS, compare_layouts, table
 from fedcore.model_file import ModelFile, check_booleans, create_model, open_model
 from fedcore.protocol import MAX_WEIGHT
@@ -31,6 +38,7 @@ def aggregate_files(
     out: Path,
     *,
     rule: str = "mean",
+    settings: Mapping[str, float] | None = None,
     threads: int = 1,
     device: str | None = None,
     force: bool = False,
@@ -49,6 +57,7 @@ def aggregate_files(
             A rule that does not weigh checks them and makes no use of them.
         out: file to write; it appears only when it is complete.
         rule: a name in `fedcore.rules.RULES`, or ``package.module:Class`` of a `fedcore.rules.PythonRule`.
+        settings: values for some of the rule's options.
         threads: worker threads; the result does not depend on it.
         device: ``auto``, ``cpu`` or ``cuda``, for the process; FEDCORE_DEVICE decides if None. The result
             does not depend on it. Rules other than the mean are always computed on the CPU.
@@ -56,14 +65,15 @@ def aggregate_files(
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ConfigError: no input or too few for the rule, ``out`` is one of them, the rule is unknown, or the device
-            can't be used.
+        ConfigError: no input or too few for the rule, ``out`` is one of them, the rule is unknown or does not
+            take the settings, or the device can't be used.
         LayoutError: the files hold different tensors; each one is named.
         NonFiniteError: a file holds NaN or infinity; file and tensor are named.
         WeightError: a weight is out of range, or their number is wrong.
         StorageError: a file can't be read or written, or ``out`` exists.
+        RuleError: a rule in Python has failed; tensor and element are named.
     """
-    chosen = load_rule(rule)
+    chosen = load_rule(rule, settings)
     counts = _check_arguments(inputs, weights, out, force)
     use_device(device)
     for path in inputs:
@@ -174,7 +184,15 @@ def _reduce(
             if progress is not None:
                 progress(before + done, layout.total_bytes)
 
-        bad = reduce_files(inputs, weights, jobs, target.file, threads, report, rule.core)
+        try:
+            bad = reduce_files(inputs, weights, jobs, target.file, threads, report, rule.core)
+        except RuleError as error:
+            if error.tensor is None:
+                raise
+            where = f"tensor {tensors[error.tensor][0]!r}, element {error.element}"
+            raise RuleError(
+                f"the rule {rule.name!r} failed in {where}: {error}", trace=error.trace
+            ) from None
         if bad is not None:
             source, tensor, element = bad
             file = models[source].where[tensors[tensor][0]]

@@ -8,33 +8,9 @@ from typing import Final
 
 from fedcore.errors import ConfigError
 
-__all__ = ["FINISHERS", "Finisher", "Option", "factor_of", "find_finisher"]
+from .options import Option
 
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """A number that an optimizer takes.
-
-    Attributes:
-        default: its value where the run file has none.
-        least, below: it is at least the one, or above it where ``open`` is true, and below the other.
-        summary: what it does, in a phrase.
-    """
-
-    default: float
-    least: float
-    below: float
-    summary: str
-    open: bool = False
-
-    @property
-    def bounds(self) -> str:
-        """What it may be, in words."""
-        return f"{'above' if self.open else 'at least'} {self.least:g} and below {self.below:g}"
-
-    def allows(self, value: float) -> bool:
-        """Whether it may have this value."""
-        return (value > self.least if self.open else value >= self.least) and value < self.below
+__all__ = ["FINISHERS", "Finisher", "factor_of", "find_finisher"]
 
 
 @dataclass(frozen=True, slots=True)

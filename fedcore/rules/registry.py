@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fedcore.errors import ConfigError
+
+from .options import Option
 
 if TYPE_CHECKING:
     from fedcore._core import PythonRule
@@ -26,7 +29,10 @@ class Rule:
         folds: it can take one source after the other, with sums between them.
         least: sources that it needs at least.
         sparse: it may be used where updates leave most of their values out (top-k).
+        options: the numbers that it can be given, by name.
+        settings: the numbers that it has been given, one for each option.
         python: what calls it, where it is a class of Python.
+        code: a digest of its source, where it is a class of Python.
     """
 
     name: str
@@ -37,12 +43,25 @@ class Rule:
     folds: bool
     least: int
     sparse: bool
+    options: Mapping[str, Option] = field(default_factory=dict)
+    settings: Mapping[str, float] = field(default_factory=dict)
     python: PythonRule | None = None
+    code: str = ""
 
     @property
     def core(self) -> str | PythonRule:
         """What the compiled core knows it by."""
         return self.python or self.name
+
+    @property
+    def recorded(self) -> str:
+        """Name, version and settings, as the header of a model file has them."""
+        numbers = [f"{name}={value.hex()}" for name, value in self.settings.items()]
+        return " ".join([self.name, str(self.version), *numbers])
+
+    def key(self) -> dict[str, object]:
+        """Return what the bytes of a result depend on beside the rule's name and the updates."""
+        return {"rule": self.version, "rule_settings": dict(self.settings), "rule_code": self.code}
 
 
 DEFAULT_RULE: Final = "mean"

@@ -99,6 +99,7 @@ class Attendance:
         Raises:
             IntegrityError: a model is no longer what was committed.
             StorageError: the new model can't be written.
+            RuleError: the rule has failed.
         """
         if isinstance(event, SetDamaged):
             # Found when a chunk was asked for again, or an update was added.

@@ -14,10 +14,12 @@ from fedcore._core import rule_scratch
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
-from fedcore.rules import Rule, find_rule
+from fedcore.rules import Rule
 from fedcore.rules.finishers import find_finisher
 from fedcore.transport.open_files import require_files
 from fedcore.words import plural
+
+from .rule import rule_of
 
 __all__ = ["Budget", "check_memory", "machine_memory", "steady_heap"]
 
@@ -120,7 +122,7 @@ class Budget:
         Raises:
             ConfigError: it is too little.
         """
-        rule = find_rule(config.aggregation.rule)
+        rule = rule_of(config)
         memory = config.server.memory
         if rule.folds:
             size = chunk_bytes or DEFAULT_CHUNK_BYTES
@@ -150,7 +152,7 @@ class Budget:
         return cls.of(
             memory,
             config.participants.expected,
-            spill=config.server.spill and find_rule(config.aggregation.rule).folds,
+            spill=config.server.spill and rule_of(config).folds,
             encrypted=encrypted,
             lossless=config.transfer.lossless,
             chunk_bytes=size,
@@ -185,11 +187,14 @@ class Budget:
         except ConfigError:
             return None
         updates, encoded = config.participants.trained, config.transfer.update != "raw"
-        per_thread = rule_scratch(rule.name, updates) + encoded * updates * _DECODED_BYTES
+        optimizer = config.aggregation.optimizer
+        per_thread = rule_scratch(rule.core, updates) + encoded * updates * _DECODED_BYTES
         read_back = updates * size if config.server.spill else 0
         chunks = budget.chunks - read_back - config.reducer_threads * per_thread
-        base = min(_BASE_BYTES, chunks // 16) + size if encoded else 0
-        return replace(budget, chunks=chunks) if chunks >= updates * size + base else None
+        beside = min(_BASE_BYTES, chunks // 16) + size if encoded or optimizer else 0
+        if optimizer is not None:  # its states, and the master
+            beside += _STATE_CHUNKS * (len(find_finisher(optimizer.name).states) + 1) * size
+        return replace(budget, chunks=chunks) if chunks >= updates * size + beside else None
 
 
 def check_memory(memory: int, available: int) -> str:

@@ -11,19 +11,20 @@ from fedcore._core import (
     CollectorDone,
     NoRoom,
     OutputBroken,
+    RuleFailed,
     SourceRejected,
     SourceStalled,
     Spill,
 )
 from fedcore.config import RunConfig
-from fedcore.errors import StorageError
-from fedcore.rules import find_rule
+from fedcore.errors import RuleError, StorageError
 from fedcore.server.rounds.actions import PullAhead, StartCollect
 from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store
 from fedcore.transport.link import CollectorEvent, DataEvent
 
 from .collection import Collection, CollectionSetting, open_spill, update_codec
+from .rule import rule_of
 from .run_link import RunLink
 from .versions import Versions, declared_layout
 
@@ -86,7 +87,7 @@ class Collecting:
             "run": self._store.run_id,
             "version": version,
             "base": self._versions.checksum,
-            "rule": find_rule(self._config.aggregation.rule).version,
+            **rule_of(self._config).key(),
             **self._config.model_dump(mode="json", include={"aggregation", "transfer"}),
             **optimizer.key(),
         }
@@ -201,7 +202,7 @@ class Collecting:
             spill=self._spill,
             threads=self._config.reducer_threads,
             # The initial model is one site's, as it is.
-            rule="mean" if base is None else self._config.aggregation.rule,
+            rule="mean" if base is None else rule_of(self._config).core,
             finisher=None if base is None else finisher,
         )
 
@@ -212,6 +213,7 @@ class Collecting:
 
         Raises:
             StorageError: the new model can't be written.
+            RuleError: the rule has failed.
         """
         running = self.running
         if running is None or not isinstance(event, CollectorEvent):
@@ -221,6 +223,8 @@ class Collecting:
         match event:
             case OutputBroken():
                 raise StorageError(f"the new model can't be written: {event.message}")
+            case RuleFailed():
+                raise RuleError(event.message, trace=event.trace)
             case NoRoom():
                 if not self._said_no_room:
                     logger.warning("sites that are ahead are held back: %s", event.message)

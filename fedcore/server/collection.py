@@ -17,6 +17,7 @@ from fedcore._core import (
     Finisher,
     Layout,
     MappedFile,
+    PythonRule,
     Spill,
 )
 from fedcore.config import RunConfig, TransferSection
@@ -80,7 +81,7 @@ class CollectionSetting:
         codec: what encoded chunks are decoded with, as they come; None: all must be raw.
         spill: where chunks wait that came long before they can be reduced; None: they are held back.
         threads: how many chunks are reduced at the same time.
-        rule: the name of what combines the updates.
+        rule: what combines the updates.
         finisher: what makes the version of that; None: it is rounded.
     """
 
@@ -93,7 +94,7 @@ class CollectionSetting:
     codec: Codec | None = None
     spill: Spill | None = None
     threads: int = 1
-    rule: str = "mean"
+    rule: str | PythonRule = "mean"
     finisher: Finisher | None = None
 
     @property

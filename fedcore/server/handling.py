@@ -9,7 +9,7 @@ from typing import Literal
 
 from fedcore import __version__, protocol
 from fedcore.encoding import can_pack
-from fedcore.errors import IntegrityError, StorageError
+from fedcore.errors import IntegrityError, RuleError, StorageError
 from fedcore.events import (
     AnswerReceived,
     MetricsLogged,
@@ -43,6 +43,8 @@ def stopped_by(error: Exception | None) -> str:
     """Return what the sites get of an error that has stopped a run: no path."""
     if isinstance(error, IntegrityError):
         return "a model file there is damaged"
+    if isinstance(error, RuleError):
+        return "its rule failed"
     return "it could not write to its disk" if isinstance(error, OSError) else "of an error there"
 
 

@@ -29,6 +29,7 @@ from .opening import check_alike, check_encoding, open_shares
 from .outcome import RunResult
 from .parts import Surroundings
 from .replies import Replies
+from .rule import check_rule_fits
 from .run import Run
 from .run_log import RUN
 from .timing import DEFAULT, Timing
@@ -94,6 +95,7 @@ class Host:
         device = use_device()
         for config in configs:
             check_encoding(config)
+            check_rule_fits(config)
         access = self._access = Access(configs[0], clock, configs[1:])
         steady_heap()
         require_connections(sum(config.participants.expected for config in configs))

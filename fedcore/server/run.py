@@ -12,12 +12,12 @@ import math
 
 from fedcore import protocol
 from fedcore.config import RunConfig
-from fedcore.errors import IntegrityError, StorageError
+from fedcore.errors import IntegrityError, RuleError, StorageError
 from fedcore.events import (
     RunStarted,
     ServerStopped,
 )
-from fedcore.rules import DEFAULT_RULE, find_rule
+from fedcore.rules import DEFAULT_RULE
 from fedcore.server.rounds.waiting import WaitingLog
 from fedcore.server.storage.store import Store
 from fedcore.transport.link import DataEvent
@@ -30,6 +30,7 @@ from .handling import Handling, stopped_by
 from .opening import is_over
 from .outcome import RunResult
 from .parts import Parts, Surroundings
+from .rule import rule_of
 
 __all__ = ["Run"]
 
@@ -159,6 +160,7 @@ class Run:
         Raises:
             IntegrityError: a model is no longer what was committed.
             StorageError: the new model can't be written.
+            RuleError: the rule has failed.
         """
         if self.ending.goodbye is None and self.error is None:
             self.attendance.on_event(event)
@@ -201,6 +203,8 @@ class Run:
         goes_on = "ends" if self.ending.stopping else "goes on"
         after = "" if damaged else f"; the run {goes_on} once the server is started again"
         self._parts.emit(ServerStopped(reason=f"{error}{after}", failed=True))
+        if isinstance(error, RuleError) and error.trace:
+            logger.error("where the rule failed:", extra={"trace": error.trace})
         self.peers.broadcast(protocol.Stopped(message=stopped_by(error)))
 
     def go_away(self) -> None:
@@ -257,7 +261,7 @@ class Run:
             self.ending.linger_for_return()
 
     def _say_rule(self) -> None:
-        rule = find_rule(self.config.aggregation.rule)
+        rule = rule_of(self.config)
         if rule.name != DEFAULT_RULE:
             logger.info(
                 "updates are combined by the rule %s (version %d): %s%s", rule.name, rule.version, rule.summary,

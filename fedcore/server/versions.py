@@ -14,7 +14,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError, LayoutError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, layout_hash, table
 from fedcore.model_file import ModelFile, open_model
-from fedcore.rules import DEFAULT_RULE, find_rule
+from fedcore.rules import DEFAULT_RULE
 from fedcore.server.storage.hashing import Hasher
 from fedcore.server.storage.integrity import checksum_of, verify_model
 from fedcore.server.storage.store import Store, VersionRow
@@ -23,6 +23,7 @@ from fedcore.words import plural
 from .initial import load_initial
 from .optimizer import Optimizer
 from .roles import Roles
+from .rule import rule_of
 
 __all__ = ["Versions", "checksum_of", "declared_layout"]
 
@@ -280,9 +281,11 @@ class Versions:
     def metadata(self, version: int) -> dict[str, str]:
         """Return the header's metadata of a version's file."""
         named = {"fedcore.run": self._config.run.name, "fedcore.version": str(version)}
-        rule = find_rule(self._config.aggregation.rule)
+        rule = rule_of(self._config)
         if version > 0 and rule.name != DEFAULT_RULE:
-            named["fedcore.rule"] = f"{rule.name} {rule.version}"
+            named["fedcore.rule"] = rule.recorded
+            if rule.code:
+                named["fedcore.rule-code"] = rule.code
         if version > 0:
             named |= self.optimizer.metadata(version)
         return named

@@ -37,6 +37,7 @@ from fedcore._core import (
     OutputBroken,
     PeerUnknown,
     RateExceeded,
+    RuleFailed,
     SetDamaged,
     SourceRejected,
     SourceStalled,
@@ -66,7 +67,7 @@ __all__ = [
 ]
 
 _M = TypeVar("_M", FromServer, FromSite)
-CollectorEvent = CollectorDone | SourceRejected | SourceStalled | OutputBroken | NoRoom
+CollectorEvent = CollectorDone | SourceRejected | SourceStalled | OutputBroken | RuleFailed | NoRoom
 """What a collector comes to: each has its number as ``collector``."""
 DataEvent = (
     CollectorEvent | SetDamaged | FrameMalformed | PeerUnknown | RateExceeded | ConnectionsExceeded

@@ -1,4 +1,7 @@
-"""The median of updates as they arrive: any order, spilled chunks, lost sites, encodings; against NumPy."""
+"""The median of updates as they arrive, in the core and in Python; against NumPy.
+
+In any order, with spilled chunks, lost sites, encodings and after a kill.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from fedcore._core import (
     Exchange,
     Layout,
     MappedFile,
+    PythonRule,
     Record,
     SourceRejected,
 )
 from fedcore.encoding import UpdateEncoder
 from fedcore.errors import ConfigError
+from fedcore.rules.python import load_rule
 
+from ..support.python_rules import Median, named
 from ..support.spilling import CHUNK, CHUNKS, Federation, spill_file, update
 
 COUNT = 9_001
@@ -37,11 +43,18 @@ def expected(names: str) -> bytes:
     return b"".join([*parts, bytes(2 * 777)])  # the last tensor is zero in all of them
 
 
+@pytest.fixture(params=["median", "python"])
+def rule(request: pytest.FixtureRequest) -> str | PythonRule:
+    return "median" if request.param == "median" else load_rule(named(Median)).core
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("names", ["abc", "abcd", "abcdefgh"])
-def test_a_median_has_the_bits_of_numpy_in_any_order_of_arrival(names: str, threads: int) -> None:
+def test_a_median_has_the_bits_of_numpy_in_any_order_of_arrival(
+    names: str, threads: int, rule: str | PythonRule
+) -> None:
     for seed in range(2):
-        federation = Federation(names, 64 * CHUNK, rule="median", threads=threads)
+        federation = Federation(names, 64 * CHUNK, rule=rule, threads=threads)
         federation.run(names, seed)
         assert federation.result() == expected(names)
         assert federation.collector.checksums == federation.out.checksums()
@@ -67,11 +80,11 @@ def test_each_instruction_set_gives_the_same_median(level: str) -> None:
 
 
 def test_a_median_reads_back_what_was_spilled_of_more_sites_than_a_mean_does(
-    tmp_path: Path,
+    tmp_path: Path, rule: str | PythonRule
 ) -> None:
     names = "abcdefgh"
     spill = spill_file(tmp_path)
-    federation = Federation(names, 2 * len(names) * CHUNK, spill, rule="median")
+    federation = Federation(names, 2 * len(names) * CHUNK, spill, rule=rule)
     federation.run(names.replace("d", ""))
     assert spill.used >= (len(names) - 1) * (CHUNKS - 2)
     federation.run(names)
@@ -80,10 +93,12 @@ def test_a_median_reads_back_what_was_spilled_of_more_sites_than_a_mean_does(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_median_without_a_lost_site_is_that_of_the_others(tmp_path: Path, seed: int) -> None:
+def test_a_median_without_a_lost_site_is_that_of_the_others(
+    tmp_path: Path, seed: int, rule: str | PythonRule
+) -> None:
     dice = random.Random(seed)
     spill = spill_file(tmp_path) if seed % 2 else None
-    federation = Federation("abcd", 4 * 3 * CHUNK, spill, rule="median")
+    federation = Federation("abcd", 4 * 3 * CHUNK, spill, rule=rule)
     federation.run(dice.choice(["abcd", "abd"]), seed, until=dice.randrange(CHUNKS))
     lost = dice.choice("abcd")
     federation.lose(lost)
@@ -112,8 +127,10 @@ def test_a_narrow_budget_holds_a_median_with_the_same_bits() -> None:
     assert federation.most == 1
 
 
-def test_a_site_with_a_bad_value_is_named_and_left_out_of_the_median() -> None:
-    federation = Federation("abc", 3 * 4 * CHUNK, rule="median", b=CHUNKS // 2)
+def test_a_site_with_a_bad_value_is_named_and_left_out_of_the_median(
+    rule: str | PythonRule,
+) -> None:
+    federation = Federation("abc", 3 * 4 * CHUNK, rule=rule, b=CHUNKS // 2)
     federation.run("abc")
     (event,) = federation.events()
     assert isinstance(event, SourceRejected)
@@ -123,7 +140,7 @@ def test_a_site_with_a_bad_value_is_named_and_left_out_of_the_median() -> None:
     assert federation.result() == expected("ac")
 
 
-def encoded_median(encoding: str, names: str) -> tuple[bytes, bytes]:
+def encoded_median(encoding: str, names: str, rule: str | PythonRule) -> tuple[bytes, bytes]:
     """Return the median of encoded updates, and what NumPy makes of what they decode to."""
     dice = np.random.default_rng(7)
     base = dice.standard_normal(COUNT).astype(np.float32)
@@ -159,7 +176,7 @@ def encoded_median(encoding: str, names: str) -> tuple[bytes, bytes]:
         out,
         0,
         (flat_base, 0),
-        CollectorOptions(1 << 20, codec=codec, rule="median"),
+        CollectorOptions(1 << 20, codec=codec, rule=rule),
     )
     server = Exchange()
     server.start(collector)
@@ -183,23 +200,25 @@ def mapped(data: bytes) -> MappedFile:
 @pytest.mark.parametrize("names", ["abc", "abcd"])
 @pytest.mark.parametrize("encoding", ["bf16", "fp16", "int8", "nf4"])
 def test_the_median_of_encoded_updates_is_that_of_what_they_decode_to(
-    encoding: str, names: str
+    encoding: str, names: str, rule: str | PythonRule
 ) -> None:
-    found, wanted = encoded_median(encoding, names)
+    found, wanted = encoded_median(encoding, names, rule)
     assert found == wanted
 
 
-def test_a_median_goes_on_where_a_killed_server_stood(tmp_path: Path) -> None:
+def test_a_median_goes_on_where_a_killed_server_stood(
+    tmp_path: Path, rule: str | PythonRule
+) -> None:
     names = "abcd"
     sources = [(n.encode(), n.encode() * 16, 1) for n in names]
     path = str(tmp_path / "record")
     key = bytes(64)
-    whole = Federation(names, 64 * CHUNK, rule="median")
+    whole = Federation(names, 64 * CHUNK, rule=rule)
     whole.run(names)
     layout = whole.out.layout
     out = MappedFile.create(str(tmp_path / "out"), layout.total_bytes)
     record = Record.create(path, key, [("a" + n, n.encode() * 16, 1) for n in names], CHUNKS)
-    options = CollectorOptions(8 * CHUNK, rule="median")
+    options = CollectorOptions(8 * CHUNK, rule=rule)
     first = Collector(layout, sources, out, 0, None, options, record)
     half = CHUNKS // 2
     drive(first, whole.sites, until=half)

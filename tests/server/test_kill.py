@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -29,6 +31,36 @@ CHUNKS = 20
 COUNT = CHUNKS * DEFAULT_CHUNK_BYTES // 4 - 1000
 LAYOUT = Layout([("w", "F32", [COUNT])], DEFAULT_CHUNK_BYTES)
 ALL = 1 << 30
+RULE = """
+import pathlib, time
+import numpy as np
+from fedcore.rules import PythonRule
+
+class Median(PythonRule):
+    weighted, symmetric = False, True
+
+    def combine(self, values, out):
+        np.median(values, axis=0, out=out)
+
+class Slow(Median):
+    calls = 0
+
+    def combine(self, values, out):
+        super().combine(values, out)
+        Slow.calls += 1
+        if Slow.calls < 5:
+            (pathlib.Path(__file__).parent / "begun").touch()
+            time.sleep(0.3)
+
+class Failing(Median):
+    calls = 0
+
+    def combine(self, values, out):
+        out[:] = 2 * np.median(values, axis=0)
+        Failing.calls += 1
+        if Failing.calls > 30:
+            raise ArithmeticError("no more")
+"""
 
 
 def update(name: str, round_: int) -> np.ndarray:
@@ -45,6 +77,7 @@ class Killed:
             probe.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
         self.folder = folder
+        (folder / "their_rule.py").write_text(RULE)
         (folder / "run.toml").write_text(
             f'[run]\nname = "t"\nrounds = {rounds}\n[participants]\nsites = ["a", "b"]\n'
             f'[aggregation]\nrule = "{rule}"\n'
@@ -74,6 +107,7 @@ class Killed:
                 [sys.executable, "-P", "-c", command, str(self.folder / "run.toml")],
                 stdout=log,
                 stderr=log,
+                env={**os.environ, "PYTHONPATH": str(self.folder)},
             )
 
     def log(self) -> str:
@@ -82,7 +116,11 @@ class Killed:
     def kill(self) -> None:
         """Kill the server and start it again."""
         self.server.send_signal(signal.SIGKILL)
-        self.server.wait()
+        self.start_again()
+
+    def start_again(self) -> None:
+        """Start the server again, which ends or has ended."""
+        self.server.wait(60)
         self.kills += 1
         self.server = self._start()
         self.killed_at = time.monotonic()
@@ -175,7 +213,10 @@ def test_a_server_killed_in_its_collections_goes_on_with_them(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("seed", "rule"), [(0, "mean"), (1, "mean"), (2, "mean"), (3, "median")])
+@pytest.mark.parametrize(
+    ("seed", "rule"),
+    [(0, "mean"), (1, "mean"), (2, "mean"), (3, "median"), (4, "their_rule:Median")],
+)
 def test_a_server_killed_at_random_ends_with_the_same_bytes(
     make: Callable[..., Killed], seed: int, rule: str
 ) -> None:
@@ -188,13 +229,55 @@ def test_a_server_killed_at_random_ends_with_the_same_bytes(
         poll(lambda: any(site.spent() for site in run.sites.values()), run.log)
         run.kill()
     run.finish()
-    expected = {"mean": mean, "median": median}[rule]
+    expected = mean if rule == "mean" else median
     assert np.array_equal(run.model(1), expected(1))
     assert np.array_equal(run.model(2), expected(2))
     for site in run.sites.values():
         sent = sum(site.left(round_) for round_ in (1, 2))
         # A median leaves a chunk more a site to the windows: it reads fewer back.
-        assert sent <= 2 * CHUNKS + run.kills * (WINDOW + (rule == "median"))
+        assert sent <= 2 * CHUNKS + run.kills * (WINDOW + (rule != "mean"))
+
+
+@pytest.mark.timeout(120)
+def test_a_run_whose_rule_failed_goes_on_once_the_rule_is_mended_with_it_alone(
+    make: Callable[..., Killed],
+) -> None:
+    run = make(1, "their_rule:Failing")
+    for site in run.sites.values():
+        site.allow(ALL, 0)
+        site.allow(ALL)
+    assert run.server.wait(60) == 1
+    said = run.log()
+    failed = (
+        r"the rule 'their_rule:Failing' failed in chunk \d+, tensor 'w', element \d+: "
+        "ArithmeticError: no more"
+    )
+    assert re.search(failed + "; the run goes on once the server is started again", said)
+    assert re.search(f"^error: {failed}$", said, re.MULTILINE)
+    assert "Traceback" not in said
+    assert 'raise ArithmeticError("no more")' in (run.folder / "runs/t/server.log").read_text()
+    mended = RULE.replace('raise ArithmeticError("no more")', "pass").replace("2 *", "")
+    (run.folder / "their_rule.py").write_text(mended)
+    run.start_again()
+    run.finish()
+    assert "going on where the server was killed" not in run.log()
+    assert np.array_equal(run.model(1), median(1))
+
+
+@pytest.mark.timeout(120)
+def test_a_server_that_is_ended_while_a_rule_works_ends_and_goes_on_later(
+    make: Callable[..., Killed],
+) -> None:
+    run = make(1, "their_rule:Slow")
+    for site in run.sites.values():
+        site.allow(ALL, 0)
+        site.allow(ALL)
+    poll((run.folder / "begun").exists, run.log)
+    run.server.send_signal(signal.SIGTERM)
+    assert run.server.wait(20) == 128 + signal.SIGTERM, run.log()
+    run.start_again()
+    run.finish()
+    assert np.array_equal(run.model(1), median(1))
 
 
 @pytest.mark.slow

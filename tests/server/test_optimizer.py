@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,21 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from fedcore._core import Collector, CollectorOptions, Finisher, Layout, MappedFile
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError, FedcoreError, IntegrityError, RefusedError
 from fedcore.model_file import open_model
 from fedcore.protocol import Role
-from fedcore.rules.finishers import FINISHERS, Finisher, Option, factor_of
+from fedcore.rules import Option
+from fedcore.rules.finishers import FINISHERS, factor_of
+from fedcore.rules.finishers import Finisher as FinisherKind
+from fedcore.server.budget import Budget
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
+from ..support.python_rules import Median, named
 from ..support.run_folders import flip
 from ..support.runs import run
 
@@ -32,7 +37,7 @@ COUNT = 3000
 SPECS = [("h", "BF16", [COUNT]), ("w", "F32", [COUNT])]
 DTYPES = {"h": ml_dtypes.bfloat16, "w": np.float32}
 WEIGHTS = {"a": 3, "b": 5}
-RATE = Finisher("rate", 1, "", (), {"rate": Option(0.5, 0, 10, "of the step", open=True)})
+RATE = FinisherKind("rate", 1, "", (), {"rate": Option(0.5, 0, 10, "of the step", open=True)})
 MOMENTUM = {"name": "momentum", "learning_rate": 0.3, "momentum": 0.8}
 Model = dict[str, Any]
 
@@ -92,20 +97,23 @@ def train(config: RunConfig, roles: dict[str, Role] | None = None) -> bool:
     return run(server, first, functools.partial(site, server.endpoint, "b"))[0].ok
 
 
-def reference(rounds: int, plain: str = "", factors: Sequence[float] = (1.0,) * 9) -> Model:
+def reference(
+    rounds: int, plain: str = "", factors: Sequence[float] = (1.0,) * 9, rule: str = "mean"
+) -> Model:
     model = trained("", 0, zeros())
     master = {key: value.astype(np.float32) for key, value in model.items()}
     v = {key: np.zeros(COUNT, np.float32) for key in model}
     for round_ in range(1, rounds + 1):
         updates = {name: trained(name, round_, model) for name in WEIGHTS}
         for key, dtype in DTYPES.items():
-            total = sum(
-                weight * updates[n][key].astype(np.float64) for n, weight in WEIGHTS.items()
-            )
+            wide = {name: update[key].astype(np.float64) for name, update in updates.items()}
+            combined = sum(weight * wide[name] for name, weight in WEIGHTS.items()) / 8
+            if rule != "mean":
+                combined = np.median(np.stack(list(wide.values())), axis=0)
             if key == plain:
-                model[key] = (total / 8).astype(dtype)
+                model[key] = combined.astype(dtype)
                 continue
-            step = total / 8 - model[key].astype(np.float64)
+            step = combined - model[key].astype(np.float64)
             v[key] = (0.8 * v[key].astype(np.float64) + step).astype(np.float32)
             rate = 0.3 * factors[round_ - 1]
             moved = master[key].astype(np.float64) + rate * v[key].astype(np.float64)
@@ -137,6 +145,18 @@ def test_a_run_with_momentum_is_the_reference_and_goes_on_from_its_states(tmp_pa
         with safe_open(models / f"{name}.safetensors", "np") as file:
             said = file.metadata()["fedcore.optimizer"]
         assert said == f"momentum 1 learning_rate={(0.3).hex()} momentum={(0.8).hex()}"
+
+
+@pytest.mark.parametrize("rule", ["median", named(Median)], ids=["core", "python"])
+def test_momentum_goes_with_the_median_and_is_the_reference_over_restarts(
+    tmp_path: Path, rule: str
+) -> None:
+    aggregation = {"rule": rule, "optimizer": {**MOMENTUM, "plain": ["h"]}}
+    for rounds in (2, 4):
+        assert train(config(tmp_path, rounds, aggregation=aggregation))
+    for version in range(1, 5):
+        expected = reference(version, "h", rule=rule)
+        assert committed(tmp_path, version) == as_bytes(expected)
 
 
 def test_tensors_that_plain_names_keep_the_mean_and_have_no_state(
@@ -274,7 +294,6 @@ def test_a_schedule_is_straight_lines_between_its_points() -> None:
         ({"optimizer": {"name": "rate", "schedule": [[1, 1.0]]}}, "'rate' has no learning_rate"),
         ({"optimizer": "momentum"}, "optimizer: expected a table of keys, got 'momentum'"),
         ({"optimizer": {"name": "rate", "momentum": 0.5}}, "unknown key 'momentum' of 'rate'"),
-        ({"optimizer": MOMENTUM, "rule": "median"}, "does not go with aggregation.rule = 'median'"),
     ],
 )
 def test_an_optimizer_that_does_not_fit_is_refused_by_name(
@@ -306,6 +325,35 @@ def test_momentum_in_too_little_memory_is_refused_with_the_number(tmp_path: Path
     server = {"listen": "tcp://127.0.0.1:0", "insecure": True, "memory": "16MiB"}
     with pytest.raises(ConfigError, match=r"aggregation\.optimizer.*at least \d+MiB"):
         Server(config(tmp_path, 1, server=server))
+
+
+@pytest.mark.parametrize("sites", [40, 150])
+def test_the_least_memory_for_momentum_of_a_median_is_what_the_core_needs(
+    tmp_path: Path, sites: int
+) -> None:
+    def budget(memory: int, optimizer: bool = True) -> Budget:
+        made = {"rule": "median", **({"optimizer": MOMENTUM} if optimizer else {})}
+        server = {"listen": "tcp://127.0.0.1:0", "insecure": True, "memory": f"{memory}MiB"}
+        people = {"count": sites, "round_deadline": "20s"}
+        given = config(tmp_path, 1, aggregation=made, server=server, participants=people)
+        return Budget.of_run(given, encrypted=False)
+
+    least = next(mib for mib in range(16, 200) if fits(budget, mib))
+    divided = budget(least)
+    layout = Layout([("h", "BF16", [1 << 20])], divided.chunk_bytes)
+    made = Finisher(layout, "momentum", {"learning_rate": 1.0, "momentum": 0.9}, set(), {})
+    base = (MappedFile.anonymous(layout.total_bytes), 0)
+    options = CollectorOptions(divided.chunks, rule="median", finisher=made)
+    assert Collector.open(layout, sites, base, options).window >= 1
+    assert fits(functools.partial(budget, optimizer=False), least)
+
+
+def fits(budget: Callable[[int], Budget], mib: int) -> bool:
+    try:
+        budget(mib)
+    except ConfigError:
+        return False
+    return True
 
 
 def test_an_optimizer_that_acts_on_no_tensor_ends_the_server_before_round_1(

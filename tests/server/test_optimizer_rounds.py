@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from fedcore._core import (
     Finisher,
     Layout,
     MappedFile,
+    PythonRule,
     SetDamaged,
     finish_mean,
 )
 from fedcore.encoding import UpdateEncoder
 from fedcore.errors import LayoutError, StorageError
 from fedcore.model_file import ModelFile, create_model
+from fedcore.rules.python import load_rule
 from fedcore.server.collection import Collection, CollectionSetting
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
+
+from ..support.python_rules import Median, named
 
 CHUNK = 4096
 LAYOUT = Layout([("h", "BF16", [9_001]), ("n", "I32", [40]), ("w", "F32", [20_001])], CHUNK)
@@ -209,6 +214,54 @@ def test_a_server_killed_at_any_chunk_goes_on_to_the_same_bytes(tmp_path: Path, 
         server = Server(server.killed(), "abc").start()
         assert server.running.collector.progress()[0] >= before
     assert server.run(dice).result() == expected("abc")
+
+
+@pytest.fixture(params=["median", "python"])
+def rule(request: pytest.FixtureRequest) -> str | PythonRule:
+    return "median" if request.param == "median" else load_rule(named(Median)).core
+
+
+@pytest.fixture(scope="module")
+def medians(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Files]:
+    """What momentum makes of the core's median of some sites, whose chunks came in order."""
+    folder = tmp_path_factory.mktemp("medians")
+
+    def result(names: str, encoding: str = "raw") -> Files:
+        server = Server(folder / f"{names}-{encoding}", names, encoding=encoding, rule="median")
+        return server.start().run().result()
+
+    return result
+
+
+def test_momentum_of_a_median_has_the_same_bytes_however_the_chunks_come(
+    tmp_path: Path, rule: str | PythonRule, medians: Callable[..., Files]
+) -> None:
+    wanted = medians("abcde")
+    assert wanted["model"] != expected("abcde")["model"]
+    for number, options in enumerate(({}, {"threads": 3}, {"memory": 25 * CHUNK})):
+        server = Server(tmp_path / str(number), "abcde", rule=rule, **options).start()
+        assert server.run(random.Random(number)).result() == wanted
+    assert Server(tmp_path / "ahead", "abc", rule=rule).pull_ahead().run().result() == medians(
+        "abc"
+    )
+    encoded = Server(tmp_path / "encoded", "abcde", rule=rule, encoding="int8").start()
+    assert encoded.run(random.Random(7)).result() == medians("abcde", "int8")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_momentum_of_a_median_goes_on_after_kills_and_without_a_lost_site(
+    tmp_path: Path, seed: int, rule: str | PythonRule, medians: Callable[..., Files]
+) -> None:
+    dice = random.Random(seed)
+    server = Server(tmp_path / "run", "abc", rule=rule).start()
+    for _ in range(3):
+        server.run(dice, dice.randrange(1, 50))
+        before = server.running.collector.progress()[0]
+        server = Server(server.killed(), "abc", rule=rule).start()
+        assert server.running.collector.progress()[0] >= before
+    left = tuple(p for p in server.participants if p.site != "b")
+    assert server.running.narrow(left, server.peers)
+    assert server.run(dice).result() == medians("ac")
 
 
 @pytest.mark.parametrize("lost", ["model", *STATES])

@@ -13,6 +13,8 @@ import pytest
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError
 from fedcore.model_file import open_model
+from fedcore.rules import PythonRule
+from fedcore.rules.python import load_rule
 from fedcore.server.budget import Budget
 from fedcore.server.collecting import Collecting
 from fedcore.server.service import Server
@@ -20,6 +22,7 @@ from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
+from ..support.python_rules import Busy, Mean, Median, Trimmed, named
 from ..support.runs import run
 
 MIB = 1 << 20
@@ -94,6 +97,53 @@ def test_a_run_takes_the_median_and_says_that_weights_do_not_count(
     assert "fedcore.rule" not in open_model(store.path(0)).metadata
 
 
+@pytest.mark.parametrize(("kind", "update_"), [(Median, "raw"), (Median, "fp16"), (Mean, "raw")])
+def test_a_run_by_a_rule_in_python_has_the_bits_of_the_same_rule_in_the_core(
+    tmp_path: Path, kind: type[PythonRule], update_: str
+) -> None:
+    found = []
+    for rule in (named(kind), kind.__name__.lower()):
+        folder, transfer = tmp_path / rule.partition(":")[0], {"update": update_}
+        made = config(folder, 4, rule, transfer=transfer, server={"threads": 3})
+        server = Server(made)
+        result, _ = run(server, *sites_of(server, "abcd"))
+        assert result.ok
+        found.append(open_model(Store(folder / "runs/t", None).path(1)))
+    assert bytes(found[0].view("w")) == bytes(found[1].view("w"))
+    metadata = found[0].metadata
+    assert metadata["fedcore.rule"] == f"{named(kind)} 1"
+    assert metadata["fedcore.rule-code"] == load_rule(named(kind)).code
+    assert "fedcore.rule-code" not in found[1].metadata
+
+
+def test_a_rule_that_is_busy_with_other_things_holds_up_neither_server_nor_sites(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server(config(tmp_path, 3, named(Busy), run={"name": "t", "rounds": 2}))
+    result, _ = run(server, *sites_of(server, "abc"))
+    assert result.ok
+    store = Store(tmp_path / "runs/t", None)
+    for version in (1, 2):
+        assert bytes(open_model(store.path(version)).view("w")) == median("abc", version)
+    assert "is lost" not in caplog.text
+    assert "3 sources" in capsys.readouterr().out
+
+
+def test_the_settings_of_a_rule_change_the_model_and_are_recorded_in_it(tmp_path: Path) -> None:
+    names = "abcde"
+    values = np.stack([update(name, 1) for name in names]).astype(np.float64)
+    for trim in (1, 2):
+        folder = tmp_path / str(trim)
+        chosen = {"rule": named(Trimmed), "options": {"trim": trim}}
+        server = Server(config(folder, 5, aggregation=chosen))
+        result, _ = run(server, *sites_of(server, names))
+        assert result.ok
+        model = open_model(Store(folder / "runs/t", None).path(1))
+        expected = np.sort(values, axis=0)[trim : 5 - trim].mean(axis=0).astype(np.float32)
+        assert bytes(model.view("w")) == expected.tobytes()
+        assert model.metadata["fedcore.rule"] == f"{named(Trimmed)} 1 trim={float(trim).hex()}"
+
+
 def test_chunks_of_a_run_are_as_small_as_a_rule_needs_and_stay_so(tmp_path: Path) -> None:
     names = "abcdefghij"
     server = Server(config(tmp_path, len(names), server={"memory": "16MiB"}))
@@ -149,11 +199,21 @@ def test_a_mean_has_chunks_of_one_mebibyte_whatever_the_memory(tmp_path: Path) -
 
 def test_a_rule_is_refused_by_name_where_it_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"aggregation.rule: expected one of 'mean', 'median', got"
+        ConfigError, match=r"aggregation.rule: expected one of 'mean', 'median' or .*, got 'mode'"
     ):
         config(tmp_path, 2, "mode")
-    with pytest.raises(ConfigError, match="aggregation.rule: 'a.b:C' is a rule in Python"):
-        config(tmp_path, 2, "a.b:C")
+    with pytest.raises(ConfigError, match="aggregation.rule: expected 'package.module:Class'"):
+        config(tmp_path, 2, "../a:B")
+    with pytest.raises(ConfigError, match="'no_such:Rule' can't be imported: .* in PYTHONPATH"):
+        Server(config(tmp_path, 2, "no_such:Rule"))
+    with pytest.raises(ConfigError, match=r"options: unknown key 'trim' of 'median'.*no options"):
+        config(tmp_path, 2, aggregation={"rule": "median", "options": {"trim": 1}})
+    chosen = {"rule": named(Trimmed), "options": {"trim": 0}}
+    with pytest.raises(ConfigError, match="Trimmed': options: trim: expected an integer"):
+        Server(config(tmp_path, 2, aggregation=chosen))
+    with pytest.raises(ConfigError, match="Trimmed' needs 3 or more updates .* and 2 would do"):
+        Server(config(tmp_path, 2, named(Trimmed)))
+    assert not (tmp_path / "runs").exists()
     with pytest.raises(ConfigError, match=r"transfer.update: 'top-k' does not go with .*'median'"):
         config(tmp_path, 2, transfer={"update": "top-k"})
     assert config(tmp_path, 2, "mean", transfer={"update": "top-k"}).transfer.update == "top-k"
@@ -161,9 +221,10 @@ def test_a_rule_is_refused_by_name_where_it_does_not_fit(tmp_path: Path) -> None
 
 def test_what_was_reduced_by_another_rule_is_not_gone_on_with(tmp_path: Path) -> None:
     keys = set()
-    for rule in ("mean", "median"):
-        server = Server(config(tmp_path / rule, 2, rule))
+    one, two = ({"rule": named(Trimmed), "options": {"trim": trim}} for trim in (1, 2))
+    for number, chosen in enumerate(({"rule": "mean"}, {"rule": "median"}, one, two)):
+        server = Server(config(tmp_path / str(number), 5, aggregation=chosen))
         collecting: Collecting = server.runs[0].collecting
         keys.add(collecting.scratch(1)._of)
         close(server)
-    assert len(keys) == 2
+    assert len(keys) == 4

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcore._core import Collector, CollectorOptions, Exchange, Layout, Spill
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout, PythonRule, Spill
 from fedcore.model_file import ModelFile, create_model
 from fedcore.protocol import read_header
 
@@ -36,7 +36,7 @@ class Federation:
         budget: int,
         spill: Spill | None = None,
         *,
-        rule: str = "mean",
+        rule: str | PythonRule = "mean",
         threads: int = 1,
         **spoiled: int,
     ) -> None:

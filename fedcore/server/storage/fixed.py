@@ -14,8 +14,8 @@ __all__ = ["check_fixed"]
 # Keys of a run file that make it another run when they change, once a model is committed.
 _FIXED: Final = (
     "run.task", "model.initial", "participants.sites", "participants.count", "aggregation.rule",
-    "aggregation.optimizer", "selection.metric", "selection.mode", "transfer.update", "transfer.top_k",
-    "transfer.lossless",
+    "aggregation.options", "aggregation.optimizer", "selection.metric", "selection.mode",
+    "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def check_fixed(folder: Path, recorded: str | None, settings: Mapping[str, Any])
         return
     before = json.loads(recorded)
     before.get("run", {}).setdefault("task", "train")
+    before.get("aggregation", {}).setdefault("options", {})
     for key in _FIXED:
         section, _, name = key.partition(".")
         old, new = before.get(section, {}).get(name), settings.get(section, {}).get(name)

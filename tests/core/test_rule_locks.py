@@ -1,0 +1,45 @@
+"""A rule in Python works while other threads use the exchange that reduces by it: neither waits for the other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from fedcore.rules.python import load_rule
+
+from ..support.python_rules import Median, named
+from ..support.spilling import CHUNK, Federation
+
+
+class Asking(Median):
+    """the median, by a class that lets another thread call the exchange meanwhile"""
+
+    called = threading.Event()
+
+    def combine(self, values: np.ndarray, out: np.ndarray) -> None:
+        self.called.set()
+        time.sleep(0.02)  # the other thread calls meanwhile
+        super().combine(values, out)
+
+
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize(
+    "ask", [lambda f: f.server.stats(), lambda f: f.events(), lambda f: f.lose("c")]
+)
+def test_a_thread_that_waits_for_the_exchange_lets_the_rule_have_the_interpreter(
+    ask: Callable[[Federation], object],
+) -> None:
+    Asking.called.clear()
+    federation = Federation("abc", 64 * CHUNK, rule=load_rule(named(Asking)).core)
+    reducing = threading.Thread(target=federation.run, args=("abc",))
+    reducing.start()
+    assert Asking.called.wait(20)
+    ask(federation)  # it has the interpreter, and the thread that reduces has the exchange
+    reducing.join(40)
+    assert not reducing.is_alive()
+    federation.run("abc")
+    assert federation.collector.done
