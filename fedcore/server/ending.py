@@ -141,7 +141,6 @@ class Ending:
                 watched=lambda: self._watchers.present,
                 expected=self._members_there,
             ),
-            status=self.reply_status,
             forget=self._run.store.forget_members,
         )
 
@@ -154,7 +153,7 @@ class Ending:
         """Look at who knows of the end, once the run has ended."""
         if self.goodbye is None:
             return
-        if not self.over and self.goodbye.look():
+        if self.goodbye.look() and not self.over:
             self._part(self.goodbye)
         self.next_look = self.goodbye.next_look
 

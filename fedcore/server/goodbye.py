@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
@@ -44,14 +45,13 @@ class Patience:
 
 
 class Goodbye:
-    """Answers sites and viewers once a run is over.
+    """Answers sites once a run is over.
 
     Args:
         reached: how peers are reached, and the clock.
         peers: the sites that are there.
         finish: how the run ended.
         patience: for how long it answers, and for whom.
-        status: answers a peer that asks how the run stands.
         forget: notes on disk that sites know, so that no later server tells them again.
 
     Attributes:
@@ -65,20 +65,19 @@ class Goodbye:
         finish: protocol.Finish,
         patience: Patience,
         *,
-        status: Callable[[bytes], object],
         forget: Callable[[Collection[str]], object],
     ) -> None:
         self._link, self._clock = reached
         self._peers = peers
         self._finish = finish
         self.patience = patience
-        self._status = status
         self._forget = forget
         self._sent: dict[bytes, int] = {}
         self._noted: set[str] = set()
         self._next_note = self._next_look = 0
         self._told: set[str] = set()
         self._until: float | None = None
+        self._over = False
         self._expected: set[str] | None = None
         for peer, _ in peers:
             self._tell(peer)
@@ -87,7 +86,9 @@ class Goodbye:
 
     @property
     def next_look(self) -> float:
-        """When `look` is due, if nothing arrives before."""
+        """When `look` is due, if nothing arrives before; infinity if never."""
+        if self._over:
+            return self._next_look / 1000 if len(self._peers) else math.inf
         turn = self._clock.monotonic() + _TURN_SECONDS
         return turn if self._until is None else min(self._until, turn)
 
@@ -97,8 +98,13 @@ class Goodbye:
         return (self._expected or set()) - self._told
 
     def look(self) -> bool:
-        """Note who knows of the end; returns whether nobody is waited for any more."""
+        """Note who knows of the end; returns whether nobody is waited for any more.
+
+        After that it only forgets processes that have fallen silent, as long as other runs keep this server here.
+        """
         self._look_at_peers()
+        if self._over:
+            return True
         self._note()
         now, patience = self._clock.monotonic(), self.patience
         if self._until is None:
@@ -110,13 +116,12 @@ class Goodbye:
             self._expected = patience.expected()
             self._until = now + patience.linger
             over = patience.hurried() or patience.linger <= 0
-        return over or not self.untold
+        self._over = over or not self.untold
+        return self._over
 
     def handle(self, peer: bytes, message: protocol.FromSite) -> None:
         """Answer a message."""
-        if isinstance(message, protocol.StatusRequest):
-            self._status(peer)
-        elif isinstance(message, protocol.Leave):
+        if isinstance(message, protocol.Leave):
             known = self._peers.remove(peer)
             if known is not None:
                 self._told.add(known.site)

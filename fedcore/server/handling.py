@@ -64,12 +64,12 @@ class Handling:
 
     def handle(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message that its sender may say."""
-        if self._ending.error is not None:
+        if isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
+            self._reply(peer, message)
+        elif self._ending.error is not None:
             self._handle_given_up(peer, message)
         elif self._ending.goodbye is not None:
             self._ending.goodbye.handle(peer, message)
-        elif isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
-            self._reply(peer, message)
         elif isinstance(message, protocol.Command):
             self._on_command(peer, message)
         elif isinstance(message, protocol.Join):
@@ -81,9 +81,7 @@ class Handling:
 
     def _handle_given_up(self, peer: bytes, message: protocol.FromSite) -> None:
         """Answer a peer of a run that was given up."""
-        if isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
-            self._reply(peer, message)
-        elif isinstance(message, protocol.Command):
+        if isinstance(message, protocol.Command):
             self._run.link.send(peer, protocol.CommandReply(ok=False, message=GIVEN_UP))
         elif isinstance(message, protocol.Join):
             self._run.link.send(peer, protocol.Stopped(message=stopped_by(self._ending.error)))

@@ -262,7 +262,8 @@ class Host:
     def _check_access(self) -> None:
         for name in self._guard.take_out_revoked():
             for run in self.runs:
-                run.forget(name)
+                with self._working_on(run):
+                    run.forget(name)
 
     # --- dispatch ---
 

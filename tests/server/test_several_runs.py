@@ -24,6 +24,7 @@ import pytest
 
 from fedcore import protocol
 from fedcore._core import Collector, CollectorDone, CollectorOptions, SourceRejected
+from fedcore.clock import ManualClock
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, RefusedError, StorageError
 from fedcore.model_file import create_model
@@ -600,6 +601,77 @@ def test_rows_of_one_run_that_cannot_be_written_hold_back_no_answer_of_another(
         assert "disk I/O error" in str(host.runs[0].error)
         assert (host.runs[0].over, host.runs[1].over) == (True, False)
         assert host.runs[1].store.members() == ["c"]
+    finally:
+        host.close()
+
+
+def test_a_run_that_is_over_still_answers_and_wakes_its_server_no_more(tmp_path: Path) -> None:
+    link, clock, waits = Arriving(), ManualClock(), list[float]()
+    configs = [run_file(tmp_path, name) for name in MODELS]
+    host = Host(configs, link=link, clock=clock)  # type: ignore[arg-type]
+    arrive = link.recv
+
+    def step(*messages: Control) -> None:
+        link.waiting += messages
+        host.step()
+
+    def recv(seconds: float) -> Control | None:
+        arrived = arrive(seconds)
+        if arrived is None and seconds:
+            waits.append(seconds)
+            clock.advance(seconds)
+        return arrived
+
+    link.recv = recv
+    try:
+        host.start()
+        one, _ = host.runs
+        one.stop()
+        one.end_if_asked()
+        while not one.over:
+            step()
+        waits.clear()
+        for _ in range(10):
+            step()
+        assert len(waits) == 10
+        assert min(waits) > 0.4  # as often as without it
+        joins = protocol.Join(version="0", site="a", run="one", instance="0" * 32)
+        asks = [
+            protocol.StatusRequest(),
+            protocol.MetricsRequest(),
+            protocol.Command(action="stop"),
+        ]
+        asks = [ask.model_copy(update={"run_id": one.store.run_id}) for ask in asks]
+        step(says("a", joins), *(says("v", ask) for ask in asks))
+        assert [type(message) for _, message in link.sent[-4:]] == [
+            protocol.Finish, protocol.StatusReply, protocol.MetricsReply, protocol.CommandReply
+        ]  # fmt: skip
+        for _ in range(200):  # nothing is heard of the site any more
+            step()
+        assert not len(one.peers)
+        assert min(waits[-10:]) > 0.4
+    finally:
+        host.close()
+
+
+def test_a_key_that_is_revoked_does_not_end_a_server_one_of_whose_runs_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Arriving()
+    host = Host([run_file(tmp_path, name) for name in MODELS], link=link)  # type: ignore[arg-type]
+    try:
+        host.start()
+        one, two = host.runs
+        declares = protocol.Declare(tensors=[("w", "F32", [4])], run_id=one.store.run_id)
+        joins = protocol.Join(version="0", site="b", run="one", instance="0" * 32)
+        link.waiting = [says("b", joins), says("b", declares)]
+        host.step()
+        one.store._journal.db = Failing(one.store._journal.db)  # type: ignore[assignment]
+        monkeypatch.setattr(host._guard, "take_out_revoked", lambda: ["b"])
+        host.step()
+        assert "disk I/O error" in str(one.error)
+        host.step()
+        assert (one.over, two.over) == (True, False)
     finally:
         host.close()
 
