@@ -73,7 +73,10 @@ class Clip : public Stage {
     if (found <= norm_ * kRounding) {
       return nullptr;
     }
-    const double factor = attempts_ < kAttempts ? factor_ * (norm_ * kAim / found) : 0.0;
+    // Where differences are few steps of the dtype, a smaller factor may round to the same values. So
+    // each attempt goes further than the norm alone asks for: 1/128 at first, half in the end.
+    const double further = 1 - std::ldexp(1.0, attempts_ - kAttempts);
+    const double factor = attempts_ < kAttempts ? factor_ * further * (norm_ * kAim / found) : 0.0;
     return std::make_shared<Clip>(norm_, factor, attempts_ + 1);
   }
 

@@ -140,6 +140,23 @@ def test_rounding_to_the_dtype_of_the_model_does_not_break_the_norm() -> None:
     assert norm(got.view(np.float32) - base) <= most
 
 
+def test_an_update_of_few_steps_of_its_dtype_is_shortened_and_not_lost() -> None:
+    """Most values of a bf16 model change by a step or two; a little less rounds to the same values."""
+    words = [((array.view(np.uint32) + 0x8000) >> 16).astype(np.uint16) for array in
+             (BASE, BASE + numbers(1, 1e-4))]  # fmt: skip
+    base, values = ((array.astype(np.uint32) << 16).view(np.float32) for array in words)
+    files = [MappedFile.anonymous(2 * COUNT) for _ in words]
+    for file, array in zip(files, words, strict=True):
+        file.write(0, array)
+    most = 0.98 * norm(values - base)
+    for encoding in ("raw", "int8", "nf4"):
+        encoder = UpdateEncoder(
+            Layout([("w", "BF16", [COUNT])], 1 << 16), encoding, stages=[("clip", {"norm": most})]
+        )
+        update = encoder.encode(1, files[1], 0, files[0], 0)
+        assert 0.9 * most < update.decoded[0] <= most
+
+
 def test_the_residual_does_not_bring_back_what_a_clip_took_away() -> None:
     files: dict[str, MappedFile] = {}
 
