@@ -176,7 +176,8 @@ class Acting:
             logger.warning("the GPU failed; the CPU goes on with the same bits: %s", failure)
         self.ask_gates(action.version)
         self.do(self._run.rounds.committed(action.version, self._run.clock.monotonic()))
-        if self._ending.result is None:  # after the tasks: reading a large model takes seconds
+        if self._ending.result is None:
+            self._run.store.settle()  # the tasks leave first: reading a large model takes seconds
             self._export_best()
             self._run.outcome.prune()
 

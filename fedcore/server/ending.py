@@ -70,6 +70,7 @@ class Ending:
     def end(self, ending: How, message: str) -> None:
         """End the run: write what it leaves behind, and tell the sites."""
         requests = self.requests
+        self._run.store.settle()  # before folders and a summary that follow from its rows
         self._run.collecting.close()
         best = self._run.outcome.best
         self.result = result = self._run.outcome.conclude(ending, message)

@@ -115,6 +115,9 @@ class Host:
                 self.link, number, access, self._replies, self._guard, share.budget.chunks, device, clock, timing
             )  # fmt: skip
             self.runs.append(Run(share.config, share.store, around))
+        self._several = (
+            len(configs) > 1
+        )  # also where one of them goes on alone: its name is no other's business
         served = {run.config.run.name for run in self.runs}
         self._finished = [c.run.name for c in configs if c.run.name not in served]
         self._interrupted = False
@@ -221,30 +224,32 @@ class Host:
             with self._working_on(run):
                 run.pass_time()
 
-    def _take_together(self, arrived: Control | DataEvent) -> None:
-        """Handle what has arrived, and the messages that wait behind it.
+    def _take_together(self, arrived: Control | DataEvent) -> int:
+        """Handle what has arrived, and the messages that wait behind it; returns how many it were.
 
-        Their rows in the journals are one transaction, and their answers leave after it.
+        Their rows in the journals are one transaction, and their answers leave after it. An event of the data
+        plane is handled after that, as it may take long: a commit may follow.
         """
+        following: Control | DataEvent | None = arrived
+        taken = 0
         with self._group():
-            self._take(arrived)
-            for _ in range(_MOST_TOGETHER - 1):
-                if not isinstance(arrived, Control) or all(run.over for run in self.runs):
-                    return
-                following = self.link.recv(0.0)
-                if following is None:
-                    return
-                arrived = following
-                self._take(arrived)
+            while isinstance(following, Control) and taken < _MOST_TOGETHER:
+                self._take(following)
+                taken += 1
+                following = None if all(run.over for run in self.runs) else self.link.recv(0.0)
+        if following is not None:
+            self._take(following)
+            taken += 1
+        return taken
 
     def _take_what_waits(self) -> None:
         """Let what came by the deadline count, though other messages were read first."""
-        with self._group():
-            for _ in range(_MOST_AT_ONCE):
-                arrived = self.link.recv(0.0)
-                if arrived is None or all(run.over for run in self.runs):
-                    return
-                self._take(arrived)
+        taken = 0
+        while taken < _MOST_AT_ONCE and not all(run.over for run in self.runs):
+            arrived = self.link.recv(0.0)
+            if arrived is None:
+                return
+            taken += self._take_together(arrived)
 
     @contextlib.contextmanager
     def _group(self) -> Iterator[None]:
@@ -314,10 +319,10 @@ class Host:
 
     def _run_of(self, peer: bytes, message: protocol.FromSite) -> Run | None:
         """Return the run that a message is for; None if its sender belongs to none that it may mean."""
+        if isinstance(message, protocol.Join) and self._several:
+            return next((run for run in self.runs if run.may_join(message)), None)
         if len(self.runs) == 1:
             return self.runs[0]
-        if isinstance(message, protocol.Join):
-            return next((run for run in self.runs if run.may_join(message)), None)
         folder = self._access.folder_of(peer)
         if folder is not None:  # the key that lies in a run folder is for that run
             return next((run for run in self.runs if run.store.folder == folder), None)

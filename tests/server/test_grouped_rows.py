@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from fedcore import protocol
 from fedcore.config import parse_run
 from fedcore.errors import StorageError
 from fedcore.outlet import Outlet
+from fedcore.server.outcome import Outcome
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 
 from ..support.arriving import Arriving, says
+from ..support.runs import run, run_config, site
 
 
 class Way:
@@ -113,10 +116,34 @@ def test_nothing_follows_from_rows_that_cannot_be_written(store: Store, way: Way
         way.outlet.put("joined a")
     store._journal.db = db
     assert (way.left, way.on_disk()) == ([], [])
-    with pytest.raises(StorageError, match="start the server again"):
+    with pytest.raises(StorageError, match="disk I/O error; .*start the server again"):
         store.allow_round(1)
     way.outlet.put("stopped")
     assert way.left == [("stopped", [])]
+
+
+def test_a_server_whose_disk_is_full_within_a_group_says_that_it_is(tmp_path: Path) -> None:
+    link, sites = Arriving(), [f"s{number}".ljust(60, "x") for number in range(100)]
+    config = {
+        "run": {"name": "t", "rounds": 1},
+        "participants": {"sites": sites},
+        "server": {"insecure": True},
+    }
+    server = Server(parse_run(config, folder=tmp_path), link=link)  # type: ignore[arg-type]
+    try:
+        server.start()
+        db = server.runs[0].store._journal.db
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages + 1}")
+        link.waiting = [
+            says(site, protocol.Join(version="0", site=site, instance=uuid.uuid4().hex))
+            for site in sites
+        ]
+        with pytest.raises(StorageError, match="full"):
+            server.step()
+        assert link.sent == []
+    finally:
+        server.close()
 
 
 def test_the_answers_to_many_messages_wait_for_one_transaction(tmp_path: Path) -> None:
@@ -144,3 +171,32 @@ def test_the_answers_to_many_messages_wait_for_one_transaction(tmp_path: Path) -
     assert [type(message) for _, message in link.sent] == [protocol.Welcome] * len(sites)
     assert store.members() == sites
     server.close()
+
+
+def test_a_run_ends_after_all_scores_are_on_disk_and_tasks_leave_before_the_best_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path, sites=["a", "b"], sample=2)
+    server = Server(config)
+    held: list[int] = []
+    on_disk: list[tuple[str]] = []
+    sent = server.runs[0].peers._link.outlet
+    export, conclude = Outcome.export_best, Outcome.conclude
+
+    def watched_export(outcome: Outcome) -> int | None:
+        held.append(sent._holders)
+        return export(outcome)
+
+    def watched_conclude(outcome: Outcome, *how: Any) -> Any:
+        with closing(sqlite3.connect(config.run_folder / "run.sqlite")) as db:
+            rows = db.execute("SELECT site FROM scores WHERE version = 3 ORDER BY site")
+            on_disk.extend(rows.fetchall())
+        return conclude(outcome, *how)
+
+    monkeypatch.setattr(Outcome, "export_best", watched_export)
+    monkeypatch.setattr(Outcome, "conclude", watched_conclude)
+    at = server.endpoint
+    result, _ = run(server, lambda: site(at, "a", 1), lambda: site(at, "b", 3))
+    assert result.ok
+    assert held == [0] * 4
+    assert on_disk == [("a",), ("b",)]

@@ -375,6 +375,10 @@ def test_a_finished_run_is_left_out_where_others_go_on(tmp_path: Path) -> None:
         assert ended.result(DEADLINE)[0].ok
     with serving(one, two) as (host, pool, ended):
         assert [run.config.run.name for run in host.runs] == ["two"]
+        with closing(SiteLink(host.endpoint, uuid.uuid4().bytes)) as link:
+            peer = Peer(link)
+            peer.send(protocol.Join(version="0", site="a", run="one", instance="0" * 32))
+            assert peer.await_message(protocol.Refused).message == _WHICH_RUN
         for name in two.participants.sites:
             pool.submit(site, host.endpoint, "two", name)
         assert [result.ok for result in ended.result(DEADLINE)] == [True]

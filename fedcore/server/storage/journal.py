@@ -105,7 +105,7 @@ class Journal:
         self._run_id: str | None = None
         self._grouping = False
         self._waits = False  # rows that are not on the device
-        self._lost = False
+        self._lost = ""  # why rows that others were decided by will never be on the device
         self.new = not holds_something(path)
         try:
             self.db = self._connect()
@@ -241,12 +241,12 @@ class Journal:
             try:
                 yield
                 self.db.execute("RELEASE one")
-            except BaseException:
+            except BaseException as error:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK TO one")
                     self.db.execute("RELEASE one")
                 else:  # SQLite itself rolls back where the disk is full, and with it the rows before
-                    self._lose_what_waits()
+                    self._lose_what_waits(error)
                 raise
 
     def _begin_waiting(self) -> None:
@@ -275,17 +275,17 @@ class Journal:
                     self.db.in_transaction
                 ):  # not where an interrupt came between the commit and here
                     self._patiently(lambda: self.db.execute("COMMIT"))
-            except Exception:
+            except Exception as error:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
-                self._lose_what_waits()
+                self._lose_what_waits(error)
                 raise
         self._waits = False
         for outlet in self.outlets:
             outlet.release()
 
-    def _lose_what_waits(self) -> None:
-        self._waits, self._lost = False, True
+    def _lose_what_waits(self, error: BaseException) -> None:
+        self._waits, self._lost = False, str(error) or type(error).__name__
         for outlet in self.outlets:
             outlet.discard()
 
@@ -293,7 +293,7 @@ class Journal:
         """Write nothing after rows were lost that others may have been decided by."""
         if self._lost:
             raise StorageError(
-                f"cannot write {self.path}: rows of it are lost; start the server again"
+                f"cannot write {self.path}: {self._lost}; rows of it are lost: start the server again"
             )
 
     def try_transaction(self, act: Callable[[], None]) -> bool:

@@ -189,6 +189,10 @@ class Store(SiteRows, Decisions):
         """Have the rows of many messages reach the device together; see `Journal.group`."""
         return self._journal.group()
 
+    def settle(self) -> None:
+        """Have all rows on the device that wait in a group; see `Journal.settle`."""
+        self._journal.settle()
+
     # --- versions ---
 
     @property
