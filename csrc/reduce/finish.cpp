@@ -199,18 +199,18 @@ const MappedFile* Finisher::changed(Range range) const {
   const std::vector<Stretch> parts = stretches(range);
   for (std::size_t s = 0; s < before_.size(); ++s) {
     const StatePlace& before = before_[s];
-    std::uint64_t seen = 0;  // chunks before it were looked at
+    std::uint64_t last = kNowhere;  // the chunk that was looked at last
     for (const Range& in : ranges(parts, s)) {
       const auto [first, end] = chunks_of(s, in);
-      for (std::uint64_t index = std::max(seen, first); index < end && !before.crcs.empty();
-           ++index) {
+      for (std::uint64_t index = first + (first == last ? 1 : 0);
+           index < end && !before.crcs.empty(); ++index) {
         const Range chunk = states_[s].layout->chunk_range(index);
         const std::uint8_t* const bytes = before.file->data() + before.offset + chunk.offset;
         if (crc32c(bytes, chunk.nbytes) != before.crcs[static_cast<std::size_t>(index)]) {
           return before.file.get();
         }
       }
-      seen = std::max(seen, end);
+      last = end - 1;
     }
   }
   return nullptr;

@@ -143,7 +143,8 @@ class Finisher {
   std::vector<Stretch> stretches(Range range) const;
   // The chunks of a state that hold a part of such ranges of it: the first, and the one behind.
   std::pair<std::uint64_t, std::uint64_t> chunks_of(std::size_t s, Range in) const noexcept;
-  // Where they lie in a state, in order; neighbours are merged.
+  // Where they lie in a state, one after the other as in the model; neighbours are merged. Tensors of
+  // several dtypes have another order in a state.
   std::vector<Range> ranges(const std::vector<Stretch>& stretches, std::size_t s) const;
   std::uint64_t state_bytes(Range range) const;
 

@@ -32,7 +32,8 @@ from fedcore.server.storage.scratch import Scratch
 from ..support.python_rules import Median, named
 
 CHUNK = 4096
-LAYOUT = Layout([("h", "BF16", [9_001]), ("n", "I32", [40]), ("w", "F32", [20_001])], CHUNK)
+# The chunk in which `w` ends and `h` begins is the only one that reads the first chunk of a state.
+LAYOUT = Layout([("h", "BF16", [9_001]), ("n", "I32", [40]), ("w", "F32", [19_901])], CHUNK)
 OPTIONS = {"learning_rate": 0.1, "momentum": 0.9}
 WEIGHTS = {"a": 3, "b": 5, "c": 7, "d": 1, "e": 2}
 STATES = ("momentum", "master")
@@ -41,7 +42,7 @@ Files = dict[str, bytes]
 
 def model_of(seed: int) -> ModelFile:
     dice, file = np.random.default_rng(seed), create_model(None, LAYOUT)
-    file.view("w")[:] = dice.standard_normal(20_001).astype(np.float32).tobytes()
+    file.view("w")[:] = dice.standard_normal(19_901).astype(np.float32).tobytes()
     halves = dice.standard_normal(9_001).astype(np.float32).view(np.uint32) >> 16
     file.view("h")[:] = halves.astype(np.uint16).tobytes()
     return file
@@ -279,23 +280,23 @@ def test_chunks_that_a_power_cut_took_out_of_a_state_are_reduced_again(
 
 
 @pytest.mark.parametrize("options", [{}, {"threads": 3}, {"memory": 1}], ids=str)
-@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize(("name", "at"), [(STATES[0], 0), (STATES[0], -1), (STATES[1], -1)])
 def test_a_state_that_changes_for_a_while_is_found_when_its_chunk_is_read(
-    tmp_path: Path, options: dict[str, Any], name: str
+    tmp_path: Path, options: dict[str, Any], name: str, at: int
 ) -> None:
     states = states_before(tmp_path)
     server = Server(tmp_path / "run", "abcde", states=states, **options).start()
     server.run(None, 40)
     state = states[name]
-    last = state.data_offset + state.layout.total_bytes - 1
-    kept = bytes(state.file.view(last, 1))
-    state.file.write(last, bytes([kept[0] ^ 1]))
+    place = state.data_offset + at % state.layout.total_bytes
+    kept = bytes(state.file.view(place, 1))
+    state.file.write(place, bytes([kept[0] ^ 1]))
     server.run()
     assert not server.running.collector.done
     event = server.exchange.next_event()
     assert isinstance(event, SetDamaged)
     assert event.message == f"{tmp_path / f'old-{name}'} has changed since it was committed"
-    state.file.write(last, kept)  # undone before anybody looks again
+    state.file.write(place, kept)  # undone before anybody looks again
     server = Server(server.killed(), "abcde", states=states, **options).start()
     assert 0 < server.running.collector.progress()[0] < LAYOUT.chunk_count
     assert server.run().result() == expected("abcde")
