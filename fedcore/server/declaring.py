@@ -10,8 +10,8 @@ from fedcore import protocol
 from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, LayoutError, StorageError
 from fedcore.files.opening import CARD
-from fedcore.layout import compare_layouts, layout_hash, table
-from fedcore.roles import Buffers, buffers_of
+from fedcore.layout import FLOATS, compare_layouts, layout_hash, table
+from fedcore.roles import buffers_of
 from fedcore.server.storage.store import Store
 from fedcore.words import plural
 
@@ -127,7 +127,7 @@ class Declaring:
         """Return what is unlike other sites and the run, and may be; None if the site was put out."""
         try:
             found = self._agreement.compare(site, declare)
-            refusal = found.refusal or self._unlike_roles(site, buffers_of(declare), found)
+            refusal = found.refusal or self._wrong_roles(site, declare, found)
         except LayoutError as error:
             self._put_out(peer, site, "layout", str(error))
             return None
@@ -136,14 +136,22 @@ class Declaring:
             return None
         return found
 
-    def _unlike_roles(self, site: str, buffers: Buffers, found: Found) -> str | None:
-        """Say how a site's roles differ from the run's; where the run has none, warn of what that means."""
-        roles = self._versions.roles
+    def _wrong_roles(self, site: str, declare: protocol.Declare, found: Found) -> str | None:
+        """Say what is wrong with a site's roles; where the run has none, warn of what that means."""
+        roles, optimizer = self._versions.roles, self._versions.optimizer
+        buffers = buffers_of(declare)
         unlike = roles.unlike(buffers, f"site {site!r}")
         if unlike is not None:
             return f"the roles of tensors differ: {unlike}; give all sites the same model"
-        late = self._versions.optimizer.acts_on(buffers or ())
-        if late and roles.settled:
+        late = optimizer.acts_on(buffers or ())
+        if late and not roles.settled:
+            floats = [name for name, dtype, _ in declare.tensors if dtype in FLOATS]
+            if len(late) == len(optimizer.acts_on(floats)):
+                return (
+                    f"site {site!r} says that all tensors on which the server optimizer would act are buffers, "
+                    f"such as {late[0]!r}; take its section out of the run file, or train a model with parameters"
+                )
+        if late and roles.settled and roles.buffers is None:
             found.warnings.append(
                 f"{plural(len(late), 'buffer')} of the model, such as {late[0]!r}, are parameters to the server "
                 "optimizer: no site had said the roles of tensors when the run began"

@@ -196,6 +196,25 @@ def test_a_run_that_began_without_roles_goes_on_without_and_says_so(
     )
 
 
+def test_a_site_that_comes_back_to_a_run_with_its_roles_is_not_warned(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(config(tmp_path, 1), {"h": "buffer"})
+    assert train(config(tmp_path, 2), {"h": "buffer"})
+    assert committed(tmp_path, 2) == as_bytes(reference(2, plain="h"))
+    assert "are parameters to the server optimizer" not in caplog.text
+
+
+def test_a_site_that_leaves_a_server_optimizer_no_parameter_is_refused(tmp_path: Path) -> None:
+    server = Server(config(tmp_path, 1))
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.run)
+        with pytest.raises(RefusedError, match="'a' says that all tensors .* are buffers"):
+            site(server.endpoint, "a", idle_timeout=10, roles=dict.fromkeys(DTYPES, "buffer"))
+        server.stop()
+        running.result(20)
+
+
 def test_a_site_whose_roles_are_not_the_runs_is_refused(tmp_path: Path) -> None:
     assert train(config(tmp_path, 1), {"h": "buffer"})
     store = Store(tmp_path / "runs/t", None)
