@@ -119,10 +119,10 @@ class Outgoing:
             return EncodedUpdate.raw(file, checksums)
         if encoding != "raw":
             self._work.record_residual(self._layout, encoder.state)
-        if self._clip is not None and update.found[0] > self._clip:
+        if self._clip is not None and update.found[-1] > self._clip:
             logger.info(
                 "%s: the update of round %d had a norm of %.6g; it was scaled, and %.6g leaves (FEDCORE_CLIP)",
-                self._site, round_, update.found[0], update.decoded[0],
+                self._site, round_, update.found[-1], update.decoded[-1],
             )  # fmt: skip
         return update
 

@@ -187,7 +187,7 @@ def test_of_a_first_pass_that_fails_the_first_element_is_named() -> None:
         encoder.encode(1, in_memory(values), 0, in_memory(BASE), 0)
 
 
-@pytest.mark.parametrize(("stages", "why"), [([("lift", {"most": 1.0})], "expected one of clip, limit"),
+@pytest.mark.parametrize(("stages", "why"), [([("lift", {"most": 1.0})], r"expected one of .*limit"),
                                              ([("limit", {"most": 0.0})], "limit is 0.0"),
                                              ([("limit", {"most": float("nan")})], "limit is nan"),
                                              ([("clip", {"norm": -1.0})], "norm of clip is -1.0"),
