@@ -337,7 +337,8 @@ class Host:
         other = self._guard.run_of(peer)
         if other is not None and other is not joined:
             with self._working_on(other):
-                other.end_part(peer, "it joins another run")
+                other.end_part(peer, "it joins another run", "left")
+                other.store.settle()  # what waits for this peer leaves before the other run's answer
 
     @contextlib.contextmanager
     def _working_on(self, run: Run) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Literal
 
 from fedcore import protocol
 from fedcore.config import RunConfig
@@ -178,10 +179,12 @@ class Run:
         """Compare nobody with a site any more: its key was revoked."""
         self._parts.declaring.forget(site)
 
-    def end_part(self, peer: bytes, reason: str) -> None:
+    def end_part(
+        self, peer: bytes, reason: str, how: Literal["left", "removed"] = "removed"
+    ) -> None:
         """End the part of a site's process in the run."""
         if self.ending.goodbye is None and self.ending.error is None:
-            self.attendance.lose(peer, reason, "removed")
+            self.attendance.lose(peer, reason, how)
         else:
             self.peers.remove(peer)
 

@@ -658,6 +658,26 @@ def test_a_run_that_is_over_still_answers_and_wakes_its_server_no_more(tmp_path:
         host.close()
 
 
+def test_a_site_that_changes_its_run_gets_the_answers_in_order_and_the_log_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedcore.server")
+    link = Arriving()
+    host = Host([run_file(tmp_path, name) for name in MODELS], link=link)  # type: ignore[arg-type]
+    try:
+        host.start()
+        link.waiting = [
+            says("b", protocol.Join(version="0", site="b", run=name, instance="0" * 32))
+            for name in ("one", "two", "one")
+        ]
+        host.step()
+        welcomes = [message.run for _, message in link.sent]  # type: ignore[union-attr]
+        assert welcomes == ["one", "two", "one"]
+        assert caplog.messages.count("b left: it joins another run") == 2
+    finally:
+        host.close()
+
+
 def test_a_key_that_is_revoked_does_not_end_a_server_one_of_whose_runs_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
