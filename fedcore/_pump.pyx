@@ -88,6 +88,7 @@ cdef enum:
     ZMQ_POLLIN = 1
     ZMQ_DONTWAIT = 1
     ZMQ_SNDMORE = 2
+    ZMQ_LINGER = 17
     ZMQ_IPV6 = 42
     IPPROTO_TCP = 6
     TCP_INFO = 11  # of Linux
@@ -134,6 +135,7 @@ cdef struct Zmq:
     int (*connect)(void*, const char*) noexcept nogil
     int (*disconnect)(void*, const char*) noexcept nogil
     int (*setsockopt)(void*, int, const void*, size_t) noexcept nogil
+    int (*getsockopt)(void*, int, void*, size_t*) noexcept nogil
     int (*zmq_errno)() noexcept nogil
 
 cdef Zmq z
@@ -173,6 +175,8 @@ cdef _load():
     z.disconnect = <int (*)(void*, const char*) noexcept nogil> _symbol(library, b"zmq_disconnect")
     z.setsockopt = <int (*)(void*, int, const void*, size_t) noexcept nogil> _symbol(
         library, b"zmq_setsockopt")
+    z.getsockopt = <int (*)(void*, int, void*, size_t*) noexcept nogil> _symbol(
+        library, b"zmq_getsockopt")
     z.zmq_errno = <int (*)() noexcept nogil> _symbol(library, b"zmq_errno")
 
 
@@ -300,10 +304,20 @@ cdef void _note(Notes notes, Msg* header, int verdict) noexcept nogil:
 
 
 cdef void _dial(void* net, Dial* dial, const char* endpoint, size_t size, FcSink* sink) noexcept nogil:
-    """Let go of the connection, if there is one, and connect to ``endpoint``, whose address is a number."""
+    """Let go of the connection, if there is one, and connect to ``endpoint``, whose address is a number.
+
+    What waits for the old connection is dropped. libzmq would go on dialling to send it, and where both connections
+    came up, the server might keep the old one: of two with one id it hears the later one, and never closes the other.
+    """
     cdef int v6
+    cdef int linger = 0
+    cdef int none = 0
+    cdef size_t size_of = sizeof(linger)
     if dial.endpoint[0] != 0:
+        z.getsockopt(net, ZMQ_LINGER, &linger, &size_of)
+        z.setsockopt(net, ZMQ_LINGER, &none, sizeof(none))
         z.disconnect(net, dial.endpoint)
+        z.setsockopt(net, ZMQ_LINGER, &linger, sizeof(linger))
     if endpoint != dial.endpoint:
         size = min(size, <size_t> (MAX_ENDPOINT - 1))
         memcpy(dial.endpoint, endpoint, size)

@@ -351,7 +351,7 @@ void bind_exchange(py::module_& m) {
       .def("dialled", &Exchange::dialled, py::arg("now_ms"),
            "Note that peer b'' is dialled anew: what was asked for is asked for again.")
       .def("reconnected", &Exchange::reconnected, py::arg("now_ms"),
-           "Note that the socket has connected to peer b'' again by itself.")
+           "Note that the socket has connected to peer b'' again, or goes on dialling it.")
       .def("sent", &Exchange::sent, py::arg("size"), py::arg("now_ms"),
            "Note a control message that was sent to peer b''.")
       .def("moved", &Exchange::moved, py::arg("received"), py::arg("acked"), py::arg("now_ms"),

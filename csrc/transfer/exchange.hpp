@@ -186,7 +186,7 @@ class Exchange {
   bool silent(std::int64_t now_ms) const;
   // The pump dials anew: what was asked for is asked for again.
   void dialled(std::int64_t now_ms);
-  // The pump's socket has connected again by itself.
+  // The pump's socket has connected again by itself, or goes on dialling.
   void reconnected(std::int64_t now_ms);
   // The pump has sent a control message, or looked at what has moved; see Silence.
   void sent(std::uint64_t bytes, std::int64_t now_ms);

@@ -165,6 +165,7 @@ class Dialler:
         monitor: where libzmq tells of the connection; the dialler's own.
         dial: called with each endpoint to dial in place of the last one.
         connected: called each time that a handshake has succeeded.
+        retried: called each time that libzmq dials again by itself: a connection has ended, or an attempt failed.
         changed: called when one of the attributes below has changed.
         secure: whether the link is encrypted.
 
@@ -181,6 +182,7 @@ class Dialler:
         *,
         dial: Callable[[str], None],
         connected: Callable[[], None],
+        retried: Callable[[], None],
         changed: Callable[[], None],
         secure: bool,
     ) -> None:
@@ -189,6 +191,7 @@ class Dialler:
         self._server = server
         self._monitor = monitor
         self._dial, self._connected, self._changed = dial, connected, changed
+        self._retried = retried
         self._secure = secure
         self._route = Route()
         self._endpoint = self._left = ""
@@ -269,6 +272,7 @@ class Dialler:
             return
         if event in (zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_DISCONNECTED):
             self.up = False
+            self._retried()
             if event == zmq.EVENT_CONNECT_RETRIED:
                 self._go(self._route.failed(time.monotonic()))
                 self._name_addresses()

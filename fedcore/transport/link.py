@@ -453,6 +453,8 @@ class SiteLink(_Link):
             events,
             dial=lambda endpoint: self._command([b"D", endpoint.encode()]),
             connected=self._on_connected,
+            # What libzmq dials by itself may be about to come up: it is not let go of for the silence before.
+            retried=lambda: self.exchange.reconnected(now_ms()),
             changed=self._on_changed,
             secure=self._secure,
         )

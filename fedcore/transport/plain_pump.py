@@ -91,10 +91,16 @@ class _Dial:
     looked_ms: int = 0
 
     def go(self, net: zmq.Socket[bytes], endpoint: str, exchange: Exchange) -> None:
-        """Let go of the connection, if there is one, and connect to ``endpoint``, whose address is a number."""
+        """Let go of the connection, if there is one, and connect to ``endpoint``, whose address is a number.
+
+        What waits for the old connection is dropped: libzmq would go on dialling to send it, see ``_pump.pyx``.
+        """
         if self.endpoint:
+            linger = net.getsockopt(zmq.LINGER)
+            net.setsockopt(zmq.LINGER, 0)
             with contextlib.suppress(zmq.ZMQError):
                 net.disconnect(self.endpoint)
+            net.setsockopt(zmq.LINGER, linger)
         self.endpoint, self.number = endpoint, -1
         net.setsockopt(zmq.IPV6, int("[" in endpoint))
         with contextlib.suppress(zmq.ZMQError):

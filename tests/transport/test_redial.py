@@ -19,7 +19,7 @@ from fedcore.site.settings import SiteSettings
 from fedcore.transport import dialling
 from fedcore.transport import link as transport
 from fedcore.transport.dialling import Route, Server
-from fedcore.transport.link import Control, ServerLink, SiteLink
+from fedcore.transport.link import Control, ServerLink, SiteLink, now_ms
 
 from ..support.relay import Relay
 
@@ -104,6 +104,29 @@ def test_a_link_whose_packets_vanish_is_dialled_again(pump: str, brisk: None) ->
         site.send(protocol.Problem(message="back"))
         assert b"back" in heard(server).body
         assert relay.dials >= 2
+
+
+def test_a_connection_that_was_let_go_does_not_come_up_later(pump: str, brisk: None) -> None:
+    with closing(ServerLink("tcp://127.0.0.1:0")) as probe:
+        address = probe.endpoint
+    with linked(address) as site:
+        site.send(protocol.Alive())  # waits for the first connection
+        site._command([b"D", address.encode()])
+        with closing(ServerLink(address)) as server:
+            site.send(protocol.Problem(message="over the second"))
+            assert b"over the second" in heard(server).body
+            pings = 15  # for longer than what waits at its end has to leave
+            until(lambda: site.exchange.stats()["bytes_in"] > pings * protocol.HEADER_BYTES, site)
+            assert site.connections == 1
+
+
+def test_a_connection_that_is_coming_up_is_not_let_go_for_silence(pump: str) -> None:
+    first = ServerLink("tcp://127.0.0.1:0")
+    with linked(first.endpoint) as site:
+        until(lambda: site.exchange.last_heard(b"") is not None, site)
+        first.close()
+        until(lambda: not site._dialler.up, site)
+        assert not site.exchange.silent(now_ms() + 10 * transport.HEARTBEAT_MS)
 
 
 def test_a_link_that_is_answered_is_left_alone(pump: str, monkeypatch: pytest.MonkeyPatch) -> None:
