@@ -122,6 +122,19 @@ def test_nothing_follows_from_rows_that_cannot_be_written(store: Store, way: Way
     assert way.left == [("stopped", [])]
 
 
+def test_what_leaves_by_one_way_leaves_also_where_another_fails(store: Store, way: Way) -> None:
+    def fail(_: str) -> None:
+        raise OverflowError
+
+    failing = Outlet(fail)
+    store.hold_back(failing, way.outlet)
+    with pytest.raises(OverflowError), store.group():  # noqa: PT012
+        store.add_member("a")
+        failing.put("a message that is too large")
+        way.outlet.put("an event")
+    assert way.left == [("an event", ["a"])]
+
+
 def test_a_server_whose_disk_is_full_within_a_group_says_that_it_is(tmp_path: Path) -> None:
     link, sites = Arriving(), [f"s{number}".ljust(60, "x") for number in range(100)]
     config = {

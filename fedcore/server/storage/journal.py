@@ -281,8 +281,9 @@ class Journal:
                 self._lose_what_waits(error)
                 raise
         self._waits = False
-        for outlet in self.outlets:
-            outlet.release()
+        with contextlib.ExitStack() as ended:  # each one, also where what leaves by another fails
+            for outlet in reversed(self.outlets):
+                ended.callback(outlet.release)
 
     def _lose_what_waits(self, error: BaseException) -> None:
         self._waits, self._lost = False, str(error) or type(error).__name__
