@@ -249,7 +249,7 @@ class Session:
             task = self._waits.next_task()
             self.took_part = True
             if task.kind == "initial":
-                self._updates.publish(layout, read, 0)
+                self._updates.publish(layout, read, 0, initial=True)
                 self._end(task.kind, task.round)
                 continue
             file = self._updates.folder().scratch(layout)

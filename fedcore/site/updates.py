@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from fedcore import protocol
 from fedcore._core import Layout
 from fedcore.encoding import EncodedUpdate
+from fedcore.errors import ProtocolError
 from fedcore.layout import layout_hash
 from fedcore.model_file import ModelFile, Reader
 
@@ -41,6 +42,7 @@ class Updates:
         self._outgoing: Outgoing | None = None
         self._looked = False
         self._base = ""
+        self._trains = False  # this process was asked to train
 
     def folder(self) -> WorkFolder:
         """Return the work folder, which is taken on the first call."""
@@ -65,7 +67,7 @@ class Updates:
         Raises:
             StorageError: neither the work folder nor memory has room for it; what is needed is named.
         """
-        self._base = base
+        self._base, self._trains = base, True
         self.folder().reserve(layout)
         self._made(layout).prepare(self._machine.included)
 
@@ -78,35 +80,45 @@ class Updates:
         weight: int = 1,
         metrics: Mapping[str, float] | None = None,
         score: protocol.Score | None = None,
+        initial: bool = False,
     ) -> None:
         """Publish this site's values in place of what it had published.
 
         Args:
             layout: of the tensors, each of which ``read`` gives the bytes of.
             read: called for one tensor after the other, before this returns.
-            round_: whose update it is; 0 for the initial model.
+            round_: whose update it is.
             weight, metrics: what `protocol.Ready` says of it.
             score: what this site said of the global model before; it is kept with the update.
+            initial: they are no update but the run's first model, which has no bound.
+
+        Raises:
+            ProtocolError: a first model is asked for after training, and the norm of updates is bounded.
         """
+        if initial and self._trains and self._settings.clip is not None:
+            raise ProtocolError(
+                "the server asks for an initial model after training; what was trained does not leave without the "
+                "bound of FEDCORE_CLIP"
+            )
         self._connection.withdraw()
         file = self.folder().update(layout)
-        update = self._encode(layout, file, file.fill(read), round_)
+        update = self._encode(layout, file, file.fill(read), None if initial else round_)
         ready = protocol.Ready(
             round=round_,
             sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=layout_hash(layout))],
             weight=weight,
             metrics=self._check(metrics or {}, "train_metrics"),
         )
-        if round_:
+        if not initial:
             self.folder().record(ready, update, score, self._base, self._settings.clip)
         self._connection.publish(ready, update)
 
     def _encode(
-        self, layout: Layout, file: ModelFile, checksums: list[int], round_: int
+        self, layout: Layout, file: ModelFile, checksums: list[int], round_: int | None
     ) -> EncodedUpdate:
         """Encode an update as the run wants it: the difference to the global model that this site trained from."""
         outgoing = self._made(layout)
-        if not round_:
+        if round_ is None:
             return outgoing.initial(file, checksums)
         base = self.folder().scratch(layout)
         return outgoing.encode(round_, file, checksums, base, self._machine.included)

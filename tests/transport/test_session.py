@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from fedcore import protocol as p
@@ -83,6 +84,33 @@ def test_the_first_site_publishes_the_initial_model(pump: str) -> None:
         server.say(p.Commit(version=0, included=True, participants=["north"]))
         server.task("train", 1, server.publish(4.5))
         assert begun.result(DEADLINE).kind == "train"
+
+
+def test_no_server_gets_an_update_past_the_bound_under_round_0() -> None:
+    with stage(clip=0.5) as (server, session, call):
+        running = call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.task("submit", 0, server.publish(1))
+        running.result(DEADLINE)
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.accept()
+        begun.result(DEADLINE)
+        session.submit(fill(2), 3, {})
+        change = np.frombuffer(server.pull(server.expect(p.Ready)), np.float32) - np.float64(1)
+        assert 0 < np.linalg.norm(change) <= 0.5
+
+
+def test_no_server_gets_a_trained_model_past_the_bound_as_a_first_one() -> None:
+    with stage(clip=0.5) as (server, session, call):
+        begun_round(server, session, call)
+        session.submit(fill(2), 3, {})
+        server.expect(p.Ready)
+        server.say(p.Task(kind="initial", round=0, rounds=2, version=0))
+        assert call(session.is_running).result(DEADLINE) is True
+        with pytest.raises(ProtocolError, match="initial model after training.*FEDCORE_CLIP"):
+            call(session.begin, SPECS, {}, fill(2)).result(DEADLINE)
+        assert not [m for m in server.heard if isinstance(m, p.Ready)]
 
 
 def test_a_restarted_server_gets_everything_again(pump: str) -> None:
