@@ -59,11 +59,13 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   }
   const std::uint64_t spare = options_.budget_bytes / 8 / part_bytes();
   const std::uint64_t most = std::min(1 + spare, layout_->chunk_count());
-  // A slow rule gets one chunk at a time, from the thread that has the collector.
-  parts_.resize(options_.rule->slow ? 1 : std::clamp<std::uint64_t>(options_.threads, 1, most));
+  // A slow rule gets one chunk at a time, from the thread that has the collector; so does one with views.
+  const bool one = options_.rule->slow || options_.rule->views();
+  parts_.resize(one ? 1 : std::clamp<std::uint64_t>(options_.threads, 1, most));
   while (!options_.rule->traits.folds && parts_.size() > 1 && chunk_room() < expected_) {
     parts_.pop_back();
   }
+  check_base_for_views();
   check_room(expected_);
   workers_ = std::make_unique<Workers>(static_cast<unsigned>(parts_.size()));
   divide_budget();
@@ -75,9 +77,11 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
     : Collector(std::move(layout), sources.size(), std::move(base), std::move(options)) {
   std::vector<std::size_t> order;
   for (Source& source : sources) {
+    check_source(source);
     order.push_back(order.size());
     sources_.push_back(std::move(source));
     pulls_.push_back(std::make_unique<Pull>());
+    pulls_.back()->feed = Feed(layout_->chunk_count());
   }
   check_order(order, out);
   check_states(states);
@@ -99,6 +103,8 @@ std::size_t Collector::add(Source source) {
   }
   check_room(1 + static_cast<std::size_t>(std::count_if(pulls_.begin(), pulls_.end(),
                                                         [](const auto& p) { return p->counts; })));
+  check_source(source);
+  check_views(sources_with(&source));
   std::size_t added = 0;
   while (added < pulls_.size() && pulls_[added]->counts) {
     ++added;
@@ -109,8 +115,11 @@ std::size_t Collector::add(Source source) {
   }
   sources_[added] = std::move(source);
   pulls_[added] = std::make_unique<Pull>();
+  pulls_[added]->feed = Feed(layout_->chunk_count());
   divide_budget();
-  take_spilled(added);
+  if (options_.rule->chunkwise()) {
+    take_spilled(added);
+  }
   return added;
 }
 
@@ -119,7 +128,7 @@ void Collector::check_order(const std::vector<std::size_t>& order, const Place& 
   if (!out.file->writable()) {
     throw Error(Errc::kStorage, "the output " + out.file->path() + " is not writable");
   }
-  std::vector<std::uint64_t> weights;
+  std::vector<double> weights;
   std::set<std::size_t> seen;
   for (const std::size_t k : order) {
     if (k >= sources_.size() || !pulls_[k]->counts || !seen.insert(k).second) {
@@ -128,6 +137,7 @@ void Collector::check_order(const std::vector<std::size_t>& order, const Place& 
     weights.push_back(sources_[k].weight);
   }
   check_weights(*options_.rule, weights);
+  check_views(sources_of(order));
 }
 
 void Collector::check_states(const States& states) const {
@@ -155,6 +165,9 @@ void Collector::close(const std::vector<std::size_t>& order, Place out,
   if (group_ > 0) {
     rewind();
   }
+  for (std::size_t j = 0; j < order_.size() && !options_.rule->chunkwise(); ++j) {
+    take_spilled(order_[j]);
+  }
   if (options_.spill) {
     options_.spill->free_unclaimed();
   }
@@ -172,6 +185,7 @@ void Collector::begin(const std::vector<std::size_t>& order, Place out,
   }
   pass_on_ = options_.rule->traits.copies && !differences() && !options_.finisher;
   use_sources();
+  use_feeds();
   divide_budget();
   if (group_ > 0 && parts_.size() > 1) {  // where sources are folded, one chunk at a time is
     parts_.resize(1);
@@ -188,7 +202,7 @@ void Collector::begin(const std::vector<std::size_t>& order, Place out,
 
 void Collector::use_sources() {
   counted_.clear();
-  std::vector<std::uint64_t> weights;
+  std::vector<double> weights;
   for (const std::size_t k : order_) {
     if (pulls_[k]->counts) {
       pulls_[k]->rank = counted_.size();
@@ -211,17 +225,25 @@ void Collector::use_sources() {
   }
 }
 
+// What is in memory beside chunks of sources and what release_step() says.
+std::uint64_t Collector::beside_bytes() const noexcept {
+  const std::uint64_t base = reads_base() ? layout_->chunk_bytes() : 0;
+  return base + (parts_.size() - 1) * layout_->chunk_bytes() + parts_.size() * state_bytes();
+}
+
 // How many chunks of sources the budget holds.
 std::uint64_t Collector::chunk_room() const noexcept {
-  // Differences are added to pages of the base, which are given back in steps; finishers read it.
-  const bool read = differences() || options_.finisher;
-  const std::uint64_t base = read ? release_step() + layout_->chunk_bytes() : 0;
-  const std::uint64_t beside =
-      base + (parts_.size() - 1) * layout_->chunk_bytes() + parts_.size() * state_bytes();
+  const std::uint64_t beside = beside_bytes() + (reads_base() ? release_step() : 0);
   return (options_.budget_bytes - std::min(options_.budget_bytes, beside)) / layout_->chunk_bytes();
 }
 
 void Collector::check_room(std::size_t sources) const {
+  if (options_.rule->views()) {  // else check_views() knows, once there are sources
+    if (options_.rule->chunkwise()) {
+      check_chunks(chunks_of_entry() * sources, sources);
+    }
+    return;
+  }
   if (!options_.rule->traits.folds && sources > 1 && chunk_room() < sources) {
     throw Error(Errc::kConfig, "the rule '" + std::string(options_.rule->name) +
                                    "' needs a chunk of each of " + std::to_string(sources) +
@@ -238,6 +260,10 @@ void Collector::divide_budget() {
   const std::uint64_t sources = open_ ? std::max<std::uint64_t>({1, expected_, live}) : live;
   const std::uint64_t chunks = chunk_room();
   group_ = 0;
+  if (options_.rule->views()) {
+    divide_views(chunks, sources);
+    return;
+  }
   if (chunks < sources && sources > 1 && options_.rule->traits.folds) {
     const std::uint64_t sums = sum_chunks(*layout_, *options_.rule);
     group_ = chunks > sums ? chunks - sums : 1;
@@ -266,35 +292,42 @@ std::optional<std::size_t> Collector::find(const std::string& peer,
 std::vector<std::uint64_t> Collector::chunks_received() const {
   std::vector<std::uint64_t> counts;
   for (const auto& pull : pulls_) {
-    counts.push_back(
-        std::min(layout_->chunk_count(), pull->received.load(std::memory_order_relaxed)));
+    counts.push_back(std::min(pull->feed.count(), pull->received.load(std::memory_order_relaxed)));
   }
   return counts;
 }
 
 std::optional<std::uint64_t> Collector::position_of(const Pull& pull,
                                                     std::uint64_t index) const noexcept {
-  const std::uint64_t count = layout_->chunk_count();
-  if (index >= count) {
-    return std::nullopt;
+  const auto position = pull.feed.find(index, next_);
+  return position && *position < pull.next ? position : std::nullopt;
+}
+
+// The first position at which a chunk was asked for and is not here.
+std::optional<std::uint64_t> Collector::outstanding(const Pull& pull,
+                                                    std::uint64_t index) const noexcept {
+  auto position = position_of(pull, index);
+  while (position && is_here(pull, *position)) {
+    *position += pull.feed.count();
+    if (*position >= pull.next) {
+      return std::nullopt;
+    }
   }
-  const std::uint64_t position = next_ + (index + count - chunk_of(next_)) % count;
-  return position < pull.next ? std::optional(position) : std::nullopt;
+  return position;
 }
 
 bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& frame,
                          std::int64_t now_ms) {
   Pull& pull = *pulls_[source];
-  const auto position = position_of(pull, header.index);
-  const bool wanted =
-      state_ == State::kActive && is_pulled(pull) && position && !is_here(pull, *position);
+  const auto position = outstanding(pull, header.index);
+  const bool wanted = state_ == State::kActive && is_pulled(pull) && position;
   if (!wanted) {
     return false;
   }
   pull.heard_ms = now_ms;
   pull.silent_ms = 0;
   pull.pace.came(now_ms);
-  const bool fitting = fits(header, frame.size());
+  const bool fitting = fits(source, header, frame.size());
   if (!fitting || crc32c(frame.data(), frame.size()) != header.body_crc) {
     if (++pull.bad_in_a_row >= kMaxBadChunks) {
       fail(source, fitting ? "checksum" : "length",
@@ -308,8 +341,11 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   pull.bad_in_a_row = 0;
   const std::size_t size = frame.size();
   Held chunk;
-  if (const char* why = unpack(header, frame, chunk)) {
+  if (const char* why = unpack(source, header, frame, chunk)) {
     fail(source, "encoding", "chunk " + std::to_string(header.index) + " can't be decoded: " + why);
+    return false;
+  }
+  if (options_.rule->views() && !flatten(source, header.index, chunk)) {
     return false;
   }
   pull.again.erase(*position);
@@ -325,23 +361,25 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   return true;
 }
 
-bool Collector::fits(const wire::Header& header, std::size_t size) const {
-  const std::uint64_t nbytes = layout_->chunk_range(header.index).nbytes;
+bool Collector::fits(std::size_t source, const wire::Header& header, std::size_t size) const {
+  const std::uint64_t nbytes = layout_of(sources_[source]).chunk_range(header.index).nbytes;
   return header.encoding == wire::kRaw ? size == nbytes : size <= nbytes;
 }
 
 // Fills `chunk` with what came, unpacked; returns why it can't be decoded, or nullptr.
-const char* Collector::unpack(const wire::Header& header, Frame& frame, Held& chunk) {
+const char* Collector::unpack(std::size_t source, const wire::Header& header, Frame& frame,
+                              Held& chunk) {
   if (header.encoding == wire::kRaw) {
     chunk.frame = std::move(frame);
     return nullptr;
   }
-  if (!options_.codec) {
+  Codec* const codec = codec_of(sources_[source]);
+  if (codec == nullptr) {
     return "its encoding was not agreed on";
   }
   Body body;
   if (const char* why =
-          options_.codec->check(header.index, header.encoding, frame.data(), frame.size(), body)) {
+          codec->check(header.index, header.encoding, frame.data(), frame.size(), body)) {
     return why;
   }
   chunk.encoding = body.encoding;
@@ -359,8 +397,8 @@ const char* Collector::unpack(const wire::Header& header, Frame& frame, Held& ch
 
 void Collector::keep(std::size_t source, std::uint64_t position, Held chunk) {
   Pull& pull = *pulls_[source];
-  if (pull.ahead && pull.held.size() + spill_room(pull) >= pull.window && position != next_ &&
-      spill(source, position, chunk)) {
+  if (pull.ahead && pull.held.size() + spill_room(pull) >= pull.window &&
+      position >= pull.feed.end(next_ + 1) && spill(source, position, chunk)) {
     return;
   }
   pull.held.emplace(position, std::move(chunk));
@@ -408,6 +446,12 @@ void Collector::drop(std::size_t source) {
     return;
   }
   use_sources();
+  try {
+    use_feeds();
+  } catch (const Error& error) {  // without this source, the others need more memory than there is
+    report_rule(error.what());
+    return;
+  }
   if (group_ > 0) {
     rewind();
   }

@@ -1,5 +1,4 @@
-// Collector: pulls K published sets of one layout, chunk by chunk, and reduces them into one
-// output.
+// Collector: pulls K published sets, chunk by chunk, and reduces them into one output.
 //
 // Owns the received frames that wait for their chunk to be complete, and the order in which chunks
 // are asked for. Invariants:
@@ -21,6 +20,12 @@
 // holds beside the sums. Nothing is spilled then: each chunk is asked for when its turn comes, so
 // no source is ever ahead. The bits are the same. A rule that does not fold needs a chunk of each
 // source at the same time, and is refused where the budget does not hold them.
+// Sets have the output's layout and base, unless the rule has views (rule.hpp): then each source may
+// have its own layout, base and encoding. Which chunks of a source a chunk of the output needs, and
+// in which order they are pulled, is the source's feed (feed.hpp), made when the sources are known.
+// Such chunks are decoded when they come, and kept until the last chunk of the output that needs them
+// is made; one chunk of the output is made at a time. Where the budget does not hold what one needs,
+// the collection is refused.
 // A collection may be open at first: sources are added as they are ready and pulled ahead, as far
 // as their windows and then the spill file go, and nothing is reduced until close() says which of
 // them count. The order of the reduction is the one given there.
@@ -45,8 +50,10 @@
 #include "base/mapped_file.hpp"
 #include "base/workers.hpp"
 #include "codec/codec.hpp"
+#include "collect/feed.hpp"
 #include "collect/pace.hpp"
 #include "collect/record.hpp"
+#include "collect/source.hpp"
 #include "collect/spill.hpp"
 #include "format/layout.hpp"
 #include "format/wire.hpp"
@@ -55,59 +62,6 @@
 #include "reduce/reducer.hpp"
 
 namespace fedcore {
-
-// A received body. Whoever holds the frame owns the message; it is released exactly once.
-class Frame {
- public:
-  using Release = void (*)(void*);
-  Frame() = default;
-  Frame(const void* data, std::size_t size, void* owner, Release release) noexcept
-      : data_(static_cast<const std::uint8_t*>(data)),
-        size_(size),
-        owner_(owner),
-        release_(release) {}
-  Frame(Frame&& other) noexcept { swap(other); }
-  Frame& operator=(Frame&& other) noexcept {
-    Frame(std::move(other)).swap(*this);
-    return *this;
-  }
-  ~Frame() {
-    if (release_ != nullptr) {
-      release_(owner_);
-    }
-  }
-
-  const std::uint8_t* data() const noexcept { return data_; }
-  std::size_t size() const noexcept { return size_; }
-  explicit operator bool() const noexcept { return release_ != nullptr; }
-
-  // Leaves the message to whoever else owns it.
-  void disown() noexcept { release_ = nullptr; }
-
- private:
-  void swap(Frame& other) noexcept {
-    std::swap(data_, other.data_);
-    std::swap(size_, other.size_);
-    std::swap(owner_, other.owner_);
-    std::swap(release_, other.release_);
-  }
-  const std::uint8_t* data_ = nullptr;
-  std::size_t size_ = 0;
-  void* owner_ = nullptr;
-  Release release_ = nullptr;
-};
-
-struct Source {
-  std::string peer;
-  wire::SetId set;
-  std::uint64_t weight;
-};
-
-// Where bytes lie in a file.
-struct Place {
-  std::shared_ptr<MappedFile> file;
-  std::uint64_t offset = 0;
-};
 
 struct CollectorOptions {
   std::uint64_t budget_bytes;
@@ -166,7 +120,8 @@ class Collector {
 
   // Open, for about `expected` sources, among which the budget is divided. Throws
   // Error{kLayout, kStorage} for a base that is too small or has too few checksums, or differences
-  // without a base, and Error{kConfig} for a rule that does not fold and needs a larger budget.
+  // without a base, and Error{kConfig} for a rule that does not fold and needs a larger budget, or
+  // a rule with views that lacks a base.
   Collector(std::shared_ptr<const Layout> layout, std::size_t expected, Place base,
             CollectorOptions options);
   // Closed. Throws what close() throws, too, and Error{kStorage} for a record of another
@@ -184,7 +139,9 @@ class Collector {
 
   // While open: pulls another source from now on, and returns which it is: the first that was
   // dropped, whose place it takes, or a new one. Throws Error{kConfig}, and changes nothing, where
-  // the rule does not fold and the budget holds no chunk of it.
+  // the rule does not fold and the budget holds no chunk of it, and Error{kConfig, kLayout} for a
+  // layout or base of its own that the rule does not take. Where a feed depends on all sources, none
+  // is pulled before the close.
   std::size_t add(Source source);
   // While open: these sources count, reduced in this order into the output; the others are dropped.
   // The work that this makes possible is done by tick(). Throws Error{kWeight, kLayout, kStorage,
@@ -262,6 +219,7 @@ class Collector {
   };
 
   struct Pull {
+    Feed feed;                               // its positions are those below
     bool counts = true;                      // false: dropped
     bool failed = false;                     // rejected, and not dropped yet
     bool folded = false;                     // its chunk at the next position is in the sums
@@ -287,6 +245,7 @@ class Collector {
   struct Part {
     std::uint64_t index = 0;
     std::vector<Body> inputs;
+    std::vector<View> views;                  // in place of inputs
     std::unique_ptr<FinishedChunk> finished;  // null without a finisher
     std::unique_ptr<Reducer> reducer;
     std::vector<std::uint8_t> out;  // hot in the cache when it is written out
@@ -300,8 +259,8 @@ class Collector {
   std::uint64_t chunk_of(std::uint64_t position) const noexcept {
     return position % layout_->chunk_count();
   }
-  bool is_spilled(const Pull& pull, std::uint64_t position) const noexcept {
-    return !pull.spilled.empty() && pull.spilled[chunk_of(position)] != 0;
+  static bool is_spilled(const Pull& pull, std::uint64_t position) noexcept {
+    return !pull.spilled.empty() && pull.spilled[pull.feed.chunk(position)] != 0;
   }
   bool is_here(const Pull& pull, std::uint64_t position) const noexcept {
     return pull.held.contains(position) || is_spilled(pull, position) ||
@@ -311,16 +270,47 @@ class Collector {
   bool differences() const noexcept {
     return options_.codec && options_.codec->options().encoding != Encoding::kRaw;
   }
+  // Differences are added to pages of the base, which are given back in steps; finishers and rules
+  // with views read it.
+  bool reads_base() const noexcept {
+    return differences() || options_.finisher || options_.rule->views();
+  }
   // Of what is reduced, pages are given back so many bytes at a time.
   std::uint64_t release_step() const noexcept {
     return std::min<std::uint64_t>(8u << 20, options_.budget_bytes / 16);
   }
 
+  const Layout& layout_of(const Source& source) const noexcept {
+    return source.layout ? *source.layout : *layout_;
+  }
+  const Place& base_of(const Source& source) const noexcept {
+    return source.base.place.file || source.layout ? source.base.place : base_;
+  }
+  Codec* codec_of(const Source& source) const noexcept {
+    return source.codec || source.layout ? source.codec.get() : options_.codec.get();
+  }
+
+  void check_source(const Source& source) const;
+  void check_base_for_views() const;
+  std::vector<Feed> feeds_of(const std::vector<const Source*>& sources) const;
+  void check_views(const std::vector<const Source*>& sources) const;
+  std::vector<const Source*> sources_with(const Source* another) const;
+  std::vector<const Source*> sources_of(const std::vector<std::size_t>& order) const;
+  std::uint64_t chunks_of_entry() const noexcept { return options_.rule->traits.relative ? 2 : 1; }
+  void check_chunks(std::uint64_t chunks, std::size_t sources) const;
+  void use_feeds();
+  void divide_views(std::uint64_t chunks, std::uint64_t sources);
+  bool flatten(std::size_t source, std::uint64_t index, Held& chunk);
+  bool make_view(std::size_t source, View& view);
+  bool reduce_view();
+  bool check_bases();
+  void report_rule(const std::string& what);
   void check_order(const std::vector<std::size_t>& order, const Place& out) const;
   void use_sources();
   void divide_budget();
   std::uint64_t chunk_room() const noexcept;
   void check_room(std::size_t sources) const;
+  std::uint64_t beside_bytes() const noexcept;
   void check_states(const States& states) const;
   void begin(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record,
              const States& states);
@@ -335,6 +325,7 @@ class Collector {
   void take_spilled(std::size_t source);
   std::int64_t spill_after_ms() const noexcept;
   std::optional<std::uint64_t> position_of(const Pull& pull, std::uint64_t index) const noexcept;
+  std::optional<std::uint64_t> outstanding(const Pull& pull, std::uint64_t index) const noexcept;
   void keep(std::size_t source, std::uint64_t position, Held chunk);
   bool spill(std::size_t source, std::uint64_t position, const Held& chunk);
   const std::uint8_t* flat_bytes(std::uint64_t index, const Held& chunk);
@@ -342,8 +333,8 @@ class Collector {
   std::uint64_t spill_room(const Pull& pull) const noexcept;
   bool start_spilling(std::size_t source, std::int64_t now_ms);
   void forget_chunks(Pull& pull) noexcept;
-  bool fits(const wire::Header& header, std::size_t size) const;
-  const char* unpack(const wire::Header& header, Frame& frame, Held& chunk);
+  bool fits(std::size_t source, const wire::Header& header, std::size_t size) const;
+  const char* unpack(std::size_t source, const wire::Header& header, Frame& frame, Held& chunk);
   void ask_again(Pull& pull);
   std::int64_t check_silence(std::size_t source, std::int64_t now_ms);
   void probe(std::size_t source, std::int64_t now_ms);
@@ -352,7 +343,7 @@ class Collector {
   bool all_held(std::uint64_t position) const noexcept;
   bool enough_held() const noexcept;
   bool fold_all(std::uint64_t index);
-  const std::uint8_t* spilled_chunk(std::size_t source, std::uint64_t size);
+  const std::uint8_t* spilled_chunk(std::size_t source, std::uint64_t position);
   bool fold_next();
   void reject_value(const BadValue& bad);
   bool write(const Part& part, const std::uint8_t* result);
@@ -365,7 +356,8 @@ class Collector {
   const std::uint8_t* base_at(const Range& range) const;
   bool base_changed(std::uint64_t index) const;
   bool check_base(std::uint64_t index);
-  void report_base(std::uint64_t index);
+  bool check_base(const Source& source, std::uint64_t index);
+  void report_base(const MappedFile& file, std::uint64_t index);
   void report_state(const MappedFile& state);
   void report_rule(std::uint64_t index, const RuleError& error);
   bool reduce_parts(unsigned count);

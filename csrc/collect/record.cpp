@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <iterator>
@@ -14,15 +15,16 @@ namespace fedcore {
 namespace {
 
 // The head, little-endian; the checksum is of all of it, itself taken as 0.
-constexpr char kMagic[8] = {'F', 'C', 'P', 'R', 'O', 'G', 'R', '2'};
+constexpr char kMagic[8] = {'F', 'C', 'P', 'R', 'O', 'G', 'R', '3'};
 constexpr std::size_t kCountAt = 8;      // u32 sources; 12: 0
 constexpr std::size_t kChunksAt = 16;    // u64
 constexpr std::size_t kCapacityAt = 24;  // u32
 constexpr std::size_t kCrcAt = 28;
 constexpr std::size_t kKeyAt = 32;
 constexpr std::size_t kSourcesAt = 96;
-// A source: set id, u64 weight, u32 length of the name, u32 0, the name.
-constexpr std::size_t kSourceBytes = 16 + 8 + 8 + Record::kMaxSite;
+// A source: set id, binary64 weight, u64 version of its base, u32 length of the name, u32 0, the name.
+constexpr std::size_t kLengthAt = 32, kNameAt = 40;
+constexpr std::size_t kSourceBytes = kNameAt + Record::kMaxSite;
 constexpr std::uint64_t kPage = 4096;
 constexpr std::uint64_t kEntryBytes = 8;
 constexpr std::uint64_t kMostSources = 1u << 20;
@@ -96,12 +98,13 @@ std::shared_ptr<Record> Record::open(const std::string& path) {
     const std::uint8_t* at = data + kSourcesAt + k * kSourceBytes;
     Source source;
     std::copy_n(at, source.set.size(), source.set.begin());
-    source.weight = wire::detail::load<std::uint64_t>(at + 16);
-    const std::size_t length = get32(at + 24);
+    source.weight = std::bit_cast<double>(wire::detail::load<std::uint64_t>(at + 16));
+    source.version = wire::detail::load<std::uint64_t>(at + 24);
+    const std::size_t length = get32(at + kLengthAt);
     if (length > kMaxSite) {
       return nullptr;
     }
-    source.site.assign(reinterpret_cast<const char*>(at + 32), length);
+    source.site.assign(reinterpret_cast<const char*>(at + kNameAt), length);
     sources.push_back(std::move(source));
   }
   Key key;
@@ -126,9 +129,10 @@ std::vector<std::uint8_t> Record::head() const {
   std::uint8_t* at = out.data() + kSourcesAt;
   for (const Source& source : sources_) {
     std::copy(source.set.begin(), source.set.end(), at);
-    wire::detail::store(at + 16, source.weight);
-    put32(at + 24, static_cast<std::uint32_t>(source.site.size()));
-    std::copy(source.site.begin(), source.site.end(), at + 32);
+    wire::detail::store(at + 16, std::bit_cast<std::uint64_t>(source.weight));
+    wire::detail::store(at + 24, source.version);
+    put32(at + kLengthAt, static_cast<std::uint32_t>(source.site.size()));
+    std::copy(source.site.begin(), source.site.end(), at + kNameAt);
     at += kSourceBytes;
   }
   put32(out.data() + kCrcAt, crc32c(out.data(), out.size()));

@@ -31,7 +31,8 @@ class Record {
   struct Source {
     std::string site;
     wire::SetId set;
-    std::uint64_t weight;
+    double weight;
+    std::uint64_t version = 0;  // of its base
     bool operator==(const Source&) const = default;
   };
   // What the output must be: a digest of all that its bytes depend on beside the sources.

@@ -30,7 +30,7 @@ bool Collector::gather(Part& part) {
     const Pull& pull = *pulls_[counted_[j]];
     const auto held = pull.held.find(next_);
     part.inputs[j] = held != pull.held.end() ? held->second.body()
-                                             : Body{spilled_chunk(counted_[j], size), size};
+                                             : Body{spilled_chunk(counted_[j], next_), size};
     if (part.inputs[j].data == nullptr) {
       return false;
     }
@@ -70,16 +70,18 @@ unsigned Collector::gather_more() {
   return count;
 }
 
-// The next chunk of a source, from its slot; null if the slot does not hold it any more. It is
-// asked for again then.
-const std::uint8_t* Collector::spilled_chunk(std::size_t source, std::uint64_t size) {
+// A chunk of a source, from its slot; null if the slot does not hold it any more. It is asked for
+// again then.
+const std::uint8_t* Collector::spilled_chunk(std::size_t source, std::uint64_t position) {
   Pull& pull = *pulls_[source];
-  std::uint32_t& slot = pull.spilled[chunk_of(next_)];
-  const std::uint8_t* bytes = options_.spill->at(slot - 1, size);
+  const std::uint64_t index = pull.feed.chunk(position);
+  std::uint32_t& slot = pull.spilled[index];
+  const std::uint8_t* bytes =
+      options_.spill->at(slot - 1, layout_of(sources_[source]).chunk_range(index).nbytes);
   if (bytes == nullptr) {
     options_.spill->free(std::exchange(slot, 0) - 1);
-    if (next_ < pull.next) {
-      pull.again.insert(next_);
+    if (position < pull.next) {
+      pull.again.insert(position);
       ++pull.due;
     }
   }
@@ -111,6 +113,9 @@ void Collector::reduce_ready() {
 
 // Reduces the next chunk, and with it those after it that are there; false if it can't yet.
 bool Collector::reduce_some() {
+  if (options_.rule->views()) {
+    return reduce_view();
+  }
   if (group_ == 0) {
     if (!gather(parts_[0])) {
       return false;
@@ -166,7 +171,7 @@ bool Collector::base_changed(std::uint64_t index) const {
     return false;
   }
   const Range range = layout_->chunk_range(index);
-  const bool whole = differences() || options_.finisher;
+  const bool whole = reads_base();
   const std::vector<Run> runs = whole ? std::vector<Run>{} : layout_->runs(range);
   const bool read = whole || std::any_of(runs.begin(), runs.end(),
                                          [](const Run& run) { return !is_float(run.dtype); });
@@ -179,14 +184,14 @@ bool Collector::check_base(std::uint64_t index) {
   if (!base_changed(index)) {
     return true;
   }
-  report_base(index);
+  report_base(*base_.file, index);
   return false;
 }
 
-void Collector::report_base(std::uint64_t index) {
-  const std::string& path = base_.file->path();
+void Collector::report_base(const MappedFile& file, std::uint64_t index) {
+  const std::string& path = file.path();
   const std::string what =
-      base_.file->whole()
+      file.whole()
           ? " has changed while updates were added to it: chunk " + std::to_string(index) +
                 " is not what it was"
           : " became shorter while updates were added to it, or its disk could not read it";
@@ -230,7 +235,7 @@ bool Collector::reduce_parts(unsigned count) {
       return false;
     }
     if (part.base_changed) {
-      report_base(part.index);
+      report_base(*base_.file, part.index);
       return false;
     }
     if (part.changed_state != nullptr) {
@@ -281,7 +286,7 @@ bool Collector::fold_all(std::uint64_t index) {
     const auto held = pull.held.find(next_);
     const bool here = held != pull.held.end();
     const Body chunk =
-        here ? held->second.body() : Body{spilled_chunk(counted_[j], range.nbytes), range.nbytes};
+        here ? held->second.body() : Body{spilled_chunk(counted_[j], next_), range.nbytes};
     if (chunk.data == nullptr) {
       return false;
     }
@@ -359,13 +364,21 @@ void Collector::rewind() {
 void Collector::advance() {
   for (const std::size_t k : counted_) {
     Pull& pull = *pulls_[k];
-    if (is_spilled(pull, next_)) {
-      options_.spill->drop_pages(pull.spilled[chunk_of(next_)] - 1);
-      used_.emplace_back(k, chunk_of(next_));
-    }
-    pull.held.erase(next_);
+    pull.feed.all_at(next_, [&](std::uint64_t position) {
+      const bool last = !pull.feed.wanted(position, next_ + 1);
+      if (is_spilled(pull, position)) {
+        options_.spill->drop_pages(pull.spilled[pull.feed.chunk(position)] - 1);
+        if (last) {
+          used_.emplace_back(k, pull.feed.chunk(position));
+        }
+      }
+      if (last) {
+        pull.held.erase(position);
+      }
+      return true;
+    });
     pull.folded = false;
-    if (pull.next <= next_ + 1 + pull.window) {
+    if (pull.next <= pull.feed.end(next_ + 1) + pull.window) {
       pull.ahead = false;
       if (pull.held.size() <= pull.window / 2) {
         pull.pressed_ms.reset();

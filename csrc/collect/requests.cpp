@@ -15,7 +15,8 @@ constexpr std::int64_t kProbeMs = 1000;  // silence after which a source that is
 // The position up to which a source may be asked at present.
 std::uint64_t Collector::near_end(std::size_t source) const noexcept {
   if (group_ == 0) {
-    return std::min(end_, next_ + pulls_[source]->window);
+    const Feed& feed = pulls_[source]->feed;
+    return std::min(feed.end(end_), feed.near(next_, pulls_[source]->window));
   }
   if (open_) {
     return next_;
@@ -28,7 +29,7 @@ std::uint64_t Collector::near_end(std::size_t source) const noexcept {
 }
 
 std::optional<GetRequest> Collector::next_request(std::int64_t now_ms) {
-  if (state_ != State::kActive) {
+  if (state_ != State::kActive || (open_ && !options_.rule->chunkwise())) {
     return std::nullopt;
   }
   for (std::size_t step = 0; step < pulls_.size(); ++step) {
@@ -50,31 +51,34 @@ std::optional<GetRequest> Collector::request_again(std::size_t source, std::int6
   Pull& pull = *pulls_[source];
   std::set<std::uint64_t>& again = pull.again;
   const std::uint64_t first = *again.begin();
-  const std::uint64_t turn_ends = first - chunk_of(first) + layout_->chunk_count();
+  const std::uint64_t chunk = pull.feed.chunk(first);
   std::uint32_t count = 0;
-  while (count < kMaxRange && first + count < turn_ends && again.erase(first + count) == 1) {
+  while (count < kMaxRange && pull.feed.chunk(first + count) == chunk + count &&
+         again.erase(first + count) == 1) {
     ++count;
   }
   pull.heard_ms = now_ms;
   pull.pace.asked(now_ms, count);
-  return GetRequest{source, chunk_of(first), count};
+  return GetRequest{source, chunk, count};
 }
 
 std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64_t now_ms) {
   Pull& pull = *pulls_[source];
-  pull.next = std::max(pull.next, next_);  // what was here already was not asked for
-  while (pull.next < end_ && is_spilled(pull, pull.next)) {
+  const Feed& feed = pull.feed;
+  const std::uint64_t end = feed.end(end_);
+  pull.next = std::max(pull.next, feed.first(next_));  // what was here already was not asked for
+  while (pull.next < end && (is_spilled(pull, pull.next) || !feed.wanted(pull.next, next_))) {
     ++pull.next;  // a chunk of the turn before
   }
   const std::uint64_t near = near_end(source);
-  if (pull.next >= near && pull.next < end_ && !pull.ahead) {
+  if (pull.next >= near && pull.next < end && !pull.ahead) {
     start_spilling(source, now_ms);
     if (state_ != State::kActive) {
       return std::nullopt;
     }
   }
   const bool ahead = pull.ahead && !no_room_;
-  const std::uint64_t limit = ahead ? end_ : near;
+  const std::uint64_t limit = ahead ? end : near;
   const std::uint64_t under_way = std::min(pull.window, pull.pace.ahead());
   if (pull.next >= limit || pull.held.size() + pull.due >= pull.window || pull.due >= under_way) {
     return std::nullopt;
@@ -84,16 +88,16 @@ std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64
   // Small requests are saved up while others are under way.
   const std::uint64_t worth =
       std::min<std::uint64_t>(kMaxRange, std::max<std::uint64_t>(1, under_way / 2));
-  if (free < worth && limit < end_ && pull.due > 0) {
+  if (free < worth && limit < end && pull.due > 0) {
     return std::nullopt;
   }
   if (pull.due == 0) {
     pull.heard_ms = now_ms;
   }
-  const std::uint64_t to_turn = layout_->chunk_count() - chunk_of(pull.next);
-  free = std::min({free, to_turn, std::uint64_t{kMaxRange}});
-  GetRequest request{source, chunk_of(pull.next), 0};
-  while (request.count < free && !is_spilled(pull, pull.next)) {
+  free = std::min(free, std::uint64_t{kMaxRange});
+  GetRequest request{source, feed.chunk(pull.next), 0};
+  while (request.count < free && !is_spilled(pull, pull.next) && feed.wanted(pull.next, next_) &&
+         feed.chunk(pull.next) == request.first + request.count) {
     ++request.count;
     ++pull.next;
   }
@@ -104,8 +108,9 @@ std::optional<GetRequest> Collector::request_next(std::size_t source, std::int64
 
 void Collector::ask_again(Pull& pull) {
   pull.pace.forget_asked();
-  for (std::uint64_t position = next_; pull.due > 0 && position < pull.next; ++position) {
-    if (!is_here(pull, position)) {
+  for (std::uint64_t position = pull.feed.first(next_); pull.due > 0 && position < pull.next;
+       ++position) {
+    if (pull.feed.wanted(position, next_) && !is_here(pull, position)) {
       pull.again.insert(position);
     }
   }

@@ -33,7 +33,8 @@ std::vector<bool> Collector::verified() {
       record.chunk_count() == layout_->chunk_count() && !pass_on_ &&
       std::equal(order_.begin(), order_.end(), record.sources().begin(), record.sources().end(),
                  [this](std::size_t k, const Record::Source& b) {
-                   return sources_[k].set == b.set && sources_[k].weight == b.weight;
+                   const Source& a = sources_[k];
+                   return a.set == b.set && a.weight == b.weight && a.base.version == b.version;
                  });
   if (!same) {
     throw Error(Errc::kStorage, "the record of progress is of another collection");
@@ -72,8 +73,9 @@ void Collector::resume_reduced() {
   end_ = next_ + count - length;
   released_ = next_;
   for (const auto& pull : pulls_) {
-    pull->next = next_;
-    pull->received.store(length, std::memory_order_relaxed);
+    pull->next = pull->feed.first(next_);
+    pull->received.store(pull->feed.count() - pull->feed.left(next_, end_),
+                         std::memory_order_relaxed);
   }
   reduced_.store(length, std::memory_order_relaxed);
   work_left_ = true;
@@ -84,7 +86,7 @@ void Collector::take_spilled(std::size_t source) {
   if (!options_.spill || group_ > 0) {
     return;
   }
-  const std::uint64_t count = layout_->chunk_count();
+  const std::uint64_t count = layout_of(sources_[source]).chunk_count();
   Pull& pull = *pulls_[source];
   for (const auto& [index, slot] : options_.spill->claim(sources_[source].set)) {
     pull.spilled.resize(static_cast<std::size_t>(count));
@@ -93,7 +95,11 @@ void Collector::take_spilled(std::size_t source) {
       continue;
     }
     pull.spilled[index] = slot + 1;
-    if ((index + count - chunk_of(next_)) % count < end_ - next_) {
+    const auto position = pull.feed.find(index, next_);
+    if (!position) {
+      continue;
+    }
+    if (*position < pull.feed.end(end_)) {
       pull.received.fetch_add(1, std::memory_order_relaxed);
     } else {
       used_.emplace_back(source, index);

@@ -29,14 +29,16 @@ bool Collector::spill(std::size_t source, std::uint64_t position, const Held& ch
   if (no_room_) {
     return false;
   }
-  const std::uint64_t index = chunk_of(position);
+  Pull& pull = *pulls_[source];
+  const Layout& layout = layout_of(sources_[source]);
+  const std::uint64_t index = pull.feed.chunk(position);
   const std::uint8_t* const bytes = flat_bytes(index, chunk);
   if (bytes == nullptr) {
     return false;
   }
   const auto put = [&] {
     return options_.spill->put(sources_[source].set, index, bytes,
-                               layout_->chunk_range(index).nbytes);
+                               layout.chunk_range(index).nbytes);
   };
   auto slot = put();
   if (!slot && recycle()) {
@@ -47,9 +49,8 @@ bool Collector::spill(std::size_t source, std::uint64_t position, const Held& ch
     events_.push_back({CollectorEvent::Kind::kNoRoom, 0, "storage", options_.spill->problem()});
     return false;
   }
-  Pull& pull = *pulls_[source];
   if (pull.spilled.empty()) {
-    pull.spilled.resize(static_cast<std::size_t>(layout_->chunk_count()));
+    pull.spilled.resize(static_cast<std::size_t>(layout.chunk_count()));
   }
   pull.spilled[index] = *slot + 1;
   return true;
@@ -61,7 +62,7 @@ bool Collector::recycle() {
     const auto [source, index] = used_.front();
     used_.pop_front();
     Pull& pull = *pulls_[source];
-    if (is_spilled(pull, index) && !position_of(pull, index)) {
+    if (!pull.spilled.empty() && pull.spilled[index] != 0 && !position_of(pull, index)) {
       options_.spill->free(std::exchange(pull.spilled[index], 0) - 1);
       return true;
     }

@@ -25,7 +25,7 @@ using PySource = std::tuple<py::bytes, py::bytes, py::int_>;
 using PyPlace = std::optional<std::tuple<FileHandle*, std::uint64_t>>;
 
 Source to_source(const py::bytes& peer, const py::bytes& set, const py::int_& weight) {
-  return {std::string(peer), to_set_id(set), to_weights({weight})[0]};
+  return {std::string(peer), to_set_id(set), static_cast<double>(to_weights({weight})[0])};
 }
 
 py::dict to_dict(const ExchangeStats& stats) {

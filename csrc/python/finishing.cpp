@@ -56,7 +56,8 @@ void finish_mean(const Finisher& finisher, const std::vector<py::buffer>& inputs
   }
   const std::vector<StatePlace> places = finisher.check_after(to_states(after));
   FinishedChunk chunk(finisher, places);
-  Reducer reducer(kMean, to_weights(weights), &chunk);
+  const std::vector<std::uint64_t> checked = to_weights(weights);
+  Reducer reducer(kMean, {checked.begin(), checked.end()}, &chunk);
   if (reducer.sources() != held.size() || from.size() != layout.total_bytes() ||
       to.size() != layout.total_bytes()) {
     throw Error(Errc::kLayout, "base and output must have the bytes of the layout");

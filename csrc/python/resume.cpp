@@ -34,7 +34,7 @@ std::shared_ptr<Record> create(const std::string& path, const py::bytes& key,
                                const std::vector<PySource>& sources, std::uint64_t chunk_count) {
   std::vector<Record::Source> checked;
   for (const auto& [site, set, weight] : sources) {
-    checked.push_back({site, to_set_id(set), to_weights({weight})[0]});
+    checked.push_back({site, to_set_id(set), static_cast<double>(to_weights({weight})[0])});
   }
   return Record::create(path, to_key(key), std::move(checked), chunk_count);
 }
@@ -42,7 +42,8 @@ std::shared_ptr<Record> create(const std::string& path, const py::bytes& key,
 py::list sources_of(const Record& record) {
   py::list out;
   for (const Record::Source& source : record.sources()) {
-    out.append(py::make_tuple(source.site, from_set_id(source.set), source.weight));
+    out.append(py::make_tuple(source.site, from_set_id(source.set),
+                              static_cast<std::uint64_t>(source.weight)));
   }
   return out;
 }

@@ -8,14 +8,14 @@
 
 namespace fedcore {
 
-Reducer::Reducer(const Rule& rule, const std::vector<std::uint64_t>& weights, Finish* finish)
+Reducer::Reducer(const Rule& rule, const std::vector<double>& weights, Finish* finish)
     : rule_(rule),
       finish_(finish),
       bodies_(weights.size()),
       pointers_(weights.size()),
       encodings_(weights.size()) {
   check_weights(rule, weights);
-  combiner_ = rule.make({weights.begin(), weights.end()});
+  combiner_ = rule.make(weights);
 }
 
 std::optional<BadValue> Reducer::reduce(const Layout& layout, Range range, const Body* inputs,

@@ -8,12 +8,14 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "codec/codec.hpp"
 #include "codec/run_reader.hpp"
 #include "format/layout.hpp"
 #include "reduce/rule.hpp"
+#include "reduce/view.hpp"
 
 namespace fedcore {
 
@@ -38,7 +40,7 @@ class Finish {
 class Reducer {
  public:
   // Throws what check_weights() throws. `finish`, if any, outlives the reducer.
-  Reducer(const Rule& rule, const std::vector<std::uint64_t>& weights, Finish* finish = nullptr);
+  Reducer(const Rule& rule, const std::vector<double>& weights, Finish* finish = nullptr);
 
   std::size_t sources() const noexcept { return bodies_.size(); }
 
@@ -56,6 +58,13 @@ class Reducer {
   std::optional<BadValue> fold(const Layout& layout, Range range, std::size_t source,
                                const Body& input, const std::uint8_t* base, std::uint8_t* out);
   void finish(const Layout& layout, Range range, const std::uint8_t* base, std::uint8_t* out);
+
+  // Of a rule with views: makes the flat bytes of `range` of the output from a view of each source.
+  // `base` (needed for integers) and out point at the range's first byte. Returns the flat byte
+  // offset of a result that is NaN or infinite, in which case `out` is not to be used.
+  std::optional<std::uint64_t> reduce_views(const Layout& layout, Range range,
+                                            std::span<const View> views, const std::uint8_t* base,
+                                            std::uint8_t* out);
 
  private:
   bool finishes(Dtype dtype) const noexcept { return finish_ != nullptr && is_float(dtype); }

@@ -1,5 +1,5 @@
-// Rule: what combines K updates of one layout into one result. This page is the contract; a rule is
-// one source file beside it, two lines in families.hpp, and one entry in fedcore/rules/registry.py.
+// Rule: what combines K updates into one result. This page is the contract; a rule is one source file
+// beside it, two lines in families.hpp, and one entry in fedcore/rules/registry.py.
 //
 // A rule is a constant: a name, a version, its traits, and a function that makes a Combiner for
 // given weights. The version changes when the same inputs give other bits. One whose arithmetic is
@@ -20,6 +20,18 @@
 //     those of combine(). The other rules need a block of every input at the same time.
 //   - A rule that runs code from outside the core may fail: making a Combiner throws Error{kRule},
 //     and combining throws RuleError.
+//
+// That is a rule of which an element of the result depends on that element of each source alone. A
+// rule with views (Rule::views()) sees more: a whole tensor or a group of tensors, sources of other
+// layouts than the output's, or what each source's base holds.
+//   - For each chunk of the output, see() shows a View of each source (view.hpp): what needs() names
+//     of it, decoded and finite. combine_seen() then gives the chunk's elements, in pieces and in
+//     order. combine(), combine_wide() and folding are not called.
+//   - A chunk of the output may be made more than once, and chunks are made in any order: a result
+//     depends on the views of its own chunk alone.
+//   - Integers and booleans are copied from the base of the output.
+//   - All that a chunk of the output needs is in memory at the same time. The budget is asked before
+//     the first chunk is.
 #pragma once
 
 #include <cstddef>
@@ -27,6 +39,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -51,6 +64,12 @@ class RuleError : public Error {
   std::string trace_;
 };
 
+class View;
+
+// What an element of the result depends on, of each source: that element, its tensor, or a group of
+// tensors that the rule knows, such as the two factors of an adapter.
+enum class Unit : std::uint8_t { kElement, kTensor, kGroup };
+
 struct Traits {
   bool weighted;      // weights change the result
   bool symmetric;     // the order of the inputs does not change the result
@@ -58,20 +77,25 @@ struct Traits {
   std::size_t least;  // sources that it needs at least
   std::size_t most = std::numeric_limits<std::size_t>::max();  // and that it takes at most
   bool copies = false;  // the result is the one source, whatever its values are: none is checked
+  Unit unit = Unit::kElement;
+  // What each source adds is its difference to its own base, which may be another version than that
+  // of the others. Where false, sources have one base, and moving it moves the result along.
+  bool relative = false;
+  bool real_weights = false;  // any real weights; else positive ones
 };
 
+// A rule defines the functions of its kind. Those that are not its own throw Error{kConfig}.
 class Combiner {
  public:
   virtual ~Combiner() = default;
   // Combines one block of `nbytes` of one dtype on the CPU. `inputs` holds a pointer for each
   // weight. No pointer needs alignment. `base` may be nullptr. `out` overlaps no input.
   virtual bool combine(Dtype dtype, const void* const* inputs, const void* base, void* out,
-                       std::uint64_t nbytes) = 0;
+                       std::uint64_t nbytes);
 
   // The same for `count` elements of a float dtype, before the rounding to the dtype: `out` gets
   // binary64 numbers. `out` needs the alignment of a double.
-  virtual bool combine_wide(Dtype dtype, const void* const* inputs, double* out,
-                            std::size_t count) = 0;
+  virtual bool combine_wide(Dtype dtype, const void* const* inputs, double* out, std::size_t count);
 
   // combine() for `count` elements of a float dtype on the device in use: FC_MEAN_DECLINED where
   // there is none, or none that knows the rule. `encodings` (kernels/device.h) says how each input
@@ -87,6 +111,14 @@ class Combiner {
                     std::uint64_t nbytes);
   virtual void finish_fold(Dtype dtype, const double* sums, void* out, std::uint64_t nbytes);
   virtual void finish_fold_wide(Dtype dtype, const double* sums, double* out, std::size_t count);
+
+  // Where Rule::views() is true. see(): `range` of the output is made from these views, one for each
+  // weight, which are valid until the next call. combine_seen(): `count` elements of a float dtype
+  // from flat byte `offset` of the output on, in binary64; `base` points at those of the output's
+  // base, or is nullptr. The caller checks the numbers, and limits and rounds each once.
+  virtual void see(const Layout& out, Range range, std::span<const View> views);
+  virtual void combine_seen(Dtype dtype, std::uint64_t offset, const void* base, double* out,
+                            std::size_t count);
 };
 
 struct Rule {
@@ -95,14 +127,39 @@ struct Rule {
   Traits traits;
   // Bytes of scratch memory of one Combiner for k sources.
   std::size_t (*scratch)(std::size_t k);
-  // `weights` passed check_weights(); there are traits.least of them at least.
+  // `weights` passed check_weights().
   std::function<std::unique_ptr<Combiner>(const std::vector<double>& weights)> make;
   // Sums that each element of a dtype has between two inputs of a fold; null where traits.folds is
   // false.
   std::size_t (*sums_per_element)(Dtype dtype) noexcept = nullptr;
   // Whether a chunk may take so long that other work is to be done between two of them.
   bool slow = false;
+  // Which ranges of source k a range of the output depends on, by the layouts of the output and of
+  // the sources. Throws Error{kLayout} for layouts that do not go together. Null: the same range, or
+  // the tensors that it touches, of sources of the output's layout.
+  std::function<std::vector<Range>(const Layout& out, Range range,
+                                   const std::vector<const Layout*>& sources, std::size_t k)>
+      needs = nullptr;
+
+  bool views() const noexcept {
+    return traits.unit != Unit::kElement || traits.relative || needs != nullptr;
+  }
+  // Whether a chunk of the output depends on the same chunk of each source and on no other.
+  bool chunkwise() const noexcept { return traits.unit == Unit::kElement && needs == nullptr; }
 };
+
+// What a rule with views or other layouts needs of source k: Rule::needs, or what stands for null.
+std::vector<Range> needed(const Rule& rule, const Layout& out, Range range,
+                          const std::vector<const Layout*>& sources, std::size_t k);
+
+// The nearest weight that a rule takes: 24 significant bits, so that its product with an element of
+// 4 or 2 bytes is exact in binary64. Ties go to even.
+double effective_weight(double weight) noexcept;
+
+// Throws Error{kWeight} for a weight that is not finite, has more than 24 significant bits, or lies
+// outside of 2^-64 to 2^64; for one that is not positive, where the rule does not take real weights.
+// As below for their number.
+void check_weights(const Rule& rule, const std::vector<double>& weights);
 
 // Throws Error{kWeight} unless kernels::is_weight() holds for every weight and there is one at
 // least, and Error{kConfig} where the rule needs more sources or takes fewer.

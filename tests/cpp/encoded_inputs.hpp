@@ -69,7 +69,7 @@ struct EncodedInputs {
         bodies[i] = random_elements(dtype, count, random);
       }
       inputs.push_back({bodies[i].data(), bodies[i].size(), encoding});
-      weights.push_back(static_cast<std::uint32_t>(1 + random() % kernels::kMaxWeight));
+      weights.push_back(static_cast<double>(1 + random() % kernels::kMaxWeight));
     }
   }
 
@@ -87,7 +87,7 @@ struct EncodedInputs {
   std::vector<std::uint8_t> base;
   std::vector<std::vector<std::uint8_t>> bodies;
   std::vector<Body> inputs;
-  std::vector<std::uint64_t> weights;
+  std::vector<double> weights;
   std::vector<std::uint8_t> out;
 };
 
