@@ -346,7 +346,7 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
     return false;
   }
   if (options_.rule->views() && !flatten(source, header.index, chunk)) {
-    return false;
+    return !frame;  // its bytes may lie in the chunk, and are released with that
   }
   pull.again.erase(*position);
   --pull.due;

@@ -158,7 +158,7 @@ class Collector {
   // Which source a set from a peer is, if any that was not dropped.
   std::optional<std::size_t> find(const std::string& peer, const wire::SetId& set) const noexcept;
 
-  // True if the frame was kept (moved from); otherwise it is untouched. What it completes is
+  // True if the frame was taken (moved from); otherwise it is untouched. What it completes is
   // reduced here or, with several threads, by the next tick().
   bool on_chunk(std::size_t source, const wire::Header& header, Frame& frame, std::int64_t now_ms);
   void on_refuse(std::size_t source, wire::Refusal reason);

@@ -279,7 +279,7 @@ bool Collector::check_bases() {
 }
 
 void Collector::report_rule(const std::string& what) {
-  events_.push_back({CollectorEvent::Kind::kBroken, 0, "rule", what});
+  events_.push_back({CollectorEvent::Kind::kRuleFailed, 0, "", what});
   stop();
 }
 

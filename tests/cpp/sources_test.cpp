@@ -344,6 +344,7 @@ struct Server {
     Frame frame(bytes, size, memory, &release);
     ++delivered;
     const bool kept = collector->on_chunk(source, header, frame, now);
+    CHECK(kept == !frame);  // it is taken, or whoever delivers it still has it
     most_resident = std::max(most_resident, resident);
     return kept;
   }
@@ -540,6 +541,23 @@ void a_value_that_is_not_finite_rejects_its_source_by_name() {
   CHECK(events[0].message == "NaN or infinity in tensor 'b.A', element 11");
 }
 
+// A rule that gives numbers that are none.
+class Spoilt final : public Combiner {
+ public:
+  void see(const Layout&, Range, std::span<const View>) override {}
+  void combine_seen(Dtype, std::uint64_t, const void*, double* out, std::size_t count) override {
+    std::fill_n(out, count, std::nan(""));
+  }
+};
+
+void a_rule_that_gives_a_value_that_is_not_finite_is_named_and_no_source_is_rejected() {
+  Case c = factors_case(Encoding::kRaw);
+  c.rule.make = [](const std::vector<double>&) { return std::make_unique<Spoilt>(); };
+  const auto events = events_of(c);
+  CHECK(events.size() == 1 && events[0].kind == CollectorEvent::Kind::kRuleFailed);
+  CHECK(events[0].message.starts_with("the rule 'joined' gave NaN or infinity in tensor '"));
+}
+
 void a_base_that_has_changed_stops_the_collection() {
   for (Case c :
        {factors_case(Encoding::kInt8), bases_case(Encoding::kInt8), bases_case(Encoding::kRaw)}) {
@@ -616,6 +634,7 @@ int main(int argc, char** argv) {
   a_process_killed_at_any_point_is_resumed_to_the_same_bytes(argc > 1 ? 1 : 6);
   what_came_before_a_kill_is_not_pulled_again_but_for_the_windows();
   a_value_that_is_not_finite_rejects_its_source_by_name();
+  a_rule_that_gives_a_value_that_is_not_finite_is_named_and_no_source_is_rejected();
   a_base_that_has_changed_stops_the_collection();
   what_a_rule_does_not_take_is_refused_by_name();
   a_collection_may_be_open_at_first();
