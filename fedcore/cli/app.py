@@ -160,7 +160,14 @@ def server(  # noqa: PLR0917 - typer calls it by name
         interrupted = result.ending == "interrupted" and ended_by
         statuses.append(128 + ended_by[-1] if interrupted else INTERRUPTED if stopped else 1)
     if statuses:
-        raise typer.Exit(min(statuses))  # where one has failed: 1
+        raise typer.Exit(_status_of_all(statuses))
+
+
+def _status_of_all(statuses: list[int]) -> int:
+    """Return the status of several runs that are not complete: 1 where one has failed, else that of one that goes
+    on once the server is started again, if any."""
+    going_on = [status for status in statuses if status != INTERRUPTED]
+    return 1 if 1 in statuses else (going_on or statuses)[0]
 
 
 def _take_signals(process: Host) -> list[int]:

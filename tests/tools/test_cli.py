@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcore import __version__
-from fedcore.cli.app import app, main
+from fedcore.cli.app import _status_of_all, app, main
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMANDS = (
@@ -226,3 +226,10 @@ def test_a_port_that_is_none_is_wrong_use(
     code, _, err = ended("status", f"tcp://127.0.0.1:{port}", "--insecure")
     assert code == 2
     assert "a port from 1 to 65535" in err
+
+
+@pytest.mark.parametrize(
+    ("statuses", "status"), [([130, 143], 143), ([143, 1], 1), ([130, 130], 130), ([129, 130], 129)]
+)
+def test_a_server_of_several_runs_has_one_exit_status(statuses: list[int], status: int) -> None:
+    assert _status_of_all(statuses) == status
