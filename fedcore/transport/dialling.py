@@ -271,8 +271,8 @@ class Dialler:
             self._connected()
             return
         if event in (zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_DISCONNECTED):
-            self.up = False
             self._retried()
+            self.up = False
             if event == zmq.EVENT_CONNECT_RETRIED:
                 self._go(self._route.failed(time.monotonic()))
                 self._name_addresses()

@@ -106,7 +106,10 @@ def test_a_link_whose_packets_vanish_is_dialled_again(pump: str, brisk: None) ->
         assert relay.dials >= 2
 
 
-def test_a_connection_that_was_let_go_does_not_come_up_later(pump: str, brisk: None) -> None:
+def test_a_connection_that_was_let_go_does_not_come_up_later(
+    pump: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "HEARTBEAT_MS", 400)
     with closing(ServerLink("tcp://127.0.0.1:0")) as probe:
         address = probe.endpoint
     with linked(address) as site:
@@ -115,7 +118,7 @@ def test_a_connection_that_was_let_go_does_not_come_up_later(pump: str, brisk: N
         with closing(ServerLink(address)) as server:
             site.send(protocol.Problem(message="over the second"))
             assert b"over the second" in heard(server).body
-            pings = 15  # for longer than what waits at its end has to leave
+            pings = 4  # for longer than what waits at its end has to leave
             until(lambda: site.exchange.stats()["bytes_in"] > pings * protocol.HEADER_BYTES, site)
             assert site.connections == 1
 
