@@ -109,16 +109,18 @@ def test_a_link_whose_packets_vanish_is_dialled_again(pump: str, brisk: None) ->
 def test_a_connection_that_was_let_go_does_not_come_up_later(
     pump: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "HEARTBEAT_MS", 400)
+    monkeypatch.setattr(transport, "HEARTBEAT_MS", 200)
     with closing(ServerLink("tcp://127.0.0.1:0")) as probe:
         address = probe.endpoint
     with linked(address) as site:
         site.send(protocol.Alive())  # waits for the first connection
         site._command([b"D", address.encode()])
+        sent = site.exchange.stats()["bytes_out"]  # the pump has let go before it pings twice more
+        until(lambda: site.exchange.stats()["bytes_out"] >= sent + 2 * protocol.HEADER_BYTES, site)
         with closing(ServerLink(address)) as server:
             site.send(protocol.Problem(message="over the second"))
             assert b"over the second" in heard(server).body
-            pings = 4  # for longer than what waits at its end has to leave
+            pings = 8  # for longer than what waits at its end has to leave
             until(lambda: site.exchange.stats()["bytes_in"] > pings * protocol.HEADER_BYTES, site)
             assert site.connections == 1
 
