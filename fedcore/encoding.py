@@ -98,7 +98,7 @@ class UpdateEncoder:
         threads: int = 1,
         stages: Sequence[tuple[str, Mapping[str, float]]] = (),
     ) -> None:
-        """Make scratch files by ``make_file(name, size)``; without it they are memory.
+        """Make files by ``make_file(name, size)``; without it they are memory.
 
         With ``resume`` it is to give the files ``residual-0`` and ``residual-1`` as an earlier process left them.
         The bytes are the same with any number of ``threads``; each above the first needs a chunk of memory or two.
@@ -116,9 +116,9 @@ class UpdateEncoder:
         self._lossy = encoding != "raw"
         self._threads = threads
         self._make_file = make_file
-        self._encoded = self._scratch("encoded")
+        self._encoded = self._temporary("encoded")
         names = ("residual-0", "residual-1") if self._lossy else ()
-        self._residuals = [self._scratch(name) for name in names]
+        self._residuals = [self._temporary(name) for name in names]
         self.state = resume or ResidualState()
 
     def encode(
@@ -168,7 +168,7 @@ class UpdateEncoder:
             file.release(at, nbytes)
         return found == expected
 
-    def _scratch(self, name: str) -> MappedFile:
+    def _temporary(self, name: str) -> MappedFile:
         nbytes = self._layout.total_bytes
         return (
             MappedFile.anonymous(nbytes)

@@ -14,7 +14,7 @@ class Received(Mapping[str, memoryview]):
 
     A look-up lets the pages of the tensor before it go: they stay in the file, and come back if they are read
     again. So whoever reads one tensor after the other never has the whole model in memory beside its own. A model
-    that `WorkFolder.scratch` keeps in memory stays there.
+    that `WorkFolder.received` keeps in memory stays there.
     """
 
     def __init__(self, file: ModelFile) -> None:

@@ -252,7 +252,7 @@ class Session:
                 self._updates.publish(layout, read, 0, initial=True)
                 self._end(task.kind, task.round)
                 continue
-            file = self._updates.folder().scratch(layout)
+            file = self._updates.folder().received(layout)
             if task.kind in ("train", "submit"):
                 self._updates.prepare(layout, task.checksum)
             if not self._waits.download(layout, task, file):

@@ -26,7 +26,7 @@ class SiteSettings:
         server: address of the server, ``tcp://HOST:PORT``.
         site: this site's name.
         credentials: this site's keys and the server's; None: plain text.
-        work: folder for scratch files and for the update until its round is over; None: a temporary one that is
+        work: folder for the global model and for the update until its round is over; None: a temporary one that is
             removed at the end, so that a process that is started again trains again.
         connect_timeout: seconds to wait for the server's first answer.
         idle_timeout: seconds of the server's silence after which a wait is given up.

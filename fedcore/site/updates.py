@@ -120,7 +120,7 @@ class Updates:
         outgoing = self._made(layout)
         if round_ is None:
             return outgoing.initial(file, checksums)
-        base = self.folder().scratch(layout)
+        base = self.folder().received(layout)
         return outgoing.encode(round_, file, checksums, base, self._machine.included)
 
     def _made(self, layout: Layout) -> Outgoing:

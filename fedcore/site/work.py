@@ -1,4 +1,4 @@
-"""A site's work folder: the scratch file of the global model, and the update until its round is over.
+"""A site's work folder: the file of the global model, and the update until its round is over.
 
 The update and a small record of what it is lie in ``ROOT/SITE/RUN_ID``, so that a process that is started again
 finds them and need not train again. The record is written last, by rename, and goes before the file is written
@@ -94,7 +94,7 @@ class Kept:
 
 
 class WorkFolder:
-    """One process's scratch files. `forget` may be called from any thread, the rest from the one that trains.
+    """One process's files. `forget` may be called from any thread, the rest from the one that trains.
 
     Args:
         root: where sites have their folders; None: a temporary one, or memory; nothing is kept.
@@ -155,7 +155,7 @@ class WorkFolder:
     def _residual_path(self) -> Path:
         return self._path("residual.json")
 
-    def scratch(self, layout: Layout) -> ModelFile:
+    def received(self, layout: Layout) -> ModelFile:
         """Return the place for the global model, the same in every round. It goes with the process.
 
         It is in memory where it takes a small share of what is there, else in a file.

@@ -70,12 +70,12 @@ def test_a_model_that_is_large_for_the_machine_is_in_a_file(
 ) -> None:
     monkeypatch.setattr(work, "available_memory", lambda: int(LAYOUT.total_bytes * 64 / share))
     folder = WorkFolder(tmp_path, "a", "0" * 32)
-    file = folder.scratch(LAYOUT)
+    file = folder.received(LAYOUT)
     assert (file.file.path == "") is in_memory
     values = np.arange(5000, dtype=np.float32)
     file.fill(lambda name: values if name == "w" else np.arange(3))
     assert np.array_equal(np.frombuffer(file.view("w"), np.float32), values)
-    assert folder.scratch(LAYOUT) is file
+    assert folder.received(LAYOUT) is file
     folder.close(keep=False)
 
 

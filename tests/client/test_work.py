@@ -102,7 +102,7 @@ def test_an_update_that_was_trained_from_another_model_of_that_number_is_not_use
 def trained_and_encoded(root: Path) -> tuple[WorkFolder, EncodedUpdate]:
     """The same with chunks that are encoded."""
     work = WorkFolder(root, "a", RUN)
-    file, base = work.update(LAYOUT), work.scratch(LAYOUT)
+    file, base = work.update(LAYOUT), work.received(LAYOUT)
     file.fill(lambda _: VALUES.tobytes())
     encoder = UpdateEncoder(LAYOUT, "int8", make_file=work.flat)
     update = encoder.encode(1, file.file, file.data_offset, base.file, base.data_offset)
@@ -163,7 +163,7 @@ def encoded_rounds(root: Path, *, killed_after: int, damage: bool = False) -> li
     bodies = []
     outgoing = Outgoing(LAYOUT, protocol.Transfer(update="int8"), work)
     for round_ in (1, 2, 3, 4, 5):
-        file, base = work.update(LAYOUT), work.scratch(LAYOUT)
+        file, base = work.update(LAYOUT), work.received(LAYOUT)
         checksums = file.fill(lambda _: np.sin(VALUES).tobytes())
         included = {1: None, 2: 1, 3: 1, 4: 3, 5: 4}[round_]
         update = outgoing.encode(round_, file, checksums, base, included)
@@ -282,7 +282,7 @@ def test_only_the_set_whose_fate_is_known_is_forgotten(tmp_path: Path) -> None:
 
 def test_rounds_take_the_room_of_one_model_and_one_update(tmp_path: Path) -> None:
     work = WorkFolder(tmp_path, "a", RUN)
-    places = {work.scratch(LAYOUT).file.path for _ in range(3)} | {
+    places = {work.received(LAYOUT).file.path for _ in range(3)} | {
         work.update(LAYOUT).file.path for _ in range(3)
     }
     assert len(places) == 2
@@ -391,7 +391,7 @@ def test_an_update_that_its_folder_has_no_room_for_waits_in_memory(
 ) -> None:
     work = WorkFolder(tmp_path, "a", RUN)
     outgoing = Outgoing(LAYOUT, protocol.Transfer.model_validate({"update": encoding}), work)
-    base = work.scratch(LAYOUT)
+    base = work.received(LAYOUT)
     with files_of_at_most(CHUNK):
         work.reserve(LAYOUT)
         outgoing.prepare(None)
