@@ -43,7 +43,7 @@ def access_of(tmp_path: Path, server: Path, clock: Clock = SYSTEM, **people: obj
 def looking(tmp_path: Path, kits: Provisioned) -> Iterator[Looking]:
     clock = ManualClock()
     found = access_of(tmp_path, kits.server, clock)
-    found.opened(Mock(endpoint="tcp://127.0.0.1:7733"))
+    found.opened(Mock(endpoint="tcp://127.0.0.1:7733"), [])
     made = Looking(found, kits.server / "allow.toml", clock)
     assert made.look() == []
     yield made
