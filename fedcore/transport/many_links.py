@@ -26,7 +26,7 @@ from .link import HEARTBEAT_MS, MAX_FRAME, Control, DataEvent, now_ms
 from .open_files import require_free_files
 from .zmtp import Incoming, message, opening
 
-__all__ = ["ManyLinks"]
+__all__ = ["ManyLinks", "arrivals"]
 
 _FILES_BESIDE: Final = 8
 _READ_BYTES: Final = 256 << 10
@@ -34,6 +34,15 @@ _PARTS_AT_ONCE: Final = 64
 _REDIAL_MS: Final = (100, 2000)
 _TURNED_AWAY: Final = 4
 _LINGER_SECONDS: Final = 1.0
+
+
+def arrivals(exchange: Exchange) -> Iterator[tuple[str, Control] | DataEvent]:
+    """Yield what has come for the sites of one exchange: messages with the site's name, then events."""
+    now = now_ms()
+    while (control := exchange.next_control(now)) is not None:
+        yield control[0].decode(), Control(b"", control[1])
+    while (event := exchange.next_event()) is not None:
+        yield event
 
 
 class _Wire:
@@ -126,15 +135,10 @@ class ManyLinks:
                 self._on_writable(wire)
             if events & selectors.EVENT_READ and wire.dialled:
                 self._read(wire)
-                yield from self._arrived()  # what came for one site does not wait for another's
-        yield from self._arrived()
-
-    def _arrived(self) -> Iterator[tuple[str, Control] | DataEvent]:
-        now = now_ms()
-        while (control := self.exchange.next_control(now)) is not None:
-            yield control[0].decode(), Control(b"", control[1])
-        while (event := self.exchange.next_event()) is not None:
-            yield event
+                yield from arrivals(
+                    self.exchange
+                )  # what came for one site does not wait for another's
+        yield from arrivals(self.exchange)
 
     # --- frames ---
 

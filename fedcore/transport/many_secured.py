@@ -19,6 +19,7 @@ from fedcore.protocol import FromSite, Kind, control_frames, frame_header
 
 from .dialling import Server
 from .link import HEARTBEAT_MS, MAX_FRAME, Control, DataEvent, now_ms
+from .many_links import arrivals
 from .open_files import require_free_files
 
 if TYPE_CHECKING:
@@ -118,10 +119,12 @@ class ManySecuredLinks:
                 self.exchange.clear_wake()
             elif ready in self._names:
                 self._read(ready)
-                yield from self._arrived()  # what came for one site does not wait for another's
+                yield from arrivals(
+                    self.exchange
+                )  # what came for one site does not wait for another's
             else:
                 self._refuse(ready)
-        yield from self._arrived()
+        yield from arrivals(self.exchange)
 
     def _read(self, net: zmq.Socket[bytes]) -> None:
         peer = self._names[net].encode()
@@ -142,13 +145,6 @@ class ManySecuredLinks:
             name = self._monitors[events]
             text = f"the server at {self._server.address} does not admit the key of {name}"
             raise RefusedError(text, "key")
-
-    def _arrived(self) -> Iterator[tuple[str, Control] | DataEvent]:
-        now = now_ms()
-        while (control := self.exchange.next_control(now)) is not None:
-            yield control[0].decode(), Control(b"", control[1])
-        while (event := self.exchange.next_event()) is not None:
-            yield event
 
     def _send_frames(self) -> None:
         while (out := self.exchange.next_out(now_ms())) is not None:

@@ -20,6 +20,7 @@ from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 
 from ..support.arriving import Arriving, says
+from ..support.failing import Failing
 from ..support.runs import run, run_config, site
 
 
@@ -37,21 +38,6 @@ class Way:
             return [row[0] for row in db.execute("SELECT site FROM members ORDER BY site")]
         finally:
             db.close()
-
-
-class Failing:
-    """A connection of SQLite that cannot commit."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._db, name)
-
-    def execute(self, statement: str, *values: Any) -> Any:
-        if statement == "COMMIT":
-            raise sqlite3.DatabaseError("disk I/O error")
-        return self._db.execute(statement, *values)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import logging
 import re
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -43,6 +42,7 @@ from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import Control, SiteLink
 
 from ..support.arriving import Arriving, says
+from ..support.failing import Failing
 from ..support.links import wait
 from ..support.processes import heed_signals
 
@@ -570,21 +570,6 @@ def test_a_run_that_cannot_be_written_does_not_end_the_other(
         with pytest.raises(StorageError, match="no space left"):
             ended.result(DEADLINE)
     assert best(tmp_path, "one") == alone["one"]
-
-
-class Failing:
-    """A connection of SQLite that cannot commit."""
-
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self._db = db
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._db, name)
-
-    def execute(self, statement: str, *values: Any) -> Any:
-        if statement == "COMMIT":
-            raise sqlite3.DatabaseError("disk I/O error")
-        return self._db.execute(statement, *values)
 
 
 def test_rows_of_one_run_that_cannot_be_written_hold_back_no_answer_of_another(
