@@ -164,15 +164,18 @@ class Peers:
     def _refusal(self, peer: bytes, join: protocol.Join) -> protocol.Refused | None:
         if join.protocol != protocol.PROTOCOL_VERSION:
             return unlike_version(join)
+        reason = self._roster.refusal(join.site)
         if join.run not in (None, *self._run):
+            # Only a site of this run learns its name: the other may be one of another run.
+            serves = f"serves run {self._run[0]!r}, and not" if reason is None else "does not serve"
             return protocol.Refused(
                 code="other-run",
-                message=f"this server serves run {self._run[0]!r}, and site {join.site!r} wants run {join.run!r}; "
-                "check the server's address, or which run the site names (FEDCORE_RUN, its kit, or run=... in its "
-                "script)",
+                message=f"this server {serves} run {join.run!r}, which site {join.site!r} wants; check the "
+                "server's address, or which run the site names (FEDCORE_RUN, its kit, or run=... in its script)",
             )
-        reason = self._roster.refusal(join.site)
         if reason is not None:
+            if Identity.of_peer(peer) is not None:  # its key gives its name, so no list helps it
+                reason = f"site {join.site!r} is not a site of this run"
             return protocol.Refused(code="unknown-site", message=reason)
         if self._of_sites.get(join.site, peer) != peer:
             return protocol.Refused(

@@ -40,7 +40,7 @@ def test_a_site_of_the_run_that_it_wants_takes_part_and_any_other_is_refused(
     def sites() -> int:
         other = SiteSettings(server=server.endpoint, site="b", run="last-year")
         with closing(Session(other)) as session:
-            said = r"serves run 't', and site 'b' wants run 'last-year'.*FEDCORE_RUN"
+            said = r"serves run 't', and not run 'last-year', which site 'b' wants.*FEDCORE_RUN"
             with pytest.raises(RefusedError, match=said) as refused:
                 session.is_running()
             assert refused.value.code == "other-run"
