@@ -363,6 +363,13 @@ void bind_exchange(py::module_& m) {
           [](const Exchange& e, const py::bytes& peer) { return e.last_heard(std::string(peer)); },
           py::arg("peer"), "Clock of the last frame of a peer, or None.")
       .def(
+          "silent_ms",
+          [](const Exchange& e, const py::bytes& peer, std::int64_t now_ms) {
+            return e.silent_ms(std::string(peer), now_ms);
+          },
+          py::arg("peer"), py::arg("now_ms"),
+          "For how many milliseconds nothing came of a peer while the pump was reading, or None.")
+      .def(
           "busy_until",
           [](const Exchange& e, const py::bytes& peer) { return e.busy_until(std::string(peer)); },
           py::arg("peer"),

@@ -220,6 +220,7 @@ std::vector<std::pair<std::uint64_t, std::uint64_t>> Exchange::pulls(
 
 int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const void* header_data,
                       std::size_t header_size, Frame& body) {
+  const HoldUps::Turn turn(hold_ups_);
   const std::lock_guard lock(mutex_);
   const std::string peer(peer_view);
   for (ExchangeStats* stats : {&stats_, &audiences_[audience_of(peer)].stats}) {
@@ -282,6 +283,7 @@ int Exchange::deliver(std::int64_t now_ms, std::string_view peer_view, const voi
 void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms) {
   Contact& contact = contacts_[peer];
   contact.heard_ms = now_ms;
+  contact.held_up_ms = hold_ups_.total_ms();
   contact.unreachable = false;
   if (kind == wire::Kind::kPing && !std::exchange(contact.met, true)) {
     report(Event::Kind::kUnknownPeer, peer, "");  // it joined a process before this one
@@ -475,6 +477,7 @@ std::optional<OutFrame> Exchange::next_out(std::int64_t now_ms) {
 }
 
 std::int64_t Exchange::tick(std::int64_t now_ms) {
+  const HoldUps::Turn turn(hold_ups_);
   const std::lock_guard lock(mutex_);
   std::int64_t wait = -1;
   const auto sooner = [&wait](std::int64_t ms) {
@@ -572,6 +575,17 @@ std::optional<std::int64_t> Exchange::last_heard(const std::string& peer) const 
   const std::lock_guard lock(mutex_);
   const auto found = contacts_.find(peer);
   return found == contacts_.end() ? std::nullopt : found->second.heard_ms;
+}
+
+std::optional<std::int64_t> Exchange::silent_ms(const std::string& peer,
+                                                std::int64_t now_ms) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = contacts_.find(peer);
+  if (found == contacts_.end() || !found->second.heard_ms) {
+    return std::nullopt;
+  }
+  const std::int64_t unread = hold_ups_.total_ms() - found->second.held_up_ms;
+  return std::max<std::int64_t>(0, now_ms - *found->second.heard_ms - unread);
 }
 
 std::int64_t Exchange::busy_until(const std::string& peer) const {

@@ -34,6 +34,7 @@
 #include "base/waiting_mutex.hpp"
 #include "collect/collector.hpp"
 #include "format/wire.hpp"
+#include "transfer/hold_ups.hpp"
 #include "transfer/outgoing.hpp"
 #include "transfer/publisher.hpp"
 #include "transfer/silence.hpp"
@@ -192,6 +193,8 @@ class Exchange {
   void sent(std::uint64_t bytes, std::int64_t now_ms);
   void moved(std::int64_t received, std::int64_t acked, std::int64_t now_ms);
   std::optional<std::int64_t> last_heard(const std::string& peer) const;
+  // For how long nothing came from a peer while the pump was reading.
+  std::optional<std::int64_t> silent_ms(const std::string& peer, std::int64_t now_ms) const;
   // Until when a peer's silence may mean no more than that a chunk is on its way; 0: it may not.
   std::int64_t busy_until(const std::string& peer) const;
   // A frame could not be sent: there is no connection to the peer at present.
@@ -213,6 +216,7 @@ class Exchange {
  private:
   struct Contact {
     std::optional<std::int64_t> heard_ms;
+    std::int64_t held_up_ms = 0;  // in hold-ups of the pump until then
     std::int64_t busy_until_ms = 0;
     bool unreachable = false;
     bool met = false;      // has sent a control message, or was reported as a stranger
@@ -289,6 +293,7 @@ class Exchange {
   std::optional<OutFrame> next_chunk_of(std::uint64_t number, Audience& audience);
   std::optional<OutFrame> serve(const std::string& peer, std::uint64_t audience);
 
+  HoldUps hold_ups_;
   mutable WaitingMutex mutex_;
   const std::shared_ptr<Outgoing> outgoing_ = Outgoing::make();
   Publisher publisher_;

@@ -142,8 +142,8 @@ class Peers:
         exchange = self._link.exchange
         gone: list[tuple[bytes, int]] = []
         for peer in self._known:
-            heard = exchange.last_heard(peer)
-            silent = limit + 1 if heard is None else now - heard
+            heard = exchange.silent_ms(peer, now)
+            silent = limit + 1 if heard is None else heard
             left = max(limit - silent, exchange.busy_until(peer) - now)
             if left < 0:
                 gone.append((peer, silent))

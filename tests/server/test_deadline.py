@@ -121,7 +121,7 @@ def test_a_site_is_noticed_when_it_has_been_silent_for_too_long_and_not_only_at_
     waited: list[float] = []
 
     class Data:
-        last_heard = staticmethod(heard.get)
+        silent_ms = staticmethod(lambda site, now: now - heard[site])
         busy_until = staticmethod(lambda site: busy.get(site, 0))
         forget = staticmethod(lambda site: None)
 
