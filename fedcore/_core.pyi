@@ -27,17 +27,17 @@ def reduce_files(
     out: MappedFile,
     threads: int = 1,
     progress: Callable[[int], None] | None = None,
-    rule: str | PythonRule = "mean",
+    rule: str | PythonRule | WeighedRule = "mean",
 ) -> tuple[int, int, int] | None: ...
 def rules() -> list[tuple[str, int, bool, bool, bool, int]]: ...
 def combine_wide(
-    rule: str | PythonRule,
+    rule: str | PythonRule | WeighedRule,
     dtype: str,
     inputs: Sequence[Buffer],
     weights: Sequence[int],
     out: Buffer,
 ) -> None: ...
-def rule_scratch(rule: str | PythonRule, sources: int) -> int: ...
+def rule_scratch(rule: str | PythonRule | WeighedRule, sources: int) -> int: ...
 def finishers() -> list[tuple[str, int, list[str], list[str]]]: ...
 def finish_mean(
     finisher: Finisher,
@@ -58,6 +58,11 @@ class PythonRule:
         least: int,
         make: Callable[[list[float]], Callable[[memoryview, memoryview], None]],
     ) -> None: ...
+
+class WeighedRule:
+    def __init__(self, rule: str | PythonRule, equal: bool, max_share: int) -> None: ...
+
+def weigh(examples: Sequence[float], equal: bool, max_share: int) -> list[float]: ...
 
 class Layout:
     def __init__(
@@ -187,7 +192,7 @@ class CollectorOptions:
         codec: Codec | None = None,
         threads: int = 1,
         base_checksums: Sequence[int] = (),
-        rule: str | PythonRule = "mean",
+        rule: str | PythonRule | WeighedRule = "mean",
         finisher: Finisher | None = None,
     ) -> None: ...
 

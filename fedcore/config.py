@@ -36,6 +36,7 @@ from .protocol import SITE_NAME, Transfer
 from .rules import RULES
 from .rules.finishers import FINISHERS, factor_of
 from .rules.options import Option, complete
+from .weighing import Weighing
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
 
@@ -257,11 +258,13 @@ class OptimizerSection(_Section):
 
 
 class AggregationSection(_Section):
-    """``[aggregation]``: the rule that combines the sites' updates, the numbers that it takes (``options``), and
-    what the server makes of the result (``optimizer``)."""
+    """``[aggregation]``: the rule that combines the sites' updates, the numbers that it takes (``options``), what
+    an update weighs (``weights``, ``max_share``), and what the server makes of the result (``optimizer``)."""
 
     rule: str = "mean"
     options: dict[str, float] = {}
+    weights: Literal["examples", "equal"] | None = None
+    max_share: float | None = None
     optimizer: OptimizerSection | None = None
 
     @model_validator(mode="after")
@@ -282,6 +285,38 @@ class AggregationSection(_Section):
             except ValueError as error:
                 raise ValueError(f"options: {error}") from None
         return self
+
+    @model_validator(mode="after")
+    def _weighs(self) -> AggregationSection:
+        Weighing(self.weights == "equal", self.max_share)
+        rule = RULES.get(self.rule)  # one in Python is asked by the server
+        if rule is not None and not rule.weighted:
+            if self.weights == "examples":
+                raise ValueError(
+                    f"weights: weights do not count in rule = {self.rule!r}; leave it out"
+                )
+            if self.max_share is not None:
+                raise ValueError(
+                    f"max_share: weights do not count in rule = {self.rule!r}; leave it out"
+                )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what changes no weight: runs that began before it could be given go on."""
+        of: dict[str, Any] = dump(self)
+        if not self.weighing.equal:
+            del of["weights"]
+        if self.max_share is None:
+            del of["max_share"]
+        return of
+
+    @property
+    def weighing(self) -> Weighing:
+        """What makes the weights of updates."""
+        rule = RULES.get(self.rule)
+        weighted = rule is None or rule.weighted
+        return Weighing(weighted and self.weights == "equal", self.max_share)
 
 
 class TransferSection(Transfer):
@@ -401,6 +436,8 @@ class RunConfig(_Section):
             raise ValueError("participants.sites: missing; run.task = 'compare' needs the names")
         if task != "train" and self.aggregation.optimizer is not None:
             raise ValueError(f"aggregation.optimizer is for run.task = 'train', not {task!r}")
+        if task != "train" and self.aggregation.max_share is not None:
+            raise ValueError(f"aggregation.max_share is for run.task = 'train', not {task!r}")
         if task == "compare" and self.transfer.update != "raw":
             raise ValueError("transfer.update: expected 'raw' with run.task = 'compare'")
         return self
@@ -418,6 +455,13 @@ class RunConfig(_Section):
             raise ValueError(
                 f"participants.min_results: aggregation.rule = {rule.name!r} needs {rule.least} or more updates "
                 f"in a round, and {self.participants.quorum} would do"
+            )
+        weighing = self.aggregation.weighing
+        if self.participants.quorum < weighing.least:
+            raise ValueError(
+                f"participants.min_results: aggregation.max_share = {weighing.max_share} needs {weighing.least} "
+                f"or more updates in a round, and {self.participants.quorum} would do: one of them has a greater "
+                "share, whatever it weighs"
             )
         return self
 

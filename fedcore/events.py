@@ -189,7 +189,7 @@ class VersionCommitted(Event):
     """
 
     version: int
-    participants: Mapping[str, int]
+    participants: Mapping[str, float]
     seconds: float
     collect_seconds: float
     nbytes: int

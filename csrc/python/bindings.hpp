@@ -94,9 +94,9 @@ void bind_events(py::module_& m);
 void bind_exchange(py::module_& m);
 // Adds the class Finisher; Layout and MappedFile must be there.
 void bind_finishing(py::module_& m);
-// A rule by its name, or an object of the class PythonRule. Throws Error{kConfig} for no such name.
+// A rule by its name, or an object of the class PythonRule or WeighedRule. Throws Error{kConfig} for no such name.
 std::shared_ptr<const Rule> to_rule(const py::object& rule);
-// Adds the class PythonRule.
+// Adds the classes PythonRule and WeighedRule.
 void bind_rules(py::module_& m);
 // Adds the classes Spill and Record.
 void bind_resume(py::module_& m);

@@ -21,6 +21,7 @@
 #include "kernels/kernels.hpp"
 #include "python/bindings.hpp"
 #include "reduce/rule.hpp"
+#include "reduce/weigh.hpp"
 
 namespace fedcore {
 namespace {
@@ -195,6 +196,11 @@ struct PythonRule {
   Rule rule;
 };
 
+// What the class WeighedRule holds.
+struct WeighedRule {
+  std::shared_ptr<const Rule> rule;
+};
+
 std::shared_ptr<PythonRule> make_rule(const std::string& name, unsigned version, bool weighted,
                                       bool symmetric, std::size_t least, py::object make) {
   auto made = std::make_shared<PythonRule>();
@@ -219,6 +225,9 @@ std::shared_ptr<const Rule> to_rule(const py::object& rule) {
   if (py::isinstance<py::str>(rule)) {
     return known_rule(find_rule(rule.cast<std::string>()));
   }
+  if (py::isinstance<WeighedRule>(rule)) {
+    return rule.cast<std::shared_ptr<WeighedRule>>()->rule;
+  }
   const auto held = rule.cast<std::shared_ptr<PythonRule>>();
   return {held, &held->rule};
 }
@@ -230,6 +239,22 @@ void bind_rules(py::module_& m) {
       "holds a row of binary64 numbers for each source, and out one number an element.")
       .def(py::init(&make_rule), py::arg("name"), py::arg("version"), py::arg("weighted"),
            py::arg("symmetric"), py::arg("least"), py::arg("make"));
+  py::class_<WeighedRule, std::shared_ptr<WeighedRule>>(
+      m, "WeighedRule",
+      "A rule whose sources weigh the same, or none of which weighs more than `max_share` "
+      "millionths "
+      "of all.")
+      .def(py::init([](const py::object& rule, bool equal, std::uint32_t max_share) {
+             return WeighedRule{weighed(to_rule(rule), {equal, max_share})};
+           }),
+           py::arg("rule"), py::arg("equal"), py::arg("max_share"));
+  m.def(
+      "weigh",
+      [](const std::vector<double>& examples, bool equal, std::uint32_t max_share) {
+        return weigh({equal, max_share}, examples);
+      },
+      py::arg("examples"), py::arg("equal"), py::arg("max_share"),
+      "The effective weights of sources in a WeighedRule.");
 }
 
 }  // namespace fedcore

@@ -328,6 +328,12 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             help="Numbers of training examples, one integer per file, e.g. 3,5; equal if left out."
         ),
     ] = None,
+    max_share: Annotated[
+        float | None,
+        typer.Option(
+            help="The greatest part of all weights that one file has, e.g. 0.4; others have what it leaves."
+        ),
+    ] = None,
     rule: Annotated[
         str,
         typer.Option(
@@ -392,6 +398,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             out,
             rule=rule,
             settings=settings,
+            max_share=max_share,
             threads=threads,
             device=device,
             force=force,

@@ -23,7 +23,7 @@ from fedcore.protocol import MAX_WEIGHT
 from fedcore.replacing import partial_of, place_of, put_in_place, sync_folder
 from fedcore.rules import Rule
 from fedcore.rules.python import load_rule
-from fedcore.weighing import effective_weight
+from fedcore.weighing import Weighing, effective_weight
 
 from .weights import Weights, open_weights
 
@@ -39,6 +39,7 @@ def aggregate_files(
     *,
     rule: str = "mean",
     settings: Mapping[str, float] | None = None,
+    max_share: float | None = None,
     threads: int = 1,
     device: str | None = None,
     force: bool = False,
@@ -58,6 +59,7 @@ def aggregate_files(
         out: file to write; it appears only when it is complete.
         rule: a name in `fedcore.rules.RULES`, or ``package.module:Class`` of a `fedcore.rules.PythonRule`.
         settings: values for some of the rule's options.
+        max_share: the greatest part of all weights that one file has (`fedcore.weighing.Weighing`).
         threads: worker threads; the result does not depend on it.
         device: ``auto``, ``cpu`` or ``cuda``, for the process; FEDCORE_DEVICE decides if None. The result
             does not depend on it. Rules other than the mean are always computed on the CPU.
@@ -65,15 +67,24 @@ def aggregate_files(
         progress: called with the bytes done and the bytes in all.
 
     Raises:
-        ConfigError: no input or too few for the rule, ``out`` is one of them, the rule is unknown or does not
-            take the settings, or the device can't be used.
+        ConfigError: no input or too few for the rule or the greatest share, ``out`` is one of them, the rule is
+            unknown, does not take the settings or does not weigh, or the device can't be used.
         LayoutError: the files hold different tensors; each one is named.
         NonFiniteError: a file holds NaN or infinity; file and tensor are named.
         WeightError: a weight is out of range, or their number is wrong.
         StorageError: a file can't be read or written, or ``out`` exists.
         RuleError: a rule in Python has failed; tensor and element are named.
     """
-    chosen = load_rule(rule, settings)
+    try:
+        weighing = Weighing(max_share=max_share)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    chosen = load_rule(rule, settings, weighing)
+    if 0 < len(inputs) < weighing.least:
+        raise ConfigError(
+            f"max_share = {max_share} needs {weighing.least} or more files, got {len(inputs)}: one of them has a "
+            "greater share, whatever it weighs"
+        )
     counts = _check_arguments(inputs, weights, out, force)
     use_device(device)
     for path in inputs:

@@ -15,6 +15,7 @@ from typing import Final
 
 from fedcore import _core
 from fedcore.errors import ConfigError
+from fedcore.weighing import EXAMPLES, Weighing
 
 from .contract import PythonRule
 from .options import Option, complete
@@ -26,26 +27,38 @@ _ELEMENTS: Final = 70_000  # more than a piece
 _MOST: Final = (1 << 31) - 1  # of a version, and of the sources that a rule needs
 
 
-def load_rule(name: str, settings: Mapping[str, float] | None = None) -> Rule:
+def load_rule(
+    name: str, settings: Mapping[str, float] | None = None, weighing: Weighing = EXAMPLES
+) -> Rule:
     """Return the rule of a name, or import the rule ``package.module:Class``.
 
     Args:
         name: of the rule.
         settings: values for some of its options.
+        weighing: what makes the weights of its sources.
 
     Raises:
         ConfigError: there is no rule of that name, no such module or class, it is no `PythonRule`, it does not
-            take these settings, or NumPy is missing.
+            take these settings or does not weigh, or NumPy is missing.
     """
+    found = _load(name, settings or {})
+    if weighing == EXAMPLES:
+        return found
+    if not found.weighted:
+        raise ConfigError(f"the rule {name!r} does not weigh: leave out how updates are weighed")
+    return replace(found, weighing=weighing)
+
+
+def _load(name: str, settings: Mapping[str, float]) -> Rule:
     module, dot, class_name = name.rpartition(".")
     if dot and ":" not in name:
         raise ConfigError(
             f"no rule is named {name!r}; a rule of your own has a colon before its class: {module}:{class_name}"
         )
     if ":" in name:
-        return _import(name, settings or {})
+        return _import(name, settings)
     rule = find_rule(name)
-    return replace(rule, settings=_completed(name, rule.options, settings or {}))
+    return replace(rule, settings=_completed(name, rule.options, settings))
 
 
 def _import(name: str, given: Mapping[str, float]) -> Rule:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from fedcore.errors import ConfigError
+from fedcore.weighing import EXAMPLES, Weighing
 
 from .options import Option
 
 if TYPE_CHECKING:
-    from fedcore._core import PythonRule
+    from fedcore._core import PythonRule, WeighedRule
 
 __all__ = ["DEFAULT_RULE", "RULES", "Rule", "find_rule"]
 
@@ -33,6 +34,7 @@ class Rule:
         settings: the numbers that it has been given, one for each option.
         python: what calls it, where it is a class of Python.
         code: a digest of its source, where it is a class of Python.
+        weighing: what makes the weights of its sources.
     """
 
     name: str
@@ -47,11 +49,17 @@ class Rule:
     settings: Mapping[str, float] = field(default_factory=dict)
     python: PythonRule | None = None
     code: str = ""
+    weighing: Weighing = EXAMPLES
 
     @property
-    def core(self) -> str | PythonRule:
+    def core(self) -> str | PythonRule | WeighedRule:
         """What the compiled core knows it by."""
-        return self.python or self.name
+        known = self.python or self.name
+        if self.weighing == EXAMPLES:
+            return known
+        from fedcore._core import WeighedRule
+
+        return WeighedRule(known, self.weighing.equal, self.weighing.millionths)
 
     @property
     def recorded(self) -> str:

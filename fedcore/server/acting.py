@@ -30,6 +30,7 @@ from fedcore.server.storage.store import VersionRow
 
 from .ending import Ending
 from .parts import Parts
+from .rule import rule_of
 
 __all__ = ["Acting"]
 
@@ -152,7 +153,7 @@ class Acting:
             running.cancel()  # what was made with a damaged state is not gone on with
             raise self._run.versions.damaged(str(error)) from None
         model, checksums = running.finish()
-        weights = {p.site: p.weight for p in action.participants} if action.version else {}
+        weights = self._weights_of(action) if action.version else {}
         seconds = self._run.clock.monotonic() - self._round_started
         row = VersionRow(action.version, "", "", model.layout.total_bytes, seconds, weights)
         metrics = {known.site: known.metrics for _, known in self._run.peers}
@@ -180,6 +181,21 @@ class Acting:
             self._run.store.settle()  # the tasks leave first: reading a large model takes seconds
             self._export_best()
             self._run.outcome.prune()
+
+    def _weights_of(self, action: Commit) -> dict[str, float]:
+        """Return the effective weights of a version's participants, and say whose share was bounded."""
+        weighing = rule_of(self._run.config).weighing
+        found = weighing.of([p.weight for p in action.participants])
+        if weighing.max_share is not None:
+            total = sum(p.weight for p in action.participants)
+            for participant, weight in zip(action.participants, found, strict=True):
+                if weight < participant.weight:
+                    logger.info(
+                        "round %d: %s counts for %.4g %% by aggregation.max_share; its examples are %.4g %%",
+                        action.version, participant.site, 100 * weight / sum(found),
+                        100 * participant.weight / total,
+                    )  # fmt: skip
+        return {p.site: weight for p, weight in zip(action.participants, found, strict=True)}
 
     def _export_best(self) -> None:
         before = self._run.outcome.best

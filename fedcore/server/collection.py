@@ -19,6 +19,7 @@ from fedcore._core import (
     MappedFile,
     PythonRule,
     Spill,
+    WeighedRule,
 )
 from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
@@ -94,7 +95,7 @@ class CollectionSetting:
     codec: Codec | None = None
     spill: Spill | None = None
     threads: int = 1
-    rule: str | PythonRule = "mean"
+    rule: str | PythonRule | WeighedRule = "mean"
     finisher: Finisher | None = None
 
     @property

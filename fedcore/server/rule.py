@@ -11,19 +11,21 @@ __all__ = ["check_rule_fits", "rule_of"]
 
 
 def rule_of(config: RunConfig) -> Rule:
-    """Return the rule of a run, with its settings.
+    """Return the rule of a run, with its settings and what makes its weights.
 
     Raises:
-        ConfigError: it can't be imported, or does not take the settings.
+        ConfigError: it can't be imported, does not take the settings, or does not weigh.
     """
-    return load_rule(config.aggregation.rule, config.aggregation.options)
+    chosen = config.aggregation
+    return load_rule(chosen.rule, chosen.options, chosen.weighing)
 
 
 def check_rule_fits(config: RunConfig) -> None:
     """Check what the run file alone does not say of a rule in Python.
 
     Raises:
-        ConfigError: it can't be imported, does not take the settings, or needs more updates than a round may have.
+        ConfigError: it can't be imported, does not take the settings, does not weigh, or needs more updates than a
+            round may have.
     """
     rule = rule_of(config)
     if config.participants.quorum < rule.least:

@@ -270,6 +270,10 @@ class Run:
                 "updates are combined by the rule %s (version %d): %s%s", rule.name, rule.version, rule.summary,
                 "" if self.acting.device == "CPU" else "; it is computed on the CPU",
             )  # fmt: skip
+        if rule.weighing.equal:
+            logger.info("the updates of all sites weigh the same")
+        elif rule.weighing.max_share is not None:
+            logger.info("no site counts for more than %.4g %%", 100 * rule.weighing.max_share)
         if optimizer := self.versions.optimizer.describe():
             logger.info(
                 "the server optimizer is %s%s", optimizer,

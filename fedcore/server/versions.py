@@ -286,6 +286,8 @@ class Versions:
             named["fedcore.rule"] = rule.recorded
             if rule.code:
                 named["fedcore.rule-code"] = rule.code
+        if version > 0 and rule.weighing.recorded:
+            named["fedcore.weights"] = rule.weighing.recorded
         if version > 0:
             named |= self.optimizer.metadata(version)
         return named

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fedcore._core import (
     MappedFile,
     PythonRule,
     SetDamaged,
+    WeighedRule,
     finish_mean,
 )
 from fedcore.encoding import UpdateEncoder
@@ -163,12 +164,12 @@ class Server:
         return {"model": flat(model), **found}
 
 
-def expected(names: str, *, fresh: bool = False) -> Files:
+def expected(names: str, *, fresh: bool = False, weights: Mapping[str, int] = WEIGHTS) -> Files:
     of = finisher(fresh=fresh)
     after = {name: (MappedFile.anonymous(layout.total_bytes), 0) for name, layout in of.states}
     out = bytearray(LAYOUT.total_bytes)
     updates = [flat(model_of(ord(name))) for name in names]
-    finish_mean(of, updates, [WEIGHTS[name] for name in names], flat(BASE), out, after)
+    finish_mean(of, updates, [weights[name] for name in names], flat(BASE), out, after)
     return {"model": bytes(out), **{name: bytes(file.view()) for name, (file, _) in after.items()}}
 
 
@@ -215,6 +216,28 @@ def test_a_server_killed_at_any_chunk_goes_on_to_the_same_bytes(tmp_path: Path, 
         server = Server(server.killed(), "abc").start()
         assert server.running.collector.progress()[0] >= before
     assert server.run(dice).result() == expected("abc")
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 1], ids=["at once", "folded"])
+def test_shares_are_those_of_who_counts_also_after_kills_and_losses(
+    tmp_path: Path, memory: int
+) -> None:
+    half, dice = WeighedRule("mean", False, 500_000), random.Random(3)
+    server = Server(tmp_path / "run", "abc", rule=half, memory=memory).start()
+    for _ in range(2):
+        server.run(dice, 40)
+        server = Server(server.killed(), "abc", rule=half, memory=memory).start()
+    whole = Server(tmp_path / "whole", "abc", rule=half, memory=memory).pull_ahead().run()
+    assert whole.result() == expected("abc")  # nobody has more than a half of 15
+    left = tuple(p for p in server.participants if p.site != "b")
+    assert server.running.narrow(left, server.peers)
+    assert server.run(dice).result() == expected("ac", weights={"a": 3, "c": 3})
+    quarter = WeighedRule("mean", False, 250_000)
+    five = Server(tmp_path / "five", "abcde", rule=quarter, memory=memory, threads=3).start()
+    bounded = {"a": 3, "b": 3, "c": 3, "d": 1, "e": 2}
+    assert five.run(dice).result() == expected("abcde", weights=bounded)
+    same = Server(tmp_path / "same", "abcde", rule=WeighedRule("mean", True, 1_000_000)).start()
+    assert same.run(dice).result() == expected("abcde", weights=dict.fromkeys("abcde", 1))
 
 
 @pytest.fixture(params=["median", "python"])

@@ -144,6 +144,57 @@ def test_the_settings_of_a_rule_change_the_model_and_are_recorded_in_it(tmp_path
         assert model.metadata["fedcore.rule"] == f"{named(Trimmed)} 1 trim={float(trim).hex()}"
 
 
+def test_a_run_weighs_its_sites_as_its_file_says_and_keeps_what_they_weighed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedcore.server")
+    values = [update(name, 1).astype(np.float64) for name in "abc"]  # of 3, 10 and 17 examples
+    for setting, weights, recorded in (
+        ({"weights": "equal"}, [1, 1, 1], "equal"),
+        ({"max_share": 0.5}, [3, 10, 13], "examples max_share=0.5"),
+    ):
+        folder = tmp_path / recorded[:5]
+        server = Server(config(folder, 3, aggregation=setting))
+        result, _ = run(server, *sites_of(server, "abc"))
+        assert result.ok
+        store = Store(folder / "runs/t", None)
+        assert store.versions()[1].participants == dict(zip("abc", weights, strict=True))
+        model = open_model(store.path(1))
+        assert model.metadata["fedcore.weights"] == recorded
+        wanted = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+        assert bytes(model.view("w")) == wanted.astype(np.float32).tobytes()
+        store.close()
+    assert "the updates of all sites weigh the same" in caplog.text
+    assert "no site counts for more than 50 %" in caplog.text
+    assert "c counts for 50 % by aggregation.max_share; its examples are 56.67 %" in caplog.text
+    with pytest.raises(ConfigError, match=r"aggregation\.max_share: it was 0\.5 and is now 0\.4"):
+        Server(config(folder, 3, aggregation={"max_share": 0.4}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ({"max_share": 0.3}, r"min_results: aggregation.max_share = 0.3 needs 4 or more .* and 3"),
+        ({"max_share": 1.5}, r"aggregation.max_share: expected a number above 0 and below 1"),
+        ({"max_share": 0.5, "weights": "equal"}, r"aggregation.max_share: equal weights"),
+        ({"max_share": 0.5, "rule": "median"}, r"aggregation.max_share: weights do not count"),
+        ({"weights": "examples", "rule": "median"}, r"aggregation.weights: weights do not count"),
+        ({"weights": "loud"}, r"aggregation.weights: .*'examples' or 'equal'"),
+    ],
+)
+def test_weights_that_can_not_be_are_refused_when_the_file_is_read(
+    tmp_path: Path, setting: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        config(tmp_path, 3, aggregation=setting)
+    assert config(tmp_path, 3, aggregation={"weights": "equal", "rule": "median"})
+
+
+def test_a_rule_in_python_that_does_not_weigh_is_refused_a_greatest_share(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not weigh"):
+        Server(config(tmp_path, 3, aggregation={"rule": named(Median), "max_share": 0.5}))
+
+
 def test_chunks_of_a_run_are_as_small_as_a_rule_needs_and_stay_so(tmp_path: Path) -> None:
     names = "abcdefghij"
     server = Server(config(tmp_path, len(names), server={"memory": "16MiB"}))

@@ -14,8 +14,8 @@ __all__ = ["check_fixed"]
 # Keys of a run file that make it another run when they change, once a model is committed.
 _FIXED: Final = (
     "run.task", "model.initial", "participants.sites", "participants.count", "aggregation.rule",
-    "aggregation.options", "aggregation.optimizer", "selection.metric", "selection.mode",
-    "transfer.update", "transfer.top_k", "transfer.lossless",
+    "aggregation.options", "aggregation.weights", "aggregation.max_share", "aggregation.optimizer",
+    "selection.metric", "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ class VersionRow:
     sha256: str
     nbytes: int
     seconds: float
-    participants: Mapping[str, int]
+    participants: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,11 @@ class Life:
 
 def read_versions(rows: Callable[[str], list[tuple[Any, ...]]]) -> list[VersionRow]:
     """Return the committed versions of a journal, in order; ``rows`` runs a query on it."""
-    sites: dict[int, dict[str, int]] = {}
+    sites: dict[int, dict[str, float]] = {}
     query = "SELECT version, site, weight FROM contributions ORDER BY site"
     for version, site, weight in rows(query):
-        sites.setdefault(version, {})[site] = int(weight)
+        whole = int(weight)
+        sites.setdefault(version, {})[site] = whole if whole == weight else weight
     query = "SELECT version, checksum, sha256, bytes, seconds FROM versions ORDER BY version"
     return [
         VersionRow(version, checksum, sha256, nbytes, seconds, sites.get(version, {}))

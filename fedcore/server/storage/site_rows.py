@@ -15,7 +15,7 @@ from .journal import Journal
 __all__ = ["SiteRows", "number_of"]
 
 
-def number_of(weight: int) -> int | float:
+def number_of(weight: float) -> float:
     """Return what SQLite keeps of a weight: its integers end at 2^63 - 1; 24 bits are exact as a float, too."""
     return weight if weight < 1 << 63 else float(weight)
 
