@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
 FUZZ_SECONDS := 30
+SOAK := tests/security/test_under_attack.py tests/server/test_fuzz.py \
+	'tests/server/test_kill.py::test_a_server_killed_at_random_ends_with_the_same_bytes[0-mean]'
 BIN := $(VENV)/bin
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	if command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
@@ -18,7 +20,7 @@ FUZZER = $(shell for c in clang++ clang++-{20,19,18,17,16,15,14}; do command -v 
 	$$c -x c++ - -fsanitize=fuzzer,address,undefined -o /dev/null 2>/dev/null && echo $$c && break; done)
 NATIVE := $(shell find csrc tests/cpp -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help demo test test-slow lint tidy format types native fuzz has-libfuzzer cuda bench clean
+.PHONY: help demo test test-slow soak lint tidy format types native fuzz has-libfuzzer cuda bench clean
 
 help: ## Show this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +33,9 @@ test: $(VENV)/.test ## Run all tests but the slow ones
 
 test-slow: $(VENV)/.slow ## Run the tests that need downloads or minutes
 	$(BIN)/pytest -m slow
+
+soak: $(VENV)/.test ## Attack and kill a running server for one or two minutes: the shortest forms of slow tests
+	FEDCORE_FUZZ_SECONDS=15 FEDCORE_ATTACK_ROUNDS=5 FEDCORE_ATTACK_TRAIN=2 FEDCORE_ATTACK_MIB=8 $(BIN)/pytest -m slow $(SOAK)
 
 lint: $(VENV)/.tools ## Check the style
 	$(BIN)/ruff check .

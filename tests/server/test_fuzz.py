@@ -22,14 +22,15 @@ SEED = int(os.environ.get("FEDCORE_FUZZ_SEED", "1"))
 SECONDS = float(os.environ.get("FEDCORE_FUZZ_SECONDS", "120"))
 MAX_GROWTH = 24 << 20
 ROUNDS = 3
+FRAMES = 1000
 
 
-def fuzz(federation: Federation, seconds: float) -> int:
-    """Send hostile frames during three rounds and check the models, memory and log; returns how
-    many each of the two peers sent at least."""
-    federation.write(
-        ROUNDS, sites=["a", "b", "c"], min_results=2, round_deadline=f"{seconds + 50:g}s"
-    )
+def fuzz(federation: Federation, seconds: float) -> None:
+    """Send hostile frames during three rounds, and check the models, memory and log.
+
+    Each of the two peers sends for so long, and `FRAMES` of them at least.
+    """
+    federation.write(ROUNDS, sites=["a", "b", "c"], min_results=2, round_deadline="1h")
     server, honest = federation.server(), [federation.site("a"), federation.site("b")]
     over = threading.Event()
     stranger = Fuzzer(federation.address, "zz", SEED)
@@ -48,7 +49,8 @@ def fuzz(federation: Federation, seconds: float) -> int:
         used = [anonymous_bytes(server.pid)]
         for round_ in range(1, ROUNDS + 1):
             until = time.monotonic() + seconds / ROUNDS
-            while time.monotonic() < until:
+            enough = FRAMES * round_ / ROUNDS
+            while time.monotonic() < until or min(stranger.sent, member.sent) < enough:
                 member.say(protocol.Join(version="f", site="c", instance="0" * 32))
                 for _ in range(50):
                     member.one()
@@ -79,23 +81,22 @@ def fuzz(federation: Federation, seconds: float) -> int:
     assert (federation.folder / "server.log").stat().st_size < (1 + seconds / 6) * (1 << 20), (
         "strangers fill the disk"
     )
-    return min(stranger.sent, member.sent)
 
 
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(300)
 def test_hostile_frames_harm_no_honest_site(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     try:
-        assert fuzz(federation, 6) > 1000
+        fuzz(federation, 6)
     finally:
         federation.end()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(SECONDS + 120)
+@pytest.mark.timeout(SECONDS + 300)
 def test_minutes_of_hostile_frames_harm_no_honest_site(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     try:
-        assert fuzz(federation, SECONDS) > 1000
+        fuzz(federation, SECONDS)
     finally:
         federation.end()

@@ -152,7 +152,7 @@ def test_a_site_that_was_killed_at_the_end_and_is_started_again_learns_of_it(
 def test_a_server_ended_in_its_last_words_says_them_when_it_is_started_again(
     federation: Federation, number: signal.Signals
 ) -> None:
-    server, b = away_at_the_end(federation, "20s")
+    server, b = away_at_the_end(federation, "100s")
     b.process.kill()
     over(federation)
     server.send_signal(number)

@@ -102,7 +102,7 @@ class Federation:
         (folder / "site.py").write_text(SITE)
 
     def write(self, rounds: int = 3, linger: str = "100ms", **people: object) -> None:
-        values = {"round_deadline": "50s", "idle_timeout": f"{IDLE_SECONDS:g}s", **people}
+        values = {"round_deadline": "1h", "idle_timeout": f"{IDLE_SECONDS:g}s", **people}
         section = "\n".join(f"{key} = {json.dumps(value)}" for key, value in values.items())
         (self.folder / "run.toml").write_text(
             f'[run]\nname = "t"\nseed = 7\nrounds = {rounds}\n[participants]\n{section}\n'
