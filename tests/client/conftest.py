@@ -23,7 +23,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Future[RunR
     config = parse_run(
         {
             "run": {"name": "t", "rounds": ROUNDS},
-            "participants": {"sites": ["a"], "round_deadline": "60s", "idle_timeout": "30s"},
+            "participants": {"sites": ["a"], "round_deadline": "300s", "idle_timeout": "60s"},
             "selection": {"metric": "val_loss", "mode": "min"},
             "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
         },

@@ -27,7 +27,7 @@ class Asking(Median):
         super().combine(values, out)
 
 
-@pytest.mark.timeout(60, method="thread")
+@pytest.mark.timeout(300, method="thread")
 @pytest.mark.parametrize(
     "ask", [lambda f: f.server.stats(), lambda f: f.events(), lambda f: f.lose("c")]
 )
@@ -38,9 +38,9 @@ def test_a_thread_that_waits_for_the_exchange_lets_the_rule_have_the_interpreter
     federation = Federation("abc", 64 * CHUNK, rule=load_rule(named(Asking)).core)
     reducing = threading.Thread(target=federation.run, args=("abc",))
     reducing.start()
-    assert Asking.called.wait(20)
+    assert Asking.called.wait(60)
     ask(federation)  # it has the interpreter, and the thread that reduces has the exchange
-    reducing.join(40)
+    reducing.join(60)
     assert not reducing.is_alive()
     federation.run("abc")
     assert federation.collector.done

@@ -25,7 +25,7 @@ from fedcore.transport.link import Control, SiteLink
 from ..support.links import DEADLINE, Links, wait
 from ..support.secured_runs import join
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 MIB = 1 << 20
 

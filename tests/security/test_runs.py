@@ -39,7 +39,7 @@ from ..support.secured_runs import (
     site,
 )
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 
 def test_a_run_over_encrypted_links_gives_the_same_models(
@@ -256,7 +256,7 @@ def test_two_keys_of_one_name_are_one_site(tmp_path: Path, kits: Provisioned) ->
                     server.endpoint,
                     "a",
                     load_kit(tmp_path / "next").credentials,
-                    connect_timeout=0.5,
+                    connect_timeout=2,
                 )
             ).is_running()
         held.close()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from fedcore.transport.link import Control, SiteLink
 
 from ..support.fuzzer import anonymous_bytes
 from ..support.links import wait
+from ..support.ports import free_address
 
 ROUNDS = int(os.environ.get("FEDCORE_ATTACK_ROUNDS", "12"))
 TRAIN = float(os.environ.get("FEDCORE_ATTACK_TRAIN", "10"))
@@ -127,9 +127,7 @@ class World:
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    address = free_address()
     kits = provision(Project(address, dict.fromkeys([*STEPS, "d"], Role.SITE)), tmp_path / "kits")
     (tmp_path / "run.toml").write_text(
         f'[run]\nname = "t"\nrounds = {ROUNDS}\n'

@@ -65,7 +65,7 @@ def site(
     """Train in each round; return what was counted."""
 
     def part() -> dict[str, Any]:
-        session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=15))
+        session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=60))
         try:
             while session.is_running():
                 first = start()
@@ -162,7 +162,7 @@ def test_a_model_that_changes_while_sites_train_from_it_makes_no_other(
 
     def spoiling(flat: Flat, name: str, round_: int) -> Flat:
         if round_ == 2:  # both have pulled it
-            both_train.wait(15)
+            both_train.wait(60)
         return good(flat, name, round_)
 
     both_train = threading.Barrier(2, action=lambda: put(b"\x63"))

@@ -69,7 +69,7 @@ def site(
     address: str, name: str, idle_timeout: float = 600, roles: dict[str, Role] | None = None
 ) -> None:
     settings = SiteSettings(
-        server=address, site=name, connect_timeout=15, idle_timeout=idle_timeout
+        server=address, site=name, connect_timeout=60, idle_timeout=idle_timeout
     )
     session = Session(settings)
     try:
@@ -210,9 +210,9 @@ def test_a_site_that_leaves_a_server_optimizer_no_parameter_is_refused(tmp_path:
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.run)
         with pytest.raises(RefusedError, match="'a' says that all tensors .* are buffers"):
-            site(server.endpoint, "a", idle_timeout=10, roles=dict.fromkeys(DTYPES, "buffer"))
+            site(server.endpoint, "a", roles=dict.fromkeys(DTYPES, "buffer"))
         server.stop()
-        running.result(20)
+        running.result(60)
 
 
 def test_a_site_whose_roles_are_not_the_runs_is_refused(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_site_whose_roles_are_not_the_runs_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match=said):
             site(server.endpoint, "b", roles={})
         server.stop()
-        running.result(20)
+        running.result(60)
 
 
 def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(
@@ -381,10 +381,10 @@ def test_an_optimizer_that_acts_on_no_tensor_ends_the_server_before_round_1(
     everything = {**MOMENTUM, "plain": ["*"]}
     server = Server(config(tmp_path, 1, everything))
     with ThreadPoolExecutor(2) as pool:
-        sites = [pool.submit(site, server.endpoint, name, idle_timeout=1) for name in "ab"]
+        sites = [pool.submit(site, server.endpoint, name, idle_timeout=5) for name in "ab"]
         with pytest.raises(ConfigError, match="no tensor on which a server optimizer acts"):
             server.run()
-        assert all(isinstance(done.exception(20), FedcoreError) for done in sites)
+        assert all(isinstance(done.exception(60), FedcoreError) for done in sites)
     assert train(config(tmp_path, 1))  # the run file may be mended: no model was committed
     first = {"initial": str(tmp_path / "runs/t/models/round-0001.safetensors")}
     server = Server(config(tmp_path / "b", 1, everything, model=first))
@@ -409,11 +409,11 @@ def test_a_state_that_changes_during_a_round_ends_the_server(
     monkeypatch.setitem(globals(), "change", spoil)
     server = Server(config(tmp_path, 3))
     with ThreadPoolExecutor(2) as pool:
-        sites = [pool.submit(site, server.endpoint, name, idle_timeout=1) for name in "ab"]
+        sites = [pool.submit(site, server.endpoint, name, idle_timeout=5) for name in "ab"]
         with pytest.raises(IntegrityError, match=r"momentum.* has changed .* a state of the last"):
             server.run()
         for done in sites:
-            done.exception(20)
+            done.exception(60)
     assert not list(models.glob("round-0003*"))
     shutil.copy(kept, state)  # from a backup
     assert train(config(tmp_path, 3))

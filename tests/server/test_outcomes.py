@@ -14,7 +14,7 @@ from fedcore.monitor.ask import StatusClient
 
 from ..support.processes import Federation, Site
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
@@ -25,16 +25,15 @@ def federation(tmp_path: Path) -> Iterator[Federation]:
 
 
 def begun(
-    federation: Federation, deadline: str, linger: str = "100ms", idle: str = "3s"
+    federation: Federation, linger: str = "100ms", idle: str = "1h"
 ) -> tuple[subprocess.Popen[str], list[Site]]:
     """Return the server and two sites: the first trains, the other one waits for its first model."""
-    federation.write(
-        1, linger, sites=["a", "b"], sample=1, round_deadline=deadline, idle_timeout=idle
-    )
+    people = {"round_deadline": "1h", "idle_timeout": idle}
+    federation.write(1, linger, sites=["a", "b"], sample=1, **people)
     server, sites = federation.server(), [federation.site("a"), federation.site("b")]
     with StatusClient(federation.address) as client:
         while True:
-            reply = client.ask(20)
+            reply = client.ask(60)
             # Before round 1, "training" is shown for the site that is asked for the first model.
             chosen = [site.site for site in reply.sites if site.state == "training"]
             joined = all(site.state != "absent" for site in reply.sites)
@@ -59,7 +58,8 @@ def ended(sites: list[Site], outcome: str) -> list[str]:
 
 
 def test_every_script_of_a_run_that_fails_ends_with_status_1(federation: Federation) -> None:
-    server, sites = begun(federation, "5s")
+    server, sites = begun(federation)
+    federation.pass_deadline(server)
     assert server.wait() == 1
     sites[0].go()
     for said in ended(sites, "failed"):
@@ -71,7 +71,7 @@ def test_every_script_of_a_run_that_fails_ends_with_status_1(federation: Federat
 def test_every_script_of_a_run_that_is_stopped_says_so_and_ends_with_status_0(
     federation: Federation,
 ) -> None:
-    server, sites = begun(federation, "50s")
+    server, sites = begun(federation)
     server.send_signal(signal.SIGINT)
     assert server.wait() == 130
     sites[0].go()
@@ -98,7 +98,7 @@ def away_at_the_end(federation: Federation, linger: str) -> tuple[subprocess.Pop
 
 def over(federation: Federation) -> str:
     """Wait until the server's log says that the run is over; returns the log."""
-    path, until = federation.folder / "server.log", time.monotonic() + 30
+    path, until = federation.folder / "server.log", time.monotonic() + 60
     while "the run is complete" not in path.read_text():
         assert time.monotonic() < until, path.read_text()
         time.sleep(0.02)
@@ -134,8 +134,9 @@ def test_a_site_that_is_back_within_the_linger_time_learns_of_the_end(
 def test_a_site_that_was_killed_at_the_end_and_is_started_again_learns_of_it(
     federation: Federation,
 ) -> None:
-    server, sites = begun(federation, "4s", "50s", idle="6s")
+    server, sites = begun(federation, "50s", idle="6s")
     sites[1].process.send_signal(signal.SIGSTOP)  # the run ends before its silence is noticed
+    federation.pass_deadline(server)
     while "the run failed" not in (federation.folder / "server.log").read_text():
         time.sleep(0.02)
     sites[1].process.kill()
@@ -143,7 +144,7 @@ def test_a_site_that_was_killed_at_the_end_and_is_started_again_learns_of_it(
     again = federation.site("a" if sites[1].log.name == "a.log" else "b")
     ended([sites[0], again], "failed")
     assert [sites[0].process.returncode, again.process.returncode] == [1, 1]
-    assert server.wait(20) == 1
+    assert server.wait(60) == 1
 
 
 @pytest.mark.parametrize(
@@ -168,4 +169,4 @@ def test_ctrl_c_ends_the_linger_time(federation: Federation) -> None:
     server, _ = away_at_the_end(federation, "50s")
     over(federation)
     server.send_signal(signal.SIGINT)
-    assert server.wait(20) == 0
+    assert server.wait(60) == 0

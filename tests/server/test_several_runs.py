@@ -24,13 +24,13 @@ from fedcore.server.host import _WHICH_RUN, Host
 from fedcore.server.opening import open_shares
 from fedcore.transport.link import SiteLink
 
+from ..support.ports import free_port
 from ..support.several_runs import (
     DEADLINE,
     MODELS,
     UNKNOWN,
     Peer,
     best,
-    free_port,
     run_file,
     serving,
     site,

@@ -14,7 +14,7 @@ import pytest
 from ..support.processes import SITE, Federation, Site
 from ..support.relay import Relay
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 CHUNK = 1 << 20
 FLOATS = 4_000_000

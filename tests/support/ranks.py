@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from .ports import free_port
+
 SCRIPTS = Path(__file__).parents[1] / "client" / "ranked"
-SECONDS = 200  # what a busy machine needs at most
+SECONDS = 500  # what a busy machine needs at most
 
 
 def start_two(script: str, *arguments: object) -> list[Any]:
     """Run a script in two processes, as torchrun would."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return finish(
         [
             launch(

@@ -31,7 +31,7 @@ class Flow:
             self._hold_at = None
             self._changed.notify_all()
 
-    def until(self, condition: Callable[[int], bool], timeout: float = 20.0) -> None:
+    def until(self, condition: Callable[[int], bool], timeout: float = 60.0) -> None:
         """Wait until ``condition`` holds of the bytes that passed."""
         with self._changed:
             assert self._changed.wait_for(lambda: condition(self.passed), timeout), self.passed

@@ -24,7 +24,7 @@ def run_config(tmp_path: Path, keep_versions: int | None = None, **people: Any) 
     return parse_run(
         {
             "run": {"name": "t", "rounds": people.pop("rounds", 3)},
-            "participants": {"round_deadline": "20s", **people},
+            "participants": {"round_deadline": "60s", **people},
             "selection": {"metric": "loss", "mode": "min"},
             "server": {"listen": "tcp://127.0.0.1:0", "insecure": True, **kept},
         },
@@ -41,7 +41,7 @@ def site(
     address: str, name: str, step: float, weight: int = 1, *, nan_in: int = 0, die_in: int = 0
 ) -> int:
     """Add ``step`` in each round; return the number of rounds trained."""
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=15))
+    session = Session(SiteSettings(server=address, site=name, connect_timeout=60))
     trained = 0
     try:
         while session.is_running():

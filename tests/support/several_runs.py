@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 import subprocess
 import sys
 import time
@@ -31,7 +30,7 @@ from fedcore.transport.link import Control, SiteLink
 from .links import wait
 from .processes import heed_signals
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 UNKNOWN = "the tensors are no longer published there"
 MODELS = {"one": 5000, "two": 700}
 PARTIES = dict.fromkeys("abc", Role.SITE) | {"eye": Role.OBSERVER, "ops": Role.OPERATOR}
@@ -64,7 +63,7 @@ def site(
     patience: float = 60,
 ) -> int:
     """Take part in a run; ``hold`` is called with the round before its update is sent."""
-    settings = SiteSettings(address, name, run=run, connect_timeout=15, idle_timeout=patience)
+    settings = SiteSettings(address, name, run=run, connect_timeout=60, idle_timeout=patience)
     trained = 0
     with closing(Session(settings)) as session:
         while session.is_running():
@@ -93,12 +92,6 @@ def serving(*configs: Any) -> Iterator[tuple[Host, ThreadPoolExecutor, Future[li
 
 def best(folder: Path, name: str) -> bytes:
     return (folder / "runs" / name / "final/model.safetensors").read_bytes()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def written(folder: Path, name: str, address: str, memory: str = "256MiB") -> Path:

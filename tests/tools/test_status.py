@@ -52,7 +52,7 @@ def server(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
     yield server
     monkeypatch.setattr("fedcore.server.status._WATCHER_SECONDS", 0.0)  # nobody watches any more
     server.stop()
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -193,7 +193,7 @@ def test_the_totals_hold_what_a_server_took_before_sigterm(config: RunConfig) ->
     for _ in range(2):
         server, thread = serve(config)
         server.interrupt("SIGTERM")
-        thread.join(30)
+        thread.join(60)
         now = read_past(config.run_folder).elapsed
         assert now > before
         before = now
@@ -204,7 +204,7 @@ def test_a_stopped_run_is_shown_as_stopped_until_it_goes_on(config: RunConfig) -
     for end in ("stop", "interrupt"):
         server, thread = serve(config)
         server.stop() if end == "stop" else server.interrupt("SIGTERM")
-        thread.join(30)
+        thread.join(60)
         phases.append(read_past(config.run_folder).phase)
     assert phases == ["stopped", "waiting"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from ..support.ports import free_port
 
 PAGE = Path(__file__).parents[2] / "docs/tutorial.md"
 _BLOCK = re.compile(r"(.*?)\n```(\w+)\n(.*?)\n```\n", re.DOTALL)
@@ -42,8 +43,7 @@ def test_every_command_of_the_tutorial_exists_and_every_block_is_of_a_known_kind
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_tutorial_leads_from_one_script_to_three_organisations(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     programs = tmp_path / "bin"
     programs.mkdir()
     for name, start in (
