@@ -12,9 +12,9 @@ from ..support.relay import Relay
 
 pytestmark = pytest.mark.timeout(300)
 
-FLOATS = 600_000  # three chunks, of which each takes longer than the idle timeout
-UP = 400_000.0
-IDLE = 1.5
+FLOATS = 400_000  # two chunks, of which the first takes longer than the idle timeout
+UP = 250_000.0
+IDLE = 3
 
 
 @pytest.fixture
