@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv
 FUZZ_SECONDS := 30
+TEST_PROCESSES := 2
 SOAK := tests/security/test_under_attack.py tests/server/test_fuzz.py \
 	'tests/server/test_kill.py::test_a_server_killed_at_random_ends_with_the_same_bytes[0-mean]'
 BIN := $(VENV)/bin
@@ -28,8 +29,8 @@ help: ## Show this text
 demo: $(VENV)/.demo ## Fine-tune a real language model at three sites and compare with training alone
 	$(BIN)/fedcore demo
 
-test: $(VENV)/.test ## Run all tests but the slow ones
-	$(BIN)/pytest -m "not slow"
+test: $(VENV)/.test ## Run all tests but the slow ones, in TEST_PROCESSES (2) at once
+	$(BIN)/pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.slow ## Run the tests that need downloads or minutes
 	$(BIN)/pytest -m slow
