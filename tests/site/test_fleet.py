@@ -28,7 +28,7 @@ from ..support.runs import run_config
 from ..support.secured_runs import server_of
 
 LAYOUT = Layout([("w", "F32", [16_384])])
-SECONDS = 30.0
+SECONDS = 60.0
 
 
 class Adding:

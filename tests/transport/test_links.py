@@ -27,6 +27,8 @@ from fedcore.errors import BusyError, ClosedError, ConfigError
 from fedcore.model_file import ModelFile, create_model
 from fedcore.transport.link import Control, ServerLink, SiteLink, pump_name
 
+from ..support.ports import free_address
+
 DEADLINE = 60.0
 
 
@@ -162,9 +164,7 @@ def test_an_address_that_cannot_be_bound_is_explained(address: str) -> None:
 
 
 def test_a_site_that_starts_first_finds_the_server_later(pump: str) -> None:
-    probe = ServerLink("tcp://127.0.0.1:0")
-    address = probe.endpoint
-    probe.close()
+    address = free_address()
     site = SiteLink(address, uuid.uuid4().bytes)
     try:
         site.send(protocol.Leave(reason="early"))

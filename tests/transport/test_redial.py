@@ -21,6 +21,7 @@ from fedcore.transport import link as transport
 from fedcore.transport.dialling import Route, Server
 from fedcore.transport.link import Control, ServerLink, SiteLink, now_ms
 
+from ..support.ports import free_address
 from ..support.relay import Relay
 
 DEADLINE = 60.0
@@ -110,8 +111,7 @@ def test_a_connection_that_was_let_go_does_not_come_up_later(
     pump: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "HEARTBEAT_MS", 200)
-    with closing(ServerLink("tcp://127.0.0.1:0")) as probe:
-        address = probe.endpoint
+    address = free_address()
     with linked(address) as site:
         site.send(protocol.Alive())  # waits for the first connection
         site._command([b"D", address.encode()])
