@@ -133,13 +133,16 @@ class Codec {
                   std::vector<std::uint8_t>& body, std::size_t start);
   void copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body);
   void copy_staged(const Chunk& chunk, const Run& run, std::uint8_t* body);
-  void apply_stages(const Run& run, std::size_t first, std::size_t n);
+  void apply_stages(const Run& run, std::size_t first, std::size_t n, float* floats);
   [[noreturn]] void fail_at(const Run& run, std::size_t element) const;
-  void load(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n);
-  void carry_piece(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n,
-                   std::size_t from);
-  void lose(const Chunk& chunk, const Run& run, RunReader& reader, std::size_t first,
-            std::size_t n);
+  void load(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n, float* floats);
+  float* room_for(std::size_t count);
+  void encode_top_k(const Chunk& chunk, const Run& run, std::vector<std::uint8_t>& body,
+                    std::size_t start);
+  void carry_tile(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n,
+                  const float* floats, std::uint8_t* decoded);
+  void lose(const Chunk& chunk, const Run& run, RunReader& reader, std::size_t first, std::size_t n,
+            const float* floats);
   bool pack(Encoding encoding, const std::vector<std::uint8_t>& plain,
             std::vector<std::uint8_t>& body);
   const char* unpack(Encoding encoding, const Range& range, const std::uint8_t* body,
@@ -151,7 +154,7 @@ class Codec {
   CodecOptions options_;
   Lz4 lz4_;
   std::vector<Segment> segments_;  // of the current chunk
-  std::vector<float> floats_;      // of the current piece, of top-k the run
+  std::vector<float> floats_;      // of the current piece and the next one, of top-k the run
   std::vector<std::uint8_t> plain_, shuffled_, decoded_;
 };
 

@@ -20,39 +20,38 @@ namespace fedcore {
 namespace {
 
 constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr std::size_t kLine = 64;  // bytes of a line of the cache
-// Values of int8 that are encoded at once: they stay in the first level of the cache.
-constexpr std::size_t kInt8Piece = 4096;
-// After so many values, memory is asked for as many of the next piece.
-constexpr std::size_t kInt8Step = quantise::kInt8Block;
-
-// Asks for bytes that are needed soon; nullptr: there are none.
-void fetch(const std::uint8_t* from, std::size_t nbytes) {
-  for (std::size_t at = 0; from != nullptr && at < nbytes; at += kLine) {
-    __builtin_prefetch(from + at, 0, 2);
-  }
-}
+// Values that go through all steps together. They stay in the first level of the cache, and memory is
+// read again before it has nothing to do.
+constexpr std::size_t kTile = 256;
+constexpr std::size_t kLostTiles = 16;  // that share a call for the checksum of what was lost
 
 }  // namespace
 
-// Fills floats_ with what `n` elements of the run stand for, rounded to binary32 and limited to its
-// finite numbers.
-void Codec::load(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n) {
+// Writes what `n` elements of the run stand for, after the stages, to `floats`: rounded to binary32 and
+// limited to its finite numbers.
+void Codec::load(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n,
+                 float* floats) {
   const std::size_t width = item_size(run.dtype);
   const std::size_t at = run.offset - chunk.range.offset + first * width;
-  floats_.resize(std::max(floats_.size(), n));
-  if (kernels::subtract(run.dtype, chunk.values + at, at_offset(chunk.base, at),
-                        at_offset(chunk.residual, at), floats_.data(), n)) {
-    return apply_stages(run, first, n);
-  }
-  const std::int64_t bad = kernels::find_non_finite(run.dtype, chunk.values + at, n * width);
-  for (std::size_t i = 0; i < n; ++i) {
-    if (static_cast<std::int64_t>(i) == bad || std::isnan(floats_[i])) {
-      fail_at(run, first + i);
+  if (!kernels::subtract(run.dtype, chunk.values + at, at_offset(chunk.base, at),
+                         at_offset(chunk.residual, at), floats, n)) {
+    const std::int64_t bad = kernels::find_non_finite(run.dtype, chunk.values + at, n * width);
+    for (std::size_t i = 0; i < n; ++i) {
+      if (static_cast<std::int64_t>(i) == bad || std::isnan(floats[i])) {
+        fail_at(run, first + i);
+      }
+      floats[i] = std::min(std::max(floats[i], -kLargest), kLargest);
     }
-    floats_[i] = std::min(std::max(floats_[i], -kLargest), kLargest);
   }
-  apply_stages(run, first, n);
+  if (!options_.stages.empty()) {
+    apply_stages(run, first, n, floats);
+  }
+}
+
+// Room for so many floats, all of which are the caller's until the next call.
+float* Codec::room_for(std::size_t count) {
+  floats_.resize(std::max(floats_.size(), count));
+  return floats_.data();
 }
 
 void Codec::fail_at(const Run& run, std::size_t element) const {
@@ -61,19 +60,16 @@ void Codec::fail_at(const Run& run, std::size_t element) const {
                                     "', element " + std::to_string(where.element));
 }
 
-// Applies the stages to floats_, which hold `n` elements of the run.
-void Codec::apply_stages(const Run& run, std::size_t first, std::size_t n) {
-  if (options_.stages.empty()) {
-    return;
-  }
+// Applies the stages to `n` elements of the run.
+void Codec::apply_stages(const Run& run, std::size_t first, std::size_t n, float* floats) {
   const std::size_t width = item_size(run.dtype);
   for (const auto& stage : options_.stages) {
     if (stage->asks_first()) {
       throw Error(Errc::kConfig, "a stage needs the whole update, and got one chunk of it");
     }
-    stage->apply({run.dtype, run.offset + first * width, n * width}, floats_.data());
+    stage->apply({run.dtype, run.offset + first * width, n * width}, floats);
   }
-  const std::int64_t bad = kernels::find_non_finite(Dtype::kF32, floats_.data(), n * 4);
+  const std::int64_t bad = kernels::find_non_finite(Dtype::kF32, floats, n * 4);
   if (bad >= 0) {
     fail_at(run, first + static_cast<std::size_t>(bad));
   }
@@ -89,6 +85,7 @@ void Codec::differences(std::uint64_t index, const std::uint8_t* values, const s
                         const std::uint8_t* residual,
                         const std::function<void(const Run& part, const float* differences)>& use) {
   const Chunk chunk{layout_->chunk_range(index), values, base, residual, nullptr};
+  float* const differences = room_for(quantise::kPiece);
   for (const Run& run : layout_->runs(chunk.range)) {
     if (!is_float(run.dtype)) {
       continue;
@@ -96,92 +93,103 @@ void Codec::differences(std::uint64_t index, const std::uint8_t* values, const s
     const std::size_t width = item_size(run.dtype), count = count_of(run);
     for (std::size_t first = 0; first < count; first += quantise::kPiece) {
       const std::size_t n = std::min(quantise::kPiece, count - first);
-      load(chunk, run, first, n);
-      use({run.dtype, run.offset + first * width, n * width}, floats_.data());
+      load(chunk, run, first, n, differences);
+      use({run.dtype, run.offset + first * width, n * width}, differences);
     }
   }
 }
 
-// Writes what is lost of the elements that decoded_ holds; floats_ hold them, from entry `from` on,
-// as the last stage gave them.
-void Codec::carry_piece(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n,
-                        std::size_t from) {
+// Makes of the `n` decoded elements at `decoded` what is lost of them, and writes that past the cache,
+// as nobody reads it soon; `floats` are the elements as the last stage gave them.
+void Codec::carry_tile(const Chunk& chunk, const Run& run, std::size_t first, std::size_t n,
+                       const float* floats, std::uint8_t* decoded) {
   const std::size_t width = item_size(run.dtype);
   const std::size_t at = run.offset - chunk.range.offset + first * width;
   if (options_.stages.empty()) {
-    kernels::carry(run.dtype, chunk.values + at, at_offset(chunk.residual, at), decoded_.data(),
-                   decoded_.data(), n);
+    kernels::carry(run.dtype, chunk.values + at, at_offset(chunk.residual, at), decoded, decoded,
+                   n);
   } else {
     const std::uint8_t* const base = at_offset(chunk.base, at);
     with_float(run.dtype, [&]<typename T>(T, double limit) {
       for (std::size_t i = 0; i < n; ++i) {
         const double under = base != nullptr ? T::read(base, i) : 0.0;
-        const double difference = floats_[from + i];
-        T::write(decoded_.data(), i, (under - T::read(decoded_.data(), i)) + difference, limit);
+        const double difference = floats[i];
+        T::write(decoded, i, (under - T::read(decoded, i)) + difference, limit);
       }
     });
   }
-  chunk.lost->checksum = crc32c(decoded_.data(), n * width, chunk.lost->checksum);
-  stream_copy(chunk.lost->to + at, decoded_.data(), n * width);
+  stream_lines(chunk.lost->to + at, decoded, n * width);
 }
 
-// Writes what the encoding lost of `n` elements, the next ones that the reader gives: a piece at a
-// time, past the cache, as nobody reads it soon.
+// Writes what the encoding lost of `n` elements, the next ones that the reader gives.
 void Codec::lose(const Chunk& chunk, const Run& run, RunReader& reader, std::size_t first,
-                 std::size_t n) {
+                 std::size_t n, const float* floats) {
   const std::size_t width = item_size(run.dtype);
-  decoded_.resize(quantise::kPiece * width);
-  for (std::size_t done = 0; done < n; done += quantise::kPiece) {
-    const std::size_t piece = std::min(quantise::kPiece, n - done);
-    const std::size_t at = run.offset - chunk.range.offset + (first + done) * width;
-    for (std::size_t from = 0; from < piece; from += RunReader::kTile) {
-      reader.next(at_offset(chunk.base, at + from * width), decoded_.data() + from * width,
-                  std::min(RunReader::kTile, piece - from));
+  decoded_.resize(std::max(decoded_.size(), kLostTiles * kTile * width));
+  for (std::size_t done = 0; done < n; done += kTile) {
+    const std::size_t tile = std::min(kTile, n - done), place = first + done;
+    std::uint8_t* const to = decoded_.data() + place / kTile % kLostTiles * kTile * width;
+    const std::size_t at = run.offset - chunk.range.offset + place * width;
+    reader.next(at_offset(chunk.base, at), to, tile);
+    carry_tile(chunk, run, place, tile, floats + done, to);
+    if (to == decoded_.data() + (kLostTiles - 1) * kTile * width || place + tile == count_of(run)) {
+      const auto used = static_cast<std::size_t>(to - decoded_.data()) + tile * width;
+      chunk.lost->checksum = crc32c(decoded_.data(), used, chunk.lost->checksum);
     }
-    carry_piece(chunk, run, first + done, piece, done);
   }
 }
 
-// Encodes a run, whose body begins at `start`: piece by piece, while the piece is in the cache.
+void Codec::encode_top_k(const Chunk& chunk, const Run& run, std::vector<std::uint8_t>& body,
+                         std::size_t start) {
+  const std::size_t count = count_of(run);
+  float* const values = room_for(count);
+  load(chunk, run, 0, count, values);
+  const double share = std::ceil(options_.top_k * static_cast<double>(count));
+  const std::size_t keep = std::min(count, static_cast<std::size_t>(share));
+  quantise::encode(Encoding::kTopK, values, count, keep, body);
+  if (chunk.lost != nullptr) {
+    RunReader reader(Encoding::kTopK, run.dtype, body.data() + start, count);
+    lose(chunk, run, reader, 0, count, values);
+    stream_end();
+  }
+}
+
+// Encodes a run, whose body begins at `start`, tile by tile: what is read from memory for one piece is
+// used while it is in the cache, and meanwhile the tiles of the next piece are read.
 void Codec::encode_run(const Chunk& chunk, Encoding encoding, const Run& run,
                        std::vector<std::uint8_t>& body, std::size_t start) {
   const std::size_t count = count_of(run);
-  if (encoding == Encoding::kTopK) {
-    load(chunk, run, 0, count);
-    const double share = std::ceil(options_.top_k * static_cast<double>(count));
-    const std::size_t keep = std::min(count, static_cast<std::size_t>(share));
-    quantise::encode(encoding, floats_.data(), count, keep, body);
-    if (chunk.lost != nullptr) {
-      RunReader reader(encoding, run.dtype, body.data() + start, count);
-      lose(chunk, run, reader, 0, count);
-    }
-    return;
-  }
   body.resize(std::max(body.size(), start + quantise::encoded_bytes(encoding, count)));
-  RunReader reader(encoding, run.dtype, body.data() + start, count);
-  // With a residual, what was asked for would be gone from the cache before it is needed.
-  const bool asks = encoding == Encoding::kInt8 && chunk.lost == nullptr;
-  const std::size_t piece = asks ? kInt8Piece : quantise::kPiece;
-  const std::size_t step = asks ? kInt8Step : piece;
-  const std::size_t width = item_size(run.dtype);
+  std::uint8_t* const to = body.data() + start;
+  RunReader reader(encoding, run.dtype, to, count);
+  const std::size_t piece = encoding == Encoding::kNf4 ? quantise::kPiece : kTile;
+  float* current = room_for(2 * piece);
+  float* next = current + piece;
+  quantise::Magnitudes largest;
+  const auto load_tile = [&](std::size_t first, std::size_t done, float* floats) {
+    if (first < count && done < std::min(piece, count - first)) {
+      const std::size_t n = std::min(kTile, count - first - done);
+      load(chunk, run, first + done, n, floats + done);
+      quantise::look_at(encoding, floats + done, n, largest.data() + done / quantise::kNf4Block);
+    }
+  };
+  for (std::size_t done = 0; done < piece; done += kTile) {
+    load_tile(0, done, current);
+  }
   for (std::size_t first = 0; first < count; first += piece) {
     const std::size_t n = std::min(piece, count - first);
-    load(chunk, run, first, n);
-    for (std::size_t done = 0; done < n; done += step) {
-      const std::size_t next = first + done + piece;
-      if (asks && next < count) {  // arithmetic binds here, and memory has nothing to do
-        const std::size_t at = run.offset - chunk.range.offset + next * width;
-        const std::size_t nbytes = std::min(step, count - next) * width;
-        fetch(chunk.values + at, nbytes);
-        fetch(at_offset(chunk.base, at), nbytes);
+    quantise::encode_scales(encoding, largest.data(), first, n, count, to);
+    for (std::size_t done = 0; done < n; done += kTile) {
+      load_tile(first + piece, done, next);
+      const std::size_t tile = std::min(kTile, n - done);
+      quantise::encode_piece(encoding, current + done, first + done, tile, count, to);
+      if (chunk.lost != nullptr) {
+        lose(chunk, run, reader, first + done, tile, current + done);
       }
-      quantise::encode_piece(encoding, floats_.data() + done, first + done,
-                             std::min(step, n - done), count, body.data() + start);
     }
-    if (chunk.lost != nullptr) {
-      lose(chunk, run, reader, first, n);
-    }
+    std::swap(current, next);
   }
+  stream_end();
 }
 
 // A run that travels as it is, with the residual where it holds floats.
@@ -219,17 +227,20 @@ void Codec::copy_run(const Chunk& chunk, const Run& run, std::uint8_t* body) {
 // A run that travels raw after stages: base + what they give.
 void Codec::copy_staged(const Chunk& chunk, const Run& run, std::uint8_t* body) {
   const std::size_t width = item_size(run.dtype), count = count_of(run);
-  decoded_.resize(quantise::kPiece * width);
+  float* const differences = room_for(quantise::kPiece);
+  decoded_.resize(std::max(decoded_.size(), quantise::kPiece * width));
   for (std::size_t first = 0; first < count; first += quantise::kPiece) {
     const std::size_t n = std::min(quantise::kPiece, count - first);
     const std::size_t at = run.offset - chunk.range.offset + first * width;
-    load(chunk, run, first, n);
-    kernels::add(run.dtype, at_offset(chunk.base, at), floats_.data(), body + first * width, n);
+    load(chunk, run, first, n, differences);
+    kernels::add(run.dtype, at_offset(chunk.base, at), differences, body + first * width, n);
     if (chunk.lost != nullptr) {
       std::memcpy(decoded_.data(), body + first * width, n * width);
-      carry_piece(chunk, run, first, n, 0);
+      carry_tile(chunk, run, first, n, differences, decoded_.data());
+      chunk.lost->checksum = crc32c(decoded_.data(), n * width, chunk.lost->checksum);
     }
   }
+  stream_end();
 }
 
 void Codec::encode_runs(const Chunk& chunk, Encoding encoding, std::vector<std::uint8_t>& body) {
@@ -247,10 +258,12 @@ void Codec::encode_runs(const Chunk& chunk, Encoding encoding, std::vector<std::
     if (!encoded) {
       body.resize(std::max(body.size(), start + run.nbytes));
       copy_run(chunk, run, body.data() + start);
+    } else if (encoding == Encoding::kTopK) {
+      encode_top_k(chunk, run, body, start);
+      size = body.size() - start;
     } else {
       encode_run(chunk, encoding, run, body, start);
-      size = encoding == Encoding::kTopK ? body.size() - start
-                                         : quantise::encoded_bytes(encoding, count_of(run));
+      size = quantise::encoded_bytes(encoding, count_of(run));
     }
     segments_.push_back({run, encoded, start, size});
     start += size;
@@ -262,7 +275,7 @@ void Codec::encode_runs(const Chunk& chunk, Encoding encoding, std::vector<std::
 void Codec::check_finite(const Chunk& chunk) {
   for (const Run& run : layout_->runs(chunk.range)) {
     if (encodes(options_.encoding, run.dtype)) {
-      load(chunk, run, 0, count_of(run));
+      load(chunk, run, 0, count_of(run), room_for(count_of(run)));
     }
   }
 }

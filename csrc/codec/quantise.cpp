@@ -176,7 +176,28 @@ void encode(Encoding encoding, const float* values, std::size_t count, std::size
   }
   const std::size_t at = out.size();
   out.resize(at + encoded_bytes(encoding, count));
-  encode_piece(encoding, values, 0, count, count, out.data() + at);
+  Magnitudes largest;
+  for (std::size_t first = 0; first < count; first += kPiece) {
+    const std::size_t n = std::min(kPiece, count - first);
+    look_at(encoding, values + first, n, largest.data());
+    encode_scales(encoding, largest.data(), first, n, count, out.data() + at);
+    encode_piece(encoding, values + first, first, n, count, out.data() + at);
+  }
+}
+
+void look_at(Encoding encoding, const float* values, std::size_t n, float* largest) {
+  if (encoding == Encoding::kNf4) {
+    kernels::active().largest_nf4(values, n, largest);
+  }
+}
+
+void encode_scales(Encoding encoding, const float* largest, std::size_t first, std::size_t n,
+                   std::size_t count, std::uint8_t* run) {
+  if (encoding == Encoding::kNf4) {
+    std::uint8_t* const minis = run + 4 * over(over(count, kNf4Block), kNf4Group);
+    kernels::active().encode_nf4_scales(largest, over(n, kNf4Block), run + first / kPiece * 4,
+                                        minis + first / kNf4Block);
+  }
 }
 
 void encode_piece(Encoding encoding, const float* values, std::size_t first, std::size_t n,
@@ -190,8 +211,7 @@ void encode_piece(Encoding encoding, const float* values, std::size_t first, std
     case Encoding::kNf4: {
       const std::size_t blocks = over(count, kNf4Block);
       std::uint8_t* const minis = run + 4 * over(blocks, kNf4Group);
-      return table.encode_nf4(values, n, run + first / kNf4Block / kNf4Group * 4,
-                              minis + first / kNf4Block, minis + blocks + first / 2);
+      return table.encode_nf4(values, run, minis, first, n, minis + blocks);
     }
     case Encoding::kBf16:
       return table.encode_bf16(values, n, run + 2 * first);

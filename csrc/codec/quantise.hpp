@@ -40,12 +40,21 @@ std::size_t encoded_bytes(Encoding encoding, std::size_t count) noexcept;
 void encode(Encoding encoding, const float* values, std::size_t count, std::size_t keep,
             std::vector<std::uint8_t>& out);
 
-// The values of a run that encode_piece() takes at once: they stay in the cache meanwhile.
+// The values that share a scale of nf4's scales: all of them are looked at before one is encoded.
 inline constexpr std::size_t kPiece = kNf4Block * kNf4Group;
+// The largest magnitude of each block of nf4 in such a piece.
+using Magnitudes = std::array<float, kNf4Group>;
 
-// encode() for a part of a run of `count` values: the `n` finite ones from element `first` on, both
-// multiples of kPiece (of int8: of kInt8Block) but n at the run's end. `run` has encoded_bytes().
-// Not for kTopK, whose lengths depend on the values.
+// encode() for a run of `count` values by parts, of which the first element and the length `n` are
+// multiples of kInt8Block but for n at the run's end. `run` has encoded_bytes(). Not for kTopK, whose
+// lengths depend on the values.
+//
+// look_at() fills an entry of `largest` for each block of a part; encode_scales() wants those of a
+// whole piece, which begins at a multiple of kPiece. Both are for nf4, and do nothing for others.
+void look_at(Encoding encoding, const float* values, std::size_t n, float* largest);
+void encode_scales(Encoding encoding, const float* largest, std::size_t first, std::size_t n,
+                   std::size_t count, std::uint8_t* run);
+// Encodes finite values, of which the scales of nf4 are in `run`.
 void encode_piece(Encoding encoding, const float* values, std::size_t first, std::size_t n,
                   std::size_t count, std::uint8_t* run);
 

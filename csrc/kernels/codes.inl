@@ -33,6 +33,16 @@ FEDCORE_INLINE float within(float value, float limit) {
 
 // --- int8 ---
 
+#if FEDCORE_F16C
+// value / scale as a division rounds it, as divide() of kernels.inl; without one, which takes longer
+// than all the rest.
+FEDCORE_INLINE float quotient(float value, float scale, float reciprocal) {
+  float found = value * reciprocal;
+  found = __builtin_fmaf(__builtin_fmaf(-found, scale, value), reciprocal, found);
+  return __builtin_fmaf(__builtin_fmaf(-found, scale, value), reciprocal, found);
+}
+#endif
+
 FEDCORE_INLINE void encode_int8_block(const float* values, std::size_t n, std::uint8_t* scale_to,
                                       std::uint8_t* codes) {
   const float wanted = largest_magnitude(values, n) / 127.0f;
@@ -42,6 +52,17 @@ FEDCORE_INLINE void encode_int8_block(const float* values, std::size_t n, std::u
     __builtin_memset(codes, 0, n);
     return;
   }
+#if FEDCORE_F16C
+  // Here no quotient rounds to more than 127.
+  if (scale >= quantise::kMinFastScale && scale < quantise::kMaxInt8Scale) {
+    const float reciprocal = 1.0f / scale;
+    for (std::size_t i = 0; i < n; ++i) {
+      const float rounded = quotient(values[i], scale, reciprocal) + quantise::kRounder;
+      codes[i] = static_cast<std::uint8_t>(__builtin_bit_cast(std::uint32_t, rounded));
+    }
+    return;
+  }
+#endif
   for (std::size_t i = 0; i < n; ++i) {
     const float rounded = within(values[i] / scale, 127.0f) + quantise::kRounder;
     codes[i] = static_cast<std::uint8_t>(__builtin_bit_cast(std::uint32_t, rounded));
@@ -82,17 +103,23 @@ void decode_int8(const std::uint8_t* scales, const std::uint8_t* codes, std::siz
 
 // The values of a block whose quotients by `scale` are above the middle between two levels are
 // those above that level's border, which is rounded down here.
+#if FEDCORE_LANES == 8
+FEDCORE_INLINE __m512 borders_of(float scale) {
+  constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const __m512d by = _mm512_set1_pd(scale);
+  const __m512d lower = _mm512_mul_pd(by, _mm512_loadu_pd(quantise::kBorders.at));
+  const __m512d upper = _mm512_mul_pd(by, _mm512_loadu_pd(quantise::kBorders.at + 8));
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvt_roundpd_ps(lower, down)),
+                            _mm512_cvt_roundpd_ps(upper, down), 1);
+}
+#endif
+
 struct Borders {
   alignas(64) float at[16];
 
   FEDCORE_INLINE explicit Borders(float scale) {
 #if FEDCORE_LANES == 8
-    constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
-    const __m512d by = _mm512_set1_pd(scale);
-    const __m512d lower = _mm512_mul_pd(by, _mm512_loadu_pd(quantise::kBorders.at));
-    const __m512d upper = _mm512_mul_pd(by, _mm512_loadu_pd(quantise::kBorders.at + 8));
-    _mm256_store_ps(at, _mm512_cvt_roundpd_ps(lower, down));
-    _mm256_store_ps(at + 8, _mm512_cvt_roundpd_ps(upper, down));
+    _mm512_store_ps(at, borders_of(scale));
 #else
     for (std::size_t i = 0; i < 16; ++i) {
       const double exact = scale * quantise::kBorders.at[i];
@@ -124,29 +151,39 @@ FEDCORE_INLINE void encode_nf4_rest(const float* values, std::size_t n, const Bo
 
 #if FEDCORE_LANES == 8
 
-FEDCORE_INLINE void encode_nf4_block(const float* values, const Borders& borders,
-                                     std::uint8_t* out) {
-  const __m512 table = _mm512_load_ps(borders.at);
-  const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  // By bisection: border 7, then 3 or 11, and so on. A table is moved, not the places in it.
-  const __m512 middle = _mm512_permutexvar_ps(_mm512_set1_epi32(7), table);
-  const __m512 by_3 = _mm512_permutexvar_ps(_mm512_add_epi32(places, _mm512_set1_epi32(3)), table);
-  const __m512 by_1 = _mm512_permutexvar_ps(_mm512_add_epi32(places, _mm512_set1_epi32(1)), table);
-  for (std::size_t i = 0; i < quantise::kNf4Block; i += 16) {
-    const __m512 value = _mm512_loadu_ps(values + i);
-    __m512i code = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(value, middle, _CMP_GT_OQ), 8);
-    code = _mm512_mask_or_epi32(
-        code, _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(code, by_3), _CMP_GT_OQ), code,
-        _mm512_set1_epi32(4));
-    code = _mm512_mask_or_epi32(
-        code, _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(code, by_1), _CMP_GT_OQ), code,
-        _mm512_set1_epi32(2));
-    code = _mm512_mask_or_epi32(
-        code, _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(code, table), _CMP_GT_OQ), code,
-        _mm512_set1_epi32(1));
-    const __m512i pairs = _mm512_or_si512(code, _mm512_srli_epi64(code, 28));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i / 2), _mm512_cvtepi64_epi8(pairs));
+// The codes of a block, by the cells of its values. Lane j of vector i gets its code in byte i.
+FEDCORE_INLINE void encode_nf4_block(const float* values, float scale, std::uint8_t* out) {
+  if (scale < quantise::kMinCellScale) {
+    return encode_nf4_rest(values, quantise::kNf4Block, Borders(scale), out);
   }
+  const __m512 most = _mm512_set1_ps(scale * quantise::kInCells);
+  const __m512 least = _mm512_set1_ps(-scale * quantise::kInCells);
+  const __m512 cells = _mm512_set1_ps(16 / scale);
+  const __m512 middle = _mm512_set1_ps(quantise::kRounder + 16);
+  const __m512i below_lower = _mm512_loadu_si512(quantise::kCells.below);
+  const __m512i below_upper = _mm512_loadu_si512(quantise::kCells.below + 16);
+  const __m512 borders = borders_of(scale);
+  const __m512 border_lower = _mm512_permutexvar_ps(below_lower, borders);
+  const __m512 border_upper = _mm512_permutexvar_ps(below_upper, borders);
+  __m512i codes = _mm512_setzero_si512();
+  for (int i = 0; i < 4; ++i) {
+    const __m512 value = _mm512_loadu_ps(values + 16 * i);
+    const __m512 inside = _mm512_max_ps(_mm512_min_ps(value, most), least);
+    const __m512i cell = _mm512_castps_si512(_mm512_fmadd_ps(inside, cells, middle));
+    const __m512 border = _mm512_permutex2var_ps(border_lower, cell, border_upper);
+    const __m512i below = _mm512_permutex2var_epi32(below_lower, cell, below_upper);
+    const __mmask16 above = _mm512_cmp_ps_mask(value, border, _CMP_GT_OQ);
+    const __m512i code = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
+    codes = _mm512_or_si512(codes, _mm512_slli_epi32(code, 8 * static_cast<unsigned>(i)));
+  }
+  // Of two lanes one byte each; then the bytes of each vector together.
+  const __m256i pairs = _mm512_cvtepi64_epi32(_mm512_or_si512(codes, _mm512_srli_epi64(codes, 28)));
+  const __m256i by_vector =
+      _mm256_shuffle_epi8(pairs, _mm256_broadcastsi128_si256(_mm_setr_epi8(
+                                     0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(out),
+      _mm256_permutevar8x32_epi32(by_vector, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 }
 
 FEDCORE_INLINE void decode_nf4_block(const std::uint8_t* codes, float scale, float* out) {
@@ -162,8 +199,8 @@ FEDCORE_INLINE void decode_nf4_block(const std::uint8_t* codes, float scale, flo
 
 #else
 
-FEDCORE_INLINE void encode_nf4_block(const float* values, const Borders& borders,
-                                     std::uint8_t* out) {
+FEDCORE_INLINE void encode_nf4_block(const float* values, float scale, std::uint8_t* out) {
+  const Borders borders(scale);
   std::uint32_t codes[quantise::kNf4Block];
   for (std::size_t i = 0; i < quantise::kNf4Block; i += 2 * kLanes) {
     const auto value = load<Wf>(values + i);
@@ -188,45 +225,49 @@ FEDCORE_INLINE void decode_nf4_block(const std::uint8_t* codes, float scale, flo
 
 #endif
 
-FEDCORE_INLINE void encode_nf4_group(const float* values, std::size_t count, std::uint8_t* outer_to,
-                                     std::uint8_t* minis, std::uint8_t* codes) {
+void largest_nf4(const float* values, std::size_t count, float* largest) {
   constexpr std::size_t block = quantise::kNf4Block;
-  float largest[quantise::kNf4Group];
-  float top = 0;
   for (std::size_t at = 0; at < count; at += block) {
-    const float found = count - at < block ? largest_magnitude(values + at, count - at)
-                                           : largest_magnitude(values + at, block);
-    largest[at / block] = found;
-    top = found > top ? found : top;
-  }
-  const float wanted = top / quantise::kMaxMini;
-  const float outer = wanted < quantise::kMaxNf4Scale ? wanted : quantise::kMaxNf4Scale;
-  put_scale(outer_to, outer);
-  for (std::size_t at = 0; at < count; at += block) {
-    const std::size_t n = count - at < block ? count - at : block;
-    const std::uint8_t mini =
-        outer == 0 ? std::uint8_t{0} : quantise::to_mini(largest[at / block] / outer);
-    minis[at / block] = mini;
-    const float scale = outer * quantise::nf4_mini(mini);
-    if (scale == 0) {
-      __builtin_memset(codes + at / 2, quantise::kZeroCode | quantise::kZeroCode << 4, n / 2);
-      if (n % 2 == 1) {
-        codes[(at + n) / 2] = quantise::kZeroCode;
-      }
-    } else if (n == block) {
-      encode_nf4_block(values + at, Borders(scale), codes + at / 2);
-    } else {
-      encode_nf4_rest(values + at, n, Borders(scale), codes + at / 2);
-    }
+    largest[at / block] = count - at < block ? largest_magnitude(values + at, count - at)
+                                             : largest_magnitude(values + at, block);
   }
 }
 
-void encode_nf4(const float* values, std::size_t count, std::uint8_t* outers, std::uint8_t* minis,
-                std::uint8_t* codes) {
-  constexpr std::size_t group = quantise::kNf4Block * quantise::kNf4Group;
-  for (std::size_t at = 0; at < count; at += group) {
-    encode_nf4_group(values + at, count - at < group ? count - at : group, outers + at / group * 4,
-                     minis + at / quantise::kNf4Block, codes + at / 2);
+void encode_nf4_scales(const float* largest, std::size_t blocks, std::uint8_t* outer_to,
+                       std::uint8_t* minis) {
+  const float wanted = largest_magnitude(largest, blocks) / quantise::kMaxMini;
+  const float outer = wanted < quantise::kMaxNf4Scale ? wanted : quantise::kMaxNf4Scale;
+  put_scale(outer_to, outer);
+  if (outer == 0) {
+    __builtin_memset(minis, 0, blocks);
+    return;
+  }
+  std::uint8_t made[quantise::kNf4Group];
+  for (std::size_t i = 0; i < blocks; ++i) {
+    made[i] = quantise::to_mini(largest[i] / outer);
+  }
+  __builtin_memcpy(minis, made, blocks);
+}
+
+void encode_nf4(const float* values, const std::uint8_t* outers, const std::uint8_t* minis,
+                std::size_t first, std::size_t count, std::uint8_t* codes) {
+  constexpr std::size_t block = quantise::kNf4Block;
+  for (std::size_t at = 0; at < count; at += block) {
+    const std::size_t place = (first + at) / block;
+    const std::size_t n = count - at < block ? count - at : block;
+    const float scale =
+        scale_at(outers + place / quantise::kNf4Group * 4) * quantise::nf4_mini(minis[place]);
+    std::uint8_t* const to = codes + (first + at) / 2;
+    if (scale == 0) {
+      __builtin_memset(to, quantise::kZeroCode | quantise::kZeroCode << 4, n / 2);
+      if (n % 2 == 1) {
+        to[n / 2] = quantise::kZeroCode;
+      }
+    } else if (n == block) {
+      encode_nf4_block(values + at, scale, to);
+    } else {
+      encode_nf4_rest(values + at, n, Borders(scale), to);
+    }
   }
 }
 

@@ -146,11 +146,13 @@ FEDCORE_INLINE void store_odd(F16, F16::Word* to, Vd value) {
 }
 #endif
 
-// Asks for what lies kAhead bytes on, once a line: the prefetcher of the processor stops at the end
-// of each page.
+// Asks for what is subtracted soon, once a line: the prefetcher of the processor stops at the end of
+// each page. Between two calls other work is done in the first level of the cache, where more than
+// this of each input would be in its way.
+constexpr std::size_t kSoon = 2048;
 FEDCORE_INLINE void ask_ahead(const void* from, std::size_t at) {
   if (FEDCORE_F16C && at % kLine == 0) {
-    __builtin_prefetch(static_cast<const char*>(from) + at + kAhead);
+    __builtin_prefetch(static_cast<const char*>(from) + at + kSoon);
   }
 }
 

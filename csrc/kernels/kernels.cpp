@@ -48,6 +48,8 @@
    level::carry_bf16,        \
    level::encode_int8,       \
    level::decode_int8,       \
+   level::largest_nf4,       \
+   level::encode_nf4_scales, \
    level::encode_nf4,        \
    level::decode_nf4,        \
    level::encode_bf16,       \

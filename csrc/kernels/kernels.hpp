@@ -56,13 +56,18 @@ using SubtractFn = bool (*)(const void* values, const void* base, const void* re
 using CarryFn = void (*)(const void* values, const void* residual, const void* decoded, void* out,
                          std::size_t count);
 
-// Values and what encodes them; quantise.hpp says what each array holds. The arrays of the first
-// two begin with a block of int8, or a group of nf4; decode_nf4 begins at element `first` of the
-// run that its arrays are of, with which a block begins.
+// Values and what encodes them; quantise.hpp says what each array holds. The arrays of encode_int8 and
+// decode_int8 begin with a block. The scales of nf4 are those of one group, and are made of the
+// largest magnitude of each of its blocks. encode_nf4, for which the scales are there, and decode_nf4
+// begin at element `first` of the run that their arrays are of, with which a block begins.
 using EncodeInt8Fn = void (*)(const float* values, std::size_t count, std::uint8_t* scales,
                               std::uint8_t* codes);
-using EncodeNf4Fn = void (*)(const float* values, std::size_t count, std::uint8_t* outers,
-                             std::uint8_t* minis, std::uint8_t* codes);
+using LargestNf4Fn = void (*)(const float* values, std::size_t count, float* largest);
+using EncodeNf4ScalesFn = void (*)(const float* largest, std::size_t blocks, std::uint8_t* outer,
+                                   std::uint8_t* minis);
+using EncodeNf4Fn = void (*)(const float* values, const std::uint8_t* outers,
+                             const std::uint8_t* minis, std::size_t first, std::size_t count,
+                             std::uint8_t* codes);
 using DecodeInt8Fn = void (*)(const std::uint8_t* scales, const std::uint8_t* codes,
                               std::size_t count, float* out);
 using DecodeNf4Fn = void (*)(const std::uint8_t* outers, const std::uint8_t* minis,
@@ -88,6 +93,8 @@ struct Table {
   CarryFn carry_f64, carry_f32, carry_f16, carry_bf16;
   EncodeInt8Fn encode_int8;
   DecodeInt8Fn decode_int8;
+  LargestNf4Fn largest_nf4;
+  EncodeNf4ScalesFn encode_nf4_scales;
   EncodeNf4Fn encode_nf4;
   DecodeNf4Fn decode_nf4;
   EncodeCastFn encode_bf16;

@@ -365,6 +365,37 @@ def test_every_simd_level_and_a_second_codec_give_the_same_bytes() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("encoding", ["int8", "nf4"])
+@pytest.mark.parametrize("exponent", [-140, -126, -101, -61, -20, 0, 90, 119, 127])
+def test_codes_at_a_border_are_those_of_a_division_at_every_simd_level(
+    encoding: str, exponent: int
+) -> None:
+    from fedcore import _core
+
+    dice = np.random.default_rng(exponent + 200)
+    reference, width = (reference_int8, 128) if encoding == "int8" else (reference_nf4, 64)
+    values = np.zeros((64, width), np.float32)
+    values[:, 0] = dice.uniform(1, 2, 64) * 2.0**exponent  # which fix the scales
+    made = reference(values.reshape(-1))[0]
+    if encoding == "int8":
+        scales = np.frombuffer(made[: 4 * 64], np.float32)
+        borders = np.arange(-126.5, 127)
+    else:
+        scales = np.frombuffer(made[:4], np.float32) * MINIS[np.frombuffer(made[4:68], np.uint8)]
+        borders = (BOOK[:-1].astype(np.float64) + BOOK[1:]) / 2
+    at = (dice.choice(borders, (64, width - 1)) * scales[:, None]).astype(np.float32)
+    beside = at.view(np.int32) + dice.integers(-2, 3, at.shape, np.int32)
+    values[:, 1:] = np.where(at == 0, at, beside.view(np.float32))
+    flat = values.reshape(-1)[:-3]
+    expected, _ = reference(flat)
+    before = _core.simd_level()
+    for level in _core.simd_levels():
+        _core.set_simd_level(level)
+        _, body = Codec(one_run(len(flat)), encoding).encode(0, flat.view(np.uint8).data)
+        assert body == expected, level
+    _core.set_simd_level(before)
+
+
 @pytest.mark.parametrize("encoding", ["int8", "nf4", "top-k"])
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 def test_every_simd_level_adds_differences_to_the_base_with_the_same_bits(
