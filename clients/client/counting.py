@@ -127,6 +127,14 @@ class ExampleCounter:
         self._packed = self._packed or packed
         self._total = self._total + found
 
+    def mark(self) -> Any:
+        """Return what `go_back` returns to."""
+        return self._total
+
+    def go_back(self, mark: Any) -> None:
+        """Forget what was added since `mark`."""
+        self._total = mark
+
     def total(self) -> int:
         """Return the number of examples since `clear`."""
         if isinstance(self._examples, int):

@@ -54,6 +54,8 @@ class StepCounter:
         self._index = 0
         self._fresh: deque[Fresh | None] = deque()
         self._batch: tuple[Any, Fresh | None] | None = None
+        self._losses = 0  # of the training step that is under way
+        self._mark: Any = None
         names = ("training_step", "compute_loss", "get_train_dataloader", "get_batch_samples")
         self._calls = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
 
@@ -80,23 +82,33 @@ class StepCounter:
         fresh = self._fresh.popleft() if self._fresh else None
         batch = dict(inputs) if isinstance(inputs, Mapping) else inputs  # steps take values out
         self._batch = (batch, fresh)
+        self._losses, self._mark = 0, self.counted.mark()
         try:
             loss = self._calls["training_step"](model, inputs, *args, **kwargs)
-            if self._batch is not None:
+            if not self._losses:
                 self._count(None)
         finally:
             self._batch = None
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Count what the loss of a training step is computed from; the trainer may have made that itself."""
+        """Count what the loss of a training step is computed from; the trainer may have made that itself.
+
+        A step with several losses computes them from parts of its batch, or from the same rows again: the batch
+        itself counts.
+        """
         if self._batch is not None:
-            self._count(inputs)
+            self._losses += 1
+            if self._losses == 1:
+                self._count(inputs)
+            elif self._losses == 2:
+                self.counted.go_back(self._mark)
+                self._count(None)
         return self._calls["compute_loss"](model, inputs, *args, **kwargs)
 
     def _count(self, computed: Any) -> None:
         assert self._batch is not None
-        (batch, fresh), self._batch = self._batch, None
+        batch, fresh = self._batch
         size = self._trainer._train_batch_size
         self.counted.add(batch, computed=computed, expected=size, fresh=fresh)
 
@@ -127,7 +139,8 @@ class StepCounter:
         if type(sampler).__name__ == "BatchSamplerShard":
             ranks = sampler.num_processes
             inner = getattr(sampler.batch_sampler, "sampler", None)
-            if ranks == 1 or sampler.drop_last or inner is None or sampler.batch_size is None:
+            repeats = ranks > 1 and sampler.even_batches and not sampler.drop_last
+            if not repeats or inner is None or sampler.batch_size is None:
                 return None
             size = sampler.batch_size // (ranks if sampler.split_batches else 1)
             return fresh_rows(len(inner), size, ranks, sampler.process_index, self._index)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from .counting import ExampleCounter, Fresh, fresh_rows
 
 __all__ = ["count_batch"]
@@ -65,7 +67,10 @@ def _batch_size(loader: Any) -> int | None:
 
 def _fresh(loader: Any, index: int) -> Fresh | None:
     """Return which rows torch's ``DistributedSampler`` has not repeated; None: all, or nobody knows."""
-    sampler: Any = getattr(loader, "sampler", None)
+    batches = getattr(loader, "batch_sampler", None)
+    if type(batches) is not torch.utils.data.BatchSampler:  # another one may take rows in any order
+        return None
+    sampler: Any = batches.sampler
     size = _batch_size(loader)
     names = {cls.__name__ for cls in type(sampler).__mro__}
     if size is None or "DistributedSampler" not in names or sampler.drop_last:

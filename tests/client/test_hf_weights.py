@@ -50,6 +50,23 @@ class Listed(Trainer):
         return model(torch.stack([row["rows"] for row in inputs]))["loss"]
 
 
+class InParts(Listed):
+    """Computes a loss from two rows at a time, as trainers do that cache gradients."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        parts = [inputs[i : i + 2] for i in range(0, len(inputs), 2)]
+        losses = [super(Listed, self).training_step(model, part) for part in parts]
+        return torch.stack(losses).mean()
+
+
+class Twice(Listed):
+    """Computes a second loss from the same rows, as sharpness-aware minimisation does."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        super().training_step(model, inputs, *args, **kwargs)
+        return super().training_step(model, list(inputs), *args, **kwargs)
+
+
 def plain(folder: Path, rows: int = 21, kind: Any = Listed, **options: Any) -> Any:
     data: Any = [{"rows": torch.full((4,), float(i)), "name": str(i), "n": i} for i in range(rows)]
     arguments = TrainingArguments(
@@ -83,15 +100,28 @@ def test_lists_of_rows_weigh_as_many_as_they_are(tmp_path: Path) -> None:
     assert counted(plain(tmp_path), 1000) == 1000
 
 
+@pytest.mark.parametrize("kind", [InParts, Twice])
+def test_a_step_of_several_losses_counts_each_row_of_its_batch_once(
+    kind: Any, tmp_path: Path
+) -> None:
+    assert counted(plain(tmp_path, kind=kind)) == 21
+    assert counted(plain(tmp_path, kind=kind), lambda batch: 10 * len(batch)) == 210
+
+
+@pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("split", [False, True])
-def test_rows_that_fill_the_last_batches_of_ranks_count_once(split: bool, tmp_path: Path) -> None:
+def test_rows_that_fill_the_last_batches_of_ranks_count_once(
+    split: bool, even: bool, tmp_path: Path
+) -> None:
     total = 0
     for rank in range(2):
         trainer = plain(tmp_path)
         loader = torch.utils.data.DataLoader(
             trainer.train_dataset, batch_size=8, collate_fn=lambda rows: rows
         )
-        mine = prepare_data_loader(loader, num_processes=2, process_index=rank, split_batches=split)
+        mine = prepare_data_loader(
+            loader, num_processes=2, process_index=rank, split_batches=split, even_batches=even
+        )
         trainer.get_train_dataloader = lambda loader=mine: loader
         total += counted(trainer)
     assert total == 21

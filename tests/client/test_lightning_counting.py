@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 import fedcore.client.lightning as fl
 from fedcore.client.counting import ExampleCounter
@@ -20,12 +20,15 @@ def rows(number: int) -> Any:
     return TensorDataset(torch.arange(float(number)).reshape(number, 1))
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_a_row_that_a_distributed_sampler_repeats_counts_once(shuffle: bool) -> None:
+def test_a_row_that_a_distributed_sampler_repeats_counts_once(shuffle: bool, own: bool) -> None:
     total = []
     for rank in range(4):
         sampler = DistributedSampler(rows(21), num_replicas=4, rank=rank, shuffle=shuffle)
-        loader = DataLoader(rows(21), batch_size=4, sampler=sampler)
+        batches = BatchSampler(sampler, 4, drop_last=False)
+        options: Any = {"batch_sampler": batches} if own else {"batch_size": 4, "sampler": sampler}
+        loader = DataLoader(rows(21), **options)
         counter = ExampleCounter()
         for index, batch in enumerate(loader):
             count_batch(counter, loader, batch, index)
