@@ -30,7 +30,8 @@ from .report import KIB, MIB
 
 SITES: Final = (2, 8, 32, 256)
 SIZES: Final = (128 * MIB, 256 * MIB, 512 * MIB, 1024 * MIB)
-_START_SECONDS: Final = 30.0
+_START_SECONDS: Final = 200.0
+_END_SECONDS: Final = 200.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Load:
         return max(1, self.size // DEFAULT_CHUNK_BYTES)
 
 
-def measure(load: Load, *, limit: bool = True, timeout: float = 600) -> dict[str, Any]:
+def measure(load: Load, *, limit: bool = True, timeout: float = 1800) -> dict[str, Any]:
     """Run one round and return the server's figures, in bytes.
 
     ``idle_rss_bytes`` is resident before any site is there, ``connected_rss_bytes`` once the strangers are;
@@ -154,7 +155,7 @@ def _run(folder: Path, load: Load, limit: bool, timeout: float) -> dict[str, Any
         seconds = time.monotonic() - began
         last, cpu = status(server.pid), cpu_seconds(server.pid) - cpu
         sites.communicate()
-        if sites.returncode != 0 or server.wait(60) != 0:
+        if sites.returncode != 0 or server.wait(_END_SECONDS) != 0:
             raise FedcoreError(f"the run failed: {log.read_text()[-2000:]}")
         return {
             "seconds": seconds,

@@ -19,14 +19,14 @@ SIZE = 32 * MIB
 )
 def test_encoded_and_compressed_chunks_keep_to_the_budget(update: str, spill: bool) -> None:
     load = Load(SIZE, 6, BUDGET, spill=spill, update=update)
-    row = measure(load, timeout=100)
+    row = measure(load)
     print(load, row)
     assert row["peak_rss_bytes"] <= row["idle_rss_bytes"] + BUDGET
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_peaks_of_2_to_256_sites_lie_within_5_percent_with_a_spill_file_too() -> None:
     budget = 64 * MIB
-    loads = [Load(3 * budget, sites, budget, spill=True) for sites in (2, 8, 32, 256)]
+    loads = [Load(2 * budget, sites, budget, spill=True) for sites in (2, 8, 32, 256)]
     assert spread(*loads) <= SPREAD
