@@ -203,12 +203,16 @@ class Rounds:
         self.roster.expect_back(sites)
         self._return_by = until
         self._decided = tuple(decided)
-        if self.version is not None:
-            self._sample.begin([*chosen, *(participant.site for participant in decided)])
+        self._take_up_choice(chosen)
         for site in scored:
             member = self._member(site)
             if member is not None and self.version is not None:
                 member.scored.add(self.version)
+
+    def _take_up_choice(self, chosen: Sequence[str]) -> None:
+        """After a restart, go on with the sites that were chosen before it."""
+        if self.version is not None:
+            self._sample.begin([*chosen, *(participant.site for participant in self._decided)])
 
     @property
     def choice(self) -> int:

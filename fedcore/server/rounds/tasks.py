@@ -159,16 +159,9 @@ class Comparing(Rounds):
 
     # --- events ---
 
-    def restarted(
-        self,
-        sites: Sequence[str],
-        scored: Sequence[str],
-        until: float,
-        decided: Sequence[Participant] = (),
-        chosen: Sequence[str] = (),
-    ) -> None:
-        """The server was started again; ``chosen`` had submitted a model when the first one was committed."""
-        super().restarted(sites, scored, until, decided)
+    def _take_up_choice(self, chosen: Sequence[str]) -> None:
+        """After a restart, pull the models of those who had submitted one when the first one was committed."""
+        super()._take_up_choice(())
         if self._closed:
             self._submitted = set(chosen)
 
