@@ -1,157 +1,36 @@
-"""Encoded chunks against a NumPy reference of docs/protocol.md, and hostile bodies."""
+"""Encoded chunks against a NumPy reference of docs/protocol.md."""
 
 from __future__ import annotations
 
-import random
-import struct
 import subprocess
 import sys
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from fedcore._core import Codec, Layout
-from fedcore.errors import ConfigError, LayoutError, NonFiniteError, ProtocolError
+from fedcore.errors import ConfigError, LayoutError, NonFiniteError
 from fedcore.protocol import UPDATE_ENCODINGS
 
-F32 = NDArray[np.float32]
-NUMBER = {name: number for number, name in enumerate(UPDATE_ENCODINGS)}
-LOSSY = list(UPDATE_ENCODINGS[1:])
-NEGATIVE = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-]
-POSITIVE = [
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-]
-BOOK = np.array([*NEGATIVE, 0.0, *POSITIVE], np.float32)
-MINIS = np.array(
-    [
-        (m / 16) * 2.0**-14 if e == 0 else (1 + m / 16) * 2.0 ** (e - 15)
-        for e in range(16)
-        for m in range(16)
-    ],
-    dtype=np.float32,
+from ..support.encoding_references import (
+    BOOK,
+    LOSSY,
+    MINIS,
+    NUMBER,
+    REFERENCE,
+    blocks,
+    floats,
+    mixed_bytes,
+    mixed_layout,
+    one_run,
+    reference_int8,
+    reference_nf4,
+    reference_top_k,
+    span,
+    trip,
 )
-
-
-def floats(count: int, seed: int = 0, scale: float = 1e-3) -> F32:
-    drawn = np.random.default_rng(seed).standard_normal(count) * scale
-    most = np.finfo(np.float32).max
-    return np.clip(drawn, -most, most).astype(np.float32)
-
-
-def blocks(values: F32, size: int) -> F32:
-    padded = np.zeros(-(-len(values) // size) * size, np.float32)
-    padded[: len(values)] = values
-    return padded.reshape(-1, size)
-
-
-# --- The reference: what each encoding of a run of float32 must be, and stand for ---
-
-
-def reference_bf16(values: F32) -> tuple[bytes, F32]:
-    top = np.float32(2.0**127 * (2 - 2.0**-7))
-    bits = np.clip(values, -top, top).view(np.uint32).astype(np.uint64)
-    words = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return words.tobytes(), (words.astype(np.uint32) << 16).view(np.float32)
-
-
-def reference_fp16(values: F32) -> tuple[bytes, F32]:
-    words = np.clip(values, -65504, 65504).astype(np.float16)
-    return words.tobytes(), words.astype(np.float32)
-
-
-def reference_int8(values: F32) -> tuple[bytes, F32]:
-    rows = blocks(values, 128)
-    scales = np.minimum(np.abs(rows).max(axis=1) / np.float32(127), np.float32(2.0**121))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratios = np.where(scales[:, None] > 0, rows / scales[:, None], np.float32(0))
-    codes = np.rint(np.clip(ratios, -127, 127)).astype(np.int8)
-    decoded = (codes.astype(np.float32) * scales[:, None]).reshape(-1)[: len(values)]
-    return scales.tobytes() + codes.tobytes()[: len(values)], decoded
-
-
-def nearest_mini(value: np.float32) -> int:
-    distance = np.abs(MINIS.astype(np.float64) - np.float64(value))
-    nearest = np.flatnonzero(distance == distance.min())
-    return int(next((i for i in nearest if i % 2 == 0), nearest[0]))
-
-
-def reference_nf4(values: F32) -> tuple[bytes, F32]:
-    rows = blocks(values, 64)
-    largest = np.abs(rows).max(axis=1)
-    outer = np.array(
-        [
-            min(group.max() / np.float32(1.9375), np.float32(2.0**127))
-            for group in np.split(largest, range(256, len(largest), 256))
-        ],
-        np.float32,
-    )
-    per_block = np.repeat(outer, 256)[: len(rows)]
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        ratios = np.where(per_block > 0, largest / per_block, np.float32(0))
-        minis = np.array([nearest_mini(r) for r in ratios], np.uint8)
-        scales = per_block * MINIS[minis]
-        middles = ((BOOK[:-1].astype(np.float64) + BOOK[1:]) / 2).astype(np.float32)
-        shares = np.where(scales[:, None] > 0, rows / scales[:, None], np.float32(0))
-    codes = np.searchsorted(middles, shares.reshape(-1), side="left")[: len(values)]
-    decoded = BOOK[codes] * np.repeat(scales, 64)[: len(values)]
-    even = np.append(codes, 0) if len(codes) % 2 else codes
-    packed = (even[0::2] | even[1::2] << 4).astype(np.uint8)
-    return outer.tobytes() + minis.tobytes() + packed.tobytes(), decoded
-
-
-def reference_top_k(values: F32, share: float = 0.01) -> tuple[bytes, F32]:
-    keep = min(len(values), int(np.ceil(share * len(values))))
-    order = np.argsort(-np.abs(values), kind="stable")[:keep]
-    kept = np.sort(order[values[order] != 0])
-    gaps = b""
-    for gap in np.diff(kept, prepend=-1) - 1:
-        while gap >= 128:
-            gaps += bytes([gap % 128 + 128])
-            gap //= 128  # noqa: PLW2901
-        gaps += bytes([gap])
-    decoded = np.zeros_like(values)
-    decoded[kept] = values[kept]
-    head = struct.pack("<II", len(kept), len(gaps))
-    return head + values[kept].tobytes() + gaps, decoded
-
-
-REFERENCE: dict[str, Callable[[F32], tuple[bytes, F32]]] = {
-    "bf16": reference_bf16,
-    "fp16": reference_fp16,
-    "int8": reference_int8,
-    "nf4": reference_nf4,
-    "top-k": reference_top_k,
-}
-
-
-def one_run(count: int) -> Layout:
-    return Layout([("w", "F32", [count])], 1 << 20)
-
-
-def trip(codec: Codec, values: F32, base: F32 | None = None) -> tuple[int, bytes, F32]:
-    number, body = codec.encode(0, values, base)
-    out = np.empty_like(values)
-    codec.decode(0, number, body, out, base)
-    return number, body, out
 
 
 @pytest.mark.parametrize("encoding", LOSSY)
@@ -248,108 +127,6 @@ def test_the_error_and_the_ratio_are_those_that_the_protocol_promises(
     assert values.nbytes / len(body) >= ratio
 
 
-def mixed_layout() -> Layout:
-    return Layout(
-        [
-            ("d", "F64", [300]),
-            ("f", "F32", [5000]),
-            ("i", "I64", [77]),
-            ("h", "F16", [900]),
-            ("b", "BF16", [333]),
-            ("u", "U8", [41]),
-            ("t", "BOOL", [9]),
-        ],
-        4096,
-    )
-
-
-def mixed_bytes(layout: Layout, seed: int) -> NDArray[np.uint8]:
-    flat = np.empty(layout.total_bytes, np.uint8)
-    rng = np.random.default_rng(seed)
-    for _, dtype, _, offset, nbytes in layout.tensors:
-        if dtype in ("F64", "F32", "F16"):
-            kind = np.dtype({"F64": "f8", "F32": "f4", "F16": "f2"}[dtype])
-            part = rng.standard_normal(nbytes // kind.itemsize).astype(kind).view(np.uint8)
-        elif dtype == "BF16":
-            wide = rng.standard_normal(nbytes // 2).astype(np.float32)
-            part = (wide.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
-        else:
-            part = rng.integers(0, 256, nbytes).astype(np.uint8)
-        flat[offset : offset + nbytes] = part
-    return flat
-
-
-@pytest.mark.parametrize("lossless", [False, True])
-@pytest.mark.parametrize("encoding", ["raw", *LOSSY])
-def test_integers_and_booleans_travel_exactly_and_no_chunk_grows(
-    encoding: str, lossless: bool
-) -> None:
-    layout = mixed_layout()
-    flat, base = mixed_bytes(layout, 1), mixed_bytes(layout, 2)
-    codec = Codec(layout, encoding, lossless)
-    out = np.zeros_like(flat)
-    for index in range(layout.chunk_count):
-        offset, nbytes = layout.chunk_range(index)
-        part = slice(offset, offset + nbytes)
-        number, body = codec.encode(index, flat[part], base[part])
-        assert len(body) <= nbytes
-        codec.decode(index, number, body, out[part], base[part])
-    for _, dtype, _, offset, nbytes in layout.tensors:
-        if encoding == "raw" or dtype in ("I64", "U8", "BOOL"):
-            part = slice(offset, offset + nbytes)
-            np.testing.assert_array_equal(out[part], flat[part])
-
-
-def test_lossless_packs_what_shrinks_and_leaves_the_rest_raw() -> None:
-    count = 1 << 18
-    codec = Codec(one_run(count), "raw", lossless=True)
-    noise = np.random.default_rng(3).integers(0, 2**32, count, np.uint32).view(np.float32)
-    number, body = codec.encode(0, noise)
-    assert (number, len(body)) == (0, noise.nbytes)
-    number, body, out = trip(codec, floats(count))
-    assert number == 0x80
-    assert len(body) <= 0.95 * out.nbytes
-    np.testing.assert_array_equal(out, floats(count))
-
-
-def test_a_chunk_whose_middle_alone_shrinks_stays_raw() -> None:
-    count = 1 << 18
-    noise = np.random.default_rng(3).integers(0, 2**32, count, np.uint32).view(np.float32)
-    noise[count // 2 - 5000 : count // 2 + 5000] = 0
-    number, _ = Codec(one_run(count), "raw", lossless=True).encode(0, noise)
-    assert number == 0
-
-
-@pytest.mark.parametrize(("zeros", "packed"), [(45, False), (80, True)])
-def test_a_chunk_is_compressed_from_5_percent_on(zeros: int, packed: bool) -> None:
-    lz4 = pytest.importorskip("lz4.block")
-    count = 1 << 18  # bytes, of which this many in a thousand compress
-    data = np.random.default_rng(4).integers(1, 256, count, np.uint8)
-    data[np.arange(count) % 1000 < zeros] = 0
-    saved = 1 - len(lz4.compress(data.tobytes(), store_size=False)) / count
-    assert 0.06 < saved < 0.08 if packed else 0.03 < saved < 0.045
-    codec = Codec(Layout([("w", "U8", [count])], 1 << 20), "raw", lossless=True)
-    assert codec.encode(0, data)[0] == (0x80 if packed else 0)
-
-
-def test_a_chunk_whose_middle_does_not_shrink_is_not_tried_any_further() -> None:
-    count = 1 << 20
-    data = np.zeros(count, np.uint8)
-    middle = slice(count // 2 - (48 << 10), count // 2 + (48 << 10))
-    data[middle] = np.random.default_rng(3).integers(0, 256, 96 << 10, np.uint8)
-    number, _ = Codec(Layout([("w", "U8", [count])], 1 << 20), "raw", lossless=True).encode(0, data)
-    assert number == 0
-
-
-def test_a_packed_encoding_gives_the_values_of_the_plain_one() -> None:
-    values = np.repeat(floats(2000), 40)
-    plain = trip(Codec(one_run(80_000), "int8"), values)
-    packed = trip(Codec(one_run(80_000), "int8", lossless=True), values)
-    assert packed[0] == 0x83
-    assert len(packed[1]) < len(plain[1])
-    np.testing.assert_array_equal(packed[2], plain[2])
-
-
 def test_every_simd_level_and_a_second_codec_give_the_same_bytes() -> None:
     from fedcore import _core
 
@@ -433,11 +210,6 @@ def test_every_simd_level_adds_differences_to_the_base_with_the_same_bits(
     assert seen != {base.tobytes()}
 
 
-def span(layout: Layout, index: int) -> tuple[int, int]:
-    offset, nbytes = layout.chunk_range(index)
-    return offset, offset + nbytes
-
-
 GOLDEN = {
     "bf16": "80bf 003f 0000 4040",
     "fp16": "00bc 0038 0000 0042",
@@ -510,125 +282,6 @@ def test_a_raw_run_of_which_nothing_was_lost_keeps_the_sign_of_zero() -> None:
     residual[200:] = 0x3F80
     codec.decode(0, *codec.encode(0, values, base, residual), out, base)
     assert set(out[200:]) == {0x3F80}
-
-
-# --- Hostile bodies ---
-
-
-def refused(codec: Codec, number: int, body: bytes, nbytes: int) -> str:
-    """Decode what must be refused; the output must be as it was."""
-    out = bytearray(b"\xa5" * nbytes)
-    with pytest.raises(ProtocolError) as caught:
-        codec.decode(0, number, body, out)
-    assert out == b"\xa5" * nbytes
-    return str(caught.value)
-
-
-def top_k(count: int, gaps: bytes, values: bytes) -> bytes:
-    return struct.pack("<II", count, len(gaps)) + values + gaps
-
-
-ONE = struct.pack("<f", 1)
-
-
-@pytest.mark.parametrize(
-    ("encoding", "body", "said"),
-    [
-        ("bf16", b"\x00\x00" * 99, "too short"),
-        ("bf16", b"\x00\x00" * 101, "too long"),
-        ("bf16", b"\x80\x7f" * 100, "NaN or infinite"),
-        ("fp16", b"\x01\xfc" * 100, "NaN or infinite"),
-        ("int8", struct.pack("<f", np.nan) + bytes(100), "scale"),
-        ("int8", struct.pack("<f", np.inf) + bytes(100), "scale"),
-        ("int8", struct.pack("<f", -1) + bytes(100), "scale"),
-        ("int8", struct.pack("<f", 2.0**122) + bytes(100), "scale"),
-        ("int8", ONE + b"\x80" * 100, "-128"),
-        ("nf4", struct.pack("<f", np.nan) + bytes(52), "scale"),
-        ("nf4", struct.pack("<f", 3e38) + bytes(52), "scale"),
-        ("nf4", bytes(55), "too short"),
-        ("nf4", bytes(57), "too long"),
-        ("top-k", top_k(101, bytes(101), ONE * 60), "more values than there are"),
-        ("top-k", top_k(2**32 - 1, b"", b""), "more values than there are"),
-        ("top-k", top_k(1, b"", ONE), "length of its indices"),
-        ("top-k", top_k(1, bytes(6), ONE), "length of its indices"),
-        ("top-k", top_k(2, bytes(2), ONE), "too short"),
-        ("top-k", top_k(1, b"\x64", ONE), "out of range"),
-        ("top-k", top_k(2, b"\x63\x00", ONE * 2), "out of range"),
-        ("top-k", top_k(1, b"\xff\xff\xff\xff\x0f", ONE), "out of range"),
-        ("top-k", top_k(1, b"\xff\xff\xff\xff\x1f", ONE), "malformed"),
-        ("top-k", top_k(1, b"\x80\x00", ONE), "malformed"),
-        ("top-k", top_k(1, b"\x80", ONE), "malformed"),
-        ("top-k", top_k(1, b"\x00\x00", ONE), "more indices than values"),
-        ("top-k", top_k(1, b"\x00", struct.pack("<f", -np.inf)), "NaN or infinite"),
-        ("top-k", top_k(1, b"\x00", ONE) + b"\x00", "too long"),
-        ("top-k", b"\x00" * 7, "too short"),
-    ],
-)
-def test_a_malformed_body_is_refused_and_changes_nothing(
-    encoding: str, body: bytes, said: str
-) -> None:
-    assert said in refused(Codec(one_run(100), encoding), NUMBER[encoding], body, 400)
-
-
-def test_a_half_byte_behind_the_last_value_must_be_zero() -> None:
-    body = ONE + b"\xff\xff" + bytes(50) + b"\x10"
-    assert "half byte" in refused(Codec(one_run(101), "nf4"), 4, body, 404)
-
-
-def test_an_encoding_that_was_not_agreed_on_is_refused() -> None:
-    for encoding, number in [("raw", 3), ("int8", 4), ("int8", 0x83), ("raw", 0x80), ("raw", 6)]:
-        assert "not agreed on" in refused(Codec(one_run(100), encoding), number, bytes(104), 400)
-    packed = Codec(one_run(100), "top-k", lossless=True)
-    assert "not agreed on" in refused(packed, 0x85, bytes(104), 400)
-
-
-def test_a_packed_body_can_not_grow_beyond_its_chunk() -> None:
-    import lz4.block
-
-    codec = Codec(one_run(5000), "raw", lossless=True)
-    for size in (0, 19_999, 20_001, 50_000_000):
-        bomb = lz4.block.compress(bytes(size), store_size=False)
-        said = refused(codec, 0x80, bomb, 20_000)
-        assert "unpacked" in said or "too long" in said
-
-
-@pytest.mark.parametrize("lossless", [False, True])
-@pytest.mark.parametrize("encoding", ["raw", *LOSSY])
-def test_thousands_of_mutated_bodies_end_no_process(encoding: str, lossless: bool) -> None:
-    layout = mixed_layout()
-    flat = np.repeat(mixed_bytes(layout, 1)[::8], 8)[: layout.total_bytes]
-    flat = mixed_bytes(layout, 1) if encoding != "raw" else flat
-    codec = Codec(layout, encoding, lossless, top_k=0.2)
-    dice = random.Random(f"{encoding} {lossless}")
-    good = [codec.encode(i, flat[slice(*span(layout, i))]) for i in range(layout.chunk_count)]
-    outcomes = {"taken": 0, "refused": 0}
-    for _ in range(3000):
-        index = dice.randrange(layout.chunk_count)
-        number, body = good[dice.randrange(len(good)) if dice.random() < 0.1 else index]
-        hostile = bytearray(body)
-        for _ in range(dice.randrange(1, 4)):
-            move = dice.random()
-            at = dice.randrange(len(hostile) + 1)
-            if move < 0.6 and hostile:
-                hostile[at - 1] = dice.choice([0, 0x7F, 0x80, 0xFF, dice.randrange(256)])
-            elif move < 0.8:
-                del hostile[at : at + dice.randrange(1, 40)]
-            else:
-                hostile[at:at] = dice.randbytes(dice.randrange(1, 40))
-        if dice.random() < 0.1:
-            number = dice.randrange(256)
-        out = bytearray(layout.chunk_range(index)[1])
-        try:
-            codec.decode(index, number, bytes(hostile), out)
-            outcomes["taken"] += 1
-        except ProtocolError:
-            outcomes["refused"] += 1
-            assert not any(out)
-    assert outcomes["taken"] > 0
-    assert outcomes["refused"] > 300
-
-
-# --- Settings ---
 
 
 def test_wrong_settings_and_buffers_are_refused() -> None:
