@@ -35,7 +35,7 @@ from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer
 from .rules import RULES
 from .rules.finishers import FINISHERS, factor_of
-from .rules.options import Option, complete
+from .rules.options import Option
 from .weighing import Weighing
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
@@ -281,7 +281,7 @@ class AggregationSection(_Section):
             )
         else:
             try:
-                complete(RULES[self.rule].options, self.options, self.rule)
+                RULES[self.rule].having(self.options)
             except ValueError as error:
                 raise ValueError(f"options: {error}") from None
         return self
@@ -451,9 +451,10 @@ class RunConfig(_Section):
                 f"transfer.update: 'top-k' does not go with aggregation.rule = {name!r}: it leaves out most "
                 "values of an update, and what is left out would decide the result"
             )
-        if rule is not None and self.participants.quorum < rule.least:
+        least = rule.having(self.aggregation.options).least if rule is not None else 1
+        if self.participants.quorum < least:
             raise ValueError(
-                f"participants.min_results: aggregation.rule = {rule.name!r} needs {rule.least} or more updates "
+                f"participants.min_results: aggregation.rule = {name!r} needs {least} or more updates "
                 f"in a round, and {self.participants.quorum} would do"
             )
         weighing = self.aggregation.weighing

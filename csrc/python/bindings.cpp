@@ -469,12 +469,15 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
         py::list out;
         for (const Rule* const rule : rules()) {
           const Traits& traits = rule->traits;
-          out.append(py::make_tuple(std::string(rule->name), rule->version, traits.weighted,
-                                    traits.symmetric, traits.folds, traits.least));
+          out.append(
+              py::make_tuple(std::string(rule->name), rule->version, traits.weighted,
+                             traits.symmetric, traits.folds, traits.least,
+                             std::vector<std::string>(rule->options.begin(), rule->options.end())));
         }
         return out;
       },
-      "The rules of the core: (name, version, weighted, symmetric, folds, least sources).");
+      "The rules of the core: (name, version, weighted, symmetric, folds, least sources, "
+      "names of options).");
   m.def(
       "combine_wide", &combine_wide, py::arg("rule"), py::arg("dtype"), py::arg("inputs"),
       py::arg("weights"), py::arg("out"),

@@ -94,7 +94,9 @@ void bind_events(py::module_& m);
 void bind_exchange(py::module_& m);
 // Adds the class Finisher; Layout and MappedFile must be there.
 void bind_finishing(py::module_& m);
-// A rule by its name, or an object of the class PythonRule or WeighedRule. Throws Error{kConfig} for no such name.
+// A rule by its name, a pair of a name and a dict of its options, or an object of the class PythonRule
+// or WeighedRule.
+// Throws what find_rule() and rule_with() throw.
 std::shared_ptr<const Rule> to_rule(const py::object& rule);
 // Adds the classes PythonRule and WeighedRule.
 void bind_rules(py::module_& m);

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -223,7 +224,11 @@ std::shared_ptr<PythonRule> make_rule(const std::string& name, unsigned version,
 
 std::shared_ptr<const Rule> to_rule(const py::object& rule) {
   if (py::isinstance<py::str>(rule)) {
-    return known_rule(find_rule(rule.cast<std::string>()));
+    return rule_with(find_rule(rule.cast<std::string>()), {});
+  }
+  if (py::isinstance<py::tuple>(rule)) {
+    const auto [name, options] = rule.cast<std::pair<std::string, std::map<std::string, double>>>();
+    return rule_with(find_rule(name), options);
   }
   if (py::isinstance<WeighedRule>(rule)) {
     return rule.cast<std::shared_ptr<WeighedRule>>()->rule;

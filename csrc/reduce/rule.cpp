@@ -1,5 +1,6 @@
 #include "reduce/rule.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <iterator>
 #include <string>
@@ -127,6 +128,29 @@ const Rule& find_rule(std::string_view name) {
   }
   throw Error(Errc::kConfig,
               "no rule is named '" + std::string(name) + "'; expected one of " + known);
+}
+
+std::shared_ptr<const Rule> rule_with(const Rule& rule,
+                                      const std::map<std::string, double>& options) {
+  const std::string name(rule.name);
+  for (const auto& [option, number] : options) {
+    if (std::find(rule.options.begin(), rule.options.end(), option) == rule.options.end()) {
+      throw Error(Errc::kConfig, "the rule '" + name + "' has no option '" + option + "'");
+    }
+  }
+  if (rule.options.empty()) {
+    return known_rule(rule);
+  }
+  std::vector<double> numbers;
+  for (const std::string_view option : rule.options) {
+    const auto given = options.find(std::string(option));
+    if (given == options.end()) {
+      throw Error(Errc::kConfig,
+                  "the rule '" + name + "' needs its option '" + std::string(option) + "'");
+    }
+    numbers.push_back(given->second);
+  }
+  return std::make_shared<const Rule>(rule.with(numbers));
 }
 
 }  // namespace fedcore

@@ -3,7 +3,8 @@
 //
 // A rule is a constant: a name, a version, its traits, and a function that makes a Combiner for
 // given weights. The version changes when the same inputs give other bits. One whose arithmetic is
-// Python (python/rules.cpp) has the same contract.
+// Python (python/rules.cpp) has the same contract. A rule may take options, which are numbers by
+// name: rule_with() makes the rule that has them.
 //
 // A Combiner works on one block of elements at a time. It owns its scratch memory, which does not
 // grow with the block. One thread uses a Combiner; threads that share a job have one each.
@@ -38,6 +39,7 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -126,7 +128,7 @@ struct Rule {
   unsigned version;
   Traits traits;
   // Bytes of scratch memory of one Combiner for k sources.
-  std::size_t (*scratch)(std::size_t k);
+  std::function<std::size_t(std::size_t k)> scratch;
   // `weights` passed check_weights().
   std::function<std::unique_ptr<Combiner>(const std::vector<double>& weights)> make;
   // Sums that each element of a dtype has between two inputs of a fold; null where traits.folds is
@@ -140,6 +142,11 @@ struct Rule {
   std::function<std::vector<Range>(const Layout& out, Range range,
                                    const std::vector<const Layout*>& sources, std::size_t k)>
       needs = nullptr;
+  // The names of its options, and the rule that has a number for each, in this order: it has the same
+  // name and version; traits, scratch and combiners may depend on the numbers. Throws Error{kConfig}
+  // for numbers that it does not take. A rule with options makes no combiner before it has them.
+  std::span<const std::string_view> options = {};
+  Rule (*with)(const std::vector<double>& numbers) = nullptr;
 
   bool views() const noexcept {
     return traits.unit != Unit::kElement || traits.relative || needs != nullptr;
@@ -175,5 +182,10 @@ const Rule& find_rule(std::string_view name);
 inline std::shared_ptr<const Rule> known_rule(const Rule& rule) {
   return {std::shared_ptr<void>(), &rule};
 }
+
+// The rule with a number for each of its options. Throws Error{kConfig} that names an option which is
+// missing or which the rule does not have, and what Rule::with throws.
+std::shared_ptr<const Rule> rule_with(const Rule& rule,
+                                      const std::map<std::string, double>& options);
 
 }  // namespace fedcore

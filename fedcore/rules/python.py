@@ -58,7 +58,10 @@ def _load(name: str, settings: Mapping[str, float]) -> Rule:
     if ":" in name:
         return _import(name, settings)
     rule = find_rule(name)
-    return replace(rule, settings=_completed(name, rule.options, settings))
+    try:
+        return rule.having(settings)
+    except ValueError as error:
+        raise ConfigError(f"the rule {name!r}: options: {error}") from None
 
 
 def _import(name: str, given: Mapping[str, float]) -> Rule:

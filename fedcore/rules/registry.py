@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from fedcore.errors import ConfigError
 from fedcore.weighing import EXAMPLES, Weighing
 
-from .options import Option
+from .options import Option, complete
 
 if TYPE_CHECKING:
     from fedcore._core import PythonRule, WeighedRule
 
-__all__ = ["DEFAULT_RULE", "RULES", "Rule", "find_rule"]
+__all__ = ["DEFAULT_RULE", "RULES", "CoreRule", "Rule", "find_rule"]
+
+CoreRule: TypeAlias = "str | tuple[str, dict[str, float]] | PythonRule | WeighedRule"
+"""What the compiled core knows a rule by: its name, its name and settings, or what calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,8 @@ class Rule:
         weighted: weights change the result.
         symmetric: the order of the sources does not change the result.
         folds: it can take one source after the other, with sums between them.
-        least: sources that it needs at least.
+        least: sources that it needs at least, with its settings.
+        least_with: how many those are for settings, where it is not always the same.
         sparse: it may be used where updates leave most of their values out (top-k).
         options: the numbers that it can be given, by name.
         settings: the numbers that it has been given, one for each option.
@@ -47,14 +51,19 @@ class Rule:
     sparse: bool
     options: Mapping[str, Option] = field(default_factory=dict)
     settings: Mapping[str, float] = field(default_factory=dict)
+    least_with: Callable[[Mapping[str, float]], int] | None = None
     python: PythonRule | None = None
     code: str = ""
     weighing: Weighing = EXAMPLES
 
     @property
-    def core(self) -> str | PythonRule | WeighedRule:
+    def core(self) -> CoreRule:
         """What the compiled core knows it by."""
-        known = self.python or self.name
+        known: CoreRule = self.name
+        if self.python is not None:
+            known = self.python
+        elif self.options:
+            known = (self.name, dict(self.settings))
         if self.weighing == EXAMPLES:
             return known
         from fedcore._core import WeighedRule
@@ -66,6 +75,16 @@ class Rule:
         """Name, version and settings, as the header of a model file has them."""
         numbers = [f"{name}={value.hex()}" for name, value in self.settings.items()]
         return " ".join([self.name, str(self.version), *numbers])
+
+    def having(self, settings: Mapping[str, float]) -> Rule:
+        """Return the rule with these values of some of its options, and the defaults of the others.
+
+        Raises:
+            ValueError: it has no such option, or an option does not take the value.
+        """
+        values = complete(self.options, settings, self.name)
+        least = self.least if self.least_with is None else self.least_with(values)
+        return replace(self, settings=values, least=least)
 
     def key(self) -> dict[str, object]:
         """Return what the bytes of a result depend on beside the rule's name and the updates."""

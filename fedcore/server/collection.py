@@ -17,13 +17,12 @@ from fedcore._core import (
     Finisher,
     Layout,
     MappedFile,
-    PythonRule,
     Spill,
-    WeighedRule,
 )
 from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
 from fedcore.model_file import ModelFile
+from fedcore.rules.registry import CoreRule
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
 
@@ -95,7 +94,7 @@ class CollectionSetting:
     codec: Codec | None = None
     spill: Spill | None = None
     threads: int = 1
-    rule: str | PythonRule | WeighedRule = "mean"
+    rule: CoreRule = "mean"
     finisher: Finisher | None = None
 
     @property

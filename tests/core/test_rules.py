@@ -17,6 +17,7 @@ from fedcore.errors import ConfigError, NonFiniteError
 from fedcore.files.average import aggregate_files
 from fedcore.model_file import create_model, open_model
 from fedcore.rules import RULES
+from fedcore.rules.python import load_rule
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 COUNT = 4_099  # several pieces and a rest
@@ -89,7 +90,8 @@ def median(folder: Path, dtype: str, inputs: list[np.ndarray], threads: int = 1)
 
 def test_the_registry_says_of_each_rule_what_the_core_says() -> None:
     listed = [
-        (r.name, r.version, r.weighted, r.symmetric, r.folds, r.least) for r in RULES.values()
+        (r.name, r.version, r.weighted, r.symmetric, r.folds, r.least, list(r.options))
+        for r in RULES.values()
     ]
     assert listed == _core.rules()
 
@@ -183,13 +185,22 @@ def test_what_a_finisher_gets_is_checked_for_values_that_are_not_finite() -> Non
     inputs[3][2_345] = np.nan
     for rule in RULES:
         with pytest.raises(NonFiniteError):
-            _core.combine_wide(rule, "F32", inputs, [1] * 4, np.empty(3_000))
+            _core.combine_wide(load_rule(rule).core, "F32", inputs, [1] * 4, np.empty(3_000))
 
 
 def test_an_unknown_rule_is_refused_with_the_names_of_those_there_are(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", "F32", np.ones(3, np.float32))
     with pytest.raises(ConfigError, match=r"'mode'; expected one of mean, median"):
         aggregate_files([path], None, tmp_path / "out.safetensors", rule="mode")
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_core_takes_the_options_that_the_registry_declares_and_no_other(name: str) -> None:
+    rule = load_rule(name)
+    assert rule.settings.keys() == rule.options.keys()
+    assert _core.rule_scratch(rule.core, 8) > 0
+    with pytest.raises(ConfigError, match=f"the rule '{name}' has no option 'nothing'"):
+        _core.rule_scratch((name, {**rule.settings, "nothing": 1.0}), 8)
 
 
 def test_the_command_takes_a_median_and_says_that_weights_changed_nothing(

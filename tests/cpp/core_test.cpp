@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <random>
+#include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -11,6 +14,7 @@
 #include "check.hpp"
 #include "guarded.hpp"
 #include "kernels/kernels.hpp"
+#include "reduce/rule.hpp"
 #include "transfer/exchange.hpp"
 
 using namespace fedcore;
@@ -178,6 +182,32 @@ void a_file_that_cannot_be_made_is_an_error() {
   CHECK(thrown);
 }
 
+constexpr std::string_view kCut[] = {"trim", "scale"};
+
+void a_rule_gets_a_number_for_each_of_its_options() {
+  const Rule& median = find_rule("median");
+  Rule rule = median;
+  rule.options = kCut;
+  rule.with = [](const std::vector<double>& numbers) {
+    Rule made = find_rule("median");
+    made.traits.least = static_cast<std::size_t>(numbers[0] + 10 * numbers[1]);
+    return made;
+  };
+  const auto refused = [](const Rule& of, const std::map<std::string, double>& options) {
+    try {
+      rule_with(of, options);
+    } catch (const Error& error) {
+      return error.code() == Errc::kConfig;
+    }
+    return false;
+  };
+  CHECK(rule_with(rule, {{"scale", 2}, {"trim", 3}})->traits.least == 23);
+  CHECK(refused(rule, {{"trim", 3}}));
+  CHECK(refused(rule, {{"trim", 3}, {"scale", 2}, {"other", 1}}));
+  CHECK(refused(median, {{"trim", 3}}));
+  CHECK(rule_with(median, {}).get() == &median);
+}
+
 }  // namespace
 
 int main() {
@@ -185,5 +215,6 @@ int main() {
   mutated_lost_and_repeated_frames_leave_the_result_alone();
   threads_may_use_one_exchange_at_the_same_time();
   a_file_that_cannot_be_made_is_an_error();
+  a_rule_gets_a_number_for_each_of_its_options();
   std::puts("all native checks passed");
 }

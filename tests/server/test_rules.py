@@ -13,10 +13,11 @@ import pytest
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError
 from fedcore.model_file import open_model
-from fedcore.rules import PythonRule
+from fedcore.rules import RULES, Option, PythonRule, Rule
 from fedcore.rules.python import load_rule
 from fedcore.server.budget import Budget
 from fedcore.server.collecting import Collecting
+from fedcore.server.rule import rule_of
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
@@ -268,6 +269,36 @@ def test_a_rule_is_refused_by_name_where_it_does_not_fit(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"transfer.update: 'top-k' does not go with .*'median'"):
         config(tmp_path, 2, transfer={"update": "top-k"})
     assert config(tmp_path, 2, "mean", transfer={"update": "top-k"}).transfer.update == "top-k"
+
+
+def test_a_rule_of_the_core_takes_its_options_from_the_run_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = Rule(
+        name="cut",
+        version=1,
+        summary="the mean without the outermost values",
+        weighted=False,
+        symmetric=True,
+        folds=False,
+        least=1,
+        sparse=False,
+        options={"trim": Option(1, 0, 100, "values left out at either end", whole=True)},
+        least_with=lambda settings: 2 * int(settings["trim"]) + 1,
+    )
+    monkeypatch.setitem(RULES, "cut", rule)
+
+    def of(sites: int, **options: float) -> Rule:
+        return rule_of(config(tmp_path, sites, aggregation={"rule": "cut", "options": options}))
+
+    assert (of(3).core, of(3).least) == (("cut", {"trim": 1.0}), 3)
+    assert (of(5, trim=2).core, of(5, trim=2).least) == (("cut", {"trim": 2.0}), 5)
+    with pytest.raises(ConfigError, match=r"options: unknown key 'trin' of 'cut'; .* 'trim'\?"):
+        of(5, trin=2)
+    with pytest.raises(ConfigError, match="options: trim: expected an integer at least 0"):
+        of(5, trim=0.5)
+    with pytest.raises(ConfigError, match="min_results: .* 'cut' needs 5 or more .* 4 would do"):
+        of(4, trim=2)
 
 
 def test_what_was_reduced_by_another_rule_is_not_gone_on_with(tmp_path: Path) -> None:
