@@ -51,7 +51,7 @@ def open_store(
     Args:
         config: the run file.
         discard: move the models that the folder's journal does not know into a folder of their own, and go on.
-        chunk_bytes: how large the chunks of a new run are.
+        chunk_bytes: how large the chunks of a run without a model are.
 
     Raises:
         BusyError: the folder is in use.
@@ -164,7 +164,7 @@ def _open_share(config: RunConfig, runs: int, *, encrypted: bool, discard: bool)
         budget = Budget.of_run(mine, encrypted=encrypted)
         store = open_store(config, discard=discard, chunk_bytes=budget.chunk_bytes)
         try:
-            if store.chunk_bytes != budget.chunk_bytes:  # the run keeps those that it began with
+            if store.chunk_bytes != budget.chunk_bytes:  # its models have others
                 budget = Budget.of_run(mine, encrypted=encrypted, chunk_bytes=store.chunk_bytes)
         except BaseException:
             store.close()

@@ -235,11 +235,23 @@ def test_a_median_that_memory_does_not_hold_is_refused_with_the_least_that_does(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_of_chunks_that_memory_holds_no_longer_is_refused(tmp_path: Path) -> None:
-    few = Server(config(tmp_path, 40, server={"memory": "1GiB"}))
-    close(few)
-    with pytest.raises(ConfigError, match=r"all 40 sites .* at least \d+MiB"):
-        Server(config(tmp_path, 40, server={"memory": "16MiB"}))
+def test_a_run_without_a_model_gets_the_chunks_that_memory_holds(tmp_path: Path) -> None:
+    found = []
+    for memory in ("1GiB", "16MiB", "16MiB"):
+        server = Server(config(tmp_path, 40, server={"memory": memory}))
+        store = server.runs[0].store
+        found.append((store.chunk_bytes, store.run_id))
+        close(server)
+    (large, first), (small, second), again = found
+    assert (large, small) == (MIB, 64 << 10)
+    assert first != second  # what a site has in other chunks is of no use
+    assert again == (small, second)
+
+
+def test_a_model_of_chunks_that_memory_holds_no_longer_is_refused(tmp_path: Path) -> None:
+    little = config(tmp_path, 10, server={"memory": "16MiB"})
+    with pytest.raises(ConfigError, match=r"all 10 sites .* at least \d+MiB"):
+        Budget.of_run(little, encrypted=False, chunk_bytes=MIB)
 
 
 def test_a_mean_has_chunks_of_one_mebibyte_whatever_the_memory(tmp_path: Path) -> None:

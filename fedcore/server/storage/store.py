@@ -61,8 +61,8 @@ class Store(SiteRows, Decisions):
         folder: the run folder; it is made where there is none.
         settings: the run's settings, by section and key; None leaves those that are recorded.
         discard: move what the journal does not know into a folder of its own, and go on.
-        chunk_bytes: how large the chunks are that checksums are taken of, in a new run; a run that is there keeps
-            its own.
+        chunk_bytes: how large the chunks are that checksums are taken of, in a run without a model; another run
+            keeps its own.
 
     Attributes:
         chunk_bytes: how large the run's chunks are.
@@ -142,17 +142,19 @@ class Store(SiteRows, Decisions):
         if found:
             logger.warning("moved to %s: %s", self._files.set_aside(found), ", ".join(found))
         now = {"schema": str(SCHEMA), "fedcore": __version__}
-        if recorded := self._journal.meta("chunk_bytes"):
-            self.chunk_bytes = int(recorded)
-        elif settings is None or self.last_version is not None:  # before this was recorded
-            self.chunk_bytes = DEFAULT_CHUNK_BYTES
-        else:
+        recorded = self._journal.meta("chunk_bytes")
+        if settings is not None and self.last_version is None:  # no model has chunks yet
             now["chunk_bytes"] = str(self.chunk_bytes)
+        else:
+            self.chunk_bytes = DEFAULT_CHUNK_BYTES if recorded is None else int(recorded)
+        cut_anew = recorded is not None and int(recorded) != self.chunk_bytes
         if settings is not None:
             now["settings"] = json.dumps(settings, sort_keys=True)
         if found or any(self._journal.meta(key) != value for key, value in now.items()):
             with self._journal.transaction():
-                if found:  # what sites kept of the versions that are gone counts no longer
+                if (
+                    found or cut_anew
+                ):  # what sites have of versions that are gone, or of other chunks
                     self._journal.renew_run_id()
                 for key, value in now.items():
                     self._journal.set_meta(key, value)
