@@ -338,15 +338,21 @@ class TransferSection(Transfer):
 
 
 class SelectionSection(_Section):
-    """``[selection]``: which validation metric picks the best model, and whether less or more is better."""
+    """``[selection]``: which validation metric picks the best model, whether less or more is better, and how the
+    sites' values become one (``average``, ``max_share``)."""
 
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
+    average: Literal["mean", "median"] = "mean"
+    max_share: float | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SelectionSection:
         if (self.metric is None) != (self.mode is None):
             raise ValueError("metric and mode ('min' or 'max') go together")
+        Weighing(max_share=self.max_share)
+        if self.max_share is not None and self.average == "median":
+            raise ValueError("max_share: examples do not count in a median; leave it out")
         return self
 
 
@@ -457,14 +463,17 @@ class RunConfig(_Section):
                 f"participants.min_results: aggregation.rule = {name!r} needs {least} or more updates "
                 f"in a round, and {self.participants.quorum} would do"
             )
-        weighing = self.aggregation.weighing
-        if self.participants.quorum < weighing.least:
-            raise ValueError(
-                f"participants.min_results: aggregation.max_share = {weighing.max_share} needs {weighing.least} "
-                f"or more updates in a round, and {self.participants.quorum} would do: one of them has a greater "
-                "share, whatever it weighs"
-            )
+        self._check_share("aggregation", self.aggregation.max_share, "updates in a round")
+        self._check_share("selection", self.selection.max_share, "scores of a model")
         return self
+
+    def _check_share(self, section: str, max_share: float | None, of: str) -> None:
+        least = Weighing(max_share=max_share).least
+        if self.participants.quorum < least:
+            raise ValueError(
+                f"participants.min_results: {section}.max_share = {max_share} needs {least} or more {of}, and "
+                f"{self.participants.quorum} would do: one of them has a greater share, whatever it weighs"
+            )
 
     @property
     def run_folder(self) -> Path:

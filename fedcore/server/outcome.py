@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +14,7 @@ from fedcore import __version__, protocol
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError
 from fedcore.server.rounds.participation import Roster, SiteState
-from fedcore.server.rounds.selection import best_version, weighted_metrics
+from fedcore.server.rounds.selection import Pooling, SiteScore, best_version, pooled_metrics
 from fedcore.server.storage.store import Store
 from fedcore.words import plural
 
@@ -67,6 +67,8 @@ class Outcome:
         self._config = config
         self._store = store
         self._roster = roster
+        chosen = config.selection
+        self._pooling = Pooling.of_settings(chosen.average, chosen.max_share)
         self.best: int | None = None
         self._without_metric: set[str] = set()
         self._damaged: int | None = None
@@ -88,13 +90,16 @@ class Outcome:
         self.best = best
         return best
 
+    def _pooled(self, scores: Iterable[SiteScore]) -> dict[str, float]:
+        return pooled_metrics(scores, self._pooling)
+
     def _select(self) -> int | None:
         chosen = self._config.selection
         if chosen.metric is None or chosen.mode is None:
             return None
         quorum = self._config.participants.quorum
         there = {v: s for v, s in self._store.scores().items() if self._store.path(v).is_file()}
-        return best_version(there, chosen.metric, chosen.mode, quorum)
+        return best_version(there, chosen.metric, chosen.mode, quorum, self._pooling)
 
     def metric_problem(self, site: str, version: int, metrics: Collection[str]) -> str:
         """Return what is wrong with the names of a site's metrics, once for each site; else an empty text."""
@@ -133,7 +138,7 @@ class Outcome:
         metric = self._config.selection.metric
         if metric is None or version is None:
             return None
-        return weighted_metrics(self._store.scores().get(version, [])).get(metric)
+        return self._pooled(self._store.scores().get(version, [])).get(metric)
 
     def conclude(self, ending: Ending, message: str) -> RunResult:
         """Write ``final/`` and ``best/`` from what is committed; returns the run's result.
@@ -216,7 +221,7 @@ class Outcome:
                         "bytes": row.nbytes,
                         "seconds": row.seconds,
                         "participants": dict(row.participants),
-                        "metrics": weighted_metrics(scores.get(row.version, [])),
+                        "metrics": self._pooled(scores.get(row.version, [])),
                         "metrics_by_site": {
                             s.site: {**s.metrics, "examples": s.examples}
                             for s in scores.get(row.version, [])
@@ -239,7 +244,7 @@ class Outcome:
                 {
                     "version": row.version,
                     "from": next(iter(row.participants), "initial"),
-                    "metrics": weighted_metrics(scores.get(row.version, [])),
+                    "metrics": self._pooled(scores.get(row.version, [])),
                     "sites": {
                         score.site: {
                             "examples": score.examples,

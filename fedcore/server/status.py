@@ -19,7 +19,7 @@ from fedcore.events import (
     VersionCommitted,
 )
 from fedcore.server.rounds.rounds import Rounds
-from fedcore.server.rounds.selection import weighted_metrics
+from fedcore.server.rounds.selection import Pooling, pooled_metrics
 from fedcore.server.storage.history import Life
 from fedcore.server.storage.store import Store
 
@@ -172,12 +172,13 @@ class StatusBuilder:
 
     def _read_versions(self) -> list[protocol.VersionStatus]:
         if self._versions is None:
-            scores = self._store.scores()
+            scores, chosen = self._store.scores(), self._config.selection
+            pooling = Pooling.of_settings(chosen.average, chosen.max_share)
             self._versions = [
                 protocol.VersionStatus(
                     version=row.version,
                     metrics=protocol.first_metrics(
-                        weighted_metrics(scores.get(row.version, [])), self._config.selection.metric
+                        pooled_metrics(scores.get(row.version, []), pooling), chosen.metric
                     ),
                     scored=len(scores.get(row.version, [])),
                     participants=list(row.participants),

@@ -16,7 +16,7 @@ from fedcore import protocol
 from fedcore.errors import ProtocolError
 from fedcore.monitor.ask import ask_status, read_summary
 from fedcore.protocol import control_frames
-from fedcore.server.rounds.selection import SiteScore, best_version, weighted_metrics
+from fedcore.server.rounds.selection import SiteScore, best_version, pooled_metrics
 from fedcore.server.service import Server
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
@@ -179,9 +179,9 @@ def test_a_value_beyond_the_numbers_neither_selects_nor_hides_a_model() -> None:
     good = [SiteScore("a", 5, {"loss": 2.0}), SiteScore("b", 5, {"loss": 4.0})]
     huge = [SiteScore("a", 5, {"loss": 2.0}), SiteScore("b", 1 << 23, {"loss": 1.7e308})]
     both = [SiteScore("a", 1 << 23, {"loss": -1.7e308}), *huge[1:]]
-    assert weighted_metrics(good) == {"loss": 3.0}
-    assert weighted_metrics(huge) == {}
-    assert weighted_metrics(both) == {}
+    assert pooled_metrics(good) == {"loss": 3.0}
+    assert pooled_metrics(huge) == {}
+    assert pooled_metrics(both) == {}
     assert best_version({0: both, 1: huge, 2: good}, "loss", "min", 2) == 2
     assert best_version({0: both, 1: huge, 2: good}, "loss", "max", 2) == 2
 

@@ -15,7 +15,8 @@ __all__ = ["check_fixed"]
 _FIXED: Final = (
     "run.task", "model.initial", "participants.sites", "participants.count", "aggregation.rule",
     "aggregation.options", "aggregation.weights", "aggregation.max_share", "aggregation.optimizer",
-    "selection.metric", "selection.mode", "transfer.update", "transfer.top_k", "transfer.lossless",
+    "selection.metric", "selection.mode", "selection.average", "selection.max_share",
+    "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
 
 
@@ -39,6 +40,7 @@ def check_fixed(folder: Path, recorded: str | None, settings: Mapping[str, Any])
     before = json.loads(recorded)
     before.get("run", {}).setdefault("task", "train")
     before.get("aggregation", {}).setdefault("options", {})
+    before.get("selection", {}).setdefault("average", "mean")
     for key in _FIXED:
         section, _, name = key.partition(".")
         old, new = before.get(section, {}).get(name), settings.get(section, {}).get(name)

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from fedcore import protocol
 from fedcore.errors import ConfigError
 from fedcore.monitor.ask import read_summary
-from fedcore.server.rounds.selection import best_version, weighted_metrics
+from fedcore.server.rounds.selection import Pooling, best_version, pooled_metrics
 
 from .history import Life, read_life, read_scores, read_versions
 from .journal import is_locked
@@ -146,11 +146,12 @@ def _read(folder: Path, rows: Rows) -> protocol.StatusReply:
     run, selection = settings.get("run", {}), settings.get("selection", {})
     people, life = settings.get("participants", {}), read_life(meta.get("life"))
     metric, mode = selection.get("metric"), selection.get("mode")
+    pooling = Pooling.of_settings(selection.get("average"), selection.get("max_share"))
     best = None
     if metric and mode:
         expected = people.get("count") or len(people.get("sites") or ())
         quorum = people.get("min_results") or people.get("sample") or expected
-        best = best_version(scores, metric, mode, quorum)
+        best = best_version(scores, metric, mode, quorum, pooling)
     names = people.get("sites") or [
         row[0] for row in rows("SELECT site FROM members ORDER BY site")
     ]
@@ -171,7 +172,7 @@ def _read(folder: Path, rows: Rows) -> protocol.StatusReply:
             protocol.VersionStatus(
                 version=row.version,
                 metrics=protocol.first_metrics(
-                    weighted_metrics(scores.get(row.version, [])), metric
+                    pooled_metrics(scores.get(row.version, []), pooling), metric
                 ),
                 scored=len(scores.get(row.version, [])),
                 participants=list(row.participants),
