@@ -148,8 +148,9 @@ def server(  # noqa: PLR0917 - typer calls it by name
     try:
         results = process.serve(None)
     finally:
-        for endpoint in endpoints:
-            endpoint.unlink(missing_ok=True)
+        for run, endpoint in zip(process.runs, endpoints, strict=True):
+            if run.error is None:  # else another server may have its own there
+                endpoint.unlink(missing_ok=True)
     statuses = []
     for run, result in zip(process.runs, results, strict=True):
         if result.ok:

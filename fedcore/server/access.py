@@ -132,7 +132,7 @@ class Access:
     def opened(self, link: ServerEnd, folders: Sequence[Path]) -> None:
         """Leave a kit in each run folder that is served, for the commands of this server's own user."""
         self._link, self._folders = link, list(folders)
-        self._remove_local()
+        self._remove_local(*self._folders)
         if self.secured is None:
             return
         for kit in self._locals:
@@ -142,12 +142,19 @@ class Access:
                     kit.folder / LOCAL_KIT, Kit(kit.operator.name, link.endpoint, credentials)
                 )
 
+    def leave(self, folder: Path) -> None:
+        """Take the kit out of a run folder that is not served any more: another server may put its own there."""
+        if folder in self._folders:
+            self._remove_local(folder)
+            self._folders.remove(folder)
+
     def close(self) -> None:
         """Take those kits away."""
-        self._remove_local()
+        self._remove_local(*self._folders)
 
-    def _remove_local(self) -> None:
-        for folder in self._folders:
+    @staticmethod
+    def _remove_local(*folders: Path) -> None:
+        for folder in folders:
             path = folder / LOCAL_KIT
             # Whoever put a link there does not choose where a secret is written.
             if path.is_symlink():

@@ -208,6 +208,13 @@ class Collecting:
 
     # --- what the core says ---
 
+    def concerns(self, event: DataEvent) -> bool:
+        """Whether an event is of the collection that runs."""
+        running = self.running
+        if running is None or not isinstance(event, CollectorEvent):
+            return False
+        return event.collector == running.collector.id
+
     def heard(self, event: DataEvent) -> Reduced | Rejected | Stalled | None:
         """Return what an event of this collection comes to; None if nothing, or if it is of another one.
 
@@ -216,9 +223,7 @@ class Collecting:
             RuleError: the rule has failed.
         """
         running = self.running
-        if running is None or not isinstance(event, CollectorEvent):
-            return None
-        if event.collector != running.collector.id:
+        if running is None or not self.concerns(event):
             return None
         match event:
             case OutputBroken():

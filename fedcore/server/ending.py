@@ -6,6 +6,7 @@ import logging
 from typing import Final
 
 from fedcore import protocol
+from fedcore.errors import FedcoreError
 from fedcore.events import (
     RunEnded,
 )
@@ -65,6 +66,7 @@ class Ending:
         self.next_look = 0.0
         self.status_bytes = 0
         self._says_end_again = False
+        self._last_status: protocol.StatusReply | None = None
         self._watchers = Watchers(run.clock)
 
     def end(self, ending: How, message: str) -> None:
@@ -183,8 +185,19 @@ class Ending:
         else:
             self._watchers.forget(peer)
         if self._run.replies.may_have(peer, self.status_bytes):
-            reply, self.status_bytes = within_a_message(self._snapshot())
+            snapshot = self._last_status if self.error is not None else self._snapshot()
+            if snapshot is None:
+                self._run.link.send(peer, protocol.Refused(code="other-run", message=GIVEN_UP))
+                return
+            reply, self.status_bytes = within_a_message(snapshot)
             self._run.link.send(peer, reply)
+
+    def keep_last_status(self) -> None:
+        """Keep how the run stands where it was given up: its journal is closed then."""
+        try:
+            self._last_status = self._snapshot()
+        except FedcoreError as error:  # a journal that failed may not be readable, either
+            logger.error("how the run stands can't be shown any more: %s", error)
 
     def _snapshot(self) -> protocol.StatusReply:
         paused = self._run.gates.refusal or "no other round begins"

@@ -6,6 +6,7 @@ A log line about a peer that takes part in a run is the run's, any other is the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -49,6 +50,7 @@ class Guard(Generic[_R]):
         link, access, replies: how peers are reached, who may be there, and what is logged of them.
         runs: the host's runs.
         working_on: in its ``with`` block is what is done for one run.
+        do: does something for one run, now or once its journal is free.
     """
 
     def __init__(
@@ -57,13 +59,16 @@ class Guard(Generic[_R]):
         access: Access,
         replies: Replies,
         runs: Sequence[_R],
+        *,
         working_on: Callable[[_R], AbstractContextManager[None]],
+        do: Callable[[_R, Callable[[], None]], None],
     ) -> None:
         self._link = link
         self._access = access
         self._replies = replies
         self._runs = runs
         self._working_on = working_on
+        self._do = do
 
     def run_of(self, peer: bytes) -> _R | None:
         """Return the run in which a peer takes part; None if in none."""
@@ -122,13 +127,14 @@ class Guard(Generic[_R]):
             if not self._access.knows(who.name):  # where a key was replaced, the site is the same
                 gone.append(who.name)
             for run, peer, site in self._all():
-                if Identity.of_peer(peer) != who:
-                    continue
-                with self._working_on(run):
-                    run.send(peer, protocol.Refused(code="revoked", message=_REVOKED))
-                    run.end_part(peer, "its key was revoked")
-                    logger.warning("%s is taken out of the run: its key was revoked", site)
+                if Identity.of_peer(peer) == who:
+                    self._do(run, functools.partial(self._take_out, run, peer, site))
         return gone
+
+    def _take_out(self, run: _R, peer: bytes, site: str) -> None:
+        run.send(peer, protocol.Refused(code="revoked", message=_REVOKED))
+        run.end_part(peer, "its key was revoked")
+        logger.warning("%s is taken out of the run: its key was revoked", site)
 
     def _all(self) -> list[tuple[_R, bytes, str]]:
         """Return all peers with their runs and sites."""
@@ -144,19 +150,25 @@ class Guard(Generic[_R]):
             )
             self._link.send(peer, protocol.Refused(code="version", message=text), version)
 
+    def _end_flood(self, run: _R, peer: bytes, refusal: protocol.Refused, waiting: str) -> None:
+        run.send(peer, refusal)
+        run.end_part(peer, f"it floods the server: {waiting}")
+
     def _on_flood(self, peer: bytes, waiting: str) -> None:
-        """A key sends more than it may: what waits of it is thrown away, its site's part ends, and with keys it is
-        not heard for a while."""
+        """A key sends more than it may: what waits of it is thrown away, and with keys it is ignored for a while.
+
+        Its part ends in the run of the peer that floods, or in all runs if that peer is in none.
+        """
         self._link.exchange.discard(peer)
         self._replies.complain("%s floods the server: %s", self.name(peer), waiting)
         who = Identity.of_peer(peer)
         refusal = protocol.Refused(code="flood", message=f"this key floods the server: {waiting}")
-        if who is not None and self.run_of(peer) is None:
+        inside = self.run_of(peer)
+        if who is not None and inside is None:
             self._link.send(peer, refusal)
         for run, other, _ in self._all():
-            if other == peer or (who is not None and Identity.of_peer(other) == who):
-                with self._working_on(run):
-                    run.send(other, refusal)
-                    run.end_part(other, f"it floods the server: {waiting}")
+            same_key = who is not None and Identity.of_peer(other) == who
+            if other == peer or (same_key and inside in (None, run)):
+                self._do(run, functools.partial(self._end_flood, run, other, refusal, waiting))
         if who is not None:
             self._link.mute(peer)

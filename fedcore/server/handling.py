@@ -111,6 +111,8 @@ class Handling:
         """Answer a peer that looks on, if its rate limit allows."""
         if isinstance(message, protocol.StatusRequest):
             self._ending.reply_status(peer)
+        elif self._ending.error is not None:
+            self._run.link.send(peer, protocol.Refused(code="other-run", message=GIVEN_UP))
         elif self._run.replies.may_have(peer, PAGE_BYTES):
             self._run.link.send(peer, self._run.store.logged.page(message.after))
 

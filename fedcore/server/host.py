@@ -7,6 +7,7 @@ pass in the runs. Tensor bytes move in the link's pump.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from .rule import check_rule_fits
 from .run import Run
 from .run_log import RUN
 from .timing import DEFAULT, Timing
+from .turns import Turns
 
 __all__ = ["Host"]
 
@@ -106,10 +108,13 @@ class Host:
             opened.pop_all()
         self.endpoint = self.link.endpoint
         access.opened(self.link, [share.store.folder for share in shares])
-        self._set_limits([share.budget for share in shares])
+        room = self._set_limits([share.budget for share in shares])
         self._replies = Replies(self.link, clock)
         self.runs: list[Run] = []
-        self._guard = Guard(self.link, access, self._replies, self.runs, self._working_on)
+        turns = self._turns = Turns(self.runs, self._working_on, room)
+        self._guard = Guard(
+            self.link, access, self._replies, self.runs, working_on=self._working_on, do=turns.do
+        )
         for number, share in enumerate(shares, 1):
             around = Surroundings(
                 self.link, number, access, self._replies, self._guard, share.budget.chunks, device, clock, timing
@@ -145,11 +150,7 @@ class Host:
         try:
             self.start(linger)
             while not all(run.over for run in self.runs):
-                for run in self.runs:
-                    with self._working_on(run):
-                        run.end_if_asked()
-                        if self._interrupted and run.result is None and run.error is None:
-                            run.go_away()
+                self._end_what_is_asked()
                 if all(run.over for run in self.runs):
                     break
                 try:
@@ -210,19 +211,35 @@ class Host:
 
     def step(self) -> None:
         """Handle what arrives, after waiting for it, and do what is due in the runs."""
-        now = self._clock.monotonic()
-        deadlines = [run.deadline for run in self.runs if run.deadline is not None]
-        looks = [run.next_look for run in self.runs]
-        until = min([*looks, *(deadline for deadline in deadlines if deadline > now)])
-        arrived = self.link.recv(max(0.0, min(self._timing.check, until - now)))
-        if arrived is not None:
-            self._take_together(arrived)
-        if any(deadline <= self._clock.monotonic() for deadline in deadlines):
-            self._take_what_waits()
-        self._check_access()
-        for run in self.runs:
-            with self._working_on(run):
-                run.pass_time()
+        now, turns = self._clock.monotonic(), self._turns
+        deadlines = [run.deadline for run in turns.free if run.deadline is not None]
+        looks = [run.next_look for run in turns.free]
+        dues = [*looks, *(deadline for deadline in deadlines if deadline > now)]
+        longest = min(self._timing.check, turns.longest)
+        arrived = self.link.recv(max(0.0, min([now + longest, *dues]) - now))
+        with turns.taken():
+            if arrived is not None:
+                self._take_together(arrived)
+            if any(deadline <= self._clock.monotonic() for deadline in deadlines):
+                self._take_what_waits()
+            self._check_access()
+            for run in turns.free:
+                with self._working_on(run):
+                    run.pass_time()
+
+    def _end_what_is_asked(self) -> None:
+        """End the runs that are to end, or this process's part in them, once their journals are free."""
+        ends = [r for r in self.runs if r.end_asked or (self._interrupted and r.is_under_way)]
+        if not ends:
+            return
+        with self._turns.taken():
+            for run in ends:
+                if self._turns.waits(run):
+                    continue
+                with self._working_on(run):
+                    run.end_if_asked()
+                    if self._interrupted and run.is_under_way:
+                        run.go_away()
 
     def _take_together(self, arrived: Control | DataEvent) -> int:
         """Handle what has arrived, and the messages that wait behind it; returns how many it were.
@@ -254,21 +271,22 @@ class Host:
     @contextlib.contextmanager
     def _group(self) -> Iterator[None]:
         """Have rows that are written in here reach the devices together, those of each run by themselves."""
-        groups = [(run, run.store.group()) for run in self.runs]
+        groups = [(run, run.store.group()) for run in self.runs if run.error is None]
         for _, group in groups:
             group.__enter__()
         try:
             yield
         finally:
             for run, group in groups:
+                if run.error is not None:  # its journal is closed
+                    continue
                 with self._working_on(run):
                     group.__exit__(None, None, None)
 
     def _check_access(self) -> None:
         for name in self._guard.take_out_revoked():
             for run in self.runs:
-                with self._working_on(run):
-                    run.forget(name)
+                self._turns.do(run, functools.partial(run.forget, name))
 
     # --- dispatch ---
 
@@ -278,6 +296,9 @@ class Host:
                 self._on_event(arrived)
             return
         inside = self._guard.run_of(arrived.peer)
+        if inside is not None and self._turns.waits(inside):
+            self._turns.do(inside, functools.partial(self._take, arrived), len(arrived.body))
+            return
         asked = self.runs if inside is None else [inside]
         most = max(run.versions.most_tensors() for run in asked)
         try:
@@ -286,7 +307,7 @@ class Host:
             with self._guard.of_run_of(arrived.peer):
                 self._guard.invalid(arrived.peer, str(error), protocol.greeting(arrived.body))
         else:
-            self._admit(arrived.peer, message)
+            self._admit(arrived.peer, message, len(arrived.body))
 
     def _on_event(self, event: DataEvent) -> None:
         """Hand an event to its run; what is of none, as of a collection that has ended, is dropped there."""
@@ -294,11 +315,10 @@ class Host:
         if isinstance(event, SetDamaged) and len(runs) > 1:
             runs = [run for run in runs if run.versions.owns(event.set_id, event.message)]
         for run in runs:
-            with self._working_on(run):
-                run.on_event(event)
+            self._turns.hand_over(run, event)
 
-    def _admit(self, peer: bytes, message: protocol.FromSite) -> None:
-        """Hand a message to its run, if its sender may say it."""
+    def _admit(self, peer: bytes, message: protocol.FromSite, size: int) -> None:
+        """Hand a message of so many bytes to its run, if its sender may say it."""
         refusal = self._access.refusal(peer, message)
         if refusal is not None:
             with self._guard.of_run_of(peer):
@@ -308,8 +328,7 @@ class Host:
         if run is not None and protocol.is_of_run(message, run.store.run_id):
             if isinstance(message, protocol.Join):
                 self._end_other_part(peer, run)
-            with self._working_on(run):
-                run.handle(peer, message)
+            self._turns.do(run, functools.partial(run.handle, peer, message), size)
         elif run is None and isinstance(message, protocol.Join | _FromOutside):
             # The same text whether there is such a run or not: who is of none learns no names.
             name = message.site if isinstance(message, protocol.Join) else self._guard.name(peer)
@@ -338,7 +357,8 @@ class Host:
         if other is not None and other is not joined:
             with self._working_on(other):
                 other.end_part(peer, "it joins another run", "left")
-                other.store.settle()  # what waits for this peer leaves before the other run's answer
+                if other.error is None:
+                    other.store.settle()  # what waits for this peer leaves before the other run's answer
 
     @contextlib.contextmanager
     def _working_on(self, run: Run) -> Iterator[None]:
@@ -349,12 +369,16 @@ class Host:
         except Exception as error:
             if len(self.runs) == 1:
                 raise
+            self._access.leave(run.store.folder)
             run.give_up(error)
         finally:
             RUN.reset(token)
 
-    def _set_limits(self, budgets: Sequence[Budget]) -> None:
-        """Bound the queues. Each of several runs has a part of them, and peers that are in none have one, too."""
+    def _set_limits(self, budgets: Sequence[Budget]) -> int:
+        """Bound the queues. Each of several runs has a part of them, and peers that are in none have one, too.
+
+        Returns the bytes of control messages of which each has room.
+        """
         exchange, control = self.link.exchange, sum(budget.control for budget in budgets)
         several = len(budgets) > 1
         part = control // (len(budgets) + 1) if several else control
@@ -367,3 +391,4 @@ class Host:
         )
         for number, budget in enumerate(budgets, 1) if several else ():
             exchange.limit_audience(number, budget.outgoing, part)
+        return part

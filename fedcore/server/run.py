@@ -12,6 +12,7 @@ import math
 from typing import Literal
 
 from fedcore import protocol
+from fedcore._core import SetDamaged
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError, RuleError, StorageError
 from fedcore.events import (
@@ -132,9 +133,19 @@ class Run:
         ended = self.ending.goodbye is not None
         return self.ending.next_look if ended else self.attendance.next_look
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether it has neither ended nor been given up."""
+        return self.ending.result is None and self.ending.error is None
+
+    @property
+    def end_asked(self) -> bool:
+        """Whether a stop was asked for that is still to be done."""
+        return self.ending.stopping and self.is_under_way
+
     def end_if_asked(self) -> None:
         """End the run if a stop was asked for."""
-        if self.ending.stopping and self.ending.result is None and self.ending.error is None:
+        if self.end_asked:
             self.ending.end("stopped", "stopped on request")
 
     def pass_time(self) -> None:
@@ -166,6 +177,12 @@ class Run:
         if self.ending.goodbye is None and self.error is None:
             self.attendance.on_event(event)
 
+    def concerns(self, event: DataEvent) -> bool:
+        """Whether an event of the core is of this run's collection, or of one of its models."""
+        if isinstance(event, SetDamaged):
+            return self.versions.owns(event.set_id, event.message)
+        return self.collecting.concerns(event)
+
     def send(self, peer: bytes, message: protocol.FromServer) -> None:
         """Send a message to a peer, behind those that wait for rows of the journal."""
         self._parts.link.send(peer, message)
@@ -182,7 +199,9 @@ class Run:
     def end_part(
         self, peer: bytes, reason: str, how: Literal["left", "removed"] = "removed"
     ) -> None:
-        """End the part of a site's process in the run."""
+        """End the part of a site's process in the run, if it still takes part."""
+        if peer not in self.peers:
+            return
         if self.ending.goodbye is None and self.ending.error is None:
             self.attendance.lose(peer, reason, how)
         else:
@@ -191,14 +210,22 @@ class Run:
     def give_up(self, error: Exception) -> None:
         """End the work on the run, as a crash would, while the host goes on with others.
 
-        Its folder stays locked: it goes on once the host is started again.
+        Its folder is free then: another server may go on with the run.
         """
-        again = self.ending.error is not None
-        self.ending.error, self.ending.over = self.ending.error or error, True
+        if self.ending.error is not None:
+            logger.error("an answer of the run that was given up has failed: %s", error)
+            return
+        self.ending.error, self.ending.over = error, True
+        try:
+            self.store.settle()  # rows of the messages before: what waits for them leaves
+        except StorageError as lost:
+            logger.error("rows of the run are lost: %s", lost)
         self.say_stopped(error)
-        if not again:
-            self.collecting.close()
-            self.versions.withdraw()
+        self.collecting.close()
+        self.versions.withdraw()
+        self.versions.close()
+        self.ending.keep_last_status()
+        self.store.close()
 
     def say_stopped(self, error: Exception) -> None:
         """Tell the sites that the run goes on once this server is started again, without any path."""

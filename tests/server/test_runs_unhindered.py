@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sqlite3
 import time
 import uuid
 from contextlib import closing
@@ -12,19 +13,29 @@ from pathlib import Path
 import pytest
 
 from fedcore import protocol
+from fedcore._core import RateExceeded
 from fedcore.clock import ManualClock
+from fedcore.errors import BusyError
+from fedcore.security.keys import Identity, Role, load_kit
+from fedcore.security.provision import Project, provision
 from fedcore.server.host import Host
 from fedcore.server.run import Run
 from fedcore.transport.link import Control, SiteLink
+from fedcore.transport.local import LocalNetwork
 
 from ..support.arriving import Arriving, says
 from ..support.failing import Failing
 from ..support.several_runs import (
     DEADLINE,
     MODELS,
+    PARTIES,
     run_file,
     wait_for,
 )
+
+
+def joins(site: str, run: str) -> Control:
+    return says(site, protocol.Join(version="0", site=site, run=run, instance="0" * 32))
 
 
 def test_a_flood_in_one_run_delays_another_by_its_share_of_the_messages(
@@ -92,6 +103,122 @@ def test_rows_of_one_run_that_cannot_be_written_hold_back_no_answer_of_another(
         assert "disk I/O error" in str(host.runs[0].error)
         assert (host.runs[0].over, host.runs[1].over) == (True, False)
         assert host.runs[1].store.members() == ["c"]
+    finally:
+        host.close()
+
+
+@pytest.mark.parametrize("lock", ["BEGIN EXCLUSIVE", "BEGIN IMMEDIATE", "BEGIN"])
+def test_a_run_whose_journal_is_locked_waits_and_holds_no_other_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lock: str
+) -> None:
+    caplog.set_level(logging.INFO, "fedcore.server")
+    link = Arriving()
+    host = Host([run_file(tmp_path, name) for name in MODELS], link=link)  # type: ignore[arg-type]
+    other = sqlite3.connect(tmp_path / "runs/one/run.sqlite", isolation_level=None, timeout=0)
+    try:
+        host.start()
+        other.execute(lock)
+        other.execute("SELECT * FROM meta").fetchone()
+        link.waiting = [joins("a", "one"), joins("b", "one"), joins("c", "two")]
+        host.step()
+        assert [peer[:1] for peer, _ in link.sent] == [b"c"]
+        host.stop()
+        host._end_what_is_asked()
+        assert [run.result is None for run in host.runs] == [True, False]
+        other.execute("COMMIT")
+        host.step()
+        answers = [(peer[:1], type(message)) for peer, message in link.sent if peer[:1] != b"c"]
+        assert answers == [(b"a", protocol.Welcome), (b"b", protocol.Welcome)]
+        assert host.runs[0].store.members() == ["a", "b"]
+        host._end_what_is_asked()
+        assert host.runs[0].result is not None
+        assert [run.error for run in host.runs] == [None, None]
+        said = [text.partition("run.sqlite ")[2][:13] for text in caplog.messages]
+        assert [text for text in said if text] == ["locked: waiti", "is free again"]
+    finally:
+        other.close()
+        host.close()
+
+
+def test_messages_of_a_run_whose_journal_is_locked_are_handled_once_it_is_free(
+    tmp_path: Path,
+) -> None:
+    network = LocalNetwork()
+    host = Host([run_file(tmp_path, name) for name in MODELS], link=network.server())
+    other = sqlite3.connect(tmp_path / "runs/one/run.sqlite", isolation_level=None, timeout=0)
+    sites = {name: network.dial("local", name.encode() * 16, None) for name in "ac"}
+    try:
+        host.start()
+        for name, run in (("a", "one"), ("c", "two")):
+            sites[name].send(protocol.Join(version="0", site=name, run=run, instance="0" * 32))
+        while sum(len(run.peers) for run in host.runs) < 2:
+            host.step()
+        other.execute("BEGIN EXCLUSIVE")
+        host.step()
+        for link in sites.values():
+            link.send(protocol.Declare(tensors=[("w", "F32", [700])]))
+        while not host.runs[1]._parts.declaring.declared:
+            host.step()
+        assert not host.runs[0]._parts.declaring.declared
+        other.execute("COMMIT")
+        while not host.runs[0]._parts.declaring.declared:
+            host.step()
+    finally:
+        other.close()
+        for link in sites.values():
+            link.close()
+        host.close()
+
+
+def test_messages_for_a_run_whose_journal_stays_locked_take_no_more_than_their_room(
+    tmp_path: Path,
+) -> None:
+    link = Arriving()
+    configs = [run_file(tmp_path, name) for name in MODELS]
+    host = Host(configs, link=link, clock=ManualClock())  # type: ignore[arg-type]
+    other = sqlite3.connect(tmp_path / "runs/one/run.sqlite", isolation_level=None, timeout=0)
+    try:
+        host.start()
+        host._turns._room = 2 * len(joins("a", "one").body)
+        other.execute("BEGIN EXCLUSIVE")
+        link.waiting = [joins("x", "one"), *[joins("a", "one")] * 3, joins("b", "one")]
+        host.step()
+        assert host._turns.waits(host.runs[0])
+        other.execute("COMMIT")
+        host.step()
+        assert host.runs[0].store.members() == ["a"]
+        link.waiting = [joins("b", "one")]  # as a site does that has no answer
+        host.step()
+        assert host.runs[0].store.members() == ["a", "b"]
+    finally:
+        other.close()
+        host.close()
+
+
+def test_another_server_may_go_on_with_a_run_that_was_given_up(tmp_path: Path) -> None:
+    kits = provision(Project("tcp://127.0.0.1:7733", PARTIES), tmp_path / "kits").kits
+    assert kits
+    keyed = {"insecure": False, "keys": "kits/server"}
+    configs = [run_file(tmp_path, name, **keyed) for name in MODELS]
+    host = Host(configs)
+    try:
+        host.start()
+        with pytest.raises(BusyError):
+            Host(configs[:1])
+        host.runs[0].store._journal.db = Failing(host.runs[0].store._journal.db)  # type: ignore[assignment]
+        host.runs[0].stop()
+        host._end_what_is_asked()
+        assert [run.error is None for run in host.runs] == [False, True]
+        kit = tmp_path / "runs/one/local"
+        assert not kit.exists()
+        next_host = Host(configs[:1])
+        try:
+            host.close()
+            assert load_kit(kit).name == "run-folder"
+            with pytest.raises(BusyError):
+                Host(configs[:1])
+        finally:
+            next_host.close()
     finally:
         host.close()
 
@@ -183,5 +310,31 @@ def test_a_key_that_is_revoked_does_not_end_a_server_one_of_whose_runs_has_faile
         assert "disk I/O error" in str(one.error)
         host.step()
         assert (one.over, two.over) == (True, False)
+    finally:
+        host.close()
+
+
+@pytest.mark.parametrize(("inside", "left"), [("one", ["two"]), (None, [])])
+def test_a_key_that_floods_one_run_keeps_its_part_in_another(
+    tmp_path: Path, inside: str | None, left: list[str]
+) -> None:
+    link = Arriving()
+    link.mute = link.nothing  # type: ignore[attr-defined]
+    configs = [run_file(tmp_path, name) for name in MODELS]
+    host = Host(configs, link=link, clock=ManualClock())  # type: ignore[arg-type]
+    try:
+        host.start()
+        host.step()  # the look at the sites is over, and time stands still
+        user = Identity("b", Role.SITE, "0" * 16).user.encode()
+        peers = {name: user + b"\0" + name.encode() * 5 for name in (*MODELS, "none")}
+        for name in MODELS:
+            join = protocol.Join(version="0", site="b", run=name, instance="0" * 32)
+            link.waiting.append(Control(peers[name], protocol.encode(join)))
+        host.step()
+        assert [len(run.peers) for run in host.runs] == [1, 1]
+        assert host._guard.heard(RateExceeded(peers[inside or "none"], "many messages"))
+        assert [run.config.run.name for run in host.runs if len(run.peers)] == left
+        refused = [peer for peer, message in link.sent if isinstance(message, protocol.Refused)]
+        assert peers[inside or "none"] in refused
     finally:
         host.close()

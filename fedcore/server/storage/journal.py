@@ -105,6 +105,8 @@ class Journal:
         self._run_id: str | None = None
         self._grouping = False
         self._waits = False  # rows that are not on the device
+        self._locked_since: float | None = None  # another process has it locked
+        self._next_line = 0.0
         self._lost = ""  # why rows that others were decided by will never be on the device
         self.new = not holds_something(path)
         try:
@@ -324,6 +326,43 @@ class Journal:
                 raise
             return True
 
+    def reserve(self) -> bool:
+        """Let no other process lock the journal until `release`; False if one has it locked already.
+
+        Between the two nothing that reads or writes it waits for another process.
+
+        Raises:
+            StorageError: it can't be read.
+        """
+        with storing(self.path):
+            self.db.execute("PRAGMA busy_timeout = 0")
+            try:
+                self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
+                self.db.execute("BEGIN EXCLUSIVE")
+                self.db.execute("ROLLBACK")
+            except sqlite3.OperationalError as error:
+                if not is_locked(error):
+                    raise
+                self.release()
+                self._note_locked()
+                return False
+            finally:
+                self.db.execute(f"PRAGMA busy_timeout = {round(self._busy_seconds * 1000)}")
+        self._note_free()
+        return True
+
+    def release(self) -> None:
+        """Let other processes lock the journal again."""
+        with storing(self.path):
+            self.db.execute("PRAGMA locking_mode = NORMAL")
+            try:
+                self.db.execute(
+                    "SELECT 1 FROM meta LIMIT 1"
+                ).fetchone()  # the lock goes with a read
+            except sqlite3.OperationalError as error:
+                if not is_locked(error):
+                    raise
+
     def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Return what a SELECT finds."""
         with storing(self.path):
@@ -331,7 +370,6 @@ class Journal:
 
     def _patiently(self, act: Callable[[], Any]) -> Any:
         """Call ``act`` until no other process has the journal locked."""
-        began, next_line = time.monotonic(), 0.0
         while True:
             try:
                 done = act()
@@ -339,17 +377,26 @@ class Journal:
                 if not is_locked(error):
                     raise
             else:
-                if next_line:
-                    logger.info("%s is free again", self.path)
+                self._note_free()
                 return done
-            now = time.monotonic()
-            if now >= next_line:
-                next_line = now + _SAY_SECONDS
-                logger.warning(
-                    "another process has %s locked: waiting for it (%.0f s so far)",
-                    self.path,
-                    now - began,
-                )
+            self._note_locked()
+
+    def _note_locked(self) -> None:
+        now = time.monotonic()
+        if self._locked_since is None:
+            self._locked_since = self._next_line = now
+        if now >= self._next_line:
+            self._next_line = now + _SAY_SECONDS
+            logger.warning(
+                "another process has %s locked: waiting for it (%.0f s so far)",
+                self.path,
+                now - self._locked_since,
+            )
+
+    def _note_free(self) -> None:
+        if self._locked_since is not None:
+            self._locked_since = None
+            logger.info("%s is free again", self.path)
 
     def _check_place(self) -> None:
         """Refuse to write into a file that nobody would find again."""

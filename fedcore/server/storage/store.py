@@ -88,6 +88,7 @@ class Store(SiteRows, Decisions):
         self.models = folder / "models"
         self.chunk_bytes = chunk_bytes
         self.taken: Callable[[], Life] | None = None
+        self._closed = False
         try:
             self.models.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -194,6 +195,14 @@ class Store(SiteRows, Decisions):
     def settle(self) -> None:
         """Have all rows on the device that wait in a group; see `Journal.settle`."""
         self._journal.settle()
+
+    def reserve(self) -> bool:
+        """Let no other process lock the journal for a while; see `Journal.reserve`."""
+        return self._journal.reserve()
+
+    def release(self) -> None:
+        """Let other processes lock the journal again; see `Journal.release`."""
+        self._journal.release()
 
     # --- versions ---
 
@@ -490,6 +499,9 @@ class Store(SiteRows, Decisions):
         return path
 
     def close(self) -> None:
-        """Close the journal and let go of the folder."""
+        """Close the journal and let go of the folder; nothing if that is done."""
+        if self._closed:
+            return
+        self._closed = True
         self._journal.close()
         self._lock.close()

@@ -1,0 +1,112 @@
+"""Which runs of a host may be worked on: one whose journal another process has locked waits, the others go on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Final
+
+from fedcore._core import SourceStalled
+from fedcore.transport.link import DataEvent
+
+from .run import Run
+
+__all__ = ["Turns"]
+
+_AGAIN_SECONDS: Final = 0.25
+_MOST_PUT_OFF: Final = 1024
+
+
+@dataclass
+class _PutOff:
+    """What is done for a run once its journal is free."""
+
+    acts: list[Callable[[], None]] = field(default_factory=list)
+    size: int = 0
+
+
+class Turns:
+    """Reserves the journals of several runs while the host works on them, and puts off what is for a locked one.
+
+    One run alone needs none of it: it waits for its journal itself.
+
+    Args:
+        runs: the host's runs.
+        working_on: in its ``with`` block is what is done for one run.
+        room: bytes of messages that may be put off for one run. Others are lost: a site without an answer repeats.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        working_on: Callable[[Run], AbstractContextManager[None]],
+        room: int,
+    ) -> None:
+        self._runs = runs
+        self._working_on = working_on
+        self._room = room
+        self._put_off: dict[Run, _PutOff] = {}
+
+    @property
+    def longest(self) -> float:
+        """Seconds until the journals are tried again; infinity if none is locked."""
+        return _AGAIN_SECONDS if self._put_off else float("inf")
+
+    def waits(self, run: Run | None) -> bool:
+        """Whether a run waits for its journal: nothing may be done for it."""
+        return run in self._put_off
+
+    @property
+    def free(self) -> list[Run]:
+        """The runs that do not wait."""
+        return [run for run in self._runs if run not in self._put_off]
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Work on runs within the ``with`` block: their journals are reserved, or they wait."""
+        if len(self._runs) == 1:
+            yield
+            return
+        reserved = [run for run in self._runs if run.error is None and self._reserve(run)]
+        try:
+            for run in [run for run in self._put_off if run in reserved or run.error is not None]:
+                self._resume(run)
+            yield
+        finally:
+            for run in reserved:
+                if run.error is None:
+                    with self._working_on(run):
+                        run.store.release()
+
+    def do(self, run: Run, act: Callable[[], None], size: int = 0) -> None:
+        """Do something for one run, now or once its journal is free; ``size`` is what it keeps in bytes."""
+        waiting = self._put_off.get(run)
+        if waiting is None:
+            with self._working_on(run):
+                act()
+        elif len(waiting.acts) < _MOST_PUT_OFF and waiting.size + size <= self._room:
+            waiting.acts.append(act)
+            waiting.size += size
+
+    def hand_over(self, run: Run, event: DataEvent) -> None:
+        """Hand an event of the core to a run, now or once its journal is free; every one of its own arrives."""
+        waiting = self._put_off.get(run)
+        if waiting is None:
+            with self._working_on(run):
+                run.on_event(event)
+        elif run.concerns(event) and not isinstance(event, SourceStalled):  # which comes again
+            waiting.acts.append(lambda: run.on_event(event))
+
+    def _reserve(self, run: Run) -> bool:
+        with self._working_on(run):
+            if run.store.reserve():
+                return True
+            self._put_off.setdefault(run, _PutOff())
+        return False
+
+    def _resume(self, run: Run) -> None:
+        for act in self._put_off.pop(run).acts:
+            with self._working_on(run):
+                act()
