@@ -40,6 +40,7 @@ class EncodedUpdate:
         checksums: CRC-32C of each chunk.
         found, decoded: of each stage, what it measured of the differences before it, and of what the receiver
             decodes; of ``clip`` the norm. 0 where a stage does not measure.
+        stages: the names of the stages.
     """
 
     file: MappedFile
@@ -48,6 +49,7 @@ class EncodedUpdate:
     checksums: list[int]
     found: list[float] = field(default_factory=list)
     decoded: list[float] = field(default_factory=list)
+    stages: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -115,6 +117,7 @@ class UpdateEncoder:
         self._codec = Codec(layout, encoding, lossless, top_k, stages)
         self._lossy = encoding != "raw"
         self._threads = threads
+        self._stages = tuple(name for name, _ in stages)
         self._make_file = make_file
         self._encoded = self._temporary("encoded")
         names = ("residual-0", "residual-1") if self._lossy else ()
@@ -148,7 +151,9 @@ class UpdateEncoder:
         )
         sums = (lost, state.checksums[1]) if state.now else (state.checksums[0], lost)
         self.state = ResidualState(state.now, round_, sums)
-        return EncodedUpdate(self._encoded, offsets, encodings, checksums, found, decoded)
+        return EncodedUpdate(
+            self._encoded, offsets, encodings, checksums, found, decoded, self._stages
+        )
 
     def settle(self, round_: int, *, included: bool) -> None:
         """Say whether the update of a round counts; of any round but the last one it changes nothing."""

@@ -6,6 +6,7 @@ A global model is downloaded once for all of them. What a site trains and scores
 
 from __future__ import annotations
 
+import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from fedcore._core import (
     SourceRejected,
 )
 from fedcore.encoding import EncodedUpdate, can_pack
-from fedcore.errors import LayoutError, ProtocolError
+from fedcore.errors import ConfigError, LayoutError, ProtocolError
 from fedcore.layout import layout_hash, table
 from fedcore.model_file import ModelFile, create_model
 from fedcore.transport.link import DataEvent, other_version
@@ -32,7 +33,7 @@ from fedcore.transport.many_secured import ManySecuredLinks
 
 from . import outputs as out
 from .machine import SiteMachine
-from .settings import SiteSettings
+from .settings import SiteSettings, clip_of
 
 if TYPE_CHECKING:
     from fedcore.security.keys import Credentials
@@ -72,9 +73,11 @@ class Fleet:
         trainers: what each site does, by its name.
         listen: called with a site's name and each event of its machine.
         keys: what each site dials with, by its name; None: the connections are plain text, and take less memory.
+        clip: the largest norm of an update, as `SiteSettings.clip`; None: what ``FEDCORE_CLIP`` says. An update
+            that was not encoded with the stage ``clip``, or whose norm is larger, does not leave.
 
     Raises:
-        ConfigError: the address is malformed, or this process may have too few files open.
+        ConfigError: the address or ``FEDCORE_CLIP`` is malformed, or this process may have too few files open.
     """
 
     def __init__(
@@ -84,12 +87,17 @@ class Fleet:
         trainers: Mapping[str, Trainer],
         listen: Callable[[str, out.Event], None] = lambda *_: None,
         keys: Mapping[str, Credentials] | None = None,
+        *,
+        clip: float | None = None,
     ) -> None:
         self._layout, self._hash = layout, layout_hash(layout)
         self._declare = protocol.Declare(tensors=table(layout))
         self._trainers = dict(trainers)
         self._listen = listen
-        self.machines = {name: SiteMachine(SiteSettings(server, name)) for name in trainers}
+        self._clip = clip_of(os.environ) if clip is None else clip
+        self.machines = {
+            name: SiteMachine(SiteSettings(server, name, clip=self._clip)) for name in trainers
+        }
         names = [(name, machine.instance.bytes) for name, machine in self.machines.items()]
         self._links: ManyLinks | ManySecuredLinks = (
             ManyLinks(server, names) if keys is None else ManySecuredLinks(server, names, keys)
@@ -213,6 +221,8 @@ class Fleet:
             if score is not None:
                 machine.report(score)
             trained = trainer.train(task, model)
+            if model is not None:
+                self._check_norm(name, trained.update)
             machine.publish(
                 protocol.Ready(
                     round=task.round,
@@ -226,6 +236,20 @@ class Fleet:
             raise ProtocolError(f"a task of kind {task.kind!r} is not for virtual sites")
         machine.end_task(task.kind, task.round)
         self._carry_out(name, machine)
+
+    def _check_norm(self, name: str, update: EncodedUpdate) -> None:
+        if self._clip is None:
+            return
+        if update.stages[-1:] != ("clip",):
+            raise ConfigError(
+                f"{name}: an update has no bound on its norm, and FEDCORE_CLIP is {self._clip:g}: "
+                "it does not leave. Encode it with the stage 'clip', after all others"
+            )
+        if not update.decoded[-1] <= self._clip:
+            raise ConfigError(
+                f"{name}: an update has a norm of {update.decoded[-1]:.6g}, and FEDCORE_CLIP is "
+                f"{self._clip:g}: it does not leave"
+            )
 
     def _download_next(self) -> None:
         """Begin a download that sites wait for; end the one under way if none waits for it any more."""

@@ -85,7 +85,7 @@ class SiteSettings:
             else (kit.run if kit else None),
             connect_timeout=_seconds(env, "FEDCORE_CONNECT_TIMEOUT", cls.connect_timeout),
             idle_timeout=_seconds(env, "FEDCORE_IDLE_TIMEOUT", cls.idle_timeout),
-            clip=_positive(env, "FEDCORE_CLIP"),
+            clip=clip_of(env),
         )
 
 
@@ -116,6 +116,15 @@ def _seconds(env: Mapping[str, str], name: str, default: float) -> float:
         return parse_duration(text)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
+
+
+def clip_of(env: Mapping[str, str]) -> float | None:
+    """Return the bound on an update's norm that ``FEDCORE_CLIP`` sets; None: there is none.
+
+    Raises:
+        ConfigError: it is not a positive, finite number.
+    """
+    return _positive(env, "FEDCORE_CLIP")
 
 
 def _positive(env: Mapping[str, str], name: str) -> float | None:

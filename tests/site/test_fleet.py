@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 
 from fedcore import protocol
 from fedcore._core import Layout
-from fedcore.encoding import EncodedUpdate
-from fedcore.errors import RefusedError
+from fedcore.encoding import EncodedUpdate, UpdateEncoder
+from fedcore.errors import ConfigError, RefusedError
 from fedcore.model_file import ModelFile, create_model
 from fedcore.security.keys import Credentials, KeyPair, Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
@@ -53,6 +53,26 @@ class Silent(Adding):
 
     def score(self, *_: object) -> None:
         return None
+
+
+class Encoding(Silent):
+    """Encodes its updates, with a bound on their norm unless that is 0."""
+
+    def __init__(self, number: int, encoding: str, norm: float) -> None:
+        super().__init__(number)
+        stages = [("clip", {"norm": norm})] if norm else []
+        self._encoder = UpdateEncoder(LAYOUT, encoding, stages=stages)
+
+    def train(self, task: protocol.Task, model: ModelFile | None) -> Trained:
+        if model is None:
+            return super().train(task, model)
+        file = create_model(None, LAYOUT)
+        values = np.full(16_384, value(model) + self.number, np.float32).tobytes()
+        file.fill(lambda _: values)
+        update = self._encoder.encode(
+            task.round, file.file, file.data_offset, model.file, model.data_offset
+        )
+        return Trained(update, weight=self.number)
 
 
 def value(model: ModelFile) -> float:
@@ -127,6 +147,43 @@ def test_virtual_sites_go_on_with_a_server_that_is_started_again(tmp_path: Path)
         drive(fleet)
     final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
     assert np.allclose(final, 3 * 5 / 3)
+
+
+def encoded_run(tmp_path: Path, encoding: str) -> Server:
+    config = run_config(tmp_path, sites=["s1", "s2"], rounds=2)
+    transfer = config.transfer.model_copy(update={"update": encoding})
+    return Server(config.model_copy(update={"transfer": transfer}))
+
+
+@pytest.mark.parametrize("encoding", ["raw", "int8", "nf4"])
+def test_encoded_updates_of_virtual_sites_are_within_the_sites_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.setenv("FEDCORE_CLIP", "0.5")
+    server = encoded_run(tmp_path, encoding)
+    trainers = {"s1": Encoding(1, encoding, 0.5), "s2": Encoding(2, encoding, 0.5)}
+    with serving(server):
+        drive(Fleet(server.endpoint, LAYOUT, trainers))
+    final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
+    norm = float(np.linalg.norm(final.astype(np.float64)))
+    assert 0.9 < norm <= 1.0 + 1e-6  # two rounds of at most 0.5
+
+
+@pytest.mark.parametrize("norm", [0.0, 0.75])
+def test_an_update_beyond_the_bound_of_virtual_sites_does_not_leave(
+    tmp_path: Path, norm: float
+) -> None:
+    server = encoded_run(tmp_path, "int8")
+    trainers = {name: Encoding(1, "int8", norm) for name in ("s1", "s2")}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(server.run)
+        fleet = Fleet(server.endpoint, LAYOUT, trainers, clip=0.5)
+        with pytest.raises(ConfigError, match="does not leave"):
+            drive(fleet)
+        fleet.close()
+        server.stop()
+        running.result(SECONDS)
+    assert not list((tmp_path / "runs/t").glob("**/model-00001*"))
 
 
 @pytest.fixture
