@@ -279,15 +279,35 @@ def _sequence_size(value: Sequence[Any], expected: int | None, choice: Choice | 
     rows = len(value) if len({_kind(part) for part in value}) == 1 else None
     if rows is None or columns is None:
         return columns if rows is None else rows
+    if any(map(_is_one_row, value)):
+        return rows
     if choice is not None and "rows" in choice:
         return rows if choice["rows"] else columns
-    if rows != columns and expected in (rows, columns):
+    if rows == columns:
+        if choice is not None:
+            choice["either"] = rows
+        return rows
+    if (
+        choice is not None and "either" in choice
+    ):  # as many columns as before, or another number of rows
+        choice["rows"] = rows != choice["either"]
+        return rows if choice["rows"] else columns
+    if expected in (rows, columns):
         if choice is not None:
             choice["rows"] = rows == expected
         return expected
     first = value[0]
     are_rows = isinstance(first, Mapping) or (isinstance(value, list) and isinstance(first, tuple))
     return rows if are_rows else columns
+
+
+def _is_one_row(part: Any) -> bool:
+    """Whether an entry of a list is a row: it has values both of 0 dimensions and of more."""
+    values = list(part.values()) if isinstance(part, Mapping) else part
+    if not isinstance(values, list | tuple):
+        return False
+    dimensions = {len(v.shape) for v in values if getattr(v, "shape", None) is not None}
+    return 0 in dimensions and len(dimensions) > 1
 
 
 def _kind(part: Any) -> tuple[Any, ...]:

@@ -82,6 +82,34 @@ def test_the_loaders_batch_size_decides_between_rows_and_columns() -> None:
 
 
 @pytest.mark.parametrize(
+    "row",
+    [
+        {"x": t(4), "label": torch.tensor(1)},
+        (t(4), torch.tensor(1)),
+        {"input_ids": ids(4), "labels": ids(4)},
+        (torch.tensor(1), torch.tensor(1), torch.tensor(1), torch.tensor(1)),
+        t(4),
+    ],
+)
+def test_rows_as_long_as_a_batch_is_large_count_in_a_last_batch_too(row: Any) -> None:
+    counter = ExampleCounter()
+    for rows in (4, 4, 2):
+        counter.add([row] * rows, expected=4)
+    assert counter.total() == 10
+
+
+def test_as_many_columns_as_a_batch_has_rows_are_columns_in_a_last_batch_too() -> None:
+    counter = ExampleCounter()
+    for rows in (2, 2, 1):
+        counter.add([{"input_ids": ids(rows, 7)}, {"input_ids": ids(rows, 7)}], expected=2)
+    assert counter.total() == 5
+    counter = ExampleCounter()
+    for rows in (2, 2, 1):  # tuple(zip(*rows)): pictures, and a label each
+        counter.add(((t(3, 8, 8),) * rows, (torch.tensor(1),) * rows), expected=2)
+    assert counter.total() == 5
+
+
+@pytest.mark.parametrize(
     "batch", [None, 7, "text", object(), {"x": t(5), "y": t(4)}, (t(5), t(4, 2)), {"flag": True}]
 )
 def test_a_batch_that_does_not_say_its_examples_is_refused_with_what_to_do(batch: Any) -> None:
