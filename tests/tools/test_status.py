@@ -149,7 +149,7 @@ def test_watching_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
     with server_process(tmp_path):
         target = find_server(folder)
         assert target is not None
-        seen = snapshots(target, folder, 0.3)
+        seen = snapshots(target, folder, 2.0)
         assert next(seen)[1] == ""
     reply, note = next(seen)
     assert (reply.run, note.partition(" for ")[0]) == ("t", f"no answer from {target.address}")
