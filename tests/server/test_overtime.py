@@ -106,6 +106,6 @@ def test_a_round_closes_without_a_site_that_is_too_slow_where_the_quorum_allows(
         a.submit(reader(1), 1)
         until(Phase.AGGREGATING, server)
         server.runs[0].rounds.deadline_seconds = 0
-        assert result.result(60).ok
+        assert result.result(200).ok
     final = load_file(tmp_path / "runs/t/final/model.safetensors")["w"]
     assert final[0] == (1 if quorum == 1 else 2)

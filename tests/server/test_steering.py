@@ -197,8 +197,8 @@ def test_an_operator_steers_a_run_over_the_port(
         assert (found.message, found.versions[-1].version) == ("paused: no other round begins", 1)
         assert (found.phase, found.eta) == ("paused", None)
         assert operator.command("resume", DEADLINE).ok
-        assert trained.result(60) == 3
-        assert result.result(60).ok
+        assert trained.result(200) == 3
+        assert result.result(200).ok
     assert models(tmp_path) == [0, 1, 2, 3]
 
 
@@ -210,7 +210,7 @@ def test_an_operator_stops_a_run_as_ctrl_c_does(tmp_path: Path, kits: Provisione
         StatusClient(server.endpoint, credentials) as operator,
     ):
         assert operator.command("stop", DEADLINE).ok
-        assert (result.result(60).ending, result.result(60).message) == (
+        assert (result.result(200).ending, result.result(200).message) == (
             "stopped",
             "stopped on request",
         )

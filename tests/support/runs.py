@@ -68,6 +68,6 @@ def run(server: Server, *sites: Callable[[], int]) -> tuple[RunResult, list[int]
         result = pool.submit(server.run)
         done = [pool.submit(s) for s in sites]
         try:
-            return result.result(60), [d.result(60) for d in done]
+            return result.result(200), [d.result(200) for d in done]
         finally:
             server.stop()  # it waits for sites that have failed
