@@ -191,10 +191,6 @@ void Collector::begin(const std::vector<std::size_t>& order, Place out,
     parts_.resize(1);
     divide_budget();
   }
-  for (Part& part : parts_) {
-    part.out.resize(
-        static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));
-  }
   if (!pass_on_) {
     checksums_.resize(static_cast<std::size_t>(layout_->chunk_count()));
   }
@@ -212,6 +208,8 @@ void Collector::use_sources() {
   }
   for (Part& part : parts_) {
     part.inputs.assign(counted_.size(), {});
+    part.out.resize(
+        static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));
     part.reducer.reset();
     if (options_.finisher) {
       part.finished = std::make_unique<FinishedChunk>(*options_.finisher, states_);
@@ -463,6 +461,12 @@ void Collector::drop(std::size_t source) {
 }
 
 void Collector::forget_chunks(Pull& pull) noexcept {
+  if (taken_) {
+    stale_ = true;
+    if (const auto lent = pull.held.find(next_); lent != pull.held.end()) {
+      lent_.push_back(std::move(lent->second));
+    }
+  }
   pull.held.clear();
   pull.again.clear();
   pull.due = 0;

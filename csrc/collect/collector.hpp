@@ -26,13 +26,17 @@
 // Such chunks are decoded when they come, and kept until the last chunk of the output that needs them
 // is made; one chunk of the output is made at a time. Where the budget does not hold what one needs,
 // the collection is refused.
+// A slow rule may be combined aside: take_out() gives a chunk that is complete, combine() makes it
+// while frames come and go on, and put_back() writes it. One chunk is out at a time, and what it reads
+// stays as it is. Where a source that it was made of is lost meanwhile, it counts for nothing.
 // A collection may be open at first: sources are added as they are ready and pulled ahead, as far
 // as their windows and then the spill file go, and nothing is reduced until close() says which of
 // them count. The order of the reduction is the one given there.
 // With a record, a collection of the same sources goes on where the one of a
 // process that was killed stood: with what is reduced, as far as the output holds it, and with what
 // was spilled of a source. Sans I/O: frames in, requests and events out, the clock is an argument.
-// Not thread-safe: Exchange holds the lock; progress counters may be read from any thread.
+// Not thread-safe: Exchange holds the lock; progress counters may be read from any thread, and
+// combine() needs no lock.
 #pragma once
 
 #include <algorithm>
@@ -82,6 +86,8 @@ struct CollectorOptions {
   std::vector<std::uint32_t> base_crcs = {};
   // What combines the sources.
   std::shared_ptr<const Rule> rule = known_rule(kMean);
+  // Whether a slow rule without views is combined by whoever takes chunks out, and by nobody else.
+  bool aside = false;
   // What makes the output's elements of what is combined, with states; null: they are rounded. It
   // needs a base.
   std::shared_ptr<const Finisher> finisher = nullptr;
@@ -178,6 +184,34 @@ class Collector {
   void drop(std::size_t source);
   void stop() noexcept;
 
+  // A chunk that is reduced: what of, with what, and what came out.
+  struct Part {
+    std::uint64_t index = 0;
+    std::vector<Body> inputs;
+    std::vector<View> views;                  // in place of inputs
+    std::unique_ptr<FinishedChunk> finished;  // null without a finisher
+    std::unique_ptr<Reducer> reducer;
+    std::vector<std::uint8_t> out;  // hot in the cache when it is written out
+    std::uint32_t crc = 0;
+    std::optional<BadValue> bad;
+    std::optional<RuleError> failed;
+    bool base_changed = false;
+    const MappedFile* changed_state = nullptr;
+  };
+
+  // Whether chunks are combined aside; see the options.
+  bool aside() const noexcept {
+    return options_.aside && options_.rule->slow && !options_.rule->views() &&
+           !options_.rule->traits.folds;
+  }
+  // Where they are: the next chunk, if it is complete and none is out; null otherwise. The end is
+  // noticed here, too.
+  std::unique_ptr<Part> take_out();
+  // Combines what was taken out. Without a lock, as long as the collector lives; throws nothing.
+  void combine(Part& part) const noexcept;
+  // Writes it, unless it counts no longer. The collector may have been stopped.
+  void put_back(std::unique_ptr<Part> part);
+
   // What is known of a source's speed, for the next collection from it.
   const Pace::Known& pace(std::size_t source) const noexcept {
     return pulls_[source]->pace.known();
@@ -239,21 +273,6 @@ class Collector {
     std::int64_t probed_ms = 0;  // last in take_probes()
     std::int64_t silent_ms = 0;  // time in a row in which it answered without a chunk
     std::atomic<std::uint64_t> received{0};
-  };
-
-  // A chunk that is reduced: what of, with what, and what came out.
-  struct Part {
-    std::uint64_t index = 0;
-    std::vector<Body> inputs;
-    std::vector<View> views;                  // in place of inputs
-    std::unique_ptr<FinishedChunk> finished;  // null without a finisher
-    std::unique_ptr<Reducer> reducer;
-    std::vector<std::uint8_t> out;  // hot in the cache when it is written out
-    std::uint32_t crc = 0;
-    std::optional<BadValue> bad;
-    std::optional<RuleError> failed;
-    bool base_changed = false;
-    const MappedFile* changed_state = nullptr;
   };
 
   std::uint64_t chunk_of(std::uint64_t position) const noexcept {
@@ -361,6 +380,7 @@ class Collector {
   void report_state(const MappedFile& state);
   void report_rule(std::uint64_t index, const RuleError& error);
   bool reduce_parts(unsigned count);
+  bool settle(const Part& part);
   void advance();
   void finish();
   void release_behind();
@@ -388,6 +408,9 @@ class Collector {
   std::vector<std::size_t> order_;    // the sources as they were given at the close
   std::vector<std::size_t> counted_;  // those of them that count
   std::vector<Part> parts_;           // the next chunk, and those after it that are reduced with it
+  bool taken_ = false;                // whether a part is taken out,
+  bool stale_ = false;                // it counts no longer,
+  std::vector<Held> lent_;            // and what it reads that was let go of since
   std::unique_ptr<Workers> workers_;
   bool one_by_one_ = false;  // the next chunk is to be folded
   std::vector<std::uint32_t> checksums_;

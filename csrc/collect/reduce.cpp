@@ -90,7 +90,7 @@ const std::uint8_t* Collector::spilled_chunk(std::size_t source, std::uint64_t p
 
 void Collector::reduce_ready() {
   work_left_ = false;
-  if (open_) {
+  if (open_ || aside()) {
     return;
   }
   const int most = options_.rule->slow ? 1 : kMaxAtOnce;
@@ -225,29 +225,36 @@ bool Collector::reduce_parts(unsigned count) {
   }
   workers_->run(count, [this](unsigned i) { reduce(parts_[i]); });
   for (unsigned i = 0; i < count; ++i) {
-    const Part& part = parts_[i];
-    if (part.failed) {
-      report_rule(part.index, *part.failed);
+    if (!settle(parts_[i])) {
       return false;
     }
-    if (part.bad) {
-      reject_value(*part.bad);
-      return false;
-    }
-    if (part.base_changed) {
-      report_base(*base_.file, part.index);
-      return false;
-    }
-    if (part.changed_state != nullptr) {
-      report_state(*part.changed_state);
-      return false;
-    }
-    checksums_[part.index] = part.crc;
-    if (!write(part, part.out.data())) {
-      return false;
-    }
-    advance();
   }
+  return true;
+}
+
+// Writes a part that was reduced; false if it can't be.
+bool Collector::settle(const Part& part) {
+  if (part.failed) {
+    report_rule(part.index, *part.failed);
+    return false;
+  }
+  if (part.bad) {
+    reject_value(*part.bad);
+    return false;
+  }
+  if (part.base_changed) {
+    report_base(*base_.file, part.index);
+    return false;
+  }
+  if (part.changed_state != nullptr) {
+    report_state(*part.changed_state);
+    return false;
+  }
+  checksums_[part.index] = part.crc;
+  if (!write(part, part.out.data())) {
+    return false;
+  }
+  advance();
   return true;
 }
 

@@ -90,7 +90,7 @@ bool Collector::start_spilling(std::size_t source, std::int64_t now_ms) {
   }
   while (pull.held.size() + spill_room(pull) > pull.window) {
     const auto last = std::prev(pull.held.end());
-    if (!spill(source, last->first, last->second)) {
+    if ((taken_ && last->first == next_) || !spill(source, last->first, last->second)) {
       return false;
     }
     pull.held.erase(last);

@@ -58,7 +58,7 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
                               std::shared_ptr<Spill> spill, std::int64_t spill_after_ms,
                               const py::object& codec, unsigned threads,
                               std::vector<std::uint32_t> base_checksums, const py::object& rule,
-                              std::shared_ptr<Finisher> finisher) {
+                              std::shared_ptr<Finisher> finisher, bool aside) {
   return {.budget_bytes = budget_bytes,
           .stall_ms = stall_ms,
           .write_behind = write_behind,
@@ -68,6 +68,7 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
           .threads = threads,
           .base_crcs = std::move(base_checksums),
           .rule = to_rule(rule),
+          .aside = aside,
           .finisher = std::move(finisher)};
 }
 
@@ -165,7 +166,7 @@ void bind_exchange(py::module_& m) {
            py::arg("spill") = nullptr, py::arg("spill_after_ms") = usual.spill_after_ms,
            py::arg("codec") = py::none(), py::arg("threads") = usual.threads,
            py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
-           py::arg("finisher") = nullptr);
+           py::arg("finisher") = nullptr, py::arg("aside") = usual.aside);
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
@@ -177,6 +178,8 @@ void bind_exchange(py::module_& m) {
                   "One whose sources are added as they are ready, about `expected` of them: see "
                   "Exchange.add and Exchange.close.")
       .def_property_readonly("id", &Collector::id)
+      .def_property_readonly("aside", &Collector::aside,
+                             "Whether its chunks are combined by Exchange.combine alone.")
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("window", &Collector::window)
       .def_property_readonly("bytes_received", &Collector::bytes_received)
@@ -298,6 +301,16 @@ void bind_exchange(py::module_& m) {
           "drop", [](Exchange& e, const Collector& c, std::size_t k) { e.drop(c.id(), k); },
           py::arg("collector"), py::arg("source"),
           "Take a source out of a collection; its result becomes that of the others alone.")
+      .def(
+          "combine",
+          [](Exchange& e, const Collector& c) {
+            const std::uint64_t id = c.id();
+            const py::gil_scoped_release release;
+            e.combine(id);
+          },
+          py::arg("collector"),
+          "Combine what is complete of a collector whose chunks are combined aside, until it is "
+          "cancelled: a thread of its own calls it.")
       .def(
           "pulls", [](const Exchange& e, const Collector& c) { return e.pulls(c.id()); },
           py::arg("collector"),

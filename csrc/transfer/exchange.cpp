@@ -141,11 +141,18 @@ void Exchange::know_pace(Collector& collector, std::size_t source) const {
   }
 }
 
-Collector& Exchange::running(std::uint64_t collector_id) const {
+std::shared_ptr<Collector> Exchange::known(std::uint64_t collector_id) const {
   for (const auto& collector : collectors_) {
     if (collector->id() == collector_id) {
-      return *collector;
+      return collector;
     }
+  }
+  return nullptr;
+}
+
+Collector& Exchange::running(std::uint64_t collector_id) const {
+  if (const auto collector = known(collector_id)) {
+    return *collector;  // collectors_ has it, too
   }
   throw Error(Errc::kProtocol, "this collector is not running");
 }
@@ -161,7 +168,9 @@ std::size_t Exchange::add(std::uint64_t collector_id, Source source) {
 void Exchange::close(std::uint64_t collector_id, const std::vector<std::size_t>& order, Place out,
                      std::shared_ptr<Record> record, const Collector::States& states) {
   const std::lock_guard lock(mutex_);
-  running(collector_id).close(order, std::move(out), std::move(record), states);
+  Collector& collector = running(collector_id);
+  collector.close(order, std::move(out), std::move(record), states);
+  tell_combiner(collector);
 }
 
 void Exchange::cancel(std::uint64_t collector_id) {
@@ -177,6 +186,7 @@ void Exchange::cancel(std::uint64_t collector_id) {
       }
     }
     collector->stop();
+    tell_combiner(*collector);
     return true;
   });
 }
@@ -193,16 +203,42 @@ void Exchange::retry(std::uint64_t collector_id, std::size_t source,
 
 void Exchange::drop(std::uint64_t collector_id, std::size_t source) {
   const std::lock_guard lock(mutex_);
-  for (const auto& collector : collectors_) {
-    if (collector->id() == collector_id) {
-      collector->drop(source);
-    }
+  if (const auto collector = known(collector_id)) {
+    collector->drop(source);
+    tell_combiner(*collector);
   }
   std::erase_if(events_, [&](const Event& event) {
     const bool of_source =
         event.kind == Event::Kind::kRejected || event.kind == Event::Kind::kStalled;
     return of_source && event.collector == collector_id && event.source == source;
   });
+}
+
+void Exchange::tell_combiner(const Collector& collector) {
+  if (collector.aside()) {
+    combinable_.notify_all();
+  }
+}
+
+void Exchange::combine(std::uint64_t collector_id) {
+  std::unique_lock lock(mutex_);
+  while (const auto collector = known(collector_id)) {
+    auto part = collector->take_out();
+    const bool taken = part != nullptr;
+    if (taken) {
+      lock.unlock();
+      collector->combine(*part);
+      lock.lock();
+      collector->put_back(std::move(part));
+    }
+    collect_events(*collector);
+    if (taken || unsignalled_) {
+      outgoing_->wake();  // for what is to be asked for now, and for events
+    }
+    if (!taken) {
+      combinable_.wait(lock);
+    }
+  }
 }
 
 std::vector<std::pair<std::uint64_t, std::uint64_t>> Exchange::pulls(
@@ -395,6 +431,7 @@ int Exchange::on_chunk(const std::string& peer, const wire::Header& header, Fram
       }
       note_patience(*collector, *source, now_ms);
       collect_events(*collector);
+      tell_combiner(*collector);
       return kept ? FC_TAKEN : FC_DONE;
     }
   }

@@ -5,7 +5,7 @@
 // life. Sans I/O: a
 // pump (see sink.h) or a test delivers frames, asks for frames to send, and runs the timers; the
 // clock is an argument. All methods are thread-safe (one mutex, held for the reduction of a few
-// chunks at most). Every queue has a bound. Control messages are handed out peer by peer in turn,
+// chunks at most; combine() reduces without it). Every queue has a bound. Control messages are handed out peer by peer in turn,
 // so that one that sends more than is handled delays itself alone. What a peer's owner (its key,
 // where there is one) may have waiting, and have handled in a second, counts for all of its
 // connections together: beyond its rate its messages wait, beyond its share it loses them, which is
@@ -17,6 +17,7 @@
 // by their bytes. An audience may have limits of its own, so that its queues leave another room.
 #pragma once
 
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -164,6 +165,11 @@ class Exchange {
   // it that wait are forgotten: the number may be another source's from now on.
   void drop(std::uint64_t collector_id, std::size_t source);
 
+  // Combines what is complete of a collection whose chunks are combined aside (collector.hpp), one
+  // chunk after the other, while all else goes on; returns once the collection is cancelled. One
+  // thread calls it for each.
+  void combine(std::uint64_t collector_id);
+
   // Of each source of a collection that runs: the chunks that are due, and those that came.
   std::vector<std::pair<std::uint64_t, std::uint64_t>> pulls(std::uint64_t collector_id) const;
 
@@ -283,7 +289,9 @@ class Exchange {
   void report(Event::Kind kind, std::string_view peer, std::string why);
   void remember(const std::string& peer, wire::Kind kind, std::int64_t now_ms);
   void push(const std::string& peer, const wire::Header& header);
+  std::shared_ptr<Collector> known(std::uint64_t collector_id) const;
   Collector& running(std::uint64_t collector_id) const;
+  void tell_combiner(const Collector& collector);
   void know_pace(Collector& collector, std::size_t source) const;
   void collect_events(Collector& collector);
   void note_patience(const Collector& collector, std::size_t source, std::int64_t now_ms);
@@ -295,6 +303,7 @@ class Exchange {
 
   HoldUps hold_ups_;
   mutable WaitingMutex mutex_;
+  std::condition_variable_any combinable_;  // chunks to be combined aside, or an end of that
   const std::shared_ptr<Outgoing> outgoing_ = Outgoing::make();
   Publisher publisher_;
   std::vector<std::shared_ptr<Collector>> collectors_;

@@ -118,14 +118,16 @@ void Outgoing::done(const Chunk& chunk) noexcept {
     }
     wake = std::exchange(waited_for_, false);
   }
-#if defined(__linux__)
   if (wake) {
-    const std::uint64_t one = 1;
+    this->wake();
+  }
+}
+
+void Outgoing::wake() noexcept {
+  const std::uint64_t one = 1;
+  if (wake_fd_ >= 0) {
     static_cast<void>(::write(wake_fd_, &one, sizeof one) == sizeof one);
   }
-#else
-  static_cast<void>(wake);
-#endif
 }
 
 void Outgoing::clear_wake() noexcept {

@@ -44,6 +44,8 @@ class Outgoing : public std::enable_shared_from_this<Outgoing> {
                                    std::uint64_t audience = 0);
 
   int wake_fd() const noexcept { return wake_fd_; }
+  // Makes wake_fd() readable, for what another thread has done.
+  void wake() noexcept;
   void clear_wake() noexcept;
   std::uint64_t bytes() const;
 

@@ -23,6 +23,7 @@ from fedcore.config import RunConfig, TransferSection
 from fedcore.errors import StorageError
 from fedcore.model_file import ModelFile
 from fedcore.rules.registry import CoreRule
+from fedcore.server.combining import Combining
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
 
@@ -109,6 +110,7 @@ class CollectionSetting:
             base_checksums=self.checksums,
             rule=self.rule,
             finisher=self.finisher,
+            aside=self.exchange.wake_fd >= 0,  # else a pump does not learn what another thread did
         )
 
     @property
@@ -158,6 +160,8 @@ class Collection:
         else:
             self.collector = self._closed_collector(setting, closed)
         self._exchange.start(self.collector)
+        if self.collector.aside:
+            Combining(self._exchange, self.collector)
 
     @classmethod
     def of(

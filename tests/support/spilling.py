@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedcore._core import Collector, CollectorOptions, Exchange, Layout, PythonRule, Spill
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout, Spill
 from fedcore.model_file import ModelFile, create_model
 from fedcore.protocol import read_header
+from fedcore.rules.registry import CoreRule
 
 CHUNK = 4096
 LAYOUT = Layout([("w", "F32", [30_001]), ("d", "F64", [700]), ("h", "BF16", [777])], CHUNK)
@@ -36,8 +37,9 @@ class Federation:
         budget: int,
         spill: Spill | None = None,
         *,
-        rule: str | PythonRule = "mean",
+        rule: CoreRule = "mean",
         threads: int = 1,
+        aside: bool = False,
         **spoiled: int,
     ) -> None:
         self.names = names
@@ -59,7 +61,9 @@ class Federation:
             self.out.file,
             self.out.data_offset,
             None,
-            CollectorOptions(budget, spill=spill, spill_after_ms=100, rule=rule, threads=threads),
+            CollectorOptions(
+                budget, spill=spill, spill_after_ms=100, rule=rule, threads=threads, aside=aside
+            ),
         )
         self.server.start(self.collector)
         self.now = 0

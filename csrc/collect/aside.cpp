@@ -1,0 +1,49 @@
+// Chunks that are combined aside: a slow rule has one in its hands while frames come and go on.
+#include <exception>
+#include <utility>
+
+#include "collect/collector.hpp"
+
+namespace fedcore {
+
+std::unique_ptr<Collector::Part> Collector::take_out() {
+  if (!aside() || open_ || taken_ || state_ != State::kActive) {
+    return nullptr;
+  }
+  if (next_ == end_) {
+    finish();
+    return nullptr;
+  }
+  lent_.reserve(counted_.size());  // none is thrown when a source is lost
+  if (!gather(parts_[0])) {
+    return nullptr;
+  }
+  taken_ = true;
+  stale_ = false;
+  return std::make_unique<Part>(std::move(parts_[0]));
+}
+
+void Collector::combine(Part& part) const noexcept {
+  part.failed.reset();
+  try {
+    reduce(part);
+  } catch (const std::exception& error) {  // of memory, as a rule's own error is caught before
+    part.failed = RuleError(error.what(), 0);
+  }
+}
+
+void Collector::put_back(std::unique_ptr<Part> part) {
+  taken_ = false;
+  lent_.clear();
+  if (parts_[0].reducer == nullptr) {  // no source was lost since, for whose loss there is another
+    parts_[0] = std::move(*part);
+  }
+  if (stale_ || state_ != State::kActive) {
+    return;
+  }
+  if (settle(parts_[0]) && next_ == end_) {
+    finish();
+  }
+}
+
+}  // namespace fedcore
