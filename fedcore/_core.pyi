@@ -64,6 +64,12 @@ class PythonRule:
 class WeighedRule:
     def __init__(self, rule: _Rule, equal: bool, max_share: int) -> None: ...
 
+def pair_distances(
+    inputs: Sequence[MappedFile],
+    tensors: Sequence[tuple[str, int, Sequence[int]]],
+    threads: int,
+    progress: Callable[[int], None],
+) -> tuple[list[float], tuple[int, int, int] | None]: ...
 def weigh(examples: Sequence[float], equal: bool, max_share: int) -> list[float]: ...
 
 class Layout:

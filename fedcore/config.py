@@ -34,6 +34,7 @@ from fedcore.security.keys import is_loopback, parse_toml
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer
 from .rules import RULES
+from .rules.choosing import CHOOSING
 from .rules.finishers import FINISHERS, factor_of
 from .rules.options import Option
 from .weighing import Weighing
@@ -274,6 +275,11 @@ class AggregationSection(_Section):
                 _importable(self.rule, "Class")
             except ValueError as error:
                 raise ValueError(f"rule: {error}") from None
+        elif self.rule in CHOOSING:
+            raise ValueError(
+                f"rule: {self.rule!r} compares whole updates, which `fedcore aggregate` alone does; in a run, "
+                "'median' and 'trimmed-mean' do without some lying sites"
+            )
         elif self.rule not in RULES:
             names = ", ".join(repr(name) for name in RULES)
             raise ValueError(

@@ -5,6 +5,7 @@
 // core decodes what comes, checks it and what the rule made of it, and rounds that once. It holds
 // the GIL while Python works, so threads take turns; the bits do not depend on their number. What
 // Python raises becomes the core's own error here: it must not cross a thread that has no GIL.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,6 +22,7 @@
 #include "kernels/arith.hpp"
 #include "kernels/kernels.hpp"
 #include "python/bindings.hpp"
+#include "reduce/pairs.hpp"
 #include "reduce/rule.hpp"
 #include "reduce/weigh.hpp"
 
@@ -237,6 +239,45 @@ std::shared_ptr<const Rule> to_rule(const py::object& rule) {
   return {held, &held->rule};
 }
 
+namespace {
+
+// A tensor's dtype, its bytes, and where it lies in each input.
+using PyPlaces = std::tuple<std::string, std::uint64_t, std::vector<std::uint64_t>>;
+
+py::object py_pair_distances(const std::vector<FileHandle*>& inputs,
+                             const std::vector<PyPlaces>& tensors, unsigned threads,
+                             const std::function<void(std::uint64_t)>& progress) {
+  std::vector<std::shared_ptr<MappedFile>> files;
+  for (const FileHandle* input : inputs) {
+    files.push_back(input->share());
+  }
+  std::vector<FileTensor> jobs;
+  for (const auto& [dtype, nbytes, offsets] : tensors) {
+    jobs.push_back({parse_dtype(dtype), nbytes, offsets, 0});
+  }
+  const auto report = [&](std::uint64_t bytes) {
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) {
+      throw py::error_already_set();
+    }
+    progress(bytes);
+  };
+  Distances found;
+  {
+    const py::gil_scoped_release release;
+    found = pair_distances(files, jobs, threads, report);
+    for (const auto& file : files) {
+      file->check_whole();
+    }
+  }
+  const auto& bad = found.bad;
+  return py::make_tuple(found.squares,
+                        bad ? py::object(py::make_tuple(bad->source, bad->tensor, bad->element))
+                            : py::object(py::none()));
+}
+
+}  // namespace
+
 void bind_rules(py::module_& m) {
   py::class_<PythonRule, std::shared_ptr<PythonRule>>(
       m, "PythonRule",
@@ -260,6 +301,12 @@ void bind_rules(py::module_& m) {
       },
       py::arg("examples"), py::arg("equal"), py::arg("max_share"),
       "The effective weights of sources in a WeighedRule.");
+  m.def(
+      "pair_distances", &py_pair_distances, py::arg("inputs"), py::arg("tensors"),
+      py::arg("threads"), py::arg("progress"),
+      "The squared distances of the pairs (0, 1), (0, 2), ... of mapped files: tensors = [(dtype, "
+      "nbytes, input offsets)]. Returns them, and None or (input, tensor, element) of the first "
+      "non-finite value.");
 }
 
 }  // namespace fedcore

@@ -5,11 +5,12 @@
 
 namespace fedcore {
 
-extern const Rule kMean;    // mean.cpp
-extern const Rule kMedian;  // median.cpp
-extern const Rule kCopy;    // copy.cpp; a download, and no choice for an aggregate
+extern const Rule kMean;         // mean.cpp
+extern const Rule kMedian;       // median.cpp
+extern const Rule kTrimmedMean;  // trimmed_mean.cpp
+extern const Rule kCopy;         // copy.cpp; a download, and no choice for an aggregate
 
 // In the order in which documentation names them.
-inline constexpr const Rule* kRules[] = {&kMean, &kMedian};
+inline constexpr const Rule* kRules[] = {&kMean, &kMedian, &kTrimmedMean};
 
 }  // namespace fedcore

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,6 +18,7 @@ import typer
 from fedcore import __version__
 from fedcore.errors import ConfigError
 from fedcore.rules import RULES
+from fedcore.rules.choosing import CHOOSING, Choice
 from fedcore.words import plural
 
 from .common import INTERRUPTED, reported, writable_output
@@ -338,9 +339,11 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     rule: Annotated[
         str,
         typer.Option(
-            metavar=f"[{'|'.join(RULES)}|MODULE:CLASS]",
+            metavar=f"[{'|'.join([*RULES, *CHOOSING])}|MODULE:CLASS]",
             help="How to combine the files: "
-            + "; ".join(f"{rule.name}, {rule.summary}" for rule in RULES.values())
+            + "; ".join(
+                f"{rule.name}, {rule.summary}" for rule in (*RULES.values(), *CHOOSING.values())
+            )
             + "; or a class of your own, looked for in this folder, too.",
         ),
     ] = "mean",
@@ -382,7 +385,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     if ":" in rule:
         sys.path.insert(0, "")
     settings = _numbers(options)
-    weighs = load_rule(rule, settings).weighted
+    weighs = rule not in CHOOSING and load_rule(rule, settings).weighted
     try:
         counts = None if weights is None else [int(text) for text in weights.split(",")]
     except ValueError:
@@ -404,6 +407,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             device=device,
             force=force,
             progress=progress,
+            choice=_say_choice,
         )
     if counts is not None and not weighs:
         typer.echo(f"the rule '{rule}' does not weigh: --weights changed nothing", err=True)
@@ -413,6 +417,12 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
         f"{out}: {plural(len(result.layout.tensors), 'tensor')}, {result.layout.total_bytes:,} bytes, "
         f"sha256 {result.sha256()}"
     )
+
+
+def _say_choice(files: Sequence[Path], choice: Choice) -> None:
+    """Print each file's score, the least first, and whether it counts."""
+    for score, path, chosen in sorted(zip(choice.scores, files, choice.chosen, strict=True)):
+        typer.echo(f"{path}: score {score:.6g}, {'counts' if chosen else 'left out'}", err=True)
 
 
 def _numbers(options: list[str]) -> dict[str, float]:

@@ -21,10 +21,12 @@ from fedcore.layout import FLOATS, compare_layouts, table
 from fedcore.model_file import ModelFile, check_booleans, create_model, open_model
 from fedcore.protocol import MAX_WEIGHT
 from fedcore.replacing import partial_of, place_of, put_in_place, sync_folder
-from fedcore.rules import Rule
+from fedcore.rules import DEFAULT_RULE, Rule
+from fedcore.rules.choosing import CHOOSING, Choice, check_choice
 from fedcore.rules.python import load_rule
 from fedcore.weighing import Weighing, effective_weight
 
+from .choosing import choose_files
 from .weights import Weights, open_weights
 
 __all__ = ["aggregate_files"]
@@ -44,6 +46,7 @@ def aggregate_files(
     device: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    choice: Callable[[Sequence[Path], Choice], None] | None = None,
 ) -> ModelFile:
     """Combine ``inputs`` by a rule, by default the weighted mean, and write the result to ``out``.
 
@@ -57,7 +60,8 @@ def aggregate_files(
         weights: one integer from 1 to 2**64 - 1 per file, of which `effective_weight` counts; all equal if None.
             A rule that does not weigh checks them and makes no use of them.
         out: file to write; it appears only when it is complete.
-        rule: a name in `fedcore.rules.RULES`, or ``package.module:Class`` of a `fedcore.rules.PythonRule`.
+        rule: a name in `fedcore.rules.RULES` or in `fedcore.rules.choosing.CHOOSING`, or ``package.module:Class``
+            of a `fedcore.rules.PythonRule`.
         settings: values for some of the rule's options.
         max_share: the greatest part of all weights that one file has (`fedcore.weighing.Weighing`).
         threads: worker threads; the result does not depend on it.
@@ -65,6 +69,7 @@ def aggregate_files(
             does not depend on it. Rules other than the mean are always computed on the CPU.
         force: replace ``out`` if it exists.
         progress: called with the bytes done and the bytes in all.
+        choice: called with the files in canonical order and with what a rule that chooses made of them.
 
     Raises:
         ConfigError: no input or too few for the rule or the greatest share, ``out`` is one of them, the rule is
@@ -75,18 +80,55 @@ def aggregate_files(
         StorageError: a file can't be read or written, or ``out`` exists.
         RuleError: a rule in Python has failed; tensor and element are named.
     """
+    combining, choosing = _rules(rule, settings or {}, max_share, len(inputs))
+    counts = _check_arguments(inputs, weights, out, force)
+    use_device(device)
+    models = _open(inputs, out)
+    if choosing is not None:
+        counts = [1] * len(models)
+    if not combining.symmetric:
+        pairs = sorted(zip(counts, models, strict=True), key=functools.cmp_to_key(_compare))
+        counts, models = [weight for weight, _ in pairs], [model for _, model in pairs]
+    if choosing is not None:
+        found = choosing(models, threads=threads, progress=progress)
+        if choice is not None:
+            choice([model.path for model in models], found)
+        models = [model for model, kept in zip(models, found.chosen, strict=True) if kept]
+        counts = counts[: len(models)]
+    place = place_of(out)
+    with partial_of(place) as partial:
+        _reduce(models, counts, partial, rule=combining, threads=threads, progress=progress)
+        put_in_place(partial, place)
+        sync_folder(place.parent)
+    return open_model(out)
+
+
+def _rules(
+    name: str, settings: Mapping[str, float], max_share: float | None, count: int
+) -> tuple[Rule, Callable[..., Choice] | None]:
+    """Return the rule that combines, and what chooses among the files before it does; None: all count."""
     try:
         weighing = Weighing(max_share=max_share)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    chosen = load_rule(rule, settings, weighing)
-    if 0 < len(inputs) < weighing.least:
-        raise ConfigError(
-            f"max_share = {max_share} needs {weighing.least} or more files, got {len(inputs)}: one of them has a "
-            "greater share, whatever it weighs"
-        )
-    counts = _check_arguments(inputs, weights, out, force)
-    use_device(device)
+    choosing = CHOOSING.get(name)
+    if choosing is None:
+        combining = load_rule(name, settings, weighing)
+        if 0 < count < weighing.least:
+            raise ConfigError(
+                f"max_share = {max_share} needs {weighing.least} or more files, got {count}: one of them has a "
+                "greater share, whatever it weighs"
+            )
+        return combining, None
+    if max_share is not None:
+        raise ConfigError(f"the rule {name!r} does not weigh: leave out how files are weighed")
+    options = choosing.having(settings)
+    check_choice(choosing, count, options)
+    return load_rule(DEFAULT_RULE), functools.partial(choose_files, rule=choosing, settings=options)
+
+
+def _open(inputs: Sequence[Path], out: Path) -> list[Weights]:
+    """Open the files, which hold the same tensors, and none of which is to be written."""
     for path in inputs:
         if not path.exists():
             raise StorageError(f"cannot open model file {path}: it does not exist")
@@ -100,15 +142,7 @@ def aggregate_files(
         if difference is not None:
             raise LayoutError(f"the files hold different tensors: {difference}")
     _check_integers(models)
-    if not chosen.symmetric:
-        pairs = sorted(zip(counts, models, strict=True), key=functools.cmp_to_key(_compare))
-        counts, models = [weight for weight, _ in pairs], [model for _, model in pairs]
-    place = place_of(out)
-    with partial_of(place) as partial:
-        _reduce(models, counts, partial, rule=chosen, threads=threads, progress=progress)
-        put_in_place(partial, place)
-        sync_folder(place.parent)
-    return open_model(out)
+    return models
 
 
 def _check_arguments(

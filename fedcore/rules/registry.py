@@ -116,6 +116,20 @@ RULES: Final[dict[str, Rule]] = {
             least=1,
             sparse=False,
         ),
+        Rule(
+            name="trimmed-mean",
+            version=1,
+            summary="the mean of each element without its lowest and highest values; weights do not count",
+            weighted=False,
+            symmetric=True,
+            folds=False,
+            least=3,
+            least_with=lambda settings: 2 * int(settings["trim"]) + 1,
+            sparse=False,
+            options={
+                "trim": Option(1, 1, 1e6, "values that are left out at either end", whole=True)
+            },
+        ),
     )
 }
 

@@ -130,19 +130,22 @@ def test_a_rule_that_is_busy_with_other_things_holds_up_neither_server_nor_sites
     assert "3 sources" in capsys.readouterr().out
 
 
-def test_the_settings_of_a_rule_change_the_model_and_are_recorded_in_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", [named(Trimmed), "trimmed-mean"], ids=["python", "core"])
+def test_the_settings_of_a_rule_change_the_model_and_are_recorded_in_it(
+    tmp_path: Path, rule: str
+) -> None:
     names = "abcde"
     values = np.stack([update(name, 1) for name in names]).astype(np.float64)
     for trim in (1, 2):
         folder = tmp_path / str(trim)
-        chosen = {"rule": named(Trimmed), "options": {"trim": trim}}
+        chosen = {"rule": rule, "options": {"trim": trim}}
         server = Server(config(folder, 5, aggregation=chosen))
         result, _ = run(server, *sites_of(server, names))
         assert result.ok
         model = open_model(Store(folder / "runs/t", None).path(1))
         expected = np.sort(values, axis=0)[trim : 5 - trim].mean(axis=0).astype(np.float32)
         assert bytes(model.view("w")) == expected.tobytes()
-        assert model.metadata["fedcore.rule"] == f"{named(Trimmed)} 1 trim={float(trim).hex()}"
+        assert model.metadata["fedcore.rule"] == f"{rule} 1 trim={float(trim).hex()}"
 
 
 def test_a_run_weighs_its_sites_as_its_file_says_and_keeps_what_they_weighed(
@@ -189,6 +192,16 @@ def test_weights_that_can_not_be_are_refused_when_the_file_is_read(
     with pytest.raises(ConfigError, match=text):
         config(tmp_path, 3, aggregation=setting)
     assert config(tmp_path, 3, aggregation={"weights": "equal", "rule": "median"})
+
+
+def test_a_trimmed_mean_needs_more_updates_than_it_leaves_out(tmp_path: Path) -> None:
+    chosen = {"rule": "trimmed-mean", "options": {"trim": 2}}
+    text = r"participants.min_results: aggregation.rule = 'trimmed-mean' needs 5 or more updates .* and 4"
+    with pytest.raises(ConfigError, match=text):
+        config(tmp_path, 4, aggregation=chosen)
+    assert config(tmp_path, 5, aggregation=chosen).aggregation.options == {"trim": 2}
+    with pytest.raises(ConfigError, match=r"aggregation.options: trim: expected an integer"):
+        config(tmp_path, 5, aggregation={"rule": "trimmed-mean", "options": {"trim": 0.5}})
 
 
 def test_a_rule_in_python_that_does_not_weigh_is_refused_a_greatest_share(tmp_path: Path) -> None:
@@ -263,7 +276,8 @@ def test_a_mean_has_chunks_of_one_mebibyte_whatever_the_memory(tmp_path: Path) -
 
 def test_a_rule_is_refused_by_name_where_it_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"aggregation.rule: expected one of 'mean', 'median' or .*, got 'mode'"
+        ConfigError,
+        match=r"aggregation.rule: expected one of 'mean', 'median', 'trimmed-mean' or .*, got 'mode'",
     ):
         config(tmp_path, 2, "mode")
     with pytest.raises(ConfigError, match="aggregation.rule: expected 'package.module:Class'"):

@@ -1,0 +1,238 @@
+#include "reduce/pairs.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include "base/error.hpp"
+#include "base/workers.hpp"
+#include "kernels/arith.hpp"
+#include "kernels/kernels.hpp"
+
+namespace fedcore {
+namespace {
+
+// Vectors stay within functions of one target: how a call would pass them is moot.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+struct PairLoops {
+  std::uint64_t (*widen[4])(const std::uint8_t* from, double* to, std::size_t count);
+  void (*add_squares)(const double* one, std::size_t rows, std::size_t stride, std::size_t count,
+                      double* sums);
+};
+
+namespace baseline {
+#include "reduce/pairs.inl"
+}  // namespace baseline
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,f16c")
+#endif
+namespace avx2 {
+#include "reduce/pairs.inl"
+}  // namespace avx2
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
+#endif
+namespace avx512 {
+#include "reduce/pairs.inl"
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+constexpr const PairLoops* kLevels[] = {&baseline::kLoops, &avx2::kLoops, &avx512::kLoops};
+
+#else
+
+constexpr const PairLoops* kLevels[] = {&baseline::kLoops};
+
+#endif
+
+constexpr std::size_t kStep = 256;  // elements of a source in a piece
+constexpr std::size_t kLanes = 8;
+constexpr std::uint64_t kBlock = 1u << 20;
+constexpr std::size_t kSegments = 64;
+
+struct Block {
+  std::size_t tensor;
+  std::uint64_t offset;
+  std::uint64_t nbytes;
+};
+
+class PairJob {
+ public:
+  PairJob(const std::vector<std::shared_ptr<MappedFile>>& inputs,
+          const std::vector<FileTensor>& tensors)
+      : inputs_(inputs), tensors_(tensors), k_(inputs.size()) {
+    for (std::size_t t = 0; t < tensors.size(); ++t) {
+      check(tensors[t]);
+      if (is_float(tensors[t].dtype)) {
+        for (std::uint64_t at = 0; at < tensors[t].nbytes; at += kBlock) {
+          blocks_.push_back({t, at, std::min(kBlock, tensors[t].nbytes - at)});
+        }
+      }
+    }
+    segments_ = std::min(kSegments, blocks_.size());
+    sums_.resize(segments_ * pairs());
+  }
+
+  std::size_t segments() const { return segments_; }
+
+  // The sums of one segment: blocks after another. Segments may be done at the same time.
+  void work(std::size_t segment) {
+    std::vector<double> values(k_ * kStep);
+    std::vector<double> lanes(pairs() * kLanes);
+    double* const sums = sums_.data() + segment * pairs();
+    const std::size_t end = first_block(segment + 1);
+    for (std::size_t b = first_block(segment); b < end; ++b) {
+      std::fill(lanes.begin(), lanes.end(), 0.0);
+      add(blocks_[b], values, lanes.data());
+      for (std::size_t p = 0; p < pairs(); ++p) {
+        const double* const of = lanes.data() + p * kLanes;
+        sums[p] += ((of[0] + of[4]) + (of[2] + of[6])) + ((of[1] + of[5]) + (of[3] + of[7]));
+      }
+    }
+  }
+
+  std::uint64_t bytes_of(std::size_t segment) const {
+    std::uint64_t bytes = 0;
+    for (std::size_t b = first_block(segment); b < first_block(segment + 1); ++b) {
+      bytes += blocks_[b].nbytes;
+    }
+    return bytes;
+  }
+
+  Distances result() const {
+    Distances found{std::vector<double>(pairs()), bad_};
+    for (std::size_t segment = 0; segment < segments_; ++segment) {
+      for (std::size_t p = 0; p < pairs(); ++p) {
+        found.squares[p] += sums_[segment * pairs() + p];
+      }
+    }
+    return found;
+  }
+
+ private:
+  std::size_t pairs() const { return k_ * (k_ - 1) / 2; }
+  std::size_t first_block(std::size_t segment) const {
+    return segment * blocks_.size() / segments_;
+  }
+
+  void check(const FileTensor& tensor) const {
+    if (tensor.input_offsets.size() != k_) {
+      throw Error(Errc::kLayout, "a tensor has another number of inputs than there are files");
+    }
+    for (std::size_t k = 0; k < k_; ++k) {
+      inputs_[k]->check_range(tensor.input_offsets[k], tensor.nbytes);
+    }
+  }
+
+  void add(const Block& block, std::vector<double>& values, double* lanes) {
+    const FileTensor& tensor = tensors_[block.tensor];
+    const std::size_t width = item_size(tensor.dtype);
+    const std::size_t count = static_cast<std::size_t>(block.nbytes) / width;
+    const PairLoops& loops = *kLevels[kernels::level()];
+    const auto widen = loops.widen[format_of(tensor.dtype)];
+    for (std::size_t at = 0; at < count; at += kStep) {
+      const std::size_t n = std::min(kStep, count - at);
+      const std::size_t padded = (n + kLanes - 1) / kLanes * kLanes;
+      for (std::size_t k = 0; k < k_; ++k) {
+        const std::uint64_t offset = tensor.input_offsets[k] + block.offset + at * width;
+        double* const row = values.data() + k * kStep;
+        if (widen(inputs_[k]->data() + offset, row, n) != 0) {
+          record(block, at, k, row, n);
+        }
+        std::fill(row + n, row + padded, 0.0);
+      }
+      double* sums = lanes;
+      for (std::size_t i = 0; i + 1 < k_; ++i) {
+        const std::size_t rows = k_ - i - 1;
+        loops.add_squares(values.data() + i * kStep, rows, kStep, padded, sums);
+        sums += rows * kLanes;
+      }
+    }
+    for (std::size_t k = 0; k < k_; ++k) {
+      inputs_[k]->release(tensor.input_offsets[k] + block.offset, block.nbytes);
+    }
+  }
+
+  static std::size_t format_of(Dtype dtype) {
+    switch (dtype) {
+      case Dtype::kF64:
+        return 0;
+      case Dtype::kF32:
+        return 1;
+      case Dtype::kF16:
+        return 2;
+      default:
+        return 3;
+    }
+  }
+
+  void record(const Block& block, std::size_t at, std::size_t source, const double* row,
+              std::size_t n) {
+    const double* const found =
+        std::find_if(row, row + n, [](double value) { return arith::non_finite(value) != 0; });
+    const std::uint64_t element = block.offset / item_size(tensors_[block.tensor].dtype) + at +
+                                  static_cast<std::uint64_t>(found - row);
+    const auto key = [](const FileBadValue& v) {
+      return std::make_tuple(v.tensor, v.element, v.source);
+    };
+    const FileBadValue value{source, block.tensor, element};
+    const std::lock_guard lock(mutex_);
+    if (!bad_ || key(value) < key(*bad_)) {
+      bad_ = value;
+    }
+  }
+
+  const std::vector<std::shared_ptr<MappedFile>>& inputs_;
+  const std::vector<FileTensor>& tensors_;
+  std::size_t k_;
+  std::vector<Block> blocks_;
+  std::size_t segments_ = 0;
+  std::vector<double> sums_;  // a sum for each pair, segment after segment
+  std::mutex mutex_;
+  std::optional<FileBadValue> bad_;
+};
+
+}  // namespace
+
+Distances pair_distances(const std::vector<std::shared_ptr<MappedFile>>& inputs,
+                         const std::vector<FileTensor>& tensors, unsigned threads,
+                         const std::function<void(std::uint64_t)>& progress) {
+  kernels::active();  // a bad FEDCORE_SIMD is to be thrown here and not in a worker
+  PairJob job(inputs, tensors);
+  threads = std::max(1u, threads);
+  Workers workers(threads);
+  std::uint64_t done = 0;
+  for (std::size_t first = 0; first < job.segments(); first += threads) {
+    const std::size_t count = std::min<std::size_t>(threads, job.segments() - first);
+    workers.run(static_cast<unsigned>(count), [&](unsigned i) { job.work(first + i); });
+    for (std::size_t i = 0; i < count; ++i) {
+      done += job.bytes_of(first + i);
+    }
+    if (progress) {
+      progress(done);
+    }
+  }
+  return job.result();
+}
+
+}  // namespace fedcore
