@@ -166,15 +166,15 @@ FEDCORE_INLINE void encode_nf4_block(const float* values, float scale, std::uint
   const __m512 border_lower = _mm512_permutexvar_ps(below_lower, borders);
   const __m512 border_upper = _mm512_permutexvar_ps(below_upper, borders);
   __m512i codes = _mm512_setzero_si512();
-  for (int i = 0; i < 4; ++i) {
-    const __m512 value = _mm512_loadu_ps(values + 16 * i);
+  for (unsigned i = 0; i < 4; ++i) {
+    const __m512 value = _mm512_loadu_ps(values + std::size_t{16} * i);
     const __m512 inside = _mm512_max_ps(_mm512_min_ps(value, most), least);
     const __m512i cell = _mm512_castps_si512(_mm512_fmadd_ps(inside, cells, middle));
     const __m512 border = _mm512_permutex2var_ps(border_lower, cell, border_upper);
     const __m512i below = _mm512_permutex2var_epi32(below_lower, cell, below_upper);
     const __mmask16 above = _mm512_cmp_ps_mask(value, border, _CMP_GT_OQ);
     const __m512i code = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(1));
-    codes = _mm512_or_si512(codes, _mm512_slli_epi32(code, 8 * static_cast<unsigned>(i)));
+    codes = _mm512_or_si512(codes, _mm512_slli_epi32(code, 8 * i));
   }
   // Of two lanes one byte each; then the bytes of each vector together.
   const __m256i pairs = _mm512_cvtepi64_epi32(_mm512_or_si512(codes, _mm512_srli_epi64(codes, 28)));

@@ -135,7 +135,9 @@ std::shared_ptr<const Rule> rule_with(const Rule& rule,
   const std::string name(rule.name);
   for (const auto& [option, number] : options) {
     if (std::find(rule.options.begin(), rule.options.end(), option) == rule.options.end()) {
-      throw Error(Errc::kConfig, "the rule '" + name + "' has no option '" + option + "'");
+      std::string why = "the rule '" + name;
+      why.append("' has no option '").append(option).append("'");
+      throw Error(Errc::kConfig, why);
     }
   }
   if (rule.options.empty()) {

@@ -618,11 +618,12 @@ std::optional<std::int64_t> Exchange::silent_ms(const std::string& peer,
                                                 std::int64_t now_ms) const {
   const std::lock_guard lock(mutex_);
   const auto found = contacts_.find(peer);
-  if (found == contacts_.end() || !found->second.heard_ms) {
+  const auto heard_ms = found == contacts_.end() ? std::nullopt : found->second.heard_ms;
+  if (!heard_ms) {
     return std::nullopt;
   }
   const std::int64_t unread = hold_ups_.total_ms() - found->second.held_up_ms;
-  return std::max<std::int64_t>(0, now_ms - *found->second.heard_ms - unread);
+  return std::max<std::int64_t>(0, now_ms - *heard_ms - unread);
 }
 
 std::int64_t Exchange::busy_until(const std::string& peer) const {
