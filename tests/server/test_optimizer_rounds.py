@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -142,6 +143,10 @@ class Server:
                 site.deliver(0, b"server", request[1], None)
                 while (reply := site.next_out(0)) is not None:
                     waiting.append((request[0], reply[1], bytes(reply[2] or b"")))
+            if not waiting and self.running.collector.aside and not self.running.open:
+                assert select.select([self.exchange.wake_fd], [], [], 60)[0], "it combines no more"
+                self.exchange.clear_wake()
+                continue
             if not waiting:
                 idle += 1
                 continue
