@@ -262,7 +262,7 @@ class _Patch:
         if loop._skip_backward or (automatic and not output):
             return
         source = loop._combined_loader.iterables
-        count_batch(self.counted, source, batch, index, whole=self._stated)
+        count_batch(self.counted, source, batch, index, whole=self._stated, weighs=True)
 
     def end_scoring(self) -> None:
         """Put back what callbacks had put in the global model's place; they may want it back now."""

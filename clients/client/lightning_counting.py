@@ -11,13 +11,21 @@ from typing import Any
 
 import torch
 
+from fedcore.errors import WeightError
+
 from .counting import ExampleCounter, Fresh, fresh_rows
 
 __all__ = ["count_batch"]
 
 
 def count_batch(
-    counter: ExampleCounter, loader: Any, batch: Any, index: int, *, whole: bool = False
+    counter: ExampleCounter,
+    loader: Any,
+    batch: Any,
+    index: int,
+    *,
+    whole: bool = False,
+    weighs: bool = False,
 ) -> None:
     """Count one batch.
 
@@ -27,12 +35,19 @@ def count_batch(
         batch: what came out of it.
         index: number of the batch in this pass over the data, from 0.
         whole: the script states how many examples there are, so the batch is not taken apart.
+        weighs: the number becomes an update's weight, so that what may be one row is not taken for a batch.
 
     Raises:
         WeightError: the batch does not say how many examples it holds.
     """
     parts = None if whole else _parts(loader, batch)
     for one, part in [(None, batch)] if parts is None else parts:
+        if weighs and not whole and _is_one_row(one, part):
+            raise WeightError(
+                "a loader with batch_size=None gives rows or batches as the dataset has them, and this one has a "
+                "number beside a tensor, as a single row has: state how many examples there are, "
+                "fl.patch(trainer, examples=...), or give the loader a batch_size"
+            )
         if part is not None:  # a loader that is used up gives none where the others go on
             counter.add(part, expected=_batch_size(one), fresh=_fresh(one, index))
 
@@ -56,6 +71,22 @@ def _pairs(loader: Any, batch: Any) -> Iterator[tuple[Any, Any]]:
             yield from _pairs(one, part)
     else:
         yield loader, batch
+
+
+def _is_one_row(loader: Any, part: Any) -> bool:
+    """Return whether a loader that makes no batches gives what looks like a row: a tensor and a plain number."""
+    makes_batches = (
+        not isinstance(loader, torch.utils.data.DataLoader)
+        or loader.batch_size is not None
+        or loader.batch_sampler is not None
+    )
+    if makes_batches or not isinstance(part, Mapping | list | tuple):
+        return False
+    values = list(part.values() if isinstance(part, Mapping) else part)
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    alone = [value for value in tensors if value.ndim == 0]
+    return len(tensors) > len(alone) and bool(numbers or alone)
 
 
 def _batch_size(loader: Any) -> int | None:

@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 import fedcore.client.lightning as fl
 from fedcore.client.counting import ExampleCounter
 from fedcore.client.lightning_counting import count_batch
+from fedcore.errors import WeightError
 from fedcore.server.outcome import RunResult
 
 
@@ -48,6 +49,20 @@ def test_a_batch_that_a_hook_has_rearranged_counts_as_it_is() -> None:
     counter = ExampleCounter()
     count_batch(counter, {"a": DataLoader(rows(3), 3)}, torch.zeros(7, 2), 0)
     assert counter.total() == 7
+
+
+@pytest.mark.parametrize("label", [1, torch.tensor(1)])
+def test_a_single_row_of_a_loader_without_batches_is_not_taken_for_a_batch(label: Any) -> None:
+    counter, stated = ExampleCounter(), ExampleCounter(lambda batch: 1)
+    loader = DataLoader([(torch.zeros(4), label)], batch_size=None)
+    row = next(iter(loader))
+    with pytest.raises(WeightError, match="batch_size=None.*state how many"):
+        count_batch(counter, loader, row, 0, weighs=True)
+    count_batch(stated, loader, row, 0, whole=stated.stated, weighs=True)
+    assert stated.total() == 1
+    batches = DataLoader([(torch.zeros(4, 2), torch.zeros(4))], batch_size=None)
+    count_batch(counter, batches, next(iter(batches)), 0, weighs=True)
+    assert counter.total() == 4
 
 
 def test_a_function_of_the_script_is_given_the_whole_batch() -> None:
