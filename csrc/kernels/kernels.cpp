@@ -68,72 +68,13 @@ typedef std::uint16_t UnalignedU16 __attribute__((aligned(1), may_alias));
 typedef std::uint32_t UnalignedU32 __attribute__((aligned(1), may_alias));
 typedef std::uint64_t UnalignedU64 __attribute__((aligned(1), may_alias));
 
-// Vectors only pass between functions that are always inlined: how a call would pass them is moot.
-#pragma GCC diagnostic ignored "-Wpsabi"
 #define FEDCORE_INLINE inline __attribute__((always_inline))
+#define FEDCORE_BODIES "kernels/bodies.inl"
+#include "kernels/levels.inl"
 
-namespace baseline {
-#define FEDCORE_F16C 0
-#define FEDCORE_LANES 4
-#include "kernels/kernels.inl"
-
-#include "kernels/differences.inl"
-
-#include "kernels/codes.inl"
-
-#include "kernels/exchange_keys.inl"
-#undef FEDCORE_F16C
-}  // namespace baseline
+constexpr Table kTables[] = {FEDCORE_FOR_LEVELS(FEDCORE_TABLE)};
 
 #if defined(__x86_64__)
-
-#define FEDCORE_F16C 1
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace avx2 {
-#include "kernels/kernels.inl"
-
-#include "kernels/differences.inl"
-
-#include "kernels/codes.inl"
-
-#include "kernels/exchange_keys.inl"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
-#endif
-#undef FEDCORE_LANES
-#define FEDCORE_LANES 8
-namespace avx512 {
-#include "kernels/kernels.inl"
-
-#include "kernels/differences.inl"
-
-#include "kernels/codes.inl"
-
-#include "kernels/exchange_keys.inl"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#undef FEDCORE_F16C
-#undef FEDCORE_LANES
-
-constexpr Table kTables[] = {FEDCORE_TABLE(baseline), FEDCORE_TABLE(avx2), FEDCORE_TABLE(avx512)};
 
 // clang++ before 19 does not know this one by name.
 bool has_f16c() {
@@ -155,8 +96,6 @@ bool runs_here(std::string_view level) {
 }
 
 #else
-
-constexpr Table kTables[] = {FEDCORE_TABLE(baseline)};
 
 bool runs_here(std::string_view) { return true; }
 

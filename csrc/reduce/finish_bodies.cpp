@@ -23,66 +23,21 @@ typedef std::uint64_t UnalignedU64 __attribute__((aligned(1), may_alias));
 #define FEDCORE_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
-// Vectors only pass between functions that are always inlined: how a call would pass them is moot.
-#pragma GCC diagnostic ignored "-Wpsabi"
+#define FEDCORE_BODIES "reduce/finish_bodies.inl"
+#include "kernels/levels.inl"
 
-#define FEDCORE_LANES 4
-namespace baseline {
-#include "reduce/finish_bodies.inl"
-}  // namespace baseline
-
-#define FEDCORE_BODIES(level, Kind, Word) &level::finish<level::Kind, Word>
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace avx2 {
-#include "reduce/finish_bodies.inl"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,prefer-vector-width=512")
-#endif
-#undef FEDCORE_LANES
-#define FEDCORE_LANES 8
-namespace avx512 {
-#include "reduce/finish_bodies.inl"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-constexpr const FinishStages* kStages[] = {&baseline::kStages, &avx2::kStages, &avx512::kStages};
-#define FEDCORE_LEVELS(Kind, Word)                                         \
-  {FEDCORE_BODIES(baseline, Kind, Word), FEDCORE_BODIES(avx2, Kind, Word), \
-   FEDCORE_BODIES(avx512, Kind, Word)}
-
-#else
-
-constexpr const FinishStages* kStages[] = {&baseline::kStages};
-#define FEDCORE_LEVELS(Kind, Word) {FEDCORE_BODIES(baseline, Kind, Word)}
-
-#endif
+#define FEDCORE_STAGES(level) &level::kStages
+constexpr const FinishStages* kStages[] = {FEDCORE_FOR_LEVELS(FEDCORE_STAGES)};
 
 template <typename Kind>
 constexpr FinisherKind kind_of(const FinisherKind::Bodies& bodies) {
   return {Kind::kName, Kind::kVersion, Kind::kStates, Kind::kOptions, bodies};
 }
 
-#define FEDCORE_KIND(Kind) \
-  kind_of<baseline::Kind>({FEDCORE_LEVELS(Kind, float), FEDCORE_LEVELS(Kind, double)}),
+#define FEDCORE_BODY(level, Kind, Word) &level::finish<level::Kind, Word>
+#define FEDCORE_KIND(Kind)                                                  \
+  kind_of<baseline::Kind>({{FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, float)}, \
+                           {FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, double)}}),
 constexpr FinisherKind kKinds[] = {FEDCORE_FINISHERS(FEDCORE_KIND)};
 
 }  // namespace

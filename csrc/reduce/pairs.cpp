@@ -15,55 +15,17 @@
 namespace fedcore {
 namespace {
 
-// Vectors stay within functions of one target: how a call would pass them is moot.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 struct PairLoops {
   std::uint64_t (*widen[4])(const std::uint8_t* from, double* to, std::size_t count);
   void (*add_squares)(const double* one, std::size_t rows, std::size_t stride, std::size_t count,
                       double* sums);
 };
 
-namespace baseline {
-#include "reduce/pairs.inl"
-}  // namespace baseline
+#define FEDCORE_BODIES "reduce/pairs.inl"
+#include "kernels/levels.inl"
 
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,f16c")
-#endif
-namespace avx2 {
-#include "reduce/pairs.inl"
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c,prefer-vector-width=512")
-#endif
-namespace avx512 {
-#include "reduce/pairs.inl"
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-constexpr const PairLoops* kLevels[] = {&baseline::kLoops, &avx2::kLoops, &avx512::kLoops};
-
-#else
-
-constexpr const PairLoops* kLevels[] = {&baseline::kLoops};
-
-#endif
+#define FEDCORE_LOOPS(level) &level::kLoops
+constexpr const PairLoops* kLevels[] = {FEDCORE_FOR_LEVELS(FEDCORE_LOOPS)};
 
 constexpr std::size_t kStep = 256;  // elements of a source in a piece
 constexpr std::size_t kLanes = 8;
