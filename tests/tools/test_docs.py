@@ -114,6 +114,13 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_of_a_sentence_begins_as_an_item_of_a_list_does(page: Path) -> None:
+    """Such as `- 4`, which a page shows as a list of its own; no list is within another."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert not re.findall(r"^ {1,3}(?:[-+*]|\d+[.)]) .*", prose, re.M)
+
+
 def test_the_pages_about_the_house_name_files_and_folders_that_are_there() -> None:
     named = re.findall(r"`((?:fedcore|csrc|clients|tests)/[\w./]+)`", text("docs/architecture.md"))
     assert len(named) > 40
