@@ -69,7 +69,8 @@ def test_every_variable_is_in_the_table_of_settings() -> None:
         for path in sources
         for name in re.findall(r'["`(](FEDCORE_[A-Z_]+)["`=)]', path.read_text(encoding="utf-8"))
     }
-    used -= {"FEDCORE_F16C", "FEDCORE_KIND", "FEDCORE_TABLE", "FEDCORE_CRC_TARGET"}  # macros
+    for path in (ROOT / "csrc").glob("**/*.*"):
+        used -= set(re.findall(r"# *define (FEDCORE_\w+)", path.read_text(encoding="utf-8")))
     assert len(used) >= 9
     assert used == set(re.findall(r"\| `(FEDCORE_[A-Z_]+)` \|", text("docs/settings.md")))
 
