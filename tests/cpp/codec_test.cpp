@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "base/crc32c.hpp"
 #include "check.hpp"
 #include "codec/codec.hpp"
 #include "guarded.hpp"
@@ -83,10 +84,14 @@ void no_body_reaches_beyond_its_buffers() {
       for (std::uint64_t index = 0; index < layout->chunk_count(); ++index) {
         const Range range = layout->chunk_range(index);
         GuardedBuffer values(range.nbytes), base(range.nbytes), out(range.nbytes),
-            lost(range.nbytes);
+            residual(range.nbytes), lost(range.nbytes);
         fill(*layout, range, random, values.data());
         fill(*layout, range, random, base.data());
+        fill(*layout, range, random, residual.data());
         std::vector<std::uint8_t> body;
+        Lost losing{lost.data()};
+        codec.encode(index, values.data(), base.data(), residual.data(), body, &losing);
+        CHECK(losing.checksum == crc32c(lost.data(), lost.size()));
         const std::uint8_t encoding_byte =
             codec.encode(index, values.data(), base.data(), nullptr, body);
         CHECK(body.size() <= range.nbytes);
