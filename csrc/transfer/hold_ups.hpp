@@ -1,7 +1,7 @@
 // Hold-ups: times in which the pump did not read, because what it delivered took long.
 //
-// A rule in Python may compute for seconds in the pump's thread, and a thread that holds the
-// exchange's lock keeps the pump waiting. What peers send meanwhile lies unread: it is no silence
+// A rule may compute for seconds in the pump's thread, and a thread that holds the exchange's lock
+// keeps the pump waiting. What peers send meanwhile lies unread: it is no silence
 // of theirs. The time is the system's, also where the exchange's clock is driven by hand.
 #pragma once
 
