@@ -115,6 +115,10 @@ class StepCounter:
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Remember the loader, which knows the rows that it repeats."""
         self.loader = self._calls["get_train_dataloader"](*args, **kwargs)
+        shard: Any = getattr(self.loader, "dataset", None)
+        here = type(shard).__name__ == "IterableDatasetShard" and not self.loader.num_workers
+        if here and not isinstance(shard.dataset, _Stream):
+            shard.dataset = _Stream(shard.dataset)
         return self.loader
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
@@ -144,11 +148,43 @@ class StepCounter:
                 return None
             size = sampler.batch_size // (ranks if sampler.split_batches else 1)
             return fresh_rows(len(inner), size, ranks, sampler.process_index, self._index)
+        shard: Any = getattr(self.loader, "dataset", None)
+        if isinstance(getattr(shard, "dataset", None), _Stream):
+            if shard.drop_last:
+                return None
+            ranks = shard.num_processes
+            size = shard.batch_size // (ranks if getattr(shard, "split_batches", False) else 1)
+            return fresh_rows(shard.dataset.read, size, ranks, shard.process_index, self._index)
         state = self._trainer.accelerator.gradient_state
         if type(self.loader).__name__ == "DataLoaderDispatcher" and state.end_of_dataloader:
             ranks, rank = self._trainer.args.world_size, self._trainer.args.process_index
             return fresh_rows(state.remainder, -(-state.remainder // ranks), ranks, rank, 0)
         return None
+
+
+class _Stream:
+    """A stream that each rank reads whole; counts the rows that were read in a pass.
+
+    accelerate fills the last batches of the ranks with rows of the first ones.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+        self.read = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.read = 0
+        for row in self._rows:
+            self.read += 1
+            yield row
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_rows":  # as a copy that is not made yet
+            raise AttributeError(name)
+        return getattr(self._rows, name)
 
 
 def _refuse_cut_examples(args: Any) -> None:

@@ -106,6 +106,6 @@ def _fresh(loader: Any, index: int) -> Fresh | None:
     names = {cls.__name__ for cls in type(sampler).__mro__}
     if size is None or "DistributedSampler" not in names or sampler.drop_last:
         return None
-    index %= max(-(-sampler.num_samples // size), 1)  # a short loader begins again within an epoch
+    index %= max(len(batches), 1)  # a short loader begins again within an epoch
     rows, ranks = len(sampler.dataset), sampler.num_replicas
     return fresh_rows(rows, size, ranks, sampler.rank, index, interleaved=True)

@@ -127,6 +127,26 @@ def test_rows_that_fill_the_last_batches_of_ranks_count_once(
     assert total == 21
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_rows_of_a_stream_that_fill_the_last_batches_of_ranks_count_once(
+    split: bool, tmp_path: Path
+) -> None:
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter([{"rows": torch.full((4,), float(i))} for i in range(21)])
+
+    total = 0
+    for rank in range(2):
+        trainer = plain(tmp_path, max_steps=6)  # in a pass: two of each rank, or three
+        loader = torch.utils.data.DataLoader(Stream(), batch_size=8, collate_fn=lambda rows: rows)
+        mine = prepare_data_loader(
+            loader, num_processes=2, process_index=rank, split_batches=split, dispatch_batches=False
+        )
+        trainer.get_train_dataloader = lambda loader=mine: loader
+        total += counted(trainer)
+    assert total == 21 * (2 if split else 3)
+
+
 def test_attempts_that_ran_out_of_memory_are_no_part_of_a_round(
     run: Future[RunResult], tmp_path: Path
 ) -> None:

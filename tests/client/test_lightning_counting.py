@@ -37,6 +37,21 @@ def test_a_row_that_a_distributed_sampler_repeats_counts_once(shuffle: bool, own
     assert total == [6, 5, 5, 5]
 
 
+@pytest.mark.parametrize(("drop_last", "rows_a_pass"), [(False, 21), (True, 16)])
+def test_a_loader_that_begins_again_within_an_epoch_counts_as_in_its_first_pass(
+    drop_last: bool, rows_a_pass: int
+) -> None:
+    total = 0
+    for rank in range(4):
+        sampler = DistributedSampler(rows(21), num_replicas=4, rank=rank)
+        loader = DataLoader(rows(21), 4, sampler=sampler, drop_last=drop_last)
+        counter = ExampleCounter()
+        for index, batch in enumerate([*loader, *loader, *loader]):
+            count_batch(counter, loader, batch, index)
+        total += counter.total()
+    assert total == 3 * rows_a_pass
+
+
 def test_the_batches_of_several_loaders_count_together() -> None:
     loaders = {"a": DataLoader(rows(3), 3), "b": [DataLoader(rows(5), 5), DataLoader(rows(2), 2)]}
     batch = {"a": next(iter(loaders["a"])), "b": [next(iter(loaders["b"][0])), None]}
