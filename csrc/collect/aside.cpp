@@ -18,9 +18,23 @@ std::unique_ptr<Collector::Part> Collector::take_out() {
   if (!gather(parts_[0])) {
     return nullptr;
   }
+  copy_spilled(parts_[0]);
   taken_ = true;
   stale_ = false;
   return std::make_unique<Part>(std::move(parts_[0]));
+}
+
+// What lies in the spill file may move as soon as another chunk is put there.
+void Collector::copy_spilled(Part& part) {
+  for (std::size_t j = 0; j < counted_.size(); ++j) {
+    const Pull& pull = *pulls_[counted_[j]];
+    if (!pull.held.contains(next_)) {
+      Body& input = part.inputs[j];
+      lent_.push_back({Frame::copy(input.data, input.size)});
+      input.data = lent_.back().frame.data();
+      options_.spill->drop_pages(pull.spilled[part.index] - 1);
+    }
+  }
 }
 
 void Collector::combine(Part& part) const noexcept {

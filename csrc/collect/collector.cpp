@@ -385,11 +385,7 @@ const char* Collector::unpack(std::size_t source, const wire::Header& header, Fr
     chunk.frame = std::move(frame);
     return nullptr;
   }
-  auto memory = std::make_unique_for_overwrite<std::uint8_t[]>(body.size);
-  std::memcpy(memory.get(), body.data, body.size);
-  std::uint8_t* const bytes = memory.release();
-  chunk.frame = Frame(bytes, body.size, bytes,
-                      [](void* owner) { delete[] static_cast<std::uint8_t*>(owner); });
+  chunk.frame = Frame::copy(body.data, body.size);
   return nullptr;
 }
 

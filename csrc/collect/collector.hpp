@@ -381,6 +381,7 @@ class Collector {
   void report_rule(std::uint64_t index, const RuleError& error);
   bool reduce_parts(unsigned count);
   bool settle(const Part& part);
+  void copy_spilled(Part& part);
   void advance();
   void finish();
   void release_behind();
@@ -410,7 +411,7 @@ class Collector {
   std::vector<Part> parts_;           // the next chunk, and those after it that are reduced with it
   bool taken_ = false;                // whether a part is taken out,
   bool stale_ = false;                // it counts no longer,
-  std::vector<Held> lent_;            // and what it reads that was let go of since
+  std::vector<Held> lent_;            // and what it reads that is its own, or was let go of since
   std::unique_ptr<Workers> workers_;
   bool one_by_one_ = false;  // the next chunk is to be folded
   std::vector<std::uint32_t> checksums_;

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
@@ -41,6 +42,14 @@ class Frame {
   const std::uint8_t* data() const noexcept { return data_; }
   std::size_t size() const noexcept { return size_; }
   explicit operator bool() const noexcept { return release_ != nullptr; }
+
+  // A frame of its own with these bytes.
+  static Frame copy(const void* data, std::size_t size) {
+    auto memory = std::make_unique_for_overwrite<std::uint8_t[]>(size);
+    std::memcpy(memory.get(), data, size);
+    std::uint8_t* const bytes = memory.release();
+    return {bytes, size, bytes, [](void* owner) { delete[] static_cast<std::uint8_t*>(owner); }};
+  }
 
   // Leaves the message to whoever else owns it.
   void disown() noexcept { release_ = nullptr; }

@@ -7,11 +7,19 @@ import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedcore._core import Collector, CollectorDone, CollectorOptions, RuleFailed, SourceRejected
+from fedcore._core import (
+    Collector,
+    CollectorDone,
+    CollectorOptions,
+    RuleFailed,
+    SourceRejected,
+    Spill,
+)
 from fedcore.model_file import create_model
 from fedcore.protocol.frames import Kind, frame_header, read_header
 from fedcore.rules import PythonRule
@@ -31,11 +39,23 @@ class Spoiling(Median):
         raise ArithmeticError("the values are odd")
 
 
+class HeldInTwo(Held):
+    """the median, by a class that waits where a chunk has elements of two formats"""
+
+    def combine(self, values: np.ndarray, out: np.ndarray) -> None:
+        if len(out) in (CHUNK // 4, CHUNK // 8):
+            Median.combine(self, values, out)
+        else:
+            super().combine(values, out)
+
+
 @contextmanager
-def combined(kind: type[PythonRule], names: str, **spoiled: int) -> Iterator[Federation]:
+def combined(
+    kind: type[PythonRule], names: str, spill: Spill | None = None, **spoiled: int
+) -> Iterator[Federation]:
     """A federation whose rule works in a thread of its own."""
     rule, budget = load_rule(named(kind)).core, WINDOW * len(names) * CHUNK
-    federation = Federation(names, budget, rule=rule, aside=True, **spoiled)
+    federation = Federation(names, budget, spill, rule=rule, aside=True, **spoiled)
     assert federation.collector.aside
     thread = threading.Thread(target=federation.server.combine, args=(federation.collector,))
     thread.start()
@@ -138,6 +158,23 @@ def test_sites_lost_at_any_time_leave_the_bytes_of_those_that_stay(seed: int) ->
             left = left.replace(lost, "")
             federation.lose(lost)
         assert finish(federation, left) == median(left)
+
+
+def test_a_spill_file_may_grow_while_the_rule_reads_a_chunk_that_lay_in_it(tmp_path: Path) -> None:
+    Held.hold()
+    spill = Spill(str(tmp_path / "spill"), CHUNK, 0, CHUNK)  # it grows with each chunk
+    with combined(HeldInTwo, "abc", spill) as federation:
+        federation.run("a")
+        assert spill.used > CHUNKS // 2
+        dice = random.Random(0)
+        while min(federation.collector.progress()[2]) < 2:
+            federation.step(dice, "bc")
+        assert Held.entered.wait(SECONDS)
+        before = spill.file_bytes
+        federation.run("b")
+        assert spill.file_bytes > before
+        Held.free.set()
+        assert finish(federation, "abc") == median("abc")
 
 
 def test_a_collection_that_is_cancelled_while_the_rule_works_writes_nothing() -> None:
