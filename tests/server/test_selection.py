@@ -49,6 +49,9 @@ def test_a_version_that_too_few_scored_is_not_eligible() -> None:
     }
     assert best_version(table, "loss", "min", 2) == 0
     assert best_version(table, "accuracy", "max", 1) is None
+    of_no_example = SiteScore("b", 1, {"loss": 1.0}, {"loss": 0})
+    table[1] = [*scores(("a", 1, 1.0)), of_no_example]
+    assert best_version(table, "loss", "min", 2) == 0
 
 
 HONEST = (("a", 100, 1.0), ("b", 200, 1.2), ("c", 100, 1.1))

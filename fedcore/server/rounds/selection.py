@@ -103,15 +103,19 @@ def best_version(
 ) -> int | None:
     """Return the version with the best ``metric``, or None if none is eligible.
 
-    A version is eligible if at least ``quorum`` sites scored it with a finite value, and what they are pooled to
-    is one.
+    A version is eligible if at least ``quorum`` sites scored it, on an example or more, with a finite value, and
+    what they are pooled to is one.
     """
     best: tuple[float, int] | None = None
     for version in sorted(scores):
-        finite = [s for s in scores[version] if math.isfinite(s.metrics.get(metric, math.nan))]
-        if len(finite) < quorum:
+        counted = [
+            score
+            for score in scores[version]
+            if math.isfinite(score.metrics.get(metric, math.nan)) and score.examples_of(metric)
+        ]
+        if len(counted) < quorum:
             continue
-        pooled = pooled_metrics(finite, pooling).get(metric)
+        pooled = pooled_metrics(counted, pooling).get(metric)
         if pooled is None:
             continue
         value = pooled if mode == "min" else -pooled
