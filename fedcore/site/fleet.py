@@ -103,6 +103,7 @@ class Fleet:
             ManyLinks(server, names) if keys is None else ManySecuredLinks(server, names, keys)
         )
         self._over: set[str] = set()
+        self._trained: set[str] = set()  # sites that were asked to train
         self._waiting: dict[str, list[str]] = {}  # the sites that wait for a set
         self._next_tick = 0.0
         self._download: tuple[str, Collector, ModelFile] | None = None  # the set that is downloaded
@@ -220,6 +221,7 @@ class Fleet:
             score = None if model is None else trainer.score(task, model)
             if score is not None:
                 machine.report(score)
+            self._check_kind(name, task, model)
             trained = trainer.train(task, model)
             if model is not None:
                 self._check_norm(name, trained.update)
@@ -236,6 +238,18 @@ class Fleet:
             raise ProtocolError(f"a task of kind {task.kind!r} is not for virtual sites")
         machine.end_task(task.kind, task.round)
         self._carry_out(name, machine)
+
+    def _check_kind(self, name: str, task: protocol.Task, model: ModelFile | None) -> None:
+        """Refuse what would let a trained model leave without a bound: as a first one, or as no change of any."""
+        if task.kind != "initial":
+            if model is None:
+                raise ProtocolError(f"{name}: the server asks for training, and names no model")
+            self._trained.add(name)
+        elif self._clip is not None and name in self._trained:
+            raise ProtocolError(
+                f"{name}: the server asks for an initial model after training; what was trained does not leave "
+                "without the bound of FEDCORE_CLIP"
+            )
 
     def _check_norm(self, name: str, update: EncodedUpdate) -> None:
         if self._clip is None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +17,19 @@ from safetensors.numpy import load_file
 from fedcore import protocol
 from fedcore._core import Layout
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
-from fedcore.errors import ConfigError, RefusedError
+from fedcore.errors import ConfigError, ProtocolError, RefusedError
 from fedcore.model_file import ModelFile, create_model
 from fedcore.security.keys import Credentials, KeyPair, Role, load_kit
 from fedcore.security.provision import Project, Provisioned, provision
 from fedcore.server.service import Server
 from fedcore.site import outputs as out
 from fedcore.site.fleet import Fleet, Trained
+from fedcore.transport.link import ServerLink
 
+from ..support import stage
 from ..support.runs import run_config
 from ..support.secured_runs import server_of
+from ..support.stage import Stage
 
 LAYOUT = Layout([("w", "F32", [16_384])])
 SECONDS = 60.0
@@ -58,17 +62,19 @@ class Silent(Adding):
 class Encoding(Silent):
     """Encodes its updates, with a bound on their norm unless that is 0."""
 
-    def __init__(self, number: int, encoding: str, norm: float) -> None:
+    def __init__(self, number: int, encoding: str, norm: float, layout: Layout = LAYOUT) -> None:
         super().__init__(number)
         stages = [("clip", {"norm": norm})] if norm else []
-        self._encoder = UpdateEncoder(LAYOUT, encoding, stages=stages)
+        self._layout = layout
+        self._encoder = UpdateEncoder(layout, encoding, stages=stages)
 
     def train(self, task: protocol.Task, model: ModelFile | None) -> Trained:
         if model is None:
             return super().train(task, model)
-        file = create_model(None, LAYOUT)
-        values = np.full(16_384, value(model) + self.number, np.float32).tobytes()
-        file.fill(lambda _: values)
+        file = create_model(None, self._layout)
+        sizes = {name: nbytes // 4 for name, _, _, _, nbytes in self._layout.tensors}
+        values = value(model) + self.number
+        file.fill(lambda name: np.full(sizes[name], values, np.float32).tobytes())
         update = self._encoder.encode(
             task.round, file.file, file.data_offset, model.file, model.data_offset
         )
@@ -76,7 +82,7 @@ class Encoding(Silent):
 
 
 def value(model: ModelFile) -> float:
-    values = np.frombuffer(model.view("w"), np.float32)
+    values = np.frombuffer(model.view(model.layout.tensors[0][0]), np.float32)
     assert (values == values[0]).all()
     return float(values[0])
 
@@ -184,6 +190,29 @@ def test_an_update_beyond_the_bound_of_virtual_sites_does_not_leave(
         server.stop()
         running.result(SECONDS)
     assert not list((tmp_path / "runs/t").glob("**/model-00001*"))
+
+
+@pytest.mark.parametrize("kind", ["initial", "train", "submit"])
+def test_no_server_gets_a_trained_model_of_a_virtual_site_without_its_bound(kind: Any) -> None:
+    link = ServerLink("tcp://127.0.0.1:0")
+    server, layout = Stage(link), stage.LAYOUT
+    fleet = Fleet(link.endpoint, layout, {"s": Encoding(1, "raw", 0.5, layout)}, clip=0.5)
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            running = pool.submit(fleet.run)
+            server.expect(protocol.Join)
+            server.welcome()
+            server.accept()
+            if kind == "initial":
+                server.task("train", 1, server.publish(1))
+                server.expect(protocol.Ready)
+            server.say(protocol.Task(kind=kind, round=0, rounds=2, version=0))
+            with pytest.raises(ProtocolError, match="initial model after training|names no model"):
+                running.result(SECONDS)
+            assert not [m for m in server.heard if isinstance(m, protocol.Ready)]
+        finally:
+            fleet.close()
+            link.close()
 
 
 @pytest.fixture
