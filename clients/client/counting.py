@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
@@ -65,7 +66,7 @@ class ExampleCounter:
         self._rows_per_example = rows_per_example
         self._shifted = shifted
         self._packed = False
-        self._choice: Choice = {}
+        self._choices: defaultdict[int, Choice] = defaultdict(dict)  # of each loader
         self._total: Any = 0
 
     @property
@@ -100,6 +101,7 @@ class ExampleCounter:
         computed: Any = None,
         expected: int | None = None,
         fresh: Fresh | None = None,
+        source: int = 0,
     ) -> None:
         """Count one batch that was trained on.
 
@@ -108,6 +110,7 @@ class ExampleCounter:
             computed: what the loss was computed from, where the trainer has made that out of the batch.
             expected: the rows that the loader puts into a full batch; decides where a structure has two readings.
             fresh: which rows are no repetitions; None: all.
+            source: number of the loader that the batch is from, where there are several.
 
         Raises:
             WeightError: the batch does not say how many examples it holds, or the script's function returned
@@ -123,7 +126,8 @@ class ExampleCounter:
         if self._examples == "tokens":
             self._total = self._total + count_tokens(seen, shifted=self._shifted, fresh=fresh)
             return
-        found, packed = count_examples(seen, expected=expected, choice=self._choice, fresh=fresh)
+        choice = self._choices[source]
+        found, packed = count_examples(seen, expected=expected, choice=choice, fresh=fresh)
         self._packed = self._packed or packed
         self._total = self._total + found
 

@@ -41,7 +41,7 @@ def count_batch(
         WeightError: the batch does not say how many examples it holds.
     """
     parts = None if whole else _parts(loader, batch)
-    for one, part in [(None, batch)] if parts is None else parts:
+    for source, (one, part) in enumerate([(None, batch)] if parts is None else parts):
         if weighs and not whole and _is_one_row(one, part):
             raise WeightError(
                 "a loader with batch_size=None gives rows or batches as the dataset has them, and this one has a "
@@ -49,7 +49,8 @@ def count_batch(
                 "fl.patch(trainer, examples=...), or give the loader a batch_size"
             )
         if part is not None:  # a loader that is used up gives none where the others go on
-            counter.add(part, expected=_batch_size(one), fresh=_fresh(one, index))
+            expected, fresh = _batch_size(one), _fresh(one, index)
+            counter.add(part, expected=expected, fresh=fresh, source=source)
 
 
 def _parts(loader: Any, batch: Any) -> list[tuple[Any, Any]] | None:

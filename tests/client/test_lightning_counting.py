@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from concurrent.futures import Future
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -58,6 +59,19 @@ def test_the_batches_of_several_loaders_count_together() -> None:
     counter = ExampleCounter()
     count_batch(counter, loaders, batch, 0)
     assert counter.total() == 8
+
+
+@pytest.mark.parametrize(("columns", "size"), [((2, 3), 2), ((4, 2), 4), ((4, 3), 4)])
+def test_what_a_batch_of_one_loader_is_says_nothing_of_another_loaders(
+    columns: tuple[int, int], size: int
+) -> None:
+    """The first one's batches have as many rows as columns, so they alone do not say which is which."""
+    sets = [TensorDataset(*[torch.zeros(n, 5)] * k) for n, k in zip((10, 40), columns, strict=True)]
+    loaders = [DataLoader(sets[0], size), DataLoader(sets[1], 8)]
+    counter = ExampleCounter()
+    for index, batch in enumerate(zip_longest(*loaders)):
+        count_batch(counter, loaders, list(batch), index)
+    assert counter.total() == 50
 
 
 def test_a_batch_that_a_hook_has_rearranged_counts_as_it_is() -> None:
