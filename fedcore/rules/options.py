@@ -59,7 +59,7 @@ def complete(
             raise ValueError(f"unknown key {name!r} of {of!r}{_hint(name, declared)}")
         if not declared[name].allows(value):
             raise ValueError(f"{name}: expected {declared[name].bounds}, got {value}")
-    values = {name: option.default for name, option in declared.items()}
+    values = {name: float(option.default) for name, option in declared.items()}
     return values | {name: float(value) for name, value in given.items()}
 
 

@@ -136,9 +136,9 @@ def test_the_settings_of_a_rule_change_the_model_and_are_recorded_in_it(
 ) -> None:
     names = "abcde"
     values = np.stack([update(name, 1) for name in names]).astype(np.float64)
-    for trim in (1, 2):
+    for trim, options in ((1, {}), (2, {"trim": 2})):
         folder = tmp_path / str(trim)
-        chosen = {"rule": rule, "options": {"trim": trim}}
+        chosen = {"rule": rule, "options": options}
         server = Server(config(folder, 5, aggregation=chosen))
         result, _ = run(server, *sites_of(server, names))
         assert result.ok
