@@ -406,7 +406,15 @@ def _count_segments(
     hit = torch.zeros(rows * (length + 1), dtype=torch.int64, device=segments.device)
     used = torch.ones_like(place) if active is None else active.to(place.device).long()
     hit.scatter_reduce_(0, place.reshape(-1), used.reshape(-1), "amax")
-    return hit.sum() if exact else _share(hit.sum(), fresh)
+    if exact or fresh is None:
+        return hit.sum()
+    share = _share(hit.sum(), fresh)
+    if rows > 1 or fresh.rows >= fresh.of:
+        return share
+    whole = (
+        segments[0, -1] + 1 == fresh.of
+    )  # one row that was made of the batch's rows, in their order
+    return torch.where(whole, hit[: fresh.rows].sum(), share)
 
 
 # --- tokens ------------------------------------------------------------------------------------------

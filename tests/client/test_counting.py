@@ -147,6 +147,18 @@ def test_each_sequence_of_a_packed_row_is_an_example_and_padding_is_none() -> No
     assert count(numbered) == 3
 
 
+def test_repeated_rows_that_are_flattened_into_one_count_nothing_whatever_their_labels() -> None:
+    used = [True, False, False, True, True, True]  # two of the first three have no label
+    batch = {
+        "input_ids": torch.ones(1, 12, dtype=torch.long),
+        "position_ids": torch.arange(12)[None] % 2,
+        "labels": torch.tensor([[1 if one else -100] * 2 for one in used]).reshape(1, 12),
+    }
+    assert count_examples(batch, fresh=Fresh(3, 6)) == (1, True)
+    assert count_examples(batch, fresh=Fresh(0, 6)) == (0, True)
+    assert count_examples(batch, fresh=Fresh(6, 6)) == (4, True)
+
+
 def test_position_ids_of_one_sequence_a_row_count_rows() -> None:
     position = torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 0, 0]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
