@@ -203,6 +203,7 @@ class CollectorOptions:
         rule: _Rule = "mean",
         finisher: Finisher | None = None,
         aside: bool = False,
+        plain: Set[str] = ...,
     ) -> None: ...
 
 class Collector:

@@ -319,10 +319,8 @@ class AggregationSection(_Section):
 
     @property
     def weighing(self) -> Weighing:
-        """What makes the weights of updates."""
-        rule = RULES.get(self.rule)
-        weighted = rule is None or rule.weighted
-        return Weighing(weighted and self.weights == "equal", self.max_share)
+        """What makes the weights of updates; in a rule that does not weigh, those of buffers."""
+        return Weighing(self.weights == "equal", self.max_share)
 
 
 class TransferSection(Transfer):

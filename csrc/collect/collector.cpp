@@ -54,6 +54,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   if (!options_.base_crcs.empty() && options_.base_crcs.size() != layout_->chunk_count()) {
     throw Error(Errc::kLayout, "the base must have a checksum of each chunk");
   }
+  find_plain();
   if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
     throw Error(Errc::kStorage, "the spill file's slots are smaller than a chunk");
   }
@@ -96,6 +97,25 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
 }
 
 Collector::~Collector() { stop(); }
+
+// A rule that folds is the mean, which is the mean of plain tensors, too.
+void Collector::find_plain() {
+  std::size_t found = 0;
+  for (const Tensor& tensor : layout_->tensors()) {
+    if (options_.plain.contains(tensor.name)) {
+      ++found;
+      plain_.push_back({tensor.offset, tensor.nbytes});
+    }
+  }
+  if (found != options_.plain.size()) {
+    throw Error(Errc::kLayout, "a tensor that is to keep the plain mean is not in the layout");
+  }
+  if (options_.rule->traits.folds) {
+    plain_.clear();
+  } else if (!plain_.empty() && options_.rule->views()) {
+    throw Error(Errc::kConfig, "a rule with views takes no plain tensors");
+  }
+}
 
 std::size_t Collector::add(Source source) {
   if (!open_ || state_ != State::kActive) {
@@ -215,7 +235,8 @@ void Collector::use_sources() {
       part.finished = std::make_unique<FinishedChunk>(*options_.finisher, states_);
     }
     try {
-      part.reducer = std::make_unique<Reducer>(*options_.rule, weights, part.finished.get());
+      part.reducer =
+          std::make_unique<Reducer>(*options_.rule, weights, part.finished.get(), plain_);
     } catch (const Error&) {  // nothing is there to reduce with
       stop();
       throw;

@@ -86,6 +86,9 @@ struct CollectorOptions {
   std::vector<std::uint32_t> base_crcs = {};
   // What combines the sources.
   std::shared_ptr<const Rule> rule = known_rule(kMean);
+  // Names of tensors, such as buffers, whose elements get the mean whatever the rule is. Not for a rule
+  // with views.
+  std::set<std::string> plain = {};
   // Whether a slow rule without views is combined by whoever takes chunks out, and by nobody else.
   bool aside = false;
   // What makes the output's elements of what is combined, with states; null: they are rounded. It
@@ -309,6 +312,7 @@ class Collector {
     return source.codec || source.layout ? source.codec.get() : options_.codec.get();
   }
 
+  void find_plain();
   void check_source(const Source& source) const;
   void check_base_for_views() const;
   std::vector<Feed> feeds_of(const std::vector<const Source*>& sources) const;
@@ -401,6 +405,7 @@ class Collector {
   // null: nobody goes on after this process. It is the collector's alone.
   std::shared_ptr<Record> record_;
   std::vector<StatePlace> states_;  // that the finisher writes
+  std::vector<Range> plain_;        // what options_.plain names, where the rule is not the mean
   bool pass_on_ = false;            // the one source's chunks go to the output as they are
   std::uint64_t window_ = 1;
   std::uint64_t group_ = 0;  // chunks under way at a time where sources are folded; 0: they are not

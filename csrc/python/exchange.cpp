@@ -7,6 +7,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -58,7 +59,8 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
                               std::shared_ptr<Spill> spill, std::int64_t spill_after_ms,
                               const py::object& codec, unsigned threads,
                               std::vector<std::uint32_t> base_checksums, const py::object& rule,
-                              std::shared_ptr<Finisher> finisher, bool aside) {
+                              std::shared_ptr<Finisher> finisher, bool aside,
+                              std::set<std::string> plain) {
   return {.budget_bytes = budget_bytes,
           .stall_ms = stall_ms,
           .write_behind = write_behind,
@@ -68,6 +70,7 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
           .threads = threads,
           .base_crcs = std::move(base_checksums),
           .rule = to_rule(rule),
+          .plain = std::move(plain),
           .aside = aside,
           .finisher = std::move(finisher)};
 }
@@ -166,7 +169,8 @@ void bind_exchange(py::module_& m) {
            py::arg("spill") = nullptr, py::arg("spill_after_ms") = usual.spill_after_ms,
            py::arg("codec") = py::none(), py::arg("threads") = usual.threads,
            py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
-           py::arg("finisher") = nullptr, py::arg("aside") = usual.aside);
+           py::arg("finisher") = nullptr, py::arg("aside") = usual.aside,
+           py::arg("plain") = usual.plain);
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")

@@ -2,20 +2,28 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "codec/element.hpp"
 #include "kernels/kernels.hpp"
+#include "reduce/families.hpp"
 
 namespace fedcore {
 
-Reducer::Reducer(const Rule& rule, const std::vector<double>& weights, Finish* finish)
+Reducer::Reducer(const Rule& rule, const std::vector<double>& weights, Finish* finish,
+                 std::vector<Range> plain)
     : rule_(rule),
       finish_(finish),
+      plain_(std::move(plain)),
       bodies_(weights.size()),
       pointers_(weights.size()),
+      shifted_(weights.size()),
       encodings_(weights.size()) {
   check_weights(rule, weights);
   combiner_ = rule.make(weights);
+  if (!plain_.empty()) {
+    mean_ = kMean.make(rule.weigh ? rule.weigh(weights) : weights);
+  }
 }
 
 std::optional<BadValue> Reducer::reduce(const Layout& layout, Range range, const Body* inputs,
@@ -59,7 +67,7 @@ std::optional<BadValue> Reducer::reduce_run(const Run& run, const Body* inputs,
   block_ = run.offset;
   width_ = item_size(run.dtype);
   int verdict = FC_MEAN_DECLINED;
-  if (is_float(run.dtype) && !finishes(run.dtype)) {
+  if (is_float(run.dtype) && !finishes(run.dtype) && !has_plain(run)) {
     verdict = combiner_->combine_on_device(
         run.dtype, pointers_.data(), encoded ? encodings_.data() : nullptr,
         encoded ? base : nullptr, out, run.nbytes / item_size(run.dtype));
@@ -71,7 +79,7 @@ std::optional<BadValue> Reducer::reduce_run(const Run& run, const Body* inputs,
     return reduce_pieces(run, inputs, base, out);
   }
   if (verdict == FC_MEAN_NON_FINITE ||  // the CPU finds what is not finite
-      !combiner_->combine(run.dtype, pointers_.data(), base, out, run.nbytes)) {
+      !combine(run.dtype, run.offset, base, out, nullptr, run.nbytes / width_)) {
     return find_bad(run.dtype, run.offset, run.nbytes);
   }
   return std::nullopt;
@@ -108,16 +116,67 @@ std::optional<BadValue> Reducer::reduce_pieces(const Run& run, const Body* input
   return std::nullopt;
 }
 
+bool Reducer::has_plain(const Run& run) const noexcept {
+  return std::any_of(plain_.begin(), plain_.end(), [&](const Range& range) {
+    return range.offset < run.offset + run.nbytes && run.offset < range.offset + range.nbytes;
+  });
+}
+
+// Combines `count` elements from flat byte `offset` on, which pointers_ show: by the rule, or by the
+// mean where they are plain. Into `out`, or in binary64 into `wide`.
+bool Reducer::combine(Dtype dtype, std::uint64_t offset, const std::uint8_t* base,
+                      std::uint8_t* out, double* wide, std::size_t count) {
+  if (!is_float(dtype) || plain_.empty()) {
+    return combine_stretch(*combiner_, dtype, 0, count, base, out, wide);
+  }
+  const std::size_t width = item_size(dtype);
+  const auto element = [&](std::uint64_t at) {
+    return std::min<std::uint64_t>(count, (std::max(at, offset) - offset) / width);
+  };
+  std::size_t done = 0;
+  for (const Range& range : plain_) {
+    const std::size_t begin = element(range.offset), end = element(range.offset + range.nbytes);
+    if (begin == end) {
+      continue;
+    }
+    if (!combine_stretch(*combiner_, dtype, done, begin - done, base, out, wide) ||
+        !combine_stretch(*mean_, dtype, begin, end - begin, base, out, wide)) {
+      return false;
+    }
+    done = end;
+  }
+  return combine_stretch(*combiner_, dtype, done, count - done, base, out, wide);
+}
+
+bool Reducer::combine_stretch(Combiner& combiner, Dtype dtype, std::size_t first, std::size_t count,
+                              const std::uint8_t* base, std::uint8_t* out, double* wide) {
+  if (count == 0) {
+    return true;
+  }
+  const std::size_t width = item_size(dtype), at = first * width;
+  for (std::size_t k = 0; k < pointers_.size(); ++k) {
+    shifted_[k] = static_cast<const std::uint8_t*>(pointers_[k]) + at;
+  }
+  try {
+    return wide != nullptr
+               ? combiner.combine_wide(dtype, shifted_.data(), wide + first, count)
+               : combiner.combine(dtype, shifted_.data(), base != nullptr ? base + at : nullptr,
+                                  out + at, count * width);
+  } catch (const RuleError& error) {
+    throw RuleError(error.what(), first + error.element(), error.trace());
+  }
+}
+
 // Combines the piece that pointers_ show; `base` and `out` point at the run's first byte.
 bool Reducer::combine_piece(const Run& run, std::size_t first, std::size_t n,
                             const std::uint8_t* base, std::uint8_t* out) {
   const std::size_t width = item_size(run.dtype), at = first * width;
   block_ = run.offset + at;
   if (!finishes(run.dtype)) {
-    return combiner_->combine(run.dtype, pointers_.data(), nullptr, out + at, n * width);
+    return combine(run.dtype, block_, nullptr, out + at, nullptr, n);
   }
   wide_.resize(kernels::kPiece);
-  if (!combiner_->combine_wide(run.dtype, pointers_.data(), wide_.data(), n)) {
+  if (!combine(run.dtype, block_, nullptr, nullptr, wide_.data(), n)) {
     return false;
   }
   finish_->apply(run.dtype, run.offset + at, wide_.data(), base != nullptr ? base + at : nullptr,

@@ -39,8 +39,11 @@ class Finish {
 
 class Reducer {
  public:
-  // Throws what check_weights() throws. `finish`, if any, outlives the reducer.
-  Reducer(const Rule& rule, const std::vector<double>& weights, Finish* finish = nullptr);
+  // Throws what check_weights() throws. `finish`, if any, outlives the reducer. `plain`: flat bytes
+  // of the layout, in order and apart, whose float elements get the mean whatever the rule is; for
+  // rules that neither fold nor have views.
+  Reducer(const Rule& rule, const std::vector<double>& weights, Finish* finish = nullptr,
+          std::vector<Range> plain = {});
 
   std::size_t sources() const noexcept { return bodies_.size(); }
 
@@ -75,6 +78,11 @@ class Reducer {
                                      std::uint8_t* out);
   std::optional<BadValue> reduce_pieces(const Run& run, const Body* inputs,
                                         const std::uint8_t* base, std::uint8_t* out);
+  bool combine(Dtype dtype, std::uint64_t offset, const std::uint8_t* base, std::uint8_t* out,
+               double* wide, std::size_t count);
+  bool combine_stretch(Combiner& combiner, Dtype dtype, std::size_t first, std::size_t count,
+                       const std::uint8_t* base, std::uint8_t* out, double* wide);
+  bool has_plain(const Run& run) const noexcept;
   bool combine_piece(const Run& run, std::size_t first, std::size_t n, const std::uint8_t* base,
                      std::uint8_t* out);
   std::optional<BadValue> find_bad(Dtype dtype, std::uint64_t offset, std::uint64_t nbytes) const;
@@ -86,8 +94,11 @@ class Reducer {
   const Rule& rule_;
   std::unique_ptr<Combiner> combiner_;
   Finish* finish_;
+  const std::vector<Range> plain_;
+  std::unique_ptr<Combiner> mean_;           // of those; null where there are none
   std::vector<const std::uint8_t*> bodies_;  // where the current run begins in each input
   std::vector<const void*> pointers_;        // the block that is combined
+  std::vector<const void*> shifted_;         // and a stretch of it
   std::uint64_t block_ = 0;                  // its flat byte offset, and its elements' size
   std::size_t width_ = 1;
   std::vector<std::uint8_t> encodings_;  // of the current run in each input

@@ -147,6 +147,8 @@ struct Rule {
   // for numbers that it does not take. A rule with options makes no combiner before it has them.
   std::span<const std::string_view> options = {};
   Rule (*with)(const std::vector<double>& numbers) = nullptr;
+  // What make() makes of weights first; null: nothing.
+  std::function<std::vector<double>(const std::vector<double>& weights)> weigh = nullptr;
 
   bool views() const noexcept {
     return traits.unit != Unit::kElement || traits.relative || needs != nullptr;

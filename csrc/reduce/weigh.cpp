@@ -78,6 +78,9 @@ std::shared_ptr<const Rule> weighed(std::shared_ptr<const Rule> rule, const Weig
     return rule;
   }
   auto made = std::make_shared<Rule>(*rule);
+  made->weigh = [weighing](const std::vector<double>& examples) {
+    return weigh(weighing, examples);
+  };
   made->make = [rule = std::move(rule), weighing](const std::vector<double>& examples) {
     return rule->make(weigh(weighing, examples));
   };

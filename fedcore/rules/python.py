@@ -39,12 +39,12 @@ def load_rule(
 
     Raises:
         ConfigError: there is no rule of that name, no such module or class, it is no `PythonRule`, it does not
-            take these settings or does not weigh, or NumPy is missing.
+            take these settings, or does not weigh and is given a greatest share, or NumPy is missing.
     """
     found = _load(name, settings or {})
     if weighing == EXAMPLES:
         return found
-    if not found.weighted:
+    if not found.weighted and not weighing.equal:
         raise ConfigError(f"the rule {name!r} does not weigh: leave out how updates are weighed")
     return replace(found, weighing=weighing)
 

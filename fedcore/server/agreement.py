@@ -116,8 +116,15 @@ class Agreement:
         """The buffers of the model, as the sites declared that know its roles."""
         return next((d.buffers for d in self._described.values() if d.buffers is not None), None)
 
-    def compare(self, site: str, declare: protocol.Declare) -> Found:
+    def compare(
+        self, site: str, declare: protocol.Declare, *, all_say_roles: bool = False
+    ) -> Found:
         """Compare a site with the others and with the run's model; nothing is remembered yet.
+
+        Args:
+            site: whose declaration it is.
+            declare: what it declares.
+            all_say_roles: a site that says no roles agrees with no site that names buffers.
 
         Raises:
             LayoutError: it says a role that a tensor can't have.
@@ -127,7 +134,7 @@ class Agreement:
         refusal = (
             self._other_adapter(site, mine, others)
             or _other_prints(site, mine, others)
-            or _other_roles(site, mine, others)
+            or _other_roles(site, mine, others, all_say_roles)
         )
         if refusal is not None:
             return Found(refusal)
@@ -226,8 +233,15 @@ def _other_prints(site: str, mine: _Described, others: _Others) -> str | None:
     return None
 
 
-def _other_roles(site: str, mine: _Described, others: _Others) -> str | None:
+def _other_roles(site: str, mine: _Described, others: _Others, all_say_roles: bool) -> str | None:
     for (other, *_), theirs in others:
+        buffers = mine.buffers or theirs.buffers
+        if all_say_roles and buffers and not (mine.buffers and theirs.buffers):
+            knows, other_one = (site, other) if mine.buffers else (other, site)
+            return (
+                f"the roles of tensors differ: tensor {buffers[0]!r} is a buffer at site {knows!r}, and site "
+                f"{other_one!r} names no buffers; with a rule that is not the mean, all sites have to say the same"
+            )
         unlike = compare_buffers(mine.buffers, theirs.buffers, f"site {site!r}", f"site {other!r}")
         if unlike is not None:
             return f"the roles of tensors differ: {unlike}; give all sites the same model"

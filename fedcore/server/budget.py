@@ -189,6 +189,7 @@ class Budget:
         updates, encoded = config.participants.trained, config.transfer.update != "raw"
         optimizer = config.aggregation.optimizer
         per_thread = rule_scratch(rule.core, updates) + encoded * updates * _DECODED_BYTES
+        per_thread += rule_scratch("mean", updates)  # of buffers
         read_back = updates * size if config.server.spill else 0
         chunks = budget.chunks - read_back - config.reducer_threads * per_thread
         beside = min(_BASE_BYTES, chunks // 16) + size if encoded or optimizer else 0

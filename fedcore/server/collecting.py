@@ -81,15 +81,17 @@ class Collecting:
 
     def scratch(self, version: int) -> Scratch:
         """Return where a version is written, with all that its bytes depend on but layout and participants."""
-        optimizer = self._versions.optimizer
+        optimizer, rule = self._versions.optimizer, rule_of(self._config)
+        buffers = () if rule.folds else self._versions.roles.buffers or ()
         of = {
             "fedcore": __version__,
             "run": self._store.run_id,
             "version": version,
             "base": self._versions.checksum,
-            **rule_of(self._config).key(),
+            **rule.key(),
             **self._config.model_dump(mode="json", include={"aggregation", "transfer"}),
             **optimizer.key(),
+            **({"buffers": buffers} if buffers else {}),
         }
         model = self._versions.model
         return Scratch(
@@ -183,7 +185,7 @@ class Collecting:
             layout = base.layout
             self._versions.roles.settle()
         self._versions.release_superseded()
-        optimizer = self._versions.optimizer
+        optimizer, rule = self._versions.optimizer, rule_of(self._config)
         finisher = optimizer.finisher(layout)  # of the initial model it is asked to refuse it early
         kept = {} if base is None else optimizer.layouts(layout)
         sizes = {name: of.total_bytes for name, of in kept.items()}
@@ -202,8 +204,9 @@ class Collecting:
             spill=self._spill,
             threads=self._config.reducer_threads,
             # The initial model is one site's, as it is.
-            rule="mean" if base is None else rule_of(self._config).core,
+            rule="mean" if base is None else rule.core,
             finisher=None if base is None else finisher,
+            plain=frozenset() if base is None or rule.folds else optimizer.plain(layout),
         )
 
     # --- what the core says ---

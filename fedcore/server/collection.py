@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Final
 
@@ -84,6 +84,7 @@ class CollectionSetting:
         threads: how many chunks are reduced at the same time.
         rule: what combines the updates.
         finisher: what makes the version of that; None: it is rounded.
+        plain: names of tensors that keep the mean, whatever the rule is.
     """
 
     exchange: Exchange
@@ -97,6 +98,7 @@ class CollectionSetting:
     threads: int = 1
     rule: CoreRule = "mean"
     finisher: Finisher | None = None
+    plain: Set[str] = frozenset()
 
     @property
     def options(self) -> CollectorOptions:
@@ -110,6 +112,7 @@ class CollectionSetting:
             base_checksums=self.checksums,
             rule=self.rule,
             finisher=self.finisher,
+            plain=self.plain,
             aside=self.exchange.wake_fd >= 0,  # else a pump does not learn what another thread did
         )
 

@@ -18,6 +18,7 @@ from fedcore.words import plural
 from .access import Access
 from .agreement import Agreement, Found
 from .peers import Peers
+from .rule import rule_of
 from .run_link import RunLink
 from .versions import Versions, declared_layout
 
@@ -48,6 +49,7 @@ class Declaring:
         report: Callable[[str, str], None],
     ) -> None:
         self._config = config
+        self._folds = rule_of(config).folds
         self._link = link
         self._peers, self._put_out = people
         self._store, self._versions = files
@@ -126,7 +128,9 @@ class Declaring:
     def _compared(self, peer: bytes, site: str, declare: protocol.Declare) -> Found | None:
         """Return what is unlike other sites and the run, and may be; None if the site was put out."""
         try:
-            found = self._agreement.compare(site, declare)
+            # Else one site of many could name buffers, and so take them from a robust rule.
+            all_say = not self._folds and not self._versions.roles.settled
+            found = self._agreement.compare(site, declare, all_say_roles=all_say)
             refusal = found.refusal or self._wrong_roles(site, declare, found)
         except LayoutError as error:
             self._put_out(peer, site, "layout", str(error))
@@ -151,10 +155,13 @@ class Declaring:
                     f"site {site!r} says that all tensors on which the server optimizer would act are buffers, "
                     f"such as {late[0]!r}; take its section out of the run file, or train a model with parameters"
                 )
+        acting = ["the server optimizer"] if late else []
+        if not self._folds and (late := optimizer.not_plain(buffers or ())):
+            acting.insert(0, "the rule")
         if late and roles.settled and roles.buffers is None:
             found.warnings.append(
-                f"{plural(len(late), 'buffer')} of the model, such as {late[0]!r}, are parameters to the server "
-                "optimizer: no site had said the roles of tensors when the run began"
+                f"{plural(len(late), 'buffer')} of the model, such as {late[0]!r}, are parameters to "
+                f"{' and '.join(acting)}: no site had said the roles of tensors when the run began"
             )
         return None
 

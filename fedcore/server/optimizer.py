@@ -71,7 +71,7 @@ class Optimizer:
         buffers = self._roles.buffers
         if self._made is None or self._made[0] is not layout or self._made[1] != buffers:
             before = {name: (state.file, state.data_offset) for name, state in self._states.items()}
-            plain = self._plain(layout, self._section.plain) | set(buffers or ())
+            plain = self.plain(layout)
             section, sums = self._section, self._checksums
             options = section.options_of(self._version + 1)
             made = Finisher(layout, section.name, options, plain, before, sums)
@@ -85,16 +85,18 @@ class Optimizer:
 
     def acts_on(self, names: Sequence[str]) -> list[str]:
         """Return which of these tensors of a float dtype it changes, as far as patterns say."""
-        if self._section is None:
-            return []
-        plain = self._section.plain
+        return [] if self._section is None else self.not_plain(names)
+
+    def not_plain(self, names: Sequence[str]) -> list[str]:
+        """Return which of these tensors no pattern of its section names."""
+        plain = self._section.plain if self._section is not None else ()
         return [n for n in names if not any(fnmatch.fnmatchcase(n, pattern) for pattern in plain)]
 
-    def _plain(self, layout: Layout, patterns: Sequence[str]) -> set[str]:
-        """Return the names of the tensors that keep the combined updates; say once which pattern names none."""
+    def plain(self, layout: Layout) -> set[str]:
+        """Return the names of the tensors that keep the plain mean; say once which pattern names none."""
         names = [name for name, *_ in layout.tensors]
-        found: set[str] = set()
-        for pattern in patterns:
+        found = set(self._roles.buffers or ())
+        for pattern in self._section.plain if self._section is not None else ():
             matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
             if not matching and pattern not in self._unmatched:
                 self._unmatched.add(pattern)

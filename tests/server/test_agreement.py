@@ -201,6 +201,24 @@ def test_sites_that_say_other_roles_are_refused_and_those_that_say_none_are_not(
     store.close()
 
 
+def test_where_all_must_say_roles_no_site_alone_names_buffers() -> None:
+    def roles(*places: int) -> protocol.Declare:
+        said = [protocol.OfRole(role="buffer", tensors=list(places))] if places else []
+        return protocol.Declare(tensors=[("v", "F32", [1]), ("w", "F32", [1])], roles=said)
+
+    agreement = Agreement(dict)
+    assert joined(agreement, "arrays", declared()) is None
+    found = agreement.compare("lone", roles(0, 1), all_say_roles=True).refusal
+    assert found is not None
+    assert "'v' is a buffer at site 'lone', and site 'arrays' names no buffers" in found
+    assert agreement.compare("west", roles(), all_say_roles=True).refusal is None
+    other = Agreement(dict)
+    assert joined(other, "lone", roles(0)) is None
+    assert other.compare("like it", roles(0), all_say_roles=True).refusal is None
+    for unlike in (declared(), roles(), roles(1)):
+        assert other.compare("arrays", unlike, all_say_roles=True).refusal is not None
+
+
 def test_a_role_that_a_tensors_dtype_cant_have_is_refused() -> None:
     for dtype, role in (("F32", "integer"), ("I64", "buffer"), ("I64", "parameter")):
         of = [protocol.OfRole(role=role, tensors=[0])]  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def reference(
         for key, dtype in DTYPES.items():
             wide = {name: update[key].astype(np.float64) for name, update in updates.items()}
             combined = sum(weight * wide[name] for name, weight in WEIGHTS.items()) / 8
-            if rule != "mean":
+            if rule != "mean" and key != plain:
                 combined = np.median(np.stack(list(wide.values())), axis=0)
             if key == plain:
                 model[key] = combined.astype(dtype)

@@ -293,6 +293,47 @@ def test_momentum_of_a_median_goes_on_after_kills_and_without_a_lost_site(
     assert server.run(dice).result() == medians("ac")
 
 
+def with_mean(middle: Files, mean: Files, tensor: str) -> Files:
+    """What the median made, but for one tensor, which is that of the mean."""
+    layouts = {"model": LAYOUT, **dict(finisher().states)}
+    made = {}
+    for name, flat_ in middle.items():
+        data = bytearray(flat_)
+        for key, _, _, at, nbytes in layouts[name].tensors:
+            if key == tensor:  # the master has none of `w`
+                data[at : at + nbytes] = mean[name][at : at + nbytes]
+        made[name] = bytes(data)
+    return made
+
+
+@pytest.mark.parametrize("tensor", ["h", "w"])
+def test_buffers_keep_the_mean_however_the_chunks_come_and_after_kills_and_losses(
+    tmp_path: Path, tensor: str, rule: str | PythonRule, medians: Callable[..., Files]
+) -> None:
+    def server(name: str, names: str, **options: Any) -> Server:
+        return Server(tmp_path / name, names, rule=rule, plain={tensor}, **options)
+
+    wanted = with_mean(medians("abcde"), expected("abcde"), tensor)
+    assert wanted not in (medians("abcde"), expected("abcde"))
+    for number, options in enumerate(({}, {"threads": 3}, {"memory": 25 * CHUNK})):
+        found = server(str(number), "abcde", **options).start()
+        assert found.run(random.Random(number)).result() == wanted
+    ahead = server("ahead", "abc").pull_ahead().run().result()
+    assert ahead == with_mean(medians("abc"), expected("abc"), tensor)
+    encoded = server("encoded", "abcde", encoding="int8").start().run(random.Random(7)).result()
+    mean = Server(tmp_path / "mean", "abcde", encoding="int8").start().run().result()
+    assert encoded == with_mean(medians("abcde", "int8"), mean, tensor)
+    dice, lossy = random.Random(8), server("run", "abc").start()
+    for _ in range(2):
+        lossy.run(dice, 40)
+        before = lossy.running.collector.progress()[0]
+        lossy = Server(lossy.killed(), "abc", rule=rule, plain={tensor}).start()
+        assert lossy.running.collector.progress()[0] >= before
+    left = tuple(p for p in lossy.participants if p.site != "b")
+    assert lossy.running.narrow(left, lossy.peers)
+    assert lossy.run(dice).result() == with_mean(medians("ac"), expected("ac"), tensor)
+
+
 @pytest.mark.parametrize("lost", ["model", *STATES])
 def test_chunks_that_a_power_cut_took_out_of_a_state_are_reduced_again(
     tmp_path: Path, lost: str

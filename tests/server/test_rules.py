@@ -200,6 +200,8 @@ def test_a_trimmed_mean_needs_more_updates_than_it_leaves_out(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=text):
         config(tmp_path, 4, aggregation=chosen)
     assert config(tmp_path, 5, aggregation=chosen).aggregation.options == {"trim": 2}
+    usual = rule_of(config(tmp_path, 4, "trimmed-mean"))
+    assert (usual.least, usual.recorded) == (3, "trimmed-mean 1 trim=0x1.0000000000000p+0")
     with pytest.raises(ConfigError, match=r"aggregation.options: trim: expected an integer"):
         config(tmp_path, 5, aggregation={"rule": "trimmed-mean", "options": {"trim": 0.5}})
 
