@@ -44,6 +44,7 @@ class Ending:
         result: how the run ended; None while it goes on.
         over: whether it has ended, and nobody is waited for any more.
         error: what ended the server's work on it; None if nothing did.
+        left: whether this process has left it to the next one.
         stopping: whether a stop was asked for.
         interrupted: what ends this process, such as a signal's name; empty if nothing does.
         requests: how often one of both was asked for.
@@ -58,6 +59,7 @@ class Ending:
         self.result: RunResult | None = None
         self.over = False
         self.error: Exception | None = None
+        self.left = False
         self.stopping = False
         self.interrupted = ""
         self.requests = 0
@@ -68,6 +70,11 @@ class Ending:
         self._says_end_again = False
         self._last_status: protocol.StatusReply | None = None
         self._watchers = Watchers(run.clock)
+
+    @property
+    def idle(self) -> bool:
+        """Whether this process does nothing for the run any more, though it has not ended."""
+        return self.left or self.error is not None
 
     def end(self, ending: How, message: str) -> None:
         """End the run: write what it leaves behind, and tell the sites."""

@@ -66,8 +66,8 @@ class Handling:
         """Handle a message that its sender may say."""
         if isinstance(message, protocol.StatusRequest | protocol.MetricsRequest):
             self._reply(peer, message)
-        elif self._ending.error is not None:
-            self._handle_given_up(peer, message)
+        elif self._ending.idle:
+            self._handle_idle(peer, message)
         elif self._ending.goodbye is not None:
             self._ending.goodbye.handle(peer, message)
         elif isinstance(message, protocol.Command):
@@ -79,12 +79,16 @@ class Handling:
         else:
             self._run.link.send(peer, protocol.Rejoin())
 
-    def _handle_given_up(self, peer: bytes, message: protocol.FromSite) -> None:
-        """Answer a peer of a run that was given up."""
+    def _handle_idle(self, peer: bytes, message: protocol.FromSite) -> None:
+        """Answer a peer of a run that was given up, or left to the next server."""
+        error, ended = self._ending.error, f"ended by {self._ending.interrupted}"
         if isinstance(message, protocol.Command):
-            self._run.link.send(peer, protocol.CommandReply(ok=False, message=GIVEN_UP))
+            left = f"the server was {ended}; start it again to go on with the run"
+            text = left if error is None else GIVEN_UP
+            self._run.link.send(peer, protocol.CommandReply(ok=False, message=text))
         elif isinstance(message, protocol.Join):
-            self._run.link.send(peer, protocol.Stopped(message=stopped_by(self._ending.error)))
+            why = f"it was {ended}" if error is None else stopped_by(error)
+            self._run.link.send(peer, protocol.Stopped(message=why))
 
     def _handle_of_site(self, peer: bytes, known: Peer, message: protocol.FromSite) -> None:
         """Handle a message of a site that takes part."""

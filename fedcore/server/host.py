@@ -18,7 +18,7 @@ from fedcore._core import SetDamaged
 from fedcore._device import use_device
 from fedcore.clock import SYSTEM, Clock
 from fedcore.config import RunConfig
-from fedcore.errors import ProtocolError
+from fedcore.errors import ProtocolError, StorageError
 from fedcore.replacing import partial_of, place_of, put_in_place
 from fedcore.transport.ends import ServerEnd
 from fedcore.transport.link import Control, DataEvent, ServerLink
@@ -212,12 +212,14 @@ class Host:
     def step(self) -> None:
         """Handle what arrives, after waiting for it, and do what is due in the runs."""
         now, turns = self._clock.monotonic(), self._turns
-        deadlines = [run.deadline for run in turns.free if run.deadline is not None]
         looks = [run.next_look for run in turns.free]
-        dues = [*looks, *(deadline for deadline in deadlines if deadline > now)]
+        dues = [*looks, *(deadline for deadline in turns.deadlines if deadline > now)]
         longest = min(self._timing.check, turns.longest)
         arrived = self.link.recv(max(0.0, min([now + longest, *dues]) - now))
         with turns.taken():
+            deadlines = (
+                turns.deadlines
+            )  # before what follows from messages; also of runs that waited
             if arrived is not None:
                 self._take_together(arrived)
             if any(deadline <= self._clock.monotonic() for deadline in deadlines):
@@ -278,7 +280,9 @@ class Host:
             yield
         finally:
             for run, group in groups:
-                if run.error is not None:  # its journal is closed
+                if run.error is not None:  # its journal is closed, and what it has lost is said
+                    with contextlib.suppress(StorageError):
+                        group.__exit__(None, None, None)
                     continue
                 with self._working_on(run):
                     group.__exit__(None, None, None)
@@ -296,8 +300,9 @@ class Host:
                 self._on_event(arrived)
             return
         inside = self._guard.run_of(arrived.peer)
-        if inside is not None and self._turns.waits(inside):
-            self._turns.do(inside, functools.partial(self._take, arrived), len(arrived.body))
+        waiting = self._turns.holding(inside, arrived.peer)
+        if waiting is not None:
+            self._turns.take(waiting, functools.partial(self._take, arrived), len(arrived.body))
             return
         asked = self.runs if inside is None else [inside]
         most = max(run.versions.most_tensors() for run in asked)
@@ -326,9 +331,10 @@ class Host:
             return
         run = self._run_of(peer, message)
         if run is not None and protocol.is_of_run(message, run.store.run_id):
-            if isinstance(message, protocol.Join):
+            joining = peer if isinstance(message, protocol.Join) else None
+            if joining is not None:
                 self._end_other_part(peer, run)
-            self._turns.do(run, functools.partial(run.handle, peer, message), size)
+            self._turns.take(run, functools.partial(run.handle, peer, message), size, joining)
         elif run is None and isinstance(message, protocol.Join | _FromOutside):
             # The same text whether there is such a run or not: who is of none learns no names.
             name = message.site if isinstance(message, protocol.Join) else self._guard.name(peer)

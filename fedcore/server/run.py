@@ -123,12 +123,12 @@ class Run:
     @property
     def deadline(self) -> float | None:
         """When the plan has something to decide; None if never."""
-        return None if self.ending.error is not None else self.rounds.deadline
+        return None if self.ending.idle else self.rounds.deadline
 
     @property
     def next_look(self) -> float:
         """When the sites are looked at next."""
-        if self.error is not None:
+        if self.ending.idle:
             return math.inf
         ended = self.ending.goodbye is not None
         return self.ending.next_look if ended else self.attendance.next_look
@@ -150,7 +150,7 @@ class Run:
 
     def pass_time(self) -> None:
         """Do what is due."""
-        if self.ending.error is not None:
+        if self.ending.idle:
             return
         if self.ending.goodbye is not None:
             self.ending.look()
@@ -174,7 +174,7 @@ class Run:
             StorageError: the new model can't be written.
             RuleError: the rule has failed.
         """
-        if self.ending.goodbye is None and self.error is None:
+        if self.ending.goodbye is None and not self.ending.idle:
             self.attendance.on_event(event)
 
     def concerns(self, event: DataEvent) -> bool:
@@ -202,7 +202,7 @@ class Run:
         """End the part of a site's process in the run, if it still takes part."""
         if peer not in self.peers:
             return
-        if self.ending.goodbye is None and self.ending.error is None:
+        if self.ending.goodbye is None and not self.ending.idle:
             self.attendance.lose(peer, reason, how)
         else:
             self.peers.remove(peer)
@@ -241,7 +241,7 @@ class Run:
         """Leave the run as a crash would, but tell the sites to wait for the next server."""
         why = f"the server was ended by {self.ending.interrupted}"
         self.peers.broadcast(protocol.Stopped(message=f"it was ended by {self.ending.interrupted}"))
-        self.ending.over = True
+        self.ending.left = self.ending.over = True  # other runs may keep this process for a while
         try:
             self.store.leave()
         except StorageError as error:  # as where the disk is full: nothing that counts is lost

@@ -24,7 +24,9 @@ class _PutOff:
     """What is done for a run once its journal is free."""
 
     acts: list[Callable[[], None]] = field(default_factory=list)
+    messages: int = 0
     size: int = 0
+    joining: set[bytes] = field(default_factory=set)
 
 
 class Turns:
@@ -63,6 +65,11 @@ class Turns:
         """The runs that do not wait."""
         return [run for run in self._runs if run not in self._put_off]
 
+    @property
+    def deadlines(self) -> list[float]:
+        """When the plans of these runs have something to decide."""
+        return [run.deadline for run in self.free if run.deadline is not None]
+
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
         """Work on runs within the ``with`` block: their journals are reserved, or they wait."""
@@ -80,15 +87,40 @@ class Turns:
                     with self._working_on(run):
                         run.store.release()
 
-    def do(self, run: Run, act: Callable[[], None], size: int = 0) -> None:
-        """Do something for one run, now or once its journal is free; ``size`` is what it keeps in bytes."""
+    def holding(self, inside: Run | None, peer: bytes) -> Run | None:
+        """Return the run for whose journal a peer's messages wait; None if they need not.
+
+        It is the run in which the peer takes part (``inside``), or one for which it waits to join.
+        """
+        if inside in self._put_off:
+            return inside
+        return next((run for run, at in self._put_off.items() if peer in at.joining), None)
+
+    def do(self, run: Run, act: Callable[[], None]) -> None:
+        """Do something for one run, now or once its journal is free; it is never lost."""
         waiting = self._put_off.get(run)
         if waiting is None:
             with self._working_on(run):
                 act()
-        elif len(waiting.acts) < _MOST_PUT_OFF and waiting.size + size <= self._room:
+        else:
             waiting.acts.append(act)
+
+    def take(
+        self, run: Run, act: Callable[[], None], size: int, joining: bytes | None = None
+    ) -> None:
+        """Handle a message of so many bytes for one run, now or once its journal is free, if there is room.
+
+        ``joining`` is the peer that asks to take part, if the message is that.
+        """
+        waiting = self._put_off.get(run)
+        if waiting is None:
+            self.do(run, act)
+        elif waiting.messages < _MOST_PUT_OFF and waiting.size + size <= self._room:
+            waiting.acts.append(act)
+            waiting.messages += 1
             waiting.size += size
+            if joining is not None:
+                waiting.joining.add(joining)
 
     def hand_over(self, run: Run, event: DataEvent) -> None:
         """Hand an event of the core to a run, now or once its journal is free; every one of its own arrives."""

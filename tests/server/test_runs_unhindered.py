@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import gc
 import logging
 import sqlite3
+import sys
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,6 +41,22 @@ from ..support.several_runs import (
 
 def joins(site: str, run: str) -> Control:
     return says(site, protocol.Join(version="0", site=site, run=run, instance="0" * 32))
+
+
+@contextlib.contextmanager
+def two_runs(folder: Path) -> Iterator[tuple[Host, Arriving, sqlite3.Connection]]:
+    """Two runs under a clock that stands still, after a step, and what can lock the first one's journal."""
+    link = Arriving()
+    configs = [run_file(folder, name) for name in MODELS]
+    host = Host(configs, link=link, clock=ManualClock())  # type: ignore[arg-type]
+    other = sqlite3.connect(folder / "runs/one/run.sqlite", isolation_level=None, timeout=0)
+    try:
+        host.start()
+        host.step()
+        yield host, link, other
+    finally:
+        other.close()
+        host.close()
 
 
 def test_a_flood_in_one_run_delays_another_by_its_share_of_the_messages(
@@ -193,6 +214,109 @@ def test_messages_for_a_run_whose_journal_stays_locked_take_no_more_than_their_r
     finally:
         other.close()
         host.close()
+
+
+def test_what_a_site_says_after_it_asked_to_join_a_locked_run_keeps_its_place(
+    tmp_path: Path,
+) -> None:
+    with two_runs(tmp_path) as (host, link, other):
+        other.execute("BEGIN EXCLUSIVE")
+        link.waiting = [joins("a", "one")]
+        host.step()
+        link.waiting = [says("a", protocol.Leave(reason="bye")), joins("c", "two")]
+        host.step()
+        assert [peer[:1] for peer, _ in link.sent] == [b"c"]
+        other.execute("COMMIT")
+        host.step()
+        assert [type(message) for peer, message in link.sent if peer[:1] == b"a"] == [
+            protocol.Welcome
+        ]
+        assert [len(run.peers) for run in host.runs] == [0, 1]
+
+
+def test_a_revoked_key_is_taken_out_of_a_locked_run_however_much_waits_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcore.server.turns._MOST_PUT_OFF", 1)
+    with two_runs(tmp_path) as (host, link, other):
+        one = host.runs[0]
+        link.waiting = [joins("a", "one")]
+        host.step()
+        other.execute("BEGIN EXCLUSIVE")
+        link.waiting = [says("a", protocol.Alive())]
+        host.step()
+        [(peer, known)] = one.peers
+        host._guard._do(one, functools.partial(host._guard._take_out, one, peer, known.site))
+        assert len(one.peers) == 1
+        other.execute("COMMIT")
+        host.step()
+        assert not len(one.peers)
+
+
+def test_a_run_that_was_left_to_the_next_server_does_nothing_while_another_waits(
+    tmp_path: Path,
+) -> None:
+    with two_runs(tmp_path) as (host, link, other):
+        two = host.runs[1]
+        link.waiting = [joins("c", "two")]
+        host.step()
+        other.execute("BEGIN EXCLUSIVE")
+        host.step()
+        host.interrupt("SIGTERM")
+        host._end_what_is_asked()
+        assert [run.over for run in host.runs] == [False, True]
+        link.sent.clear()
+        declares = protocol.Declare(tensors=[("w", "F32", [4])], run_id=two.store.run_id)
+        stops = protocol.Command(action="stop", run_id=two.store.run_id)
+        link.waiting = [says("c", declares), joins("b", "two"), says("v", stops)]
+        host.step()
+        assert [(peer[:1], type(message)) for peer, message in link.sent] == [
+            (b"b", protocol.Stopped), (b"v", protocol.CommandReply)
+        ]  # fmt: skip
+        assert all("SIGTERM" in str(message) for _, message in link.sent)
+        assert not two._parts.declaring.declared
+        other.execute("COMMIT")
+        host.step()
+        host._end_what_is_asked()
+        assert [run.result and run.result.ending for run in host.runs] == ["interrupted"] * 2
+
+
+def test_a_deadline_that_passed_while_a_run_waited_comes_after_what_was_sent_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcore.server.host._MOST_TOGETHER", 1)
+    monkeypatch.setattr(
+        Run, "deadline", property(lambda run: 0.0 if run.config.run.name == "one" else None)
+    )
+    with two_runs(tmp_path) as (host, link, other):
+        other.execute("BEGIN EXCLUSIVE")
+        host.step()
+        other.execute("COMMIT")
+        link.waiting = [joins("c", "two"), joins("a", "one"), joins("b", "one")]
+        host.step()
+        assert host.runs[0].store.members() == ["a", "b"]
+
+
+def test_a_full_disk_ends_a_run_among_others_without_a_trace_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(Failing):
+        def execute(self, statement: str, *values: Any) -> Any:
+            if statement.startswith("INSERT"):
+                self._db.execute("ROLLBACK")  # as SQLite itself does then
+                raise sqlite3.OperationalError("database or disk is full")
+            return self._db.execute(statement, *values)
+
+    unraisable: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
+    with two_runs(tmp_path) as (host, link, _):
+        host.runs[0].store._journal.db = Full(host.runs[0].store._journal.db)  # type: ignore[assignment]
+        link.waiting = [joins("a", "one"), joins("c", "two")]
+        host.step()
+        gc.collect()
+        assert "disk is full" in str(host.runs[0].error)
+        assert [type(message) for _, message in link.sent] == [protocol.Welcome]
+        assert not unraisable
 
 
 def test_another_server_may_go_on_with_a_run_that_was_given_up(tmp_path: Path) -> None:
