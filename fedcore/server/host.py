@@ -111,7 +111,7 @@ class Host:
         room = self._set_limits([share.budget for share in shares])
         self._replies = Replies(self.link, clock)
         self.runs: list[Run] = []
-        turns = self._turns = Turns(self.runs, self._working_on, room)
+        turns = self._turns = Turns(self.runs, self._working_on, self._group, room)
         self._guard = Guard(
             self.link, access, self._replies, self.runs, working_on=self._working_on, do=turns.do
         )
@@ -251,7 +251,7 @@ class Host:
         """
         following: Control | DataEvent | None = arrived
         taken = 0
-        with self._group():
+        with self._group(self.runs):
             while isinstance(following, Control) and taken < _MOST_TOGETHER:
                 self._take(following)
                 taken += 1
@@ -271,9 +271,9 @@ class Host:
             taken += self._take_together(arrived)
 
     @contextlib.contextmanager
-    def _group(self) -> Iterator[None]:
+    def _group(self, runs: Sequence[Run]) -> Iterator[None]:
         """Have rows that are written in here reach the devices together, those of each run by themselves."""
-        groups = [(run, run.store.group()) for run in self.runs if run.error is None]
+        groups = [(run, run.store.group()) for run in runs if run.error is None]
         for _, group in groups:
             group.__enter__()
         try:

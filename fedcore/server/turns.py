@@ -37,6 +37,7 @@ class Turns:
     Args:
         runs: the host's runs.
         working_on: in its ``with`` block is what is done for one run.
+        together: the rows of runs that are written in its ``with`` block reach the device together.
         room: bytes of messages that may be put off for one run. Others are lost: a site without an answer repeats.
     """
 
@@ -44,10 +45,12 @@ class Turns:
         self,
         runs: Sequence[Run],
         working_on: Callable[[Run], AbstractContextManager[None]],
+        together: Callable[[Sequence[Run]], AbstractContextManager[None]],
         room: int,
     ) -> None:
         self._runs = runs
         self._working_on = working_on
+        self._together = together
         self._room = room
         self._put_off: dict[Run, _PutOff] = {}
 
@@ -139,6 +142,8 @@ class Turns:
         return False
 
     def _resume(self, run: Run) -> None:
-        for act in self._put_off.pop(run).acts:
-            with self._working_on(run):
-                act()
+        acts = self._put_off.pop(run).acts
+        with self._together([run]):
+            for act in acts:
+                with self._working_on(run):
+                    act()

@@ -234,6 +234,25 @@ def test_what_a_site_says_after_it_asked_to_join_a_locked_run_keeps_its_place(
         assert [len(run.peers) for run in host.runs] == [0, 1]
 
 
+def test_what_waited_for_a_locked_journal_reaches_the_disk_together(tmp_path: Path) -> None:
+    class Counting(Failing):
+        commits = 0
+
+        def execute(self, statement: str, *values: Any) -> Any:
+            Counting.commits += statement == "COMMIT"
+            return self._db.execute(statement, *values)
+
+    with two_runs(tmp_path) as (host, link, other):
+        host.runs[0].store._journal.db = Counting(host.runs[0].store._journal.db)  # type: ignore[assignment]
+        other.execute("BEGIN EXCLUSIVE")
+        link.waiting = [joins("a", "one"), joins("b", "one")]
+        host.step()
+        other.execute("COMMIT")
+        host.step()
+        assert host.runs[0].store.members() == ["a", "b"]
+        assert Counting.commits == 1
+
+
 def test_a_revoked_key_is_taken_out_of_a_locked_run_however_much_waits_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
