@@ -114,6 +114,10 @@ class Connection:
             TransferTimeout: it did not within the connect timeout.
             RefusedError: it turned this site away.
         """
+        with self._driven() as machine:
+            asked = machine.ask_again(time.monotonic())
+        if asked and self._link is not None:
+            self._link.wake()  # its thread looks again at what is due
         with self.changed:
             deadline = time.monotonic() + self._settings.connect_timeout
             for _ in self.waiting(f"an answer from {self._server}", connecting=True):

@@ -79,6 +79,7 @@ class SiteMachine:
         self._pulled = ""
         self._spoiled = 0  # downloads in a row that came with wrong bytes
         self._held: _Held | None = None
+        self._gave_up = False
         self._ended: tuple[str, int] | None = None
         self._warned: set[str] = set()
         self._sent_at: float | None = None
@@ -102,11 +103,23 @@ class SiteMachine:
         return self._held is not None
 
     def held_too_long(self, now: float) -> RefusedError | None:
-        """Return why this site cannot join, if its name was another process's for the connect timeout."""
+        """Give up, and return why, if this site's name was another process's for the connect timeout.
+
+        It asks no more: nobody would work for it who got the name later, and a run would wait for it.
+        """
         held = self._held
         if held is None or now - held.since <= self._settings.connect_timeout:
             return None
+        self.error, self._held, self._gave_up = held.error, None, True
         return held.error
+
+    def ask_again(self, now: float) -> bool:
+        """Ask to take part once more, if this site has given up because its name was another process's."""
+        if not self._gave_up:
+            return False
+        self.error, self._gave_up = None, False
+        self.join(now)
+        return True
 
     def open_task(self) -> protocol.Task | None:
         """Return the current task, or None after its end."""
@@ -331,6 +344,10 @@ class SiteMachine:
 
     def _on_welcome(self, welcome: protocol.Welcome) -> None:
         server = self._settings.server
+        if self._gave_up:
+            reason = "another process had its name for too long, and it asks no more"
+            self.send(protocol.Leave(reason=reason, run_id=welcome.run_id))
+            return
         if self.welcome is not None and self.welcome.run_id != welcome.run_id:
             same = welcome.run == self.welcome.run
             what = "under another id, as after a rollback" if same else "and not this site's"
@@ -374,7 +391,8 @@ class SiteMachine:
 
     def _on_refused(self, refused: protocol.Refused, now: float) -> None:
         if refused.code == "name-in-use":
-            self._on_name_in_use(refused, now)
+            if not self._gave_up:
+                self._on_name_in_use(refused, now)
             return
         refusal = RefusedError(refused.message, refused.code)
         self.error = LayoutError(refused.message) if refused.code == "layout" else refusal

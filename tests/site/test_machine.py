@@ -191,8 +191,25 @@ def test_a_name_that_is_in_use_is_asked_for_less_and_less_often_and_not_for_ever
     assert made.held_too_long(119.9) is None
     with pytest.raises(RefusedError, match="in use"):
         raise made.held_too_long(120.1) or AssertionError
-    made.handle(welcome(), 121.0)
     assert not made.held
+
+
+def test_a_site_that_gave_up_its_name_leaves_it_to_others_until_it_is_asked_again() -> None:
+    made = machine(connect_timeout=20.0)
+    in_use = p.Refused(code="name-in-use", message="in use")
+    made.handle(in_use, 100.0)
+    assert made.held_too_long(120.1) is not None
+    sent(made)
+    made.tick(200.0)
+    assert (made.due(), sent(made)) == (None, [])
+    for late in (in_use, welcome()):
+        made.handle(late, 201.0)
+    assert [type(message) for message in sent(made)] == [p.Leave]
+    assert made.welcome is None
+    made.ask_again(300.0)
+    assert [type(message) for message in sent(made)] == [p.Join]
+    made.handle(welcome(), 301.0)
+    assert (made.error, made.welcome) == (None, welcome())
 
 
 @pytest.mark.parametrize(("code", "kind"), [("layout", LayoutError), ("key", RefusedError)])
