@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -42,11 +44,23 @@ class Spoiling(Median):
 class HeldInTwo(Held):
     """the median, by a class that waits where a chunk has elements of two formats"""
 
+    entered_fd: ClassVar[int] = -1  # the test's; it is readable once the rule waits
+
     def combine(self, values: np.ndarray, out: np.ndarray) -> None:
         if len(out) in (CHUNK // 4, CHUNK // 8):
             Median.combine(self, values, out)
         else:
+            if not self.entered.is_set():
+                os.eventfd_write(self.entered_fd, 1)
             super().combine(values, out)
+
+
+@pytest.fixture
+def entered_fd(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    fd = os.eventfd(0)
+    monkeypatch.setattr(HeldInTwo, "entered_fd", fd)
+    yield fd
+    os.close(fd)
 
 
 @contextmanager
@@ -75,9 +89,9 @@ def arrive(federation: Federation, awake: str, seed: int = 0) -> None:
         pass
 
 
-def woken(federation: Federation) -> None:
-    """Wait until the thread that combines has done something."""
-    assert select.select([federation.server.wake_fd], [], [], SECONDS)[0]
+def woken(federation: Federation, *other: int) -> None:
+    """Wait until the thread that combines has done something, or another descriptor is readable."""
+    assert select.select([federation.server.wake_fd, *other], [], [], SECONDS)[0]
     federation.server.clear_wake()
 
 
@@ -160,15 +174,18 @@ def test_sites_lost_at_any_time_leave_the_bytes_of_those_that_stay(seed: int) ->
         assert finish(federation, left) == median(left)
 
 
-def test_a_spill_file_may_grow_while_the_rule_reads_a_chunk_that_lay_in_it(tmp_path: Path) -> None:
+def test_a_spill_file_may_grow_while_the_rule_reads_a_chunk_that_lay_in_it(
+    tmp_path: Path, entered_fd: int
+) -> None:
     Held.hold()
     spill = Spill(str(tmp_path / "spill"), CHUNK, 0, CHUNK)  # it grows with each chunk
     with combined(HeldInTwo, "abc", spill) as federation:
         federation.run("a")
         assert spill.used > CHUNKS // 2
         dice = random.Random(0)
-        while min(federation.collector.progress()[2]) < 2:
-            federation.step(dice, "bc")
+        while not select.select([entered_fd], [], [], 0)[0]:  # it is chunk 1 that has two formats
+            if not federation.step(dice, "bc"):
+                woken(federation, entered_fd)
         assert Held.entered.wait(SECONDS)
         before = spill.file_bytes
         federation.run("b")
@@ -202,8 +219,9 @@ def test_a_bad_value_that_the_rule_meets_rejects_its_site_alone() -> None:
 def test_a_rule_that_fails_in_its_thread_is_an_event_with_its_words() -> None:
     with combined(Spoiling, "abc") as federation:
         arrive(federation, "abc")
-        woken(federation)
-        (failed,) = federation.events()
+        while not (events := federation.events()):
+            woken(federation)
+        (failed,) = events
         assert isinstance(failed, RuleFailed)
         assert "ArithmeticError: the values are odd" in failed.message
         assert "Spoiling" in failed.message
