@@ -108,10 +108,10 @@ class Connection:
         return True
 
     def join(self) -> None:
-        """Wait until the server has answered.
+        """Wait until the server has answered. A call that follows one that failed asks again.
 
         Raises:
-            TransferTimeout: it did not within the connect timeout.
+            TransferTimeout: it did not within the connect timeout; this site asks no more.
             RefusedError: it turned this site away.
         """
         with self._driven() as machine:
@@ -124,11 +124,13 @@ class Connection:
                 if self.machine.welcome is not None or self.machine.finish is not None:
                     return
                 if time.monotonic() > deadline and not self.machine.held:
-                    raise TransferTimeout(
+                    error = TransferTimeout(
                         f"no answer from the server at {self._server} within "
                         f"{self._settings.connect_timeout:g} s{self._why_silent()} "
                         "(FEDCORE_CONNECT_TIMEOUT changes how long to wait)"
                     )
+                    self.machine.give_up(error, "it had no answer for too long")
+                    raise error
 
     def _why_silent(self) -> str:
         hint = self._link.hint if self._link is not None else ""

@@ -79,7 +79,7 @@ class SiteMachine:
         self._pulled = ""
         self._spoiled = 0  # downloads in a row that came with wrong bytes
         self._held: _Held | None = None
-        self._gave_up = False
+        self._gave_up = ""  # why this site asks no more
         self._ended: tuple[str, int] | None = None
         self._warned: set[str] = set()
         self._sent_at: float | None = None
@@ -103,21 +103,27 @@ class SiteMachine:
         return self._held is not None
 
     def held_too_long(self, now: float) -> RefusedError | None:
-        """Give up, and return why, if this site's name was another process's for the connect timeout.
-
-        It asks no more: nobody would work for it who got the name later, and a run would wait for it.
-        """
+        """Give up, and return why, if this site's name was another process's for the connect timeout."""
         held = self._held
         if held is None or now - held.since <= self._settings.connect_timeout:
             return None
-        self.error, self._held, self._gave_up = held.error, None, True
+        self.give_up(held.error, "another process had its name for too long")
         return held.error
 
+    def give_up(self, error: FedcoreError, reason: str) -> None:
+        """Ask no more to take part: nobody would work for a site that joined later, and a run would wait for it.
+
+        Args:
+            error: what the script is given.
+            reason: the server is given if it lets this site take part later.
+        """
+        self.error, self._held, self._gave_up = error, None, reason
+
     def ask_again(self, now: float) -> bool:
-        """Ask to take part once more, if this site has given up because its name was another process's."""
+        """Ask to take part once more, if this site has given up; a further call of the script wants that."""
         if not self._gave_up:
             return False
-        self.error, self._gave_up = None, False
+        self.error, self._gave_up = None, ""
         self.join(now)
         return True
 
@@ -195,7 +201,7 @@ class SiteMachine:
 
     def leave(self, reason: str) -> None:
         """Leave the run; nothing is sent where the server has refused this site."""
-        if self.error is None:
+        if self.error is None or self._gave_up:  # a request to join may still be on its way
             self.send(protocol.Leave(reason=reason))
 
     # --- downloads ---
@@ -345,7 +351,7 @@ class SiteMachine:
     def _on_welcome(self, welcome: protocol.Welcome) -> None:
         server = self._settings.server
         if self._gave_up:
-            reason = "another process had its name for too long, and it asks no more"
+            reason = f"{self._gave_up}, and it asks no more"
             self.send(protocol.Leave(reason=reason, run_id=welcome.run_id))
             return
         if self.welcome is not None and self.welcome.run_id != welcome.run_id:

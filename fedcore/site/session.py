@@ -232,6 +232,7 @@ class Session:
         Raises:
             RefusedError: another site has other files, fingerprints or roles; both are named.
             LayoutError: the tensors differ from the server's or from an earlier call's; each is named.
+            ProtocolError: the server's task needs a model, and names none.
             RunEndedError: the run is over; RunFailedError if it was given up.
         """
         self._join()
@@ -252,6 +253,10 @@ class Session:
                 self._updates.publish(layout, read, 0, initial=True)
                 self._end(task.kind, task.round)
                 continue
+            if task.model is None:
+                raise ProtocolError(
+                    f"{self.site}: the server sends the task {task.kind!r} of round {task.round} without a model"
+                )
             file = self._updates.folder().received(layout)
             if task.kind in ("train", "submit"):
                 self._updates.prepare(layout, task.checksum)

@@ -9,7 +9,7 @@ import pytest
 from fedcore import protocol as p
 from fedcore._core import Layout
 from fedcore.encoding import EncodedUpdate
-from fedcore.errors import LayoutError, RefusedError
+from fedcore.errors import LayoutError, RefusedError, TransferTimeout
 from fedcore.layout import layout_hash, table
 from fedcore.model_file import create_model
 from fedcore.site import outputs as out
@@ -208,6 +208,20 @@ def test_a_site_that_gave_up_its_name_leaves_it_to_others_until_it_is_asked_agai
     assert made.welcome is None
     made.ask_again(300.0)
     assert [type(message) for message in sent(made)] == [p.Join]
+    made.handle(welcome(), 301.0)
+    assert (made.error, made.welcome) == (None, welcome())
+
+
+def test_a_site_that_had_no_answer_in_time_takes_no_part_until_it_is_asked_again() -> None:
+    made = machine()
+    made.give_up(TransferTimeout("no answer"), "it had no answer for too long")
+    assert made.due() is None
+    for late in (p.Rejoin(), welcome()):
+        made.handle(late, 201.0)
+    made.leave("its process ended")
+    reasons = [message.reason for message in sent(made)]
+    assert reasons == ["it had no answer for too long, and it asks no more", "its process ended"]
+    made.ask_again(300.0)
     made.handle(welcome(), 301.0)
     assert (made.error, made.welcome) == (None, welcome())
 

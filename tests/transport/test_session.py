@@ -352,6 +352,29 @@ def test_a_server_that_is_not_there_is_named_while_waiting_and_after_the_connect
     assert all("still trying; is fedcore-server running there" in text for text in waits)
 
 
+def test_a_site_that_gave_up_its_first_join_does_not_join_later_unseen() -> None:
+    with stage(connect_timeout=0.0) as (server, session, call):
+        with pytest.raises(TransferTimeout, match="no answer"):
+            call(session.is_running).result(DEADLINE)
+        server.expect(p.Join)
+        server.welcome()
+        assert server.expect(p.Leave).reason == "it had no answer for too long, and it asks no more"
+        assert session.run == ""
+
+
+@pytest.mark.parametrize("kind", ["train", "submit", "evaluate", "infer"])
+def test_a_task_that_needs_a_model_and_names_none_is_an_error_that_says_so(kind: Any) -> None:
+    with stage() as (server, session, call):
+        call(session.is_running)
+        server.expect(p.Join)
+        server.welcome()
+        server.say(p.Task(kind=kind, round=1, rounds=2, version=0))
+        begun = call(session.begin, SPECS, {}, fill(0))
+        server.accept()
+        with pytest.raises(ProtocolError, match=f"task '{kind}' of round 1 without a model"):
+            begun.result(DEADLINE)
+
+
 @pytest.mark.parametrize("included", [1, None])
 def test_the_next_task_of_a_restarted_server_tells_whether_the_last_update_counts(
     included: int | None, caplog: pytest.LogCaptureFixture
