@@ -34,9 +34,9 @@ from fedcore.security.keys import is_loopback, parse_toml
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer
 from .rules import RULES
-from .rules.choosing import CHOOSING
 from .rules.finishers import FINISHERS, factor_of
 from .rules.options import Option
+from .rules.several import SEVERAL
 from .weighing import Weighing
 
 __all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
@@ -275,7 +275,7 @@ class AggregationSection(_Section):
                 _importable(self.rule, "Class")
             except ValueError as error:
                 raise ValueError(f"rule: {error}") from None
-        elif self.rule in CHOOSING:
+        elif self.rule in SEVERAL:
             raise ValueError(
                 f"rule: {self.rule!r} compares whole updates, which `fedcore aggregate` alone does; in a run, "
                 "'median' and 'trimmed-mean' do without some lying sites"

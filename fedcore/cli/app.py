@@ -18,7 +18,8 @@ import typer
 from fedcore import __version__
 from fedcore.errors import ConfigError
 from fedcore.rules import RULES
-from fedcore.rules.choosing import CHOOSING, Choice
+from fedcore.rules.deciding import Decision
+from fedcore.rules.several import SEVERAL
 from fedcore.words import plural
 
 from .common import INTERRUPTED, reported, writable_output
@@ -339,10 +340,10 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     rule: Annotated[
         str,
         typer.Option(
-            metavar=f"[{'|'.join([*RULES, *CHOOSING])}|MODULE:CLASS]",
+            metavar=f"[{'|'.join([*RULES, *SEVERAL])}|MODULE:CLASS]",
             help="How to combine the files: "
             + "; ".join(
-                f"{rule.name}, {rule.summary}" for rule in (*RULES.values(), *CHOOSING.values())
+                f"{rule.name}, {rule.summary}" for rule in (*RULES.values(), *SEVERAL.values())
             )
             + "; or a class of your own, looked for in this folder, too.",
         ),
@@ -385,7 +386,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     if ":" in rule:
         sys.path.insert(0, "")
     settings = _numbers(options)
-    weighs = rule not in CHOOSING and load_rule(rule, settings).weighted
+    weighs = rule not in SEVERAL and load_rule(rule, settings).weighted
     try:
         counts = None if weights is None else [int(text) for text in weights.split(",")]
     except ValueError:
@@ -419,9 +420,9 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     )
 
 
-def _say_choice(files: Sequence[Path], choice: Choice) -> None:
+def _say_choice(files: Sequence[Path], decision: Decision) -> None:
     """Print each file's score, the least first, and whether it counts."""
-    for score, path, chosen in sorted(zip(choice.scores, files, choice.chosen, strict=True)):
+    for score, path, chosen in sorted(zip(decision.scores, files, decision.chosen, strict=True)):
         typer.echo(f"{path}: score {score:.6g}, {'counts' if chosen else 'left out'}", err=True)
 
 

@@ -22,8 +22,9 @@ from fedcore.model_file import ModelFile, check_booleans, create_model, open_mod
 from fedcore.protocol import MAX_WEIGHT
 from fedcore.replacing import partial_of, place_of, put_in_place, sync_folder
 from fedcore.rules import DEFAULT_RULE, Rule
-from fedcore.rules.choosing import CHOOSING, Choice, check_choice
+from fedcore.rules.deciding import Decision
 from fedcore.rules.python import load_rule
+from fedcore.rules.several import SEVERAL
 from fedcore.weighing import Weighing, effective_weight
 
 from .choosing import choose_files
@@ -46,7 +47,7 @@ def aggregate_files(
     device: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    choice: Callable[[Sequence[Path], Choice], None] | None = None,
+    choice: Callable[[Sequence[Path], Decision], None] | None = None,
 ) -> ModelFile:
     """Combine ``inputs`` by a rule, by default the weighted mean, and write the result to ``out``.
 
@@ -60,7 +61,7 @@ def aggregate_files(
         weights: one integer from 1 to 2**64 - 1 per file, of which `effective_weight` counts; all equal if None.
             A rule that does not weigh checks them and makes no use of them.
         out: file to write; it appears only when it is complete.
-        rule: a name in `fedcore.rules.RULES` or in `fedcore.rules.choosing.CHOOSING`, or ``package.module:Class``
+        rule: a name in `fedcore.rules.RULES` or in `fedcore.rules.several.SEVERAL`, or ``package.module:Class``
             of a `fedcore.rules.PythonRule`.
         settings: values for some of the rule's options.
         max_share: the greatest part of all weights that one file has (`fedcore.weighing.Weighing`).
@@ -105,13 +106,13 @@ def aggregate_files(
 
 def _rules(
     name: str, settings: Mapping[str, float], max_share: float | None, count: int
-) -> tuple[Rule, Callable[..., Choice] | None]:
+) -> tuple[Rule, Callable[..., Decision] | None]:
     """Return the rule that combines, and what chooses among the files before it does; None: all count."""
     try:
         weighing = Weighing(max_share=max_share)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    choosing = CHOOSING.get(name)
+    choosing = SEVERAL.get(name)
     if choosing is None:
         combining = load_rule(name, settings, weighing)
         if 0 < count < weighing.least:
@@ -123,7 +124,7 @@ def _rules(
     if max_share is not None:
         raise ConfigError(f"the rule {name!r} does not weigh: leave out how files are weighed")
     options = choosing.having(settings)
-    check_choice(choosing, count, options)
+    choosing.check(count, options)
     return load_rule(DEFAULT_RULE), functools.partial(choose_files, rule=choosing, settings=options)
 
 

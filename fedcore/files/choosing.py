@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fedcore._core import pair_distances
 from fedcore.errors import NonFiniteError
-from fedcore.rules.choosing import Choice, ChoosingRule
+from fedcore.rules.deciding import Decision, SeveralPasses
 
 from .weights import Weights
 
@@ -15,19 +15,20 @@ __all__ = ["choose_files", "square_distances"]
 
 def choose_files(
     models: Sequence[Weights],
-    rule: ChoosingRule,
+    rule: SeveralPasses,
     settings: Mapping[str, float],
     *,
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> Choice:
-    """Return what a rule chooses among files of the same tensors, in canonical order.
+) -> Decision:
+    """Return what a rule decides of files of the same tensors, in canonical order, which weigh the same.
 
     Raises:
         ConfigError: they are too few for the rule and its settings.
         NonFiniteError: a file holds NaN or infinity; file and tensor are named.
     """
-    return rule.choose(square_distances(models, threads=threads, progress=progress), settings)
+    squares = square_distances(models, threads=threads, progress=progress)
+    return rule.decide(squares, [1] * len(models), settings)
 
 
 def square_distances(

@@ -1,97 +1,44 @@
-"""Rules that choose among whole updates, by how far each is from the others: Krum and its kin.
+"""Rules that choose among whole updates, by how far each is from the others: Krum and multi-Krum.
 
-They take two passes over the updates: one for the squared distances of all pairs, one for the mean of those that
-were chosen. So they combine files only; a run has its updates chunk by chunk.
+Blanchard et al. 2017, "Machine Learning with Adversaries". Of K updates, f may be wrong in any way. The score of
+an update is the sum of its K - f - 2 least squared distances to others, added from the least one on. The updates
+of the least scores are chosen, and weigh the same. Of equal scores the first one counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
-from fedcore.errors import ConfigError
+from .deciding import Decision, SeveralPasses, Squares
+from .options import Option
 
-from .options import Option, complete
+__all__ = ["CHOOSING"]
 
-__all__ = ["CHOOSING", "Choice", "ChoosingRule", "check_choice"]
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What a rule has chosen.
-
-    Attributes:
-        scores: of each update; less is better.
-        chosen: whether each update counts. Those that do weigh the same.
-    """
-
-    scores: tuple[float, ...]
-    chosen: tuple[bool, ...]
+_Kept = Callable[[int, Mapping[str, float]], int]
 
 
-@dataclass(frozen=True, slots=True)
-class ChoosingRule:
-    """A rule that chooses.
-
-    Attributes:
-        name: how the command line names it.
-        summary: what it computes, in a phrase.
-        options: the numbers that it can be given, by name.
-        kept: how many of so many updates it chooses, with these settings. Raises ValueError if it can't be.
-    """
-
-    name: str
-    summary: str
-    options: Mapping[str, Option]
-    kept: Callable[[int, Mapping[str, float]], int]
-
-    def having(self, settings: Mapping[str, float]) -> dict[str, float]:
-        """Return a number for each option. ConfigError: it has no such option, or does not take the value."""
-        try:
-            return complete(self.options, settings, self.name)
-        except ValueError as error:
-            raise ConfigError(f"the rule {self.name!r}: options: {error}") from None
-
-    def choose(self, squares: Sequence[Sequence[float]], settings: Mapping[str, float]) -> Choice:
-        """Choose among K updates (Blanchard et al. 2017, "Machine Learning with Adversaries").
-
-        The score of an update is the sum of its K - f - 2 least squared distances to others, added from the least
-        one on. Of equal scores the first one counts.
-
-        Args:
-            squares: shape (K, K), symmetric: the squared distances of the updates, in canonical order.
-            settings: a number for each option.
-
-        Raises:
-            ConfigError: they are fewer than 2 f + 3, or more are to be chosen than are honest.
-        """
-        count, liars = len(squares), int(settings["f"])
-        check_choice(self, count, settings)
-        scores = []
-        for own, row in enumerate(squares):
-            others = sorted(square for other, square in enumerate(row) if other != own)
-            scores.append(sum(others[: count - liars - 2], 0.0))
-        best = sorted(range(count), key=lambda own: (scores[own], own))
-        kept = set(best[: self.kept(count, settings)])
-        return Choice(tuple(scores), tuple(own in kept for own in range(count)))
+def _scores(squares: Squares, count: int, liars: int) -> tuple[float, ...]:
+    scores = []
+    for own in range(count):
+        others = sorted(squares[own][other] for other in range(count) if other != own)
+        scores.append(sum(others[: count - liars - 2], 0.0))
+    return tuple(scores)
 
 
-def check_choice(rule: ChoosingRule, count: int, settings: Mapping[str, float]) -> None:
-    """Check that a rule can choose among so many updates.
-
-    Raises:
-        ConfigError: they are fewer than 2 f + 3, or more are to be chosen than are honest.
-    """
-    liars = int(settings["f"])
-    if count < 2 * liars + 3:
-        raise ConfigError(
-            f"the rule {rule.name!r} with f = {liars} needs at least {2 * liars + 3} inputs (2 f + 3), got {count}"
-        )
-    try:
-        rule.kept(count, settings)
-    except ValueError as error:
-        raise ConfigError(f"the rule {rule.name!r}: {error}") from None
+def _judge(
+    kept: _Kept, squares: Squares, weights: Sequence[float], settings: Mapping[str, float]
+) -> Decision:
+    count = len(weights)
+    scores = _scores(squares, count, int(settings["f"]))
+    best = sorted(range(count), key=lambda own: (scores[own], own))
+    chosen = set(best[: kept(count, settings)])
+    return Decision(
+        weights=tuple(int(own in chosen) for own in range(count)),
+        base=0,
+        scores=scores,
+        measure="sum of squared distances to its neighbours",
+    )
 
 
 def _one(_: int, __: Mapping[str, float]) -> int:
@@ -107,25 +54,33 @@ def _several(count: int, settings: Mapping[str, float]) -> int:
     return wanted or honest
 
 
+def _rule(name: str, summary: str, kept: _Kept, **options: Option) -> SeveralPasses:
+    def fits(count: int, settings: Mapping[str, float]) -> None:
+        kept(count, settings)
+
+    return SeveralPasses(
+        name=name,
+        version=1,
+        summary=summary,
+        options=options,
+        weighted=False,
+        needs_base=False,
+        least_with=lambda settings: 2 * int(settings["f"]) + 3,
+        judge=lambda squares, weights, settings: _judge(kept, squares, weights, settings),
+        fits=fits,
+        least_words="2 f + 3",
+    )
+
+
 _LIARS: Final = Option(1, 0, 1e6, "inputs that may be wrong in any way", whole=True)
 
-CHOOSING: Final[dict[str, ChoosingRule]] = {
-    rule.name: rule
-    for rule in (
-        ChoosingRule(
-            name="krum",
-            summary="the input that is nearest to its neighbours",
-            options={"f": _LIARS},
-            kept=_one,
-        ),
-        ChoosingRule(
-            name="multi-krum",
-            summary="the mean of the inputs that are nearest to their neighbours",
-            options={
-                "f": _LIARS,
-                "m": Option(0, 0, 1e6, "inputs that are chosen; 0: all but f", whole=True),
-            },
-            kept=_several,
-        ),
-    )
-}
+CHOOSING: Final = (
+    _rule("krum", "the input that is nearest to its neighbours", _one, f=_LIARS),
+    _rule(
+        "multi-krum",
+        "the mean of the inputs that are nearest to their neighbours",
+        _several,
+        f=_LIARS,
+        m=Option(0, 0, 1e6, "inputs that are chosen; 0: all but f", whole=True),
+    ),
+)

@@ -20,7 +20,8 @@ from fedcore.files.average import aggregate_files
 from fedcore.files.choosing import square_distances
 from fedcore.files.weights import open_weights
 from fedcore.model_file import create_model, open_model
-from fedcore.rules.choosing import CHOOSING, Choice
+from fedcore.rules.deciding import Decision
+from fedcore.rules.several import SEVERAL
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -101,7 +102,7 @@ def krum(values: Sequence[np.ndarray], f: int) -> list[Fraction]:
 
 
 def combined(paths: Sequence[Path], out: Path, rule: str, **settings: float) -> tuple[bytes, Any]:
-    told: list[tuple[list[Path], Choice]] = []
+    told: list[tuple[list[Path], Decision]] = []
     aggregate_files(
         paths, None, out, rule=rule, settings=settings, force=True,
         choice=lambda files, choice: told.append((list(files), choice)),
@@ -136,16 +137,16 @@ def test_the_choice_is_that_of_the_paper_in_any_order(tmp_path: Path, f: int) ->
 
 
 def test_multi_krum_leaves_out_as_many_as_may_lie_unless_it_is_told_otherwise() -> None:
-    rule = CHOOSING["multi-krum"]
+    rule = SEVERAL["multi-krum"]
     squares = [[abs(i - j) ** 2.0 for j in range(7)] for i in range(7)]
     squares[6] = [1e9] * 6 + [0.0]
     for row in squares[:6]:
         row[6] = 1e9
-    choice = rule.choose(squares, rule.having({}))
+    choice = rule.decide(squares, [1] * 7, rule.having({}))
     assert choice.chosen == (True,) * 6 + (False,)
-    assert sum(rule.choose(squares, rule.having({"f": 2})).chosen) == 5
+    assert sum(rule.decide(squares, [1] * 7, rule.having({"f": 2})).chosen) == 5
     with pytest.raises(ConfigError, match="m = 6: expected at most 5"):
-        rule.choose(squares, rule.having({"f": 2, "m": 6}))
+        rule.decide(squares, [1] * 7, rule.having({"f": 2, "m": 6}))
 
 
 def test_of_equal_scores_the_first_file_by_its_bytes_counts(tmp_path: Path) -> None:
