@@ -337,6 +337,12 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             help="The greatest part of all weights that one file has, e.g. 0.4; others have what it leaves."
         ),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model that the files were trained from, for rules that shorten the way from it."
+        ),
+    ] = None,
     rule: Annotated[
         str,
         typer.Option(
@@ -386,7 +392,8 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     if ":" in rule:
         sys.path.insert(0, "")
     settings = _numbers(options)
-    weighs = rule not in SEVERAL and load_rule(rule, settings).weighted
+    several = SEVERAL.get(rule)
+    weighs = load_rule(rule, settings).weighted if several is None else several.weighted
     try:
         counts = None if weights is None else [int(text) for text in weights.split(",")]
     except ValueError:
@@ -404,6 +411,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
             rule=rule,
             settings=settings,
             max_share=max_share,
+            base=base,
             threads=threads,
             device=device,
             force=force,
@@ -421,9 +429,13 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
 
 
 def _say_choice(files: Sequence[Path], decision: Decision) -> None:
-    """Print each file's score, the least first, and whether it counts."""
-    for score, path, chosen in sorted(zip(decision.scores, files, decision.chosen, strict=True)):
-        typer.echo(f"{path}: score {score:.6g}, {'counts' if chosen else 'left out'}", err=True)
+    """Print what the rule measured of each file, the least first, and its share of the result."""
+    whole = sum(decision.weights) + decision.base
+    for score, path, weight in sorted(zip(decision.scores, files, decision.weights, strict=True)):
+        share = f"share {100 * weight / whole:.4g} %" if weight else "left out"
+        typer.echo(f"{path}: {decision.measure} {score:.6g}, {share}", err=True)
+    if decision.base:
+        typer.echo(f"base: share {100 * decision.base / whole:.4g} %", err=True)
 
 
 def _numbers(options: list[str]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from fedcore.rules.python import load_rule
 from fedcore.rules.several import SEVERAL
 from fedcore.weighing import Weighing, effective_weight
 
-from .choosing import choose_files
+from .choosing import Choosing
 from .weights import Weights, open_weights
 
 __all__ = ["aggregate_files"]
@@ -43,6 +43,7 @@ def aggregate_files(
     rule: str = "mean",
     settings: Mapping[str, float] | None = None,
     max_share: float | None = None,
+    base: Path | None = None,
     threads: int = 1,
     device: str | None = None,
     force: bool = False,
@@ -65,67 +66,81 @@ def aggregate_files(
             of a `fedcore.rules.PythonRule`.
         settings: values for some of the rule's options.
         max_share: the greatest part of all weights that one file has (`fedcore.weighing.Weighing`).
+        base: the model that the files were trained from, for rules that shorten the way from it.
         threads: worker threads; the result does not depend on it.
         device: ``auto``, ``cpu`` or ``cuda``, for the process; FEDCORE_DEVICE decides if None. The result
             does not depend on it. Rules other than the mean are always computed on the CPU.
         force: replace ``out`` if it exists.
         progress: called with the bytes done and the bytes in all.
-        choice: called with the files in canonical order and with what a rule that chooses made of them.
+        choice: called with the files in canonical order and with what a rule of several passes decided of them.
+            The header of the result has the same.
 
     Raises:
         ConfigError: no input or too few for the rule or the greatest share, ``out`` is one of them, the rule is
-            unknown, does not take the settings or does not weigh, or the device can't be used.
+            unknown, does not take the settings, does not weigh, or needs the base or makes no use of it, or the
+            device can't be used.
         LayoutError: the files hold different tensors; each one is named.
         NonFiniteError: a file holds NaN or infinity; file and tensor are named.
         WeightError: a weight is out of range, or their number is wrong.
         StorageError: a file can't be read or written, or ``out`` exists.
         RuleError: a rule in Python has failed; tensor and element are named.
     """
-    combining, choosing = _rules(rule, settings or {}, max_share, len(inputs))
-    counts = _check_arguments(inputs, weights, out, force)
+    combining, several = _rules(rule, settings or {}, max_share, len(inputs), base is not None)
+    paths = [*inputs, *([] if base is None else [base])]
+    counts = _check_arguments(inputs, weights, paths, out, force)
     use_device(device)
-    models = _open(inputs, out)
-    if choosing is not None:
+    models = _open(paths, out)
+    _check_integers(models[: len(inputs)])
+    start = None if base is None else models.pop()
+    if several is not None and not several.rule.weighted:
         counts = [1] * len(models)
     if not combining.symmetric:
         pairs = sorted(zip(counts, models, strict=True), key=functools.cmp_to_key(_compare))
         counts, models = [weight for weight, _ in pairs], [model for _, model in pairs]
-    if choosing is not None:
-        found = choosing(models, threads=threads, progress=progress)
+    metadata: dict[str, str] = {}
+    if several is not None:
+        found = several.decide(models, counts, start, threads=threads, progress=progress)
         if choice is not None:
             choice([model.path for model in models], found)
-        models = [model for model, kept in zip(models, found.chosen, strict=True) if kept]
-        counts = counts[: len(models)]
+        metadata = several.record(models, found)
+        counts, models = several.weighed(models, start, found)
     place = place_of(out)
     with partial_of(place) as partial:
-        _reduce(models, counts, partial, rule=combining, threads=threads, progress=progress)
+        target = create_model(partial, models[0].layout, metadata)
+        _reduce(models, counts, target, rule=combining, threads=threads, progress=progress)
         put_in_place(partial, place)
         sync_folder(place.parent)
     return open_model(out)
 
 
 def _rules(
-    name: str, settings: Mapping[str, float], max_share: float | None, count: int
-) -> tuple[Rule, Callable[..., Decision] | None]:
-    """Return the rule that combines, and what chooses among the files before it does; None: all count."""
+    name: str, settings: Mapping[str, float], max_share: float | None, count: int, based: bool
+) -> tuple[Rule, Choosing | None]:
+    """Return the rule that combines, and what decides what the files weigh in it; None: what they are given."""
     try:
         weighing = Weighing(max_share=max_share)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    choosing = SEVERAL.get(name)
-    if choosing is None:
-        combining = load_rule(name, settings, weighing)
-        if 0 < count < weighing.least:
-            raise ConfigError(
-                f"max_share = {max_share} needs {weighing.least} or more files, got {count}: one of them has a "
-                "greater share, whatever it weighs"
-            )
-        return combining, None
-    if max_share is not None:
+    kind = SEVERAL.get(name)
+    combining = load_rule(DEFAULT_RULE) if kind else load_rule(name, settings, weighing)
+    if based and not (kind and kind.needs_base):
+        raise ConfigError(f"the rule {name!r} makes no use of a base: leave it out")
+    if kind is not None and kind.needs_base and not based:
+        raise ConfigError(
+            f"the rule {name!r} shortens the way from the model that the files were trained from: give it as base"
+        )
+    if kind is not None and max_share is not None and not kind.weighted:
         raise ConfigError(f"the rule {name!r} does not weigh: leave out how files are weighed")
-    options = choosing.having(settings)
-    choosing.check(count, options)
-    return load_rule(DEFAULT_RULE), functools.partial(choose_files, rule=choosing, settings=options)
+    if 0 < count < weighing.least:
+        raise ConfigError(
+            f"max_share = {max_share} needs {weighing.least} or more files, got {count}: one of them has a "
+            "greater share, whatever it weighs"
+        )
+    if kind is None:
+        return combining, None
+    options = kind.having(settings)
+    kind.check(count, options)
+    return combining, Choosing(kind, options, weighing)
 
 
 def _open(inputs: Sequence[Path], out: Path) -> list[Weights]:
@@ -142,12 +157,15 @@ def _open(inputs: Sequence[Path], out: Path) -> list[Weights]:
         )
         if difference is not None:
             raise LayoutError(f"the files hold different tensors: {difference}")
-    _check_integers(models)
     return models
 
 
 def _check_arguments(
-    inputs: Sequence[Path], weights: Sequence[int] | None, out: Path, force: bool
+    inputs: Sequence[Path],
+    weights: Sequence[int] | None,
+    paths: Sequence[Path],
+    out: Path,
+    force: bool,
 ) -> list[int]:
     if not inputs:
         raise ConfigError("there is no file to combine")
@@ -165,7 +183,7 @@ def _check_arguments(
     if not out.parent.is_dir():
         raise StorageError(f"{out}: there is no folder {out.parent}")
     place_of(out)
-    if out.exists() and any(out.samefile(path) for path in inputs if path.exists()):
+    if out.exists() and any(out.samefile(path) for path in paths if path.exists()):
         raise ConfigError(f"{out} is one of the inputs; give the result another name")
     if out.exists() and not force:
         raise StorageError(f"{out} exists; use --force to replace it")
@@ -206,14 +224,13 @@ def _check_integers(models: Sequence[Weights]) -> None:
 def _reduce(
     models: Sequence[Weights],
     weights: Sequence[int],
-    path: Path,
+    target: ModelFile,
     *,
     rule: Rule,
     threads: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     layout = models[0].layout
-    target = create_model(path, layout)
     groups: dict[tuple[int, ...], list[tuple[str, str, int, int]]] = {}  # tensors in the same files
     for name, dtype, _, offset, nbytes in layout.tensors:
         files = tuple(id(model.where[name]) for model in models)

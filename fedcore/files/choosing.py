@@ -1,34 +1,83 @@
-"""Which of some model files a rule such as Krum chooses, by the squared distances of all pairs."""
+"""What model files weigh by a rule such as Krum, which goes by the squared distances of all pairs."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from fedcore._core import pair_distances
 from fedcore.errors import NonFiniteError
 from fedcore.rules.deciding import Decision, SeveralPasses
+from fedcore.weighing import Weighing
 
 from .weights import Weights
 
-__all__ = ["choose_files", "square_distances"]
+__all__ = ["Choosing", "square_distances"]
 
 
-def choose_files(
-    models: Sequence[Weights],
-    rule: SeveralPasses,
-    settings: Mapping[str, float],
-    *,
-    threads: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-) -> Decision:
-    """Return what a rule decides of files of the same tensors, in canonical order, which weigh the same.
+@dataclass(frozen=True, slots=True)
+class Choosing:
+    """A rule of several passes over files.
 
-    Raises:
-        ConfigError: they are too few for the rule and its settings.
-        NonFiniteError: a file holds NaN or infinity; file and tensor are named.
+    Attributes:
+        rule: the rule.
+        settings: a number for each of its options.
+        weighing: what makes the weights of files, where they count.
     """
-    squares = square_distances(models, threads=threads, progress=progress)
-    return rule.decide(squares, [1] * len(models), settings)
+
+    rule: SeveralPasses
+    settings: Mapping[str, float]
+    weighing: Weighing
+
+    def decide(
+        self,
+        models: Sequence[Weights],
+        weights: Sequence[int],
+        base: Weights | None,
+        *,
+        threads: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Decision:
+        """Decide what files of the same tensors weigh.
+
+        Args:
+            models: the files, in canonical order.
+            weights: one for each.
+            base: the model that they were trained from, if the rule needs it.
+            threads: of the pass over the files.
+            progress: called with the bytes done and the bytes in all.
+
+        Raises:
+            ConfigError: they are too few for the rule and its settings, or too far apart.
+            NonFiniteError: a file holds NaN or infinity; file and tensor are named.
+        """
+        points = [*models, *([] if base is None else [base])]
+        squares = square_distances(points, threads=threads, progress=progress)
+        return self.rule.decide(squares, self.weighing.of(weights), self.settings)
+
+    def record(self, models: Sequence[Weights], decision: Decision) -> dict[str, str]:
+        """Return what the header of the result has: the rule, and the weights and scores as JSON."""
+        files = [
+            {"file": model.path.name, "weight": weight, "score": score.hex()}
+            for model, weight, score in zip(models, decision.weights, decision.scores, strict=True)
+        ]
+        of = {"measure": decision.measure, "base": decision.base, "files": files}
+        return {
+            "fedcore.rule": self.rule.recorded(self.settings),
+            "fedcore.decision": json.dumps(of),
+        }
+
+    @staticmethod
+    def weighed(
+        models: Sequence[Weights], base: Weights | None, decision: Decision
+    ) -> tuple[list[int], list[Weights]]:
+        """Return the weights above 0, and the files that have them; the base comes last."""
+        pairs = list(zip(decision.weights, models, strict=True))
+        if base is not None:
+            pairs.append((decision.base, base))
+        kept = [(weight, model) for weight, model in pairs if weight]
+        return [weight for weight, _ in kept], [model for _, model in kept]
 
 
 def square_distances(

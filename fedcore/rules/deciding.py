@@ -85,6 +85,11 @@ class SeveralPasses:
     fits: Callable[[int, Mapping[str, float]], None] = _fits_all
     least_words: str = ""
 
+    def recorded(self, settings: Mapping[str, float]) -> str:
+        """Return name, version and settings, as the header of a model file has them."""
+        numbers = [f"{name}={value.hex()}" for name, value in settings.items()]
+        return " ".join([self.name, str(self.version), *numbers])
+
     def having(self, settings: Mapping[str, float]) -> dict[str, float]:
         """Return a number for each option. ConfigError: it has no such option, or does not take the value."""
         try:

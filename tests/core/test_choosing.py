@@ -163,7 +163,7 @@ def test_of_equal_scores_the_first_file_by_its_bytes_counts(tmp_path: Path) -> N
 def test_what_can_not_be_is_refused_with_the_numbers(tmp_path: Path) -> None:
     paths = [write(tmp_path / f"{i}", w=("F32", of_seed(i, 3))) for i in range(4)]
     out = tmp_path / "out"
-    with pytest.raises(ConfigError, match=r"f = 1 needs at least 5 inputs \(2 f \+ 3\), got 4"):
+    with pytest.raises(ConfigError, match=r"needs at least 5 inputs \(2 f \+ 3.*\), got 4"):
         aggregate_files(paths, None, out, rule="krum")
     with pytest.raises(ConfigError, match="does not weigh"):
         aggregate_files(paths, None, out, rule="krum", settings={"f": 0}, max_share=0.5)
@@ -188,6 +188,6 @@ def test_the_command_says_of_each_file_its_score_and_whether_it_counts(
         main(["aggregate", *names, liar, "--rule", "multi-krum", "--option", "f=1", "-o", out])
     assert ended.value.code == 0
     said = capsys.readouterr().err
-    assert said.count(", counts") == 4
-    assert f"{liar}: score " in said.splitlines()[-1]
+    assert said.count(", share 25 %") == 4
+    assert f"{liar}: sum of squared distances to its neighbours " in said.splitlines()[-1]
     assert said.splitlines()[-1].endswith("left out")
