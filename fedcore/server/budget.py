@@ -29,6 +29,7 @@ SITE_BYTES: Final = 104 << 10
 """What a connection takes: its buffers in libzmq, the reply under way, what is known of the site."""
 _SUM_CHUNKS: Final = 4  # the sums of a chunk in fp64, or the chunks that are read back together
 _FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
+_BESIDE_CHUNKS: Final = 2
 _STATE_CHUNKS: Final = 4  # a state of a chunk of bfloat16, read and written
 _OPTIMIZER_CHUNKS: Final = 2 + _STATE_CHUNKS  # pages of the base, and the master
 _PACKING_CHUNKS: Final = 6  # to compress a chunk of the model, and to unpack one of an update
@@ -86,10 +87,12 @@ class Budget:
         least = _FEWEST_CHUNKS * chunk_bytes
         outgoing = max(memory // 8, 2 * chunk_bytes)
         control = memory // 16
-        beside = memory // 16  # what the allocator holds besides, page tables
+        # What the allocator holds besides, page tables, pages of the output that are not given back yet: of few
+        # chunks one or two more are resident at times.
+        beside = max(memory // 16, _BESIDE_CHUNKS * chunk_bytes)
         chunks = memory - outgoing - control - beside - sites * SITE_BYTES
         if chunks < least:
-            needed = (least + sites * SITE_BYTES) * 4 // 3 + chunk_bytes
+            needed = (least + sites * SITE_BYTES) * 4 // 3 + _BESIDE_CHUNKS * chunk_bytes
             raise ConfigError(
                 f"server.memory = {memory >> 20}MiB is too little for {plural(sites, 'site')}; it must be at "
                 f"least {-(-needed >> 20)}MiB"
