@@ -15,101 +15,13 @@ from fedcore.config import parse_size
 from fedcore.errors import FedcoreError
 
 from .experiments.__main__ import app as experiments
+from .kernel_commands import app as kernels
+from .options import Budget, Json, Plot, Repeats, Rounds, Sites, Size
 from .report import MIB, show, size_text, write
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app.add_typer(kernels)
 app.add_typer(experiments, name="experiments")
-
-Size = Annotated[str, typer.Option(help="Bytes of the model (fp32).")]
-Sites = Annotated[int, typer.Option(min=1, help="Site processes.")]
-Rounds = Annotated[int, typer.Option(min=1)]
-Inputs = Annotated[int, typer.Option(min=1, help="Updates that are averaged.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Of which the median is taken.")]
-Budget = Annotated[str, typer.Option(help="The server's memory budget.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Draw the result into this file.")]
-
-_KERNEL_COLUMNS = ("dtype", "SIMD", "updates", "read GB/s", "memcpy GB/s", "moved / memcpy moved")
-
-
-def _kernel_row(row: dict[str, Any]) -> list[object]:
-    return [
-        row["dtype"],
-        row["simd"],
-        row["inputs"],
-        row["mean_read_gb_s"],
-        row["memcpy_read_gb_s"],
-        row["mean_moved_over_memcpy_moved"],
-    ]
-
-
-@app.command()
-def reduce(
-    *,
-    size: Annotated[str, typer.Option(help="Bytes of each input.")] = "64MiB",
-    inputs: Inputs = 4,
-    dtype: Annotated[str, typer.Option(help="F64, F32, F16 or BF16.")] = "F32",
-    repeats: Repeats = 7,
-    json_file: Json = None,
-) -> None:
-    """Time the mean of one dtype on one core against a copy of the same bytes in the same run."""
-    from .kernels import measure
-
-    result = measure(parse_size(size), inputs, dtype, repeats)
-    show(
-        f"Mean of {inputs} updates of {size_text(result['bytes_each'])}, one core",
-        _KERNEL_COLUMNS,
-        [_kernel_row(result)],
-    )
-    write(json_file, result)
-
-
-@app.command()
-def kernels(
-    *,
-    size: Annotated[str, typer.Option(help="Bytes of each input.")] = "64MiB",
-    inputs: Inputs = 4,
-    repeats: Repeats = 7,
-    json_file: Json = None,
-    plot: Plot = None,
-) -> None:
-    """Time the mean of every dtype on every instruction set of this processor against memcpy."""
-    from .kernels import sweep
-
-    rows = sweep(parse_size(size), inputs, repeats)
-    show(
-        f"Mean of {inputs} updates of {size_text(rows[0]['bytes_each'])}, one core",
-        _KERNEL_COLUMNS,
-        [_kernel_row(row) for row in rows],
-    )
-    write(json_file, {"rows": rows})
-    if plot is not None:
-        from .plots import plot_kernels
-
-        plot_kernels(rows, plot)
-
-
-@app.command()
-def optimizers(
-    *,
-    size: Annotated[str, typer.Option(help="Bytes of the model.")] = "64MiB",
-    repeats: Repeats = 7,
-    json_file: Json = None,
-) -> None:
-    """Time each server optimizer on every instruction set of this processor in turns with memcpy."""
-    from .optimizers import sweep
-
-    rows = sweep(parse_size(size), repeats)
-    show(
-        f"A round of a model of {size_text(rows[0]['bytes'])} with one update, one core",
-        ("optimizer", "dtype", "SIMD", "moved GB/s", "memcpy moved GB/s", "moved / memcpy moved"),
-        [
-            [row["optimizer"], row["dtype"], row["simd"], row["moved_gb_s"], row["memcpy_moved_gb_s"],
-             row["moved_over_memcpy_moved"]]
-            for row in rows
-        ],
-    )  # fmt: skip
-    write(json_file, {"rows": rows})
 
 
 @app.command()

@@ -27,7 +27,8 @@ def _median(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(times[1:])
 
 
-def _inputs(dtype: str, size: int, count: int) -> list[np.ndarray[Any, Any]]:
+def inputs_of(dtype: str, size: int, count: int) -> list[np.ndarray[Any, Any]]:
+    """Return random updates of `size` bytes each; BF16 as its 16-bit words."""
     values = [np.random.default_rng(i).standard_normal(size // 8 + 1) for i in range(count)]
     if dtype == "BF16":  # the upper halves of fp32
         return [np.resize(_bf16_bits(v), size // 2) for v in values]
@@ -48,11 +49,20 @@ def _expected(
     """Return the mean of the first values by NumPy in fp64, rounded once; None for fp64 itself."""
     if dtype == "F64":
         return None
-    heads = [x[:_HEAD] for x in inputs]
+    heads = [widened(dtype, x[:_HEAD]) for x in inputs]
+    total = sum(w * x for w, x in zip(weights, heads, strict=True))
+    return rounded(dtype, np.asarray(total) / sum(weights))
+
+
+def widened(dtype: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return values as fp64 numbers."""
     if dtype == "BF16":
-        heads = [(x.astype(np.uint32) << 16).view(np.float32) for x in heads]
-    total = sum(w * x.astype(np.float64) for w, x in zip(weights, heads, strict=True))
-    exact = np.asarray(total) / sum(weights)
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float64)
+
+
+def rounded(dtype: str, exact: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return fp64 numbers rounded once to a dtype."""
     if dtype != "BF16":
         return exact.astype(_NUMPY[dtype])
     # Through fp32 would round twice: round the fp64 value to odd at fp32 first, then to bfloat16.
@@ -100,7 +110,7 @@ def measure(size: int, count: int, dtype: str, repeats: int) -> dict[str, Any]:
     """Return GB per processor second of input bytes on one core, and of a copy of the same bytes by memcpy."""
     size -= size % 8
     weights = [3 + i for i in range(count)]
-    inputs = _inputs(dtype, size, count)
+    inputs = inputs_of(dtype, size, count)
     validate(dtype, inputs, weights)
     out = np.empty_like(inputs[0])
     copies = [_median(lambda: np.copyto(out, inputs[0]), repeats)]

@@ -4,6 +4,8 @@
 #include <type_traits>
 
 #include "kernels/kernels.hpp"
+#include "reduce/comparators.hpp"
+#include "reduce/networks.hpp"
 
 namespace fedcore {
 namespace {
@@ -12,21 +14,6 @@ namespace {
 std::size_t piece_elements(std::size_t k) {
   constexpr std::size_t kCached = 128u << 10, kLeast = 64, kMost = 1024;
   return std::clamp(kCached / (k * sizeof(std::int64_t)) / kLeast * kLeast, kLeast, kMost);
-}
-
-template <typename Each>
-void for_comparators(std::size_t k, Each&& each) {
-  for (std::size_t p = 1; p < k; p *= 2) {
-    for (std::size_t step = p; step >= 1; step /= 2) {
-      for (std::size_t j = step % p; j + step < k; j += 2 * step) {
-        for (std::size_t i = j; i < std::min(j + step, k - step); ++i) {
-          if (i / (2 * p) == (i + step) / (2 * p)) {
-            each(i, i + step);
-          }
-        }
-      }
-    }
-  }
 }
 
 // A word's bits as an integer of the same order as the numbers, and back: the sign bit stays, and
@@ -51,6 +38,20 @@ bool read_keys(const std::uint8_t* from, Key exponent, Key* to, std::size_t n) {
   return bad == 0;
 }
 
+// The bits of infinity.
+std::int64_t exponent_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kF64:
+      return 0x7FF0000000000000;
+    case Dtype::kF32:
+      return 0x7F800000;
+    case Dtype::kF16:
+      return 0x7C00;
+    default:
+      return 0x7F80;
+  }
+}
+
 }  // namespace
 
 Ranking::Ranking(std::size_t k, std::size_t first, std::size_t last)
@@ -70,7 +71,7 @@ std::size_t Ranking::scratch(std::size_t k, std::size_t first, std::size_t last)
 std::vector<Ranking::Comparator> Ranking::network(std::size_t k, std::size_t first,
                                                   std::size_t last) {
   std::vector<Comparator> all, kept;
-  for_comparators(k, [&](std::size_t low, std::size_t high) {
+  for_comparators(k, [&](std::size_t, std::size_t low, std::size_t high) {
     all.emplace_back(static_cast<std::uint32_t>(low), static_cast<std::uint32_t>(high));
   });
   std::vector<bool> needed(k, false);
@@ -88,15 +89,25 @@ std::vector<Ranking::Comparator> Ranking::network(std::size_t k, std::size_t fir
 }
 
 bool Ranking::rank(Dtype dtype, const void* const* inputs, std::size_t at, std::size_t n) {
+  const bool middle = first_ == (k_ - 1) / 2 && last_ == k_ / 2;
+  const std::int64_t exponent = exponent_of(dtype);
+  if (const NetworkFn network = network_for(dtype, k_, middle)) {
+    const NetworkPiece piece{inputs,
+                             at,
+                             n,
+                             first_,
+                             last_,
+                             reinterpret_cast<std::uint8_t*>(keys_.data()),
+                             step_ * item_size(dtype)};
+    return network(piece, exponent);
+  }
   switch (dtype) {
     case Dtype::kF64:
-      return rank_keys<std::int64_t>(0x7FF0000000000000, inputs, at, n);
+      return rank_keys<std::int64_t>(exponent, inputs, at, n);
     case Dtype::kF32:
-      return rank_keys<std::int32_t>(0x7F800000, inputs, at, n);
-    case Dtype::kF16:
-      return rank_keys<std::int16_t>(0x7C00, inputs, at, n);
+      return rank_keys<std::int32_t>(static_cast<std::int32_t>(exponent), inputs, at, n);
     default:
-      return rank_keys<std::int16_t>(0x7F80, inputs, at, n);
+      return rank_keys<std::int16_t>(static_cast<std::int16_t>(exponent), inputs, at, n);
   }
 }
 

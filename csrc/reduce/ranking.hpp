@@ -2,9 +2,9 @@
 // bits, so that -0 < +0. Used by the rules that go by order. One thread uses a Ranking.
 //
 // A piece of each source is turned into sortable integers and sorted across the sources by a
-// network (Batcher's odd-even merge, Knuth 5.2.2M) that is cut down to what the wanted ranks need.
-// Each of its comparators is one kernels::exchange() over the piece. Cost: about K log2(K)^2 / 4
-// comparators.
+// network (comparators.hpp). Up to 16 sources of 4 or 2 bytes an element stay in registers meanwhile
+// (networks.hpp). Otherwise the network is cut down to what the wanted ranks need, and each of its
+// comparators is one kernels::exchange() over the piece. Cost: about K log2(K)^2 / 4 comparators.
 #pragma once
 
 #include <algorithm>

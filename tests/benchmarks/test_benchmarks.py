@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import kernels, optimizers
+from benchmarks import kernels, optimizers, rules
 from benchmarks.__main__ import app
+from benchmarks.kernel_commands import app as kernel_app
 from benchmarks.limits import Limits
 from benchmarks.processes import Family
 from benchmarks.round_trip import check_result, fedcore_rounds, values
@@ -37,6 +38,7 @@ def test_the_help_names_every_benchmark() -> None:
     names = (
         "kernels",
         "optimizers",
+        "rules",
         "reduce",
         "round-trip",
         "memory",
@@ -49,7 +51,7 @@ def test_the_help_names_every_benchmark() -> None:
     )
     for name in names:
         assert name in result.stdout
-    for command_ in app.registered_commands:
+    for command_ in [*app.registered_commands, *kernel_app.registered_commands]:
         assert command_.callback is not None
         assert "json_file" in inspect.signature(command_.callback).parameters, command_.callback
 
@@ -117,6 +119,26 @@ def test_every_optimizer_is_timed_on_every_instruction_set() -> None:
     assert all(row["moved_over_memcpy_moved"] > 0 for row in rows)
 
 
+def test_every_rule_is_checked_and_timed_on_every_instruction_set() -> None:
+    before = _core.simd_level()
+    rows = rules.sweep(64 << 10, (3,), (1, 2), 1)
+    assert _core.simd_level() == before
+    assert len(rows) == len(rules.RULES) * len(rules.DTYPES) * 2 * len(_core.simd_levels())
+    assert all(row["moved_over_memcpy_moved"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("dtype", rules.DTYPES)
+@pytest.mark.parametrize("rule", rules.RULES)
+def test_a_rule_that_is_wrong_is_not_timed(dtype: str, rule: str) -> None:
+    wrong = {"median": "trimmed-mean", "trimmed-mean": "median", "pairs": "pairs"}[rule]
+    case = rules.Case(wrong, dtype, 5, 4096)
+    case.run(1)
+    case.rule = rule
+    case.squares = [1.0] * 10
+    with pytest.raises(ArithmeticError, match=rule):
+        case.check()
+
+
 @pytest.mark.parametrize("dtype", kernels.DTYPES)
 def test_a_kernel_that_is_off_by_its_last_bit_is_not_timed(
     monkeypatch: pytest.MonkeyPatch, dtype: str
@@ -129,7 +151,7 @@ def test_a_kernel_that_is_off_by_its_last_bit_is_not_timed(
             out.view(np.uint8)[0 if dtype != "F64" else 5] ^= 1
 
     monkeypatch.setattr(kernels, "_mean", mean)
-    inputs = kernels._inputs(dtype, 4096, 2)
+    inputs = kernels.inputs_of(dtype, 4096, 2)
     with pytest.raises(ArithmeticError, match=dtype):
         kernels.validate(dtype, inputs, [3, 4])
 

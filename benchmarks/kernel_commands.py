@@ -1,0 +1,123 @@
+"""Commands of ``python -m benchmarks`` that time the core's arithmetic in memory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from fedcore.config import parse_size
+
+from .options import Inputs, Json, Plot, Repeats
+from .report import show, size_text, write
+
+app = typer.Typer()
+
+_KERNEL_COLUMNS = ("dtype", "SIMD", "updates", "read GB/s", "memcpy GB/s", "moved / memcpy moved")
+
+
+def _kernel_row(row: dict[str, Any]) -> list[object]:
+    return [
+        row["dtype"],
+        row["simd"],
+        row["inputs"],
+        row["mean_read_gb_s"],
+        row["memcpy_read_gb_s"],
+        row["mean_moved_over_memcpy_moved"],
+    ]
+
+
+@app.command()
+def reduce(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of each input.")] = "64MiB",
+    inputs: Inputs = 4,
+    dtype: Annotated[str, typer.Option(help="F64, F32, F16 or BF16.")] = "F32",
+    repeats: Repeats = 7,
+    json_file: Json = None,
+) -> None:
+    """Time the mean of one dtype on one core against a copy of the same bytes in the same run."""
+    from .kernels import measure
+
+    result = measure(parse_size(size), inputs, dtype, repeats)
+    show(
+        f"Mean of {inputs} updates of {size_text(result['bytes_each'])}, one core",
+        _KERNEL_COLUMNS,
+        [_kernel_row(result)],
+    )
+    write(json_file, result)
+
+
+@app.command()
+def kernels(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of each input.")] = "64MiB",
+    inputs: Inputs = 4,
+    repeats: Repeats = 7,
+    json_file: Json = None,
+    plot: Plot = None,
+) -> None:
+    """Time the mean of every dtype on every instruction set of this processor against memcpy."""
+    from .kernels import sweep
+
+    rows = sweep(parse_size(size), inputs, repeats)
+    show(
+        f"Mean of {inputs} updates of {size_text(rows[0]['bytes_each'])}, one core",
+        _KERNEL_COLUMNS,
+        [_kernel_row(row) for row in rows],
+    )
+    write(json_file, {"rows": rows})
+    if plot is not None:
+        from .plots import plot_kernels
+
+        plot_kernels(rows, plot)
+
+
+@app.command()
+def optimizers(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of the model.")] = "64MiB",
+    repeats: Repeats = 7,
+    json_file: Json = None,
+) -> None:
+    """Time each server optimizer on every instruction set of this processor in turns with memcpy."""
+    from .optimizers import sweep
+
+    rows = sweep(parse_size(size), repeats)
+    show(
+        f"A round of a model of {size_text(rows[0]['bytes'])} with one update, one core",
+        ("optimizer", "dtype", "SIMD", "moved GB/s", "memcpy moved GB/s", "moved / memcpy moved"),
+        [
+            [row["optimizer"], row["dtype"], row["simd"], row["moved_gb_s"], row["memcpy_moved_gb_s"],
+             row["moved_over_memcpy_moved"]]
+            for row in rows
+        ],
+    )  # fmt: skip
+    write(json_file, {"rows": rows})
+
+
+@app.command()
+def rules(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of each update.")] = "32MiB",
+    updates: Annotated[str, typer.Option(help="Numbers of updates, with commas.")] = "8,16",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, with commas.")] = "1,2",
+    repeats: Repeats = 7,
+    json_file: Json = None,
+) -> None:
+    """Time median, trimmed mean and the pass over all pairs in turns with memcpy, by the clock."""
+    from .rules import sweep
+
+    counts, numbers = (tuple(map(int, text.split(","))) for text in (updates, threads))
+    rows = sweep(parse_size(size), counts, numbers, repeats)
+    show(
+        f"Rules on updates of {size_text(rows[0]['bytes_each'])}",
+        ("rule", "dtype", "SIMD", "updates", "threads", "read GB/s", "memcpy moved GB/s",
+         "moved / memcpy moved"),
+        [
+            [row["rule"], row["dtype"], row["simd"], row["updates"], row["threads"],
+             row["read_gb_s"], row["memcpy_moved_gb_s"], row["moved_over_memcpy_moved"]]
+            for row in rows
+        ],
+    )  # fmt: skip
+    write(json_file, {"rows": rows})
