@@ -243,22 +243,16 @@ def until_admitted(server: Server, key: str) -> None:
         time.sleep(0.02)
 
 
-def test_two_keys_of_one_name_are_one_site(tmp_path: Path, kits: Provisioned) -> None:
+def test_two_keys_of_one_name_are_one_site(tmp_path: Path, kits: Provisioned, links: Links) -> None:
     key = make_key(tmp_path / "next", kits.kits["a"], "", "", "").credentials.pair.public
     admit(kits.server, "a", Role.SITE, key)
     server = server_of(tmp_path, sites=["a"])
     with running(server) as (_, result):
         held = Session(settings(kits.kits["a"], server.endpoint))
         assert held.is_running()
-        with pytest.raises(RefusedError, match="another process takes part as 'a'"):
-            Session(
-                SiteSettings(
-                    server.endpoint,
-                    "a",
-                    load_kit(tmp_path / "next").credentials,
-                    connect_timeout=2,
-                )
-            ).is_running()
+        refused = answer(links, server, tmp_path / "next", join("a"))
+        assert isinstance(refused, protocol.Refused)
+        assert "another process takes part as 'a'" in refused.message
         held.close()
         assert site(tmp_path / "next", server.endpoint, 1) == 2
         assert result.result(200).ok

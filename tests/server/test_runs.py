@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fedcore import protocol
 from fedcore.errors import BusyError, ConfigError, LayoutError, RefusedError, StorageError
 from fedcore.server.rounds.rounds import Rounds
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
+from fedcore.transport.link import SiteLink
 
 from ..support.runs import SPECS, run, run_config, site, writer
+from ..support.several_runs import Peer
 
 
 def test_a_run_averages_by_weight_and_selects_the_best(tmp_path: Path) -> None:
@@ -229,8 +234,11 @@ def test_strangers_twins_and_other_models_are_refused(tmp_path: Path) -> None:
         model = session.begin(SPECS, {}, writer(0))
         with pytest.raises(RefusedError, match="lists a, b"):
             Session(SiteSettings(server=at, site="z")).is_running()
-        with pytest.raises(RefusedError, match="another process takes part as 'a'"):
-            Session(SiteSettings(server=at, site="a", connect_timeout=2)).is_running()
+        with closing(SiteLink(at, uuid.uuid4().bytes)) as link:
+            twin = Peer(link)
+            twin.send(protocol.Join(version="0", site="a", instance="0" * 32))
+            refused = twin.await_message(protocol.Refused)
+            assert "another process takes part as 'a'" in refused.message
         other = Session(SiteSettings(server=at, site="b"))
         other.is_running()
         with pytest.raises(
@@ -289,7 +297,7 @@ def test_a_run_may_go_on_with_other_limits_but_not_with_other_sites(tmp_path: Pa
         ConfigError, match=r"another participants\.sites: it was \['a', 'b'\] and is now \['a'\]"
     ):
         Server(run_config(tmp_path, sites=["a"], rounds=2))
-    limits = {"min_results": 2, "round_deadline": "70s", "idle_timeout": "20s"}
+    limits = {"min_results": 2, "round_deadline": "700s", "idle_timeout": "20s"}
     longer = Server(run_config(tmp_path, sites=["a", "b"], rounds=2, **limits))
     at = longer.endpoint
     assert run(longer, lambda: site(at, "a", 1), lambda: site(at, "b", 1))[0].ok

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -225,9 +227,9 @@ def test_a_name_that_is_held_is_asked_for_until_it_is_free(
     ]
 
 
-def refuse_joins(server: Stage, until: Future[Any]) -> None:
-    """Answer each join with a name that is in use, until a call has ended."""
-    while not until.done():
+def refuse_joins(server: Stage, over: Callable[[], bool]) -> None:
+    """Answer each join with a name that is in use, until something holds."""
+    while not over():
         arrived = server.link.recv(0.05)
         if isinstance(arrived, Control) and isinstance(p.decode_from_site(arrived.body), p.Join):
             server.link.send(
@@ -235,23 +237,38 @@ def refuse_joins(server: Stage, until: Future[Any]) -> None:
             )
 
 
+def limit(session: Session, **timeouts: float) -> None:
+    """Give a session shorter timeouts from now on, so that what came before does not depend on them."""
+    connection = session._connection
+    with connection.changed:
+        settings = dataclasses.replace(connection._settings, **timeouts)  # type: ignore[arg-type]
+        connection._settings = connection.machine._settings = settings
+
+
+def refuse_for_good(server: Stage, session: Session, running: Future[Any]) -> None:
+    """Refuse a session its name until it gives up: at once, after the first answer."""
+    refuse_joins(server, lambda: session._connection.machine.held)
+    limit(session, connect_timeout=0.1)
+    refuse_joins(server, running.done)
+
+
 def test_a_name_that_stays_held_is_an_error_after_the_connect_timeout(pump: str) -> None:
-    with stage(connect_timeout=2) as (server, session, call):
+    with stage() as (server, session, call):
         running = call(session.is_running)
-        refuse_joins(server, running)
+        refuse_for_good(server, session, running)
         with pytest.raises(RefusedError, match="another process is 'north'") as caught:
             running.result(DEADLINE)
         assert caught.value.code == "name-in-use"
 
 
 def test_a_name_that_was_taken_over_in_mid_run_is_an_error_too(pump: str) -> None:
-    with stage(connect_timeout=2) as (server, session, call):
+    with stage() as (server, session, call):
         begun_round(server, session, call)
         session.submit(fill(0), 1)
         server.expect(p.Ready)
         running = call(session.is_running)
         server.say(p.Rejoin())
-        refuse_joins(server, running)
+        refuse_for_good(server, session, running)
         with pytest.raises(RefusedError, match="another process is 'north'"):
             running.result(DEADLINE)
 
@@ -404,7 +421,7 @@ def test_the_next_task_of_a_restarted_server_tells_whether_the_last_update_count
 def test_a_site_whose_server_is_gone_after_the_last_round_says_what_it_knows(
     settled: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with stage(idle_timeout=1.0) as (server, session, call):
+    with stage() as (server, session, call):
         running = call(session.is_running)
         server.expect(p.Join)
         server.welcome()
@@ -419,6 +436,7 @@ def test_a_site_whose_server_is_gone_after_the_last_round_says_what_it_knows(
             server.say(p.Commit(version=2, included=True, participants=["north"]))
             while session._connection.machine.included != 2:
                 server.link.recv(0.01)
+        limit(session, idle_timeout=1.0)
         running = call(session.is_running)
         server.link.close()
         assert running.result(DEADLINE) is False
@@ -433,13 +451,14 @@ def test_a_site_whose_server_is_gone_after_the_last_round_says_what_it_knows(
 def test_a_server_that_falls_silent_is_given_up_after_the_idle_timeout(pump: str) -> None:
     link = ServerLink("tcp://127.0.0.1:0")
     server = Stage(link)
-    session = Session(SiteSettings(server=link.endpoint, site="north", idle_timeout=1.0))
+    session = Session(SiteSettings(server=link.endpoint, site="north"))
     with ThreadPoolExecutor(1) as pool:
         try:
             running = pool.submit(session.is_running)
             server.expect(p.Join)
             server.welcome()
             link.close()
+            limit(session, idle_timeout=1.0)
             with pytest.raises(TransferTimeout, match="silent for 1 s"):
                 running.result(DEADLINE)
         finally:
