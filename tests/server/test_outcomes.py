@@ -85,7 +85,7 @@ def test_every_script_of_a_run_that_is_stopped_says_so_and_ends_with_status_0(
 
 def away_at_the_end(federation: Federation, linger: str) -> tuple[subprocess.Popen[str], Site]:
     """Return the server of a run of sites a and b, and b, which falls silent in its only round."""
-    federation.write(1, linger, sites=["a", "b"], min_results=1, idle_timeout="1s")
+    federation.write(1, linger, sites=["a", "b"], min_results=1, idle_timeout="2s")
     server, a, b = federation.server(), federation.site("a"), federation.site("b")
     a.reached(1)
     b.reached(1)
@@ -134,7 +134,7 @@ def test_a_site_that_is_back_within_the_linger_time_learns_of_the_end(
 def test_a_site_that_was_killed_at_the_end_and_is_started_again_learns_of_it(
     federation: Federation,
 ) -> None:
-    server, sites = begun(federation, "50s", idle="6s")
+    server, sites = begun(federation, "50s", idle="10s")
     sites[1].process.send_signal(signal.SIGSTOP)  # the run ends before its silence is noticed
     federation.pass_deadline(server)
     while "the run failed" not in (federation.folder / "server.log").read_text():

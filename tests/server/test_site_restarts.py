@@ -36,7 +36,7 @@ def started(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Federation]:
     patch.setenv("FEDCORE_WORK", str(folder / "work"))
     made = Federation(folder)
     (folder / "site.py").write_text(SCRIPT)
-    made.write(2, sites=["a", "b"], idle_timeout="1s")
+    made.write(2, sites=["a", "b"], idle_timeout="2s")
     with (folder / "run.toml").open("a") as file:
         file.write('memory = "16MiB"\n')
     try:
@@ -138,7 +138,7 @@ def encoded(folder: Path, patch: pytest.MonkeyPatch) -> Iterator[Federation]:
     folder.mkdir()
     patch.setenv("FEDCORE_WORK", str(folder / "work"))
     made = Federation(folder)
-    made.write(3, sites=["a", "b"], idle_timeout="1s")
+    made.write(3, sites=["a", "b"], idle_timeout="2s")
     with (folder / "run.toml").open("a") as file:
         file.write('[transfer]\nupdate = "int8"\n')
     try:
