@@ -43,7 +43,7 @@ def test_one_local_step_with_all_sites_is_one_centralised_step(tmp_path: Path) -
     config = parse_run(
         {
             "run": {"name": "t", "rounds": 1},
-            "participants": {"sites": list(SIZES), "round_deadline": "60s"},
+            "participants": {"sites": list(SIZES), "round_deadline": "300s"},
             "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
         },
         folder=tmp_path,

@@ -245,7 +245,7 @@ def test_of_two_sites_with_unlike_tokenizers_one_is_refused_with_both_names(tmp_
     config = parse_run(
         {
             "run": {"name": "t", "rounds": 1},
-            "participants": {"sites": ["north", "south"], "round_deadline": "60s"},
+            "participants": {"sites": ["north", "south"], "round_deadline": "300s"},
             "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
         },
         folder=tmp_path,
@@ -285,7 +285,7 @@ def test_a_base_that_differs_is_named_in_the_logs_of_the_server_and_of_the_site(
     config = parse_run(
         {
             "run": {"name": "t", "rounds": 1},
-            "participants": {"sites": ["north", "south"], "round_deadline": "60s"},
+            "participants": {"sites": ["north", "south"], "round_deadline": "300s"},
             "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
         },
         folder=tmp_path,

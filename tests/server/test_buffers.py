@@ -51,7 +51,7 @@ def site(address: str, name: str, weight: int, roles: Roles) -> None:
 def server_of(folder: Path, rounds: int = 1, encoding: str = "raw", **aggregation: Any) -> Server:
     values = {
         "run": {"name": "t", "rounds": rounds},
-        "participants": {"count": 4, "round_deadline": "60s"},
+        "participants": {"count": 4, "round_deadline": "300s"},
         "aggregation": aggregation,
         "transfer": {"update": encoding},
         "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},

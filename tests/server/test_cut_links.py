@@ -42,7 +42,7 @@ def reader(step: int) -> Callable[[str], bytes]:
 @contextmanager
 def begun(tmp_path: Path) -> Iterator[tuple[Server, Future[RunResult], Relay, Session]]:
     """A server, and one site behind a relay that has joined."""
-    config = run_config(tmp_path, sites=["a"], rounds=1, idle_timeout="10s", round_deadline="50s")
+    config = run_config(tmp_path, sites=["a"], rounds=1, idle_timeout="60s", round_deadline="300s")
     small = config.server.model_copy(update={"memory": MEMORY})
     server = Server(config.model_copy(update={"server": small}))
     with ThreadPoolExecutor(1) as pool, Relay(server.endpoint) as relay:

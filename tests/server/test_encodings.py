@@ -37,7 +37,7 @@ def config(folder: Path, transfer: dict[str, Any], **people: Any) -> RunConfig:
     return parse_run(
         {
             "run": {"name": "t", "rounds": people.pop("rounds", ROUNDS)},
-            "participants": {"round_deadline": "20s", "sites": list(WEIGHTS), **people},
+            "participants": {"round_deadline": "300s", "sites": list(WEIGHTS), **people},
             "server": {"insecure": True, "listen": "tcp://127.0.0.1:0"},
             "transfer": transfer,
         },

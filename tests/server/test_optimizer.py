@@ -45,7 +45,7 @@ Model = dict[str, Any]
 def config(folder: Path, rounds: int, optimizer: Any = MOMENTUM, **sections: Any) -> RunConfig:
     values = {
         "run": {"name": "t", "rounds": rounds},
-        "participants": {"sites": ["a", "b"], "round_deadline": "20s"},
+        "participants": {"sites": ["a", "b"], "round_deadline": "300s"},
         "aggregation": {} if optimizer is None else {"optimizer": optimizer},
         "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
     }
@@ -353,7 +353,7 @@ def test_the_least_memory_for_momentum_of_a_median_is_what_the_core_needs(
     def budget(memory: int, optimizer: bool = True) -> Budget:
         made = {"rule": "median", **({"optimizer": MOMENTUM} if optimizer else {})}
         server = {"listen": "tcp://127.0.0.1:0", "insecure": True, "memory": f"{memory}MiB"}
-        people = {"count": sites, "round_deadline": "20s"}
+        people = {"count": sites, "round_deadline": "300s"}
         given = config(tmp_path, 1, aggregation=made, server=server, participants=people)
         return Budget.of_run(given, encrypted=False)
 

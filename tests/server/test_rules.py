@@ -35,7 +35,7 @@ def config(folder: Path, sites: int, rule: str = "median", **sections: Any) -> R
     server = {"listen": "tcp://127.0.0.1:0", "insecure": True, **sections.pop("server", {})}
     values = {
         "run": {"name": "t", "rounds": 1},
-        "participants": {"count": sites, "round_deadline": "20s"},
+        "participants": {"count": sites, "round_deadline": "300s"},
         "aggregation": {"rule": rule},
         "server": server,
     }

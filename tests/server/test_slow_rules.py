@@ -25,7 +25,7 @@ def slow_server(folder: Path) -> Server:
         parse_run(
             {
                 "run": {"name": "t", "rounds": 1},
-                "participants": {"count": 3, "round_deadline": "60s"},
+                "participants": {"count": 3, "round_deadline": "300s"},
                 "aggregation": {"rule": named(Held)},
                 "server": {"listen": "tcp://127.0.0.1:0", "insecure": True},
             },

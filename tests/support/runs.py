@@ -24,7 +24,7 @@ def run_config(tmp_path: Path, keep_versions: int | None = None, **people: Any) 
     return parse_run(
         {
             "run": {"name": "t", "rounds": people.pop("rounds", 3)},
-            "participants": {"round_deadline": "60s", **people},
+            "participants": {"round_deadline": "300s", **people},
             "selection": {"metric": "loss", "mode": "min"},
             "server": {"listen": "tcp://127.0.0.1:0", "insecure": True, **kept},
         },

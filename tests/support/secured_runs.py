@@ -45,13 +45,13 @@ def server_of(
 ) -> Server:
     values = {
         "run": {"name": "t", "rounds": rounds},
-        "participants": {"sites": ["a", "b"], "round_deadline": "30s", **people},
+        "participants": {"sites": ["a", "b"], "round_deadline": "300s", **people},
         "server": {"listen": "tcp://127.0.0.1:0", "keys": keys},
     }
     return Server(parse_run(values, folder=tmp_path), timing=timing)
 
 
-def settings(kit: Path, address: str, connect_timeout: float = 15) -> SiteSettings:
+def settings(kit: Path, address: str, connect_timeout: float = DEADLINE) -> SiteSettings:
     found = load_kit(kit)
     return SiteSettings(address, found.name, found.credentials, connect_timeout=connect_timeout)
 

@@ -22,6 +22,7 @@ from fedcore.errors import ConfigError
 from fedcore.monitor.ask import (
     ENDPOINT_FILE,
     Target,
+    ask_status,
     find_server,
     following,
     read_summary,
@@ -150,7 +151,8 @@ def test_watching_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
     with server_process(tmp_path):
         target = find_server(folder)
         assert target is not None
-        seen = snapshots(target, folder, 2.0)
+        assert ask_status(target.address, 60, target.credentials).run == "t"  # it answers by now
+        seen = snapshots(target, folder, 5.0)
         assert next(seen)[1] == ""
     reply, note = next(seen)
     assert (reply.run, note.partition(" for ")[0]) == ("t", f"no answer from {target.address}")
