@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -34,10 +34,12 @@ from .steering import register as register_steering
 if TYPE_CHECKING:
     from fedcore.config import RunConfig
     from fedcore.server.host import Host
+    from fedcore.server.run import Run
     from fedcore.simulation.processes import SimulationResult
 
 __all__ = ["main", "server_main"]
 
+_LINE: Final = "%(asctime)s %(levelname)s %(message)s"
 
 app = typer.Typer(
     name="fedcore",
@@ -139,20 +141,25 @@ def server(  # noqa: PLR0917 - typer calls it by name
     given = [*overrides, *_plain_text(insecure, insecure_network)]
     configs = [load_run_file(run_file, given) for run_file in run_files]
     process = Host(configs, endpoint_file, discard=discard)
-    several = len(process.runs) > 1
-    endpoints = []
-    for run in process.runs:
-        endpoints.append(run.store.folder / ENDPOINT_FILE)
+    several = len(process.runs) + len(process.waiting) > 1
+    log = _Log(logging.DEBUG if verbose else logging.INFO, several=several)
+
+    def show(run: Run) -> None:
         which = f"#{run.store.run_id}" if several else ""
-        endpoints[-1].write_text(f"{process.endpoint}{which}\n", encoding="utf-8")
-    _log_to([run.config for run in process.runs], logging.DEBUG if verbose else logging.INFO)
+        endpoint = run.store.folder / ENDPOINT_FILE
+        endpoint.write_text(f"{process.endpoint}{which}\n", encoding="utf-8")
+        log.add(run.config)
+
+    for run in process.runs:
+        show(run)
+    process.opened = show
     ended_by = _take_signals(process)
     try:
         results = process.serve(None)
     finally:
-        for run, endpoint in zip(process.runs, endpoints, strict=True):
+        for run in process.runs:
             if run.error is None:  # else another server may have its own there
-                endpoint.unlink(missing_ok=True)
+                (run.store.folder / ENDPOINT_FILE).unlink(missing_ok=True)
     statuses = []
     for run, result in zip(process.runs, results, strict=True):
         if result.ok:
@@ -162,6 +169,9 @@ def server(  # noqa: PLR0917 - typer calls it by name
         typer.echo(text if stopped else f"error: {text}", err=True)
         interrupted = result.ending == "interrupted" and ended_by
         statuses.append(128 + ended_by[-1] if interrupted else INTERRUPTED if stopped else 1)
+    for name in process.unopened:
+        typer.echo(f"error: run {name} was not opened: its database was locked", err=True)
+        statuses.append(128 + ended_by[-1] if ended_by else 1)
     if statuses:
         raise typer.Exit(_status_of_all(statuses))
 
@@ -194,23 +204,31 @@ def _plain_text(insecure: bool, network: bool) -> list[str]:
     return [f"{key}=true" for key, value in given.items() if value]
 
 
-def _log_to(configs: list[RunConfig], level: int) -> None:
-    from fedcore.server.run_log import OfRun, name_run
+class _Log:
+    """The lines of a server: on the terminal, and in the folder of each run."""
 
-    log = logging.getLogger("fedcore.server")
-    log.setLevel(level)
-    shown: logging.Handler = logging.StreamHandler()
-    handlers = [shown]
-    for config in configs:
-        handlers.append(logging.FileHandler(config.run_folder / "server.log"))
-        handlers[-1].addFilter(OfRun(config.run.name))
-    shown.addFilter(lambda record: not getattr(record, "trace", ""))  # the files alone have those
-    for handler in handlers:
-        handler.setFormatter(_Traced("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(handler)
-    if len(configs) > 1:
-        shown.addFilter(name_run)
-        shown.setFormatter(_Stamped("%(asctime)s %(levelname)s %(run)s%(message)s"))
+    def __init__(self, level: int, *, several: bool) -> None:
+        from fedcore.server.run_log import name_run
+
+        self._log = logging.getLogger("fedcore.server")
+        self._log.setLevel(level)
+        shown = logging.StreamHandler()
+        # The files alone have traces.
+        shown.addFilter(lambda record: not getattr(record, "trace", ""))
+        shown.setFormatter(_Traced(_LINE))
+        if several:
+            shown.addFilter(name_run)
+            shown.setFormatter(_Stamped("%(asctime)s %(levelname)s %(run)s%(message)s"))
+        self._log.addHandler(shown)
+
+    def add(self, config: RunConfig) -> None:
+        """Write the lines of a run into its folder, too."""
+        from fedcore.server.run_log import OfRun
+
+        handler = logging.FileHandler(config.run_folder / "server.log")
+        handler.addFilter(OfRun(config.run.name))
+        handler.setFormatter(_Traced(_LINE))
+        self._log.addHandler(handler)
 
 
 class _Stamped(logging.Formatter):

@@ -131,16 +131,19 @@ class Access:
 
     def opened(self, link: ServerEnd, folders: Sequence[Path]) -> None:
         """Leave a kit in each run folder that is served, for the commands of this server's own user."""
-        self._link, self._folders = link, list(folders)
-        self._remove_local(*self._folders)
-        if self.secured is None:
-            return
-        for kit in self._locals:
-            if kit.folder in self._folders:
-                credentials = Credentials(self.secured.pair.public, kit.pair)
-                write_kit(
-                    kit.folder / LOCAL_KIT, Kit(kit.operator.name, link.endpoint, credentials)
-                )
+        self._link = link
+        for folder in folders:
+            self.enter(folder)
+
+    def enter(self, folder: Path) -> None:
+        """Leave a kit in a run folder that is served from now on."""
+        assert self._link is not None
+        self._folders.append(folder)
+        self._remove_local(folder)
+        kit = next((kit for kit in self._locals if kit.folder == folder), None)
+        if self.secured is not None and kit is not None:
+            credentials = Credentials(self.secured.pair.public, kit.pair)
+            write_kit(folder / LOCAL_KIT, Kit(kit.operator.name, self._link.endpoint, credentials))
 
     def leave(self, folder: Path) -> None:
         """Take the kit out of a run folder that is not served any more: another server may put its own there."""

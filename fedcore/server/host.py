@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +26,7 @@ from fedcore.transport.link import Control, DataEvent, ServerLink
 from .access import Access
 from .budget import Budget, check_memory, machine_memory, require_connections, steady_heap
 from .guard import Guard
-from .opening import check_alike, check_encoding, open_shares
+from .opening import Opening, Share, check_alike, check_encoding
 from .outcome import RunResult
 from .parts import Surroundings
 from .replies import Replies
@@ -50,6 +50,10 @@ _WHICH_RUN: Final = (
     "FEDCORE_RUN, its kit or run=... in its script, and a command by the run's folder, or by its id behind the "
     "address (tcp://HOST:PORT#RUN_ID)"
 )
+_NOT_YET: Final = (
+    "this names no run that this server has open, and one of its runs is not open yet: another process has its "
+    "database locked"
+)
 
 logger = logging.getLogger("fedcore.server")
 
@@ -71,7 +75,9 @@ class Host:
     Attributes:
         endpoint: the address that it listens on.
         link: what it listens on.
-        runs: its runs.
+        runs: its runs, but for those whose journals another process has locked since before it started.
+        opened: called with a run that is opened later than the others, before it starts.
+        unopened: the names of the runs that were never opened, once the host ends.
 
     Raises:
         BusyError: the port or a run folder is in use.
@@ -101,31 +107,34 @@ class Host:
         access = self._access = Access(configs[0], clock, configs[1:])
         steady_heap()
         require_connections(sum(config.participants.expected for config in configs))
-        encrypted = access.secured is not None
-        shares, opened = open_shares(configs, encrypted=encrypted, discard=discard)
+        opening = self._opening = Opening(
+            configs, encrypted=access.secured is not None, discard=discard, clock=clock
+        )
+        shares, opened = opening.first()
         with opened:
             self.link: ServerEnd = link or ServerLink(configs[0].server.listen, access.secured)
             opened.pop_all()
         self.endpoint = self.link.endpoint
-        access.opened(self.link, [share.store.folder for share in shares])
-        room = self._set_limits([share.budget for share in shares])
+        access.opened(self.link, [])
+        # One of several is alone where all others are finished. Its name is no other's business, either.
+        self._several = len(configs) > 1
+        self._alone = len(shares) == 1 and not opening.waiting
+        self._room = self._set_limits(opening.budgets)
         self._replies = Replies(self.link, clock)
         self.runs: list[Run] = []
-        turns = self._turns = Turns(self.runs, self._working_on, self._group, room)
+        turns = self._turns = Turns(
+            self.runs, self._working_on, self._group, self._room, alone=self._alone
+        )
         self._guard = Guard(
             self.link, access, self._replies, self.runs, working_on=self._working_on, do=turns.do
         )
-        for number, share in enumerate(shares, 1):
-            around = Surroundings(
-                self.link, number, access, self._replies, self._guard, share.budget.chunks, device, clock, timing
-            )  # fmt: skip
-            self.runs.append(Run(share.config, share.store, around))
-        self._several = (
-            len(configs) > 1
-        )  # also where one of them goes on alone: its name is no other's business
-        served = {run.config.run.name for run in self.runs}
-        self._finished = [c.run.name for c in configs if c.run.name not in served]
-        self._interrupted = False
+        self._device = device
+        self._linger: float | None = 0.0
+        self.opened: Callable[[Run], None] = lambda _: None
+        self.unopened: list[str] = []
+        for share in shares:
+            self._add(share)
+        self._interrupted = self._stopping = False
         if endpoint_file is not None:
             place = place_of(endpoint_file)
             with partial_of(place) as partial:
@@ -149,9 +158,9 @@ class Host:
         """
         try:
             self.start(linger)
-            while not all(run.over for run in self.runs):
+            while not self._is_over():
                 self._end_what_is_asked()
-                if all(run.over for run in self.runs):
+                if self._is_over():
                     break
                 try:
                     self.step()
@@ -166,20 +175,62 @@ class Host:
             for run in self.runs:
                 if run.error is not None:
                     raise run.error
+            for failed in self._opening.failed:
+                raise failed
             return [run.result for run in self.runs if run.result is not None]
         finally:
             self.close()
 
     def start(self, linger: float | None = 0.0) -> None:
         """Begin the runs, or go on with them: `serve` does it, and then calls `step` until they are over."""
-        if self._finished:
-            names = ", ".join(self._finished)
+        self._linger = linger
+        if self._opening.finished:
+            names = ", ".join(self._opening.finished)
             logger.info("finished, and not served any more: %s", names)
         if warning := check_memory(self._memory, machine_memory()):
             logger.warning("%s", warning)
-        for run in self.runs:
-            with self._working_on(run):
-                run.start(run.config.server.linger if linger is None else linger)
+        with self._turns.taken():
+            self._begin(self.runs)
+
+    def _begin(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            linger = run.config.server.linger if self._linger is None else self._linger
+            self._turns.do(run, functools.partial(run.start, linger))
+
+    def _add(self, share: Share) -> Run:
+        """Take up a run whose folder is open."""
+        around = Surroundings(
+            self.link, share.number, self._access, self._replies, self._guard, share.budget.chunks, self._device,
+            self._clock, self._timing,
+        )  # fmt: skip
+        self._access.enter(share.store.folder)
+        run = Run(share.config, share.store, around)
+        self.opened(run)
+        self.runs.append(run)
+        if not self._alone:
+            self.link.exchange.limit_audience(share.number, share.budget.outgoing, self._room)
+            share.store.release()
+        return run
+
+    def _add_opened(self) -> list[Run]:
+        """Take up the runs whose journals were locked and are free by now."""
+        added = []
+        for share in self._opening.again():
+            try:
+                added.append(self._add(share))
+            except Exception as error:
+                share.store.close()
+                self._access.leave(share.store.folder)
+                self._opening.fail(share.config, error)
+        return added
+
+    @property
+    def waiting(self) -> list[str]:
+        """The names of the runs that are opened once no other process has their journals locked."""
+        return self._opening.waiting
+
+    def _is_over(self) -> bool:
+        return not self._opening.waiting and all(run.over for run in self.runs)
 
     def close(self) -> None:
         """Let go of the port and the run folders, as a crash would."""
@@ -196,6 +247,7 @@ class Host:
         """End the runs cleanly; safe from another thread or a signal handler."""
         for run in self.runs:
             run.stop()
+        self._stopping = True
         self.link.wake()
 
     def interrupt(self, what: str) -> None:
@@ -215,8 +267,10 @@ class Host:
         looks = [run.next_look for run in turns.free]
         dues = [*looks, *(deadline for deadline in turns.deadlines if deadline > now)]
         longest = min(self._timing.check, turns.longest)
-        arrived = self.link.recv(max(0.0, min([now + longest, *dues]) - now))
+        arrived = self.link.recv(max(0.0, min([now + longest, self._opening.due, *dues]) - now))
+        added = self._add_opened()
         with turns.taken():
+            self._begin(added)
             deadlines = (
                 turns.deadlines
             )  # before what follows from messages; also of runs that waited
@@ -231,6 +285,10 @@ class Host:
 
     def _end_what_is_asked(self) -> None:
         """End the runs that are to end, or this process's part in them, once their journals are free."""
+        if self._stopping or self._interrupted:
+            for name in self._opening.give_up():
+                self.unopened.append(name)
+                logger.warning("run %s was not opened; it is as it was", name)
         ends = [r for r in self.runs if r.end_asked or (self._interrupted and r.is_under_way)]
         if not ends:
             return
@@ -255,7 +313,7 @@ class Host:
             while isinstance(following, Control) and taken < _MOST_TOGETHER:
                 self._take(following)
                 taken += 1
-                following = None if all(run.over for run in self.runs) else self.link.recv(0.0)
+                following = None if self._is_over() else self.link.recv(0.0)
         if following is not None:
             self._take(following)
             taken += 1
@@ -264,7 +322,7 @@ class Host:
     def _take_what_waits(self) -> None:
         """Let what came by the deadline count, though other messages were read first."""
         taken = 0
-        while taken < _MOST_AT_ONCE and not all(run.over for run in self.runs):
+        while taken < _MOST_AT_ONCE and not self._is_over():
             arrived = self.link.recv(0.0)
             if arrived is None:
                 return
@@ -305,7 +363,7 @@ class Host:
             self._turns.take(waiting, functools.partial(self._take, arrived), len(arrived.body))
             return
         asked = self.runs if inside is None else [inside]
-        most = max(run.versions.most_tensors() for run in asked)
+        most = max((run.versions.most_tensors() for run in asked), default=protocol.MAX_TENSORS)
         try:
             message = protocol.decode_from_site(arrived.body, most)
         except ProtocolError as error:
@@ -336,17 +394,24 @@ class Host:
                 self._end_other_part(peer, run)
             self._turns.take(run, functools.partial(run.handle, peer, message), size, joining)
         elif run is None and isinstance(message, protocol.Join | _FromOutside):
-            # The same text whether there is such a run or not: who is of none learns no names.
-            name = message.site if isinstance(message, protocol.Join) else self._guard.name(peer)
-            self._replies.refuse(peer, name, protocol.Refused(code="other-run", message=_WHICH_RUN))
+            self._on_no_run(peer, message)
         else:
             self.link.send(peer, protocol.Rejoin())  # the Welcome says which run this is
+
+    def _on_no_run(self, peer: bytes, message: protocol.Join | _FromOutside) -> None:
+        """Refuse what is for no run that is open. A site may mean one that is opened later: it asks again."""
+        if isinstance(message, protocol.Join) and self._opening.waiting:
+            return
+        # The same text whether there is such a run or not: who is of none learns no names.
+        name = message.site if isinstance(message, protocol.Join) else self._guard.name(peer)
+        text = _NOT_YET if self._opening.waiting else _WHICH_RUN
+        self._replies.refuse(peer, name, protocol.Refused(code="other-run", message=text))
 
     def _run_of(self, peer: bytes, message: protocol.FromSite) -> Run | None:
         """Return the run that a message is for; None if its sender belongs to none that it may mean."""
         if isinstance(message, protocol.Join) and self._several:
             return next((run for run in self.runs if run.may_join(message)), None)
-        if len(self.runs) == 1:
+        if self._alone:
             return self.runs[0]
         folder = self._access.folder_of(peer)
         if folder is not None:  # the key that lies in a run folder is for that run
@@ -373,28 +438,26 @@ class Host:
         try:
             yield
         except Exception as error:
-            if len(self.runs) == 1:
+            if self._alone:
                 raise
             self._access.leave(run.store.folder)
             run.give_up(error)
         finally:
             RUN.reset(token)
 
-    def _set_limits(self, budgets: Sequence[Budget]) -> int:
+    def _set_limits(self, budgets: Mapping[int, Budget]) -> int:
         """Bound the queues. Each of several runs has a part of them, and peers that are in none have one, too.
 
         Returns the bytes of control messages of which each has room.
         """
-        exchange, control = self.link.exchange, sum(budget.control for budget in budgets)
-        several = len(budgets) > 1
-        part = control // (len(budgets) + 1) if several else control
-        exchange.set_limits(
-            budgets[0].outgoing,  # nothing is published for peers that are in none of several runs
-            max(budget.control_per_peer for budget in budgets),
+        control = sum(budget.control for budget in budgets.values())
+        part = control if self._alone else control // (len(budgets) + 1)
+        self.link.exchange.set_limits(
+            # Nothing is published for peers that are in none of several runs.
+            max(budget.outgoing for budget in budgets.values()),
+            max(budget.control_per_peer for budget in budgets.values()),
             part,
             paced=self.link.secure,
             unasked=self._memory + _UNASKED,  # all that may be under way when it is given up
         )
-        for number, budget in enumerate(budgets, 1) if several else ():
-            exchange.limit_audience(number, budget.outgoing, part)
         return part

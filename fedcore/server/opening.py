@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from fedcore.clock import Clock
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
 from fedcore.errors import ConfigError
 from fedcore.layout import DEFAULT_CHUNK_BYTES
+from fedcore.server.storage.journal import JournalLockedError
 from fedcore.server.storage.store import Store
 
 from .budget import Budget
 from .loading import load_function
+from .run_log import RUN
 
 __all__ = [
+    "Opening",
     "RunFinishedError",
     "Share",
     "check_alike",
     "check_encoding",
     "is_over",
-    "open_shares",
     "open_store",
 ]
+
+_AGAIN_SECONDS: Final = 0.25
+_SAY_SECONDS: Final = 60.0
+
+logger = logging.getLogger("fedcore.server")
 
 
 def check_encoding(config: RunConfig) -> None:
@@ -44,7 +54,11 @@ class RunFinishedError(ConfigError):
 
 
 def open_store(
-    config: RunConfig, *, discard: bool = False, chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    config: RunConfig,
+    *,
+    discard: bool = False,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    wait: bool = True,
 ) -> Store:
     """Open the folder of a run.
 
@@ -52,9 +66,11 @@ def open_store(
         config: the run file.
         discard: move the models that the folder's journal does not know into a folder of their own, and go on.
         chunk_bytes: how large the chunks of a run without a model are.
+        wait: wait for as long as another process has the journal locked; else see `Store`.
 
     Raises:
         BusyError: the folder is in use.
+        JournalLockedError: another process has its journal locked, without ``wait``.
         IntegrityError: it holds models that its journal does not know.
         RunFinishedError: it holds a finished run.
         ConfigError: it holds a run with other settings; a listener or a gate can't be loaded.
@@ -63,7 +79,7 @@ def open_store(
         for name in getattr(config.server, setting):
             load_function(name, f"server.{setting}")
     settings = config.model_dump(mode="json", exclude={"folder", "simulate"})
-    store = Store(config.run_folder, settings, discard=discard, chunk_bytes=chunk_bytes)
+    store = Store(config.run_folder, settings, discard=discard, chunk_bytes=chunk_bytes, wait=wait)
     try:
         if is_over(config, store) and not store.members():
             raise RunFinishedError(
@@ -89,11 +105,13 @@ class Share:
         config: the run file, with the run's part of ``server.memory``.
         store: its folder, opened.
         budget: how its part of the memory is divided.
+        number: the run's at its host, from 1.
     """
 
     config: RunConfig
     store: Store
     budget: Budget
+    number: int
 
 
 def check_alike(configs: Sequence[RunConfig]) -> None:
@@ -122,11 +140,10 @@ def check_alike(configs: Sequence[RunConfig]) -> None:
             )
 
 
-def open_shares(
-    configs: Sequence[RunConfig], *, encrypted: bool, discard: bool
-) -> tuple[list[Share], contextlib.ExitStack]:
-    """Open the folders of the runs of one process; ``server.memory`` is divided into equal parts.
+class Opening:
+    """Opens the folders of the runs of one process; ``server.memory`` is divided into equal parts.
 
+    One of several runs whose journal another process has locked is opened later: the others are served meanwhile.
     A run that is finished is left out where there are others: a command that names several goes on with those that
     are not.
 
@@ -134,46 +151,130 @@ def open_shares(
         configs: the run files.
         encrypted: the links are.
         discard: as in `open_store`.
+        clock: says when a locked journal is tried again.
 
-    Returns the runs to serve, and what closes their folders again.
-
-    Raises:
-        ConfigError: a part is too little memory for its run; all runs are finished; or as `open_store`.
+    Attributes:
+        budgets: how each run's part of the memory is divided, by its number from 1; none of one that is left out.
+        finished: the names of the runs that are left out.
+        failed: why runs could not be opened once their journals were free.
     """
-    shares: list[Share] = []
-    finished: ConfigError | None = None
-    with contextlib.ExitStack() as opened:
-        for config in configs:
+
+    def __init__(
+        self, configs: Sequence[RunConfig], *, encrypted: bool, discard: bool, clock: Clock
+    ) -> None:
+        self._runs, self._waiting = len(configs), list(configs)
+        self._encrypted, self._discard, self._clock = encrypted, discard, clock
+        self._numbers = {config.run.name: number for number, config in enumerate(configs, 1)}
+        self._due = self._next_line = clock.monotonic()
+        self.budgets: dict[int, Budget] = {}
+        self.finished: list[str] = []
+        self.failed: list[Exception] = []
+
+    @property
+    def waiting(self) -> list[str]:
+        """The names of the runs that are not opened yet."""
+        return [config.run.name for config in self._waiting]
+
+    @property
+    def due(self) -> float:
+        """When `again` has something to do; infinity if never."""
+        return self._due if self._waiting else float("inf")
+
+    def first(self) -> tuple[list[Share], contextlib.ExitStack]:
+        """Open what can be opened; returns it, and what closes the folders again.
+
+        Where there are several runs, their journals are reserved until `Store.release` is called.
+
+        Raises:
+            ConfigError: a part is too little memory for its run; all runs are finished; or as `open_store`.
+        """
+        shares: list[Share] = []
+        finished: ConfigError | None = None
+        with contextlib.ExitStack() as opened:
+            for config in list(self._waiting):
+                try:
+                    share = self._open(config)
+                except RunFinishedError as error:
+                    finished = error
+                    self._leave_out(config)
+                    continue
+                if share is not None:
+                    opened.callback(share.store.close)
+                    shares.append(share)
+            if finished is not None and not shares and not self._waiting:
+                raise finished
+            return shares, opened.pop_all()
+
+    def again(self) -> list[Share]:
+        """Open the runs whose journals are free by now; what can't be opened is in ``failed`` or ``finished``."""
+        now = self._clock.monotonic()
+        if now < self.due:
+            return []
+        shares = []
+        self._due = now + _AGAIN_SECONDS
+        for config in list(self._waiting):
+            token = RUN.set(config.run.name)
             try:
-                share = _open_share(config, len(configs), encrypted=encrypted, discard=discard)
+                share = self._open(config)
+                if share is not None:
+                    shares.append(share)
+                elif now >= self._next_line:
+                    logger.warning(
+                        "the run is not served yet: another process has its database in %s locked; it is served "
+                        "once that is free", config.run_folder,
+                    )  # fmt: skip
             except RunFinishedError as error:
-                finished = error
-                continue
-            opened.callback(share.store.close)
-            shares.append(share)
-        if finished is not None and not shares:
-            raise finished
-        return shares, opened.pop_all()
+                logger.info("not served any more: %s", error)
+                self._leave_out(config)
+            except Exception as error:
+                self._waiting.remove(config)
+                self.fail(config, error)
+            finally:
+                RUN.reset(token)
+        if now >= self._next_line:
+            self._next_line = now + _SAY_SECONDS
+        return shares
 
+    def fail(self, config: RunConfig, error: Exception) -> None:
+        """Note that a run is not served."""
+        logger.error("run %s is not served: %s", config.run.name, error)
+        self.failed.append(error)
 
-def _open_share(config: RunConfig, runs: int, *, encrypted: bool, discard: bool) -> Share:
-    """Open the folder of one of so many runs."""
-    server = config.server.model_copy(update={"memory": config.server.memory // runs})
-    mine = config.model_copy(update={"server": server}) if runs > 1 else config
-    try:
-        budget = Budget.of_run(mine, encrypted=encrypted)
-        store = open_store(config, discard=discard, chunk_bytes=budget.chunk_bytes)
+    def give_up(self) -> list[str]:
+        """Open nothing more; returns the names of the runs that were not opened: they are as they were."""
+        left, self._waiting = self.waiting, []
+        return left
+
+    def _leave_out(self, config: RunConfig) -> None:
+        self.finished.append(config.run.name)
+        self._waiting.remove(config)
+        self.budgets.pop(self._numbers[config.run.name], None)
+
+    def _open(self, config: RunConfig) -> Share | None:
+        """Open a run's folder; None if its journal is locked."""
+        number, alone = self._numbers[config.run.name], self._runs == 1
+        part = {"memory": config.server.memory // self._runs}
+        mine = config.model_copy(update={"server": config.server.model_copy(update=part)})
         try:
-            if store.chunk_bytes != budget.chunk_bytes:  # its models have others
-                budget = Budget.of_run(mine, encrypted=encrypted, chunk_bytes=store.chunk_bytes)
-        except BaseException:
-            store.close()
+            budget = self.budgets[number] = Budget.of_run(mine, encrypted=self._encrypted)
+            size = budget.chunk_bytes
+            store = open_store(config, discard=self._discard, chunk_bytes=size, wait=alone)
+            try:
+                if store.chunk_bytes != size:  # its models have others
+                    size = store.chunk_bytes
+                    budget = Budget.of_run(mine, encrypted=self._encrypted, chunk_bytes=size)
+            except BaseException:
+                store.close()
+                raise
+        except JournalLockedError:
+            return None
+        except RunFinishedError:
             raise
-    except RunFinishedError:
-        raise
-    except ConfigError as error:
-        if runs == 1:
-            raise
-        text = f"run {config.run.name!r}, one of {runs} of this server: {error}"
-        raise ConfigError(text) from None
-    return Share(mine, store, budget)
+        except ConfigError as error:
+            if alone:
+                raise
+            text = f"run {config.run.name!r}, one of {self._runs} of this server: {error}"
+            raise ConfigError(text) from None
+        self.budgets[number] = budget
+        self._waiting.remove(config)
+        return Share(mine, store, budget, number)

@@ -32,13 +32,12 @@ class _PutOff:
 class Turns:
     """Reserves the journals of several runs while the host works on them, and puts off what is for a locked one.
 
-    One run alone needs none of it: it waits for its journal itself.
-
     Args:
         runs: the host's runs.
         working_on: in its ``with`` block is what is done for one run.
         together: the rows of runs that are written in its ``with`` block reach the device together.
         room: bytes of messages that may be put off for one run. Others are lost: a site without an answer repeats.
+        alone: the host has one run and never another. It needs none of this: it waits for its journal itself.
     """
 
     def __init__(
@@ -47,8 +46,11 @@ class Turns:
         working_on: Callable[[Run], AbstractContextManager[None]],
         together: Callable[[Sequence[Run]], AbstractContextManager[None]],
         room: int,
+        *,
+        alone: bool,
     ) -> None:
         self._runs = runs
+        self._alone = alone
         self._working_on = working_on
         self._together = together
         self._room = room
@@ -76,7 +78,7 @@ class Turns:
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
         """Work on runs within the ``with`` block: their journals are reserved, or they wait."""
-        if len(self._runs) == 1:
+        if self._alone:
             yield
             return
         reserved = [run for run in self._runs if run.error is None and self._reserve(run)]

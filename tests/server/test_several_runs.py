@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from fedcore import protocol
+from fedcore.clock import SYSTEM
 from fedcore.errors import ConfigError, RefusedError, StorageError
 from fedcore.monitor.ask import StatusClient, ask_status, find_server
 from fedcore.server.acting import Acting
 from fedcore.server.budget import Budget
 from fedcore.server.host import _WHICH_RUN, Host
-from fedcore.server.opening import open_shares
+from fedcore.server.opening import Opening
 from fedcore.transport.link import SiteLink
 
 from ..support.ports import free_port
@@ -191,7 +192,7 @@ def test_a_finished_run_is_left_out_where_others_go_on(tmp_path: Path) -> None:
 def test_the_runs_of_a_host_share_one_memory_budget(tmp_path: Path) -> None:
     total = 256 << 20
     configs = [run_file(tmp_path, name, memory="256MiB") for name in MODELS]
-    shares, opened = open_shares(configs, encrypted=False, discard=False)
+    shares, opened = Opening(configs, encrypted=False, discard=False, clock=SYSTEM).first()
     with opened:
         budgets = [share.budget for share in shares]
         assert sum(b.chunks + b.outgoing + b.control for b in budgets) <= total

@@ -23,7 +23,7 @@ from fedcore.errors import ConfigError, FedcoreError, IntegrityError, StorageErr
 from fedcore.outlet import Outlet
 from fedcore.replacing import sync_folder
 
-__all__ = ["SCHEMA", "Journal", "storing"]
+__all__ = ["SCHEMA", "Journal", "JournalLockedError", "storing"]
 
 SCHEMA: Final = 3
 """The number of the tables below. It rises when an older fedcore could not read them."""
@@ -68,6 +68,10 @@ _SAY_SECONDS: Final = 60.0
 logger = logging.getLogger("fedcore.server")
 
 
+class JournalLockedError(StorageError):
+    """Another process has a journal locked, and it is not waited for."""
+
+
 @contextlib.contextmanager
 def storing(path: Path) -> Iterator[None]:
     """Turn an error of the disk or of the journal into StorageError, with the path."""
@@ -86,6 +90,7 @@ class Journal:
 
     Args:
         path: the file; a new one is made where there is none, or an empty one.
+        wait: wait for as long as another process has it locked; else it is refused, or opened and reserved.
         busy_seconds: how long SQLite waits for another process's transaction before a line says so.
 
     Attributes:
@@ -95,10 +100,13 @@ class Journal:
     Raises:
         ConfigError: the file is of a version of fedcore that this one can't read.
         IntegrityError: the file does not hold the run's id.
+        JournalLockedError: another process has it locked, without ``wait``.
         StorageError: the file can't be read or written.
     """
 
-    def __init__(self, path: Path, busy_seconds: float = _BUSY_SECONDS) -> None:
+    def __init__(
+        self, path: Path, *, wait: bool = True, busy_seconds: float = _BUSY_SECONDS
+    ) -> None:
         self.path = path
         self._busy_seconds = busy_seconds
         self.outlets: Sequence[Outlet[Any]] = ()
@@ -114,6 +122,8 @@ class Journal:
         except sqlite3.DatabaseError as error:
             raise self._unusable(error) from None
         try:
+            if not wait:
+                self._reserve_at_once()
             self._open()
         except sqlite3.DatabaseError as error:
             self.db.close()
@@ -130,6 +140,10 @@ class Journal:
             f"{text}; put a whole one back from a backup (the models are still there), or give this run another "
             "name (run.name)"
         )
+
+    def _reserve_at_once(self) -> None:
+        if not self._lock_out():
+            raise JournalLockedError(f"another process has {self.path} locked")
 
     def _connect(self) -> sqlite3.Connection:
         return sqlite3.connect(
@@ -335,20 +349,27 @@ class Journal:
             StorageError: it can't be read.
         """
         with storing(self.path):
-            self.db.execute("PRAGMA busy_timeout = 0")
-            try:
-                self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
-                self.db.execute("BEGIN EXCLUSIVE")
-                self.db.execute("ROLLBACK")
-            except sqlite3.OperationalError as error:
-                if not is_locked(error):
-                    raise
-                self.release()
-                self._note_locked()
-                return False
-            finally:
-                self.db.execute(f"PRAGMA busy_timeout = {round(self._busy_seconds * 1000)}")
+            reserved = self._lock_out()
+        if not reserved:
+            self._note_locked()
+            return False
         self._note_free()
+        return True
+
+    def _lock_out(self) -> bool:
+        """Lock other processes out, and keep the lock; False if one of them has the journal locked."""
+        self.db.execute("PRAGMA busy_timeout = 0")
+        try:
+            self.db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self.db.execute("BEGIN EXCLUSIVE")
+            self.db.execute("ROLLBACK")
+        except sqlite3.OperationalError as error:
+            if not is_locked(error):
+                raise
+            self.release()  # at once: no wait for the lock
+            return False
+        finally:
+            self.db.execute(f"PRAGMA busy_timeout = {round(self._busy_seconds * 1000)}")
         return True
 
     def release(self) -> None:

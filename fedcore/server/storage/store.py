@@ -63,6 +63,8 @@ class Store(SiteRows, Decisions):
         discard: move what the journal does not know into a folder of its own, and go on.
         chunk_bytes: how large the chunks are that checksums are taken of, in a run without a model; another run
             keeps its own.
+        wait: wait for as long as another process has the journal locked; else it is refused, or reserved until
+            `release` is called.
 
     Attributes:
         chunk_bytes: how large the run's chunks are.
@@ -73,6 +75,7 @@ class Store(SiteRows, Decisions):
         BusyError: another process has the folder.
         ConfigError: the folder holds a run with other settings, or of another version of fedcore.
         IntegrityError: the folder holds models that its journal does not know.
+        JournalLockedError: another process has the journal locked, without ``wait``.
         StorageError: the folder can't be written.
     """
 
@@ -83,6 +86,7 @@ class Store(SiteRows, Decisions):
         *,
         discard: bool = False,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        wait: bool = True,
     ) -> None:
         self.folder = folder
         self.models = folder / "models"
@@ -95,7 +99,7 @@ class Store(SiteRows, Decisions):
             raise StorageError(f"cannot write run folder {folder}: {error.strerror}") from None
         self._lock = FolderLock(folder)
         try:
-            self._open_journal(discard)
+            self._open_journal(discard, wait)
         except BaseException:
             self._lock.close()
             raise
@@ -105,7 +109,7 @@ class Store(SiteRows, Decisions):
             self.close()
             raise
 
-    def _open_journal(self, discard: bool) -> None:
+    def _open_journal(self, discard: bool, wait: bool) -> None:
         path = self.folder / "run.sqlite"
         if not holds_something(path):  # SQLite would make a new one, and drop what lies beside it
             before = Files(self.folder, None)
@@ -125,7 +129,7 @@ class Store(SiteRows, Decisions):
                 logger.warning(
                     "moved to %s: %s", before.set_aside([*found, *beside]), ", ".join(found)
                 )
-        self._journal = Journal(path)
+        self._journal = Journal(path, wait=wait)
         self._files = Files(self.folder, self._journal)
         self.logged = Logged(self._journal)
 

@@ -1,0 +1,160 @@
+"""A server of several runs starts while another process has the journal of one of them locked."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedcore import protocol
+from fedcore.clock import ManualClock
+from fedcore.errors import IntegrityError
+from fedcore.monitor.ask import ENDPOINT_FILE
+from fedcore.server.host import Host
+from fedcore.server.storage.store import Store
+
+from ..support.arriving import Arriving, says
+from ..support.several_runs import DEADLINE, MODELS, run_file, started, wait_for, written
+
+
+def joins(site: str, run: str) -> protocol.Join:
+    return protocol.Join(version="0", site=site, run=run, instance="0" * 32)
+
+
+@contextlib.contextmanager
+def lock(folder: Path, run: str) -> Iterator[sqlite3.Connection]:
+    """Lock the journal of a run that has begun; the test's COMMIT frees it."""
+    config = run_file(folder, run)
+    Store(config.run_folder, None).close()
+    with contextlib.closing(
+        sqlite3.connect(config.run_folder / "run.sqlite", isolation_level=None, timeout=0)
+    ) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield other
+
+
+@contextlib.contextmanager
+def served(folder: Path, *runs: str) -> Iterator[tuple[Host, Arriving, ManualClock]]:
+    link, clock = Arriving(), ManualClock()
+    host = Host([run_file(folder, name) for name in runs], link=link, clock=clock)  # type: ignore[arg-type]
+    with contextlib.closing(host):
+        yield host, link, clock
+
+
+def test_a_run_that_is_locked_at_the_start_is_served_later_and_the_others_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedcore.server")
+    later = []
+    with lock(tmp_path, "one") as other, served(tmp_path, *MODELS) as (host, link, clock):
+        host.opened = lambda run: later.append(run.config.run.name)
+        host.start()
+        link.waiting = [says("a", joins("a", "one")), says("c", joins("c", "two"))]
+        host.step()
+        assert [(peer[:1], type(m)) for peer, m in link.sent] == [(b"c", protocol.Welcome)]
+        link.sent.clear()
+        link.waiting = [says("e", protocol.StatusRequest(run_id="0" * 32))]
+        host.step()
+        assert "another process has its database locked" in link.sent.pop()[1].message  # type: ignore[union-attr]
+        other.execute("COMMIT")
+        clock.advance(1.0)
+        link.waiting = [says("a", joins("a", "one"))]  # as a site does that has no answer
+        host.step()
+        assert [(peer[:1], type(m)) for peer, m in link.sent] == [(b"a", protocol.Welcome)]
+        assert later == ["one"]
+        assert [run.store.members() for run in host.runs] == [["c"], ["a"]]
+    assert sum(str(tmp_path / "runs/one") in text for text in caplog.messages) == 1
+
+
+def test_a_server_whose_runs_are_all_locked_at_its_start_waits_for_the_first(
+    tmp_path: Path,
+) -> None:
+    locked = lock(tmp_path, "one"), lock(tmp_path, "two")
+    with locked[0] as one, locked[1], served(tmp_path, *MODELS) as (host, link, clock):
+        host.start()
+        link.waiting = [says("a", joins("a", "one"))]
+        host.step()
+        assert host.runs == []
+        one.execute("COMMIT")
+        clock.advance(1.0)
+        host.step()
+        assert [run.config.run.name for run in host.runs] == ["one"]
+        assert host.waiting == ["two"]
+
+
+def test_a_run_that_gets_locked_between_its_opening_and_its_start_starts_once_it_is_free(
+    tmp_path: Path,
+) -> None:
+    with served(tmp_path, *MODELS) as (host, link, _):
+        path = tmp_path / "runs/one/run.sqlite"
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            host.start()
+            link.waiting = [says("a", joins("a", "one")), says("c", joins("c", "two"))]
+            host.step()
+            assert [peer[:1] for peer, _ in link.sent] == [b"c"]
+            other.execute("COMMIT")
+        host.step()
+        assert [run.store.members() for run in host.runs] == [["a"], ["c"]]
+
+
+@pytest.mark.parametrize("how", ["stop", "interrupt"])
+def test_a_server_that_is_ended_waits_for_no_locked_run_and_names_it(
+    tmp_path: Path, how: str
+) -> None:
+    with lock(tmp_path, "one"), served(tmp_path, *MODELS) as (host, _, _clock):
+        host.stop() if how == "stop" else host.interrupt("SIGTERM")
+        results = host.serve()
+        assert [result.ending for result in results] == [
+            "stopped" if how == "stop" else "interrupted"
+        ]
+        assert host.unopened == ["one"]
+
+
+def test_a_run_that_cannot_be_served_once_it_is_free_is_named_and_holds_no_other_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with lock(tmp_path, "one") as other, served(tmp_path, *MODELS) as (host, link, clock):
+        host.start()
+        host.step()
+        (tmp_path / "runs/one/models/round-0007.safetensors").write_bytes(b"not the server's own")
+        other.execute("COMMIT")
+        clock.advance(1.0)
+        link.waiting = [says("a", joins("a", "one")), says("c", joins("c", "two"))]
+        host.step()
+        answers = [(peer[:1], type(m)) for peer, m in link.sent]
+        assert answers == [(b"a", protocol.Refused), (b"c", protocol.Welcome)]
+        assert [text for text in caplog.messages if "run one is not served: " in text]
+        host.stop()
+        with pytest.raises(IntegrityError, match="round-0007"):
+            host.serve()
+
+
+def test_the_command_shows_a_run_in_its_folder_once_it_is_served(tmp_path: Path) -> None:
+    with lock(tmp_path, "one") as other:
+        files = [written(tmp_path, name, "tcp://127.0.0.1:0") for name in MODELS]
+        server = started(tmp_path, *files)
+        try:
+            one, two = (tmp_path / "runs" / name for name in MODELS)
+            wait_for((two / ENDPOINT_FILE).exists)
+            assert not (one / ENDPOINT_FILE).exists()
+            other.execute("COMMIT")
+            wait_for(lambda: (one / "server.log").exists() and "run one (id" in said(one))
+            addresses = [(folder / ENDPOINT_FILE).read_text().split("#") for folder in (one, two)]
+            assert addresses[0][0] == addresses[1][0]
+            assert addresses[0][1] != addresses[1][1]
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(DEADLINE) == 128 + signal.SIGTERM
+        finally:
+            server.kill()
+            server.wait()
+    assert not (one / ENDPOINT_FILE).exists()
+
+
+def said(folder: Path) -> str:
+    return (folder / "server.log").read_text()
