@@ -34,8 +34,9 @@ from fedcore.security.keys import is_loopback, parse_toml
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer
 from .rules import RULES
+from .rules.compatibility import Choices, Task, conflicts
 from .rules.finishers import FINISHERS, factor_of
-from .rules.options import Option
+from .rules.options import Option, complete
 from .rules.several import SEVERAL
 from .weighing import Weighing
 
@@ -119,7 +120,7 @@ class RunSection(_Section):
     """``[run]``: name, task, rounds, seed, and the folder that run folders lie in."""
 
     name: Name
-    task: Literal["train", "evaluate", "infer", "compare"] = "train"
+    task: Task = "train"
     rounds: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     dir: str = "runs"
@@ -275,36 +276,22 @@ class AggregationSection(_Section):
                 _importable(self.rule, "Class")
             except ValueError as error:
                 raise ValueError(f"rule: {error}") from None
-        elif self.rule in SEVERAL:
-            raise ValueError(
-                f"rule: {self.rule!r} compares whole updates, which `fedcore aggregate` alone does; in a run, "
-                "'median' and 'trimmed-mean' do without some lying sites"
-            )
-        elif self.rule not in RULES:
-            names = ", ".join(repr(name) for name in RULES)
+            return self
+        kind = RULES.get(self.rule) or SEVERAL.get(self.rule)
+        if kind is None:
+            names = ", ".join(repr(name) for name in (*RULES, *SEVERAL))
             raise ValueError(
                 f"rule: expected one of {names} or 'package.module:Class', got {self.rule!r}"
             )
-        else:
-            try:
-                RULES[self.rule].having(self.options)
-            except ValueError as error:
-                raise ValueError(f"options: {error}") from None
+        try:
+            complete(kind.options, self.options, self.rule)
+        except ValueError as error:
+            raise ValueError(f"options: {error}") from None
         return self
 
     @model_validator(mode="after")
-    def _weighs(self) -> AggregationSection:
-        Weighing(self.weights == "equal", self.max_share)
-        rule = RULES.get(self.rule)  # one in Python is asked by the server
-        if rule is not None and not rule.weighted:
-            if self.weights == "examples":
-                raise ValueError(
-                    f"weights: weights do not count in rule = {self.rule!r}; leave it out"
-                )
-            if self.max_share is not None:
-                raise ValueError(
-                    f"max_share: weights do not count in rule = {self.rule!r}; leave it out"
-                )
+    def _share_is_one(self) -> AggregationSection:
+        Weighing(max_share=self.max_share)
         return self
 
     @model_serializer(mode="wrap")
@@ -319,8 +306,14 @@ class AggregationSection(_Section):
 
     @property
     def weighing(self) -> Weighing:
-        """What makes the weights of updates; in a rule that does not weigh, those of buffers."""
-        return Weighing(self.weights == "equal", self.max_share)
+        """What makes the weights of updates; in a rule that does not weigh, those of buffers.
+
+        In a rule of several passes updates weigh the same unless the run file says otherwise: what it promises
+        counts weights, and a site states its own number of examples.
+        """
+        counted = self.max_share is None and self.rule in SEVERAL
+        equal = self.weights == "equal" or (self.weights is None and counted)
+        return Weighing(equal, self.max_share)
 
 
 class TransferSection(Transfer):
@@ -440,44 +433,30 @@ class RunConfig(_Section):
         task = self.run.task
         if task in ("evaluate", "infer") and self.model.initial is None:
             raise ValueError(f"model.initial: missing; it names the model for run.task = {task!r}")
-        if task != "train" and self.participants.sample is not None:
-            raise ValueError(f"participants.sample is for run.task = 'train', not {task!r}")
         if task == "compare" and self.participants.sites is None:
             raise ValueError("participants.sites: missing; run.task = 'compare' needs the names")
-        if task != "train" and self.aggregation.optimizer is not None:
-            raise ValueError(f"aggregation.optimizer is for run.task = 'train', not {task!r}")
-        if task != "train" and self.aggregation.max_share is not None:
-            raise ValueError(f"aggregation.max_share is for run.task = 'train', not {task!r}")
-        if task == "compare" and self.transfer.update != "raw":
-            raise ValueError("transfer.update: expected 'raw' with run.task = 'compare'")
         return self
 
     @model_validator(mode="after")
-    def _fits_rule(self) -> RunConfig:
-        name = self.aggregation.rule
-        rule = RULES.get(name)  # one in Python is asked by the server, and is never sparse
-        if self.transfer.update == "top-k" and not (rule and rule.sparse):
-            raise ValueError(
-                f"transfer.update: 'top-k' does not go with aggregation.rule = {name!r}: it leaves out most "
-                "values of an update, and what is left out would decide the result"
+    def _go_together(self) -> RunConfig:
+        optimizer = self.aggregation.optimizer
+        found = conflicts(
+            Choices(
+                task=self.run.task,
+                rule=self.aggregation.rule,
+                options=self.aggregation.options,
+                update=self.transfer.update,
+                optimizer=None if optimizer is None else optimizer.name,
+                weights=self.aggregation.weights,
+                max_share=self.aggregation.max_share,
+                score_share=self.selection.max_share,
+                quorum=self.participants.quorum,
+                sample=self.participants.sample is not None,
             )
-        least = rule.having(self.aggregation.options).least if rule is not None else 1
-        if self.participants.quorum < least:
-            raise ValueError(
-                f"participants.min_results: aggregation.rule = {name!r} needs {least} or more updates "
-                f"in a round, and {self.participants.quorum} would do"
-            )
-        self._check_share("aggregation", self.aggregation.max_share, "updates in a round")
-        self._check_share("selection", self.selection.max_share, "scores of a model")
+        )
+        if found:
+            raise ValueError("\n".join(conflict.text for conflict in found))
         return self
-
-    def _check_share(self, section: str, max_share: float | None, of: str) -> None:
-        least = Weighing(max_share=max_share).least
-        if self.participants.quorum < least:
-            raise ValueError(
-                f"participants.min_results: {section}.max_share = {max_share} needs {least} or more {of}, and "
-                f"{self.participants.quorum} would do: one of them has a greater share, whatever it weighs"
-            )
 
     @property
     def run_folder(self) -> Path:
@@ -546,6 +525,7 @@ def parse_run(
         lines = [
             _explain(item["loc"], item["type"], item["msg"], item.get("input")) for item in found
         ]
+        lines = [line for text in lines for line in text.split("\n")]
         raise ConfigError(f"{source}: " + f"\n{source}: ".join(lines)) from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.rules import Rule
+from fedcore.rules.compatibility import too_few
 from fedcore.rules.python import load_rule
 
 __all__ = ["check_rule_fits", "rule_of"]
@@ -28,8 +29,6 @@ def check_rule_fits(config: RunConfig) -> None:
             round may have.
     """
     rule = rule_of(config)
-    if config.participants.quorum < rule.least:
-        raise ConfigError(
-            f"participants.min_results: aggregation.rule = {rule.name!r} needs {rule.least} or more updates in a "
-            f"round, and {config.participants.quorum} would do"
-        )
+    few = too_few(rule.name, rule.least, config.participants.quorum)
+    if few is not None:
+        raise ConfigError(few.text)

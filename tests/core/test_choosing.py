@@ -174,7 +174,9 @@ def test_what_can_not_be_is_refused_with_the_numbers(tmp_path: Path) -> None:
         aggregate_files([*paths, bad], None, out, rule="multi-krum")
     assert not out.exists()
     run = {"run": {"name": "t", "rounds": 1}, "participants": {"count": 5}}
-    with pytest.raises(ConfigError, match="'krum' compares whole updates, which `fedcore agg"):
+    with pytest.raises(
+        ConfigError, match="'krum' does not go with a run: it compares whole updates"
+    ):
         parse_run({**run, "aggregation": {"rule": "krum"}})
 
 

@@ -336,7 +336,7 @@ def test_an_optimizer_takes_the_numbers_that_the_registry_says(
 
 
 def test_an_optimizer_is_for_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"aggregation\.optimizer is for run\.task = 'train'"):
+    with pytest.raises(ConfigError, match=r"aggregation\.optimizer: it is for run\.task = 'train'"):
         config(tmp_path, 1, run={"name": "t", "task": "evaluate"}, model={"initial": "m"})
 
 
