@@ -34,6 +34,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
       expected_(expected),
       base_(std::move(base)),
       options_(std::move(options)),
+      base_weight_(options_.base_weight),
       end_(layout_->chunk_count()) {
   if (layout_->total_bytes() == 0) {
     throw Error(Errc::kLayout, "there are no bytes to collect");
@@ -54,6 +55,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   if (!options_.base_crcs.empty() && options_.base_crcs.size() != layout_->chunk_count()) {
     throw Error(Errc::kLayout, "the base must have a checksum of each chunk");
   }
+  check_surveys();
   find_plain();
   if (options_.spill && options_.spill->slot_bytes() < layout_->chunk_bytes()) {
     throw Error(Errc::kStorage, "the spill file's slots are smaller than a chunk");
@@ -63,7 +65,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
   // A slow rule gets one chunk at a time, from the thread that has the collector; so does one with views.
   const bool one = options_.rule->slow || options_.rule->views();
   parts_.resize(one ? 1 : std::clamp<std::uint64_t>(options_.threads, 1, most));
-  while (!options_.rule->traits.folds && parts_.size() > 1 && chunk_room() < expected_) {
+  while (together() && parts_.size() > 1 && chunk_room() < expected_) {
     parts_.pop_back();
   }
   check_base_for_views();
@@ -84,7 +86,8 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
     pulls_.push_back(std::make_unique<Pull>());
     pulls_.back()->feed = Feed(layout_->chunk_count());
   }
-  check_order(order, out);
+  check_order(order, std::nullopt);
+  check_out(out);
   check_states(states);
   begin(order, std::move(out), std::move(record), states);
   resume_reduced();
@@ -98,7 +101,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
 
 Collector::~Collector() { stop(); }
 
-// A rule that folds is the mean, which is the mean of plain tensors, too.
+// A rule that folds is the mean, which is the mean of plain tensors, too, unless the base has a weight.
 void Collector::find_plain() {
   std::size_t found = 0;
   for (const Tensor& tensor : layout_->tensors()) {
@@ -110,7 +113,7 @@ void Collector::find_plain() {
   if (found != options_.plain.size()) {
     throw Error(Errc::kLayout, "a tensor that is to keep the plain mean is not in the layout");
   }
-  if (options_.rule->traits.folds) {
+  if (!together()) {
     plain_.clear();
   } else if (!plain_.empty() && options_.rule->views()) {
     throw Error(Errc::kConfig, "a rule with views takes no plain tensors");
@@ -143,11 +146,15 @@ std::size_t Collector::add(Source source) {
   return added;
 }
 
-void Collector::check_order(const std::vector<std::size_t>& order, const Place& out) const {
+void Collector::check_out(const Place& out) const {
   out.file->check_range(out.offset, layout_->total_bytes());
   if (!out.file->writable()) {
     throw Error(Errc::kStorage, "the output " + out.file->path() + " is not writable");
   }
+}
+
+void Collector::check_order(const std::vector<std::size_t>& order,
+                            const std::optional<Weights>& given) const {
   std::vector<double> weights;
   std::set<std::size_t> seen;
   for (const std::size_t k : order) {
@@ -156,7 +163,13 @@ void Collector::check_order(const std::vector<std::size_t>& order, const Place& 
     }
     weights.push_back(sources_[k].weight);
   }
-  check_weights(*options_.rule, weights);
+  if (given && given->sources.size() != order.size()) {
+    throw Error(Errc::kWeight, "there must be one weight per source");
+  }
+  check_weights(*options_.rule, given ? given->sources : weights);
+  if (given && given->base != 0) {
+    check_weights(*options_.rule, std::vector<double>{given->base});
+  }
   check_views(sources_of(order));
 }
 
@@ -169,17 +182,22 @@ void Collector::check_states(const States& states) const {
 }
 
 void Collector::close(const std::vector<std::size_t>& order, Place out,
-                      std::shared_ptr<Record> record, const States& states) {
-  if (!open_ || state_ != State::kActive) {
-    throw Error(Errc::kProtocol, "this collection is closed");
+                      std::shared_ptr<Record> record, const States& states,
+                      const std::optional<Weights>& weights) {
+  const bool measured = survey_ && state_ == State::kDone;
+  if (!measured && (!open_ || options_.survey || state_ != State::kActive)) {
+    throw Error(Errc::kProtocol, "this collection is closed, or its sources are not surveyed yet");
   }
-  check_order(order, out);
+  check_order(order, weights);
+  check_out(out);
   check_states(states);
-  for (std::size_t k = 0; k < pulls_.size(); ++k) {
-    if (std::find(order.begin(), order.end(), k) == order.end()) {
-      pulls_[k]->counts = false;
-      forget_chunks(*pulls_[k]);
-    }
+  drop_others(order);
+  for (std::size_t j = 0; weights && j < order.size(); ++j) {
+    sources_[order[j]].weight = weights->sources[j];
+  }
+  base_weight_ = weights ? weights->base : base_weight_;
+  if (measured) {
+    end_survey();
   }
   begin(order, std::move(out), std::move(record), states);
   if (group_ > 0) {
@@ -192,6 +210,15 @@ void Collector::close(const std::vector<std::size_t>& order, Place out,
     options_.spill->free_unclaimed();
   }
   work_left_ = true;
+}
+
+void Collector::drop_others(const std::vector<std::size_t>& order) {
+  for (std::size_t k = 0; k < pulls_.size(); ++k) {
+    if (std::find(order.begin(), order.end(), k) == order.end()) {
+      pulls_[k]->counts = false;
+      forget_chunks(*pulls_[k]);
+    }
+  }
 }
 
 void Collector::begin(const std::vector<std::size_t>& order, Place out,
@@ -226,17 +253,24 @@ void Collector::use_sources() {
       weights.push_back(sources_[k].weight);
     }
   }
+  const std::size_t rows = counted_.size() + (base_counts() ? 1 : 0);
+  if (base_weight_ > 0) {
+    weights.push_back(base_weight_);
+  }
+  const bool folds = options_.rule->traits.folds;  // it is the mean, of plain tensors, too
   for (Part& part : parts_) {
-    part.inputs.assign(counted_.size(), {});
+    part.inputs.assign(rows, {});
+    part.survey = survey_ ? std::make_unique<ChunkSurvey>(rows, plain_) : nullptr;
     part.out.resize(
         static_cast<std::size_t>(std::min(layout_->chunk_bytes(), layout_->total_bytes())));
     part.reducer.reset();
-    if (options_.finisher) {
+    if (options_.finisher && !survey_) {
       part.finished = std::make_unique<FinishedChunk>(*options_.finisher, states_);
     }
     try {
-      part.reducer =
-          std::make_unique<Reducer>(*options_.rule, weights, part.finished.get(), plain_);
+      part.reducer = std::make_unique<Reducer>(
+          *options_.rule, weights, part.finished.get(),
+          folds && base_weight_ == 0 ? std::vector<Range>{} : plain_, counted_.size());
     } catch (const Error&) {  // nothing is there to reduce with
       stop();
       throw;
@@ -263,12 +297,14 @@ void Collector::check_room(std::size_t sources) const {
     }
     return;
   }
-  if (!options_.rule->traits.folds && sources > 1 && chunk_room() < sources) {
-    throw Error(Errc::kConfig, "the rule '" + std::string(options_.rule->name) +
-                                   "' needs a chunk of each of " + std::to_string(sources) +
-                                   " sources at the same time, and the budget of " +
-                                   std::to_string(options_.budget_bytes >> 10) + " KiB holds " +
-                                   std::to_string(chunk_room()));
+  if (together() && sources > 1 && chunk_room() < sources) {
+    throw Error(Errc::kConfig,
+                (options_.survey ? std::string("a survey")
+                                 : "the rule '" + std::string(options_.rule->name) + "'") +
+                    " needs a chunk of each of " + std::to_string(sources) +
+                    " sources at the same time, and the budget of " +
+                    std::to_string(options_.budget_bytes >> 10) + " KiB holds " +
+                    std::to_string(chunk_room()));
   }
 }
 
@@ -283,7 +319,7 @@ void Collector::divide_budget() {
     divide_views(chunks, sources);
     return;
   }
-  if (chunks < sources && sources > 1 && options_.rule->traits.folds) {
+  if (chunks < sources && sources > 1 && !together()) {
     const std::uint64_t sums = sum_chunks(*layout_, *options_.rule);
     group_ = chunks > sums ? chunks - sums : 1;
   }
@@ -461,6 +497,10 @@ void Collector::drop(std::size_t source) {
     return;
   }
   use_sources();
+  work_left_ = true;
+  if (survey_) {  // the distances of the others stand
+    return;
+  }
   try {
     use_feeds();
   } catch (const Error& error) {  // without this source, the others need more memory than there is

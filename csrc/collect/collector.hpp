@@ -29,6 +29,12 @@
 // A slow rule may be combined aside: take_out() gives a chunk that is complete, combine() makes it
 // while frames come and go on, and put_back() writes it. One chunk is out at a time, and what it reads
 // stays as it is. Where a source that it was made of is lost meanwhile, it counts for nothing.
+// A rule of several passes (fedcore/rules/deciding.py) has its sources surveyed first: survey() says which of
+// them, and each chunk that they all have is measured, in order: how far apart each two of them and the base
+// are. Then close() says which of them count, and with which weights; their chunks are pulled once more, but
+// for those that lie in the spill file. A source that is lost in the survey takes its distances with it, and
+// no chunk is measured again. The survey needs a chunk of each source at the same time.
+// The base may have a weight, too: it is one more source then, the last one.
 // A collection may be open at first: sources are added as they are ready and pulled ahead, as far
 // as their windows and then the spill file go, and nothing is reduced until close() says which of
 // them count. The order of the reduction is the one given there.
@@ -64,6 +70,7 @@
 #include "reduce/families.hpp"
 #include "reduce/finish.hpp"
 #include "reduce/reducer.hpp"
+#include "reduce/survey.hpp"
 
 namespace fedcore {
 
@@ -91,6 +98,10 @@ struct CollectorOptions {
   std::set<std::string> plain = {};
   // Whether a slow rule without views is combined by whoever takes chunks out, and by nobody else.
   bool aside = false;
+  // Whether sources are surveyed first. It needs a base, and a rule that folds.
+  bool survey = false;
+  // What the base weighs as one more source, as check_weights() takes it; 0: it is none.
+  double base_weight = 0;
   // What makes the output's elements of what is combined, with states; null: they are rounded. It
   // needs a base.
   std::shared_ptr<const Finisher> finisher = nullptr;
@@ -152,13 +163,29 @@ class Collector {
   // layout or base of its own that the rule does not take. Where a feed depends on all sources, none
   // is pulled before the close.
   std::size_t add(Source source);
-  // While open: these sources count, reduced in this order into the output; the others are dropped.
+  // While open, with options.survey: measures these sources, in this order, and drops the others. The work
+  // that this makes possible is done by tick(), and ends with kDone. Throws as close() does, and changes
+  // nothing.
+  void survey(const std::vector<std::size_t>& order);
+  // Whether it measures, or has measured and is to be closed.
+  bool surveying() const noexcept { return survey_ != nullptr; }
+  // Once measured: the squared distances of the sources that are left, in their order, and of the base, the
+  // last one: rows of a matrix.
+  std::vector<std::vector<double>> distances() const;
+
+  // How much the sources that count weigh, in their order, and the base; for close().
+  struct Weights {
+    std::vector<double> sources;
+    double base = 0;
+  };
+  // While open, or once measured: these sources count, reduced in this order into the output; the others
+  // are dropped. `weights`: in place of those that they were added with, and of the base's.
   // The work that this makes possible is done by tick(). Throws Error{kWeight, kLayout, kStorage,
   // kProtocol}, and changes nothing, for no source, a bad weight, one that can't count, or an
   // output that is too small. `record`: a new record, or null. `states`: the places of the states
   // that the finisher writes, if there is one.
   void close(const std::vector<std::size_t>& order, Place out, std::shared_ptr<Record> record,
-             const States& states = {});
+             const States& states = {}, const std::optional<Weights>& weights = std::nullopt);
 
   // Chunks that each source may have in memory or under way; the first ones have one more each
   // where the budget leaves room.
@@ -194,7 +221,8 @@ class Collector {
     std::vector<View> views;                  // in place of inputs
     std::unique_ptr<FinishedChunk> finished;  // null without a finisher
     std::unique_ptr<Reducer> reducer;
-    std::vector<std::uint8_t> out;  // hot in the cache when it is written out
+    std::unique_ptr<ChunkSurvey> survey;  // measures in place of the reducer; or null
+    std::vector<std::uint8_t> out;        // hot in the cache when it is written out
     std::uint32_t crc = 0;
     std::optional<BadValue> bad;
     std::optional<RuleError> failed;
@@ -295,8 +323,15 @@ class Collector {
   // Differences are added to pages of the base, which are given back in steps; finishers and rules
   // with views read it.
   bool reads_base() const noexcept {
-    return differences() || options_.finisher || options_.rule->views();
+    return differences() || options_.finisher || options_.rule->views() || options_.survey ||
+           base_weight_ > 0;
   }
+  // Whether a chunk of each source is needed at the same time.
+  bool together() const noexcept { return options_.survey || !options_.rule->traits.folds; }
+  // Whether the base is one more source.
+  bool base_counts() const noexcept { return survey_ || base_weight_ > 0; }
+  // The same of a chunk of it.
+  Body base_body(const Range& range) const { return {base_at(range), range.nbytes}; }
   // Of what is reduced, pages are given back so many bytes at a time.
   std::uint64_t release_step() const noexcept {
     return std::min<std::uint64_t>(8u << 20, options_.budget_bytes / 16);
@@ -328,7 +363,15 @@ class Collector {
   bool reduce_view();
   bool check_bases();
   void report_rule(const std::string& what);
-  void check_order(const std::vector<std::size_t>& order, const Place& out) const;
+  void check_order(const std::vector<std::size_t>& order,
+                   const std::optional<Weights>& weights) const;
+  void check_out(const Place& out) const;
+  void check_surveys() const;
+  void drop_others(const std::vector<std::size_t>& order);
+  void measure(Part& part) const;
+  std::vector<std::size_t> rows_of_counted() const;
+  void add_distances(const Part& part);
+  void end_survey();
   void use_sources();
   void divide_budget();
   std::uint64_t chunk_room() const noexcept;
@@ -370,6 +413,7 @@ class Collector {
   bool fold_next();
   void reject_value(const BadValue& bad);
   bool write(const Part& part, const std::uint8_t* result);
+  void fold_base(const Range& range);
   bool finish_fold(std::uint64_t index);
   void rewind();
   std::uint64_t near_end(std::size_t source) const noexcept;
@@ -406,7 +450,10 @@ class Collector {
   std::shared_ptr<Record> record_;
   std::vector<StatePlace> states_;  // that the finisher writes
   std::vector<Range> plain_;        // what options_.plain names, where the rule is not the mean
-  bool pass_on_ = false;            // the one source's chunks go to the output as they are
+  // Sums of squares, (order_.size() + 1)^2 of them, while sources are surveyed and until they are closed.
+  std::unique_ptr<std::vector<double>> survey_;
+  double base_weight_;
+  bool pass_on_ = false;  // the one source's chunks go to the output as they are
   std::uint64_t window_ = 1;
   std::uint64_t group_ = 0;  // chunks under way at a time where sources are folded; 0: they are not
   std::size_t folded_ = 0;   // sources in the sums of the next chunk

@@ -20,7 +20,7 @@ bool Collector::gather(Part& part) {
     }
     from_spill = from_spill || !pull.held.contains(next_);
   }
-  one_by_one_ = from_spill && counted_.size() > kReadTogether && options_.rule->traits.folds;
+  one_by_one_ = from_spill && counted_.size() > kReadTogether && !together();
   if (one_by_one_) {
     return true;
   }
@@ -34,6 +34,9 @@ bool Collector::gather(Part& part) {
     if (part.inputs[j].data == nullptr) {
       return false;
     }
+  }
+  if (base_counts()) {
+    part.inputs.back() = base_body(layout_->chunk_range(part.index));
   }
   return true;
 }
@@ -64,6 +67,9 @@ unsigned Collector::gather_more() {
     part.index = chunk_of(next_ + count);
     for (std::size_t j = 0; j < counted_.size(); ++j) {
       part.inputs[j] = pulls_[counted_[j]]->held.at(next_ + count).body();
+    }
+    if (base_counts()) {
+      part.inputs.back() = base_body(layout_->chunk_range(part.index));
     }
     ++count;
   }
@@ -146,6 +152,10 @@ const std::uint8_t* Collector::base_at(const Range& range) const {
 }
 
 void Collector::reduce(Part& part) const {
+  if (part.survey) {
+    measure(part);
+    return;
+  }
   const Range range = layout_->chunk_range(part.index);
   const std::uint8_t* base = base_at(range);
   if (part.finished) {
@@ -246,6 +256,11 @@ bool Collector::settle(const Part& part) {
     report_base(*base_.file, part.index);
     return false;
   }
+  if (part.survey) {
+    add_distances(part);
+    advance();
+    return true;
+  }
   if (part.changed_state != nullptr) {
     report_state(*part.changed_state);
     return false;
@@ -259,6 +274,10 @@ bool Collector::settle(const Part& part) {
 }
 
 void Collector::reject_value(const BadValue& bad) {
+  if (bad.source == counted_.size()) {  // a base that was committed is finite
+    report_base(*base_.file, chunk_of(next_));
+    return;
+  }
   const Location where = layout_->locate(bad.byte_offset);
   fail(counted_[bad.source], "nonfinite",
        "NaN or infinity in tensor '" + std::string(where.tensor) + "', element " +
@@ -309,12 +328,22 @@ bool Collector::fold_all(std::uint64_t index) {
   return finish_fold(index);
 }
 
+// The base as one more source of the sums, the last one.
+void Collector::fold_base(const Range& range) {
+  if (base_weight_ > 0) {
+    const std::uint8_t* const base = base_at(range);
+    parts_[0].reducer->fold(*layout_, range, counted_.size(), base_body(range), base,
+                            parts_[0].out.data());
+  }
+}
+
 // Makes a chunk of the sums, and writes it.
 bool Collector::finish_fold(std::uint64_t index) {
   Part& part = parts_[0];
   const Range range = layout_->chunk_range(index);
   const std::uint8_t* base = base_at(range);
   part.index = index;
+  fold_base(range);
   if (part.finished) {
     part.finished->begin(range);
   }
@@ -409,7 +438,7 @@ void Collector::release_behind() {
   const std::uint64_t begin = chunk_of(released_) * step;
   const std::uint64_t end = last_of_turn ? layout_->total_bytes()
                                          : std::min(chunk_of(next_) * step, layout_->total_bytes());
-  if (options_.write_behind) {
+  if (options_.write_behind && !survey_) {
     out_.file->write_behind(out_.offset + begin, end - begin);
     if (options_.finisher) {
       options_.finisher->write_behind({begin, end - begin}, states_);

@@ -483,6 +483,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       py::arg("weights"), py::arg("out"),
       "Combine whole buffers by a rule into binary64 numbers, as a finisher gets them; for tests.");
   m.def(
+      "survey_scratch",
+      [](std::size_t sources, std::uint64_t chunk_bytes) {
+        return ChunkSurvey::scratch(sources + 1, chunk_bytes);
+      },
+      py::arg("sources"), py::arg("chunk_bytes"),
+      "Bytes that a thread takes which measures chunks of so many sources, and of the base.");
+  m.def(
       "rule_scratch",
       [](const py::object& rule, std::size_t sources) { return to_rule(rule)->scratch(sources); },
       py::arg("rule"), py::arg("sources"),

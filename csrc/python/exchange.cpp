@@ -60,7 +60,9 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
                               const py::object& codec, unsigned threads,
                               std::vector<std::uint32_t> base_checksums, const py::object& rule,
                               std::shared_ptr<Finisher> finisher, bool aside,
-                              std::set<std::string> plain) {
+                              std::set<std::string> plain, bool survey,
+                              const py::int_& base_weight) {
+  const bool none = base_weight.equal(py::int_(0));
   return {.budget_bytes = budget_bytes,
           .stall_ms = stall_ms,
           .write_behind = write_behind,
@@ -72,6 +74,8 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
           .rule = to_rule(rule),
           .plain = std::move(plain),
           .aside = aside,
+          .survey = survey,
+          .base_weight = none ? 0 : static_cast<double>(to_weights({base_weight})[0]),
           .finisher = std::move(finisher)};
 }
 
@@ -105,6 +109,21 @@ std::shared_ptr<Collector> make_collector(const PyLayout& layout,
   const py::gil_scoped_release release;  // it reads what is reduced
   return std::make_shared<Collector>(layout, std::move(checked), to, from, std::move(own),
                                      std::move(record), places);
+}
+
+std::optional<Collector::Weights> to_given(
+    const std::optional<std::pair<std::vector<py::int_>, py::int_>>& weights) {
+  if (!weights) {
+    return std::nullopt;
+  }
+  Collector::Weights given;
+  for (const std::uint64_t weight : to_weights(weights->first)) {
+    given.sources.push_back(static_cast<double>(weight));
+  }
+  if (!weights->second.equal(py::int_(0))) {
+    given.base = static_cast<double>(to_weights({weights->second})[0]);
+  }
+  return given;
 }
 
 int deliver(Exchange& exchange, std::int64_t now_ms, const py::bytes& peer,
@@ -170,7 +189,8 @@ void bind_exchange(py::module_& m) {
            py::arg("codec") = py::none(), py::arg("threads") = usual.threads,
            py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
            py::arg("finisher") = nullptr, py::arg("aside") = usual.aside,
-           py::arg("plain") = usual.plain);
+           py::arg("plain") = usual.plain, py::arg("survey") = usual.survey,
+           py::arg("base_weight") = 0);
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
@@ -185,6 +205,12 @@ void bind_exchange(py::module_& m) {
       .def_property_readonly("aside", &Collector::aside,
                              "Whether its chunks are combined by Exchange.combine alone.")
       .def_property_readonly("done", &Collector::done)
+      .def_property_readonly("surveying", &Collector::surveying,
+                             "Whether its sources are measured, and it is to be closed then.")
+      .def_property_readonly(
+          "distances", &Collector::distances,
+          "Rows of the squared distances of the sources that are left and of the base, the last "
+          "one; once they are measured.")
       .def_property_readonly("window", &Collector::window)
       .def_property_readonly("bytes_received", &Collector::bytes_received)
       .def_property_readonly("checksums", &Collector::checksums,
@@ -278,17 +304,27 @@ void bind_exchange(py::module_& m) {
           py::arg("collector"), py::arg("peer"), py::arg("set_id"), py::arg("weight"),
           "Pull another source into an open collector; returns its number.")
       .def(
+          "survey",
+          [](Exchange& e, const Collector& c, const std::vector<std::size_t>& sources) {
+            e.survey(c.id(), sources);
+          },
+          py::arg("collector"), py::arg("sources"),
+          "Measure these sources of an open collector, in this order; the others are dropped.")
+      .def(
           "close",
           [](Exchange& e, const Collector& c, const std::vector<std::size_t>& sources,
              const FileHandle& out, std::uint64_t out_offset, std::shared_ptr<Record> record,
-             const PyStates& states) {
+             const PyStates& states,
+             const std::optional<std::pair<std::vector<py::int_>, py::int_>>& weights) {
             e.close(c.id(), sources, Place{out.share(), out_offset}, std::move(record),
-                    to_states(states));
+                    to_states(states), to_given(weights));
           },
           py::arg("collector"), py::arg("sources"), py::arg("out"), py::arg("out_offset"),
           py::arg("record") = nullptr, py::arg("states") = PyStates(),
-          "Reduce these sources of an open collector, in this order, into the output; the others "
-          "are dropped. The record, if any, is a new one.")
+          py::arg("weights") = std::nullopt,
+          "Reduce these sources of an open or measured collector, in this order, into the output; "
+          "the others are dropped. The record, if any, is a new one. `weights`: new ones, and that "
+          "of the base.")
       .def(
           "cancel", [](Exchange& e, const Collector& c) { e.cancel(c.id()); }, py::arg("collector"),
           "Forget a collector; running or done.")

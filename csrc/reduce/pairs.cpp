@@ -11,24 +11,13 @@
 #include "base/workers.hpp"
 #include "kernels/arith.hpp"
 #include "kernels/kernels.hpp"
+#include "reduce/pair_loops.hpp"
 
 namespace fedcore {
 namespace {
 
-struct PairLoops {
-  std::uint64_t (*widen[4])(const std::uint8_t* from, double* to, std::size_t count);
-  void (*add_squares)(const double* one, std::size_t rows, std::size_t stride, std::size_t count,
-                      double* sums);
-};
-
-#define FEDCORE_BODIES "reduce/pairs.inl"
-#include "kernels/levels.inl"
-
-#define FEDCORE_LOOPS(level) &level::kLoops
-constexpr const PairLoops* kLevels[] = {FEDCORE_FOR_LEVELS(FEDCORE_LOOPS)};
-
 constexpr std::size_t kStep = 256;  // elements of a source in a piece
-constexpr std::size_t kLanes = 8;
+constexpr std::size_t kLanes = PairLoops::kLanes;
 constexpr std::uint64_t kBlock = 1u << 20;
 constexpr std::size_t kSegments = 64;
 
@@ -67,8 +56,7 @@ class PairJob {
       std::fill(lanes.begin(), lanes.end(), 0.0);
       add(blocks_[b], values, lanes.data());
       for (std::size_t p = 0; p < pairs(); ++p) {
-        const double* const of = lanes.data() + p * kLanes;
-        sums[p] += ((of[0] + of[4]) + (of[2] + of[6])) + ((of[1] + of[5]) + (of[3] + of[7]));
+        sums[p] += sum_of_lanes(lanes.data() + p * kLanes);
       }
     }
   }
@@ -92,7 +80,7 @@ class PairJob {
   }
 
  private:
-  std::size_t pairs() const { return k_ * (k_ - 1) / 2; }
+  std::size_t pairs() const { return pairs_of(k_); }
   std::size_t first_block(std::size_t segment) const {
     return segment * blocks_.size() / segments_;
   }
@@ -110,8 +98,8 @@ class PairJob {
     const FileTensor& tensor = tensors_[block.tensor];
     const std::size_t width = item_size(tensor.dtype);
     const std::size_t count = static_cast<std::size_t>(block.nbytes) / width;
-    const PairLoops& loops = *kLevels[kernels::level()];
-    const auto widen = loops.widen[format_of(tensor.dtype)];
+    const PairLoops& loops = pair_loops();
+    const auto widen = loops.widen[float_place(tensor.dtype)];
     for (std::size_t at = 0; at < count; at += kStep) {
       const std::size_t n = std::min(kStep, count - at);
       const std::size_t padded = (n + kLanes - 1) / kLanes * kLanes;
@@ -123,28 +111,10 @@ class PairJob {
         }
         std::fill(row + n, row + padded, 0.0);
       }
-      double* sums = lanes;
-      for (std::size_t i = 0; i + 1 < k_; ++i) {
-        const std::size_t rows = k_ - i - 1;
-        loops.add_squares(values.data() + i * kStep, rows, kStep, padded, sums);
-        sums += rows * kLanes;
-      }
+      loops.add_pairs(values.data(), k_, kStep, padded, lanes);
     }
     for (std::size_t k = 0; k < k_; ++k) {
       inputs_[k]->release(tensor.input_offsets[k] + block.offset, block.nbytes);
-    }
-  }
-
-  static std::size_t format_of(Dtype dtype) {
-    switch (dtype) {
-      case Dtype::kF64:
-        return 0;
-      case Dtype::kF32:
-        return 1;
-      case Dtype::kF16:
-        return 2;
-      default:
-        return 3;
     }
   }
 

@@ -11,7 +11,7 @@
 namespace fedcore {
 
 Reducer::Reducer(const Rule& rule, const std::vector<double>& weights, Finish* finish,
-                 std::vector<Range> plain)
+                 std::vector<Range> plain, std::size_t plain_inputs)
     : rule_(rule),
       finish_(finish),
       plain_(std::move(plain)),
@@ -22,7 +22,9 @@ Reducer::Reducer(const Rule& rule, const std::vector<double>& weights, Finish* f
   check_weights(rule, weights);
   combiner_ = rule.make(weights);
   if (!plain_.empty()) {
-    mean_ = kMean.make(rule.weigh ? rule.weigh(weights) : weights);
+    std::vector<double> own = rule.weigh ? rule.weigh(weights) : weights;
+    own.resize(plain_inputs == 0 ? own.size() : plain_inputs);
+    mean_ = kMean.make(own);
   }
 }
 

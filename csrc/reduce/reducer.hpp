@@ -40,10 +40,10 @@ class Finish {
 class Reducer {
  public:
   // Throws what check_weights() throws. `finish`, if any, outlives the reducer. `plain`: flat bytes
-  // of the layout, in order and apart, whose float elements get the mean whatever the rule is; for
-  // rules that neither fold nor have views.
+  // of the layout, in order and apart, whose float elements get the mean whatever the rule is: that of the
+  // first `plain_inputs` inputs, or of all (0). For rules without views, and not for fold().
   Reducer(const Rule& rule, const std::vector<double>& weights, Finish* finish = nullptr,
-          std::vector<Range> plain = {});
+          std::vector<Range> plain = {}, std::size_t plain_inputs = 0);
 
   std::size_t sources() const noexcept { return bodies_.size(); }
 

@@ -165,11 +165,17 @@ std::size_t Exchange::add(std::uint64_t collector_id, Source source) {
   return added;
 }
 
+void Exchange::survey(std::uint64_t collector_id, const std::vector<std::size_t>& order) {
+  const std::lock_guard lock(mutex_);
+  running(collector_id).survey(order);
+}
+
 void Exchange::close(std::uint64_t collector_id, const std::vector<std::size_t>& order, Place out,
-                     std::shared_ptr<Record> record, const Collector::States& states) {
+                     std::shared_ptr<Record> record, const Collector::States& states,
+                     const std::optional<Collector::Weights>& weights) {
   const std::lock_guard lock(mutex_);
   Collector& collector = running(collector_id);
-  collector.close(order, std::move(out), std::move(record), states);
+  collector.close(order, std::move(out), std::move(record), states, weights);
   tell_combiner(collector);
 }
 

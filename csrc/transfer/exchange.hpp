@@ -154,10 +154,12 @@ class Exchange {
   void limit_audience(std::uint64_t audience, std::uint64_t outgoing, std::uint64_t control);
 
   void start(std::shared_ptr<Collector> collector);
-  // Adds a source to a running collector that is open, or closes it; see Collector.
+  // Adds a source to a running collector that is open, surveys its sources, or closes it; see Collector.
   std::size_t add(std::uint64_t collector_id, Source source);
+  void survey(std::uint64_t collector_id, const std::vector<std::size_t>& order);
   void close(std::uint64_t collector_id, const std::vector<std::size_t>& order, Place out,
-             std::shared_ptr<Record> record, const Collector::States& states = {});
+             std::shared_ptr<Record> record, const Collector::States& states = {},
+             const std::optional<Collector::Weights>& weights = std::nullopt);
   void cancel(std::uint64_t collector_id);
   void retry(std::uint64_t collector_id, std::size_t source,
              const std::optional<std::string>& peer);

@@ -1,0 +1,96 @@
+// The collector's survey: how far apart its sources are, before it is known which of them count.
+#include <algorithm>
+
+#include "base/error.hpp"
+#include "collect/collector.hpp"
+
+namespace fedcore {
+
+void Collector::check_surveys() const {
+  if ((options_.survey || base_weight_ != 0) && !base_.file) {
+    throw Error(Errc::kLayout, "a survey, or a base that has a weight, needs a base");
+  }
+  if (base_weight_ != 0) {
+    check_weights(*options_.rule, std::vector<double>{base_weight_});
+  }
+  const bool folds = options_.rule->traits.folds && !options_.rule->views();
+  if ((options_.survey || base_weight_ != 0) && !folds) {
+    throw Error(Errc::kConfig, "what follows a survey, or gives the base a weight, is the mean");
+  }
+}
+
+void Collector::survey(const std::vector<std::size_t>& order) {
+  if (!options_.survey || !open_ || state_ != State::kActive) {
+    throw Error(Errc::kProtocol, "this collection's sources are not to be surveyed");
+  }
+  check_order(order, std::nullopt);
+  drop_others(order);
+  open_ = false;
+  order_ = order;
+  const std::size_t rows = order.size() + 1;
+  survey_ = std::make_unique<std::vector<double>>(rows * rows);
+  use_sources();
+  divide_budget();
+  if (options_.spill) {
+    options_.spill->free_unclaimed();
+  }
+  work_left_ = true;
+}
+
+// The next turn is that of the sources that count.
+void Collector::end_survey() {
+  survey_.reset();
+  end_ = next_ + layout_->chunk_count();
+  reduced_.store(0, std::memory_order_relaxed);
+  state_ = State::kActive;
+  done_.store(false, std::memory_order_release);
+}
+
+void Collector::measure(Part& part) const {
+  const Range range = layout_->chunk_range(part.index);
+  part.bad = part.survey->measure(*layout_, range, part.inputs.data(), base_at(range));
+  part.base_changed = !part.bad && base_changed(part.index);
+}
+
+// Where the rows of those that count are in the matrix, and that of the base.
+std::vector<std::size_t> Collector::rows_of_counted() const {
+  std::vector<std::size_t> rows;
+  for (std::size_t j = 0; j < order_.size(); ++j) {
+    if (pulls_[order_[j]]->counts) {
+      rows.push_back(j);
+    }
+  }
+  rows.push_back(order_.size());
+  return rows;
+}
+
+void Collector::add_distances(const Part& part) {
+  const std::vector<std::size_t> rows = rows_of_counted();
+  const std::size_t width = order_.size() + 1;
+  const std::vector<double>& found = part.survey->squares();
+  for (std::size_t at = 0; at < found.size();) {
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      for (std::size_t j = i + 1; j < rows.size(); ++j) {
+        (*survey_)[rows[i] * width + rows[j]] += found[at++];
+      }
+    }
+  }
+}
+
+std::vector<std::vector<double>> Collector::distances() const {
+  if (!survey_ || state_ != State::kDone) {
+    throw Error(Errc::kProtocol, "the survey is not done");
+  }
+  const std::vector<std::size_t> rows = rows_of_counted();
+  const std::size_t width = order_.size() + 1;
+  std::vector<std::vector<double>> found;
+  for (const std::size_t i : rows) {
+    found.emplace_back();
+    for (const std::size_t j : rows) {
+      found.back().push_back((*survey_)[std::min(i, j) * width + std::max(i, j)]);
+    }
+  }
+  return found;
+}
+
+}  // namespace fedcore
