@@ -203,7 +203,10 @@ class Acting:
         self._run.emit_best(before)
 
     def ask_gates(self, version: int) -> None:
-        """Pause the run if a gate refuses the round after a version; call it before the plan begins that round."""
+        """Pause the run until its gates allow the round after a version; call it before the plan begins that one.
+
+        They are asked aside; `Commands.look` goes on with the run.
+        """
         if not self._run.rounds.paused and not self._run.gates.allow(version + 1):
             self._run.rounds.paused = True
 

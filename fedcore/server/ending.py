@@ -207,7 +207,7 @@ class Ending:
             logger.error("how the run stands can't be shown any more: %s", error)
 
     def _snapshot(self) -> protocol.StatusReply:
-        paused = self._run.gates.refusal or "no other round begins"
+        paused = self._run.gates.state or "no other round begins"
         message = f"paused: {paused}" if self._run.rounds.paused else ""
         if self.result is not None:
             message = self.result.message

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 from fedcore import __version__, protocol
 from fedcore.encoding import can_pack
-from fedcore.errors import IntegrityError, RuleError, StorageError
+from fedcore.errors import IntegrityError, RuleError
 from fedcore.events import (
     AnswerReceived,
     MetricsLogged,
@@ -18,20 +17,17 @@ from fedcore.events import (
     SiteReported,
     UpdateReady,
 )
-from fedcore.server.rounds.actions import (
-    Action,
-)
 from fedcore.server.rounds.participation import Delivery
 from fedcore.server.rounds.selection import SiteScore
-from fedcore.server.rounds.steering import steer
 from fedcore.server.storage.logged import PAGE_BYTES
 from fedcore.weighing import effective_weight
 
 from .acting import Acting
 from .attendance import Attendance
+from .commands import Commands
 from .ending import GIVEN_UP, Ending
 from .parts import Parts
-from .peers import Peer, name_of
+from .peers import Peer
 from .status import merge_metrics
 
 __all__ = ["Handling", "stopped_by"]
@@ -56,11 +52,20 @@ class Handling:
         acting: carries out what its plan decides.
         attendance: ends the part of a site.
         ending: how the run ends.
+        commands: carries out what operators ask.
     """
 
-    def __init__(self, run: Parts, acting: Acting, attendance: Attendance, ending: Ending) -> None:
+    def __init__(
+        self,
+        run: Parts,
+        acting: Acting,
+        attendance: Attendance,
+        ending: Ending,
+        commands: Commands,
+    ) -> None:
         self._run = run
         self._acting, self._attendance, self._ending = acting, attendance, ending
+        self._commands = commands
 
     def handle(self, peer: bytes, message: protocol.FromSite) -> None:
         """Handle a message that its sender may say."""
@@ -71,7 +76,7 @@ class Handling:
         elif self._ending.goodbye is not None:
             self._ending.goodbye.handle(peer, message)
         elif isinstance(message, protocol.Command):
-            self._on_command(peer, message)
+            self._commands.handle(peer, message)
         elif isinstance(message, protocol.Join):
             self._on_join(peer, message)
         elif (known := self._run.peers.get(peer)) is not None:
@@ -119,43 +124,6 @@ class Handling:
             self._run.link.send(peer, protocol.Refused(code="other-run", message=GIVEN_UP))
         elif self._run.replies.may_have(peer, PAGE_BYTES):
             self._run.link.send(peer, self._run.store.logged.page(message.after))
-
-    def _on_stop(self) -> protocol.CommandReply:
-        """Write a stop down before it is answered: it holds also if this server is killed after the answer."""
-        try:
-            self._run.store.ask_stop()
-        except (IntegrityError, StorageError) as error:
-            logger.error("the run is not stopped: %s", error)
-            text = "the server cannot write to its disk that the run is to end, so it goes on; its log says why"
-            return protocol.CommandReply(ok=False, message=text)
-        self._ending.stopping = True
-        return protocol.CommandReply(ok=True, message="the run ends with what is committed")
-
-    def _on_command(self, peer: bytes, command: protocol.Command) -> None:
-        actions: list[Action] = []
-        if command.action == "stop":
-            reply = self._on_stop()
-        else:
-            reply, actions = self._steer(command.action)
-        self._run.replies.tell(
-            name_of(peer, self._run.peers.get(peer)),
-            "%s asks to %s: %s",
-            command.action,
-            reply.message,
-            level=logging.INFO,
-        )
-        self._run.link.send(peer, reply)
-        self._acting.do(actions)
-
-    def _steer(
-        self, action: Literal["pause", "resume", "evaluate"]
-    ) -> tuple[protocol.CommandReply, list[Action]]:
-        version = self._run.rounds.version
-        asks = action == "resume" and self._run.rounds.held and version is not None
-        if asks and not self._run.gates.allow((version or 0) + 1):
-            text = f"the run stays paused: {self._run.gates.refusal}"
-            return protocol.CommandReply(ok=False, message=text), []
-        return steer(self._run.rounds, action, self._run.clock.monotonic())
 
     def _on_join(self, peer: bytes, join: protocol.Join) -> None:
         if self._run.peers.turn_away(peer, join) or not self._run.replies.may_have(

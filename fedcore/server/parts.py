@@ -103,7 +103,7 @@ class Parts:
         self.outcome = Outcome(config, store, roster)
         self.rounds: Rounds = make_rounds(config, roster, store.last_version)
         self.status = StatusBuilder(config, self.rounds, store, self.clock, self.collecting)
-        self.gates = Gates(config, store)
+        self.gates = Gates(config, store, self.link.wake, self.clock.monotonic)
         self.listeners = Listeners(
             config.server.listeners,
             name,

@@ -27,6 +27,7 @@ from fedcore.words import plural
 
 from .acting import Acting
 from .attendance import Attendance
+from .commands import Commands
 from .ending import Ending
 from .handling import Handling, stopped_by
 from .opening import is_over
@@ -70,7 +71,8 @@ class Run:
         self.ending = Ending(parts)
         self.acting = Acting(parts, self.ending, around.device)
         self.attendance = Attendance(parts, self.acting)
-        self._handling = Handling(parts, self.acting, self.attendance, self.ending)
+        self._commands = Commands(parts, self.acting, self.ending)
+        self._handling = Handling(parts, self.acting, self.attendance, self.ending, self._commands)
         self._waiting = WaitingLog(self.rounds, lambda: parts.clock.wall().astimezone())
 
     def _put_out(self, peer: bytes, site: str, code: str, text: str) -> None:
@@ -159,6 +161,7 @@ class Run:
         self.attendance.check_overtime()
         self.versions.keep_digests()
         self.store.logged.write_if_due(self._parts.clock.monotonic())
+        self._commands.look()
         self.acting.do(self.rounds.tick(self._parts.clock.monotonic()))
         self._waiting.look(self._parts.clock.monotonic())
 

@@ -56,6 +56,10 @@ class RunLink:
         """Have frames sent, after the exchange was given something to do."""
         self._link.kick()
 
+    def wake(self) -> None:
+        """Have the server look at what is due; safe from another thread."""
+        self._link.wake()
+
     def enrol(self, peer: bytes) -> None:
         """Let a peer pull what the run publishes."""
         self.exchange.enrol(peer, self.audience)

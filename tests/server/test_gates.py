@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedcore import protocol
+from fedcore.clock import ManualClock
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.gates import RoundRequest
@@ -31,6 +33,20 @@ def config(tmp_path: Path, **more: Any) -> RunConfig:
     plain: RunConfig = run_config(tmp_path, sites=["a"], **more)
     server = plain.server.model_copy(update={"gates": [NAME]})
     return plain.model_copy(update={"server": server})
+
+
+class Asked(Gates):
+    """Gates whose answer is waited for."""
+
+    def __init__(self, run_file: RunConfig, store: Store) -> None:
+        self.came = threading.Event()
+        super().__init__(run_file, store, self.came.set)
+
+    def may_begin(self, round_: int) -> bool | None:
+        if self.allow(round_):
+            return True
+        assert self.came.wait(DEADLINE)
+        return self.answer()
 
 
 @pytest.fixture
@@ -64,8 +80,15 @@ def test_a_refused_round_begins_once_the_run_is_resumed_and_the_gate_allows_it(
 ) -> None:
     open_, refused = threading.Event(), threading.Event()
     asked = answer(lambda request: None if request.round < 2 or open_.is_set() else "no budget")
-    ask = Gates.allow
-    monkeypatch.setattr(Gates, "allow", lambda *args: ask(*args) or refused.set())
+    take = Gates.answer
+
+    def answered(gates: Gates) -> bool | None:
+        found = take(gates)
+        if found is False:
+            refused.set()
+        return found
+
+    monkeypatch.setattr(Gates, "answer", answered)
     server = Server(config(tmp_path, rounds=2))
 
     def operator() -> int:
@@ -121,8 +144,8 @@ def test_what_is_not_none_refuses(
 ) -> None:
     answer(act)
     store = Store(tmp_path / "run", SETTINGS)
-    gates = Gates(config(tmp_path), store)
-    assert not gates.allow(1)
+    gates = Asked(config(tmp_path), store)
+    assert not gates.may_begin(1)
     assert text in gates.refusal
     assert store.allowed_round == 0
     store.close()
@@ -135,12 +158,12 @@ def test_a_round_that_was_allowed_is_asked_for_again_only_after_a_rollback(
     folder = run_of(tmp_path / "run", 3.0, 2.0)
     for _ in range(2):  # another server
         store = Store(folder, SETTINGS)
-        assert Gates(config(tmp_path), store).allow(2)
+        assert Asked(config(tmp_path), store).may_begin(2)
         store.close()
     assert asked == [2]
     store = Store(folder, None)
     store.roll_back(0)
-    assert Gates(config(tmp_path), store).allow(2)
+    assert Asked(config(tmp_path), store).may_begin(2)
     store.close()
     assert asked == [2, 2]
 
@@ -169,6 +192,87 @@ def test_an_update_of_a_refused_round_does_not_count(
     assert (result.ending, result.version) == ("stopped", 1)
 
 
+def test_a_gate_is_asked_aside_and_once_and_named_where_it_is_slow(
+    tmp_path: Path, answer: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
+) -> None:
+    free = threading.Event()
+    asked = answer(lambda _: free.wait(DEADLINE) and None)
+    store, clock = Store(tmp_path / "run", SETTINGS), ManualClock()
+    came = threading.Event()
+    gates = Gates(config(tmp_path), store, came.set, clock.monotonic)
+    for _ in range(2):  # the second time it is not asked once more
+        assert not gates.allow(1)
+    assert (gates.answer(), gates.refusal) == (None, "")
+    assert gates.state == f"gate {NAME} is asked for round 1"
+    clock.advance(11.0)
+    assert gates.answer() is None
+    assert [f"waits for gate {NAME}" in text for text in caplog.messages] == [True]
+    assert store.allowed_round == 0
+    free.set()
+    assert came.wait(DEADLINE)
+    assert (gates.answer(), gates.answer()) == (True, None)
+    assert (store.allowed_round, gates.allow(1), asked) == (1, True, [1])
+    store.close()
+
+
+def test_a_run_that_is_paused_while_its_gate_is_asked_stays_paused(
+    tmp_path: Path, answer: Callable[..., list[int]]
+) -> None:
+    begun, free = threading.Event(), threading.Event()
+
+    def slow(request: RoundRequest) -> None:
+        if request.round == 2:
+            begun.set()
+            assert free.wait(DEADLINE)
+
+    asked = answer(slow)
+    server = Server(config(tmp_path, rounds=2))
+
+    def operator() -> int:
+        assert begun.wait(DEADLINE)
+        with StatusClient(server.endpoint) as client:
+            assert "is asked for round 2" in client.ask(DEADLINE).message
+            assert client.command("pause", DEADLINE).ok
+            assert client.command("pause", DEADLINE).ok
+            free.set()
+            while (status := client.ask(DEADLINE)).message != "paused: no other round begins":
+                assert status.phase == "paused"
+            assert client.command("resume", DEADLINE).ok
+        return 0
+
+    result, trained = run(server, lambda: site(server.endpoint, "a", 1), operator)
+    assert (result.ok, trained[0], asked) == (True, 2, [1, 2])
+
+
+def test_an_operator_is_answered_once_the_gates_have_answered(
+    tmp_path: Path, answer: Callable[..., list[int]]
+) -> None:
+    begun, free = threading.Event(), threading.Event()
+
+    def slow(request: RoundRequest) -> None:
+        if request.round == 2:
+            begun.set()
+            assert free.wait(DEADLINE)
+
+    answer(slow)
+    server = Server(config(tmp_path, rounds=2))
+
+    def operator() -> int:
+        assert begun.wait(DEADLINE)
+        with StatusClient(server.endpoint) as client, StatusClient(server.endpoint) as other:
+            assert client.command("pause", DEADLINE).ok
+            with ThreadPoolExecutor(1) as pool:
+                resumed = pool.submit(client.command, "resume", DEADLINE)
+                while "asked" not in other.ask(DEADLINE).message:
+                    assert not resumed.done()
+                free.set()
+                assert resumed.result(DEADLINE).message == "the rounds go on"
+        return 0
+
+    result, _ = run(server, lambda: site(server.endpoint, "a", 1), operator)
+    assert result.ok
+
+
 def test_a_run_file_whose_gate_cannot_be_loaded_does_not_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"server\.gates: .*has no function"):
         Server(config(tmp_path))
@@ -186,8 +290,8 @@ def test_the_gate_of_the_documentation_runs(
 
     monkeypatch.setattr(module, "test_gate", quota.gate, raising=False)
     store = Store(tmp_path / "run", SETTINGS)
-    gates = Gates(config(tmp_path, rounds=20), store)
-    assert gates.allow(10)
-    assert not gates.allow(11)
+    gates = Asked(config(tmp_path, rounds=20), store)
+    assert gates.may_begin(10)
+    assert not gates.may_begin(11)
     assert "the contract covers 10 rounds" in gates.refusal
     store.close()
