@@ -105,7 +105,7 @@ def rules(
     repeats: Repeats = 7,
     json_file: Json = None,
 ) -> None:
-    """Time median, trimmed mean and the pass over all pairs in turns with memcpy, by the clock."""
+    """Time median, trimmed mean and the pass over all pairs in turns with memcpy."""
     from .rules import sweep
 
     counts, numbers = (tuple(map(int, text.split(","))) for text in (updates, threads))
