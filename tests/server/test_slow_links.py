@@ -59,3 +59,4 @@ def test_a_site_killed_in_its_first_chunk_is_noticed_all_the_same(federation: Fe
         relay.up.until(lambda passed: passed > before + 200_000)
         b.process.kill()
         federation.until(lambda states: states["b"].state == "lost")
+    assert "b is lost: nothing heard for " in (federation.folder / "server.log").read_text()
