@@ -396,9 +396,10 @@ def test_an_unknown_key_ends_a_script_at_once_with_what_to_do(
 ) -> None:
     known = load_kit(kits.kits["a"]).credentials
     unknown = SiteSettings(
-        waiting.endpoint, "a", type(known)(known.server_key, KeyPair.generate()), connect_timeout=60
+        waiting.endpoint,
+        "a",
+        type(known)(known.server_key, KeyPair.generate()),
+        connect_timeout=1e9,
     )
-    began = time.monotonic()
     with pytest.raises(RefusedError, match="fedcore admit"):
         Session(unknown).is_running()
-    assert time.monotonic() - began < DEADLINE

@@ -184,9 +184,7 @@ def test_wake_ends_a_wait_early(pump: str) -> None:
     server = ServerLink("tcp://127.0.0.1:0")
     try:
         server.wake()
-        started = time.monotonic()
-        assert server.recv(DEADLINE) is None
-        assert time.monotonic() - started < DEADLINE / 2
+        assert server.recv(None) is None  # which waits for ever
     finally:
         server.close()
 

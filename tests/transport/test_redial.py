@@ -47,7 +47,7 @@ class Names:
         self.asked += 1
         answer = self.answers[host]
         if answer is None:
-            self.free.wait(DEADLINE)
+            self.free.wait()
             raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
         if isinstance(answer, OSError):
             raise answer
@@ -193,8 +193,7 @@ def test_a_name_that_does_not_resolve_is_said_at_once_and_tried_on(names: Names)
 
 
 def test_a_name_server_that_does_not_answer_delays_no_deadline(names: Names) -> None:
-    names.answers[NAME] = None
-    began = time.monotonic()
+    names.answers[NAME] = None  # it never answers
     with (
         pytest.raises(TransferTimeout, match=rf"within 0.3 s; .*DNS.* {NAME}"),
         StatusClient(f"tcp://{NAME}:7733") as client,
@@ -203,7 +202,6 @@ def test_a_name_server_that_does_not_answer_delays_no_deadline(names: Names) -> 
     session = Session(SiteSettings(server=f"tcp://{NAME}:7733", site="a", connect_timeout=0.3))
     with closing(session), pytest.raises(TransferTimeout, match=rf"DNS.* {NAME}"):
         session.is_running()
-    assert time.monotonic() - began < DEADLINE / 2  # it does not answer for so long
 
 
 def test_nobodys_link_waits_for_the_lookup_of_another(names: Names) -> None:
