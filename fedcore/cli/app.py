@@ -136,6 +136,7 @@ def server(  # noqa: PLR0917 - typer calls it by name
     """
     from fedcore.config import load_run_file
     from fedcore.monitor.ask import ENDPOINT_FILE
+    from fedcore.replacing import partial_of, put_in_place
     from fedcore.server.host import Host
 
     given = [*overrides, *_plain_text(insecure, insecure_network)]
@@ -147,7 +148,9 @@ def server(  # noqa: PLR0917 - typer calls it by name
     def show(run: Run) -> None:
         which = f"#{run.store.run_id}" if several else ""
         endpoint = run.store.folder / ENDPOINT_FILE
-        endpoint.write_text(f"{process.endpoint}{which}\n", encoding="utf-8")
+        with partial_of(endpoint) as partial:
+            partial.write_text(f"{process.endpoint}{which}\n", encoding="utf-8")
+            put_in_place(partial, endpoint)
         log.add(run.config)
 
     for run in process.runs:

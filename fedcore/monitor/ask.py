@@ -284,12 +284,15 @@ def find_server(folder: Path) -> Target | None:
         raise ConfigError(
             f"{folder} is neither a run folder nor an address such as tcp://HOST:PORT"
         )
-    endpoint = folder / ENDPOINT_FILE
-    if not endpoint.is_file() or not is_served(folder):
+    try:
+        address = (folder / ENDPOINT_FILE).read_text(encoding="utf-8").strip()
+    except (FileNotFoundError, IsADirectoryError):
+        return None  # its server has not begun, or has ended
+    if not address or not is_served(folder):
         return None
     kit = folder / LOCAL_KIT
     credentials = load_kit(kit).credentials if kit.is_dir() else None
-    return Target(endpoint.read_text(encoding="utf-8").strip(), credentials)
+    return Target(address, credentials)
 
 
 def is_served(folder: Path) -> bool:

@@ -236,6 +236,16 @@ def test_an_ended_run_is_read_from_its_summary(server: Server) -> None:
     assert (reply.phase, reply.message) == ("stopped", "stopped on request")
 
 
+def test_a_server_that_has_not_said_where_it_listens_is_not_found_yet(server: Server) -> None:
+    folder = server.config.run_folder
+    (folder / ENDPOINT_FILE).write_text("")
+    assert find_server(folder) is None
+    (folder / ENDPOINT_FILE).unlink()
+    assert find_server(folder) is None
+    (folder / ENDPOINT_FILE).write_text(server.endpoint + "\n")
+    assert find_server(folder) == Target(server.endpoint)
+
+
 def test_a_folder_of_a_killed_server_counts_as_not_running(server: Server) -> None:
     folder = server.config.run_folder
     server.stop()
