@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, Protocol, TypeVar
 
@@ -50,7 +50,7 @@ class Guard(Generic[_R]):
         link, access, replies: how peers are reached, who may be there, and what is logged of them.
         runs: the host's runs.
         working_on: in its ``with`` block is what is done for one run.
-        do: does something for one run, now or once its journal is free.
+        do: does something for one run, now or once its journal is free; of what has the same key the last alone.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Guard(Generic[_R]):
         runs: Sequence[_R],
         *,
         working_on: Callable[[_R], AbstractContextManager[None]],
-        do: Callable[[_R, Callable[[], None]], None],
+        do: Callable[[_R, Callable[[], None], Hashable], None],
     ) -> None:
         self._link = link
         self._access = access
@@ -128,7 +128,9 @@ class Guard(Generic[_R]):
                 gone.append(who.name)
             for run, peer, site in self._all():
                 if Identity.of_peer(peer) == who:
-                    self._do(run, functools.partial(self._take_out, run, peer, site))
+                    self._do(
+                        run, functools.partial(self._take_out, run, peer, site), (peer, "revoked")
+                    )
         return gone
 
     def _take_out(self, run: _R, peer: bytes, site: str) -> None:
@@ -169,6 +171,10 @@ class Guard(Generic[_R]):
         for run, other, _ in self._all():
             same_key = who is not None and Identity.of_peer(other) == who
             if other == peer or (same_key and inside in (None, run)):
-                self._do(run, functools.partial(self._end_flood, run, other, refusal, waiting))
+                self._do(
+                    run,
+                    functools.partial(self._end_flood, run, other, refusal, waiting),
+                    (other, "flood"),
+                )
         if who is not None:
             self._link.mute(peer)

@@ -360,7 +360,9 @@ class Host:
         inside = self._guard.run_of(arrived.peer)
         waiting = self._turns.holding(inside, arrived.peer)
         if waiting is not None:
-            self._turns.take(waiting, functools.partial(self._take, arrived), len(arrived.body))
+            act = functools.partial(self._take, arrived)
+            if not self._turns.take(waiting, act, len(arrived.body)):
+                self._lose(waiting, arrived)
             return
         asked = self.runs if inside is None else [inside]
         most = max((run.versions.most_tensors() for run in asked), default=protocol.MAX_TENSORS)
@@ -371,6 +373,14 @@ class Host:
                 self._guard.invalid(arrived.peer, str(error), protocol.greeting(arrived.body))
         else:
             self._admit(arrived.peer, message, len(arrived.body))
+
+    def _lose(self, run: Run, lost: Control) -> None:
+        """A message finds no room to wait. What needs an answer is sent again, logged values are not."""
+        known = run.peers.get(lost.peer)
+        with contextlib.suppress(ProtocolError):
+            message = protocol.decode_from_site(lost.body)
+            if known is not None and isinstance(message, protocol.Log):
+                self._turns.lose(run, known.site, len(message.metrics))
 
     def _on_event(self, event: DataEvent) -> None:
         """Hand an event to its run; what is of none, as of a collection that has ended, is dropped there."""

@@ -199,6 +199,11 @@ class Run:
         """Compare nobody with a site any more: its key was revoked."""
         self._parts.declaring.forget(site)
 
+    def note_lost(self, site: str, values: int) -> None:
+        """Note that values which a site has logged are lost, as too much waited for the journal."""
+        text = f"{plural(values, 'value')} that it logged are lost: the run's database was locked for too long"
+        self._parts.report(site, text)
+
     def end_part(
         self, peer: bytes, reason: str, how: Literal["left", "removed"] = "removed"
     ) -> None:

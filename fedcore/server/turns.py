@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,10 +24,11 @@ _MOST_PUT_OFF: Final = 1024
 class _PutOff:
     """What is done for a run once its journal is free."""
 
-    acts: list[Callable[[], None]] = field(default_factory=list)
+    acts: list[tuple[Hashable, Callable[[], None]]] = field(default_factory=list)
     messages: int = 0
     size: int = 0
     joining: set[bytes] = field(default_factory=set)
+    lost: Counter[str] = field(default_factory=Counter)
 
 
 class Turns:
@@ -101,31 +103,45 @@ class Turns:
             return inside
         return next((run for run, at in self._put_off.items() if peer in at.joining), None)
 
-    def do(self, run: Run, act: Callable[[], None]) -> None:
-        """Do something for one run, now or once its journal is free; it is never lost."""
+    def do(self, run: Run, act: Callable[[], None], key: Hashable = None) -> None:
+        """Do something for one run, now or once its journal is free; it is never lost.
+
+        Of what has the same ``key`` the last is done alone, where more than one waits.
+        """
         waiting = self._put_off.get(run)
         if waiting is None:
             with self._working_on(run):
                 act()
-        else:
-            waiting.acts.append(act)
+            return
+        if key is not None:
+            waiting.acts = [found for found in waiting.acts if found[0] != key]
+        waiting.acts.append((key, act))
 
     def take(
         self, run: Run, act: Callable[[], None], size: int, joining: bytes | None = None
-    ) -> None:
+    ) -> bool:
         """Handle a message of so many bytes for one run, now or once its journal is free, if there is room.
 
-        ``joining`` is the peer that asks to take part, if the message is that.
+        ``joining`` is the peer that asks to take part, if the message is that. Returns whether there is room.
         """
         waiting = self._put_off.get(run)
         if waiting is None:
             self.do(run, act)
         elif waiting.messages < _MOST_PUT_OFF and waiting.size + size <= self._room:
-            waiting.acts.append(act)
+            waiting.acts.append((None, act))
             waiting.messages += 1
             waiting.size += size
             if joining is not None:
                 waiting.joining.add(joining)
+        else:
+            return False
+        return True
+
+    def lose(self, run: Run, site: str, values: int) -> None:
+        """Note that so many values are lost that a site has logged: it does not send them again."""
+        waiting = self._put_off.get(run)
+        if waiting is not None:
+            waiting.lost[site] += values
 
     def hand_over(self, run: Run, event: DataEvent) -> None:
         """Hand an event of the core to a run, now or once its journal is free; every one of its own arrives."""
@@ -134,7 +150,7 @@ class Turns:
             with self._working_on(run):
                 run.on_event(event)
         elif run.concerns(event) and not isinstance(event, SourceStalled):  # which comes again
-            waiting.acts.append(lambda: run.on_event(event))
+            waiting.acts.append((None, lambda: run.on_event(event)))
 
     def _reserve(self, run: Run) -> bool:
         with self._working_on(run):
@@ -144,8 +160,11 @@ class Turns:
         return False
 
     def _resume(self, run: Run) -> None:
-        acts = self._put_off.pop(run).acts
+        waited = self._put_off.pop(run)
         with self._together([run]):
-            for act in acts:
+            for _, act in waited.acts:
                 with self._working_on(run):
                     act()
+            for site, values in waited.lost.items():
+                with self._working_on(run):
+                    run.note_lost(site, values)

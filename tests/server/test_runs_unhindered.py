@@ -265,8 +265,45 @@ def test_a_revoked_key_is_taken_out_of_a_locked_run_however_much_waits_there(
         link.waiting = [says("a", protocol.Alive())]
         host.step()
         [(peer, known)] = one.peers
-        host._guard._do(one, functools.partial(host._guard._take_out, one, peer, known.site))
+        take_out = functools.partial(host._guard._take_out, one, peer, known.site)
+        host._guard._do(one, take_out, None)
         assert len(one.peers) == 1
+        other.execute("COMMIT")
+        host.step()
+        assert not len(one.peers)
+
+
+def test_logged_values_that_find_no_room_while_a_run_is_locked_are_counted_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fedcore.server.turns._MOST_PUT_OFF", 1)
+    with two_runs(tmp_path) as (host, link, other):
+        link.waiting = [joins("a", "one")]
+        host.step()
+        other.execute("BEGIN EXCLUSIVE")
+        logged, run_id = {"loss": 0.5, "norm": 2.0}, host.runs[0].store.run_id
+        logs = protocol.Log(round=1, step=1, metrics=logged, run_id=run_id)
+        link.waiting = [says("a", logs)] * 3
+        host.step()
+        other.execute("COMMIT")
+        host.step()
+        (shown,) = (s for s in host.runs[0].ending._snapshot().sites if s.site == "a")
+        assert "4 values that it logged are lost" in shown.message
+    assert sum("4 values that it logged are lost" in text for text in caplog.messages) == 1
+
+
+def test_ends_of_floods_in_a_locked_run_take_no_more_room_however_many_come(
+    tmp_path: Path,
+) -> None:
+    with two_runs(tmp_path) as (host, link, other):
+        link.waiting = [joins("a", "one")]
+        host.step()
+        other.execute("BEGIN EXCLUSIVE")
+        host.step()
+        one = host.runs[0]
+        for _ in range(5):
+            host._guard.heard(RateExceeded(b"a" * 16, "too much"))
+        assert len(host._turns._put_off[one].acts) == 1
         other.execute("COMMIT")
         host.step()
         assert not len(one.peers)
