@@ -55,6 +55,16 @@ def _work_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture
+def any_level() -> Iterator[None]:
+    """Let a test set the level of instructions; afterwards it is what it was."""
+    from fedcore import _core
+
+    before = _core.simd_level()
+    yield
+    _core.set_simd_level(before)
+
+
+@pytest.fixture
 def fedcore() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the ``fedcore`` command in a process of its own, without a terminal."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +11,8 @@ from fedcore import _core
 from fedcore._core import Collector, CollectorOptions, Exchange, Layout, SourceRejected
 from fedcore.model_file import create_model
 from fedcore.protocol import read_header
+
+pytestmark = pytest.mark.usefixtures("any_level")
 
 CHUNK = 4096
 LAYOUT = Layout(
@@ -26,13 +27,6 @@ LAYOUT = Layout(
 )
 SITES = 12
 SUMS = 4  # chunks that the sums may take
-
-
-@pytest.fixture(autouse=True)
-def restore_level() -> Iterator[None]:
-    before = _core.simd_level()
-    yield
-    _core.set_simd_level(before)
 
 
 def flat(number: int, nan_at: int | None = None) -> bytes:

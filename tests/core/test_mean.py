@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
@@ -15,15 +14,10 @@ from fedcore import _core
 from fedcore.errors import LayoutError, NonFiniteError, WeightError
 from fedcore.weighing import effective_weight
 
+pytestmark = pytest.mark.usefixtures("any_level")
+
 TORCH = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PRECISION = {"F64": (53, -1074), "F32": (24, -149), "F16": (11, -24), "BF16": (8, -133)}
-
-
-@pytest.fixture(autouse=True)
-def restore_level() -> Iterator[None]:
-    before = _core.simd_level()
-    yield
-    _core.set_simd_level(before)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

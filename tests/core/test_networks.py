@@ -11,6 +11,8 @@ import pytest
 from fedcore import _core
 from fedcore.errors import NonFiniteError
 
+from ..support.values import ranked
+
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 MOST = 17  # one more than stays in registers
 COUNT = 1_061  # more than a piece, and no multiple of a register
@@ -36,12 +38,9 @@ def updates(dtype: str, sources: int) -> np.ndarray:
     return values
 
 
-def ranked(values: np.ndarray) -> np.ndarray:
-    """Return each element's values in binary64 from the lowest to the highest, -0 below +0."""
-    bits = values.view(f"i{values.dtype.itemsize}")
-    keys = np.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
-    order = np.argsort(keys, axis=0, kind="stable")
-    return np.take_along_axis(values, order, axis=0).astype(np.float64)
+def wide(values: np.ndarray) -> np.ndarray:
+    """Return each element's values in binary64, in order."""
+    return ranked(values).astype(np.float64)
 
 
 def combine(dtype: str, values: np.ndarray, trim: int | None) -> np.ndarray:
@@ -56,7 +55,7 @@ def combine(dtype: str, values: np.ndarray, trim: int | None) -> np.ndarray:
 def test_any_number_of_sources_has_the_median_of_numpy(dtype: str) -> None:
     for sources in range(1, MOST + 1):
         values = updates(dtype, sources)
-        low, high = (ranked(values)[i] for i in ((sources - 1) // 2, sources // 2))
+        low, high = (wide(values)[i] for i in ((sources - 1) // 2, sources // 2))
         expected = low if sources % 2 else (low + high) * 0.5
         assert combine(dtype, values, None).tobytes() == expected.tobytes(), sources
 
@@ -65,7 +64,7 @@ def test_any_number_of_sources_has_the_median_of_numpy(dtype: str) -> None:
 def test_any_number_of_sources_can_be_trimmed_by_any_number(dtype: str) -> None:
     for sources in range(3, MOST + 1):
         values = updates(dtype, sources)
-        rows = ranked(values)
+        rows = wide(values)
         for trim in range(1, (sources + 1) // 2):
             total = rows[trim]
             for row in rows[trim + 1 : sources - trim]:

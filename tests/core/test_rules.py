@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import ml_dtypes
@@ -15,51 +14,21 @@ from fedcore import _core
 from fedcore.cli import main
 from fedcore.errors import ConfigError, NonFiniteError
 from fedcore.files.average import aggregate_files
-from fedcore.model_file import create_model, open_model
+from fedcore.model_file import open_model
 from fedcore.rules import RULES
 from fedcore.rules.python import load_rule
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+from ..support.values import DTYPES, any_bits, ranked, write_values
+
 COUNT = 4_099  # several pieces and a rest
 
-
-@pytest.fixture(autouse=True)
-def restore_level() -> Iterator[None]:
-    before = _core.simd_level()
-    yield
-    _core.set_simd_level(before)
-
-
-def write(path: Path, dtype: str, values: np.ndarray) -> Path:
-    path.unlink(missing_ok=True)
-    model = create_model(path, _core.Layout([("w", dtype, [len(values)])]))
-    model.view("w")[:] = values.view(np.uint8).data
-    model.file.sync()
-    return path
-
-
-def finite_bits(dtype: str, seed: int, count: int = COUNT) -> np.ndarray:
-    """Numbers of any magnitude and sign, zeros and subnormal ones among them: random bits that are finite."""
-    kind = np.dtype(DTYPES[dtype])
-    bits = np.random.default_rng(seed).bytes(count * kind.itemsize)
-    values = np.frombuffer(bits, kind).copy()
-    with np.errstate(invalid="ignore"):
-        values[~np.isfinite(values.astype(np.float64))] = kind.type(-0.0)
-    values[::7] = kind.type(0.0) if seed % 2 else kind.type(-0.0)
-    return values
-
-
-def keys(values: np.ndarray) -> np.ndarray:
-    bits = values.view(f"i{values.dtype.itemsize}")
-    return np.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
+pytestmark = pytest.mark.usefixtures("any_level")
 
 
 def expected_median(inputs: list[np.ndarray]) -> np.ndarray:
     """The middle value in the order of the bits, or half the binary64 sum of the two middle ones."""
-    stack = np.stack(inputs)
-    order = np.argsort(keys(stack), axis=0, kind="stable")
-    ranked = np.take_along_axis(stack, order, axis=0)
-    low, high = ranked[(len(inputs) - 1) // 2], ranked[len(inputs) // 2]
+    rows = ranked(np.stack(inputs))
+    low, high = rows[(len(inputs) - 1) // 2], rows[len(inputs) // 2]
     if len(inputs) % 2:
         return low
     a, b = low.astype(np.float64), high.astype(np.float64)
@@ -82,7 +51,7 @@ def nearest(values: np.ndarray, kind: np.dtype) -> np.ndarray:
 
 
 def median(folder: Path, dtype: str, inputs: list[np.ndarray], threads: int = 1) -> bytes:
-    paths = [write(folder / f"{i}.safetensors", dtype, x) for i, x in enumerate(inputs)]
+    paths = [write_values(folder / f"{i}.safetensors", dtype, x) for i, x in enumerate(inputs)]
     out = folder / "out.safetensors"
     aggregate_files(paths, None, out, rule="median", threads=threads, force=True)
     return bytes(open_model(out).view("w"))
@@ -105,7 +74,7 @@ def test_the_page_of_numerics_lists_the_rules_of_the_registry() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sources", [1, 2, 3, 4, 5, 8, 13, 40])
 def test_the_median_has_the_bits_of_the_reference(dtype: str, sources: int, tmp_path: Path) -> None:
-    inputs = [finite_bits(dtype, seed) for seed in range(sources)]
+    inputs = [any_bits(dtype, seed, COUNT) for seed in range(sources)]
     assert median(tmp_path, dtype, inputs) == expected_median(inputs).tobytes()
 
 
@@ -131,7 +100,7 @@ def test_minus_zero_lies_below_zero_and_huge_doubles_stay_finite(tmp_path: Path)
 def test_order_threads_and_instruction_set_do_not_change_a_median(
     dtype: str, tmp_path: Path
 ) -> None:
-    inputs = [finite_bits(dtype, seed, 3 * (1 << 17) + 5) for seed in range(4)]
+    inputs = [any_bits(dtype, seed, 3 * (1 << 17) + 5) for seed in range(4)]
     found = set()
     orders = itertools.cycle(list(itertools.permutations(range(4)))[::5])
     for level, threads in itertools.product(_core.simd_levels(), (1, 3)):
@@ -165,7 +134,7 @@ def test_what_a_finisher_gets_rounds_to_what_a_rule_writes(
 ) -> None:
     _core.set_simd_level(level)
     kind = np.dtype(DTYPES[dtype])
-    inputs = [finite_bits(dtype, seed) for seed in range(4)]
+    inputs = [any_bits(dtype, seed, COUNT) for seed in range(4)]
     wide = np.empty(COUNT)
     _core.combine_wide("median", dtype, [x.view(np.uint8) for x in inputs], [1, 2, 3, 4], wide)
     assert nearest(wide, kind).tobytes() == expected_median(inputs).tobytes()
@@ -189,7 +158,7 @@ def test_what_a_finisher_gets_is_checked_for_values_that_are_not_finite() -> Non
 
 
 def test_an_unknown_rule_is_refused_with_the_names_of_those_there_are(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", "F32", np.ones(3, np.float32))
+    path = write_values(tmp_path / "a.safetensors", "F32", np.ones(3, np.float32))
     with pytest.raises(ConfigError, match=r"'mode'; expected one of mean, median"):
         aggregate_files([path], None, tmp_path / "out.safetensors", rule="mode")
 
@@ -207,7 +176,9 @@ def test_the_command_takes_a_median_and_says_that_weights_changed_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inputs = [np.full(3, value, np.float32) for value in (1, 2, 9)]
-    paths = [str(write(tmp_path / f"{i}.safetensors", "F32", x)) for i, x in enumerate(inputs)]
+    paths = [
+        str(write_values(tmp_path / f"{i}.safetensors", "F32", x)) for i, x in enumerate(inputs)
+    ]
     out = tmp_path / "out.safetensors"
     with pytest.raises(SystemExit) as ended:
         main(["aggregate", *paths, "--rule", "median", "--weights", "1,1,99", "-o", str(out)])

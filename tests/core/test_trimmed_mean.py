@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from fedcore import _core
 from fedcore.errors import ConfigError, NonFiniteError
 from fedcore.files.average import aggregate_files
-from fedcore.model_file import create_model, open_model
+from fedcore.model_file import open_model
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+from ..support.values import DTYPES, any_bits, ranked, write_values
+
 COUNT = 2_083  # several pieces and a rest
 
-
-@pytest.fixture(autouse=True)
-def restore_level() -> Iterator[None]:
-    before = _core.simd_level()
-    yield
-    _core.set_simd_level(before)
-
-
-def write(path: Path, dtype: str, values: np.ndarray) -> Path:
-    path.unlink(missing_ok=True)
-    model = create_model(path, _core.Layout([("w", dtype, [len(values)])]))
-    model.view("w")[:] = values.view(np.uint8).data
-    model.file.sync()
-    return path
-
-
-def any_bits(dtype: str, seed: int, count: int = COUNT) -> np.ndarray:
-    """Numbers of any magnitude and sign, with zeros of both signs, subnormal ones and ties."""
-    kind = np.dtype(DTYPES[dtype])
-    values = np.frombuffer(np.random.default_rng(seed).bytes(count * kind.itemsize), kind).copy()
-    with np.errstate(invalid="ignore"):
-        values[~np.isfinite(values.astype(np.float64))] = kind.type(-0.0)
-    values[::7] = kind.type(0.0) if seed % 2 else kind.type(-0.0)
-    values[3::11] = kind.type(seed // 2)
-    return values
-
-
-def ranked(inputs: list[np.ndarray]) -> np.ndarray:
-    """The values of each element from the lowest to the highest, -0 below +0."""
-    stack = np.stack(inputs)
-    bits = stack.view(f"i{stack.dtype.itemsize}")
-    keys = np.where(bits < 0, bits ^ np.iinfo(bits.dtype).max, bits)
-    return np.take_along_axis(stack, np.argsort(keys, axis=0, kind="stable"), axis=0)
+pytestmark = pytest.mark.usefixtures("any_level")
 
 
 def expected(dtype: str, inputs: list[np.ndarray], trim: int) -> bytes:
-    rows = [np.ascontiguousarray(row) for row in ranked(inputs)[trim : len(inputs) - trim]]
+    rows = [
+        np.ascontiguousarray(row) for row in ranked(np.stack(inputs))[trim : len(inputs) - trim]
+    ]
     out = np.empty_like(rows[0])
     _core.mean(dtype, [row.view(np.uint8) for row in rows], [1] * len(rows), out.view(np.uint8))
     return out.tobytes()
@@ -64,7 +33,7 @@ def expected(dtype: str, inputs: list[np.ndarray], trim: int) -> bytes:
 def trimmed(
     folder: Path, dtype: str, inputs: list[np.ndarray], trim: int, threads: int = 1
 ) -> bytes:
-    paths = [write(folder / f"{i}.safetensors", dtype, x) for i, x in enumerate(inputs)]
+    paths = [write_values(folder / f"{i}.safetensors", dtype, x) for i, x in enumerate(inputs)]
     out, settings = folder / "out.safetensors", {"trim": float(trim)}
     aggregate_files(
         paths, None, out, rule="trimmed-mean", settings=settings, threads=threads, force=True
@@ -79,7 +48,7 @@ def trimmed(
 def test_it_is_the_mean_of_what_is_left_from_the_lowest_to_the_highest(
     dtype: str, sources: int, trim: int, tmp_path: Path
 ) -> None:
-    inputs = [any_bits(dtype, seed) for seed in range(sources)]
+    inputs = [any_bits(dtype, seed, COUNT) for seed in range(sources)]
     assert trimmed(tmp_path, dtype, inputs, trim) == expected(dtype, inputs, trim)
 
 
@@ -97,8 +66,8 @@ def test_of_usual_values_it_is_the_exact_one_rounded_once(dtype: str, tmp_path: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_with_the_least_number_of_sources_it_is_the_median(dtype: str, tmp_path: Path) -> None:
-    inputs = [any_bits(dtype, seed) for seed in range(7)]
-    paths = [write(tmp_path / f"m{i}", dtype, x) for i, x in enumerate(inputs)]
+    inputs = [any_bits(dtype, seed, COUNT) for seed in range(7)]
+    paths = [write_values(tmp_path / f"m{i}", dtype, x) for i, x in enumerate(inputs)]
     out = tmp_path / "median.safetensors"
     aggregate_files(paths, None, out, rule="median")
     assert trimmed(tmp_path, dtype, inputs, 3) == bytes(open_model(out).view("w"))

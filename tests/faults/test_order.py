@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -15,6 +14,8 @@ from fedcore.model_file import create_model
 
 from .reference import CHUNK, flat, mean, random_update, stands_for
 from .world import Site, World
+
+pytestmark = pytest.mark.usefixtures("any_level")
 
 LAYOUT = Layout(
     [
@@ -31,13 +32,6 @@ SITES = {"a": 7, "b": 1, "c": (1 << 24) - 1, "d": 65_537}
 UPDATES = {name: random_update(LAYOUT, seed) for seed, name in enumerate(SITES, 100)}
 BASE = bytes(random_update(LAYOUT, 99))
 ORDERS = 100
-
-
-@pytest.fixture(autouse=True)
-def restore_level() -> Iterator[None]:
-    before = _core.simd_level()
-    yield
-    _core.set_simd_level(before)
 
 
 @pytest.mark.parametrize("encoding", ["raw", "int8", "nf4"])

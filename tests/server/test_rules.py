@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,18 +309,8 @@ def test_a_rule_is_refused_by_name_where_it_does_not_fit(tmp_path: Path) -> None
 def test_a_rule_of_the_core_takes_its_options_from_the_run_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rule = Rule(
-        name="cut",
-        version=1,
-        summary="the mean without the outermost values",
-        weighted=False,
-        symmetric=True,
-        folds=False,
-        least=1,
-        sparse=False,
-        options={"trim": Option(1, 0, 100, "values left out at either end", whole=True)},
-        least_with=lambda settings: 2 * int(settings["trim"]) + 1,
-    )
+    trim = Option(1, 0, 100, "values left out at either end", whole=True)
+    rule = replace(RULES["trimmed-mean"], name="cut", least=1, options={"trim": trim})
     monkeypatch.setitem(RULES, "cut", rule)
 
     def of(sites: int, **options: float) -> Rule:
