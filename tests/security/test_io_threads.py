@@ -59,12 +59,12 @@ def server(parties: Parties) -> Iterator[tuple[int, str]]:
 
 
 def busy(pid: int) -> dict[str, int]:
-    """Return the clock ticks that each I/O thread of a process has used."""
+    """Return the processor's nanoseconds that each I/O thread of a process has used, exactly."""
     used = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
+        name = (task / "comm").read_text()
         if "/IO/" in name:
-            used[name] = sum(map(int, fields.split()[11:13]))
+            used[name] = int((task / "schedstat").read_text().split()[0])
     return used
 
 
@@ -87,7 +87,7 @@ def pull(site: SiteLink, times: int) -> None:
         site.exchange.cancel(collector)
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="needs Linux's /proc")
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two processors")
 def test_one_sites_cipher_work_is_done_beside_anothers(
     server: tuple[int, str], links: Links, parties: Parties
@@ -103,7 +103,6 @@ def test_one_sites_cipher_work_is_done_beside_anothers(
         for before, after in itertools.pairwise(used)
     ]
     first, second = (max(of, key=lambda name: of[name]) for of in spent)
-    assert min(of[max(of, key=lambda n: of[n])] for of in spent) >= 5, spent  # of 10 ms each
     assert first != second, spent
     assert spent[0][second] * 5 < spent[0][first]
     assert spent[1][first] * 5 < spent[1][second]
