@@ -121,3 +121,39 @@ def rules(
         ],
     )  # fmt: skip
     write(json_file, {"rows": rows})
+
+
+@app.command()
+def rule_peers(
+    *,
+    size: Annotated[str, typer.Option(help="Bytes of each update (fp32).")] = "64MiB",
+    sites: Annotated[int, typer.Option(min=10, help="Updates.")] = 16,
+    peers: Annotated[str, typer.Option(help="Other frameworks to measure.")] = "flower,nvflare",
+    json_file: Json = None,
+) -> None:
+    """Time rules and server optimizers beside those of other frameworks on the same updates, and check each.
+
+    Frameworks are installed on first use into a virtual environment of their own in FEDCORE_CACHE.
+    """
+    from .peers import parse_peers
+    from .rule_peers import compare, faults
+
+    names = parse_peers(peers)
+    rows = compare(parse_size(size), sites, peers=names)
+    show(
+        f"{sites} updates of {size_text(parse_size(size))}",
+        ("rule", "framework", "s", "/ fedcore", "peak RSS", "/ fedcore", "result"),
+        [
+            [row["called"], row["framework"], row.get("seconds"), row.get("times_as_long"),
+             size_text(row["peak_rss_bytes"]) if "peak_rss_bytes" in row else None,
+             row.get("times_the_memory"), row.get("verdict", row.get("error"))]
+            for row in rows
+        ],
+    )  # fmt: skip
+    wrong = faults(names)
+    show(
+        "Inputs that show what is wrong",
+        ("input", "framework", "result"),
+        [[row["input"], row["framework"], row["gives"]] for row in wrong],
+    )
+    write(json_file, {"rows": rows, "faults": wrong})

@@ -39,6 +39,7 @@ def test_the_help_names_every_benchmark() -> None:
         "kernels",
         "optimizers",
         "rules",
+        "rule-peers",
         "reduce",
         "round-trip",
         "memory",
