@@ -36,6 +36,7 @@ __all__ = [
     "SitesChosen",
     "UpdateReady",
     "UpdateRefused",
+    "UpdatesJudged",
     "VersionCommitted",
 ]
 
@@ -145,6 +146,26 @@ class UpdateRefused(Event):
     site: str
     round: int
     reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdatesJudged(Event):
+    """A rule of several passes has decided what each update of a round weighs. In the journal.
+
+    A site that is lost may change it: then the event comes again for the same round.
+
+    Attributes:
+        weights: of the updates that count, by site.
+        scores: of all updates; less is better.
+        measure: what a score is, in a phrase.
+        base: what the model weighs that the updates start from.
+    """
+
+    round: int
+    weights: Mapping[str, int]
+    scores: Mapping[str, float]
+    measure: str
+    base: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -343,6 +343,15 @@ def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
             metrics=protocol.first_metrics(row["metrics"], summary["metric"]),
             scored=len(row["metrics_by_site"]),
             participants=list(row["participants"]),
+            updates=[
+                protocol.UpdateStatus(
+                    site=site,
+                    weight=of["weight"],
+                    score=math.inf if of["score"] is None else of["score"],
+                )
+                for site, of in row.get("updates", {}).items()
+            ],
+            measure=row.get("measure", ""),
             seconds=row["seconds"],
             bytes=row["bytes"],
         )

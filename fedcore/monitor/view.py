@@ -26,6 +26,7 @@ _STYLES: Final = {
     "absent": "dim",
 }
 _SHOWN_VERSIONS: Final = 8
+_SHOWN_LEFT_OUT: Final = 3
 _SHOWN_SITES: Final = 12
 """Up to so many sites have a line each; of more, a line says how many are in each state."""
 _SHOWN_NOTES: Final = 6
@@ -179,7 +180,7 @@ def _model_table(reply: StatusReply) -> Table:
             f"{label} (best)" if best else label,
             *cells,
             seconds,
-            _names(version.participants),
+            _names(version.participants) + _left_out(version),
             style="bold green" if best else "",
         )
     return table
@@ -190,6 +191,16 @@ def _metric_names(reply: StatusReply) -> list[str]:
     found = {name for version in reply.versions for name in version.metrics}
     first = [reply.metric] if reply.metric else []
     return first + sorted(found - set(first))[: 3 - len(first)]
+
+
+def _left_out(version: VersionStatus) -> str:
+    """Say whose updates a rule of several passes left out, the greatest score first."""
+    out = sorted((of for of in version.updates if not of.weight), key=lambda of: -of.score)
+    if not out:
+        return ""
+    shown = ", ".join(f"{of.site} {of.score:.3g}" for of in out[:_SHOWN_LEFT_OUT])
+    more = f" and {len(out) - _SHOWN_LEFT_OUT} more" if len(out) > _SHOWN_LEFT_OUT else ""
+    return f"; left out: {shown}{more} ({version.measure})"
 
 
 def _cell(version: VersionStatus, name: str) -> str:
@@ -257,5 +268,6 @@ def _version_line(version: VersionStatus, reply: StatusReply) -> str:
     label = "initial model" if version.version == 0 else f"model of round {version.version}"
     metrics = "".join(f", {name} {value:.4g}" for name, value in version.metrics.items())
     sites = f" of {_names(version.participants)}" if version.participants else ""
+    sites += _left_out(version)
     best = " (best)" if version.version == reply.best_version else ""
     return f"{label}{sites}{metrics}{best}"

@@ -108,6 +108,7 @@ from .status import (
     SiteStatus,
     StatusReply,
     StatusRequest,
+    UpdateStatus,
     VersionStatus,
 )
 from .tables import pack_table, packs
@@ -190,6 +191,7 @@ __all__ = [
     "Text",
     "Transfer",
     "UpdateEncoding",
+    "UpdateStatus",
     "Version",
     "VersionStatus",
     "Weight",

@@ -53,8 +53,19 @@ class SiteStatus(Part):
     message: Text = ""
 
 
+class UpdateStatus(Part):
+    """What a rule of several passes made of a site's update: its weight, 0 if it is left out, and its score."""
+
+    site: SiteName
+    weight: Annotated[int, Field(ge=0, lt=1 << 63)]
+    score: Annotated[float, Field(allow_inf_nan=True)]
+
+
 class VersionStatus(Part):
-    """One global model in a `StatusReply`: its weighted validation metrics and who is in it."""
+    """One global model in a `StatusReply`: its weighted validation metrics and who is in it.
+
+    Of a rule of several passes it has what became of each update, too, and what a score is.
+    """
 
     version: Round
     metrics: Metrics = {}
@@ -62,6 +73,8 @@ class VersionStatus(Part):
     participants: list[SiteName] = []
     seconds: float | None = None
     bytes: int = 0
+    updates: list[UpdateStatus] = []
+    measure: Text = ""
 
 
 class MetricSeries(Part):

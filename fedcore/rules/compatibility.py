@@ -83,16 +83,6 @@ class Conflict:
         return ": ".join(filter(None, (self.key, self.clash, self.reason)))
 
 
-def _several_in_a_run(choices: Choices) -> Conflict | None:
-    if choices.rule not in SEVERAL:
-        return None
-    others = _names(rule.name for rule in RULES.values() if not rule.weighted)
-    reason = "it compares whole updates, which `fedcore aggregate` alone does"
-    works = f"in a run, {others} does without some lying sites"
-    clash = f"{choices.rule!r} does not go with a run"
-    return Conflict("aggregation.rule", f"{reason}; {works}", clash)
-
-
 def _rule_and_encoding(choices: Choices) -> Conflict | None:
     sparse = [name for name, rule in RULES.items() if rule.sparse]
     if choices.update != "top-k" or choices.rule in sparse:
@@ -166,17 +156,33 @@ def _rule_and_quorum(choices: Choices) -> Conflict | None:
     if rule is None or choices.quorum is None:
         return None
     if isinstance(rule, SeveralPasses):
-        return too_few(rule.name, rule.least(rule.having(choices.options)), choices.quorum)
+        return _decides_of(rule, rule.having(choices.options), choices.quorum)
     return too_few(rule.name, rule.having(choices.options).least, choices.quorum)
 
 
-def too_few(rule: str, least: int, quorum: int) -> Conflict | None:
-    """Return why so many updates in a round do not do for a rule that needs ``least``; None if they do."""
+def _decides_of(rule: SeveralPasses, options: Mapping[str, float], quorum: int) -> Conflict | None:
+    numbers = ", ".join(f"{name} = {value:g}" for name, value in options.items())
+    words = f" ({rule.least_words}; {numbers})" if rule.least_words else ""
+    few = too_few(rule.name, rule.least(options), quorum, words)
+    if few is None:
+        try:
+            rule.fits(quorum, options)
+        except ValueError as error:
+            reason = f"{quorum} updates in a round would do for aggregation.rule = {rule.name!r}"
+            return Conflict("participants.min_results", f"{reason}, and of so many, {error}")
+    return few
+
+
+def too_few(rule: str, least: int, quorum: int, words: str = "") -> Conflict | None:
+    """Return why so many updates in a round do not do for a rule that needs ``least``; None if they do.
+
+    ``words`` say where that number comes from.
+    """
     if quorum >= least:
         return None
     return Conflict(
         "participants.min_results",
-        f"aggregation.rule = {rule!r} needs {least} or more updates in a round, and {quorum} would do",
+        f"aggregation.rule = {rule!r} needs {least} or more updates in a round{words}, and {quorum} would do",
     )
 
 
@@ -211,7 +217,6 @@ _UNWEIGHTED: Final = "weights do not count in it; leave it out, or use rule = " 
 )
 
 _CHECKS: Final[tuple[Callable[[Choices], Conflict | None], ...]] = (
-    _several_in_a_run,
     _rule_and_encoding,
     _rule_and_weights,
     _rule_and_share,

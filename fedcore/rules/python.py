@@ -18,8 +18,10 @@ from fedcore.errors import ConfigError
 from fedcore.weighing import EXAMPLES, Weighing
 
 from .contract import PythonRule
+from .deciding import SeveralPasses
 from .options import Option, complete
 from .registry import Rule, find_rule
+from .several import SEVERAL
 
 __all__ = ["check_rule", "load_rule"]
 
@@ -57,11 +59,30 @@ def _load(name: str, settings: Mapping[str, float]) -> Rule:
         )
     if ":" in name:
         return _import(name, settings)
+    if name in SEVERAL:
+        return _several(SEVERAL[name], settings)
     rule = find_rule(name)
     try:
         return rule.having(settings)
     except ValueError as error:
         raise ConfigError(f"the rule {name!r}: options: {error}") from None
+
+
+def _several(kind: SeveralPasses, given: Mapping[str, float]) -> Rule:
+    settings = kind.having(given)
+    return Rule(
+        name=kind.name,
+        version=kind.version,
+        summary=kind.summary,
+        weighted=kind.weighted,
+        symmetric=False,
+        folds=False,
+        least=kind.least(settings),
+        sparse=False,
+        options=kind.options,
+        settings=settings,
+        several=kind,
+    )
 
 
 def _import(name: str, given: Mapping[str, float]) -> Rule:

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from fedcore.errors import ConfigError
 from fedcore.weighing import EXAMPLES, Weighing
 
+from .deciding import SeveralPasses
 from .options import Option, complete
 
 if TYPE_CHECKING:
     from fedcore._core import PythonRule, WeighedRule
 
 __all__ = ["DEFAULT_RULE", "RULES", "CoreRule", "Rule", "find_rule"]
+
+DEFAULT_RULE: Final = "mean"
 
 CoreRule: TypeAlias = "str | tuple[str, dict[str, float]] | PythonRule | WeighedRule"
 """What the compiled core knows a rule by: its name, its name and settings, or what calls it."""
@@ -39,6 +42,7 @@ class Rule:
         python: what calls it, where it is a class of Python.
         code: a digest of its source, where it is a class of Python.
         weighing: what makes the weights of its sources.
+        several: what decides from their distances what they weigh, where it is a rule of several passes.
     """
 
     name: str
@@ -55,10 +59,13 @@ class Rule:
     python: PythonRule | None = None
     code: str = ""
     weighing: Weighing = EXAMPLES
+    several: SeveralPasses | None = None
 
     @property
     def core(self) -> CoreRule:
         """What the compiled core knows it by."""
+        if self.several is not None:
+            return DEFAULT_RULE
         known: CoreRule = self.name
         if self.python is not None:
             known = self.python
@@ -90,8 +97,6 @@ class Rule:
         """Return what the bytes of a result depend on beside the rule's name and the updates."""
         return {"rule": self.version, "rule_settings": dict(self.settings), "rule_code": self.code}
 
-
-DEFAULT_RULE: Final = "mean"
 
 RULES: Final[dict[str, Rule]] = {
     rule.name: rule

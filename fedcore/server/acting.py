@@ -13,6 +13,7 @@ from fedcore.events import (
     RoundStarted,
     SiteLost,
     SitesChosen,
+    UpdatesJudged,
 )
 from fedcore.server.rounds.actions import (
     Action,
@@ -26,6 +27,7 @@ from fedcore.server.rounds.actions import (
     SendTask,
     StartCollect,
 )
+from fedcore.server.rounds.verdicts import Verdict
 from fedcore.server.storage.store import VersionRow
 
 from .ending import Ending
@@ -42,6 +44,14 @@ logger = logging.getLogger("fedcore.server")
 def round_seed(seed: int, round_: int) -> int:
     """Return what a round's tasks draw random numbers from: another for each round, and each seed of a run."""
     return seed * _SEED_STRIDE + round_
+
+
+def _left_out(verdict: Verdict | None, site: str) -> str:
+    """Return what a site is told whose update a rule has left out; else an empty text."""
+    if verdict is None or site not in verdict.left_out:
+        return ""
+    rule = verdict.rule.split()[0]
+    return f"the rule {rule} has left this site's update out: {verdict.why(site)}"
 
 
 class Acting:
@@ -138,7 +148,28 @@ class Acting:
             action, self._run.peers.addresses, self._run.declaring.declared
         )
         if done:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Go on once all chunks are reduced, or surveyed: then it is decided which updates count.
+
+        Raises:
+            RuleError: none of them counts.
+            StorageError: the journal or the new model can't be written.
+        """
+        if not self._run.collecting.surveyed:
             self.do(self._run.rounds.reduced())
+            return
+        verdict = self._run.collecting.judge()
+        self._run.emit(
+            UpdatesJudged(
+                round=self._run.rounds.round,
+                weights={p.site: p.weight for p in verdict.kept},
+                scores=verdict.scores,
+                measure=verdict.decision.measure,
+                base=verdict.decision.base,
+            )
+        )
 
     def commit(self, action: Commit) -> None:
         """Commit the version whose chunks are all reduced, and tell the sites."""
@@ -153,14 +184,20 @@ class Acting:
             running.cancel()  # what was made with a damaged state is not gone on with
             raise self._run.versions.damaged(str(error)) from None
         model, checksums = running.finish()
-        weights = self._weights_of(action) if action.version else {}
+        verdict = self._run.collecting.verdict(action.version)
+        participants = action.participants if verdict is None else verdict.kept
+        weights = {p.site: float(p.weight) for p in participants}
+        if verdict is None:
+            weights = self._weights_of(action) if action.version else {}
         seconds = self._run.clock.monotonic() - self._round_started
-        row = VersionRow(action.version, "", "", model.layout.total_bytes, seconds, weights)
+        row = VersionRow(
+            action.version, "", "", model.layout.total_bytes, seconds, weights, verdict
+        )
         metrics = {known.site: known.metrics for _, known in self._run.peers}
         if action.version == 0:
             self._run.store.keep_initial_site(action.participants[0].site)
         self._run.versions.commit(row, (model, checksums), metrics, running.scratch.states)
-        names = [p.site for p in action.participants]
+        names = [p.site for p in participants]
         collected = self._run.clock.monotonic() - running.started
         self._run.emit_commit(row, collected, "" if action.version else names[0])
         if action.version:
@@ -169,7 +206,10 @@ class Acting:
             self._run.link.send(
                 peer,
                 protocol.Commit(
-                    version=action.version, included=known.site in names, participants=names
+                    version=action.version,
+                    included=known.site in names,
+                    participants=names,
+                    message=_left_out(verdict, known.site),
                 ),
             )
         if failure := device_failure():

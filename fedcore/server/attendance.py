@@ -106,7 +106,7 @@ class Attendance:
             raise self._run.versions.damaged(event.message)
         found = self._run.collecting.heard(event)
         if isinstance(found, Reduced):
-            self._acting.do(self._run.rounds.reduced())
+            self._acting.go_on()
         elif isinstance(found, Rejected):
             self._on_rejected(found.site, found.reason)
         elif isinstance(found, Stalled):

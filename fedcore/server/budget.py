@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Final
 
-from fedcore._core import rule_scratch
+from fedcore._core import rule_scratch, survey_scratch
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
@@ -193,9 +193,13 @@ class Budget:
         optimizer = config.aggregation.optimizer
         per_thread = rule_scratch(rule.core, updates) + encoded * updates * _DECODED_BYTES
         per_thread += rule_scratch("mean", updates)  # of buffers
+        if rule.several is not None:
+            per_thread += survey_scratch(updates, size)
         read_back = updates * size if config.server.spill else 0
         chunks = budget.chunks - read_back - config.reducer_threads * per_thread
-        beside = min(_BASE_BYTES, chunks // 16) + size if encoded or optimizer else 0
+        beside = (
+            min(_BASE_BYTES, chunks // 16) + size if encoded or optimizer or rule.several else 0
+        )
         if optimizer is not None:  # its states, and the master
             beside += _STATE_CHUNKS * (len(find_finisher(optimizer.name).states) + 1) * size
         return replace(budget, chunks=chunks) if chunks >= updates * size + beside else None

@@ -18,7 +18,8 @@ from fedcore._core import (
 )
 from fedcore.config import RunConfig
 from fedcore.errors import RuleError, StorageError
-from fedcore.server.rounds.actions import PullAhead, StartCollect
+from fedcore.server.rounds.actions import Participant, PullAhead, StartCollect
+from fedcore.server.rounds.verdicts import Verdict, decide
 from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store
 from fedcore.transport.link import CollectorEvent, DataEvent
@@ -35,7 +36,7 @@ logger = logging.getLogger("fedcore.server")
 
 @dataclass(frozen=True)
 class Reduced:
-    """All chunks are reduced."""
+    """All chunks are reduced, or surveyed."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Collecting:
         self._parked = False  # it waits for a decision on who takes part
         self._spill: Spill | None = None
         self._said_no_room = False
+        self._version = -1  # that `start` was called for last
 
     def scratch(self, version: int) -> Scratch:
         """Return where a version is written, with all that its bytes depend on but layout and participants."""
@@ -125,8 +127,11 @@ class Collecting:
             peers: each site's routing id.
             declared: what sites have declared; the initial model has the layout that its site's tensors make.
 
-        Returns whether all is reduced already: it was while the collection was parked.
+        Returns whether all is reduced, or surveyed, already: it was while the collection was parked.
         """
+        self._version = action.version
+        if self._versions.model is not None and rule_of(self._config).several is not None:
+            return self._start_several(action, peers)
         running = self.running
         if running is not None and running.open:
             if running.close(action.participants, peers):
@@ -141,6 +146,83 @@ class Collecting:
         self.running = Collection.of(setting, action.participants, peers)
         self._link.kick()
         return False
+
+    def _start_several(self, action: StartCollect, peers: Mapping[str, bytes]) -> bool:
+        """Start where a rule of several passes decides which updates count, or has decided."""
+        verdict = self._store.verdict(action.version)
+        if verdict is not None and verdict.surveyed(action.participants):
+            if not verdict.holds_for(action.participants):
+                verdict = verdict.among(rule_of(self._config), action.participants)
+                self._store.keep_verdict(action.version, verdict)
+            return self._start_combining(verdict, peers)
+        if verdict is not None:
+            self._store.forget_verdict(action.version)
+        running = self.running
+        if running is not None and running.open:
+            if running.close(action.participants, peers):
+                self._link.kick()
+                return False
+        elif (
+            running is not None and running.surveying and running.narrow(action.participants, peers)
+        ):
+            self._parked = False
+            self._link.kick()
+            return running.collector.done
+        self.cancel()
+        self.running = Collection(self._prepare(action.version), len(action.participants))
+        self.running.close(action.participants, peers)
+        self._link.kick()
+        return False
+
+    def _start_combining(self, verdict: Verdict, peers: Mapping[str, bytes]) -> bool:
+        running, base_weight = self.running, verdict.decision.base
+        if (
+            running is not None
+            and running.file is not None
+            and running.scratch.base_weight == base_weight
+            and running.narrow(verdict.kept, peers)
+        ):
+            self._parked = False
+            self._link.kick()
+            return running.collector.done
+        self.cancel()
+        setting = self._prepare(self._version)
+        setting.scratch.base_weight = base_weight
+        self.running = Collection.of(setting, verdict.kept, peers)
+        self._link.kick()
+        return False
+
+    @property
+    def surveyed(self) -> bool:
+        """Whether updates are surveyed, and `judge` is to decide which of them count."""
+        return self.running is not None and self.running.surveying and self.running.collector.done
+
+    def judge(self) -> Verdict:
+        """Decide which updates count, keep that in the journal, and reduce them.
+
+        Raises:
+            RuleError: none of them counts.
+            StorageError: the journal or the new model can't be written.
+        """
+        running = self.running
+        assert running is not None
+        rule = rule_of(self._config)
+        verdict = decide(rule, running.participants, running.collector.distances)
+        self._store.keep_verdict(self._version, verdict)
+        running.combine(verdict.kept, verdict.decision.base)
+        self._link.kick()
+        return verdict
+
+    def verdict(self, version: int) -> Verdict | None:
+        """Return what is decided of the updates of a version; None where its rule decides nothing."""
+        if version == 0 or rule_of(self._config).several is None:
+            return None
+        return self._store.verdict(version)
+
+    def decided(self, version: int) -> tuple[Participant, ...]:
+        """Return whose updates a killed server was collecting, if it can be gone on with; else nobody's."""
+        verdict = self.verdict(version)
+        return self.scratch(version).decided() if verdict is None else verdict.participants
 
     def park(self) -> None:
         """Have it wait for a decision on who takes part: the next collection may go on with what is here."""
@@ -207,6 +289,7 @@ class Collecting:
             rule="mean" if base is None else rule.core,
             finisher=None if base is None else finisher,
             plain=frozenset() if base is None or rule.folds else optimizer.plain(layout),
+            survey=base is not None and rule.several is not None,
         )
 
     # --- what the core says ---

@@ -85,6 +85,7 @@ class CollectionSetting:
         rule: what combines the updates.
         finisher: what makes the version of that; None: it is rounded.
         plain: names of tensors that keep the mean, whatever the rule is.
+        survey: the updates are surveyed, before it is decided which of them count; or they were.
     """
 
     exchange: Exchange
@@ -99,6 +100,7 @@ class CollectionSetting:
     rule: CoreRule = "mean"
     finisher: Finisher | None = None
     plain: Set[str] = frozenset()
+    survey: bool = False
 
     @property
     def options(self) -> CollectorOptions:
@@ -113,6 +115,8 @@ class CollectionSetting:
             rule=self.rule,
             finisher=self.finisher,
             plain=self.plain,
+            survey=self.survey,
+            base_weight=self.scratch.base_weight,
             aside=self.exchange.wake_fd >= 0,  # else a pump does not learn what another thread did
         )
 
@@ -128,6 +132,9 @@ class Collection:
     It begins open: each update that is offered is pulled ahead, as far as memory and the spill file allow, while
     other sites still train. `close` says whose updates count; they are reduced from then on. Where a participant
     is lost, the collection goes on under `narrow` with what it has of the others.
+
+    Where the setting says so, the updates are surveyed after `close`, and `combine` says then which of them count.
+    Those that were surveyed before are combined by a collection that is closed from the start.
 
     Args:
         setting: what it works with.
@@ -153,6 +160,7 @@ class Collection:
         self._peers: list[bytes] = []
         self._rejected: set[Participant] = set()
         self._away: set[str] = set()
+        self._survey = setting.survey
         self._pulled: Counter[str] = Counter()
         if setting.spill is not None:
             setting.spill.begin(self.scratch.key(setting.layout))
@@ -206,7 +214,17 @@ class Collection:
     @property
     def open(self) -> bool:
         """Whether updates may still be offered."""
-        return self.file is None
+        return self.file is None and not self.surveying
+
+    @property
+    def surveying(self) -> bool:
+        """Whether it surveys updates, or has done so and waits for `combine`."""
+        return self.collector.surveying
+
+    @property
+    def participants(self) -> tuple[Participant, ...]:
+        """Whose updates it surveys or reduces, in canonical order."""
+        return tuple(sorted((known for _, known in self._known()), key=lambda p: p.site))
 
     def wants(self, site: str) -> bool:
         """Whether another update of a site is pulled ahead; one that makes them without end waits for `close`."""
@@ -240,7 +258,7 @@ class Collection:
         return True
 
     def close(self, participants: tuple[Participant, ...], peers: Mapping[str, bytes]) -> bool:
-        """Reduce the updates of these participants, in canonical order, and of nobody else.
+        """Reduce the updates of these participants, in canonical order, and of nobody else; or survey them.
 
         False if they are more than expected: nothing that was pulled ahead is of use then.
 
@@ -256,19 +274,55 @@ class Collection:
         ):
             return False
         numbers = {known: number for number, known in self._known()}
+        order = [numbers[participant] for participant in participants]
+        if self._survey:
+            self._exchange.survey(self.collector, order)
+        else:
+            self._reduce(order, participants)
+        self.started = time.monotonic()
+        return True
+
+    def combine(self, participants: tuple[Participant, ...], base_weight: int) -> None:
+        """Reduce the updates of these participants, which were surveyed, with these weights.
+
+        Args:
+            participants: they count, in canonical order.
+            base_weight: what the version before weighs, as one more update.
+
+        Raises:
+            StorageError: the version's file can't be made.
+        """
+        weighed = {(known.site, known.set_id): known for known in participants}
+        numbers = {}
+        for number, known in self._known():
+            counted = weighed.get((known.site, known.set_id))
+            if counted is None:
+                self._drop(number)
+            else:
+                self._sources[number] = counted
+                numbers[counted] = number
+        self.scratch.base_weight = base_weight
+        order = [numbers[participant] for participant in participants]
+        self._reduce(order, participants, ([p.weight for p in participants], base_weight))
+
+    def _reduce(
+        self,
+        order: Sequence[int],
+        participants: tuple[Participant, ...],
+        weights: tuple[Sequence[int], int] | None = None,
+    ) -> None:
         self.scratch.remove()  # whatever a killed server left: nothing of this collection is reduced yet
         file, record = self.scratch.open(self._layout, participants)
         self._exchange.close(
             self.collector,
-            [numbers[participant] for participant in participants],
+            order,
             file.file,
             file.data_offset,
             record,
             self._state_places(),
+            weights,
         )
         self.file = file
-        self.started = time.monotonic()
-        return True
 
     def _state_places(self) -> dict[str, tuple[MappedFile, int]]:
         """Return where the flat bytes of the version's states are written."""

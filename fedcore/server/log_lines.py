@@ -24,6 +24,7 @@ from fedcore.events import (
     SiteLost,
     SiteReported,
     UpdateRefused,
+    UpdatesJudged,
     VersionCommitted,
 )
 from fedcore.words import plural
@@ -33,6 +34,7 @@ from .replies import Replies
 __all__ = ["LogLines"]
 
 logger: Final = logging.getLogger("fedcore.server")
+_MOST_NAMED: Final = 16
 
 
 class LogLines:
@@ -59,6 +61,8 @@ class LogLines:
             self._on_start(event)
         elif isinstance(event, VersionCommitted):
             self._on_commit(event)
+        elif isinstance(event, UpdatesJudged):
+            self._on_judged(event)
         elif isinstance(event, BestChanged):
             if event.value is not None and (self._best is not None or event.version):
                 logger.info("best model so far: round %d (%s)", event.version, _metric(event))
@@ -118,6 +122,14 @@ class LogLines:
             event.collect_seconds,
         )  # fmt: skip
 
+    def _on_judged(self, event: UpdatesJudged) -> None:
+        out = [site for site in event.scores if site not in event.weights]
+        logger.info(
+            "round %d: the rule %s takes the updates of %s; left out: %s (%s)",
+            event.round, self._config.aggregation.rule, _scored(event, list(event.weights)),
+            _scored(event, out) or "none", event.measure,
+        )  # fmt: skip
+
     def _on_end(self, event: RunEnded) -> None:
         how = {"complete": "is complete", "stopped": f"was {event.message}"}
         best = ""
@@ -127,6 +139,14 @@ class LogLines:
             best = f"; best model{so_far}: round {event.best_version}, {_metric(event)}{folder}"
         level = logging.ERROR if event.outcome == "failed" else logging.INFO
         logger.log(level, "the run %s%s", how.get(event.outcome, f"failed: {event.message}"), best)
+
+
+def _scored(event: UpdatesJudged, sites: list[str]) -> str:
+    """Return sites with their scores, the least one first."""
+    ordered = sorted(sites, key=lambda site: (event.scores[site], site))
+    named = [f"{site} {event.scores[site]:.4g}" for site in ordered[:_MOST_NAMED]]
+    more = len(ordered) - len(named)
+    return ", ".join([*named, *([f"{more} more"] if more else [])])
 
 
 def _metric(event: BestChanged | RunEnded) -> str:

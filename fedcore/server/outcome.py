@@ -15,6 +15,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError
 from fedcore.server.rounds.participation import Roster, SiteState
 from fedcore.server.rounds.selection import Pooling, SiteScore, best_version, pooled_metrics
+from fedcore.server.storage.history import VersionRow, version_status
 from fedcore.server.storage.store import Store
 from fedcore.words import plural
 
@@ -54,6 +55,15 @@ class RunResult:
     def ok(self) -> bool:
         """Whether the run is complete."""
         return self.ending == "complete"
+
+
+def _judged(row: VersionRow) -> dict[str, Any]:
+    """Return what a rule of several passes made of the updates of a version's round; nothing of other rules."""
+    if row.verdict is None:
+        return {}
+    status = version_status(row, {}, 0)
+    updates = {of.site: {"weight": of.weight, "score": of.score} for of in status.updates}
+    return {"updates": updates, "measure": status.measure, "base": row.verdict.decision.base}
 
 
 class Outcome:
@@ -221,6 +231,7 @@ class Outcome:
                         "bytes": row.nbytes,
                         "seconds": row.seconds,
                         "participants": dict(row.participants),
+                        **_judged(row),
                         "metrics": self._pooled(scores.get(row.version, [])),
                         "metrics_by_site": {
                             s.site: {**s.metrics, "examples": s.examples}

@@ -323,7 +323,7 @@ class Run:
         version = self.store.last_version
         scored = [] if version is None else [s.site for s in self.store.scores().get(version, [])]
         wait = self.config.participants.idle_timeout + protocol.RETURN_SECONDS
-        decided = self.collecting.scratch(0 if version is None else version + 1).decided()
+        decided = self.collecting.decided(0 if version is None else version + 1)
         chosen = [] if version is None else self.store.chosen(self.rounds.choice)
         self.rounds.restarted(sites, scored, self._parts.clock.monotonic() + wait, decided, chosen)
         logger.info("expecting %s back within %.0f s", ", ".join(sites), wait)

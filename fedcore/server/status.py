@@ -20,7 +20,7 @@ from fedcore.events import (
 )
 from fedcore.server.rounds.rounds import Rounds
 from fedcore.server.rounds.selection import Pooling, pooled_metrics
-from fedcore.server.storage.history import Life
+from fedcore.server.storage.history import Life, version_status
 from fedcore.server.storage.store import Store
 
 from .collecting import Collecting
@@ -175,15 +175,12 @@ class StatusBuilder:
             scores, chosen = self._store.scores(), self._config.selection
             pooling = Pooling.of_settings(chosen.average, chosen.max_share)
             self._versions = [
-                protocol.VersionStatus(
-                    version=row.version,
-                    metrics=protocol.first_metrics(
+                version_status(
+                    row,
+                    protocol.first_metrics(
                         pooled_metrics(scores.get(row.version, []), pooling), chosen.metric
                     ),
-                    scored=len(scores.get(row.version, [])),
-                    participants=list(row.participants),
-                    seconds=row.seconds,
-                    bytes=row.nbytes,
+                    len(scores.get(row.version, [])),
                 )
                 for row in self._store.versions()[-_MAX_VERSIONS:]
             ]

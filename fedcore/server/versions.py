@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -188,9 +189,7 @@ class Versions:
         states = states or {}
         sums = self.optimizer.checksums(states)
         kept = self.optimizer.rows(states, sums)
-        row = VersionRow(
-            row.version, checksum_of(checksums), "", row.nbytes, row.seconds, row.participants
-        )
+        row = replace(row, checksum=checksum_of(checksums), sha256="")
         self._store.commit(row, metrics, self.cards if row.version == 0 else None, kept)
         self.optimizer.take(row.version, states, kept, sums)
         self.model, self._checksums, self._checksum = model, checksums, row.checksum

@@ -14,7 +14,6 @@ import pytest
 
 from fedcore import _core
 from fedcore.cli import main
-from fedcore.config import parse_run
 from fedcore.errors import ConfigError, NonFiniteError
 from fedcore.files.average import aggregate_files
 from fedcore.files.choosing import square_distances
@@ -173,11 +172,6 @@ def test_what_can_not_be_is_refused_with_the_numbers(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"bad: NaN or infinity in tensor 'w', element 2"):
         aggregate_files([*paths, bad], None, out, rule="multi-krum")
     assert not out.exists()
-    run = {"run": {"name": "t", "rounds": 1}, "participants": {"count": 5}}
-    with pytest.raises(
-        ConfigError, match="'krum' does not go with a run: it compares whole updates"
-    ):
-        parse_run({**run, "aggregation": {"rule": "krum"}})
 
 
 def test_the_command_says_of_each_file_its_score_and_whether_it_counts(

@@ -44,7 +44,7 @@ class GatedSite(threading.Thread):
         self.asked_at = 0.0
         self.changed = threading.Condition()
         self.finished = False
-        self._stopping = False
+        self._stopping = self._leaving = self._forgetting = False
         self._allowed = dict.fromkeys((0, ANY), 0)
         self._rounds: dict[bytes, int] = {}
         self._held: list[tuple[bytes, bytes]] = []
@@ -78,6 +78,16 @@ class GatedSite(threading.Thread):
         self._stopping = True
         self.join()
 
+    def forget(self) -> None:
+        """Let go of what a server had asked for that has ended; another one asks for what it needs."""
+        self._forgetting = True
+        self.wait(lambda: not self._forgetting)
+
+    def leave(self) -> None:
+        """Leave the run at once, and end."""
+        self._leaving = True
+        self.join()
+
     # --- the thread ---
 
     def run(self) -> None:
@@ -89,10 +99,18 @@ class GatedSite(threading.Thread):
         self._net.connect(self._address)
         self._machine.join(time.monotonic())
         while not self._stopping and not self.finished:
+            if self._leaving:
+                self._machine.leave("it was asked to")
+                self._stopping = True
             self._machine.tick(time.monotonic())
             self._carry_out()
             self._exchange.tick(now_ms())
             self._send_data()
+            if self._forgetting and not self._net.poll(0):
+                with self.changed:
+                    self._held.clear()
+                    self._forgetting = False
+                    self.changed.notify_all()
             if self._net.poll(20):
                 self._receive(self._net.recv_multipart())
         self._net.close()

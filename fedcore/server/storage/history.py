@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedcore import protocol
 from fedcore.server.rounds.selection import SiteScore
+from fedcore.server.rounds.verdicts import Verdict
+
+from .verdicts import read_verdicts
 
 __all__ = [
     "Life",
@@ -18,6 +22,7 @@ __all__ = [
     "read_states",
     "read_versions",
     "score_text",
+    "version_status",
 ]
 
 
@@ -28,6 +33,7 @@ class VersionRow:
     Attributes:
         checksum: CRC-32C over its chunks' checksums, in hex; a file that differs is not used.
         sha256: of its flat bytes, in hex; empty until it has been computed.
+        verdict: what a rule of several passes has decided of the round's updates.
     """
 
     version: int
@@ -36,6 +42,7 @@ class VersionRow:
     nbytes: int
     seconds: float
     participants: Mapping[str, float]
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,44 @@ def read_versions(rows: Callable[[str], list[tuple[Any, ...]]]) -> list[VersionR
     for version, site, weight in rows(query):
         whole = int(weight)
         sites.setdefault(version, {})[site] = whole if whole == weight else weight
+    verdicts = read_verdicts(rows)
     query = "SELECT version, checksum, sha256, bytes, seconds FROM versions ORDER BY version"
     return [
-        VersionRow(version, checksum, sha256, nbytes, seconds, sites.get(version, {}))
+        VersionRow(
+            version,
+            checksum,
+            sha256,
+            nbytes,
+            seconds,
+            sites.get(version, {}),
+            verdicts.get(version),
+        )
         for version, checksum, sha256, nbytes, seconds in rows(query)
     ]
+
+
+def version_status(
+    row: VersionRow, metrics: Mapping[str, float], scored: int
+) -> protocol.VersionStatus:
+    """Return what a status shows of a version: its ``metrics``, which so many sites have ``scored``."""
+    verdict = row.verdict
+    return protocol.VersionStatus(
+        version=row.version,
+        metrics=dict(metrics),
+        scored=scored,
+        participants=list(row.participants),
+        seconds=row.seconds,
+        bytes=row.nbytes,
+        updates=[]
+        if verdict is None
+        else [
+            protocol.UpdateStatus(site=site, weight=weight, score=score)
+            for (site, score), weight in zip(
+                verdict.scores.items(), verdict.decision.weights, strict=True
+            )
+        ],
+        measure="" if verdict is None else verdict.decision.measure,
+    )
 
 
 def read_states(

@@ -16,7 +16,7 @@ from fedcore.errors import ConfigError
 from fedcore.monitor.ask import read_summary
 from fedcore.server.rounds.selection import Pooling, best_version, pooled_metrics
 
-from .history import Life, read_life, read_scores, read_versions
+from .history import Life, read_life, read_scores, read_versions, version_status
 from .journal import is_locked
 from .logged import Rows, Series, read_points, read_series
 
@@ -169,15 +169,12 @@ def _read(folder: Path, rows: Rows) -> protocol.StatusReply:
         elapsed=life.seconds,
         sites=[protocol.SiteStatus(site=name, state="absent") for name in names],
         versions=[
-            protocol.VersionStatus(
-                version=row.version,
-                metrics=protocol.first_metrics(
+            version_status(
+                row,
+                protocol.first_metrics(
                     pooled_metrics(scores.get(row.version, []), pooling), metric
                 ),
-                scored=len(scores.get(row.version, [])),
-                participants=list(row.participants),
-                seconds=row.seconds,
-                bytes=row.nbytes,
+                len(scores.get(row.version, [])),
             )
             for row in versions
         ],

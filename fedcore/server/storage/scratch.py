@@ -32,6 +32,7 @@ class Scratch:
 
     Attributes:
         states: the states' files by name, once `open` has made them.
+        base_weight: what the version before weighs in this one, as one more update.
     """
 
     def __init__(
@@ -48,10 +49,17 @@ class Scratch:
         self._metadata = metadata
         self._states = dict(states or {})
         self.states: dict[str, ModelFile] = {}
+        self.base_weight = 0
 
     def key(self, layout: Layout) -> bytes:
         """Return 64 bytes that say what is collected."""
         return self._of + bytes.fromhex(layout_hash(layout))
+
+    def _record_key(self, layout: Layout) -> bytes:
+        key = self.key(layout)
+        if not self.base_weight:
+            return key
+        return hashlib.sha512(key + self.base_weight.to_bytes(8, "big")).digest()
 
     def decided(self) -> tuple[Participant, ...]:
         """Return whose updates a killed server was collecting; nobody's if no record of it is whole."""
@@ -73,7 +81,7 @@ class Scratch:
             StorageError: the file can't be made.
         """
         sources = [(p.site, bytes.fromhex(p.set_id), p.weight) for p in participants]
-        key = self.key(layout)
+        key = self._record_key(layout)
         found = Record.open(str(self._record))
         if (
             found is not None

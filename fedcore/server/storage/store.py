@@ -43,6 +43,7 @@ from .journal import SCHEMA, Journal, holds_something, storing
 from .lock import FolderLock
 from .logged import Logged
 from .site_rows import SiteRows, number_of
+from .verdicts import Verdicts
 
 __all__ = ["StateRow", "Store", "VersionRow"]
 
@@ -54,7 +55,7 @@ _BEYOND_DISK: Final = 16
 logger = logging.getLogger("fedcore.server")
 
 
-class Store(SiteRows, Decisions):
+class Store(SiteRows, Decisions, Verdicts):
     """The only writer of a run folder; a second server on it is refused.
 
     Args:
@@ -319,6 +320,8 @@ class Store(SiteRows, Decisions):
                     for site, weight in row.participants.items()
                 ],
             )
+            if row.verdict is not None:
+                self._put_verdict(row.version, row.verdict.settled)
             for name, text in (files or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (name, text))
             self._db.execute("DELETE FROM states")
@@ -407,7 +410,7 @@ class Store(SiteRows, Decisions):
             if version > 0 and (self.states(last) or last in left):
                 left = [*(v for v in left if v < version), version]
                 self._journal.set_meta(_WITHOUT_STATES, json.dumps(left))
-            for table in ("versions", "states", "contributions", "scores", "answers"):
+            for table in ("versions", "states", "contributions", "verdicts", "scores", "answers"):
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
             self._db.execute("DELETE FROM chosen")
             self.logged.drop_after(version)

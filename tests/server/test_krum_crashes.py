@@ -1,0 +1,171 @@
+"""A rule of several passes where a server is killed, or a site is lost, in each pass and between them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedcore._core import Layout
+from fedcore.layout import DEFAULT_CHUNK_BYTES
+from fedcore.monitor.ask import ask_status
+from fedcore.server.storage.store import Store
+
+from ..support.ports import free_address
+from .gated_site import GatedSite
+
+CHUNKS = 6
+COUNT = CHUNKS * DEFAULT_CHUNK_BYTES // 4 - 1000
+LAYOUT = Layout([("w", "F32", [COUNT])], DEFAULT_CHUNK_BYTES)
+ALL = 1 << 30
+DECIDED = "takes the updates of"
+
+
+def update(name: str, round_: int) -> np.ndarray:
+    """Those of a later name are farther from the others."""
+    dice = np.random.default_rng([round_, *name.encode()])
+    return dice.standard_normal(COUNT, np.float32) * np.float32(ord(name) - 90)
+
+
+class Krum:
+    """A run by Krum with f = 0, on a server that is killed and started again."""
+
+    def __init__(self, folder: Path, names: str) -> None:
+        self.address = address = free_address()
+        self.folder = folder
+        (folder / "run.toml").write_text(
+            f'[run]\nname = "t"\nrounds = 1\n[participants]\nsites = {list(names)}\nmin_results = 3\n'
+            '[aggregation]\nrule = "krum"\noptions = { f = 0 }\n'
+            f'[server]\nlisten = "{address}"\nmemory = "96MiB"\nspill = false\ninsecure = true\n'
+        )
+        self.sites = {
+            name: GatedSite(name, 7, address, LAYOUT, lambda r, n=name: update(n, r).tobytes())
+            for name in names
+        }
+        self._start()
+        for site in self.sites.values():
+            site.allow(ALL, 0)
+            site.start()
+
+    def _start(self) -> None:
+        command = "from fedcore.cli.app import server_main; server_main()"
+        with (self.folder / "server.log").open("ab") as log:
+            self.server = subprocess.Popen(
+                [sys.executable, "-P", "-c", command, str(self.folder / "run.toml")],
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text()
+
+    def kill(self) -> float:
+        """Kill the server and start it again; returns when."""
+        self.server.send_signal(signal.SIGKILL)
+        self.server.wait(60)
+        for site in self.sites.values():
+            site.forget()
+        at = time.monotonic()
+        self._start()
+        return at
+
+    def asked(self, since: float, names: str = "") -> None:
+        """Wait until chunks of sites were asked for after a time."""
+        for name in names or self.sites:
+            site = self.sites[name]
+            site.wait(lambda site=site: site.asked_at > since)
+
+    def reduced(self, chunks: int) -> None:
+        """Wait until so many chunks are reduced."""
+        until = time.monotonic() + 100
+        while ask_status(self.address, 60).chunks_done < chunks:
+            assert time.monotonic() < until, self.log()
+            time.sleep(0.01)
+
+    def spend(self, chunks: int, names: str = "") -> None:
+        """Let so many chunks of sites' updates leave, and wait until they have."""
+        for name in names or self.sites:
+            self.sites[name].allow(chunks)
+        for name in names or self.sites:
+            self.sites[name].wait(self.sites[name].spent)
+
+    def decided(self, times: int) -> None:
+        """Wait until it was decided so often which updates count."""
+        until = time.monotonic() + 100
+        while self.log().count(DECIDED) < times:
+            assert time.monotonic() < until, self.log()
+            time.sleep(0.01)
+
+    def finish(self) -> np.ndarray:
+        for site in self.sites.values():
+            site.allow(ALL)
+        assert self.server.wait(100) == 0, self.log()
+        return load_file(self.folder / "runs/t/models/round-0001.safetensors")["w"]
+
+    def end(self) -> None:
+        self.server.kill()
+        self.server.wait()
+        for site in self.sites.values():
+            site.stop()
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[[str], Krum]]:
+    made: list[Krum] = []
+
+    def start(names: str) -> Krum:
+        made.append(Krum(tmp_path, names))
+        return made[0]
+
+    yield start
+    for run in made:
+        run.end()
+
+
+@pytest.mark.timeout(300)
+def test_a_server_killed_in_each_pass_and_between_ends_with_the_same_bytes(
+    make: Callable[[str], Krum],
+) -> None:
+    run = make("abcd")
+    run.spend(CHUNKS // 2)
+    run.asked(run.kill())  # in the survey, which is done again
+    run.spend(CHUNKS)
+    run.decided(1)
+    run.asked(run.kill(), "a")  # what is decided is in the journal
+    run.spend(CHUNKS // 2, "a")
+    run.reduced(CHUNKS // 2)
+    run.kill()  # in the second pass
+    made = run.finish()
+    assert np.array_equal(made, update("a", 1))
+    assert run.log().count(DECIDED) == 1
+    assert "going on where the server was killed" in run.log()
+    assert all(run.sites[name].left(1) == CHUNKS // 2 + CHUNKS for name in "bcd")
+
+
+@pytest.mark.timeout(300)
+def test_without_a_site_that_is_lost_in_either_pass_the_rule_decides_of_the_others(
+    make: Callable[[str], Krum],
+) -> None:
+    run = make("abcde")
+    run.spend(CHUNKS // 2)
+    run.sites["b"].leave()
+    run.spend(CHUNKS - CHUNKS // 2, "acde")
+    run.decided(1)
+    run.spend(CHUNKS // 2, "a")
+    run.sites["a"].leave()  # it was chosen
+    made = run.finish()
+    assert np.array_equal(made, update("c", 1))
+    assert run.sites["c"].left(1) == 2 * CHUNKS
+    assert all(run.sites[name].left(1) == CHUNKS for name in "de")
+    store = Store(run.folder / "runs/t", None)
+    verdict = store.versions()[1].verdict
+    store.close()
+    assert verdict is not None
+    assert verdict.left_out == ("d", "e")
