@@ -117,8 +117,11 @@ def _to_bf16(values: np.ndarray) -> np.ndarray:
 
 
 def _mean_f64(parts: Sequence[np.ndarray], weights: Sequence[int]) -> bytes:
-    """The exact rational mean, rounded once; a mean of nothing but -0.0 keeps its sign."""
-    total = sum(weights)
+    """The rational mean, rounded once; a mean of nothing but -0.0 keeps its sign.
+
+    It is exact up to a sum of weights of 2^53, which is a binary64 number.
+    """
+    total = Fraction(sum(float(weight) for weight in weights))
     values = []
     for column in zip(*(part.tolist() for part in parts), strict=True):
         exact = sum(w * Fraction(x) for w, x in zip(weights, column, strict=True)) / total

@@ -34,6 +34,7 @@ from fedcore.layout import TensorSpec, compare_layouts, table
 from fedcore.model_file import ModelFile, create_model, reopen_model
 from fedcore.protocol import Kind, read_header
 from fedcore.protocol import frame_header as header
+from fedcore.rules.registry import CoreRule
 from fedcore.transport.link import CollectorEvent
 
 from ..support.offering import offer
@@ -143,6 +144,7 @@ class World:
         threads: how many chunks the server reduces at the same time.
         ahead: whether sites are added to an open collection one by one, which is closed some time later.
         encoding: how updates travel; other than raw only with a base.
+        rule: what combines the updates.
         disk_full: from now on no file may grow beyond what a model and one extent of the spill file take.
     """
 
@@ -158,7 +160,9 @@ class World:
         ahead: bool = False,
         threads: int = 1,
         encoding: str = "raw",
+        rule: CoreRule = "mean",
     ) -> None:
+        self.rule = rule
         self.threads = threads
         self.encoding = encoding
         self.ahead = ahead
@@ -208,6 +212,16 @@ class World:
     def _codec(self) -> Codec | None:
         return None if self.encoding == "raw" else Codec(self.layout, self.encoding)
 
+    @property
+    def _options(self) -> CollectorOptions:
+        return CollectorOptions(
+            self.budget,
+            rule=self.rule,
+            spill=self.spill,
+            codec=self._codec,
+            threads=self.threads,
+        )
+
     # --- what the server's process does ---
 
     def collect(self) -> None:
@@ -236,9 +250,7 @@ class World:
             self.layout,
             len(self.collecting),
             base,
-            CollectorOptions(
-                self.budget, spill=self.spill, codec=self._codec, threads=self.threads
-            ),
+            self._options,
         )
         self.server.start(self.collector)
 
@@ -325,9 +337,7 @@ class World:
                 self.out.file,
                 self.out.data_offset,
                 base,
-                CollectorOptions(
-                    self.budget, spill=self.spill, codec=self._codec, threads=self.threads
-                ),
+                self._options,
                 record=record,
             )
         except WeightError as error:
