@@ -207,6 +207,7 @@ class CollectorOptions:
         plain: Set[str] = ...,
         survey: bool = False,
         base_weight: int = 0,
+        digest_key: bytes = b"",
     ) -> None: ...
 
 class Collector:
@@ -220,6 +221,7 @@ class Collector:
         options: CollectorOptions,
         record: Record | None = None,
         states: Mapping[str, tuple[MappedFile, int]] = ...,
+        digests: Sequence[bytes] = (),
     ) -> None: ...
     @staticmethod
     def open(
@@ -236,6 +238,7 @@ class Collector:
     def done(self) -> bool: ...
     @property
     def surveying(self) -> bool: ...
+    def digests(self, source: int) -> bytes: ...
     @property
     def distances(self) -> list[list[float]]: ...
     @property

@@ -35,6 +35,8 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::size_t expected,
       base_(std::move(base)),
       options_(std::move(options)),
       base_weight_(options_.base_weight),
+      digest_(options_.digest_key.empty() ? std::nullopt
+                                          : std::optional<Digest>(options_.digest_key)),
       end_(layout_->chunk_count()) {
   if (layout_->total_bytes() == 0) {
     throw Error(Errc::kLayout, "there are no bytes to collect");
@@ -85,6 +87,7 @@ Collector::Collector(std::shared_ptr<const Layout> layout, std::vector<Source> s
     sources_.push_back(std::move(source));
     pulls_.push_back(std::make_unique<Pull>());
     pulls_.back()->feed = Feed(layout_->chunk_count());
+    begin_digests(pulls_.size() - 1);
   }
   check_order(order, std::nullopt);
   check_out(out);
@@ -139,8 +142,9 @@ std::size_t Collector::add(Source source) {
   sources_[added] = std::move(source);
   pulls_[added] = std::make_unique<Pull>();
   pulls_[added]->feed = Feed(layout_->chunk_count());
+  begin_digests(added);
   divide_budget();
-  if (options_.rule->chunkwise()) {
+  if (options_.rule->chunkwise() && !digest_) {  // what another process had has no digests
     take_spilled(added);
   }
   return added;
@@ -399,6 +403,9 @@ bool Collector::on_chunk(std::size_t source, const wire::Header& header, Frame& 
   if (const char* why = unpack(source, header, frame, chunk)) {
     fail(source, "encoding", "chunk " + std::to_string(header.index) + " can't be decoded: " + why);
     return false;
+  }
+  if (!same_as_before(source, header.index, chunk)) {
+    return !frame;
   }
   if (options_.rule->views() && !flatten(source, header.index, chunk)) {
     return !frame;  // its bytes may lie in the chunk, and are released with that

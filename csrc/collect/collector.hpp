@@ -33,7 +33,8 @@
 // them, and each chunk that they all have is measured, in order: how far apart each two of them and the base
 // are. Then close() says which of them count, and with which weights; their chunks are pulled once more, but
 // for those that lie in the spill file. A source that is lost in the survey takes its distances with it, and
-// no chunk is measured again. The survey needs a chunk of each source at the same time.
+// no chunk is measured again. With a key, a source that sends other bytes when it is asked once more is
+// rejected: else it could be chosen for an update that it does not give. The survey needs a chunk of each source at the same time.
 // The base may have a weight, too: it is one more source then, the last one.
 // A collection may be open at first: sources are added as they are ready and pulled ahead, as far
 // as their windows and then the spill file go, and nothing is reduced until close() says which of
@@ -57,6 +58,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/digest.hpp"
 #include "base/mapped_file.hpp"
 #include "base/workers.hpp"
 #include "codec/codec.hpp"
@@ -100,6 +102,8 @@ struct CollectorOptions {
   bool aside = false;
   // Whether sources are surveyed first. It needs a base, and a rule that folds.
   bool survey = false;
+  // The key of the digests that chunks of a survey have (digest.hpp); empty: they have none.
+  std::string digest_key = {};
   // What the base weighs as one more source, as check_weights() takes it; 0: it is none.
   double base_weight = 0;
   // What makes the output's elements of what is combined, with states; null: they are rounded. It
@@ -172,6 +176,11 @@ class Collector {
   // Once measured: the squared distances of the sources that are left, in their order, and of the base, the
   // last one: rows of a matrix.
   std::vector<std::vector<double>> distances() const;
+
+  // Of a source: a digest of each chunk that came, by index, or 0; empty where there is none.
+  const std::vector<std::uint64_t>& digests(std::size_t source) const noexcept {
+    return pulls_[source]->digests;
+  }
 
   // How much the sources that count weigh, in their order, and the base; for close().
   struct Weights {
@@ -295,6 +304,7 @@ class Collector {
     std::set<std::uint64_t> again;           // positions to ask for again; they are due
     std::map<std::uint64_t, Held> held;      // chunks in memory, by position
     std::vector<std::uint32_t> spilled;      // slot + 1 of each chunk, or 0; empty before the first
+    std::vector<std::uint64_t> digests;      // of each chunk, or 0; empty: they are not asked for
     bool ahead = false;                      // what it sends goes to the spill file
     std::optional<std::int64_t> pressed_ms;  // since when its window has been full
     int bad_in_a_row = 0;
@@ -372,6 +382,8 @@ class Collector {
   std::vector<std::size_t> rows_of_counted() const;
   void add_distances(const Part& part);
   void end_survey();
+  void begin_digests(std::size_t source);
+  bool same_as_before(std::size_t source, std::uint64_t index, const Held& chunk);
   void use_sources();
   void divide_budget();
   std::uint64_t chunk_room() const noexcept;
@@ -453,6 +465,7 @@ class Collector {
   // Sums of squares, (order_.size() + 1)^2 of them, while sources are surveyed and until they are closed.
   std::unique_ptr<std::vector<double>> survey_;
   double base_weight_;
+  std::optional<Digest> digest_;
   bool pass_on_ = false;  // the one source's chunks go to the output as they are
   std::uint64_t window_ = 1;
   std::uint64_t group_ = 0;  // chunks under way at a time where sources are folded; 0: they are not

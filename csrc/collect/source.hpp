@@ -89,6 +89,8 @@ struct Source {
   std::shared_ptr<const Layout> layout = nullptr;
   Base base = {};
   std::shared_ptr<Codec> codec = nullptr;
+  // What the digests of its chunks were in a survey, by index; empty: it was in none.
+  std::vector<std::uint64_t> digests = {};
 };
 
 }  // namespace fedcore

@@ -1,5 +1,6 @@
 // The collector's survey: how far apart its sources are, before it is known which of them count.
 #include <algorithm>
+#include <string>
 
 #include "base/error.hpp"
 #include "collect/collector.hpp"
@@ -44,6 +45,38 @@ void Collector::end_survey() {
   reduced_.store(0, std::memory_order_relaxed);
   state_ = State::kActive;
   done_.store(false, std::memory_order_release);
+}
+
+void Collector::begin_digests(std::size_t source) {
+  if (!digest_) {
+    return;
+  }
+  const auto count = static_cast<std::size_t>(layout_->chunk_count());
+  std::vector<std::uint64_t>& digests = pulls_[source]->digests;
+  digests = sources_[source].digests;
+  if (!digests.empty() && digests.size() != count) {
+    throw Error(Errc::kLayout, "a source must have a digest of each chunk");
+  }
+  digests.resize(count);
+}
+
+// Whether a chunk is what it was when it came before, if it did; says so where it is not.
+bool Collector::same_as_before(std::size_t source, std::uint64_t index, const Held& chunk) {
+  if (!digest_) {
+    return true;
+  }
+  const Body body = chunk.body();
+  std::uint64_t& known = pulls_[source]->digests[static_cast<std::size_t>(index)];
+  const std::uint64_t found =
+      digest_->of(body.data, body.size, static_cast<std::uint8_t>(body.encoding));
+  if (known != 0 && known != found) {
+    fail(source, "changed",
+         "chunk " + std::to_string(index) +
+             " is not what it was when it was asked for the first time");
+    return false;
+  }
+  known = found;
+  return true;
 }
 
 void Collector::measure(Part& part) const {

@@ -60,8 +60,8 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
                               const py::object& codec, unsigned threads,
                               std::vector<std::uint32_t> base_checksums, const py::object& rule,
                               std::shared_ptr<Finisher> finisher, bool aside,
-                              std::set<std::string> plain, bool survey,
-                              const py::int_& base_weight) {
+                              std::set<std::string> plain, bool survey, const py::int_& base_weight,
+                              const py::bytes& digest_key) {
   const bool none = base_weight.equal(py::int_(0));
   return {.budget_bytes = budget_bytes,
           .stall_ms = stall_ms,
@@ -75,6 +75,7 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
           .plain = std::move(plain),
           .aside = aside,
           .survey = survey,
+          .digest_key = std::string(digest_key),
           .base_weight = none ? 0 : static_cast<double>(to_weights({base_weight})[0]),
           .finisher = std::move(finisher)};
 }
@@ -97,10 +98,20 @@ std::shared_ptr<Collector> make_collector(const PyLayout& layout,
                                           const std::vector<PySource>& sources,
                                           const FileHandle& out, std::uint64_t out_offset,
                                           const PyPlace& base, const CollectorOptions& options,
-                                          std::shared_ptr<Record> record, const PyStates& states) {
+                                          std::shared_ptr<Record> record, const PyStates& states,
+                                          const std::vector<py::bytes>& digests) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back(to_source(peer, set, weight));
+  }
+  if (!digests.empty() && digests.size() != checked.size()) {
+    throw Error(Errc::kLayout, "there must be digests of each source");
+  }
+  for (std::size_t k = 0; k < digests.size(); ++k) {
+    const std::string_view bytes = digests[k];
+    checked[k].digests.resize(bytes.size() / sizeof(std::uint64_t));
+    std::memcpy(checked[k].digests.data(), bytes.data(),
+                checked[k].digests.size() * sizeof(std::uint64_t));
   }
   const Place from = to_place(base);
   const Place to{out.share(), out_offset};
@@ -190,13 +201,13 @@ void bind_exchange(py::module_& m) {
            py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
            py::arg("finisher") = nullptr, py::arg("aside") = usual.aside,
            py::arg("plain") = usual.plain, py::arg("survey") = usual.survey,
-           py::arg("base_weight") = 0);
+           py::arg("base_weight") = 0, py::arg("digest_key") = py::bytes());
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
       .def(py::init(&make_collector), py::arg("layout"), py::arg("sources"), py::arg("out"),
            py::arg("out_offset"), py::arg("base"), py::arg("options"), py::arg("record") = nullptr,
-           py::arg("states") = PyStates())
+           py::arg("states") = PyStates(), py::arg("digests") = std::vector<py::bytes>())
       .def_static("open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
                   py::arg("options"),
                   "One whose sources are added as they are ready, about `expected` of them: see "
@@ -207,6 +218,20 @@ void bind_exchange(py::module_& m) {
       .def_property_readonly("done", &Collector::done)
       .def_property_readonly("surveying", &Collector::surveying,
                              "Whether its sources are measured, and it is to be closed then.")
+      .def(
+          "digests",
+          [](const Collector& c, std::size_t source) {
+            if (source >= c.sources().size()) {
+              throw Error(Errc::kProtocol, "there is no source " + std::to_string(source));
+            }
+            const std::vector<std::uint64_t>& of = c.digests(source);
+            return py::bytes(reinterpret_cast<const char*>(of.data()),
+                             of.size() * sizeof(std::uint64_t));
+          },
+          py::arg("source"),
+          "Of a source: eight bytes for each chunk, which tell whether it is the same when it "
+          "comes "
+          "again; once the sources are measured.")
       .def_property_readonly(
           "distances", &Collector::distances,
           "Rows of the squared distances of the sources that are left and of the base, the last "

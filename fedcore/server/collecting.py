@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from fedcore import __version__, protocol
 from fedcore._core import (
@@ -30,6 +32,8 @@ from .run_link import RunLink
 from .versions import Versions, declared_layout
 
 __all__ = ["Collecting", "Reduced", "Rejected", "Stalled"]
+
+DIGEST_KEY_BYTES: Final = 1032
 
 logger = logging.getLogger("fedcore.server")
 
@@ -186,7 +190,9 @@ class Collecting:
             self._link.kick()
             return running.collector.done
         self.cancel()
-        setting = self._prepare(self._version)
+        setting = replace(
+            self._prepare(self._version), digest_key=verdict.key, digests=verdict.kept_digests
+        )
         setting.scratch.base_weight = base_weight
         self.running = Collection.of(setting, verdict.kept, peers)
         self._link.kick()
@@ -207,7 +213,11 @@ class Collecting:
         running = self.running
         assert running is not None
         rule = rule_of(self._config)
-        verdict = decide(rule, running.participants, running.collector.distances)
+        verdict = replace(
+            decide(rule, running.participants, running.collector.distances),
+            key=running.digest_key,
+            digests=running.digests,
+        )
         self._store.keep_verdict(self._version, verdict)
         running.combine(verdict.kept, verdict.decision.base)
         self._link.kick()
@@ -268,6 +278,7 @@ class Collecting:
             self._versions.roles.settle()
         self._versions.release_superseded()
         optimizer, rule = self._versions.optimizer, rule_of(self._config)
+        surveys = base is not None and rule.several is not None
         finisher = optimizer.finisher(layout)  # of the initial model it is asked to refuse it early
         kept = {} if base is None else optimizer.layouts(layout)
         sizes = {name: of.total_bytes for name, of in kept.items()}
@@ -289,7 +300,8 @@ class Collecting:
             rule="mean" if base is None else rule.core,
             finisher=None if base is None else finisher,
             plain=frozenset() if base is None or rule.folds else optimizer.plain(layout),
-            survey=base is not None and rule.several is not None,
+            survey=surveys,
+            digest_key=os.urandom(DIGEST_KEY_BYTES) if surveys else b"",
         )
 
     # --- what the core says ---

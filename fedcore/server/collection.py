@@ -86,6 +86,8 @@ class CollectionSetting:
         finisher: what makes the version of that; None: it is rounded.
         plain: names of tensors that keep the mean, whatever the rule is.
         survey: the updates are surveyed, before it is decided which of them count; or they were.
+        digest_key, digests: the key of the digests of a survey's chunks, and those of the sources of a closed
+            collection, if another one surveyed them.
     """
 
     exchange: Exchange
@@ -101,6 +103,8 @@ class CollectionSetting:
     finisher: Finisher | None = None
     plain: Set[str] = frozenset()
     survey: bool = False
+    digest_key: bytes = b""
+    digests: Sequence[bytes] = ()
 
     @property
     def options(self) -> CollectorOptions:
@@ -117,6 +121,7 @@ class CollectionSetting:
             plain=self.plain,
             survey=self.survey,
             base_weight=self.scratch.base_weight,
+            digest_key=self.digest_key,
             aside=self.exchange.wake_fd >= 0,  # else a pump does not learn what another thread did
         )
 
@@ -161,6 +166,7 @@ class Collection:
         self._rejected: set[Participant] = set()
         self._away: set[str] = set()
         self._survey = setting.survey
+        self.digest_key = setting.digest_key
         self._pulled: Counter[str] = Counter()
         if setting.spill is not None:
             setting.spill.begin(self.scratch.key(setting.layout))
@@ -202,6 +208,7 @@ class Collection:
             setting.options,
             record=record,
             states=self._state_places(),
+            digests=setting.digests,
         )
         reduced, total, here = collector.progress()
         if any(here):
@@ -281,6 +288,11 @@ class Collection:
             self._reduce(order, participants)
         self.started = time.monotonic()
         return True
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        """Those of each participant's chunks, once they are surveyed."""
+        return tuple(self.collector.digests(self._numbers[p.site]) for p in self.participants)
 
     def combine(self, participants: tuple[Participant, ...], base_weight: int) -> None:
         """Reduce the updates of these participants, which were surveyed, with these weights.

@@ -6,6 +6,7 @@ In any order, with threads, instruction sets, chunk sizes, spilled chunks, lost 
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections.abc import Iterator
 from fractions import Fraction
@@ -301,6 +302,79 @@ def test_a_killed_second_pass_goes_on_with_the_weights_that_were_decided(tmp_pat
     again.run("ac")
     assert again.result() == mean("ac", weights, 9)
     assert len(again.asked) < 2 * CHUNKS
+
+
+def lying(federation: Federation, name: str) -> None:
+    """From now on a site sends other values than before."""
+    file = update(name)
+    file.view("w")[:] = (values(file, "w") * 100).astype(np.float32).tobytes()
+    site = Exchange()
+    site.publish(name.encode() * 16, file.file, file.data_offset, LAYOUT.total_bytes, CHUNK)
+    federation.sites[name.encode()] = site
+
+
+def test_a_site_that_sends_other_bytes_the_second_time_is_named_and_does_not_count() -> None:
+    federation = Surveyed("abc", digest_key=os.urandom(1032))
+    federation.survey()
+    federation.run("abc")
+    federation.close("ab", {"a": 1, "b": 2})
+    lying(federation, "b")
+    federation.run("ab")
+    (*_, event) = federation.events()
+    assert isinstance(event, SourceRejected)
+    assert (event.source, event.code) == (1, "changed")
+    federation.lose("b")
+    federation.run("a")
+    assert federation.result() == mean("a", {"a": 1}, 0)
+
+
+def test_another_collector_takes_the_same_bytes_as_the_survey_and_no_others() -> None:
+    key = os.urandom(1032)
+    federation = Surveyed("abc", digest_key=key)
+    federation.survey()
+    federation.run("abc")
+    digests = [federation.collector.digests(k) for k in range(3)]
+    for liar in ("", "c"):
+        again = Federation("ac", 1 << 30)
+        again.server.cancel(again.collector)
+        again.collector = Collector(
+            LAYOUT,
+            [(n.encode(), n.encode() * 16, 1) for n in "ac"],
+            again.out.file,
+            again.out.data_offset,
+            (BASE.file, BASE.data_offset),
+            CollectorOptions(64 * CHUNK, survey=True, digest_key=key),
+            digests=[digests[0], digests[2]],
+        )
+        again.server.start(again.collector)
+        if liar:
+            lying(again, liar)
+        again.run("ac")
+        if liar:
+            (event,) = again.events()
+            assert isinstance(event, SourceRejected)
+            assert event.code == "changed"
+        else:
+            assert again.result() == mean("ac", {"a": 1, "c": 1}, 0)
+
+
+def test_a_digest_of_other_bytes_or_under_another_key_is_another_one() -> None:
+    found = {
+        str([federation_digests(key)]) for key in (bytes(range(8)) * 129, bytes(range(1, 9)) * 129)
+    }
+    assert len(found) == 2
+    with pytest.raises(ConfigError, match="1032 bytes"):
+        Surveyed("abc", digest_key=b"short")
+
+
+def federation_digests(key: bytes) -> list[bytes]:
+    federation = Surveyed("ab", digest_key=key)
+    federation.survey()
+    federation.run("ab")
+    found = [federation.collector.digests(k) for k in range(2)]
+    assert found[0] != found[1]
+    assert all(len(of) == 8 * CHUNKS for of in found)
+    return found
 
 
 @pytest.mark.parametrize("encoding", ["bf16", "int8", "nf4"])

@@ -15,7 +15,7 @@ from fedcore._core import Exchange, Layout
 from fedcore.encoding import EncodedUpdate
 from fedcore.layout import layout_hash, table
 from fedcore.model_file import create_model
-from fedcore.protocol import Kind, control_frames, read_header
+from fedcore.protocol import Kind, control_frames, frame_header, read_header
 from fedcore.site import outputs as out
 from fedcore.site.machine import SiteMachine
 from fedcore.site.settings import SiteSettings
@@ -27,7 +27,7 @@ ANY = -1
 class GatedSite(threading.Thread):
     """Offers ``update(round)`` in every round; ``sent`` counts the chunks that left, by round and index.
 
-    No chunk leaves before `allow` says so. The thread ends with the run.
+    No chunk leaves before `allow` says so; ``twist`` makes other bytes of it. The thread ends with the run.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class GatedSite(threading.Thread):
         self.asked_at = 0.0
         self.changed = threading.Condition()
         self.finished = False
+        self.twist: Callable[[bytes], bytes] = lambda body: body
         self._stopping = self._leaving = self._forgetting = False
         self._allowed = dict.fromkeys((0, ANY), 0)
         self._rounds: dict[bytes, int] = {}
@@ -154,7 +155,12 @@ class GatedSite(threading.Thread):
                 if self._allowed[key] == 0:
                     break
                 self._allowed[key] -= 1
-                self._net.send_multipart(self._held.pop(0))
+                self._held.pop(0)
+                body = self.twist(body)
+                head = frame_header(
+                    Kind.CHUNK, sent.set_id, sent.index, body=body, encoding=sent.encoding
+                )
+                self._net.send_multipart([head, body])
                 self.sent[round_, sent.index] += 1
             self.changed.notify_all()
 

@@ -169,3 +169,20 @@ def test_without_a_site_that_is_lost_in_either_pass_the_rule_decides_of_the_othe
     store.close()
     assert verdict is not None
     assert verdict.left_out == ("d", "e")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_site_that_sends_another_update_once_it_is_chosen_is_named_and_left_out(
+    make: Callable[[str], Krum], killed: bool
+) -> None:
+    run = make("abcd")
+    run.spend(CHUNKS)
+    run.decided(1)
+    run.sites["a"].twist = lambda body: body[:-4] + b"\0\0\0\0"
+    if killed:
+        run.asked(run.kill(), "a")
+    made = run.finish()
+    assert np.array_equal(made, update("b", 1))
+    assert "the update of a is left out of round 1: chunk" in run.log()
+    assert "is not what it was when it was asked for the first time" in run.log()

@@ -6,9 +6,10 @@ that is lost before it has come once more.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedcore.errors import RuleError
@@ -30,12 +31,16 @@ class Verdict:
         decision: what each of them weighs, and its score.
         squares: of the participants, and of the model that they start from, the last row; empty once the round is
             committed.
+        key, digests: of the chunks of each participant: what comes once more has to be what was surveyed. They are
+            empty once the round is committed.
     """
 
     rule: str
     participants: tuple[Participant, ...]
     decision: Decision
     squares: Squares = ()
+    key: bytes = field(default=b"", repr=False)
+    digests: tuple[bytes, ...] = field(default=(), repr=False)
 
     @property
     def kept(self) -> tuple[Participant, ...]:
@@ -74,8 +79,16 @@ class Verdict:
         """
         rows = [k for k, known in enumerate(self.participants) if known in participants]
         known = tuple(self.participants[k] for k in rows)
+        digests = tuple(self.digests[k] for k in rows)
         rows.append(len(self.participants))
-        return decide(rule, known, [[self.squares[i][j] for j in rows] for i in rows])
+        made = decide(rule, known, [[self.squares[i][j] for j in rows] for i in rows])
+        return replace(made, key=self.key, digests=digests)
+
+    @property
+    def kept_digests(self) -> tuple[bytes, ...]:
+        """The digests of those whose updates count."""
+        found = zip(self.digests, self.decision.weights, strict=bool(self.digests))
+        return tuple(digests for digests, weight in found if weight)
 
     def why(self, site: str) -> str:
         """Return the score of a site, in words."""
@@ -83,8 +96,8 @@ class Verdict:
 
     @property
     def settled(self) -> Verdict:
-        """The same without the distances, which nothing is decided by any more."""
-        return replace(self, squares=())
+        """The same without the distances and digests, which nothing is decided by any more."""
+        return replace(self, squares=(), key=b"", digests=())
 
     @property
     def text(self) -> str:
@@ -102,6 +115,8 @@ class Verdict:
                 "base": of.base,
                 "updates": updates,
                 "squares": upper,
+                "key": base64.b64encode(self.key).decode(),
+                "digests": [base64.b64encode(of).decode() for of in self.digests],
             }
         )
 
@@ -120,6 +135,8 @@ class Verdict:
                 measure=of["measure"],
             ),
             _whole(of["squares"]),
+            base64.b64decode(of.get("key", "")),
+            tuple(base64.b64decode(text) for text in of.get("digests", ())),
         )
 
 
