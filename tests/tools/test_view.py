@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from fedcore.monitor.view import LiveView, PlainLines, human_bytes, human_seconds, render
-from fedcore.protocol import StatusReply, VersionStatus
+from fedcore.protocol import StatusReply, UpdateStatus, VersionStatus
 
 
 def drawn(reply: StatusReply) -> str:
@@ -41,6 +41,17 @@ def test_the_best_model_stays_in_view_in_a_long_run(reply: StatusReply) -> None:
     assert "round 49 " in text
     assert "round 4 " not in text
     assert len(text.splitlines()) < 30
+
+
+def test_updates_that_a_rule_left_out_are_shown_with_their_scores(reply: StatusReply) -> None:
+    scores = {"a": 0.5, "b": 7.25, "c": 0.75}
+    updates = [
+        UpdateStatus(site=site, weight=int(site == "a"), score=score)
+        for site, score in scores.items()
+    ]
+    version = VersionStatus(version=1, participants=["a"], updates=updates, measure="norm")
+    text = drawn(reply.model_copy(update={"versions": [version]}))
+    assert "a; left out: b 7.25, c 0.75 (norm)" in " ".join(text.split())
 
 
 def test_many_sites_are_counted_by_state_and_the_models_come_first(reply: StatusReply) -> None:
