@@ -261,13 +261,15 @@ class OptimizerSection(_Section):
 
 class AggregationSection(_Section):
     """``[aggregation]``: the rule that combines the sites' updates, the numbers that it takes (``options``), what
-    an update weighs (``weights``, ``max_share``), and what the server makes of the result (``optimizer``)."""
+    an update weighs (``weights``, ``max_share``), what the server makes of the result (``optimizer``), and the
+    part of the models' average that stays in each round (``ema``)."""
 
     rule: str = "mean"
     options: dict[str, float] = {}
     weights: Literal["examples", "equal"] | None = None
     max_share: float | None = None
     optimizer: OptimizerSection | None = None
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _known(self) -> AggregationSection:
@@ -300,8 +302,9 @@ class AggregationSection(_Section):
         of: dict[str, Any] = dump(self)
         if not self.weighing.equal:
             del of["weights"]
-        if self.max_share is None:
-            del of["max_share"]
+        for name in ("max_share", "ema"):
+            if of[name] is None:
+                del of[name]
         return of
 
     @property
@@ -449,6 +452,7 @@ class RunConfig(_Section):
                 optimizer=None if optimizer is None else optimizer.name,
                 weights=self.aggregation.weights,
                 max_share=self.aggregation.max_share,
+                ema=self.aggregation.ema,
                 score_share=self.selection.max_share,
                 quorum=self.participants.quorum,
                 sample=self.participants.sample is not None,

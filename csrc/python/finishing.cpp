@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <tuple>
@@ -21,7 +22,7 @@ using PyChecksums = std::map<std::string, std::vector<std::uint32_t>>;
 std::shared_ptr<Finisher> make_finisher(const PyLayout& layout, const std::string& name,
                                         const std::map<std::string, double>& options,
                                         const std::set<std::string>& plain, const PyStates& before,
-                                        const PyChecksums& checksums) {
+                                        const PyChecksums& checksums, std::optional<double> ema) {
   const FinisherKind& kind = find_finisher(name);
   std::vector<double> values;
   for (const std::string_view option : kind.options) {
@@ -38,7 +39,7 @@ std::shared_ptr<Finisher> make_finisher(const PyLayout& layout, const std::strin
       found->second.crcs = crcs;
     }
   }
-  return std::make_shared<Finisher>(layout, kind, std::move(values), plain, places);
+  return std::make_shared<Finisher>(layout, kind, std::move(values), plain, places, ema);
 }
 
 // Reduces whole inputs by the mean, chunk by chunk, as a collector does; for tests.
@@ -94,7 +95,7 @@ void bind_finishing(py::module_& m) {
       "optimizer for one layout, and the states of one version.")
       .def(py::init(&make_finisher), py::arg("layout"), py::arg("name"), py::arg("options"),
            py::arg("plain") = std::set<std::string>(), py::arg("before") = PyStates(),
-           py::arg("checksums") = PyChecksums())
+           py::arg("checksums") = PyChecksums(), py::arg("ema") = std::nullopt)
       .def_property_readonly(
           "states",
           [](const Finisher& finisher) {
@@ -107,6 +108,16 @@ void bind_finishing(py::module_& m) {
           "(name, layout) of each state.")
       .def_property_readonly("chunk_bytes", &Finisher::chunk_bytes,
                              "Bytes of the states of one chunk, at most.");
+  m.def(
+      "round_state",
+      [](const FileHandle& state, std::uint64_t offset, const FileHandle& model, std::uint64_t to,
+         const std::string& dtype, std::uint64_t count) {
+        py::gil_scoped_release unlocked;
+        round_state(*state.share(), offset, *model.share(), to, parse_dtype(dtype), count);
+      },
+      py::arg("state"), py::arg("offset"), py::arg("model"), py::arg("to"), py::arg("dtype"),
+      py::arg("count"),
+      "Write elements of a state to a model's file, rounded to the model's dtype.");
   m.def(
       "finishers",
       [] {

@@ -1,6 +1,7 @@
 #include "reduce/finish.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 #include <unordered_map>
@@ -15,6 +16,8 @@ namespace fedcore {
 namespace {
 
 constexpr char kMaster[] = "master";
+constexpr char kAverage[] = "ema";
+constexpr FinisherKind kNone{"none", 1, {}, {}, {}};
 constexpr std::uint64_t kNowhere = std::numeric_limits<std::uint64_t>::max();
 
 Dtype state_dtype(Dtype dtype) noexcept { return dtype == Dtype::kF64 ? Dtype::kF64 : Dtype::kF32; }
@@ -22,6 +25,9 @@ Dtype state_dtype(Dtype dtype) noexcept { return dtype == Dtype::kF64 ? Dtype::k
 }  // namespace
 
 const FinisherKind& find_finisher(std::string_view name) {
+  if (name == kNone.name) {
+    return kNone;
+  }
   std::string known;
   for (const FinisherKind* const kind : finisher_kinds()) {
     if (kind->name == name) {
@@ -35,8 +41,8 @@ const FinisherKind& find_finisher(std::string_view name) {
 
 Finisher::Finisher(std::shared_ptr<const Layout> layout, const FinisherKind& kind,
                    std::vector<double> options, const std::set<std::string>& plain,
-                   const std::map<std::string, StatePlace>& before)
-    : layout_(std::move(layout)), kind_(kind), options_(std::move(options)) {
+                   const std::map<std::string, StatePlace>& before, std::optional<double> ema)
+    : layout_(std::move(layout)), kind_(kind), options_(std::move(options)), ema_(ema) {
   if (options_.size() != kind_.options.size()) {
     throw Error(Errc::kConfig, "the server optimizer '" + std::string(kind_.name) + "' has " +
                                    std::to_string(kind_.options.size()) + " options");
@@ -65,8 +71,11 @@ Finisher::Finisher(std::shared_ptr<const Layout> layout, const FinisherKind& kin
   for (const std::string_view name : kind_.states) {
     add_state(std::string(name), all);
   }
-  if (!narrow.empty()) {
+  if (!narrow.empty() && !changes_nothing()) {
     add_state(kMaster, narrow);
+  }
+  if (ema_) {
+    add_state(kAverage, all);
   }
   for (std::size_t s = 0; s < states_.size() && !before.empty(); ++s) {
     before_.push_back(checked(before, s));
@@ -125,13 +134,12 @@ std::vector<StatePlace> Finisher::check_after(
   return places;
 }
 
-Range Finisher::Stretch::in_state(std::size_t s, const Finisher& finisher) const noexcept {
+Range Finisher::Stretch::in_state(std::size_t s) const noexcept {
   if (parameter->at[s] == kNowhere) {
     return {0, 0};
   }
   const std::size_t width = item_size(parameter->dtype);
-  const std::size_t kept =
-      finisher.is_master(s) ? sizeof(float) : item_size(state_dtype(parameter->dtype));
+  const std::size_t kept = item_size(state_dtype(parameter->dtype));
   return {parameter->at[s] + (begin - parameter->begin) / width * kept,
           (end - begin) / width * kept};
 }
@@ -151,7 +159,7 @@ std::uint64_t Finisher::state_bytes(Range range) const {
   std::uint64_t bytes = 0;
   for (const Stretch& stretch : stretches(range)) {
     for (std::size_t s = 0; s < states_.size(); ++s) {
-      bytes += stretch.in_state(s, *this).nbytes;
+      bytes += stretch.in_state(s).nbytes;
     }
   }
   return bytes;
@@ -160,7 +168,7 @@ std::uint64_t Finisher::state_bytes(Range range) const {
 std::vector<Range> Finisher::ranges(const std::vector<Stretch>& stretches, std::size_t s) const {
   std::vector<Range> found;
   for (const Stretch& stretch : stretches) {
-    const Range in = stretch.in_state(s, *this);
+    const Range in = stretch.in_state(s);
     if (in.nbytes == 0) {
       continue;
     }
@@ -235,7 +243,7 @@ void FinishedChunk::begin(Range range) {
     std::uint64_t at = 0;
     for (const Finisher::Stretch& stretch : stretches_) {
       starts_[s].push_back(at);
-      at += stretch.in_state(s, finisher_).nbytes;
+      at += stretch.in_state(s).nbytes;
     }
     bytes_[s].resize(static_cast<std::size_t>(at));
   }
@@ -287,28 +295,50 @@ void FinishedChunk::finish(const Finisher::Stretch& stretch, std::size_t place,
     after[s] = reinterpret_cast<Word*>(bytes_[s].data() + starts_[s][place]) + skipped;
     if (!fresh) {
       const StatePlace& from = finisher_.before_[s];
-      const std::uint64_t at = from.offset + stretch.in_state(s, finisher_).offset;
+      const std::uint64_t at = from.offset + stretch.in_state(s).offset;
       before[s] = reinterpret_cast<const Word*>(from.file->data() + at) + skipped;
     }
   }
   const FinishStages& stages = finish_stages();
-  const double* const options = finisher_.options_.data();
   const FinishPiece<Word> piece{step, x, fresh ? nullptr : before, after, n};
   stages.widen[float_place(dtype)](base, combined, x, step, n);
-  if constexpr (sizeof(Word) == sizeof(double)) {
-    finisher_.kind_.bodies.wide[kernels::level()](options, piece);
-  } else {
-    const bool narrow = item_size(dtype) < sizeof(float);
-    const std::size_t master = count - 1;
-    if (narrow && !fresh) {
-      stages.load(before[master], x, n);
-    }
-    finisher_.kind_.bodies.narrow[kernels::level()](options, piece);
-    if (narrow) {
-      stages.keep(x, after[master], n);
+  const std::size_t average = count - 1;
+  if (finisher_.ema_ && fresh) {
+    std::transform(x, x + n, after[average], [](double value) { return static_cast<Word>(value); });
+  }
+  move(dtype, combined, piece);
+  if (finisher_.ema_) {
+    const Word* const from = fresh ? after[average] : before[average];
+    if constexpr (sizeof(Word) == sizeof(double)) {
+      stages.average_wide(*finisher_.ema_, from, x, after[average], n);
+    } else {
+      stages.average(*finisher_.ema_, from, x, after[average], n);
     }
   }
   stages.round[float_place(dtype)](x, out, n);
+}
+
+// Makes the elements of a piece the next version's, before they are rounded to the model's format.
+template <typename Word>
+void FinishedChunk::move(Dtype dtype, const double* combined,
+                         const FinishPiece<Word>& piece) const {
+  const double* const options = finisher_.options_.data();
+  if (finisher_.changes_nothing()) {
+    std::copy(combined, combined + piece.n, piece.x);
+  } else if constexpr (sizeof(Word) == sizeof(double)) {
+    finisher_.kind_.bodies.wide[kernels::level()](options, piece);
+  } else {
+    const FinishStages& stages = finish_stages();
+    const bool narrow = item_size(dtype) < sizeof(float);
+    const std::size_t master = finisher_.kind_.states.size();
+    if (narrow && piece.before != nullptr) {
+      stages.load(piece.before[master], piece.x, piece.n);
+    }
+    finisher_.kind_.bodies.narrow[kernels::level()](options, piece);
+    if (narrow) {
+      stages.keep(piece.x, piece.after[master], piece.n);
+    }
+  }
 }
 
 std::uint32_t FinishedChunk::crc(std::uint32_t model_crc) const {
@@ -334,6 +364,30 @@ void FinishedChunk::write() const {
         before.file->release(before.offset + begin, last.offset + last.nbytes - begin);
       }
     }
+  }
+}
+
+void round_state(const MappedFile& state, std::uint64_t offset, MappedFile& model, std::uint64_t to,
+                 Dtype dtype, std::uint64_t count) {
+  const std::size_t width = item_size(dtype), kept = item_size(state_dtype(dtype));
+  state.check_range(offset, count * kept);
+  model.check_range(to, count * width);
+  if (!is_float(dtype) || offset % kept != 0) {
+    throw Error(Errc::kStorage, "no state of these elements is in " + state.path());
+  }
+  const FinishStages& stages = finish_stages();
+  double x[kernels::kPiece];
+  std::uint8_t out[kernels::kPiece * sizeof(double)];
+  for (std::uint64_t at = 0; at < count; at += kernels::kPiece) {
+    const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(kernels::kPiece, count - at));
+    const std::uint8_t* const from = state.data() + offset + at * kept;
+    if (dtype == Dtype::kF64) {
+      std::memcpy(out, from, n * kept);
+    } else {
+      stages.load(reinterpret_cast<const float*>(from), x, n);
+      stages.round[float_place(dtype)](x, out, n);
+    }
+    model.write(to + at * width, out, n * width);
   }
 }
 

@@ -19,12 +19,17 @@
 // parameters are F16 or BF16, there is one state more, "master": their elements in F32, to which
 // steps are added that would be lost in the narrow format. The model is the master, rounded.
 // Each state is a tensor set of its own layout; its tensors have the names of the model's.
+// With an average, there is one state more, "ema": ema <- decay * ema + (1 - decay) * x, where x is the
+// element as it is kept (F32, or F64 for those of F64), before it is rounded to a narrow format. It
+// starts at the base's element, and changes no bit of the model. The kind "none" leaves the combined
+// value as it is, for an average alone; users do not name it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <span>
 #include <string>
@@ -38,7 +43,7 @@
 
 namespace fedcore {
 
-inline constexpr std::size_t kMaxStates = 4;
+inline constexpr std::size_t kMaxStates = 4;  // two of a kind, the master, and the average
 
 // One piece of a parameter: at most kernels::kPiece elements. Word is float or double.
 template <typename Word>
@@ -57,7 +62,7 @@ using FinishBodies = void (*[3])(const double* options, const FinishPiece<Word>&
 struct FinisherKind {
   std::string_view name;
   unsigned version;
-  std::span<const std::string_view> states;  // fewer than kMaxStates
+  std::span<const std::string_view> states;  // at most two
   std::span<const std::string_view> options;
   struct Bodies {
     FinishBodies<float> narrow;
@@ -68,7 +73,7 @@ struct FinisherKind {
 // All kinds, in the order in which documentation names them; see finishers.inl.
 const std::vector<const FinisherKind*>& finisher_kinds();
 
-// Throws Error{kConfig} that names the known kinds.
+// Throws Error{kConfig} that names the known kinds. "none" is the one that changes nothing.
 const FinisherKind& find_finisher(std::string_view name);
 
 // A state as the next version is made: its layout, and the place of its flat bytes in a file.
@@ -90,10 +95,11 @@ class Finisher {
  public:
   // `plain`: names of tensors. `before`: the places of all states by name; empty: there are none
   // yet. Throws Error{kConfig} for a wrong number of options or no parameter, Error{kLayout} for a
-  // plain name that the layout lacks, and Error{kStorage} for states that are not these.
+  // plain name that the layout lacks, and Error{kStorage} for states that are not these. `ema`: the
+  // part of the average that stays, at least 0 and below 1; nothing: there is no average.
   Finisher(std::shared_ptr<const Layout> layout, const FinisherKind& kind,
            std::vector<double> options, const std::set<std::string>& plain,
-           const std::map<std::string, StatePlace>& before);
+           const std::map<std::string, StatePlace>& before, std::optional<double> ema = {});
 
   const FinisherKind& kind() const noexcept { return kind_; }
   const Layout& layout() const noexcept { return *layout_; }
@@ -133,13 +139,12 @@ class Finisher {
     const Parameter* parameter;
     std::uint64_t begin, end;
     // Where it lies in a state, and how many bytes it takes there: 0 in one that does not hold it.
-    Range in_state(std::size_t s, const Finisher& finisher) const noexcept;
+    Range in_state(std::size_t s) const noexcept;
   };
 
   void add_state(std::string name, const std::vector<TensorSpec>& specs);
   StatePlace checked(const std::map<std::string, StatePlace>& places, std::size_t s) const;
-  bool has_master() const noexcept { return states_.size() > kind_.states.size(); }
-  bool is_master(std::size_t s) const noexcept { return s >= kind_.states.size(); }
+  bool changes_nothing() const noexcept { return kind_.bodies.narrow[0] == nullptr; }
   std::vector<Stretch> stretches(Range range) const;
   // The chunks of a state that hold a part of such ranges of it: the first, and the one behind.
   std::pair<std::uint64_t, std::uint64_t> chunks_of(std::size_t s, Range in) const noexcept;
@@ -154,8 +159,13 @@ class Finisher {
   std::vector<FinisherState> states_;
   std::vector<StatePlace> before_;  // empty where there are none yet
   std::vector<Parameter> parameters_;
+  std::optional<double> ema_;
   std::uint64_t chunk_bytes_ = 0;
 };
+
+// Writes `count` elements of a state to a model's file, rounded to the model's dtype.
+void round_state(const MappedFile& state, std::uint64_t offset, MappedFile& model, std::uint64_t to,
+                 Dtype dtype, std::uint64_t count);
 
 // What a finisher makes of one chunk after the other, by one thread. Owns the new states of one chunk
 // until they are written.
@@ -176,6 +186,8 @@ class FinishedChunk final : public Finish {
   void write() const;
 
  private:
+  template <typename Word>
+  void move(Dtype dtype, const double* combined, const FinishPiece<Word>& piece) const;
   template <typename Word>
   void finish(const Finisher::Stretch& stretch, std::size_t place, std::uint64_t offset,
               const double* combined, const std::uint8_t* base, std::uint8_t* out, std::size_t n);

@@ -17,6 +17,10 @@ struct FinishStages {
   // The same of a master in binary32. keep() leaves in x what it keeps.
   void (*load)(const float* from, double* x, std::size_t n);
   void (*keep)(double* x, float* to, std::size_t n);
+  // The next average of elements: `after` may be `before`.
+  void (*average)(double decay, const float* before, const double* x, float* after, std::size_t n);
+  void (*average_wide)(double decay, const double* before, const double* x, double* after,
+                       std::size_t n);
 };
 
 constexpr std::size_t float_place(Dtype dtype) noexcept {

@@ -162,9 +162,20 @@ void keep_master(double* x, float* to, std::size_t n) {
   }
 }
 
+template <typename Word>
+void average(double decay, const Word* before, const double* x, Word* after, std::size_t n) {
+  FEDCORE_INDEPENDENT
+  for (std::size_t i = 0; i < n; ++i) {
+    after[i] = static_cast<Word>(
+        kept<Word>(decay * static_cast<double>(before[i]) + (1 - decay) * kept<Word>(x[i])));
+  }
+}
+
 constexpr FinishStages kStages = {
     {&widen<F64>, &widen<F32>, &widen<F16>, &widen<Bf16>},
     {&round<F64>, &round<F32>, &round<F16>, &round<Bf16>},
     &load_master,
     &keep_master,
+    &average<float>,
+    &average<double>,
 };

@@ -35,6 +35,7 @@ class Choices:
         optimizer: the name in ``aggregation.optimizer``, if there is one.
         weights: ``aggregation.weights``, if it is given.
         max_share: ``aggregation.max_share``.
+        ema: ``aggregation.ema``.
         score_share: ``selection.max_share``.
         quorum: how many updates will do in a round; None: as many as any rule needs.
         sample: whether ``participants.sample`` is given.
@@ -47,6 +48,7 @@ class Choices:
     optimizer: str | None = None
     weights: str | None = None
     max_share: float | None = None
+    ema: float | None = None
     score_share: float | None = None
     quorum: int | None = None
     sample: bool = False
@@ -123,6 +125,10 @@ def _task_and_rule(choices: Choices) -> Conflict | None:
 
 def _task_and_optimizer(choices: Choices) -> Conflict | None:
     return _for_training(choices, "aggregation.optimizer", choices.optimizer is not None)
+
+
+def _task_and_ema(choices: Choices) -> Conflict | None:
+    return _for_training(choices, "aggregation.ema", choices.ema is not None)
 
 
 def _task_and_weights(choices: Choices) -> Conflict | None:
@@ -226,6 +232,7 @@ _CHECKS: Final[tuple[Callable[[Choices], Conflict | None], ...]] = (
     _score_share_and_quorum,
     _task_and_rule,
     _task_and_optimizer,
+    _task_and_ema,
     _task_and_weights,
     _task_and_share,
     _task_and_sample,

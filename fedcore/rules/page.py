@@ -28,6 +28,7 @@ _ENCODINGS: Final[_Values] = {f"`{name}`": {"update": name} for name in UPDATE_E
 _OPTIMIZERS: Final[_Values] = {
     "none": {"optimizer": None},
     **{f"`{name}`": {"optimizer": name} for name in FINISHERS},
+    "`ema`": {"ema": 0.9},
 }
 _WEIGHTS: Final[_Values] = {
     "`examples`": {"weights": "examples"},

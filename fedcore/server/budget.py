@@ -130,7 +130,7 @@ class Budget:
         if rule.folds:
             size = chunk_bytes or DEFAULT_CHUNK_BYTES
             divided = cls._of_config(config, memory, encrypted, size)
-            if config.aggregation.optimizer is not None:
+            if _states(config) is not None:
                 cls._check_optimizer(config, divided, encrypted)
             return divided
         sizes = _CHUNK_SIZES if chunk_bytes is None else (chunk_bytes,)
@@ -165,8 +165,7 @@ class Budget:
     def _check_optimizer(cls, config: RunConfig, budget: Budget, encrypted: bool) -> None:
         """Raise ConfigError unless the states of a chunk fit beside the least that a budget needs."""
         size = budget.chunk_bytes
-        assert config.aggregation.optimizer is not None
-        kept = len(find_finisher(config.aggregation.optimizer.name).states)
+        kept = _states(config) or 0
         least = (_FEWEST_CHUNKS + _OPTIMIZER_CHUNKS + _STATE_CHUNKS * kept) * size
 
         def enough(mib: int) -> bool:
@@ -176,8 +175,8 @@ class Budget:
             mib = config.server.memory >> 20
             needed = bisect.bisect_left(range(_MOST_MIB), True, lo=mib, key=enough)
             raise ConfigError(
-                f"server.memory = {mib}MiB is too little for aggregation.optimizer; it must be at least "
-                f"{needed}MiB"
+                f"server.memory = {mib}MiB is too little for aggregation.{_finisher(config)}; it must be at "
+                f"least {needed}MiB"
             )
 
     @classmethod
@@ -190,19 +189,30 @@ class Budget:
         except ConfigError:
             return None
         updates, encoded = config.participants.trained, config.transfer.update != "raw"
-        optimizer = config.aggregation.optimizer
+        kept = _states(config)
         per_thread = rule_scratch(rule.core, updates) + encoded * updates * _DECODED_BYTES
         per_thread += rule_scratch("mean", updates)  # of buffers
         if rule.several is not None:
             per_thread += survey_scratch(updates, size)
         read_back = updates * size if config.server.spill else 0
         chunks = budget.chunks - read_back - config.reducer_threads * per_thread
-        beside = (
-            min(_BASE_BYTES, chunks // 16) + size if encoded or optimizer or rule.several else 0
-        )
-        if optimizer is not None:  # its states, and the master
-            beside += _STATE_CHUNKS * (len(find_finisher(optimizer.name).states) + 1) * size
+        added = encoded or kept is not None or rule.several is not None
+        beside = min(_BASE_BYTES, chunks // 16) + size if added else 0
+        if kept is not None:  # its states, and the master
+            beside += _STATE_CHUNKS * (kept + 1) * size
         return replace(budget, chunks=chunks) if chunks >= updates * size + beside else None
+
+
+def _finisher(config: RunConfig) -> str:
+    return "ema" if config.aggregation.optimizer is None else "optimizer"
+
+
+def _states(config: RunConfig) -> int | None:
+    """Return how many states a run's finishers keep, but for a master; None if it has no finisher."""
+    optimizer, average = config.aggregation.optimizer, config.aggregation.ema is not None
+    if optimizer is None:
+        return 1 if average else None
+    return len(find_finisher(optimizer.name).states) + average
 
 
 def check_memory(memory: int, available: int) -> str:

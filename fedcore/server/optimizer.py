@@ -1,4 +1,8 @@
-"""The server optimizer of a run: what it keeps from version to version, and what the core needs for the next."""
+"""The finishers of a run, a server optimizer and an average: what they keep from version to version.
+
+The average is one of the models (EMA). It changes no bit of them: sites train from the models, score them, and the
+best one is selected among them. The average of the last one is exported as ``ema/`` at the end.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,10 @@ import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from fedcore._core import Finisher, Layout
-from fedcore.config import OptimizerSection
+from fedcore.config import AggregationSection
 from fedcore.errors import IntegrityError, StorageError
 from fedcore.model_file import ModelFile, open_model
 from fedcore.roles import Buffers
@@ -20,6 +25,9 @@ from .roles import Roles
 
 __all__ = ["Optimizer"]
 
+_NONE: Final = "none"
+"""The finisher of the core that leaves combined values as they are."""
+
 logger = logging.getLogger("fedcore.server")
 
 
@@ -27,13 +35,15 @@ class Optimizer:
     """Holds the states of the last version.
 
     Args:
-        section: of the run file; None: there is none, and the model is the combined updates.
+        section: of the run file. Without an optimizer the model is the combined updates.
         store: the run's.
         roles: of its model: it does not act on buffers.
     """
 
-    def __init__(self, section: OptimizerSection | None, store: Store, roles: Roles) -> None:
-        self._section = section
+    def __init__(self, section: AggregationSection, store: Store, roles: Roles) -> None:
+        self._section = section.optimizer
+        self._ema = section.ema
+        self._acts = self._section is not None or self._ema is not None
         self._store = store
         self._version = 0
         self._rows: dict[str, StateRow] = {}
@@ -50,7 +60,7 @@ class Optimizer:
             IntegrityError: one is missing, or is not the one that was committed.
         """
         self._version = version
-        if self._section is None:
+        if not self._acts:
             return
         self._rows = self._store.states(version)
         for name, row in self._rows.items():
@@ -66,18 +76,20 @@ class Optimizer:
         Raises:
             ConfigError: the model has no tensor on which it acts.
         """
-        if self._section is None:
+        if not self._acts:
             return None
         buffers = self._roles.buffers
         if self._made is None or self._made[0] is not layout or self._made[1] != buffers:
             before = {name: (state.file, state.data_offset) for name, state in self._states.items()}
             plain = self.plain(layout)
             section, sums = self._section, self._checksums
-            options = section.options_of(self._version + 1)
-            made = Finisher(layout, section.name, options, plain, before, sums)
+            name = _NONE if section is None else section.name
+            options = {} if section is None else section.options_of(self._version + 1)
+            made = Finisher(layout, name, options, plain, before, sums, self._ema)
             if self._version > 0 and made.states and not before:
                 logger.warning(
-                    "the server optimizer begins anew after round %d: its state is kept for the last model alone",
+                    "%s anew after round %d: its state is kept for the last model alone",
+                    "the average begins" if section is None else "the server optimizer begins",
                     self._version,
                 )
             self._made = layout, buffers, made
@@ -85,7 +97,7 @@ class Optimizer:
 
     def acts_on(self, names: Sequence[str]) -> list[str]:
         """Return which of these tensors of a float dtype it changes, as far as patterns say."""
-        return [] if self._section is None else self.not_plain(names)
+        return self.not_plain(names) if self._acts else []
 
     def not_plain(self, names: Sequence[str]) -> list[str]:
         """Return which of these tensors no pattern of its section names."""
@@ -120,22 +132,23 @@ class Optimizer:
 
     def key(self) -> dict[str, object]:
         """Return what the next version's bytes depend on beside the run file."""
-        if self._section is None:
+        if not self._acts:
             return {}
-        kind = find_finisher(self._section.name)
         states = {name: row.checksum for name, row in self._rows.items()}
         buffers = {"buffers": self._roles.buffers} if self._roles.buffers else {}
-        return {"optimizer": kind.version, "states": states, **buffers}
+        version = 0 if self._section is None else find_finisher(self._section.name).version
+        return {"optimizer": version, "states": states, **buffers}
 
     def metadata(self, version: int) -> dict[str, str]:
         """Return what is said of it in the header of a version's files, with its numbers in that round."""
-        if self._section is None:
-            return {}
-        kind = find_finisher(self._section.name)
-        options = [
-            f"{name}={value.hex()}" for name, value in self._section.options_of(version).items()
-        ]
-        return {"fedcore.optimizer": " ".join([kind.name, str(kind.version), *options])}
+        found = {} if self._ema is None else {"fedcore.ema": self._ema.hex()}
+        if self._section is not None:
+            kind = find_finisher(self._section.name)
+            options = [
+                f"{name}={value.hex()}" for name, value in self._section.options_of(version).items()
+            ]
+            found["fedcore.optimizer"] = " ".join([kind.name, str(kind.version), *options])
+        return found
 
     # --- a commit ---
 
@@ -192,7 +205,7 @@ class Optimizer:
         self._made = None
 
     def describe(self) -> str:
-        """Return in words what it is; empty if there is none."""
+        """Return in words what the optimizer is; empty if there is none."""
         if self._section is None:
             return ""
         kind = find_finisher(self._section.name)

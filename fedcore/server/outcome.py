@@ -16,7 +16,7 @@ from fedcore.errors import IntegrityError
 from fedcore.server.rounds.participation import Roster, SiteState
 from fedcore.server.rounds.selection import Pooling, SiteScore, best_version, pooled_metrics
 from fedcore.server.storage.history import VersionRow, version_status
-from fedcore.server.storage.store import Store
+from fedcore.server.storage.store import AVERAGE, Store
 from fedcore.words import plural
 
 __all__ = ["Ending", "Outcome", "RunResult"]
@@ -163,6 +163,8 @@ class Outcome:
         task = self._config.run.task
         if version is not None and task == "train":
             final = self._export("final", version, ending)
+            if AVERAGE in self._store.states(version):
+                self._export(AVERAGE, version, ending)
         if version is not None and task in ("train", "compare"):
             chosen = self._select()
             if chosen is None:

@@ -309,6 +309,11 @@ class Run:
             logger.info("the updates of all sites weigh the same")
         elif rule.weighing.max_share is not None:
             logger.info("no site counts for more than %.4g %%", 100 * rule.weighing.max_share)
+        if self.config.aggregation.ema is not None:
+            logger.info(
+                "the average of the models is kept beside them (%g of it stays in each round); sites train from "
+                "the models, and score them", self.config.aggregation.ema,
+            )  # fmt: skip
         if optimizer := self.versions.optimizer.describe():
             logger.info(
                 "the server optimizer is %s%s", optimizer,

@@ -75,7 +75,7 @@ class Versions:
         self.set_id = self.packed_id = b""
         self.included: dict[str, int] = {}
         self.roles = Roles(store)
-        self.optimizer = Optimizer(config.aggregation.optimizer, store, self.roles)
+        self.optimizer = Optimizer(config.aggregation, store, self.roles)
         self._config = config
         self._described: tuple[Layout, list[tuple[str, str, list[int]]], str | None] | None = None
         self._store = store

@@ -28,8 +28,14 @@ class Versions:
     """A model and its states from version to version, as the core makes them."""
 
     def __init__(
-        self, layout: Layout, options: Mapping[str, float], plain: set[str], kind: str = "momentum"
+        self,
+        layout: Layout,
+        options: Mapping[str, float],
+        plain: set[str],
+        kind: str = "momentum",
+        ema: float | None = None,
     ) -> None:
+        self.ema = ema
         self.layout = layout
         self.kind = kind
         self.options = options
@@ -37,7 +43,9 @@ class Versions:
         self.states: Places = {}
 
     def step(self, inputs: list[bytes], base: bytes) -> bytes:
-        finisher = Finisher(self.layout, self.kind, self.options, self.plain, self.states)
+        finisher = Finisher(
+            self.layout, self.kind, self.options, self.plain, self.states, ema=self.ema
+        )
         after: Places = {
             name: (MappedFile.anonymous(layout.total_bytes + 8), 8)
             for name, layout in finisher.states
@@ -49,7 +57,7 @@ class Versions:
         return bytes(out)
 
     def state(self, name: str, tensor: str, dtype: Any) -> Any:
-        finisher = Finisher(self.layout, self.kind, self.options, self.plain)
+        finisher = Finisher(self.layout, self.kind, self.options, self.plain, ema=self.ema)
         layout = dict(finisher.states)[name]
         file, at = self.states[name]
         begin, nbytes = next(t[3:] for t in layout.tensors if t[0] == tensor)
@@ -185,6 +193,58 @@ def test_every_optimizer_is_its_reference_to_the_last_bit_at_every_level(
         for name, values in state.items():
             found = versions.state(name, n, wide[n])
             assert found.tobytes() == values.astype(wide[n]).tobytes(), (n, name)
+
+
+@pytest.mark.parametrize("kind", [*FINISHERS, "none"])
+def test_the_average_is_its_reference_to_the_last_bit_and_changes_no_model(
+    kind: str, level: str
+) -> None:
+    rng = np.random.default_rng(4)
+    layout = Layout(
+        [("a", "BF16", [1001]), ("b", "F16", [700]), ("c", "F32", [1903]), ("d", "F64", [53])], 4096
+    )
+    options = (
+        {n: o.default for n, o in FINISHERS[kind].options.items()} if kind in FINISHERS else {}
+    )
+    averaged = Versions(layout, options, {"b"}, kind, 0.9)
+    bare = Versions(layout, options, {"b"}, kind)
+    empty = tensors(layout, bytes(layout.total_bytes))
+    model = {n: rng.normal(size=len(t)).astype(t.dtype) for n, t in empty.items()}
+    wide = {n: np.float64 if n == "d" else np.float32 for n in model if n != "b"}
+    average = {n: model[n].astype(np.float64) for n in wide}
+    for _ in range(4):
+        common = {n: 1e-2 * rng.normal(size=len(x)) for n, x in model.items()}
+        updates = [
+            {
+                n: (x.astype(np.float64) + common[n] * (1 if n == "d" else k)).astype(x.dtype)
+                for n, x in model.items()
+            }
+            for k in range(3)
+        ]
+        inputs, base = [joined(layout, u) for u in updates], joined(layout, model)
+        flat = averaged.step(inputs, base)
+        if kind == "none":
+            for n, values in tensors(layout, flat).items():
+                out = bytearray(values.nbytes)
+                dtype = next(of for name, of, *_ in layout.tensors if name == n)
+                _core.mean(dtype, [u[n].tobytes() for u in updates], WEIGHTS, out)
+                assert values.tobytes() == bytes(out)
+        else:
+            assert flat == bare.step(inputs, base)
+        model = tensors(layout, flat)
+        for n, dtype in wide.items():
+            x = model[n].astype(np.float64)
+            if n == "a" and kind == "none":
+                x = kept(mean([u[n] for u in updates]), np.float32)
+            elif n == "a":
+                x = averaged.state("master", n, np.float32).astype(np.float64)
+            average[n] = kept(0.9 * average[n] + (1 - 0.9) * x, dtype)
+            assert averaged.state("ema", n, dtype).tobytes() == average[n].astype(dtype).tobytes()
+    names = [
+        name
+        for name, *_ in dict(Finisher(layout, kind, options, {"b"}, ema=0.9).states)["ema"].tensors
+    ]
+    assert sorted(names) == ["a", "c", "d"]
 
 
 def test_adaptive_optimizers_move_each_element_about_as_far_as_the_learning_rate() -> None:

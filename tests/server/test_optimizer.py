@@ -260,6 +260,37 @@ def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(
     assert anew["w"] == (model["w"].astype(np.float64) + 0.3 * v).astype(np.float32).tobytes()
 
 
+@pytest.mark.parametrize("optimizer", [None, MOMENTUM])
+def test_the_average_of_the_models_is_the_reference_over_restarts_and_is_exported(
+    tmp_path: Path, optimizer: Any
+) -> None:
+    extra = {} if optimizer is None else {"optimizer": optimizer}
+    for rounds in (2, 4):
+        assert train(config(tmp_path, rounds, aggregation={**extra, "ema": 0.75}))
+    bare = tmp_path / "bare"
+    assert train(config(bare, 4, optimizer))
+    first = committed(tmp_path, 0)
+    average = {n: np.frombuffer(first[n], d).astype(np.float64) for n, d in DTYPES.items()}
+    for version in range(1, 5):
+        made = committed(tmp_path, version)
+        assert made == committed(bare, version)
+        x = np.frombuffer(made["w"], np.float32).astype(np.float64)
+        average["w"] = (0.75 * average["w"] + 0.25 * x).astype(np.float32).astype(np.float64)
+    state = open_model(tmp_path / "runs/t/models/round-0004.ema.safetensors")
+    exported = open_model(tmp_path / "runs/t/ema/model.safetensors")
+    assert bytes(state.view("w")) == average["w"].astype(np.float32).tobytes()
+    assert bytes(exported.view("w")) == bytes(state.view("w"))
+    wide = np.frombuffer(bytes(state.view("h")), np.float32)
+    assert bytes(exported.view("h")) == wide.astype(ml_dtypes.bfloat16).tobytes()
+    assert {n: d for n, d, *_ in exported.layout.tensors} == {"h": "BF16", "w": "F32"}
+    assert exported.metadata["fedcore.ema"] == (0.75).hex()
+    assert "the average (EMA)" in (tmp_path / "runs/t/ema/README.md").read_text()
+    assert committed(tmp_path, 4) == {
+        n: bytes(v)
+        for n, v in open_model(tmp_path / "runs/t/final/model.safetensors").views().items()
+    }
+
+
 def test_without_an_optimizer_a_run_keeps_no_states_and_old_settings_match(tmp_path: Path) -> None:
     assert train(config(tmp_path, 1, None))
     names = {path.name for path in (tmp_path / "runs/t/models").iterdir()}

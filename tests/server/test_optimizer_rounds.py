@@ -38,7 +38,7 @@ CHUNK = 4096
 LAYOUT = Layout([("h", "BF16", [9_001]), ("n", "I32", [40]), ("w", "F32", [19_901])], CHUNK)
 OPTIONS = {"learning_rate": 0.1, "momentum": 0.9}
 WEIGHTS = {"a": 3, "b": 5, "c": 7, "d": 1, "e": 2}
-STATES = ("momentum", "master")
+STATES = ("momentum", "master", "ema")
 Files = dict[str, bytes]
 
 
@@ -55,7 +55,7 @@ BASE = model_of(0)
 
 def states_before(folder: Path | None = None) -> dict[str, ModelFile]:
     dice, made = np.random.default_rng(9), {}
-    for name, layout in Finisher(LAYOUT, "momentum", OPTIONS).states:
+    for name, layout in Finisher(LAYOUT, "momentum", OPTIONS, ema=0.9).states:
         made[name] = create_model(None if folder is None else folder / f"old-{name}", layout)
         count = layout.total_bytes // 4
         data = dice.standard_normal(count).astype(np.float32).tobytes()
@@ -69,7 +69,7 @@ BEFORE = states_before()
 def finisher(*, fresh: bool = False, states: dict[str, ModelFile] = BEFORE) -> Finisher:
     before = {} if fresh else {n: (f.file, f.data_offset) for n, f in states.items()}
     checksums = {name: state.checksums() for name, state in BEFORE.items()}
-    return Finisher(LAYOUT, "momentum", OPTIONS, set(), before, checksums)
+    return Finisher(LAYOUT, "momentum", OPTIONS, set(), before, checksums, ema=0.9)
 
 
 def flat(file: ModelFile) -> bytes:
@@ -349,7 +349,9 @@ def test_chunks_that_a_power_cut_took_out_of_a_state_are_reduced_again(
 
 
 @pytest.mark.parametrize("options", [{}, {"threads": 3}, {"memory": 1}], ids=str)
-@pytest.mark.parametrize(("name", "at"), [(STATES[0], 0), (STATES[0], -1), (STATES[1], -1)])
+@pytest.mark.parametrize(
+    ("name", "at"), [(STATES[0], 0), (STATES[0], -1), (STATES[1], -1), (STATES[2], -1)]
+)
 def test_a_state_that_changes_for_a_while_is_found_when_its_chunk_is_read(
     tmp_path: Path, options: dict[str, Any], name: str, at: int
 ) -> None:

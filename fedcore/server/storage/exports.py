@@ -1,4 +1,4 @@
-"""The folders ``best/`` and ``final/``: a version's model under the name that loaders expect, and its files."""
+"""The folders ``best/``, ``final/`` and ``ema/``: a model under the name that loaders expect, and its files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fedcore.errors import IntegrityError
 from fedcore.files.opening import weights_name
 from fedcore.replacing import sync_folder
 
+from .average import write_average
 from .files import ABOUT, Files, about_export, keep_additions, new_and_old, remove_export
 from .integrity import verify_model
 from .journal import storing
@@ -43,7 +44,13 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def write_export(files: Files, name: str, source: Committed, cards: Mapping[str, str]) -> Path:
+def write_export(
+    files: Files,
+    name: str,
+    source: Committed,
+    cards: Mapping[str, str],
+    average: Path | None = None,
+) -> Path:
     """Write ``name/`` from a version's model; what somebody has added to the folder before stays in it.
 
     The folder is built beside the old one and takes its place by a rename. Its model is read to the end before,
@@ -51,9 +58,11 @@ def write_export(files: Files, name: str, source: Committed, cards: Mapping[str,
 
     Args:
         files: the run folder's paths.
-        name: ``best`` or ``final``.
+        name: ``best``, ``final`` or ``ema``.
         source: the version.
         cards: texts by name, which lie beside the model.
+        average: a state of the version, as `write_average` takes it, which was compared with its checksum; None:
+            the model is the version's.
 
     Raises:
         IntegrityError: the model is not the one that was committed, or the folder is not of this run.
@@ -75,13 +84,10 @@ def write_export(files: Files, name: str, source: Committed, cards: Mapping[str,
         about = {"run_id": files.journal.run_id, "version": source.version}
         write_durably(new / ABOUT, json.dumps(about) + "\n")  # first: whose folder it is
         model = new / weights_name(cards)
-        _link_or_copy(source.path, model)
-        try:
-            verify_model(model, source.checksum, source.chunk_bytes)
-        except IntegrityError as error:
-            remove_export(new)
-            raise IntegrityError(str(error).replace(str(model), str(source.path), 1)) from None
-        about_model = readme(cards, source.version, files.journal.run_id)
+        _place_model(new, model, source, average)
+        about_model = readme(
+            cards, source.version, files.journal.run_id, averaged=average is not None
+        )
         for file, text in {**cards, README: about_model}.items():
             write_durably(new / file, text)
         sync_folder(new)
@@ -99,6 +105,20 @@ def write_export(files: Files, name: str, source: Committed, cards: Mapping[str,
         if old.exists():
             remove_export(old)
     return target
+
+
+def _place_model(new: Path, model: Path, source: Committed, average: Path | None) -> None:
+    """Put the model into the new folder, which goes if the version's file is not the one that was committed."""
+    try:
+        if average is None:
+            _link_or_copy(source.path, model)
+        of = model if average is None else source.path
+        verify_model(of, source.checksum, source.chunk_bytes)
+    except IntegrityError as error:
+        remove_export(new)
+        raise IntegrityError(str(error).replace(str(model), str(source.path), 1)) from None
+    if average is not None:
+        write_average(model, source.path, average)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -43,7 +43,7 @@ __all__ = [
     "state_name",
 ]
 
-EXPORTS: Final = ("best", "final")
+EXPORTS: Final = ("best", "final", "ema")
 """The folders that loaders open."""
 ABOUT: Final = "fedcore.json"
 """What says in them whose they are; the first file that is written there, and the last that is removed."""

@@ -34,14 +34,15 @@ def notes(files: Mapping[str, str]) -> list[str]:
     return found + list(card.notes if card is not None else ())
 
 
-def readme(files: Mapping[str, str], version: int, run_id: str) -> str:
-    """Return the text for a folder with these files."""
+def readme(files: Mapping[str, str], version: int, run_id: str, *, averaged: bool = False) -> str:
+    """Return the text for a folder with these files; ``averaged``: its model is the average up to that version."""
     card = read_card(files)
     weights = f"{weights_name(files)}"
+    what = "the average (EMA) of the models up to version" if averaged else "version"
     lines = [
         "# Model of a federated run",
         "",
-        f"`{weights}` holds version {version} of the run {run_id}, made with fedcore.",
+        f"`{weights}` holds {what} {version} of the run {run_id}, made with fedcore.",
         "",
         "```python",
         *_lines(files, card, weights),

@@ -47,6 +47,8 @@ from .verdicts import Verdicts
 
 __all__ = ["StateRow", "Store", "VersionRow"]
 
+AVERAGE: Final = "ema"
+"""The state that is the average of the models, and the folder that it is exported to."""
 _WITHOUT_STATES: Final = "without_states"
 
 _BEYOND_DISK: Final = 16
@@ -474,17 +476,23 @@ class Store(SiteRows, Decisions, Verdicts):
             self._db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (name, text))
 
     def export(self, name: str, version: int) -> Path:
-        """Write ``best/`` or ``final/`` from a version, whose file is compared with its recorded checksum first.
+        """Write ``best/`` or ``final/`` from a version, or ``ema/`` from the average up to the last version.
+
+        Each file is compared with its recorded checksum first.
 
         Raises:
-            IntegrityError: the version's file is missing or not the one that was committed.
+            IntegrityError: the version's file, or its state, is missing or not the one that was committed.
             StorageError: the folder can't be written.
         """
         try:
             source = Committed(
                 version, self.path(version), self._row(version).checksum, self.chunk_bytes
             )
-            return write_export(self._files, name, source, self.files())
+            average = None
+            if name == AVERAGE:
+                average = self.state_path(version, AVERAGE)
+                verify_model(average, self.states(version)[AVERAGE].checksum, self.chunk_bytes)
+            return write_export(self._files, name, source, self.files(), average)
         except IntegrityError as error:
             raise IntegrityError(f"cannot write {self.folder / name}: {error}") from None
 
