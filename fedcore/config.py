@@ -339,15 +339,22 @@ class TransferSection(Transfer):
 
 class SelectionSection(_Section):
     """``[selection]``: which validation metric picks the best model, whether less or more is better, and how the
-    sites' values become one (``average``, ``max_share``)."""
+    sites' values become one (``average``, ``max_share``). Of the best models ``keep_best`` are kept; the run ends
+    early after ``patience`` rounds without a better one, or once one reaches ``target``."""
 
     metric: str | None = None
     mode: Literal["min", "max"] | None = None
     average: Literal["mean", "median"] = "mean"
     max_share: float | None = None
+    keep_best: Annotated[int, Field(ge=1, le=1000)] = 1
+    patience: Annotated[int, Field(ge=1)] | None = None
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> SelectionSection:
+        for name in ("keep_best", "patience", "target"):
+            if self.metric is None and name in self.model_fields_set:
+                raise ValueError(f"{name}: there is no metric that selects; give metric and mode")
         if (self.metric is None) != (self.mode is None):
             raise ValueError("metric and mode ('min' or 'max') go together")
         Weighing(max_share=self.max_share)
@@ -456,6 +463,7 @@ class RunConfig(_Section):
                 score_share=self.selection.max_share,
                 quorum=self.participants.quorum,
                 sample=self.participants.sample is not None,
+                early=self.selection.patience is not None or self.selection.target is not None,
             )
         )
         if found:

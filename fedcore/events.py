@@ -224,11 +224,13 @@ class BestChanged(Event):
 
     Attributes:
         metric, value: what selected it; None where no metric selects, or no score is known.
+        worse_at: the sites at which it is worse than the best version before it.
     """
 
     version: int
     metric: str | None
     value: float | None
+    worse_at: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -336,6 +336,15 @@ def _phase(summary: dict[str, Any]) -> Literal["done", "stopped", "failed"]:
     return "stopped" if summary.get("outcome") == "stopped" else "failed"
 
 
+def _score_of(summary: dict[str, Any], site: str, version: int | None) -> float | None:
+    """Return a site's value of the metric that selects, of one version."""
+    for row in summary["versions"]:
+        if row["version"] == version:
+            value = row["metrics_by_site"].get(site, {}).get(summary["metric"])
+            return value if isinstance(value, float) else None
+    return None
+
+
 def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
     versions = [
         protocol.VersionStatus(
@@ -343,6 +352,7 @@ def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
             metrics=protocol.first_metrics(row["metrics"], summary["metric"]),
             scored=len(row["metrics_by_site"]),
             participants=list(row["participants"]),
+            worse_at=row.get("worse_at", []),
             updates=[
                 protocol.UpdateStatus(
                     site=site,
@@ -372,7 +382,13 @@ def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
         elapsed=summary["seconds"],
         eta=0.0,
         sites=[
-            protocol.SiteStatus(site=name, state=site["state"], message=site["message"])
+            protocol.SiteStatus(
+                site=name,
+                state=site["state"],
+                message=site["message"],
+                score=_score_of(summary, name, summary["version"]),
+                best_score=_score_of(summary, name, summary["best_version"]),
+            )
             for name, site in summary["sites"].items()
         ],
         versions=versions,

@@ -72,7 +72,8 @@ def render(reply: StatusReply, note: str = "") -> RenderableType:
         parts.append(bar)
     if reply.versions:
         parts.append(_model_table(reply))
-    if reply.phase != "done" or any(site.message for site in reply.sites):
+    harmed = any(v.worse_at for v in reply.versions if v.version == reply.best_version)
+    if reply.phase != "done" or harmed or any(site.message for site in reply.sites):
         parts += _sites(reply)
     if reply.message:
         style = "red" if reply.phase == "failed" else ""
@@ -144,13 +145,17 @@ def _progress(reply: StatusReply) -> tuple[int, int, str]:
 
 
 def _site_table(sites: Sequence[SiteStatus]) -> Table:
-    table = Table("site", "state", "examples", "training", "note")
+    scored = any(site.score is not None for site in sites)
+    scores = ("score", "of the best") if scored else ()
+    table = Table("site", "state", "examples", "training", *scores, "note")
     for site in sites:
+        values = (site.score, site.best_score) if scored else ()
         table.add_row(
             site.site,
             Text(site.state, style=_STYLES.get(site.state, "")),
             "" if site.examples is None else f"{site.examples:,}",
             Text(_numbers(site)),
+            *("" if value is None else f"{value:.4g}" for value in values),
             Text(site.message, overflow="ellipsis"),
         )
     return table
@@ -177,7 +182,7 @@ def _model_table(reply: StatusReply) -> Table:
         cells = [_cell(version, name) for name in names]
         seconds = "" if not version.seconds else human_seconds(version.seconds)
         table.add_row(
-            f"{label} (best)" if best else label,
+            f"{label}{_remarks(version, best=best)}",
             *cells,
             seconds,
             _names(version.participants) + _left_out(version),
@@ -269,5 +274,13 @@ def _version_line(version: VersionStatus, reply: StatusReply) -> str:
     metrics = "".join(f", {name} {value:.4g}" for name, value in version.metrics.items())
     sites = f" of {_names(version.participants)}" if version.participants else ""
     sites += _left_out(version)
-    best = " (best)" if version.version == reply.best_version else ""
-    return f"{label}{sites}{metrics}{best}"
+    best = version.version == reply.best_version
+    return f"{label}{sites}{metrics}{_remarks(version, best=best)}"
+
+
+def _remarks(version: VersionStatus, *, best: bool) -> str:
+    """Say that a model is the best one, and at which sites a better one is worse than the best before it."""
+    found = ["best"] if best else []
+    if version.worse_at:
+        found.append(f"worse at {_names(version.worse_at)}")
+    return f" ({'; '.join(found)})" if found else ""

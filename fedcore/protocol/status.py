@@ -42,7 +42,11 @@ class CommandReply(OfRun):
 
 
 class SiteStatus(Part):
-    """One site's line in a `StatusReply`."""
+    """One site's line in a `StatusReply`.
+
+    ``score`` is its value of the metric that selects, of the last model that it has scored; ``best_score``, of the
+    best model.
+    """
 
     site: SiteName
     state: Literal[
@@ -51,6 +55,8 @@ class SiteStatus(Part):
     examples: int | None = None
     metrics: Metrics = {}
     message: Text = ""
+    score: float | None = None
+    best_score: float | None = None
 
 
 class UpdateStatus(Part):
@@ -65,12 +71,14 @@ class VersionStatus(Part):
     """One global model in a `StatusReply`: its weighted validation metrics and who is in it.
 
     Of a rule of several passes it has what became of each update, too, and what a score is.
+    ``worse_at``: the sites at which it is worse than the best model before it, if it is the better one.
     """
 
     version: Round
     metrics: Metrics = {}
     scored: int = 0
     participants: list[SiteName] = []
+    worse_at: list[SiteName] = []
     seconds: float | None = None
     bytes: int = 0
     updates: list[UpdateStatus] = []

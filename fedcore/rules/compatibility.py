@@ -39,6 +39,7 @@ class Choices:
         score_share: ``selection.max_share``.
         quorum: how many updates will do in a round; None: as many as any rule needs.
         sample: whether ``participants.sample`` is given.
+        early: whether ``selection.patience`` or ``selection.target`` is.
     """
 
     task: str = "train"
@@ -52,6 +53,7 @@ class Choices:
     score_share: float | None = None
     quorum: int | None = None
     sample: bool = False
+    early: bool = False
 
     @property
     def known_rule(self) -> Rule | SeveralPasses | None:
@@ -141,6 +143,13 @@ def _task_and_share(choices: Choices) -> Conflict | None:
 
 def _task_and_sample(choices: Choices) -> Conflict | None:
     return _for_training(choices, "participants.sample", choices.sample)
+
+
+def _task_and_early_end(choices: Choices) -> Conflict | None:
+    if choices.task == "train" or not choices.early:
+        return None
+    clash = f"patience and target are for run.task = 'train', not {choices.task!r}"
+    return Conflict("selection", "no other task has rounds; leave them out", clash)
 
 
 def _for_training(choices: Choices, key: str, given: bool) -> Conflict | None:
@@ -236,6 +245,7 @@ _CHECKS: Final[tuple[Callable[[Choices], Conflict | None], ...]] = (
     _task_and_weights,
     _task_and_share,
     _task_and_sample,
+    _task_and_early_end,
     _task_and_encoding,
 )
 

@@ -100,7 +100,8 @@ class Acting:
         elif isinstance(action, Commit):
             self.commit(action)
         elif isinstance(action, EndRun):
-            self._ending.end("complete" if action.ok else "failed", action.message)
+            message = self._run.outcome.early_end if action.ok else action.message
+            self._ending.end("complete" if action.ok else "failed", message)
 
     def _send_task(self, action: SendTask) -> None:
         if action.round != self._round_begun:
@@ -215,6 +216,9 @@ class Acting:
         if failure := device_failure():
             self.device = use_device("cpu")
             logger.warning("the GPU failed; the CPU goes on with the same bits: %s", failure)
+        if early := self._run.outcome.early_end:
+            logger.info("no round follows round %d: %s", action.version, early)
+            self._run.rounds.rounds = action.version
         self.ask_gates(action.version)
         self.do(self._run.rounds.committed(action.version, self._run.clock.monotonic()))
         if self._ending.result is None:
@@ -247,7 +251,8 @@ class Acting:
 
         They are asked aside; `Commands.look` goes on with the run.
         """
-        if not self._run.rounds.paused and not self._run.gates.allow(version + 1):
+        rounds = self._run.rounds
+        if version < rounds.rounds and not rounds.paused and not self._run.gates.allow(version + 1):
             self._run.rounds.paused = True
 
     def _check_scored(self, version: int, sites: Collection[str]) -> None:

@@ -65,7 +65,9 @@ class LogLines:
             self._on_judged(event)
         elif isinstance(event, BestChanged):
             if event.value is not None and (self._best is not None or event.version):
-                logger.info("best model so far: round %d (%s)", event.version, _metric(event))
+                worse = f"; it is worse at {', '.join(event.worse_at)}" if event.worse_at else ""
+                text = f"{_metric(event)}{worse}"
+                logger.info("best model so far: round %d (%s)", event.version, text)
             self._best = event.version
         elif isinstance(event, RunEnded):
             self._on_end(event)

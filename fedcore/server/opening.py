@@ -18,6 +18,7 @@ from fedcore.server.storage.store import Store
 
 from .budget import Budget
 from .loading import load_function
+from .ranking import early_end
 from .run_log import RUN
 
 __all__ = [
@@ -82,9 +83,11 @@ def open_store(
     store = Store(config.run_folder, settings, discard=discard, chunk_bytes=chunk_bytes, wait=wait)
     try:
         if is_over(config, store) and not store.members():
+            early = early_end(config, store, store.last_version or 0)
+            more = "selection.patience or selection.target" if early else "run.rounds"
             raise RunFinishedError(
-                f"the run in {config.run_folder} is finished; give this run another name (run.name), raise "
-                "run.rounds to go on with it, or remove the folder"
+                f"the run in {config.run_folder} is finished{': ' if early else ''}{early}; give this run another "
+                f"name (run.name), change {more} to go on with it, or remove the folder"
             )
     except BaseException:
         store.close()
@@ -93,8 +96,11 @@ def open_store(
 
 
 def is_over(config: RunConfig, store: Store) -> bool:
-    """Whether all rounds of a run are committed, and its end was written."""
-    return store.finished and (store.last_version or 0) >= config.run.rounds
+    """Whether the last round of a run is committed, and its end was written."""
+    version = store.last_version or 0
+    return store.finished and (
+        version >= config.run.rounds or bool(early_end(config, store, version))
+    )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,10 +14,12 @@ from fedcore import __version__, protocol
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError
 from fedcore.server.rounds.participation import Roster, SiteState
-from fedcore.server.rounds.selection import Pooling, SiteScore, best_version, pooled_metrics
+from fedcore.server.rounds.selection import Pooling, SiteScore, pooled_metrics
 from fedcore.server.storage.history import VersionRow, version_status
 from fedcore.server.storage.store import AVERAGE, Store
 from fedcore.words import plural
+
+from .ranking import early_end, ranked, worse_sites
 
 __all__ = ["Ending", "Outcome", "RunResult"]
 
@@ -104,12 +106,21 @@ class Outcome:
         return pooled_metrics(scores, self._pooling)
 
     def _select(self) -> int | None:
-        chosen = self._config.selection
-        if chosen.metric is None or chosen.mode is None:
-            return None
-        quorum = self._config.participants.quorum
         there = {v: s for v, s in self._store.scores().items() if self._store.path(v).is_file()}
-        return best_version(there, chosen.metric, chosen.mode, quorum, self._pooling)
+        best = ranked(self._config, there)
+        return best[0][0] if best else None
+
+    @property
+    def early_end(self) -> str:
+        """Why the run ends before its last round; empty if it does not."""
+        version = self._store.last_version
+        if version is None or version >= self._config.run.rounds:
+            return ""
+        return early_end(self._config, self._store, version)
+
+    def worse_at(self, version: int) -> list[str]:
+        """Return the sites at which the best version is worse than the best one before it."""
+        return worse_sites(self._config, self._store.scores()).get(version, [])
 
     def metric_problem(self, site: str, version: int, metrics: Collection[str]) -> str:
         """Return what is wrong with the names of a site's metrics, once for each site; else an empty text."""
@@ -138,10 +149,15 @@ class Outcome:
         if last is None or count is None:
             return
         keep = {*range(last - count + 1, last + 1), *(() if self.best is None else (self.best,))}
+        keep.update(self._best_versions(self._store.scores()))
         if self._config.run.task == "compare" and not self._store.finished:
             keep.add(0)  # a site that is asked again for its model trains from it
         for version in self._store.prune(keep):
             logger.debug("the model of round %d is removed", version)
+
+    def _best_versions(self, scores: Mapping[int, Sequence[SiteScore]]) -> list[int]:
+        """Return the best versions, of which ``selection.keep_best`` says how many are kept."""
+        return [v for v, _ in ranked(self._config, scores)[: self._config.selection.keep_best]]
 
     def score(self, version: int | None) -> float | None:
         """Return a version's value of the metric that selects; None where there is none."""
@@ -208,6 +224,7 @@ class Outcome:
     def write_summary(self, result: RunResult, snapshot: protocol.StatusReply) -> None:
         """Write the run's summary file."""
         scores = self._store.scores()
+        worse = worse_sites(self._config, scores)
         self._store.write_summary(
             {
                 "run": self._config.run.name,
@@ -217,6 +234,7 @@ class Outcome:
                 "rounds": self._config.run.rounds,
                 "best_version": result.best_version,
                 "version": result.version,
+                "best_versions": self._best_versions(scores),
                 "metric": self._config.selection.metric,
                 "mode": self._config.selection.mode,
                 "bytes_in": snapshot.bytes_in,
@@ -235,6 +253,7 @@ class Outcome:
                         "participants": dict(row.participants),
                         **_judged(row),
                         "metrics": self._pooled(scores.get(row.version, [])),
+                        "worse_at": worse.get(row.version, []),
                         "metrics_by_site": {
                             s.site: {**s.metrics, "examples": s.examples}
                             for s in scores.get(row.version, [])

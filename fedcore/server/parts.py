@@ -101,7 +101,9 @@ class Parts:
         name = (config.run.name, store.run_id)
         self.peers = Peers(self.link, roster, self.replies, name)
         self.outcome = Outcome(config, store, roster)
-        self.rounds: Rounds = make_rounds(config, roster, store.last_version)
+        self.rounds: Rounds = make_rounds(
+            config, roster, store.last_version, over=bool(self.outcome.early_end)
+        )
         self.status = StatusBuilder(config, self.rounds, store, self.clock, self.collecting)
         self.gates = Gates(config, store, self.link.wake, self.clock.monotonic)
         self.listeners = Listeners(
@@ -151,4 +153,5 @@ class Parts:
         best = self.outcome.best
         if best is not None and best != before:
             metric, value = self.config.selection.metric, self.outcome.score(best)
-            self.emit(BestChanged(version=best, metric=metric, value=value))
+            worse = tuple(self.outcome.worse_at(best))
+            self.emit(BestChanged(version=best, metric=metric, value=value, worse_at=worse))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from fedcore import protocol
@@ -19,11 +19,12 @@ from fedcore.events import (
     VersionCommitted,
 )
 from fedcore.server.rounds.rounds import Rounds
-from fedcore.server.rounds.selection import Pooling, pooled_metrics
+from fedcore.server.rounds.selection import Pooling, SiteScore, pooled_metrics
 from fedcore.server.storage.history import Life, version_status
 from fedcore.server.storage.store import Store
 
 from .collecting import Collecting
+from .ranking import worse_sites
 
 __all__ = ["StatusBuilder", "Watchers", "merge_metrics", "within_a_message"]
 
@@ -104,6 +105,7 @@ class StatusBuilder:
         self._examples: dict[str, int] = {}
         self._collecting = collecting
         self._best: int | None = None
+        self._scores: Mapping[int, Sequence[SiteScore]] = {}
 
     def on_event(self, event: Event) -> None:
         """Show what an event says."""
@@ -141,6 +143,7 @@ class StatusBuilder:
             (0, 0) if running is None or running.open else running.collector.progress()[:2]
         )
         versions = self._read_versions()
+        last, best = self._site_scores()
         return protocol.StatusReply(
             run=self._config.run.name,
             phase="paused" if rounds.paused and not rounds.over else rounds.phase.value,
@@ -163,6 +166,8 @@ class StatusBuilder:
                     examples=self._examples.get(member.name),
                     metrics=dict(self._metrics.get(member.name, {})),
                     message=(member.message or self._messages.get(member.name, ""))[:4096],
+                    score=last.get(member.name),
+                    best_score=best.get(member.name),
                 )
                 for member in rounds.roster
             ],
@@ -174,6 +179,8 @@ class StatusBuilder:
         if self._versions is None:
             scores, chosen = self._store.scores(), self._config.selection
             pooling = Pooling.of_settings(chosen.average, chosen.max_share)
+            worse = worse_sites(self._config, scores)
+            self._scores = scores
             self._versions = [
                 version_status(
                     row,
@@ -181,10 +188,25 @@ class StatusBuilder:
                         pooled_metrics(scores.get(row.version, []), pooling), chosen.metric
                     ),
                     len(scores.get(row.version, [])),
+                    worse.get(row.version, []),
                 )
                 for row in self._store.versions()[-_MAX_VERSIONS:]
             ]
         return self._versions
+
+    def _site_scores(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return each site's value of the metric that selects: of the last model that it scored, and the best."""
+        metric = self._config.selection.metric
+        last: dict[str, float] = {}
+        best: dict[str, float] = {}
+        for version in sorted(self._scores) if metric is not None else ():
+            for score in self._scores[version]:
+                value = score.value_of(metric or "")
+                if value is not None:
+                    last[score.site] = value
+                    if version == self._best:
+                        best[score.site] = value
+        return last, best
 
     def _eta(self, versions: list[protocol.VersionStatus]) -> float | None:
         """Return the seconds left, from the mean of the rounds of this process; None before the first."""

@@ -14,7 +14,15 @@ from typing import Final, Literal
 
 from fedcore.weighing import EXAMPLES, Weighing
 
-__all__ = ["Pooling", "SiteScore", "best_version", "pooled_metrics"]
+__all__ = [
+    "EarlyEnd",
+    "Pooling",
+    "SiteScore",
+    "best_version",
+    "pooled_metrics",
+    "ranked_versions",
+    "worse_at",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,11 @@ class SiteScore:
     def examples_of(self, metric: str) -> int:
         """Return the number of examples that a metric was measured on."""
         return self.rows.get(metric, self.examples)
+
+    def value_of(self, metric: str) -> float | None:
+        """Return the value of a metric, if it is finite and was measured on an example or more."""
+        value = self.metrics.get(metric, math.nan)
+        return value if math.isfinite(value) and self.examples_of(metric) else None
 
 
 @dataclass(frozen=True)
@@ -94,6 +107,29 @@ def pooled_metrics(scores: Iterable[SiteScore], pooling: Pooling = _MEAN) -> dic
     return {name: value for name, value in pooled.items() if math.isfinite(value)}
 
 
+def ranked_versions(
+    scores: Mapping[int, Iterable[SiteScore]],
+    metric: str,
+    mode: Literal["min", "max"],
+    quorum: int,
+    pooling: Pooling = _MEAN,
+) -> list[tuple[int, float]]:
+    """Return the eligible versions with their values of ``metric``, the best one first.
+
+    A version is eligible if at least ``quorum`` sites scored it, on an example or more, with a finite value, and
+    what they are pooled to is one.
+    """
+    found = []
+    for version in sorted(scores):
+        counted = [score for score in scores[version] if score.value_of(metric) is not None]
+        if len(counted) < quorum:
+            continue
+        pooled = pooled_metrics(counted, pooling).get(metric)
+        if pooled is not None:
+            found.append((version, pooled))
+    return sorted(found, key=lambda one: (one[1] if mode == "min" else -one[1], one[0]))
+
+
 def best_version(
     scores: Mapping[int, Iterable[SiteScore]],
     metric: str,
@@ -101,24 +137,59 @@ def best_version(
     quorum: int,
     pooling: Pooling = _MEAN,
 ) -> int | None:
-    """Return the version with the best ``metric``, or None if none is eligible.
+    """Return the version with the best ``metric``, or None if none is eligible, as `ranked_versions` says."""
+    ranked = ranked_versions(scores, metric, mode, quorum, pooling)
+    return ranked[0][0] if ranked else None
 
-    A version is eligible if at least ``quorum`` sites scored it, on an example or more, with a finite value, and
-    what they are pooled to is one.
+
+def worse_at(
+    before: Iterable[SiteScore],
+    after: Iterable[SiteScore],
+    metric: str,
+    mode: Literal["min", "max"],
+) -> list[str]:
+    """Return the sites at which a version has a worse value of ``metric`` than the one before, by name."""
+    known = {score.site: score.value_of(metric) for score in before}
+    found = []
+    for score in after:
+        old, new = known.get(score.site), score.value_of(metric)
+        if old is not None and new is not None and (new > old if mode == "min" else new < old):
+            found.append(score.site)
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class EarlyEnd:
+    """When a run ends before its last round: ``[selection]`` of a run file.
+
+    Attributes:
+        mode: whether less or more is better.
+        patience: after so many rounds without a better version.
+        target: once a version has this value, or a better one.
     """
-    best: tuple[float, int] | None = None
-    for version in sorted(scores):
-        counted = [
-            score
-            for score in scores[version]
-            if math.isfinite(score.metrics.get(metric, math.nan)) and score.examples_of(metric)
-        ]
-        if len(counted) < quorum:
-            continue
-        pooled = pooled_metrics(counted, pooling).get(metric)
-        if pooled is None:
-            continue
-        value = pooled if mode == "min" else -pooled
-        if best is None or value < best[0]:
-            best = value, version
-    return None if best is None else best[1]
+
+    mode: Literal["min", "max"]
+    patience: int | None = None
+    target: float | None = None
+
+    def reason(self, ranked: Sequence[tuple[int, float]], scored: int) -> str:
+        """Return why the run ends; an empty text if it goes on.
+
+        Args:
+            ranked: as `ranked_versions` returns it, of the versions up to ``scored``.
+            scored: the last version that the sites have scored.
+        """
+        if not ranked:
+            return ""
+        best, value = ranked[0]
+        reached = self.target is not None and (
+            value <= self.target if self.mode == "min" else value >= self.target
+        )
+        if reached:
+            return f"the model of round {best} has {value:.6g}, and selection.target is {self.target:.6g}"
+        if self.patience is not None and scored - best >= self.patience:
+            return (
+                f"no model of the last {scored - best} rounds is better than that of round {best}, and "
+                f"selection.patience is {self.patience}"
+            )
+        return ""

@@ -36,8 +36,13 @@ class _Common(TypedDict):
     join_timeout: float
 
 
-def make_rounds(config: RunConfig, roster: Roster, version: int | None) -> Rounds:
-    """Return the state machine of a run's task; ``version`` is the last committed model, if there is one."""
+def make_rounds(
+    config: RunConfig, roster: Roster, version: int | None, *, over: bool = False
+) -> Rounds:
+    """Return the state machine of a run's task; ``version`` is the last committed model, if there is one.
+
+    ``over``: no round follows the one that made it.
+    """
     people, task = config.participants, config.run.task
     common = _Common(
         quorum=people.quorum,
@@ -49,9 +54,8 @@ def make_rounds(config: RunConfig, roster: Roster, version: int | None) -> Round
         return Scoring(roster, kind=task, **common)
     if task == "compare":
         return Comparing(roster, sites=config.site_names, **common)
-    return Rounds(
-        roster, rounds=config.run.rounds, sample=people.sample, seed=config.run.seed, **common
-    )
+    rounds = config.run.rounds if version is None or not over else version
+    return Rounds(roster, rounds=rounds, sample=people.sample, seed=config.run.seed, **common)
 
 
 class Scoring(Rounds):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,15 +98,17 @@ def read_versions(rows: Callable[[str], list[tuple[Any, ...]]]) -> list[VersionR
 
 
 def version_status(
-    row: VersionRow, metrics: Mapping[str, float], scored: int
+    row: VersionRow, metrics: Mapping[str, float], scored: int, worse_at: Sequence[str] = ()
 ) -> protocol.VersionStatus:
-    """Return what a status shows of a version: its ``metrics``, which so many sites have ``scored``."""
+    """Return what a status shows of a version: its ``metrics``, which so many sites have ``scored``, and where it
+    is worse than the best version before it."""
     verdict = row.verdict
     return protocol.VersionStatus(
         version=row.version,
         metrics=dict(metrics),
         scored=scored,
         participants=list(row.participants),
+        worse_at=list(worse_at),
         seconds=row.seconds,
         bytes=row.nbytes,
         updates=[]
