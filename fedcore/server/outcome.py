@@ -149,7 +149,8 @@ class Outcome:
         if last is None or count is None:
             return
         keep = {*range(last - count + 1, last + 1), *(() if self.best is None else (self.best,))}
-        keep.update(self._best_versions(self._store.scores()))
+        best = ranked(self._config, self._store.scores())
+        keep.update(v for v, _ in best[: self._config.selection.keep_best])
         if self._config.run.task == "compare" and not self._store.finished:
             keep.add(0)  # a site that is asked again for its model trains from it
         for version in self._store.prune(keep):

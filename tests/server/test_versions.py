@@ -77,5 +77,6 @@ def test_a_comparison_keeps_its_first_model_until_it_is_over(
     store = Mock(last_version=3, finished=finished, prune=Mock(return_value=[]))
     config = Mock()
     config.server.keep_versions, config.run.task = 1, "compare"
+    config.selection.metric, config.selection.keep_best = None, 1
     Outcome.prune(Mock(_store=store, _config=config, best=None))
     store.prune.assert_called_once_with(kept)
