@@ -22,7 +22,15 @@ import torch
 
 from fedcore.errors import ConfigError, WeightError
 
-__all__ = ["ExampleCounter", "Examples", "Fresh", "count_examples", "count_tokens", "fresh_rows"]
+__all__ = [
+    "ExampleCounter",
+    "Examples",
+    "Fresh",
+    "count_examples",
+    "count_tokens",
+    "fresh_rows",
+    "fullest",
+]
 
 Examples = int | Literal["rows", "tokens"] | Callable[[Any], Any] | None
 """How a script has its examples counted; see `ExampleCounter`."""
@@ -80,6 +88,19 @@ class ExampleCounter:
         return isinstance(self._examples, int) or callable(self._examples)
 
     @property
+    def function(self) -> Callable[[Any], Any] | None:
+        """What the script has given to count a batch with; None if nothing."""
+        return self._examples if callable(self._examples) else None
+
+    def add_stated(self, found: Any) -> None:
+        """Count what the script's function has returned for a batch.
+
+        Raises:
+            WeightError: it is no number of examples.
+        """
+        self._total = self._total + _stated(found)
+
+    @property
     def how(self) -> str:
         """What was counted, for the log."""
         if isinstance(self._examples, int):
@@ -108,7 +129,7 @@ class ExampleCounter:
         Args:
             batch: as the loader gave it.
             computed: what the loss was computed from, where the trainer has made that out of the batch.
-            expected: the rows that the loader puts into a full batch; decides where a structure has two readings.
+            expected: the rows of the loader's fullest batch; decides where a structure has two readings.
             fresh: which rows are no repetitions; None: all.
             source: number of the loader that the batch is from, where there are several.
 
@@ -469,3 +490,18 @@ def fresh_rows(
         own = rows - (index * ranks + rank) * batch
         held = batch if ranks > 1 else own
     return Fresh(min(max(own, 0), batch), min(max(held, 0), batch))
+
+
+# --- the fullest batch of a loader ------------------------------------------------------------------------
+
+
+def fullest(size: int | None, loader: Any) -> int | None:
+    """Return the rows of a loader's fullest batch: ``size``, or all that its sampler draws if that is less."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):  # as accelerate's
+        batches = batches.batch_sampler
+    try:
+        rows = len(batches.sampler)
+    except (AttributeError, TypeError):  # a stream, or a sampler of the script's own
+        return size
+    return size if size is None or not rows else min(size, rows)

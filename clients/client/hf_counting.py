@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from fedcore.errors import ConfigError
 
-from .counting import ExampleCounter, Examples, Fresh, fresh_rows
+from .counting import ExampleCounter, Examples, Fresh, fresh_rows, fullest
 
 __all__ = ["StepCounter"]
+
+logger = logging.getLogger("fedcore.client")
 
 _PAIRS: Final = {
     "DataCollatorForPreference": 2,
@@ -56,6 +59,7 @@ class StepCounter:
         self._batch: tuple[Any, Fresh | None] | None = None
         self._losses = 0  # of the training step that is under way
         self._mark: Any = None
+        self._said = False
         names = ("training_step", "compute_loss", "get_train_dataloader", "get_batch_samples")
         self._calls = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
 
@@ -101,7 +105,9 @@ class StepCounter:
             self._losses += 1
             if self._losses == 1:
                 self._count(inputs)
-            elif self._losses == 2:
+            elif (
+                self._losses == 2 and not self.counted.stated
+            ):  # what is stated is of the whole batch
                 self.counted.go_back(self._mark)
                 self._count(None)
         return self._calls["compute_loss"](model, inputs, *args, **kwargs)
@@ -109,17 +115,31 @@ class StepCounter:
     def _count(self, computed: Any) -> None:
         assert self._batch is not None
         batch, fresh = self._batch
-        size = self._trainer._train_batch_size
+        size = fullest(self._trainer._train_batch_size, self.loader)
         self.counted.add(batch, computed=computed, expected=size, fresh=fresh)
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Remember the loader, which knows the rows that it repeats."""
         self.loader = self._calls["get_train_dataloader"](*args, **kwargs)
         shard: Any = getattr(self.loader, "dataset", None)
-        here = type(shard).__name__ == "IterableDatasetShard" and not self.loader.num_workers
-        if here and not isinstance(shard.dataset, _Stream):
+        if type(shard).__name__ != "IterableDatasetShard":
+            return self.loader
+        if self.loader.num_workers:
+            self._say_repeats(shard)
+        elif not isinstance(shard.dataset, _Stream):
             shard.dataset = _Stream(shard.dataset)
         return self.loader
+
+    def _say_repeats(self, shard: Any) -> None:
+        """Say once that rows of a stream may count twice: its workers alone know where it ends."""
+        repeats = shard.num_processes > 1 and not shard.drop_last
+        if repeats and not self.counted.stated_for_site and not self._said:
+            self._said = True
+            logger.warning(
+                "rows of a stream that fill the last batches of the processes count twice where its loader has "
+                "workers: set dataloader_num_workers=0, dispatch_batches=True (accelerator_config), "
+                "dataloader_drop_last=True, or examples=... to the number of examples of a round"
+            )
 
     def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
         """Note of each batch which of its rows are repeated."""

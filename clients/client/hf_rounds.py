@@ -323,6 +323,8 @@ class Rounds:
         if now.began:
             now.epoch, now.batches = now.epoch + 1, 0
         now_random = self._epoch_random if not now.began and now.batches else None
+        if not now.began and now.batches:
+            _set_epoch(self._counter.loader, now.epoch)
         now.began = True
         if now_random is not None:
             put_back(now_random, self._counter.loader)
@@ -414,6 +416,17 @@ def _length(loader: Any) -> int | None:
         return length
     except (TypeError, AttributeError):
         return None
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Have a sampler draw the order of an epoch: accelerate's loader for dispatched batches loses its number where
+    batches are left out."""
+    batches: Any = getattr(loader, "batch_sampler", None)
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    set_epoch = getattr(getattr(batches, "sampler", None), "set_epoch", None)
+    if callable(set_epoch):
+        set_epoch(epoch)
 
 
 def _set_rates(optimizer: Any, rates: list[Any]) -> None:

@@ -34,7 +34,7 @@ from fedcore.errors import ClosedError, ConfigError
 from .choice import choose
 from .counting import ExampleCounter, Examples
 from .current import intend
-from .lightning_counting import count_batch
+from .lightning_counting import count_batch, count_scored
 from .lightning_data import DataPlace
 from .lightning_kept import KeptState
 from .lightning_state import Carried, callbacks_of
@@ -238,10 +238,8 @@ class _Patch:
         loop = self._trainer.validate_loop
         loader = loop._combined_loader
         source = loader.flattened[number] if loop._is_sequential else loader.iterables
-        count_batch(self.scored, source, batch, index)
-        count_batch(
-            self.scored_by_loader.setdefault(number, ExampleCounter()), source, batch, index
-        )
+        for counter in (self.scored, self.scored_by_loader.setdefault(number, ExampleCounter())):
+            count_scored(counter, self.counted, source, batch, index)
 
     def _rows(self, metrics: Iterable[str]) -> dict[str, int]:
         """Return the number of examples of each metric that Lightning has named after one of several loaders."""

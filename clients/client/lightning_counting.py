@@ -13,9 +13,9 @@ import torch
 
 from fedcore.errors import WeightError
 
-from .counting import ExampleCounter, Fresh, fresh_rows
+from .counting import ExampleCounter, Fresh, fresh_rows, fullest
 
-__all__ = ["count_batch"]
+__all__ = ["count_batch", "count_scored"]
 
 
 def count_batch(
@@ -49,8 +49,31 @@ def count_batch(
                 "fl.patch(trainer, examples=...), or give the loader a batch_size"
             )
         if part is not None:  # a loader that is used up gives none where the others go on
-            expected, fresh = _batch_size(one), _fresh(one, index)
+            expected, fresh = fullest(_batch_size(one), one), _fresh(one, index)
             counter.add(part, expected=expected, fresh=fresh, source=source)
+
+
+def count_scored(
+    counter: ExampleCounter, trained: ExampleCounter, loader: Any, batch: Any, index: int
+) -> None:
+    """Count one batch that was scored; where it does not say its examples, by the script's function for training.
+
+    Args:
+        counter: adds it up.
+        trained: counts what is trained on.
+        loader, batch, index: as in `count_batch`.
+
+    Raises:
+        WeightError: the batch does not say how many examples it holds, and the script has given no function.
+    """
+    try:
+        count_batch(counter, loader, batch, index)
+    except WeightError as error:
+        if trained.function is None:
+            raise WeightError(
+                f"validation: {error}. Here the function of the batch helps, and not the number of a round"
+            ) from None
+        counter.add_stated(trained.function(batch))
 
 
 def _parts(loader: Any, batch: Any) -> list[tuple[Any, Any]] | None:

@@ -157,6 +157,11 @@ CASES = {
     "a stream": ("stream", {"max_steps": 2}, False),
     "more steps than a stream": ("stream", {"max_steps": 8}, True),
     "a generator of its own": ("own", {"max_steps": 4}, True),
+    "dispatched batches": (
+        "random",
+        {"max_steps": 2, "accelerator_config": {"dispatch_batches": True}},
+        True,
+    ),
     "checkpoints that skip nothing": ("random", {"max_steps": 2, "ignore_data_skip": True}, True),
 }
 

@@ -108,6 +108,25 @@ def test_a_step_of_several_losses_counts_each_row_of_its_batch_once(
     assert counted(plain(tmp_path, kind=kind), lambda batch: 10 * len(batch)) == 210
 
 
+@pytest.mark.parametrize("kind", [InParts, Twice])
+def test_the_scripts_function_is_called_once_a_step_however_many_losses_it_has(
+    kind: Any, tmp_path: Path
+) -> None:
+    given: list[int] = []
+    assert counted(plain(tmp_path, kind=kind), lambda b: given.append(len(b)) or len(b)) == 21
+    assert given == [8, 8, 5]
+
+
+def test_the_only_batch_of_a_round_counts_its_rows_though_it_is_not_full(tmp_path: Path) -> None:
+    class Tensors(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return model(torch.stack(inputs))["loss"]
+
+    trainer = plain(tmp_path, rows=3, kind=Tensors)
+    trainer.data_collator = lambda rows: [row["rows"] for row in rows]
+    assert counted(trainer) == 3
+
+
 @pytest.mark.parametrize("even", [False, True])
 @pytest.mark.parametrize("split", [False, True])
 def test_rows_that_fill_the_last_batches_of_ranks_count_once(
@@ -145,6 +164,28 @@ def test_rows_of_a_stream_that_fill_the_last_batches_of_ranks_count_once(
         trainer.get_train_dataloader = lambda loader=mine: loader
         total += counted(trainer)
     assert total == 21 * (2 if split else 3)
+
+
+def test_repeated_rows_of_a_stream_that_workers_read_are_named_with_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            return iter([{"rows": torch.full((4,), float(i))} for i in range(21)])
+
+    def warned(workers: int, examples: Any = None) -> bool:
+        caplog.clear()
+        trainer = plain(tmp_path)
+        loader = torch.utils.data.DataLoader(Stream(), batch_size=8, num_workers=workers)
+        mine = prepare_data_loader(loader, num_processes=2, process_index=0, dispatch_batches=False)
+        trainer.get_train_dataloader = lambda: mine
+        counter = StepCounter(trainer, examples)
+        counter.attach()
+        trainer.get_train_dataloader()
+        trainer.get_train_dataloader()
+        return sum("count twice" in text for text in caplog.messages) == 1
+
+    assert (warned(1), warned(0), warned(1, 21)) == (True, False, False)
 
 
 def test_attempts_that_ran_out_of_memory_are_no_part_of_a_round(

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Tenso
 
 import fedcore.client.lightning as fl
 from fedcore.client.counting import ExampleCounter
-from fedcore.client.lightning_counting import count_batch
+from fedcore.client.lightning_counting import count_batch, count_scored
 from fedcore.errors import WeightError
 from fedcore.server.outcome import RunResult
 
@@ -92,6 +92,28 @@ def test_a_single_row_of_a_loader_without_batches_is_not_taken_for_a_batch(label
     batches = DataLoader([(torch.zeros(4, 2), torch.zeros(4))], batch_size=None)
     count_batch(counter, batches, next(iter(batches)), 0, weighs=True)
     assert counter.total() == 4
+
+
+def test_a_scored_batch_that_does_not_say_its_examples_is_counted_by_the_scripts_function() -> None:
+    batch = (torch.zeros(5), torch.zeros(4, 2))
+    counter = ExampleCounter()
+    for stated in (None, 1000):
+        with pytest.raises(
+            WeightError, match="validation: .* Here the function of the batch helps"
+        ):
+            count_scored(counter, ExampleCounter(stated), None, batch, 0)
+    count_scored(counter, ExampleCounter(lambda found: len(found[0])), None, batch, 0)
+    count_scored(counter, ExampleCounter(lambda _: 1000), None, torch.zeros(3, 2), 1)
+    assert counter.total() == 5 + 3
+
+
+@pytest.mark.parametrize("row", [torch.zeros(5), (torch.zeros(5), torch.zeros(5))])
+def test_the_only_batch_of_a_round_counts_its_rows_though_it_is_not_full(row: Any) -> None:
+    counter = ExampleCounter()
+    loader = DataLoader([row] * 3, 8, collate_fn=list)
+    for index, batch in enumerate(loader):
+        count_batch(counter, loader, batch, index)
+    assert counter.total() == 3
 
 
 def test_a_function_of_the_script_is_given_the_whole_batch() -> None:
