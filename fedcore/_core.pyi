@@ -212,6 +212,7 @@ class CollectorOptions:
         survey: bool = False,
         base_weight: int = 0,
         digest_key: bytes = b"",
+        keep_surveyed: bool = False,
     ) -> None: ...
 
 class Collector:

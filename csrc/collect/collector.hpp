@@ -102,6 +102,8 @@ struct CollectorOptions {
   bool aside = false;
   // Whether sources are surveyed first. It needs a base, and a rule that folds.
   bool survey = false;
+  // Whether chunks that are measured go to the spill file, as far as there is room, for the second pass.
+  bool keep_surveyed = false;
   // The key of the digests that chunks of a survey have (digest.hpp); empty: they have none.
   std::string digest_key = {};
   // What the base weighs as one more source, as check_weights() takes it; 0: it is none.
@@ -382,6 +384,7 @@ class Collector {
   std::vector<std::size_t> rows_of_counted() const;
   void add_distances(const Part& part);
   void end_survey();
+  void keep_surveyed();
   void begin_digests(std::size_t source);
   bool same_as_before(std::size_t source, std::uint64_t index, const Held& chunk);
   void use_sources();

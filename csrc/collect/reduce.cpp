@@ -258,6 +258,10 @@ bool Collector::settle(const Part& part) {
   }
   if (part.survey) {
     add_distances(part);
+    keep_surveyed();
+    if (state_ != State::kActive) {
+      return false;
+    }
     advance();
     return true;
   }

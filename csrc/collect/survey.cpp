@@ -38,6 +38,32 @@ void Collector::survey(const std::vector<std::size_t>& order) {
   work_left_ = true;
 }
 
+// Puts the chunks that were measured last into the spill file. Nothing waits for it: what finds no room is
+// pulled again.
+void Collector::keep_surveyed() {
+  if (!options_.keep_surveyed || !options_.spill || no_room_) {
+    return;
+  }
+  const std::uint64_t index = chunk_of(next_), size = layout_->chunk_range(index).nbytes;
+  for (const std::size_t k : counted_) {
+    Pull& pull = *pulls_[k];
+    const auto held = pull.held.find(next_);
+    if (held == pull.held.end()) {
+      continue;  // it lies there already
+    }
+    const std::uint8_t* const bytes = flat_bytes(index, held->second);
+    if (bytes == nullptr) {
+      return;
+    }
+    const auto slot = options_.spill->put(sources_[k].set, index, bytes, size);
+    if (!slot) {
+      return;
+    }
+    pull.spilled.resize(static_cast<std::size_t>(layout_->chunk_count()));
+    pull.spilled[index] = *slot + 1;
+  }
+}
+
 // The next turn is that of the sources that count.
 void Collector::end_survey() {
   survey_.reset();

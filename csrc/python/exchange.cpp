@@ -61,7 +61,7 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
                               std::vector<std::uint32_t> base_checksums, const py::object& rule,
                               std::shared_ptr<Finisher> finisher, bool aside,
                               std::set<std::string> plain, bool survey, const py::int_& base_weight,
-                              const py::bytes& digest_key) {
+                              const py::bytes& digest_key, bool keep_surveyed) {
   const bool none = base_weight.equal(py::int_(0));
   return {.budget_bytes = budget_bytes,
           .stall_ms = stall_ms,
@@ -75,6 +75,7 @@ CollectorOptions make_options(std::uint64_t budget_bytes, std::int64_t stall_ms,
           .plain = std::move(plain),
           .aside = aside,
           .survey = survey,
+          .keep_surveyed = keep_surveyed,
           .digest_key = std::string(digest_key),
           .base_weight = none ? 0 : static_cast<double>(to_weights({base_weight})[0]),
           .finisher = std::move(finisher)};
@@ -201,7 +202,8 @@ void bind_exchange(py::module_& m) {
            py::arg("base_checksums") = std::vector<std::uint32_t>(), py::arg("rule") = "mean",
            py::arg("finisher") = nullptr, py::arg("aside") = usual.aside,
            py::arg("plain") = usual.plain, py::arg("survey") = usual.survey,
-           py::arg("base_weight") = 0, py::arg("digest_key") = py::bytes());
+           py::arg("base_weight") = 0, py::arg("digest_key") = py::bytes(),
+           py::arg("keep_surveyed") = usual.keep_surveyed);
   py::class_<Collector, std::shared_ptr<Collector>>(
       m, "Collector",
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")

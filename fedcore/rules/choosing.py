@@ -74,6 +74,7 @@ def _rule(name: str, summary: str, kept: _Kept, **options: Option) -> SeveralPas
         least_with=lambda settings: max(2 * int(settings["f"]) + 3, least_mixed(settings)),
         judge=lambda squares, weights, settings: _judge(kept, squares, weights, settings),
         fits=fits,
+        keeps_most=kept is not _one,
         least_words="2 f + 3, so that three allow f = 0 alone; and 2 mix + 1",
     )
 

@@ -71,6 +71,7 @@ class SeveralPasses:
         least_with: how many updates it needs at least, for settings.
         judge: decides; gets what `decide` gets, and enough updates.
         fits: raises ValueError where it can't decide of so many updates, though they are enough.
+        keeps_most: it leaves out few updates, so that it pays to keep what was surveyed for the second pass.
         least_words: where `least_with` comes from, in a phrase.
     """
 
@@ -84,6 +85,7 @@ class SeveralPasses:
     judge: Callable[[Squares, Sequence[float], Mapping[str, float]], Decision]
     fits: Callable[[int, Mapping[str, float]], None] = _fits_all
     least_words: str = ""
+    keeps_most: bool = True
 
     def recorded(self, settings: Mapping[str, float]) -> str:
         """Return name, version and settings, as the header of a model file has them."""

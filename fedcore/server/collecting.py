@@ -301,6 +301,7 @@ class Collecting:
             finisher=None if base is None else finisher,
             plain=frozenset() if base is None or rule.folds else optimizer.plain(layout),
             survey=surveys,
+            keep_surveyed=rule.several is not None and rule.several.keeps_most,
             digest_key=os.urandom(DIGEST_KEY_BYTES) if surveys else b"",
         )
 

@@ -86,6 +86,7 @@ class CollectionSetting:
         finisher: what makes the version of that; None: it is rounded.
         plain: names of tensors that keep the mean, whatever the rule is.
         survey: the updates are surveyed, before it is decided which of them count; or they were.
+        keep_surveyed: what is surveyed goes to the spill file, as far as there is room.
         digest_key, digests: the key of the digests of a survey's chunks, and those of the sources of a closed
             collection, if another one surveyed them.
     """
@@ -103,6 +104,7 @@ class CollectionSetting:
     finisher: Finisher | None = None
     plain: Set[str] = frozenset()
     survey: bool = False
+    keep_surveyed: bool = False
     digest_key: bytes = b""
     digests: Sequence[bytes] = ()
 
@@ -122,6 +124,7 @@ class CollectionSetting:
             survey=self.survey,
             base_weight=self.scratch.base_weight,
             digest_key=self.digest_key,
+            keep_surveyed=self.keep_surveyed,
             aside=self.exchange.wake_fd >= 0,  # else a pump does not learn what another thread did
         )
 

@@ -213,6 +213,29 @@ def test_what_was_spilled_in_a_survey_is_not_pulled_again(tmp_path: Path) -> Non
     assert again <= 6
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_was_surveyed_is_kept_for_the_second_pass_as_far_as_there_is_room(
+    tmp_path: Path, threads: int
+) -> None:
+    spill = spill_file(tmp_path)
+    federation = Surveyed("abcd", 64 * CHUNK, spill, keep_surveyed=True, threads=threads)
+    federation.survey()
+    federation.run("abcd", 3)
+    assert spill.used == 4 * CHUNKS
+    federation.close("abd", {"a": 1, "b": 5, "d": 2}, 3)
+    federation.run("", 4)  # nothing arrives
+    assert federation.result() == mean("abd", {"a": 1, "b": 5, "d": 2}, 3)
+    assert set(federation.asked.values()) == {1}
+    (tmp_path / "full").mkdir()
+    full = spill_file(tmp_path / "full", keep_free=1 << 60)
+    federation = Surveyed("abcd", 64 * CHUNK, full, keep_surveyed=True)
+    federation.survey()
+    federation.run("abcd")
+    federation.close("ab", {"a": 1, "b": 5})
+    federation.run("ab")
+    assert federation.result() == mean("ab", {"a": 1, "b": 5}, 0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_lost_site_takes_its_row_along_and_no_chunk_is_measured_again(
     tmp_path: Path, seed: int
