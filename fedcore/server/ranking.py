@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fedcore.config import RunConfig
-from fedcore.server.rounds.selection import EarlyEnd, Pooling, SiteScore, ranked_versions, worse_at
+from fedcore.server.rounds import selection
+from fedcore.server.rounds.selection import EarlyEnd, Pooling, SiteScore, ranked_versions
 from fedcore.server.storage.store import Store
 
 __all__ = ["early_end", "ranked", "worse_sites"]
@@ -44,12 +45,4 @@ def worse_sites(config: RunConfig, scores: _Scores) -> dict[int, list[str]]:
     if chosen.metric is None or chosen.mode is None:
         return {}
     values = dict(ranked(config, scores))
-    found, best = {}, None
-    for version in sorted(values):
-        sign = 1 if chosen.mode == "min" else -1
-        if best is not None and sign * values[version] >= sign * values[best]:
-            continue
-        if best is not None:
-            found[version] = worse_at(scores[best], scores[version], chosen.metric, chosen.mode)
-        best = version
-    return found
+    return selection.worse_sites(scores, values, chosen.metric, chosen.mode)

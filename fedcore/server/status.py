@@ -19,7 +19,7 @@ from fedcore.events import (
     VersionCommitted,
 )
 from fedcore.server.rounds.rounds import Rounds
-from fedcore.server.rounds.selection import Pooling, SiteScore, pooled_metrics
+from fedcore.server.rounds.selection import Pooling, SiteScore, pooled_metrics, site_scores
 from fedcore.server.storage.history import Life, version_status
 from fedcore.server.storage.store import Store
 
@@ -143,7 +143,7 @@ class StatusBuilder:
             (0, 0) if running is None or running.open else running.collector.progress()[:2]
         )
         versions = self._read_versions()
-        last, best = self._site_scores()
+        last, best = site_scores(self._scores, chosen.metric, self._best)
         return protocol.StatusReply(
             run=self._config.run.name,
             phase="paused" if rounds.paused and not rounds.over else rounds.phase.value,
@@ -193,20 +193,6 @@ class StatusBuilder:
                 for row in self._store.versions()[-_MAX_VERSIONS:]
             ]
         return self._versions
-
-    def _site_scores(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return each site's value of the metric that selects: of the last model that it scored, and the best."""
-        metric = self._config.selection.metric
-        last: dict[str, float] = {}
-        best: dict[str, float] = {}
-        for version in sorted(self._scores) if metric is not None else ():
-            for score in self._scores[version]:
-                value = score.value_of(metric or "")
-                if value is not None:
-                    last[score.site] = value
-                    if version == self._best:
-                        best[score.site] = value
-        return last, best
 
     def _eta(self, versions: list[protocol.VersionStatus]) -> float | None:
         """Return the seconds left, from the mean of the rounds of this process; None before the first."""

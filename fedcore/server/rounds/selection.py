@@ -21,7 +21,9 @@ __all__ = [
     "best_version",
     "pooled_metrics",
     "ranked_versions",
+    "site_scores",
     "worse_at",
+    "worse_sites",
 ]
 
 
@@ -156,6 +158,47 @@ def worse_at(
         if old is not None and new is not None and (new > old if mode == "min" else new < old):
             found.append(score.site)
     return sorted(found)
+
+
+def worse_sites(
+    scores: Mapping[int, Sequence[SiteScore]],
+    values: Mapping[int, float],
+    metric: str,
+    mode: Literal["min", "max"],
+) -> dict[int, list[str]]:
+    """Return, of each version that is better than all before it, where it is worse than the best of them.
+
+    Args:
+        scores: of each version.
+        values: what `ranked_versions` has of those that are eligible.
+        metric, mode: what selects.
+    """
+    found: dict[int, list[str]] = {}
+    best: int | None = None
+    sign = 1 if mode == "min" else -1
+    for version in sorted(values):
+        if best is not None and sign * values[version] >= sign * values[best]:
+            continue
+        if best is not None:
+            found[version] = worse_at(scores[best], scores[version], metric, mode)
+        best = version
+    return found
+
+
+def site_scores(
+    scores: Mapping[int, Sequence[SiteScore]], metric: str | None, best: int | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return each site's value of a metric: of the last version that it scored, and of the best one."""
+    last: dict[str, float] = {}
+    of_best: dict[str, float] = {}
+    for version in sorted(scores) if metric is not None else ():
+        for score in scores[version]:
+            value = score.value_of(metric or "")
+            if value is not None:
+                last[score.site] = value
+                if version == best:
+                    of_best[score.site] = value
+    return last, of_best
 
 
 @dataclass(frozen=True)

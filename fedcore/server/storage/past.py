@@ -14,7 +14,13 @@ from typing import Final, Literal
 from fedcore import protocol
 from fedcore.errors import ConfigError
 from fedcore.monitor.ask import read_summary
-from fedcore.server.rounds.selection import Pooling, best_version, pooled_metrics
+from fedcore.server.rounds.selection import (
+    Pooling,
+    pooled_metrics,
+    ranked_versions,
+    site_scores,
+    worse_sites,
+)
 
 from .history import Life, read_life, read_scores, read_versions, version_status
 from .journal import is_locked
@@ -147,11 +153,14 @@ def _read(folder: Path, rows: Rows) -> protocol.StatusReply:
     people, life = settings.get("participants", {}), read_life(meta.get("life"))
     metric, mode = selection.get("metric"), selection.get("mode")
     pooling = Pooling.of_settings(selection.get("average"), selection.get("max_share"))
-    best = None
+    best, worse = None, {}
     if metric and mode:
         expected = people.get("count") or len(people.get("sites") or ())
         quorum = people.get("min_results") or people.get("sample") or expected
-        best = best_version(scores, metric, mode, quorum, pooling)
+        ranked = ranked_versions(scores, metric, mode, quorum, pooling)
+        best = ranked[0][0] if ranked else None
+        worse = worse_sites(scores, dict(ranked), metric, mode)
+    score, of_best = site_scores(scores, metric, best)
     names = people.get("sites") or [
         row[0] for row in rows("SELECT site FROM members ORDER BY site")
     ]
@@ -167,7 +176,12 @@ def _read(folder: Path, rows: Rows) -> protocol.StatusReply:
         bytes_in=life.bytes_in,
         bytes_out=life.bytes_out,
         elapsed=life.seconds,
-        sites=[protocol.SiteStatus(site=name, state="absent") for name in names],
+        sites=[
+            protocol.SiteStatus(
+                site=name, state="absent", score=score.get(name), best_score=of_best.get(name)
+            )
+            for name in names
+        ],
         versions=[
             version_status(
                 row,
@@ -175,6 +189,7 @@ def _read(folder: Path, rows: Rows) -> protocol.StatusReply:
                     pooled_metrics(scores.get(row.version, []), pooling), metric
                 ),
                 len(scores.get(row.version, [])),
+                worse.get(row.version, []),
             )
             for row in versions
         ],
