@@ -69,6 +69,7 @@ class Peers:
         self._known: dict[bytes, Peer] = {}
         self._lost: dict[str, bytes] = {}
         self._of_sites: dict[str, bytes] = {}
+        self._unheard: dict[bytes, int] = {}
 
     def __iter__(self) -> Iterator[tuple[bytes, Peer]]:
         return iter(list(self._known.items()))
@@ -105,6 +106,7 @@ class Peers:
         if known is None:
             return None
         del self._of_sites[known.site]
+        self._unheard.pop(peer, None)
         gone = peer
         if not left:  # it may come back, and goes on pulling then
             gone = self._lost.get(known.site, peer)
@@ -142,8 +144,13 @@ class Peers:
         exchange = self._link.exchange
         gone: list[tuple[bytes, int]] = []
         for peer in self._known:
-            heard = exchange.silent_ms(peer, now)
-            silent = limit + 1 if heard is None else heard
+            silent = exchange.silent_ms(peer, now)
+            if (
+                silent is None
+            ):  # its join had come before the link forgot what was before: its time begins now
+                silent = now - self._unheard.setdefault(peer, now)
+            else:
+                self._unheard.pop(peer, None)
             left = max(limit - silent, exchange.busy_until(peer) - now)
             if left < 0:
                 gone.append((peer, silent))

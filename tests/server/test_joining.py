@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from fedcore import protocol
+from fedcore.clock import ManualClock
+from fedcore.server.host import Host
 from fedcore.server.rounds.actions import EndRun, SendTask, StartCollect
 from fedcore.server.rounds.participation import Roster
 from fedcore.server.rounds.rounds import Rounds
@@ -15,6 +19,7 @@ from fedcore.server.rounds.tasks import Scoring
 from fedcore.server.rounds.waiting import WaitingLog
 from fedcore.server.service import Server
 
+from ..support.arriving import Arriving, says
 from ..support.runs import run, run_config, site
 from .playing import ahead, join_all, machine, part, update
 
@@ -113,6 +118,24 @@ def test_the_rounds_of_a_run_go_on_without_a_site_that_never_starts(
     result, trained = run(server, lambda: site(at, "a", 1), lambda: site(at, "b", 1))
     assert (result.ok, trained) == (True, [2, 2])
     assert any("c never joined: rounds do not wait for it any more" in m for m in caplog.messages)
+
+
+def test_a_site_whose_connection_was_forgotten_before_its_join_was_handled_has_its_time(
+    tmp_path: Path,
+) -> None:
+    link, clock = Arriving(), ManualClock()
+    configs = [run_config(tmp_path, sites=["a", "b"], idle_timeout="3s")]
+    with closing(Host(configs, link=link, clock=clock)) as host:  # type: ignore[arg-type]
+        host.start()
+        link.waiting = [says("a", protocol.Join(version="0", site="a", instance="0" * 32))]
+        host.step()
+        for _ in range(6):
+            clock.advance(0.5)
+            host.step()
+        assert [known.site for _, known in host.runs[0].peers] == ["a"]
+        clock.advance(1.0)
+        host.step()
+        assert not len(host.runs[0].peers)
 
 
 def test_once_a_minute_the_log_says_who_is_waited_for_and_until_when(
