@@ -19,7 +19,7 @@ from fedcore.monitor.ask import ask_status
 from fedcore.server.storage.store import Store
 
 from ..support.ports import free_address
-from .gated_site import GatedSite
+from .gated_site import SERVER, GatedSite
 
 CHUNKS = 6
 COUNT = CHUNKS * DEFAULT_CHUNK_BYTES // 4 - 1000
@@ -41,7 +41,8 @@ class Krum:
         self.address = address = free_address()
         self.folder = folder
         (folder / "run.toml").write_text(
-            f'[run]\nname = "t"\nrounds = 1\n[participants]\nsites = {list(names)}\nmin_results = 3\n'
+            f'[run]\nname = "t"\nrounds = 1\n[participants]\nsites = {list(names)}\n'
+            'min_results = 3\nidle_timeout = "10s"\n'
             '[aggregation]\nrule = "krum"\noptions = { f = 0 }\n'
             f'[server]\nlisten = "{address}"\nmemory = "96MiB"\nspill = false\ninsecure = true\n'
         )
@@ -55,10 +56,9 @@ class Krum:
             site.start()
 
     def _start(self) -> None:
-        command = "from fedcore.cli.app import server_main; server_main()"
         with (self.folder / "server.log").open("ab") as log:
             self.server = subprocess.Popen(
-                [sys.executable, "-P", "-c", command, str(self.folder / "run.toml")],
+                [sys.executable, "-P", "-c", SERVER, str(self.folder / "run.toml")],
                 stdout=log,
                 stderr=log,
             )
@@ -69,7 +69,7 @@ class Krum:
     def kill(self) -> float:
         """Kill the server and start it again; returns when."""
         self.server.send_signal(signal.SIGKILL)
-        self.server.wait(60)
+        self.server.wait(200)
         for site in self.sites.values():
             site.forget()
         at = time.monotonic()
@@ -84,7 +84,7 @@ class Krum:
 
     def reduced(self, chunks: int) -> None:
         """Wait until so many chunks are reduced."""
-        until = time.monotonic() + 100
+        until = time.monotonic() + 200
         while ask_status(self.address, 60).chunks_done < chunks:
             assert time.monotonic() < until, self.log()
             time.sleep(0.01)
@@ -98,7 +98,7 @@ class Krum:
 
     def decided(self, times: int) -> None:
         """Wait until it was decided so often which updates count."""
-        until = time.monotonic() + 100
+        until = time.monotonic() + 200
         while self.log().count(DECIDED) < times:
             assert time.monotonic() < until, self.log()
             time.sleep(0.01)
@@ -106,7 +106,7 @@ class Krum:
     def finish(self) -> np.ndarray:
         for site in self.sites.values():
             site.allow(ALL)
-        assert self.server.wait(100) == 0, self.log()
+        assert self.server.wait(200) == 0, self.log()
         return load_file(self.folder / "runs/t/models/round-0001.safetensors")["w"]
 
     def end(self) -> None:
@@ -129,7 +129,7 @@ def make(tmp_path: Path) -> Iterator[Callable[[str], Krum]]:
         run.end()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_server_killed_in_each_pass_and_between_ends_with_the_same_bytes(
     make: Callable[[str], Krum],
 ) -> None:
@@ -149,7 +149,7 @@ def test_a_server_killed_in_each_pass_and_between_ends_with_the_same_bytes(
     assert all(run.sites[name].left(1) == CHUNKS // 2 + CHUNKS for name in "bcd")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_without_a_site_that_is_lost_in_either_pass_the_rule_decides_of_the_others(
     make: Callable[[str], Krum],
 ) -> None:
@@ -171,7 +171,7 @@ def test_without_a_site_that_is_lost_in_either_pass_the_rule_decides_of_the_othe
     assert verdict.left_out == ("d", "e")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_site_that_sends_another_update_once_it_is_chosen_is_named_and_left_out(
     make: Callable[[str], Krum], killed: bool
