@@ -16,7 +16,7 @@ from fedcore.site.signals import end_in_order, let_go
 
 from ..support.processes import Federation, heed_signals
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 NUMBERS = [signal.SIGTERM, signal.SIGHUP]
 

@@ -24,7 +24,7 @@ from fedcore.transport.link import Control, SiteLink
 from ..support.links import DEADLINE, Links
 from ..support.secured_runs import AT_ONCE, join, models, running, server_of, site
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def message(link: SiteLink, accept: Callable[[Any], bool]) -> Any:

@@ -25,7 +25,7 @@ from fedcore.transport.link import Control, SiteLink
 from ..support.links import DEADLINE, Links, wait
 from ..support.secured_runs import join
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 MIB = 1 << 20
 

@@ -39,7 +39,7 @@ from ..support.secured_runs import (
     site,
 )
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_a_run_over_encrypted_links_gives_the_same_models(

@@ -19,7 +19,7 @@ from fedcore.server.service import Server
 
 from ..support.processes import IDLE_SECONDS, Federation, ignore_hangup
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture

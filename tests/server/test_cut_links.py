@@ -20,7 +20,7 @@ from fedcore.site.settings import SiteSettings
 from ..support.relay import Flow, Relay
 from ..support.runs import run_config
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 CHUNK = 1 << 20
 CHUNKS = 24

@@ -96,7 +96,7 @@ def fuzz(federation: Federation, seconds: float) -> int:
     return max(used[1:]) - used[1]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_hostile_frames_harm_no_honest_site(tmp_path: Path) -> None:
     federation = Federation(tmp_path)
     try:

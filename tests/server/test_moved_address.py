@@ -21,7 +21,7 @@ from fedcore.server.service import Server
 
 from ..support.runs import run_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 BACK_SECONDS = 15.0  # what it takes is about 6; this machine may be busy
 SYN_SENT = "02"

@@ -83,7 +83,7 @@ def pulled(server: Server) -> int:
     return server.runs[0].collecting.pulls().get("a", (0, 0))[1]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("quorum", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_round_closes_without_a_site_that_is_too_slow_where_the_quorum_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quorum: int

@@ -14,7 +14,7 @@ import pytest
 from ..support.processes import SITE, Federation, Site
 from ..support.relay import Relay
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 CHUNK = 1 << 20
 FLOATS = 4_000_000

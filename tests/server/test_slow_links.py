@@ -10,7 +10,7 @@ import pytest
 from ..support.processes import SITE, Federation, Site
 from ..support.relay import Relay
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 FLOATS = 400_000  # two chunks, of which the first takes longer than the idle timeout
 UP = 250_000.0

@@ -34,7 +34,7 @@ from fedcore.server.storage.store import Store
 from ..support.links import DEADLINE, Links
 from ..support.secured_runs import answer, models, running, server_of, site
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 def joined(version: int | None = 0, rounds: int = 2, sample: int | None = None) -> Rounds:

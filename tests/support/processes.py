@@ -146,15 +146,15 @@ class Federation:
     def until(self, condition: Callable[[Mapping[str, SiteStatus]], bool]) -> None:
         """Ask the server until ``condition`` holds of its sites."""
         with StatusClient(self.address) as client:
-            while not condition({site.site: site for site in client.ask(60).sites}):
+            while not condition({site.site: site for site in client.ask(200).sites}):
                 time.sleep(0.02)
 
     def pass_deadline(self, server: subprocess.Popen[str]) -> None:
         """Have the deadline of the round pass that a server is in."""
         with StatusClient(self.address) as client:
-            client.ask(60)  # its handler of the signal is there
+            client.ask(200)  # its handler of the signal is there
             server.send_signal(signal.SIGUSR1)
-            client.ask(60)  # it goes through its loop once more
+            client.ask(200)  # it goes through its loop once more
 
     def models(self) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted((self.run / "models").iterdir())}
