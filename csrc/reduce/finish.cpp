@@ -284,7 +284,6 @@ template <typename Word>
 void FinishedChunk::finish(const Finisher::Stretch& stretch, std::size_t place,
                            std::uint64_t offset, const double* combined, const std::uint8_t* base,
                            std::uint8_t* out, std::size_t n) {
-  double step[kernels::kPiece], x[kernels::kPiece];
   const Word* before[kMaxStates] = {};
   Word* after[kMaxStates] = {};
   const Dtype dtype = stretch.parameter->dtype;
@@ -300,7 +299,16 @@ void FinishedChunk::finish(const Finisher::Stretch& stretch, std::size_t place,
     }
   }
   const FinishStages& stages = finish_stages();
-  const FinishPiece<Word> piece{step, x, fresh ? nullptr : before, after, n};
+  const Word* const* const from_states = fresh ? nullptr : before;
+  if constexpr (sizeof(Word) == sizeof(float)) {
+    if (dtype == Dtype::kF32 && !finisher_.ema_ && !finisher_.changes_nothing()) {
+      const FinishPiece<Word> piece{nullptr, nullptr, from_states, after, n, base, combined, out};
+      finisher_.kind_.bodies.direct[kernels::level()](finisher_.options_.data(), piece);
+      return;
+    }
+  }
+  double step[kernels::kPiece], x[kernels::kPiece];
+  const FinishPiece<Word> piece{step, x, from_states, after, n};
   stages.widen[float_place(dtype)](base, combined, x, step, n);
   const std::size_t average = count - 1;
   if (finisher_.ema_ && fresh) {

@@ -53,6 +53,10 @@ struct FinishPiece {
   const Word* const* before;  // of each state, the elements of this version; nullptr: none yet
   Word* const* after;         // and of the next one
   std::size_t n;
+  // For F32 in place of the first two: elements of the model as they lie there, with no alignment.
+  const void* base = nullptr;
+  const double* combined = nullptr;
+  void* out = nullptr;
 };
 
 // For each instruction set, in the order of kernels::level().
@@ -67,6 +71,7 @@ struct FinisherKind {
   struct Bodies {
     FinishBodies<float> narrow;
     FinishBodies<double> wide;
+    FinishBodies<float> direct;  // `narrow` for F32, from the model to the model
   } bodies;
 };
 

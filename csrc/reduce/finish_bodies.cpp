@@ -23,6 +23,8 @@ typedef std::uint64_t UnalignedU64 __attribute__((aligned(1), may_alias));
 #define FEDCORE_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+constexpr std::size_t kAhead = 4096;
+
 #define FEDCORE_BODIES "reduce/finish_bodies.inl"
 #include "kernels/levels.inl"
 
@@ -35,9 +37,11 @@ constexpr FinisherKind kind_of(const FinisherKind::Bodies& bodies) {
 }
 
 #define FEDCORE_BODY(level, Kind, Word) &level::finish<level::Kind, Word>
-#define FEDCORE_KIND(Kind)                                                  \
-  kind_of<baseline::Kind>({{FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, float)}, \
-                           {FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, double)}}),
+#define FEDCORE_DIRECT(level, Kind) &level::finish_direct<level::Kind, float>
+#define FEDCORE_KIND(Kind)                                                   \
+  kind_of<baseline::Kind>({{FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, float)},  \
+                           {FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, double)}, \
+                           {FEDCORE_FOR_LEVELS(FEDCORE_DIRECT, Kind)}}),
 constexpr FinisherKind kKinds[] = {FEDCORE_FINISHERS(FEDCORE_KIND)};
 
 }  // namespace

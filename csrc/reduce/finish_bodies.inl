@@ -67,27 +67,56 @@ FEDCORE_HD void store(Word* to, V value) {
   }
 }
 
+// What is a piece ahead is asked for: the prefetcher of the processor stops at the end of each page, and
+// passes over the inputs come in between. At the baseline the arithmetic takes longer than the bytes.
+FEDCORE_HD void ask_for([[maybe_unused]] const void* place) {
+#if FEDCORE_F16C
+  __builtin_prefetch(static_cast<const char*>(place) + kAhead);
+#endif
+}
+
 // One element, or a vector of them, from the i-th on; without states yet, from those it starts with.
-template <typename Kind, typename V, bool kFresh, typename Word>
+// kDirect: from the model to the model.
+template <typename Kind, typename V, bool kFresh, bool kDirect, typename Word>
 FEDCORE_HD void next(const double* options, const double* start, const FinishPiece<Word>& piece,
                      std::size_t i) {
   constexpr std::size_t kStates = sizeof Kind::kStates / sizeof Kind::kStates[0];
-  V state[kStates], x = load<V>(piece.x + i);
+  [[maybe_unused]] constexpr std::size_t kElements =
+      sizeof(V) == sizeof(double) ? 1 : FEDCORE_LANES;
+  V state[kStates], x, step;
+  if constexpr (kDirect) {
+    const char* const base = static_cast<const char*>(piece.base) + i * sizeof(float);
+    float elements[kElements];
+    __builtin_memcpy(elements, base, sizeof elements);
+    ask_for(base);
+    x = load<V>(elements);
+    step = load<V>(piece.combined + i) - x;
+  } else {
+    x = load<V>(piece.x + i);
+    step = load<V>(piece.step + i);
+  }
   for (std::size_t s = 0; s < kStates; ++s) {
     if constexpr (kFresh) {
       state[s] = V{} + start[s];
     } else {
       state[s] = load<V>(piece.before[s] + i);
+      ask_for(piece.before[s] + i);
     }
   }
-  Kind::template next<Word>(options, load<V>(piece.step + i), x, state);
+  Kind::template next<Word>(options, step, x, state);
   for (std::size_t s = 0; s < kStates; ++s) {
     store(piece.after[s] + i, state[s]);
   }
-  store(piece.x + i, x);
+  if constexpr (kDirect) {
+    float elements[kElements];
+    store(elements, kept<float>(x));
+    __builtin_memcpy(static_cast<char*>(piece.out) + i * sizeof(float), elements, sizeof elements);
+  } else {
+    store(piece.x + i, x);
+  }
 }
 
-template <typename Kind, bool kFresh, typename Word>
+template <typename Kind, bool kFresh, bool kDirect, typename Word>
 FEDCORE_HD void run(const double* given, const FinishPiece<Word>& piece) {
   constexpr std::size_t kStates = sizeof Kind::kStates / sizeof Kind::kStates[0];
   double options[sizeof Kind::kOptions / sizeof Kind::kOptions[0]], start[kStates];
@@ -97,19 +126,28 @@ FEDCORE_HD void run(const double* given, const FinishPiece<Word>& piece) {
   }
   const std::size_t whole = piece.n / FEDCORE_LANES * FEDCORE_LANES;
   for (std::size_t i = 0; i < whole; i += FEDCORE_LANES) {
-    next<Kind, Vd, kFresh>(options, start, piece, i);
+    next<Kind, Vd, kFresh, kDirect>(options, start, piece, i);
   }
   for (std::size_t i = whole; i < piece.n; ++i) {
-    next<Kind, double, kFresh>(options, start, piece, i);
+    next<Kind, double, kFresh, kDirect>(options, start, piece, i);
   }
 }
 
 template <typename Kind, typename Word>
 void finish(const double* options, const FinishPiece<Word>& piece) {
   if (piece.before != nullptr) {
-    run<Kind, false>(options, piece);
+    run<Kind, false, false>(options, piece);
   } else {
-    run<Kind, true>(options, piece);
+    run<Kind, true, false>(options, piece);
+  }
+}
+
+template <typename Kind, typename Word>
+void finish_direct(const double* options, const FinishPiece<Word>& piece) {
+  if (piece.before != nullptr) {
+    run<Kind, false, true>(options, piece);
+  } else {
+    run<Kind, true, true>(options, piece);
   }
 }
 
