@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fedcore.config import parse_size
 from fedcore.errors import FedcoreError
+from fedcore.quantities import parse_size
 
 from .experiments.__main__ import app as experiments
 from .kernel_commands import app as kernels

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedcore.config import parse_size
+from fedcore.quantities import parse_size
 
 from .options import Inputs, Json, Plot, Repeats
 from .report import show, size_text, write

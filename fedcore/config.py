@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import tomllib
 import types
 import typing
@@ -33,6 +32,7 @@ from fedcore.security.keys import is_loopback, parse_toml
 
 from .errors import ConfigError
 from .protocol import SITE_NAME, Transfer
+from .quantities import parse_duration, parse_size
 from .rules import RULES
 from .rules.compatibility import Choices, Task, conflicts
 from .rules.finishers import FINISHERS, factor_of
@@ -40,59 +40,12 @@ from .rules.options import Option, complete
 from .rules.several import SEVERAL
 from .weighing import Weighing
 
-__all__ = ["RunConfig", "load_run_file", "parse_duration", "parse_run", "parse_size"]
+__all__ = ["RunConfig", "load_run_file", "parse_run"]
 
-_SECONDS: Final = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_BYTES: Final = {
-    "B": 1,
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-}
 _PATHS: Final = ("run.dir", "model.initial", "server.keys", "server.spill_dir", "simulate.script")
 _MIN_MEMORY: Final = 16 << 20
 _RATE: Final = "learning_rate"
 _MOST_POINTS: Final = 1000
-
-
-def parse_duration(text: str) -> float:
-    """Return the seconds in a text such as ``"500ms"``, ``"30s"``, ``"5min"`` or ``"2h"``.
-
-    Raises:
-        ValueError: the text is no such duration, or it is not positive.
-    """
-    return _quantity(text, _SECONDS, "a duration such as '500ms', '30s', '5min' or '2h'")
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes in a text such as ``"64KiB"``, ``"256MiB"`` or ``"2GB"``.
-
-    Raises:
-        ValueError: the text is no such size, or it is not positive.
-    """
-    return int(_quantity(text, _BYTES, "a size such as '64KiB', '256MiB' or '2GiB'"))
-
-
-def _quantity(text: object, units: Mapping[str, float], expected: str) -> float:
-    match = (
-        re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*", text)
-        if isinstance(text, str)
-        else None
-    )
-    if match is None or match[2] not in units or float(match[1]) == 0:
-        raise ValueError(f"expected {expected}, got {text!r}")
-    return float(match[1]) * units[match[2]]
-
-
-def _duration(value: object) -> float:
-    return _quantity(value, _SECONDS, "a duration such as '500ms', '30s', '5min' or '2h'")
-
-
-def _size(value: object) -> int:
-    return int(_quantity(value, _BYTES, "a size such as '64KiB', '256MiB' or '2GiB'"))
 
 
 def _importable(text: str, kind: str) -> str:
@@ -107,8 +60,8 @@ def _function(text: str) -> str:
 
 
 FunctionName = Annotated[str, AfterValidator(_function)]
-Duration = Annotated[float, BeforeValidator(_duration)]
-Size = Annotated[int, BeforeValidator(_size)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+Size = Annotated[int, BeforeValidator(parse_size)]
 Name = Annotated[str, Field(pattern=SITE_NAME)]
 
 

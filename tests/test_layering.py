@@ -23,6 +23,7 @@ FLOORS = (
         "gates",
         "outlet",
         "words",
+        "quantities",
         "weighing",
         "replacing",
         "clock",

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedcore.config import parse_duration
 from fedcore.errors import ConfigError
+from fedcore.quantities import parse_duration
 from fedcore.security.keys import Credentials, Kit, check_address, check_name, is_loopback, load_kit
 
 __all__ = ["SiteSettings"]

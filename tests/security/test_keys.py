@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fedcore.config import ServerSection, parse_size
+from fedcore.config import ServerSection
 from fedcore.errors import ConfigError, StorageError
+from fedcore.quantities import parse_size
 from fedcore.security.keys import (
     AllowList,
     Credentials,
