@@ -104,6 +104,7 @@ class GatedSite(threading.Thread):
         self._net.setsockopt(zmq.ROUTING_ID, self._machine.instance.bytes)
         self._net.setsockopt(zmq.RECONNECT_IVL, 100)
         self._net.setsockopt(zmq.LINGER, 500)
+        monitor, over = self._net.get_monitor_socket(zmq.EVENT_DISCONNECTED), False
         self._net.connect(self._address)
         self._machine.join(time.monotonic())
         while not self._stopping and not self.finished:
@@ -114,13 +115,20 @@ class GatedSite(threading.Thread):
             self._carry_out()
             self._exchange.tick(now_ms())
             self._send_data()
-            if self._forgetting and not self._net.poll(0):
+            if self._forgetting and not over:
+                over = bool(monitor.poll(0) and monitor.recv_multipart())
+            elif self._forgetting and not self._net.poll(
+                0
+            ):  # all that the last server asked for is here
+                over = False
                 with self.changed:
                     self._held.clear()
                     self._forgetting = False
                     self.changed.notify_all()
             if self._net.poll(20):
                 self._receive(self._net.recv_multipart())
+        self._net.disable_monitor()
+        monitor.close()
         self._net.close()
         context.term()
 
