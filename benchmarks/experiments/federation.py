@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedcore.files.average import aggregate_files
+from fedcore.rules.several import SEVERAL
 
-__all__ = ["State", "Stride", "load_state", "mean", "state_of"]
+__all__ = ["State", "Stride", "combine", "load_state", "mean", "state_of"]
 
 #: Trained tensors by name.
 State = dict[str, Tensor]
@@ -41,12 +42,35 @@ def mean(states: Sequence[State], weights: Sequence[int]) -> State:
         states: one per site, with the same names and shapes.
         weights: the sites' numbers of training rows.
     """
-    with tempfile.TemporaryDirectory(prefix="fedcore-mean-") as folder:
+    return combine(states, weights)
+
+
+def combine(
+    states: Sequence[State],
+    weights: Sequence[int] | None,
+    *,
+    rule: str = "mean",
+    settings: Mapping[str, float] | None = None,
+    base: State | None = None,
+) -> State:
+    """Return what a rule makes of the sites' models, as ``fedcore aggregate`` does.
+
+    Args:
+        states: one per site, with the same names and shapes.
+        weights: the sites' numbers of training rows; None where the rule takes none.
+        rule: its name, and ``settings`` its options.
+        base: what the sites trained from; rules that make no use of it are not given it.
+    """
+    with tempfile.TemporaryDirectory(prefix="fedcore-combine-") as folder:
         paths = [Path(folder) / f"{number}.safetensors" for number in range(len(states))]
         for path, state in zip(paths, states, strict=True):
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-        out = Path(folder) / "mean.safetensors"
-        aggregate_files(paths, weights, out)
+        start = None
+        if base is not None and rule in SEVERAL and SEVERAL[rule].needs_base:
+            start = Path(folder) / "base.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in base.items()}, start)
+        out = Path(folder) / "combined.safetensors"
+        aggregate_files(paths, weights, out, rule=rule, settings=settings, base=start)
         return {name: tensor.clone() for name, tensor in load_file(out).items()}
 
 

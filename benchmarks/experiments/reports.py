@@ -15,13 +15,22 @@ from fedcore.errors import ConfigError
 from ..report import console, write
 from .figures import draw_peft, draw_sft, draw_steady, draw_swing
 from .peft import SKEWED
-from .summary import peft_rows, spread, steady_rows, swing_rows
+from .summary import liar_rows, peft_rows, spread, steady_rows, swing_rows
 
 if TYPE_CHECKING:
+    from .liars import LiarSettings
     from .peft import Settings, Source
     from .swing import SwingSettings
 
-__all__ = ["SftRun", "markdown", "peft_report", "score_arms", "sft_report", "swing_report"]
+__all__ = [
+    "SftRun",
+    "liars_report",
+    "markdown",
+    "peft_report",
+    "score_arms",
+    "sft_report",
+    "swing_report",
+]
 
 #: Tasks of which no package holds rows with gold labels; their columns stay empty where no hub is reached.
 _NOT_HERE: Final = ("hellaswag", "winogrande")
@@ -160,6 +169,38 @@ def swing_report(
         "runs": found,
     }
     write(folder / "swing.json", content)
+
+
+def liars_report(
+    folder: Path,
+    found: Sequence[Mapping[str, Any]],
+    settings: LiarSettings,
+    source: Source,
+) -> None:
+    """Write ``liars.json`` and ``liars.md``, and print the table."""
+    rows = liar_rows(found)
+    cells = {(row["rule"], row["attack"]): row["accuracy"] for row in rows}
+    attacks = list(dict.fromkeys(row["attack"] for row in rows))
+    lines = [
+        [rule, *(_within(cells[rule, attack]) for attack in attacks)]
+        for rule in dict.fromkeys(row["rule"] for row in rows)
+    ]
+    table = markdown(["rule", *attacks], lines)
+    (folder / "liars.md").write_text(table, encoding="utf-8")
+    console.print(table, highlight=False, soft_wrap=True)
+    content = {
+        "settings": asdict(settings),
+        "model": Path(str(source.model)).name,
+        "data": source.name,
+        "rows": rows,
+        "runs": found,
+    }
+    write(folder / "liars.json", content)
+
+
+def _within(found: Mapping[str, Any]) -> str:
+    half = found["half_interval"]
+    return f"{found['mean']:.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 def _rounds(path: Path) -> int | None:

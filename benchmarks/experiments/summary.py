@@ -6,9 +6,12 @@ import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
-__all__ = ["peft_rows", "spread", "steady_cells", "steady_rows", "swing", "swing_rows"]
+__all__ = ["liar_rows", "peft_rows", "spread", "steady_cells", "steady_rows", "swing", "swing_rows"]
+
+_STUDENT: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 97.5 % quantile of Student's distribution with 1 to 9 degrees of freedom."""
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -161,3 +164,34 @@ def swing_rows(found: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def liar_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each rule and attack the last accuracy of every seed, its mean, and half its 95 % interval.
+
+    The interval is Student's over the seeds. ``lead``: the same of the difference to the mean's, seed by seed.
+    """
+    last = {(r["rule"], r["attack"], r["seed"]): r["accuracy"][-1] for r in found}
+    seeds = list(dict.fromkeys(r["seed"] for r in found))
+    rows = []
+    for rule, attack in dict.fromkeys((r["rule"], r["attack"]) for r in found):
+        values = [last[rule, attack, seed] for seed in seeds]
+        lead = [last[rule, attack, seed] - last["mean", attack, seed] for seed in seeds]
+        rows.append(
+            {
+                "rule": rule,
+                "attack": attack,
+                "seeds": seeds,
+                "accuracy": _interval(values),
+                "lead": _interval(lead),
+            }
+        )
+    return rows
+
+
+def _interval(values: Sequence[float]) -> dict[str, Any]:
+    half = None
+    if len(values) > 1:
+        t = _STUDENT[min(len(values) - 1, len(_STUDENT)) - 1]
+        half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return {"values": list(values), "mean": statistics.fmean(values), "half_interval": half}

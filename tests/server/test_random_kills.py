@@ -97,7 +97,7 @@ def federation(folder: Path, patch: pytest.MonkeyPatch, plan: Plan) -> Iterator[
     (folder / "site.py").write_text(SCRIPT.replace("SIZE", str(plan.size)))
     initial = np.random.default_rng(3).normal(size=plan.size).astype(np.float32)
     save_file({"w": initial}, folder / "initial.safetensors")
-    people = {"idle_timeout": "1s", "round_deadline": "1h", **plan.people}
+    people = {"idle_timeout": "2s", "round_deadline": "1h", **plan.people}
     made.write(plan.rounds, "100s", sites=list(plan.sites), **people)
     text = (folder / "run.toml").read_text() + 'memory = "16MiB"\n'
     text = text.replace("[run]\n", f'[run]\ntask = "{plan.task}"\n')
