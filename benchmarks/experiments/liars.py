@@ -88,7 +88,8 @@ def _inner_product(lies: Lies) -> Tensor:
 
 def _collusion(lies: Lies) -> Tensor:
     """All liars in one direction, as long as an honest update: to each other they are near."""
-    return lies.noise * (lies.honest.norm(dim=1).median() / lies.noise.norm())
+    length = float(lies.honest.norm(dim=1).median() / lies.noise.norm())
+    return lies.noise * length
 
 
 def _last_part(lies: Lies) -> Tensor:
