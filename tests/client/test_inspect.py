@@ -48,7 +48,7 @@ def inspect(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env={**os.environ, **env},
-        timeout=60,
+        timeout=200,
         check=False,
     )
 

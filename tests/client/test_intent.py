@@ -104,7 +104,7 @@ def exits(body: str, address: str = ADDRESS) -> tuple[int, str]:
         env={
             **os.environ, "FEDCORE_SERVER": address, "FEDCORE_SITE": "b", "FEDCORE_INSECURE": "1",
         },
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     return done.returncode, done.stderr
 

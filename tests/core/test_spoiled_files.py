@@ -101,7 +101,7 @@ def test_a_handler_that_another_library_sets_later_is_no_harm(tmp_path: Path) ->
     path = tmp_path / "mapped"
     path.write_bytes(b"x" * 100_000)
     command = [sys.executable, "-P", "-c", LATE, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.stdout == "read\n", done.stderr
     assert done.returncode == -signal.SIGBUS
     assert done.stderr.count("Fatal Python error: Bus error") == 1
@@ -121,7 +121,7 @@ def test_a_handler_that_is_set_after_the_last_mapping_is_no_harm(tmp_path: Path)
     path = tmp_path / "mapped"
     path.write_bytes(b"x" * 100_000)
     command = [sys.executable, "-P", "-c", ARMED, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert (done.returncode, done.stderr) == (0, "")
 
 

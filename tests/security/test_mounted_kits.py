@@ -52,7 +52,7 @@ def load_on_a_mount(kit: Path, at: Path, fill: str, mode: str, *, memory: bool, 
         env={**os.environ, "AT": str(at), "KIT": str(kit), "MODE": mode},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     if "Operation not permitted" in ended.stderr or "permission denied" in ended.stderr:

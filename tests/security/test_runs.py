@@ -309,7 +309,7 @@ def test_the_servers_own_user_needs_no_kit_beside_the_run_folder(waiting: Server
     assert ask_status(target.address, DEADLINE, target.credentials).run == "t"
     assert (folder / "local" / "secret.key").stat().st_mode & 0o777 == 0o600
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "fedcore", "status", str(folder), "--json", "--timeout=60"],
+        [sys.executable, "-P", "-m", "fedcore", "status", str(folder), "--json", "--timeout=200"],
         capture_output=True,
         text=True,
         check=False,

@@ -31,7 +31,9 @@ Roles = dict[str, Role] | None
 
 
 def site(address: str, name: str, weight: int, roles: Roles) -> None:
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=60, idle_timeout=60))
+    session = Session(
+        SiteSettings(server=address, site=name, connect_timeout=200, idle_timeout=200)
+    )
     try:
         while session.is_running():
             model = session.begin(SPECS, {}, lambda key: bytes(4 * COUNTS[key]), roles=roles)

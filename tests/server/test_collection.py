@@ -379,7 +379,7 @@ def test_an_update_is_pulled_while_another_site_trains(tmp_path: Path, spill: bo
 
     def site(name: str, step: float) -> Callable[[], int]:
         def part() -> int:
-            session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=60))
+            session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=200))
             size = chunks * mib
             while session.is_running():
                 specs = [("w", "F32", [size // 4])]
@@ -420,7 +420,7 @@ def test_an_update_with_nan_in_its_middle_leaves_the_mean_of_the_others(
     def site(name: str, value: float) -> Callable[[], int]:
         def part() -> int:
             values = np.full(count * mib // 4, value, np.float32)
-            session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=60))
+            session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=200))
             while session.is_running():
                 specs = [("w", "F32", [values.size])]
                 model = session.begin(specs, {}, lambda _: bytes(values.nbytes))

@@ -47,7 +47,7 @@ def config(
 
 def site(address: str, name: str, best_at: float) -> int:
     """Add 1 to the model in each round; its loss is how far the model is from ``best_at``."""
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=60))
+    session = Session(SiteSettings(server=address, site=name, connect_timeout=200))
     try:
         while session.is_running():
             model = session.begin(SPECS, {}, writer(0))

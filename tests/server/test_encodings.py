@@ -65,7 +65,7 @@ def site(
     """Train in each round; return what was counted."""
 
     def part() -> dict[str, Any]:
-        session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=60))
+        session = Session(SiteSettings(server=server.endpoint, site=name, connect_timeout=200))
         try:
             while session.is_running():
                 first = start()

@@ -31,7 +31,7 @@ from ..support.runs import SPECS, run, run_config, site, writer
 
 def logging_site(address: str, name: str, rounds: int = 99) -> int:
     """Log a loss in each round, at steps of its own, and report one with each update."""
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=60))
+    session = Session(SiteSettings(server=address, site=name, connect_timeout=200))
     trained = 0
     try:
         while trained < rounds and session.is_running():

@@ -50,7 +50,7 @@ def test_every_wait_of_a_run_is_ended_by_what_it_waits_for(
             target=lambda name=name, part=part: ended.put((name, part())), daemon=True
         ).start()
     try:
-        found = dict(ended.get(timeout=60) for _ in parts)
+        found = dict(ended.get(timeout=200) for _ in parts)
     finally:
         server.stop()
     assert found == {"server": True, "a": ROUNDS, "b": ROUNDS}

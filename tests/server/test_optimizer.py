@@ -69,7 +69,7 @@ def site(
     address: str, name: str, idle_timeout: float = 600, roles: dict[str, Role] | None = None
 ) -> None:
     settings = SiteSettings(
-        server=address, site=name, connect_timeout=60, idle_timeout=idle_timeout
+        server=address, site=name, connect_timeout=200, idle_timeout=idle_timeout
     )
     session = Session(settings)
     try:

@@ -49,7 +49,7 @@ def update(name: str, round_: int) -> np.ndarray:
 
 
 def site(address: str, name: str, weight: int) -> int:
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=60))
+    session = Session(SiteSettings(server=address, site=name, connect_timeout=200))
     try:
         while session.is_running():
             model = session.begin(SPECS, {}, lambda key: bytes({"w": 4 * COUNT, "n": 16}[key]))

@@ -73,7 +73,7 @@ def test_a_site_whose_initial_model_is_invalid_is_passed_over(tmp_path: Path) ->
     asked = threading.Event()
 
     def broken() -> int:
-        session = Session(SiteSettings(server=server.endpoint, site="a", connect_timeout=60))
+        session = Session(SiteSettings(server=server.endpoint, site="a", connect_timeout=200))
         trained = 0
 
         def not_a_number(name: str) -> bytes:

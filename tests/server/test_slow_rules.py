@@ -18,7 +18,7 @@ from fedcore.server.storage.store import Store
 from ..support.python_rules import Held, named
 from ..support.runs import site
 
-SECONDS = 60
+SECONDS = 200
 
 
 def slow_server(folder: Path) -> Server:

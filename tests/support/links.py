@@ -19,7 +19,7 @@ from fedcore.security.door import Secured
 from fedcore.security.keys import AllowList, Credentials, KeyPair, Role
 from fedcore.transport.link import ServerLink, SiteLink
 
-DEADLINE = 60.0
+DEADLINE = 200.0
 
 
 @dataclass

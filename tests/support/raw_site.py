@@ -11,7 +11,7 @@ from fedcore.site.outputs import Send
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import Control, SiteLink
 
-DEADLINE = 60.0
+DEADLINE = 200.0
 
 
 class RawSite:

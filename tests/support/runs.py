@@ -41,7 +41,7 @@ def site(
     address: str, name: str, step: float, weight: int = 1, *, nan_in: int = 0, die_in: int = 0
 ) -> int:
     """Add ``step`` in each round; return the number of rounds trained."""
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=60))
+    session = Session(SiteSettings(server=address, site=name, connect_timeout=200))
     trained = 0
     try:
         while session.is_running():

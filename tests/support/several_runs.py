@@ -30,7 +30,7 @@ from fedcore.transport.link import Control, SiteLink
 from .links import wait
 from .processes import heed_signals
 
-DEADLINE = 60.0
+DEADLINE = 200.0
 UNKNOWN = "the tensors are no longer published there"
 MODELS = {"one": 5000, "two": 700}
 PARTIES = dict.fromkeys("abc", Role.SITE) | {"eye": Role.OBSERVER, "ops": Role.OPERATOR}
@@ -63,7 +63,7 @@ def site(
     patience: float = 60,
 ) -> int:
     """Take part in a run; ``hold`` is called with the round before its update is sent."""
-    settings = SiteSettings(address, name, run=run, connect_timeout=60, idle_timeout=patience)
+    settings = SiteSettings(address, name, run=run, connect_timeout=200, idle_timeout=patience)
     trained = 0
     with closing(Session(settings)) as session:
         while session.is_running():

@@ -19,7 +19,7 @@ from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.link import Control, ServerLink
 
-DEADLINE = 60.0
+DEADLINE = 200.0
 SPECS = [("head.weight", "F32", [40, 50]), ("head.bias", "F32", [50])]
 LAYOUT = Layout([(n, d, s) for n, d, s in SPECS], 4096)
 T = TypeVar("T")

@@ -61,12 +61,12 @@ def test_a_running_server_is_found_by_address_and_by_folder(
     server: Server, fedcore: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     for target in ([server.endpoint, "--insecure"], [server.config.run_folder]):
-        done = fedcore("status", *target, "--timeout=60", "--json")
+        done = fedcore("status", *target, "--timeout=200", "--json")
         assert done.returncode == 0, done.stderr
         reply = json.loads(done.stdout)
         assert (reply["run"], reply["phase"], reply["rounds"]) == ("t", "waiting", 2)
         assert {s["site"]: s["state"] for s in reply["sites"]} == {"a": "absent", "b": "absent"}
-    text = fedcore("status", server.endpoint, "--timeout=60", "--insecure").stdout
+    text = fedcore("status", server.endpoint, "--timeout=200", "--insecure").stdout
     assert "run t: waiting, round 0 of 2" in text or "run t: waiting, round 1 of 2" in text
     assert "absent" in text
 
@@ -93,7 +93,7 @@ def test_watching_ends_with_the_run(server: Server) -> None:
         "status",
         server.endpoint,
         "--watch",
-        "--timeout=60",
+        "--timeout=200",
         "--insecure",
     ]
     with subprocess.Popen(
@@ -102,7 +102,7 @@ def test_watching_ends_with_the_run(server: Server) -> None:
         assert watch.stdout is not None
         assert "run t: waiting" in watch.stdout.readline()
         server.stop()
-        _, err = watch.communicate(timeout=60)
+        _, err = watch.communicate(timeout=200)
     assert watch.returncode == 130
     assert "Traceback" not in err
 

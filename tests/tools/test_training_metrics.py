@@ -36,7 +36,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def shown(folder: Path | str, *options: str, status: int = 0) -> str:
-    done = CliRunner().invoke(app, ["status", str(folder), "--metrics", "--timeout=60", *options])
+    done = CliRunner().invoke(app, ["status", str(folder), "--metrics", "--timeout=200", *options])
     assert done.exit_code == status, done.output
     return done.output
 

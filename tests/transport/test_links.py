@@ -29,7 +29,7 @@ from fedcore.transport.link import Control, ServerLink, SiteLink, pump_name
 
 from ..support.ports import free_address
 
-DEADLINE = 60.0
+DEADLINE = 200.0
 
 
 @contextmanager

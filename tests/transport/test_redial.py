@@ -24,7 +24,7 @@ from fedcore.transport.link import Control, ServerLink, SiteLink, now_ms
 from ..support.ports import free_address
 from ..support.relay import Relay
 
-DEADLINE = 60.0
+DEADLINE = 200.0
 NAME = "fed.example"
 NOWHERE = "fd00::dead"
 

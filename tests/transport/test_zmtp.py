@@ -29,7 +29,7 @@ def router() -> Iterator[zmq.Socket[bytes]]:
 
 def dial(router: zmq.Socket[bytes]) -> socket.socket:
     port = int(router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
-    net = socket.create_connection(("127.0.0.1", port), timeout=60)
+    net = socket.create_connection(("127.0.0.1", port), timeout=200)
     net.sendall(opening(IDENTITY))
     return net
 
