@@ -130,11 +130,11 @@ class Host:
         )
         self._device = device
         self._linger: float | None = 0.0
+        self._interrupted, self._stopping = "", False
         self.opened: Callable[[Run], None] = lambda _: None
         self.unopened: list[str] = []
         for share in shares:
             self._add(share)
-        self._interrupted = self._stopping = False
         if endpoint_file is not None:
             place = place_of(endpoint_file)
             with partial_of(place) as partial:
@@ -207,6 +207,10 @@ class Host:
         run = Run(share.config, share.store, around)
         self.opened(run)
         self.runs.append(run)
+        if self._stopping:  # it may have come while the folder was opened
+            run.stop()
+        if self._interrupted:
+            run.interrupt(self._interrupted)
         if not self._alone:
             self.link.exchange.limit_audience(share.number, share.budget.outgoing, self._room)
             share.store.release()
@@ -245,9 +249,9 @@ class Host:
 
     def stop(self) -> None:
         """End the runs cleanly; safe from another thread or a signal handler."""
+        self._stopping = True
         for run in self.runs:
             run.stop()
-        self._stopping = True
         self.link.wake()
 
     def interrupt(self, what: str) -> None:
@@ -256,9 +260,9 @@ class Host:
         Args:
             what: ended it, such as ``"SIGTERM"``; the sites are told.
         """
+        self._interrupted = what
         for run in self.runs:
             run.interrupt(what)
-        self._interrupted = True
         self.link.wake()
 
     def step(self) -> None:

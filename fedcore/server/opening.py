@@ -11,7 +11,7 @@ from typing import Final
 from fedcore.clock import Clock
 from fedcore.config import RunConfig
 from fedcore.encoding import can_pack
-from fedcore.errors import ConfigError
+from fedcore.errors import BusyError, ConfigError
 from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.server.storage.journal import JournalLockedError
 from fedcore.server.storage.store import Store
@@ -229,6 +229,13 @@ class Opening:
                         "the run is not served yet: another process has its database in %s locked; it is served "
                         "once that is free", config.run_folder,
                     )  # fmt: skip
+            except (
+                BusyError
+            ) as error:  # as `fedcore rollback` has it, or a status that looks who has it
+                if now >= self._next_line:
+                    logger.warning(
+                        "the run is not served yet, and is once its folder is free: %s", error
+                    )
             except RunFinishedError as error:
                 logger.info("not served any more: %s", error)
                 self._leave_out(config)

@@ -16,6 +16,7 @@ from fedcore.clock import ManualClock
 from fedcore.errors import IntegrityError
 from fedcore.monitor.ask import ENDPOINT_FILE
 from fedcore.server.host import Host
+from fedcore.server.storage.lock import FolderLock
 from fedcore.server.storage.store import Store
 
 from ..support.arriving import Arriving, says
@@ -116,6 +117,40 @@ def test_a_server_that_is_ended_waits_for_no_locked_run_and_names_it(
         assert host.unopened == ["one"]
 
 
+@pytest.mark.parametrize("how", ["stop", "interrupt"])
+def test_a_server_that_is_ended_while_it_opens_a_run_ends_that_run_too(
+    tmp_path: Path, how: str
+) -> None:
+    with lock(tmp_path, "one") as other, served(tmp_path, *MODELS) as (host, link, clock):
+        host.start()
+        host.opened = lambda _: host.stop() if how == "stop" else host.interrupt("SIGTERM")
+        other.execute("COMMIT")
+        clock.advance(1.0)
+        host.step()
+        two, one = host.runs
+        assert one.end_asked == two.end_asked == (how == "stop")
+        link.recv = clock.advance
+        results = host.serve()
+    assert {result.ending for result in results} == {"stopped" if how == "stop" else "interrupted"}
+    assert how == "stop" or all("SIGTERM" in result.message for result in results)
+
+
+def test_a_run_whose_folder_is_in_use_once_its_database_is_free_is_served_after_that(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with lock(tmp_path, "one") as other, served(tmp_path, *MODELS) as (host, _, clock):
+        host.start()
+        other.execute("COMMIT")
+        with contextlib.closing(FolderLock(tmp_path / "runs/one")):
+            clock.advance(1.0)
+            host.step()
+            assert host.waiting == ["one"]
+            assert [text for text in caplog.messages if "in use by another server" in text]
+        clock.advance(1.0)
+        host.step()
+        assert [run.config.run.name for run in host.runs] == ["two", "one"]
+
+
 def test_a_run_that_cannot_be_served_once_it_is_free_is_named_and_holds_no_other_up(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,6 +166,7 @@ def test_a_run_that_cannot_be_served_once_it_is_free_is_named_and_holds_no_other
         assert answers == [(b"a", protocol.Refused), (b"c", protocol.Welcome)]
         assert [text for text in caplog.messages if "run one is not served: " in text]
         host.stop()
+        link.recv = clock.advance  # c never leaves: it is waited for
         with pytest.raises(IntegrityError, match="round-0007"):
             host.serve()
 
