@@ -78,16 +78,24 @@ class Commands:
         if not allowed:
             text = f"the run stays paused: {self._run.gates.refusal}"
             reply = protocol.CommandReply(ok=False, message=text)
+            actions = self._run.rounds.refuse("the round is refused, and the run is paused")
         elif self._stays_paused:
             reply = protocol.CommandReply(ok=False, message="the run was paused again")
         else:
             now = self._run.clock.monotonic()
             reply, actions = steer(self._run.rounds, "resume", now)
         self._stays_paused = False
+        self._answer_waiting(reply)
+        self._acting.do(actions)
+
+    def dismiss(self, why: str) -> None:
+        """Answer who waits for the gates: the run, or this server's work on it, ends before they have answered."""
+        self._answer_waiting(protocol.CommandReply(ok=False, message=why))
+
+    def _answer_waiting(self, reply: protocol.CommandReply) -> None:
         waiting, self._waiting = self._waiting, []
         for peer in waiting:
             self._answer(peer, "resume", reply)
-        self._acting.do(actions)
 
     def _answer(self, peer: bytes, action: str, reply: protocol.CommandReply) -> None:
         self._run.replies.tell(

@@ -28,7 +28,7 @@ from fedcore.words import plural
 from .acting import Acting
 from .attendance import Attendance
 from .commands import Commands
-from .ending import Ending
+from .ending import GIVEN_UP, Ending
 from .handling import Handling, stopped_by
 from .opening import is_over
 from .outcome import RunResult
@@ -155,6 +155,7 @@ class Run:
         if self.ending.idle:
             return
         if self.ending.goodbye is not None:
+            self._commands.dismiss("the run is over")
             self.ending.look()
             return
         self.attendance.check_alive()
@@ -244,11 +245,13 @@ class Run:
         if isinstance(error, RuleError) and error.trace:
             logger.error("where the rule failed:", extra={"trace": error.trace})
         self.peers.broadcast(protocol.Stopped(message=stopped_by(error)))
+        self._commands.dismiss(GIVEN_UP)
 
     def go_away(self) -> None:
         """Leave the run as a crash would, but tell the sites to wait for the next server."""
         why = f"the server was ended by {self.ending.interrupted}"
         self.peers.broadcast(protocol.Stopped(message=f"it was ended by {self.ending.interrupted}"))
+        self._commands.dismiss(f"{why}; start it again to go on with the run")
         self.ending.left = self.ending.over = True  # other runs may keep this process for a while
         try:
             self.store.leave()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from fedcore.clock import ManualClock
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.gates import RoundRequest
+from fedcore.model_file import create_model
 from fedcore.monitor.ask import StatusClient
 from fedcore.server import gates as module
 from fedcore.server.gates import Gates
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 
+from ..support.arriving import Arriving, says
 from ..support.raw_site import DEADLINE, RawSite
-from ..support.run_folders import SETTINGS, run_of
+from ..support.run_folders import LAYOUT, SETTINGS, run_of, values
 from ..support.runs import run, run_config, site
 
 NAME = "fedcore.server.gates:test_gate"
@@ -271,6 +274,67 @@ def test_an_operator_is_answered_once_the_gates_have_answered(
 
     result, _ = run(server, lambda: site(server.endpoint, "a", 1), operator)
     assert result.ok
+
+
+@contextlib.contextmanager
+def asking(
+    tmp_path: Path, answer: Callable[..., list[int]], says_no: str = ""
+) -> Iterator[tuple[Server, Arriving, threading.Event]]:
+    """Serve a run whose gate is being asked for round 1, and answers once the event is set."""
+    free = threading.Event()
+    answer(lambda _: says_no if free.wait(DEADLINE) and says_no else None)
+    model = create_model(tmp_path / "model.safetensors", LAYOUT, {"fedcore.version": "0"})
+    model.fill(lambda _: values(0))
+    plain, link = config(tmp_path), Arriving()
+    named = plain.model_copy(
+        update={"model": plain.model.model_copy(update={"initial": "model.safetensors"})}
+    )
+    server = Server(named, link=link)  # type: ignore[arg-type]
+    with contextlib.closing(server):
+        try:
+            server.start()
+            link.recv = lambda _: link.waiting.pop(0) if link.waiting else None
+            yield server, link, free
+        finally:
+            free.set()
+
+
+@pytest.mark.parametrize(
+    ("how", "text"), [("stop", "the run is over"), ("interrupt", "ended by SIGTERM")]
+)
+def test_an_operator_is_answered_also_where_the_run_ends_before_its_gates_answer(
+    tmp_path: Path, answer: Callable[..., list[int]], how: str, text: str
+) -> None:
+    with asking(tmp_path, answer) as (server, link, _):
+        link.waiting = [says("v", protocol.Command(action="resume"))]
+        server.step()
+        assert link.sent == []
+        server.stop() if how == "stop" else server.interrupt("SIGTERM")
+        server._end_what_is_asked()
+        server.step()
+        replies = [m for _, m in link.sent if isinstance(m, protocol.CommandReply)]
+        assert [(reply.ok, text in reply.message) for reply in replies] == [(False, True)]
+
+
+def test_an_update_that_comes_while_its_gate_is_asked_does_not_count_if_that_refuses(
+    tmp_path: Path, answer: Callable[..., list[int]]
+) -> None:
+    with asking(tmp_path, answer, says_no="closed") as (server, link, free):
+        run = server.runs[0]
+        join = protocol.Join(version="0", site="a", run="t", instance="0" * 32)
+        update = protocol.NamedSet(id="0" * 32, layout=run.versions.layout_hash)
+        ready = protocol.Ready(round=1, sets=[update], weight=1, run_id=run.store.run_id)
+        link.waiting = [says("a", join), says("a", ready)]
+        server.step()
+        assert run.rounds.roster.get("a").delivery is not None  # type: ignore[union-attr]
+        came = threading.Event()
+        link.wake = came.set
+        free.set()
+        assert came.wait(DEADLINE)
+        server.step()
+        (dropped,) = [m for _, m in link.sent if isinstance(m, protocol.Dropped)]
+        assert "refused" in dropped.message
+        assert run.rounds.roster.get("a").delivery is None  # type: ignore[union-attr]
 
 
 def test_a_run_file_whose_gate_cannot_be_loaded_does_not_start(tmp_path: Path) -> None:

@@ -172,6 +172,15 @@ class Rounds:
             return [again]
         return self._close_if_due() or self._pull_ahead(delivered)
 
+    def refuse(self, reason: str) -> list[Action]:
+        """The round is refused that updates came for while the run was `held`: they do not count."""
+        actions: list[Action] = []
+        for member in self._delivered() if self.held else ():
+            member.delivery = None
+            member.state = SiteState.JOINED
+            actions.append(SendDropped(member.name, self.round, reason))
+        return actions
+
     def evaluate(self) -> list[Action]:
         """Have the last model scored while the run is `held`, by those who have not scored it."""
         actions: list[Action] = []
