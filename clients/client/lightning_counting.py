@@ -66,9 +66,11 @@ def count_scored(
     Raises:
         WeightError: the batch does not say how many examples it holds, and the script has given no function.
     """
+    before = counter.mark()
     try:
         count_batch(counter, loader, batch, index)
     except WeightError as error:
+        counter.go_back(before)  # the batches of other loaders may be counted by now
         if trained.function is None:
             raise WeightError(
                 f"validation: {error}. Here the function of the batch helps, and not the number of a round"

@@ -107,6 +107,15 @@ def test_a_scored_batch_that_does_not_say_its_examples_is_counted_by_the_scripts
     assert counter.total() == 5 + 3
 
 
+def test_a_scored_batch_of_several_loaders_counts_once_where_one_part_does_not_say_its_own() -> (
+    None
+):
+    loaders, batch = [None, None], [torch.zeros(3, 2), (torch.zeros(5), torch.zeros(4, 2))]
+    counter = ExampleCounter()
+    count_scored(counter, ExampleCounter(lambda parts: len(parts[0])), loaders, batch, 0)
+    assert counter.total() == 3
+
+
 @pytest.mark.parametrize("row", [torch.zeros(5), (torch.zeros(5), torch.zeros(5))])
 def test_the_only_batch_of_a_round_counts_its_rows_though_it_is_not_full(row: Any) -> None:
     counter = ExampleCounter()
