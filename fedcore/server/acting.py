@@ -148,6 +148,7 @@ class Acting:
         done = self._run.collecting.start(
             action, self._run.peers.addresses, self._run.declaring.declared
         )
+        self._note_judged()
         if done:
             self.go_on()
 
@@ -161,16 +162,26 @@ class Acting:
         if not self._run.collecting.surveyed:
             self.do(self._run.rounds.reduced())
             return
-        verdict = self._run.collecting.judge()
-        self._run.emit(
-            UpdatesJudged(
-                round=self._run.rounds.round,
-                weights={p.site: p.weight for p in verdict.kept},
-                scores=verdict.scores,
-                measure=verdict.decision.measure,
-                base=verdict.decision.base,
+        self._run.collecting.judge()
+        self._note_judged()
+
+    def _note_judged(self) -> None:
+        """Say which updates count, where that is decided anew; the sites of the others may go."""
+        judged = self._run.collecting.judged
+        if judged is None:
+            return
+        self._run.rounds.judged(judged.left_out)
+        verdict = self._run.collecting.new_verdict()
+        if verdict is not None:
+            self._run.emit(
+                UpdatesJudged(
+                    round=self._run.rounds.round,
+                    weights={p.site: p.weight for p in verdict.kept},
+                    scores=verdict.scores,
+                    measure=verdict.decision.measure,
+                    base=verdict.decision.base,
+                )
             )
-        )
 
     def commit(self, action: Commit) -> None:
         """Commit the version whose chunks are all reduced, and tell the sites."""

@@ -69,6 +69,7 @@ class Collecting:
 
     Attributes:
         running: the collection; None before the first update and after the commit.
+        judged: what a rule of several passes has decided of the updates that are reduced; None before it has.
     """
 
     def __init__(
@@ -83,6 +84,8 @@ class Collecting:
         self._parked = False  # it waits for a decision on who takes part
         self._spill: Spill | None = None
         self._said_no_room = False
+        self.judged: Verdict | None = None
+        self._is_new = False
         self._version = -1  # that `start` was called for last
 
     def scratch(self, version: int) -> Scratch:
@@ -157,8 +160,10 @@ class Collecting:
         if verdict is not None and verdict.surveyed(action.participants):
             if not verdict.holds_for(action.participants):
                 verdict = verdict.among(rule_of(self._config), action.participants)
-                self._store.keep_verdict(action.version, verdict)
+                self._keep(verdict)
+            self.judged = verdict
             return self._start_combining(verdict, peers)
+        self.judged = None
         if verdict is not None:
             self._store.forget_verdict(action.version)
         running = self.running
@@ -203,7 +208,7 @@ class Collecting:
         """Whether updates are surveyed, and `judge` is to decide which of them count."""
         return self.running is not None and self.running.surveying and self.running.collector.done
 
-    def judge(self) -> Verdict:
+    def judge(self) -> None:
         """Decide which updates count, keep that in the journal, and reduce them.
 
         Raises:
@@ -218,10 +223,18 @@ class Collecting:
             key=running.digest_key,
             digests=running.digests,
         )
-        self._store.keep_verdict(self._version, verdict)
+        self._keep(verdict)
         running.combine(verdict.kept, verdict.decision.base)
         self._link.kick()
-        return verdict
+
+    def _keep(self, verdict: Verdict) -> None:
+        self._store.keep_verdict(self._version, verdict)
+        self.judged, self._is_new = verdict, True
+
+    def new_verdict(self) -> Verdict | None:
+        """Return what was decided since the last call; None if nothing was."""
+        found, self._is_new = self.judged if self._is_new else None, False
+        return found
 
     def verdict(self, version: int) -> Verdict | None:
         """Return what is decided of the updates of a version; None where its rule decides nothing."""
@@ -232,7 +245,7 @@ class Collecting:
     def decided(self, version: int) -> tuple[Participant, ...]:
         """Return whose updates a killed server was collecting, if it can be gone on with; else nobody's."""
         verdict = self.verdict(version)
-        return self.scratch(version).decided() if verdict is None else verdict.participants
+        return self.scratch(version).decided() if verdict is None else verdict.counted
 
     def park(self) -> None:
         """Have it wait for a decision on who takes part: the next collection may go on with what is here."""

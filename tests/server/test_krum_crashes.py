@@ -37,12 +37,12 @@ def update(name: str, round_: int) -> np.ndarray:
 class Krum:
     """A run by Krum with f = 0, on a server that is killed and started again."""
 
-    def __init__(self, folder: Path, names: str) -> None:
+    def __init__(self, folder: Path, names: str, least: int = 3) -> None:
         self.address = address = free_address()
         self.folder = folder
         (folder / "run.toml").write_text(
             f'[run]\nname = "t"\nrounds = 1\n[participants]\nsites = {list(names)}\n'
-            'min_results = 3\nidle_timeout = "10s"\n'
+            f'min_results = {least}\nidle_timeout = "10s"\n'
             '[aggregation]\nrule = "krum"\noptions = { f = 0 }\n'
             f'[server]\nlisten = "{address}"\nmemory = "96MiB"\nspill = false\ninsecure = true\n'
         )
@@ -71,7 +71,8 @@ class Krum:
         self.server.send_signal(signal.SIGKILL)
         self.server.wait(200)
         for site in self.sites.values():
-            site.forget()
+            if site.is_alive():
+                site.forget()
         at = time.monotonic()
         self._start()
         return at
@@ -117,11 +118,11 @@ class Krum:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[[str], Krum]]:
+def make(tmp_path: Path) -> Iterator[Callable[..., Krum]]:
     made: list[Krum] = []
 
-    def start(names: str) -> Krum:
-        made.append(Krum(tmp_path, names))
+    def start(names: str, least: int = 3) -> Krum:
+        made.append(Krum(tmp_path, names, least))
         return made[0]
 
     yield start
@@ -131,7 +132,7 @@ def make(tmp_path: Path) -> Iterator[Callable[[str], Krum]]:
 
 @pytest.mark.timeout(600)
 def test_a_server_killed_in_each_pass_and_between_ends_with_the_same_bytes(
-    make: Callable[[str], Krum],
+    make: Callable[..., Krum],
 ) -> None:
     run = make("abcd")
     run.spend(CHUNKS // 2)
@@ -151,7 +152,7 @@ def test_a_server_killed_in_each_pass_and_between_ends_with_the_same_bytes(
 
 @pytest.mark.timeout(600)
 def test_without_a_site_that_is_lost_in_either_pass_the_rule_decides_of_the_others(
-    make: Callable[[str], Krum],
+    make: Callable[..., Krum],
 ) -> None:
     run = make("abcde")
     run.spend(CHUNKS // 2)
@@ -174,7 +175,7 @@ def test_without_a_site_that_is_lost_in_either_pass_the_rule_decides_of_the_othe
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_site_that_sends_another_update_once_it_is_chosen_is_named_and_left_out(
-    make: Callable[[str], Krum], killed: bool
+    make: Callable[..., Krum], killed: bool
 ) -> None:
     run = make("abcd")
     run.spend(CHUNKS)
@@ -186,3 +187,20 @@ def test_a_site_that_sends_another_update_once_it_is_chosen_is_named_and_left_ou
     assert np.array_equal(made, update("b", 1))
     assert "the update of a is left out of round 1: chunk" in run.log()
     assert "is not what it was when it was asked for the first time" in run.log()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("killed", [False, True])
+def test_sites_whose_updates_do_not_count_may_go_though_a_round_needs_all(
+    make: Callable[..., Krum], killed: bool
+) -> None:
+    run = make("abcd", 4)
+    run.spend(CHUNKS)
+    run.decided(1)
+    for name in "cd":
+        run.sites[name].leave()
+    if killed:
+        run.asked(run.kill(), "a")
+    made = run.finish()
+    assert np.array_equal(made, update("a", 1))
+    assert run.log().count(DECIDED) == 1

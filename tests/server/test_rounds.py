@@ -21,7 +21,7 @@ from fedcore.server.rounds.actions import (
 from fedcore.server.rounds.participation import Delivery, SiteState
 from fedcore.server.rounds.rounds import Phase, Rounds
 
-from .playing import ahead, join_all, machine, part, trained, update
+from .playing import ahead, collecting, join_all, machine, part, trained, update
 
 
 def test_an_update_that_counted_and_is_announced_again_is_not_called_late() -> None:
@@ -365,3 +365,29 @@ def test_who_joined_and_was_not_lost_is_there_whosever_update_is_invalid(seed: i
         if rounds.over:
             break
         assert {member.name for member in rounds.roster if member.alive} == there
+
+
+def test_a_site_whose_update_does_not_count_may_go_once_that_is_decided() -> None:
+    rounds = machine(["a", "b", "c"])
+    join_all(rounds, "a", "b", "c")
+    for site in "abc":
+        actions = rounds.ready(site, 1, update(site))
+    assert actions == [StartCollect(1, collecting("abc"))]
+    rounds.judged(["b", "c"])
+    assert rounds.lost("c", "gone", 2) == []
+    assert not rounds.too_slow("b", 200)  # without it there would be too few
+    assert rounds.reduced() == [Commit(1, collecting("abc"))]
+
+
+def test_a_site_whose_update_counts_is_waited_for_if_too_few_are_left() -> None:
+    rounds = machine(["a", "b", "c"], quorum=2)
+    join_all(rounds, "a", "b", "c")
+    for site in "abc":
+        rounds.ready(site, 1, update(site))
+    rounds.judged(["b", "c"])
+    assert rounds.lost("c", "gone", 2) == []
+    assert not rounds.too_slow("a", 200)
+    assert rounds.lost("a", "gone", 2) == [HoldCollect()]
+    assert rounds.joined("a", "a", 3) == [SendTask("a", "train", 1)]
+    assert rounds.ready("a", 1, update("a")) == [StartCollect(1, collecting("ab"))]
+    assert rounds.lost("b", "gone", 4) == [HoldCollect()]  # nothing is decided of these two

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from fedcore.errors import ConfigError
+from fedcore.errors import RuleError
 from fedcore.rules.python import load_rule
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.rounds.verdicts import Verdict, decide
@@ -60,5 +60,11 @@ def test_without_one_that_counts_it_is_decided_as_if_that_had_never_been_surveye
     assert again.kept_digests == tuple(
         made.digests[NAMES.index(known.site)] for known in again.kept
     )
-    with pytest.raises(ConfigError, match="at least 3"):
+    with pytest.raises(RuleError, match="at least 3"):
         made.among(KRUM, SITES[:2])
+
+
+def test_updates_too_far_apart_for_a_rule_end_the_run_as_its_failure() -> None:
+    rule, two = load_rule("rfa", {}), [Participant(name, name * 32, 1) for name in "ab"]
+    with pytest.raises(RuleError, match="beyond binary64"):
+        decide(rule, two, squares((0.0, math.inf, 0.0)))

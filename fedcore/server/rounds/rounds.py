@@ -94,6 +94,7 @@ class Rounds:
         if version is not None and version >= rounds:
             self.phase = Phase.EVALUATING
         self.collecting: tuple[Participant, ...] = ()
+        self._left_out: frozenset[str] = frozenset()  # of those that are collected
         self.paused = False
         self._started: float | None = None
         self._return_by: float | None = None
@@ -313,7 +314,7 @@ class Rounds:
             self.collecting = ()
             return [HoldCollect(), *self._choose_first(now)]
         if self.phase is Phase.AGGREGATING and any(p.site == site for p in self.collecting):
-            return self._recollect(now)
+            return [] if site in self._left_out else self._recollect(now)
         if self.phase is Phase.EVALUATING:
             return self._end_if_evaluated()
         return self._choose(now) + self._close_if_due()
@@ -338,15 +339,20 @@ class Rounds:
         deadline = self.deadline
         return deadline is not None and now >= deadline and bool(self.collecting)
 
+    def judged(self, left_out: Sequence[str]) -> None:
+        """It is decided which of the updates that are collected do not count: their sites may go now."""
+        self._left_out = frozenset(left_out)
+
     def too_slow(self, site: str, now: float) -> list[Action]:
         """A site that is pulled after the deadline sends too little: the round goes on without it, if it can."""
         others = [p for p in self.collecting if p.site != site]
+        there = {member.name for member in self._delivered()}
         if self.phase is Phase.INITIAL:
             enough = any(
                 m.alive and m.declared and not m.unfit and m.name != site for m in self.roster
             )
         else:
-            enough = len(others) >= self.quorum
+            enough = sum(p.site in there for p in others) >= self.quorum
         if not enough or len(others) == len(self.collecting):
             return []
         return self.rejected(
@@ -541,7 +547,7 @@ class Rounds:
         if self.phase is not Phase.INITIAL:
             self.phase = Phase.AGGREGATING
         self._decided = ()
-        self.collecting = _offers(members)
+        self.collecting, self._left_out = _offers(members), frozenset()
         for member in members:
             member.state = SiteState.UPLOADING
         return StartCollect(0 if self.version is None else self.version + 1, self.collecting)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedcore.errors import RuleError
+from fedcore.errors import ConfigError, RuleError
 from fedcore.rules import Rule
 from fedcore.rules.deciding import Decision, Squares
 
@@ -49,6 +49,12 @@ class Verdict:
         return tuple(replace(known, weight=weight) for known, weight in found if weight)
 
     @property
+    def counted(self) -> tuple[Participant, ...]:
+        """Whose updates count, with their numbers of examples."""
+        found = zip(self.participants, self.decision.weights, strict=True)
+        return tuple(known for known, weight in found if weight)
+
+    @property
     def scores(self) -> dict[str, float]:
         """The score of each site."""
         sites = (known.site for known in self.participants)
@@ -74,8 +80,7 @@ class Verdict:
         """Return what is decided of some of the updates, in canonical order.
 
         Raises:
-            ConfigError: they are too few for the rule.
-            RuleError: none of them counts.
+            RuleError: as `decide`.
         """
         rows = [k for k, known in enumerate(self.participants) if known in participants]
         known = tuple(self.participants[k] for k in rows)
@@ -151,12 +156,14 @@ def decide(
         squares: their squared distances, and those of the model that they start from, the last row.
 
     Raises:
-        ConfigError: they are too few for the rule.
-        RuleError: none of them counts.
+        RuleError: none of them counts, they are too few for the rule, or too far apart for it.
     """
     assert rule.several is not None
     weights = rule.weighing.of([known.weight for known in participants])
-    decision = rule.several.decide(squares, weights, rule.settings)
+    try:
+        decision = rule.several.decide(squares, weights, rule.settings)
+    except ConfigError as error:  # the run's settings are right: it is for these updates
+        raise RuleError(str(error)) from None
     if not any(decision.weights):
         raise RuleError(f"the rule {rule.name!r} leaves out the updates of all sites")
     return Verdict(rule.recorded, tuple(participants), decision, tuple(map(tuple, squares)))
