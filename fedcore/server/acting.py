@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from fedcore import protocol
@@ -22,6 +22,7 @@ from fedcore.server.rounds.actions import (
     EndRun,
     GiveUp,
     HoldCollect,
+    Participant,
     PullAhead,
     SendDropped,
     SendTask,
@@ -173,6 +174,7 @@ class Acting:
         self._run.rounds.judged(judged.left_out)
         verdict = self._run.collecting.new_verdict()
         if verdict is not None:
+            self._weigh(verdict.participants, self._run.rounds.round)
             self._run.emit(
                 UpdatesJudged(
                     round=self._run.rounds.round,
@@ -200,7 +202,7 @@ class Acting:
         participants = action.participants if verdict is None else verdict.kept
         weights = {p.site: float(p.weight) for p in participants}
         if verdict is None:
-            weights = self._weights_of(action) if action.version else {}
+            weights = self._weigh(action.participants, action.version) if action.version else {}
         seconds = self._run.clock.monotonic() - self._round_started
         row = VersionRow(
             action.version, "", "", model.layout.total_bytes, seconds, weights, verdict
@@ -237,20 +239,20 @@ class Acting:
             self._export_best()
             self._run.outcome.prune()
 
-    def _weights_of(self, action: Commit) -> dict[str, float]:
-        """Return the effective weights of a version's participants, and say whose share was bounded."""
+    def _weigh(self, participants: Sequence[Participant], round_: int) -> dict[str, float]:
+        """Return the effective weights of a round's participants, and say whose share was bounded."""
         weighing = rule_of(self._run.config).weighing
-        found = weighing.of([p.weight for p in action.participants])
+        found = weighing.of([p.weight for p in participants])
         if weighing.max_share is not None:
-            total = sum(p.weight for p in action.participants)
-            for participant, weight in zip(action.participants, found, strict=True):
+            total = sum(p.weight for p in participants)
+            for participant, weight in zip(participants, found, strict=True):
                 if weight < participant.weight:
                     logger.info(
                         "round %d: %s counts for %.4g %% by aggregation.max_share; its examples are %.4g %%",
-                        action.version, participant.site, 100 * weight / sum(found),
+                        round_, participant.site, 100 * weight / sum(found),
                         100 * participant.weight / total,
                     )  # fmt: skip
-        return {p.site: weight for p, weight in zip(action.participants, found, strict=True)}
+        return {p.site: weight for p, weight in zip(participants, found, strict=True)}
 
     def _export_best(self) -> None:
         before = self._run.outcome.best

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from fedcore import protocol
 from fedcore._core import Exchange, Layout
@@ -104,7 +105,8 @@ class GatedSite(threading.Thread):
         self._net.setsockopt(zmq.ROUTING_ID, self._machine.instance.bytes)
         self._net.setsockopt(zmq.RECONNECT_IVL, 100)
         self._net.setsockopt(zmq.LINGER, 500)
-        monitor, over = self._net.get_monitor_socket(zmq.EVENT_DISCONNECTED), False
+        connected = False
+        monitor = self._net.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
         self._net.connect(self._address)
         self._machine.join(time.monotonic())
         while not self._stopping and not self.finished:
@@ -115,12 +117,10 @@ class GatedSite(threading.Thread):
             self._carry_out()
             self._exchange.tick(now_ms())
             self._send_data()
-            if self._forgetting and not over:
-                over = bool(monitor.poll(0) and monitor.recv_multipart())
-            elif self._forgetting and not self._net.poll(
-                0
-            ):  # all that the last server asked for is here
-                over = False
+            while monitor.poll(0):
+                connected = recv_monitor_message(monitor)["event"] == zmq.EVENT_CONNECTED
+            # All that the last server asked for is here once its connection has ended.
+            if self._forgetting and not connected and not self._net.poll(0):
                 with self.changed:
                     self._held.clear()
                     self._forgetting = False

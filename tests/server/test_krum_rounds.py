@@ -148,6 +148,17 @@ def test_a_rule_that_weighs_or_shortens_the_step_has_the_bytes_of_files(
     assert bytes(open_model(store.path(1)).view("w")) == wanted
 
 
+def test_the_log_names_sites_whose_share_is_bounded_before_a_rule_decides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    chosen = {"rule": "rfa", "weights": "examples", "max_share": 0.3}
+    server = Server(config(tmp_path, 5, aggregation=chosen, run={"name": "t", "rounds": 1}))
+    result, _ = run(server, *sites_of(server, "abcde"))
+    assert result.ok
+    assert caplog.text.count("e counts for 30 % by aggregation.max_share") == 1
+
+
 @pytest.mark.parametrize("encoding", ["int8", "nf4"])
 def test_a_run_with_encoded_updates_momentum_and_little_memory_has_the_same_bytes(
     encoding: str, tmp_path: Path
