@@ -227,8 +227,9 @@ def _names(names: Iterable[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+_ALL: Final[tuple[Rule | SeveralPasses, ...]] = (*RULES.values(), *SEVERAL.values())
 _UNWEIGHTED: Final = "weights do not count in it; leave it out, or use rule = " + _names(
-    rule.name for rule in RULES.values() if rule.weighted
+    rule.name for rule in _ALL if rule.weighted
 )
 
 _CHECKS: Final[tuple[Callable[[Choices], Conflict | None], ...]] = (

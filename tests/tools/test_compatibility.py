@@ -88,3 +88,13 @@ def test_what_a_refusal_names_as_working_does(update: str) -> None:
         assert not found
     for name in re.findall(r"rule = '(\w+)'$", "".join(conflict.reason for conflict in found)):
         assert not conflicts(Choices(rule=name, update=update))
+
+
+def test_a_refusal_of_weights_names_each_rule_that_weighs_and_no_other() -> None:
+    (found,) = conflicts(Choices(rule="krum", weights="examples"))
+    named = set(re.findall(r"'([\w-]+)'", found.reason.partition("use rule = ")[2]))
+    weighs = {
+        name for name in (*RULES, *SEVERAL) if not conflicts(Choices(rule=name, weights="examples"))
+    }
+    assert named == weighs
+    assert "rfa" in named
