@@ -62,6 +62,10 @@ PLANS: dict[str, dict[str, Any]] = {
             "optimizer": {"name": "adam"},
         }
     },
+    "Krum of int8": {
+        "aggregation": {"rule": "krum", "options": {"f": 0}},
+        "transfer": {"update": "int8"},
+    },
 }
 
 
