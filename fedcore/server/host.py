@@ -45,6 +45,8 @@ _MOST_TOGETHER: Final = 256
 _UNASKED: Final = 64 << 20
 _FromOutside = protocol.StatusRequest | protocol.MetricsRequest | protocol.Command
 """What needs no part in a run."""
+_SAID_ONCE: Final = (protocol.Score, protocol.Answer, protocol.Leave)
+"""What a site does not send again by itself."""
 _WHICH_RUN: Final = (
     "this server has several runs, and this names none of them that it belongs to: a site names its run by "
     "FEDCORE_RUN, its kit or run=... in its script, and a command by the run's folder, or by its id behind the "
@@ -379,12 +381,18 @@ class Host:
             self._admit(arrived.peer, message, len(arrived.body))
 
     def _lose(self, run: Run, lost: Control) -> None:
-        """A message finds no room to wait. What needs an answer is sent again, logged values are not."""
+        """A message finds no room to wait. What needs an answer is sent again, logged values are not.
+
+        Nor are scores, answers and leaves: the last one of each site waits all the same.
+        """
         known = run.peers.get(lost.peer)
         with contextlib.suppress(ProtocolError):
             message = protocol.decode_from_site(lost.body)
             if known is not None and isinstance(message, protocol.Log):
                 self._turns.lose(run, known.site, len(message.metrics))
+            elif known is not None and isinstance(message, _SAID_ONCE):
+                key = (known.site, type(message))
+                self._turns.do(run, functools.partial(self._take, lost), key)
 
     def _on_event(self, event: DataEvent) -> None:
         """Hand an event to its run; what is of none, as of a collection that has ended, is dropped there."""

@@ -292,6 +292,30 @@ def test_logged_values_that_find_no_room_while_a_run_is_locked_are_counted_and_n
     assert sum("4 values that it logged are lost" in text for text in caplog.messages) == 1
 
 
+def test_the_last_score_of_a_site_waits_for_a_locked_run_however_much_waits_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedcore.server.turns._MOST_PUT_OFF", 1)
+    with two_runs(tmp_path) as (host, link, other):
+        one = host.runs[0]
+        link.waiting = [joins("a", "one")]
+        host.step()
+        other.execute("BEGIN EXCLUSIVE")
+        run_id, handled = one.store.run_id, []
+        log = protocol.Log(round=1, step=1, metrics={"loss": 0.5}, run_id=run_id)
+        scores = [
+            protocol.Score(version=0, metrics={"loss": value}, examples=1, run_id=run_id)
+            for value in (1.0, 2.0, 3.0)
+        ]
+        link.waiting = [says("a", log), *(says("a", score) for score in scores)]
+        host.step()
+        assert len(host._turns._put_off[one].acts) == 2
+        monkeypatch.setattr(one, "handle", lambda _, message: handled.append(message))
+        other.execute("COMMIT")
+        host.step()
+    assert handled == [log, scores[-1]]
+
+
 def test_ends_of_floods_in_a_locked_run_take_no_more_room_however_many_come(
     tmp_path: Path,
 ) -> None:
