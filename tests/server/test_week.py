@@ -86,7 +86,7 @@ def test_a_week_of_troubles_ends_twice_with_the_same_bytes(tmp_path: Path, plan:
     seeds = {"first": 1, "again": 1, "other": 2}
     # In so many rounds more than half of the sites are away for 30 minutes at some time.
     lives = {
-        name: lived(tmp_path / name, seed, 350, "4h", **PLANS[plan]) for name, seed in seeds.items()
+        name: lived(tmp_path / name, seed, 500, "4h", **PLANS[plan]) for name, seed in seeds.items()
     }
     print({name: (world.troubles, digest) for name, (world, digest) in lives.items()})
     assert min(world.clock.monotonic() for world, _ in lives.values()) > 7 * 24 * HOUR
