@@ -161,14 +161,7 @@ def swing_report(
     (folder / "swing.md").write_text(table, encoding="utf-8")
     console.print(table, highlight=False, soft_wrap=True)
     draw_swing(found, folder / "swing.png")
-    content = {
-        "settings": asdict(settings),
-        "model": Path(str(source.model)).name,
-        "data": source.name,
-        "rows": rows,
-        "runs": found,
-    }
-    write(folder / "swing.json", content)
+    write(folder / "swing.json", {**_made_from(settings, source), "rows": rows, "runs": found})
 
 
 def liars_report(
@@ -188,14 +181,13 @@ def liars_report(
     table = markdown(["rule", *attacks], lines)
     (folder / "liars.md").write_text(table, encoding="utf-8")
     console.print(table, highlight=False, soft_wrap=True)
-    content = {
-        "settings": asdict(settings),
-        "model": Path(str(source.model)).name,
-        "data": source.name,
-        "rows": rows,
-        "runs": found,
-    }
-    write(folder / "liars.json", content)
+    write(folder / "liars.json", {**_made_from(settings, source), "rows": rows, "runs": found})
+
+
+def _made_from(settings: Settings, source: Source) -> dict[str, Any]:
+    """Return what a report says of its settings, model and data."""
+    model = Path(str(source.model)).name
+    return {"settings": asdict(settings), "model": model, "data": source.name}
 
 
 def _within(found: Mapping[str, Any]) -> str:
