@@ -75,6 +75,14 @@ def pair_distances(
     progress: Callable[[int], None],
 ) -> tuple[list[float], tuple[int, int, int] | None]: ...
 def weigh(examples: Sequence[float], equal: bool, max_share: int) -> list[float]: ...
+def recompress(
+    terms: Sequence[tuple[float, Buffer, Buffer] | tuple[float, Buffer, Buffer, str]], max_rank: int
+) -> tuple[Any, Any, Any, dict[str, Any]]: ...
+def factor_error(
+    weights: Sequence[float],
+    pairs: Sequence[tuple[Buffer, Buffer] | tuple[Buffer, Buffer, str]],
+    base: tuple[Buffer, Buffer] | tuple[Buffer, Buffer, str] | None = None,
+) -> tuple[float, float, float]: ...
 
 class Layout:
     def __init__(

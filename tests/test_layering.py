@@ -144,7 +144,17 @@ def test_the_core_includes_python_in_its_bindings_alone() -> None:
         assert not foreign or binding, path.name
 
 
-CORE_FLOORS = ("base", "format", "kernels", "codec", "reduce", "collect", "transfer", "python")
+CORE_FLOORS = (
+    "base",
+    "format",
+    "kernels",
+    "codec",
+    "factors",
+    "reduce",
+    "collect",
+    "transfer",
+    "python",
+)
 
 
 def test_the_folders_of_the_core_include_only_what_is_below_them() -> None:

@@ -504,6 +504,7 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   bind_resume(m);
   bind_rules(m);
   bind_finishing(m);
+  bind_factors(m);
   bind_events(m);
   bind_exchange(m);
 }

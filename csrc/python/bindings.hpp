@@ -92,6 +92,8 @@ py::object to_python(const Event& event);
 void bind_events(py::module_& m);
 // Adds the classes CollectorOptions, Collector and Exchange; those of their arguments must be there.
 void bind_exchange(py::module_& m);
+// Adds recompress() and factor_error().
+void bind_factors(py::module_& m);
 // Adds the class Finisher; Layout and MappedFile must be there.
 void bind_finishing(py::module_& m);
 // A rule by its name, a pair of a name and a dict of its options, or an object of the class PythonRule

@@ -1,0 +1,62 @@
+// TiledQr: the triangle R of one side of a stack, and Q times a few columns.
+//
+// Householder reflections in binary64, without pivoting. The rows come in tiles that fit a processor's
+// cache: the first one is reduced alone, and each other one together with the triangle so far (Golub
+// and Van Loan, Matrix Computations, 5.1 and 12.2). Columns of very different norms do not spoil each
+// other. The numbers depend on the stack alone. Not thread-safe. Memory: a tile, or where Q is kept,
+// columns x rows binary64 numbers. Cost: 2 x rows x columns^2 operations.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "factors/loops.hpp"
+#include "factors/stack.hpp"
+
+namespace fedcore::factors {
+
+inline constexpr std::size_t kTileRows = 512;
+
+// Rows of the first tile, and the distance of columns in a tile of so many rows: no power of two, so that
+// the columns do not share the same places of a cache.
+std::size_t first_tile_rows(std::uint64_t rows, std::size_t columns) noexcept;
+constexpr std::size_t tile_stride(std::size_t rows) noexcept { return padded(rows) + kLanes; }
+
+class TiledQr {
+ public:
+  // Reads a side of the stack. `keep`: whether apply() is going to be called.
+  TiledQr(const Stack& stack, Side side, bool keep);
+
+  // R has height() rows of columns() numbers, `stride()` apart; what is below the diagonal is 0.
+  std::size_t height() const noexcept { return height_; }
+  std::size_t stride() const noexcept { return stride_; }
+  const double* row(std::size_t i) const noexcept { return r_.data() + i * stride_; }
+
+  // Q times a matrix of height() rows of `columns` numbers, `stride` apart. `take` gets it in pieces of
+  // rows, the last ones first: columns, `stride` apart.
+  using Take = std::function<void(std::uint64_t first, std::size_t rows, const double* columns,
+                                  std::size_t stride)>;
+  void apply(std::vector<double> top, std::size_t columns, std::size_t stride,
+             const Take& take) const;
+
+ private:
+  struct Tile {
+    std::uint64_t first;
+    std::size_t rows, stride;
+    std::vector<double> vectors;  // first columns, then what each reflection has in the tile
+    std::vector<double> tops;     // what it has in the row of the triangle
+    std::vector<double> factors;  // 0: there is none
+  };
+
+  void reduce_first(Tile& tile);
+  void reduce(Tile& tile);
+
+  const Loops& loops_;
+  std::size_t columns_, height_, stride_;
+  std::vector<double> r_, by_;
+  std::vector<Tile> tiles_;
+};
+
+}  // namespace fedcore::factors

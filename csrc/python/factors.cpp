@@ -1,0 +1,190 @@
+// Products of factors in the module fedcore._core: recompress() and factor_error(), of arrays.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.hpp"
+#include "codec/element.hpp"
+#include "factors/figure.hpp"
+#include "factors/recompress.hpp"
+#include "python/bindings.hpp"
+
+namespace fedcore {
+namespace {
+
+// A factor: a matrix of floats whose rows lie one after the other.
+class Matrix {
+ public:
+  Matrix(const py::buffer& array, const std::optional<std::string>& dtype, const std::string& name)
+      : bytes_(std::make_shared<Bytes>(array)) {
+    const py::buffer_info info = array.request();
+    if (info.ndim != 2) {
+      throw Error(Errc::kLayout, name + " has " + std::to_string(info.ndim) + " axes; expected 2");
+    }
+    rows_ = static_cast<std::uint64_t>(info.shape[0]);
+    columns_ = static_cast<std::uint64_t>(info.shape[1]);
+    dtype_ = dtype ? parse_dtype(*dtype) : dtype_of(info.format, name);
+    if (!is_float(dtype_) || item_size(dtype_) != static_cast<std::size_t>(info.itemsize)) {
+      throw Error(Errc::kLayout, name + ": its elements are not of a float dtype");
+    }
+  }
+
+  std::uint64_t rows() const noexcept { return rows_; }
+  std::uint64_t columns() const noexcept { return columns_; }
+
+  factors::Reader reader() const {
+    return [bytes = bytes_, dtype = dtype_](std::uint64_t first, std::size_t count, double* to) {
+      with_float(dtype, [&]<typename T>(T, double) {
+        for (std::size_t i = 0; i < count; ++i) {
+          to[i] = T::read(bytes->data(), first + i);
+        }
+      });
+    };
+  }
+
+ private:
+  static Dtype dtype_of(const std::string& format, const std::string& name) {
+    const char kind = format.empty() ? '?' : format.back();
+    switch (kind) {
+      case 'd':
+        return Dtype::kF64;
+      case 'f':
+        return Dtype::kF32;
+      case 'e':
+        return Dtype::kF16;
+      default:
+        throw Error(Errc::kLayout, name + ": its elements are not of a float dtype");
+    }
+  }
+
+  std::shared_ptr<Bytes> bytes_;
+  std::uint64_t rows_, columns_;
+  Dtype dtype_;
+};
+
+// Terms, and the shape of their products.
+class Terms {
+ public:
+  void add(double scale, const py::buffer& b, const py::buffer& a,
+           const std::optional<std::string>& dtype) {
+    const std::string name = "term " + std::to_string(terms_.size());
+    const Matrix left(b, dtype, "B of " + name), right(a, dtype, "A of " + name);
+    if (terms_.empty()) {
+      shape_ = {left.rows(), right.columns()};
+    }
+    if (left.rows() != shape_.rows || right.columns() != shape_.columns ||
+        left.columns() != right.rows()) {
+      throw Error(Errc::kLayout, name + ": the shapes of B, A and the other terms do not fit");
+    }
+    terms_.push_back(
+        {scale, static_cast<std::size_t>(left.columns()), left.reader(), right.reader()});
+  }
+
+  // (scale, B, A), or (scale, B, A, dtype).
+  void add(const py::tuple& term) {
+    if (term.size() != 3 && term.size() != 4) {
+      throw Error(Errc::kLayout, "a term is (scale, B, A) or (scale, B, A, dtype)");
+    }
+    std::optional<std::string> dtype;
+    if (term.size() == 4 && !term[3].is_none()) {
+      dtype = term[3].cast<std::string>();
+    }
+    add(term[0].cast<double>(), term[1].cast<py::buffer>(), term[2].cast<py::buffer>(), dtype);
+  }
+
+  factors::Shape shape() const noexcept { return shape_; }
+  const std::vector<factors::Term>& all() const noexcept { return terms_; }
+
+ private:
+  factors::Shape shape_{};
+  std::vector<factors::Term> terms_;
+};
+
+py::array_t<double> array_of(const std::vector<double>& values, std::vector<py::ssize_t> shape) {
+  py::array_t<double> out(std::move(shape));
+  if (!values.empty()) {
+    std::memcpy(out.mutable_data(), values.data(), values.size() * sizeof(double));
+  }
+  return out;
+}
+
+py::tuple py_recompress(const std::vector<py::tuple>& terms, std::size_t max_rank) {
+  Terms checked;
+  for (const py::tuple& term : terms) {
+    checked.add(term);
+  }
+  if (terms.empty() || max_rank == 0) {
+    throw Error(Errc::kConfig, "recompress needs a term and a rank of at least 1");
+  }
+  factors::Factors out;
+  {
+    const py::gil_scoped_release release;
+    out = factors::recompress(checked.shape(), checked.all(), max_rank);
+  }
+  const auto rank = static_cast<py::ssize_t>(out.rank);
+  py::dict info;
+  info["norm"] = out.norm;
+  info["cut"] = out.cut;
+  info["rank"] = out.kept;
+  return py::make_tuple(array_of(out.b, {static_cast<py::ssize_t>(checked.shape().rows), rank}),
+                        array_of(out.a, {rank, static_cast<py::ssize_t>(checked.shape().columns)}),
+                        array_of(out.sigma, {rank}), info);
+}
+
+py::tuple py_factor_error(const std::vector<double>& weights, const std::vector<py::tuple>& pairs,
+                          const std::optional<py::tuple>& base) {
+  if (weights.size() != pairs.size()) {
+    throw Error(Errc::kWeight, "there must be one weight per pair");
+  }
+  Terms checked;
+  for (std::size_t k = 0; k < pairs.size(); ++k) {
+    checked.add(py::reinterpret_steal<py::tuple>(
+        PySequence_Concat(py::make_tuple(weights[k]).ptr(), pairs[k].ptr())));
+  }
+  std::vector<factors::Term> terms = checked.all();
+  std::optional<factors::Term> of_base;
+  if (base) {
+    checked.add(py::reinterpret_steal<py::tuple>(
+        PySequence_Concat(py::make_tuple(1.0).ptr(), base->ptr())));
+    of_base = checked.all().back();
+  }
+  factors::Figure out{};
+  {
+    const py::gil_scoped_release release;
+    out = factors::figure(checked.shape(), terms, of_base ? &*of_base : nullptr);
+  }
+  return py::make_tuple(out.sum, out.error, out.change);
+}
+
+}  // namespace
+
+void bind_factors(py::module_& m) {
+  m.def("recompress", &py_recompress, py::arg("terms"), py::arg("max_rank"),
+        "The best product B @ A of rank min(max_rank, rows, columns) of the sum of scale * B @ A "
+        "over "
+        "terms (scale, B, A) or (scale, B, A, dtype). Arrays are of F64, F32 or F16, or of what "
+        "dtype "
+        "names, such as 16-bit words for 'BF16'. Returns B, A and the singular values in binary64, "
+        "and a "
+        "dict: `norm` of the whole sum, `cut` of what was left out, numerical `rank` that was "
+        "kept. Rows "
+        "of A are orthonormal, columns of B have the singular values as norms. LayoutError for "
+        "shapes "
+        "that do not fit, NonFiniteError that names the term.");
+  m.def("factor_error", &py_factor_error, py::arg("weights"), py::arg("pairs"),
+        py::arg("base") = std::nullopt,
+        "How wrong the product of the means is, for pairs (B, A) or (B, A, dtype) with their scale "
+        "in B: "
+        "the norms of the weighted mean of the products, of its difference to mean(B) @ mean(A), "
+        "and of "
+        "its difference to `base`, a pair too. A factor of lower rank is filled up with zeros.");
+}
+
+}  // namespace fedcore
