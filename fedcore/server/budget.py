@@ -14,7 +14,6 @@ from fedcore._core import rule_scratch, survey_scratch
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
-from fedcore.rules import Rule
 from fedcore.rules.finishers import find_finisher
 from fedcore.transport.open_files import require_files
 from fedcore.words import plural
@@ -57,6 +56,7 @@ class Budget:
         control: control messages that wait to be handled, of all sites together.
         control_per_peer: the same of one peer.
         chunk_bytes: how large a chunk is.
+        spill: the run may have a spill file: its chunks have room when they are read back.
     """
 
     chunks: int
@@ -64,6 +64,7 @@ class Budget:
     control: int
     control_per_peer: int
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    spill: bool = True
 
     @classmethod
     def of(
@@ -106,7 +107,7 @@ class Budget:
         folded = chunks < sites * chunk_bytes
         if spill and (folded or chunks >= sites * chunk_bytes + read_back):
             chunks -= min(read_back, chunks - least) if folded else read_back
-        return cls(chunks, outgoing, control, control // 2, chunk_bytes)
+        return cls(chunks, outgoing, control, control // 2, chunk_bytes, spill)
 
     @classmethod
     def of_run(
@@ -115,7 +116,8 @@ class Budget:
         """Divide a run's memory for its sites and its rule.
 
         A rule that does not fold needs a chunk of each of a round's updates at the same time, and as many more
-        that are read back where there is a spill file. Chunks are smaller then, as far as they must be.
+        that are read back where there is a spill file. Chunks are smaller then, as far as they must be. Where even
+        these do not fit, the run goes without a spill file: sites that are ahead are held back.
 
         Args:
             config: the run's.
@@ -135,14 +137,16 @@ class Budget:
             return divided
         sizes = _CHUNK_SIZES if chunk_bytes is None else (chunk_bytes,)
 
-        def found(memory: int) -> Budget | None:
-            budgets = (cls._together(config, rule, memory, encrypted, size) for size in sizes)
+        def found(memory: int, spill: bool) -> Budget | None:
+            budgets = (cls._together(config, memory, encrypted, size, spill) for size in sizes)
             return next(filter(None, budgets), None)
 
-        budget = found(memory)
+        budget = found(memory, config.server.spill) or found(memory, spill=False)
         if budget is None:
             enough = range(_MOST_MIB)
-            least = bisect.bisect_left(enough, True, key=lambda mib: found(mib << 20) is not None)
+            least = bisect.bisect_left(
+                enough, True, key=lambda mib: found(mib << 20, spill=False) is not None
+            )
             raise ConfigError(
                 f"server.memory = {memory >> 20}MiB is too little for aggregation.rule = {rule.name!r}, which "
                 f"needs a chunk of the updates of all {config.participants.trained} sites at the same time; it "
@@ -181,26 +185,32 @@ class Budget:
 
     @classmethod
     def _together(
-        cls, config: RunConfig, rule: Rule, memory: int, encrypted: bool, size: int
+        cls, config: RunConfig, memory: int, encrypted: bool, size: int, spill: bool
     ) -> Budget | None:
-        """Return a budget that holds a chunk of each update at the same time; None if there is none."""
+        """Return a budget that holds a chunk of each update at the same time; None if there is none.
+
+        With ``spill`` it also holds a chunk of each that is read back.
+        """
         try:
             budget = cls._of_config(config, memory, encrypted, size)
         except ConfigError:
             return None
+        rule = rule_of(config)
         updates, encoded = config.participants.trained, config.transfer.update != "raw"
         kept = _states(config)
         per_thread = rule_scratch(rule.core, updates) + encoded * updates * _DECODED_BYTES
         per_thread += rule_scratch("mean", updates)  # of buffers
         if rule.several is not None:
             per_thread += survey_scratch(updates, size)
-        read_back = updates * size if config.server.spill else 0
+        read_back = updates * size if spill else 0
         chunks = budget.chunks - read_back - config.reducer_threads * per_thread
         added = encoded or kept is not None or rule.several is not None
         beside = min(_BASE_BYTES, chunks // 16) + size if added else 0
         if kept is not None:  # its states, and the master
             beside += _STATE_CHUNKS * (kept + 1) * size
-        return replace(budget, chunks=chunks) if chunks >= updates * size + beside else None
+        if chunks < updates * size + beside:
+            return None
+        return replace(budget, chunks=chunks, spill=spill)
 
 
 def _finisher(config: RunConfig) -> str:

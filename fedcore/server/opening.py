@@ -108,7 +108,7 @@ class Share:
     """A run that is to be served, and its part of the host's memory.
 
     Attributes:
-        config: the run file, with the run's part of ``server.memory``.
+        config: the run file, with the run's part of ``server.memory``; without a spill file if that has no room.
         store: its folder, opened.
         budget: how its part of the memory is divided.
         number: the run's at its host, from 1.
@@ -118,6 +118,10 @@ class Share:
     store: Store
     budget: Budget
     number: int
+
+
+def _with_server(config: RunConfig, **settings: object) -> RunConfig:
+    return config.model_copy(update={"server": config.server.model_copy(update=settings)})
 
 
 def check_alike(configs: Sequence[RunConfig]) -> None:
@@ -266,8 +270,7 @@ class Opening:
     def _open(self, config: RunConfig) -> Share | None:
         """Open a run's folder; None if its journal is locked."""
         number, alone = self._numbers[config.run.name], self._runs == 1
-        part = {"memory": config.server.memory // self._runs}
-        mine = config.model_copy(update={"server": config.server.model_copy(update=part)})
+        mine = _with_server(config, memory=config.server.memory // self._runs)
         try:
             budget = self.budgets[number] = Budget.of_run(mine, encrypted=self._encrypted)
             size = budget.chunk_bytes
@@ -290,4 +293,11 @@ class Opening:
             raise ConfigError(text) from None
         self.budgets[number] = budget
         self._waiting.remove(config)
+        if mine.server.spill and not budget.spill:
+            logger.warning(
+                "server.memory = %dMiB holds a chunk of each of %d updates, but not as many that are read back "
+                "from a spill file: nothing is spilled, and sites that are ahead are held back; twice the memory "
+                "is enough for both", mine.server.memory >> 20, config.participants.trained,
+            )  # fmt: skip
+            mine = _with_server(mine, spill=False)
         return Share(mine, store, budget, number)

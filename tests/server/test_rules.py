@@ -270,6 +270,24 @@ def test_a_run_without_a_model_gets_the_chunks_that_memory_holds(tmp_path: Path)
     assert again == (small, second)
 
 
+def test_a_median_without_room_to_read_chunks_back_goes_without_a_spill_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = "abcdefghij"
+    sizes = []
+    for memory, rounds in (("40MiB", 1), ("24MiB", 2)):  # 20 and then 10 chunks of 1 MiB
+        given = config(tmp_path, 10, run={"name": "t", "rounds": rounds}, server={"memory": memory})
+        server = Server(given)
+        assert server.config.server.spill == (rounds == 1)
+        assert run(server, *sites_of(server, names))[0].ok
+        assert any("nothing is spilled" in text for text in caplog.messages) == (rounds == 2)
+        sizes.append(server.runs[0].store.chunk_bytes)
+    assert sizes == [MIB, MIB]
+    store = Store(tmp_path / "runs/t", None)
+    assert bytes(open_model(store.path(2)).view("w")) == median(names, 2)
+    store.close()
+
+
 def test_a_model_of_chunks_that_memory_holds_no_longer_is_refused(tmp_path: Path) -> None:
     little = config(tmp_path, 10, server={"memory": "16MiB"})
     with pytest.raises(ConfigError, match=r"all 10 sites .* at least \d+MiB"):
