@@ -29,12 +29,13 @@ def ranked(config: RunConfig, scores: _Scores) -> list[tuple[int, float]]:
 def early_end(config: RunConfig, store: Store, version: int) -> str:
     """Return why no round follows the one that made a version; an empty text if one does.
 
-    It goes by the scores of the versions before: the sites give those of one as the round after it begins.
+    It goes by the scores of the versions before, which the sites give as the round after each begins. A score that
+    came after the version was committed counts from the next one on: what was decided stays so after a restart.
     """
     chosen = config.selection
     if chosen.mode is None or (chosen.patience is None and chosen.target is None):
         return ""
-    scores = {v: of for v, of in store.scores().items() if v < version}
+    scores = store.scores_before(version)
     limits = EarlyEnd(chosen.mode, chosen.patience, chosen.target)
     return limits.reason(ranked(config, scores), version - 1)
 

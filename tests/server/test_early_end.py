@@ -19,12 +19,15 @@ from fedcore.monitor.ask import read_summary
 from fedcore.monitor.view import PlainLines, render
 from fedcore.server.opening import RunFinishedError
 from fedcore.server.outcome import RunResult
+from fedcore.server.ranking import early_end
 from fedcore.server.rounds.selection import EarlyEnd, SiteScore, ranked_versions, worse_at
 from fedcore.server.service import Server
 from fedcore.server.storage.past import read_past
+from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 
+from ..support.run_folders import SETTINGS, commit
 from ..support.runs import SPECS, run, writer
 
 BEST_AT = {"a": 4.0, "b": 4.0}
@@ -94,6 +97,30 @@ def test_an_early_end_is_the_same_after_restarts(tmp_path: Path) -> None:
         assert train(config(tmp_path, rounds)).version == rounds
     result = train(config(tmp_path, 20, patience=2))
     assert (result.version, result.best_version) == (7, 4)
+
+
+@pytest.mark.parametrize("limit", [{"target": 0.5}, {"patience": 1}])
+def test_a_late_score_changes_no_decision_of_a_commit_before_it(
+    tmp_path: Path, limit: dict[str, float]
+) -> None:
+    chosen = config(tmp_path, 20, sites=1, **limit)
+    store = Store(tmp_path / "run", SETTINGS)
+    for version, loss in enumerate((9.0, 2.0, 3.0 if "target" in limit else 1.0)):
+        commit(store, version, loss)
+    commit(store, 3)
+    decided = early_end(chosen, store, 3)
+    assert not decided
+    store.add_score(1, SiteScore("b", 1, {"loss": -2.0}))  # with it, version 1 is the best
+    store.close()
+    store = Store(tmp_path / "run", SETTINGS)
+    assert early_end(chosen, store, 3) == decided
+    commit(store, 4)
+    assert "round 1" in early_end(chosen, store, 4)
+    store.roll_back(3)
+    assert early_end(chosen, store, 3) == decided
+    commit(store, 4)
+    assert "round 1" in early_end(chosen, store, 4)
+    store.close()
 
 
 def test_the_best_models_are_kept_and_named(tmp_path: Path) -> None:

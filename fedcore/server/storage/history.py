@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from fedcore import protocol
 from fedcore.server.rounds.selection import SiteScore
@@ -131,10 +131,14 @@ def read_states(
     return {name: StateRow(checksum, nbytes) for name, checksum, nbytes in rows(query, version)}
 
 
-def read_scores(rows: Callable[[str], list[tuple[Any, ...]]]) -> dict[int, list[SiteScore]]:
+_SCORES: Final = "SELECT version, site, examples, metrics FROM scores ORDER BY version, site"
+
+
+def read_scores(
+    rows: Callable[[str], list[tuple[Any, ...]]], query: str = _SCORES
+) -> dict[int, list[SiteScore]]:
     """Return a journal's scores by version; ``rows`` runs a query on it."""
     found: dict[int, list[SiteScore]] = {}
-    query = "SELECT version, site, examples, metrics FROM scores ORDER BY version, site"
     for version, site, examples, text in rows(query):
         values = json.loads(text)
         measured = {name: value[1] for name, value in values.items() if isinstance(value, list)}

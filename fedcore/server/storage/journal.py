@@ -46,6 +46,8 @@ CREATE TABLE IF NOT EXISTS verdicts (version INTEGER PRIMARY KEY, text TEXT NOT 
 CREATE TABLE IF NOT EXISTS scores (
     version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, metrics TEXT NOT NULL,
     PRIMARY KEY (version, site));
+CREATE TABLE IF NOT EXISTS late_scores (
+    version INTEGER NOT NULL, site TEXT NOT NULL, after INTEGER NOT NULL, PRIMARY KEY (version, site));
 CREATE TABLE IF NOT EXISTS answers (
     version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, outputs TEXT NOT NULL,
     PRIMARY KEY (version, site));

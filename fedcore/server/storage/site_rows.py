@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Final
 
 from fedcore.server.rounds.selection import SiteScore
 
@@ -13,6 +13,11 @@ from .history import read_scores, score_text
 from .journal import Journal
 
 __all__ = ["SiteRows", "number_of"]
+
+_SCORES_BEFORE: Final = (
+    "SELECT version, site, examples, metrics FROM scores LEFT JOIN late_scores USING (version, site) "
+    "WHERE version < ?1 AND (after IS NULL OR after < ?1) ORDER BY version, site"
+)
 
 
 def number_of(weight: float) -> float:
@@ -32,11 +37,30 @@ class SiteRows:
                 "INSERT OR IGNORE INTO scores VALUES (?, ?, ?, ?)",
                 (version, score.site, number_of(score.examples), score_text(score)),
             )
+            if added.rowcount > 0:
+                self._journal.db.execute(
+                    "INSERT OR REPLACE INTO late_scores SELECT ?1, ?2, last FROM "
+                    "(SELECT MAX(version) AS last FROM versions) WHERE last > ?1",
+                    (version, score.site),
+                )
         return added.rowcount > 0
 
     def scores(self) -> dict[int, list[SiteScore]]:
         """Return all scores by version."""
         return read_scores(self._journal.rows)
+
+    def scores_before(self, version: int) -> dict[int, list[SiteScore]]:
+        """Return the scores of the versions before one that came before it was committed.
+
+        What was decided at its commit follows from them, also after a later score of an older version.
+        """
+        return read_scores(lambda query: self._journal.rows(query, version), _SCORES_BEFORE)
+
+    def _drop_scores_after(self, version: int) -> None:
+        """Remove what was said of the versions after one, which is the last one again."""
+        for table in ("scores", "late_scores", "answers"):
+            self._journal.db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
+        self._journal.db.execute("UPDATE late_scores SET after = MIN(after, ?)", (version,))
 
     def add_answer(
         self, version: int, site: str, examples: int, outputs: Mapping[str, Any]

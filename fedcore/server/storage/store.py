@@ -412,8 +412,9 @@ class Store(SiteRows, Decisions, Verdicts):
             if version > 0 and (self.states(last) or last in left):
                 left = [*(v for v in left if v < version), version]
                 self._journal.set_meta(_WITHOUT_STATES, json.dumps(left))
-            for table in ("versions", "states", "contributions", "verdicts", "scores", "answers"):
+            for table in ("versions", "states", "contributions", "verdicts"):
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
+            self._drop_scores_after(version)
             self._db.execute("DELETE FROM chosen")
             self.logged.drop_after(version)
             self._drop_allowed()
