@@ -19,13 +19,17 @@ namespace {
   throw Error(Errc::kStorage, what + " " + path + ": " + std::strerror(code));
 }
 
+// Sets the size alone.
+int reserve_none(int fd, std::uint64_t size, std::uint64_t) noexcept {
+  return ftruncate(fd, static_cast<off_t>(size)) == 0 ? 0 : errno;
+}
+
 // Reserves the space on the device. Where the platform can't, the size is only set.
-int reserve(int fd, std::uint64_t size, std::uint64_t from = 0) noexcept {
+int reserve_all(int fd, std::uint64_t size, std::uint64_t from) noexcept {
 #if defined(__linux__) || defined(__FreeBSD__)
   return posix_fallocate(fd, static_cast<off_t>(from), static_cast<off_t>(size - from));
 #else
-  static_cast<void>(from);
-  return ftruncate(fd, static_cast<off_t>(size)) == 0 ? 0 : errno;
+  return reserve_none(fd, size, from);
 #endif
 }
 
@@ -68,6 +72,15 @@ MappedFile::~MappedFile() {
 }
 
 std::shared_ptr<MappedFile> MappedFile::create(const std::string& path, std::uint64_t size) {
+  return create(path, size, reserve_all);
+}
+
+std::shared_ptr<MappedFile> MappedFile::create_sparse(const std::string& path, std::uint64_t size) {
+  return create(path, size, reserve_none);
+}
+
+std::shared_ptr<MappedFile> MappedFile::create(const std::string& path, std::uint64_t size,
+                                               Reserve reserve) {
   if (size == 0) {
     throw Error(Errc::kStorage, "cannot create " + path + ": a mapped file can't be empty");
   }
@@ -75,7 +88,7 @@ std::shared_ptr<MappedFile> MappedFile::create(const std::string& path, std::uin
   if (fd < 0) {
     fail("cannot create", path, errno);
   }
-  const int code = reserve(fd, size);
+  const int code = reserve(fd, size, 0);
   if (code != 0) {
     ::close(fd);
     ::unlink(path.c_str());
@@ -137,7 +150,11 @@ void MappedFile::release(std::uint64_t offset, std::uint64_t length) noexcept {
   }
 }
 
-void MappedFile::grow(std::uint64_t size) {
+void MappedFile::grow(std::uint64_t size) { grow(size, reserve_all); }
+
+void MappedFile::grow_sparse(std::uint64_t size) { grow(size, reserve_none); }
+
+void MappedFile::grow(std::uint64_t size, Reserve reserve) {
   if (fd_ < 0 || !writable_ || size <= size_) {
     throw Error(Errc::kStorage, "cannot grow " + (path_.empty() ? "memory" : path_) + " to " +
                                     std::to_string(size) + " bytes");

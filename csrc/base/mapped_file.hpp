@@ -8,7 +8,8 @@
 // whoever still reads or writes it. Space is reserved when the file is created, so a full disk is
 // an error then and never a SIGBUS later. A file that becomes shorter while it is mapped reads as
 // zeros from there on, and check_whole() says so. Methods are usable from any thread; the bytes are
-// the users' to synchronise.
+// the users' to synchronise. A sparse file is only made long: a part of it takes room on the device
+// once it is written, and write() is what meets a full disk. What was never written is not read.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +25,7 @@ class MappedFile {
  public:
   // All throw Error{kStorage}, naming the file and the cause. create() refuses to replace a file.
   static std::shared_ptr<MappedFile> create(const std::string& path, std::uint64_t size);
+  static std::shared_ptr<MappedFile> create_sparse(const std::string& path, std::uint64_t size);
   static std::shared_ptr<MappedFile> open(const std::string& path, bool writable);
   static std::shared_ptr<MappedFile> anonymous(std::uint64_t size);
 
@@ -53,6 +55,7 @@ class MappedFile {
   // Reserves more space and maps it, perhaps elsewhere: only for a file that nobody else uses at
   // the moment. Throws Error{kStorage}, and then nothing has changed.
   void grow(std::uint64_t size);
+  void grow_sparse(std::uint64_t size);
 
   // Copies bytes into the file. No page becomes resident in this process. Throws Error{kStorage}.
   void write(std::uint64_t offset, const void* data, std::uint64_t length);
@@ -73,7 +76,12 @@ class MappedFile {
   void sync();
 
  private:
+  // How the space of a file is had.
+  using Reserve = int (*)(int fd, std::uint64_t size, std::uint64_t from) noexcept;
   MappedFile(std::string path, int fd, std::uint64_t size, bool writable);
+  static std::shared_ptr<MappedFile> create(const std::string& path, std::uint64_t size,
+                                            Reserve reserve);
+  void grow(std::uint64_t size, Reserve reserve);
 
   std::string path_;
   int fd_;

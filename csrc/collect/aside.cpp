@@ -30,7 +30,7 @@ void Collector::copy_spilled(Part& part) {
     const Pull& pull = *pulls_[counted_[j]];
     if (!pull.held.contains(next_)) {
       Body& input = part.inputs[j];
-      lent_.push_back({Frame::copy(input.data, input.size)});
+      lent_.push_back({Frame::copy(input.data, input.size), input.encoding});
       input.data = lent_.back().frame.data();
       options_.spill->drop_pages(pull.spilled[part.index] - 1);
     }

@@ -13,8 +13,8 @@
 // Chunks are reduced round and round: position p is chunk p % chunk_count. A source that is dropped
 // moves the end to one whole turn from where the reduction stands, so that the others go on where
 // they are, and send again only what was reduced with it and lies in no spill file.
-// An encoded chunk is checked when it comes, kept as it travelled, and decoded a piece at a time in
-// the pass that reduces it; only what is spilled is decoded before.
+// An encoded chunk is checked when it comes, kept as it travelled, in memory and in the spill file, and
+// decoded a piece at a time in the pass that reduces it.
 // Where the budget does not hold a chunk of each source, a chunk's sources are pulled and folded
 // one after the other, in order, into sums of that one chunk, with as many under way as the budget
 // holds beside the sums. Nothing is spilled then: each chunk is asked for when its turn comes, so
@@ -409,7 +409,6 @@ class Collector {
   std::optional<std::uint64_t> outstanding(const Pull& pull, std::uint64_t index) const noexcept;
   void keep(std::size_t source, std::uint64_t position, Held chunk);
   bool spill(std::size_t source, std::uint64_t position, const Held& chunk);
-  const std::uint8_t* flat_bytes(std::uint64_t index, const Held& chunk);
   bool recycle();
   std::uint64_t spill_room(const Pull& pull) const noexcept;
   bool start_spilling(std::size_t source, std::int64_t now_ms);
@@ -424,7 +423,8 @@ class Collector {
   bool all_held(std::uint64_t position) const noexcept;
   bool enough_held() const noexcept;
   bool fold_all(std::uint64_t index);
-  const std::uint8_t* spilled_chunk(std::size_t source, std::uint64_t position);
+  std::optional<Body> spilled_chunk(std::size_t source, std::uint64_t position);
+  bool is_body(std::size_t source, std::uint64_t index, const Body& body);
   bool fold_next();
   void reject_value(const BadValue& bad);
   bool write(const Part& part, const std::uint8_t* result);
@@ -483,10 +483,9 @@ class Collector {
   std::unique_ptr<Workers> workers_;
   bool one_by_one_ = false;  // the next chunk is to be folded
   std::vector<std::uint32_t> checksums_;
-  std::vector<std::uint8_t> flat_chunk_;  // the last that was decoded to be spilled
-  std::uint64_t next_ = 0;                // next position to reduce
-  std::uint64_t end_ = 0;                 // where all is done
-  std::uint64_t released_ = 0;            // positions up to which pages were given back
+  std::uint64_t next_ = 0;      // next position to reduce
+  std::uint64_t end_ = 0;       // where all is done
+  std::uint64_t released_ = 0;  // positions up to which pages were given back
   // Spilled chunks that were reduced: kept for a turn without a source, recycled for want of room.
   std::deque<std::pair<std::size_t, std::uint64_t>> used_;
   bool no_room_ = false;

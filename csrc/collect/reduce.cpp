@@ -25,15 +25,15 @@ bool Collector::gather(Part& part) {
     return true;
   }
   part.index = chunk_of(next_);
-  const std::uint64_t size = layout_->chunk_range(part.index).nbytes;
   for (std::size_t j = 0; j < counted_.size(); ++j) {
     const Pull& pull = *pulls_[counted_[j]];
     const auto held = pull.held.find(next_);
-    part.inputs[j] = held != pull.held.end() ? held->second.body()
-                                             : Body{spilled_chunk(counted_[j], next_), size};
-    if (part.inputs[j].data == nullptr) {
+    const std::optional<Body> body =
+        held != pull.held.end() ? held->second.body() : spilled_chunk(counted_[j], next_);
+    if (!body) {
       return false;
     }
+    part.inputs[j] = *body;
   }
   if (base_counts()) {
     part.inputs.back() = base_body(layout_->chunk_range(part.index));
@@ -74,24 +74,6 @@ unsigned Collector::gather_more() {
     ++count;
   }
   return count;
-}
-
-// A chunk of a source, from its slot; null if the slot does not hold it any more. It is asked for
-// again then.
-const std::uint8_t* Collector::spilled_chunk(std::size_t source, std::uint64_t position) {
-  Pull& pull = *pulls_[source];
-  const std::uint64_t index = pull.feed.chunk(position);
-  std::uint32_t& slot = pull.spilled[index];
-  const std::uint8_t* bytes =
-      options_.spill->at(slot - 1, layout_of(sources_[source]).chunk_range(index).nbytes);
-  if (bytes == nullptr) {
-    options_.spill->free(std::exchange(slot, 0) - 1);
-    if (position < pull.next) {
-      pull.again.insert(position);
-      ++pull.due;
-    }
-  }
-  return bytes;
 }
 
 void Collector::reduce_ready() {
@@ -258,10 +240,12 @@ bool Collector::settle(const Part& part) {
   }
   if (part.survey) {
     add_distances(part);
-    keep_surveyed();
-    if (state_ != State::kActive) {
+    const bool near = std::none_of(counted_.begin(), counted_.end(),
+                                   [&](std::size_t k) { return pulls_[k]->failed; });
+    if (!near) {
       return false;
     }
+    keep_surveyed();
     advance();
     return true;
   }
@@ -315,12 +299,13 @@ bool Collector::fold_all(std::uint64_t index) {
     const Pull& pull = *pulls_[counted_[j]];
     const auto held = pull.held.find(next_);
     const bool here = held != pull.held.end();
-    const Body chunk =
-        here ? held->second.body() : Body{spilled_chunk(counted_[j], next_), range.nbytes};
-    if (chunk.data == nullptr) {
+    const std::optional<Body> chunk =
+        here ? held->second.body() : spilled_chunk(counted_[j], next_);
+    if (!chunk) {
       return false;
     }
-    const auto bad = parts_[0].reducer->fold(*layout_, range, j, chunk, base, parts_[0].out.data());
+    const auto bad =
+        parts_[0].reducer->fold(*layout_, range, j, *chunk, base, parts_[0].out.data());
     if (!here) {
       options_.spill->drop_pages(pull.spilled[index] - 1);
     }

@@ -17,13 +17,21 @@ namespace fedcore {
 namespace {
 
 // The index, little-endian: magic, u64 bytes of a slot, key, padding, u32 checksum of the 96 bytes
-// before it; then of each slot: set id, u64 chunk, u32 checksum of the chunk, u32 tag. An entry is
-// written with one call after its slot's bytes, and lies in one page.
-constexpr char kMagic[8] = {'F', 'C', 'S', 'P', 'I', 'L', 'L', '1'};
+// before it; then of each slot: set id, u32 chunk, u32 bytes of the body with its encoding in the
+// highest 8 bits, u32 checksum of the body, u32 tag. An entry is written with one call after its
+// slot's bytes, and lies in one page.
+constexpr char kMagic[8] = {'F', 'C', 'S', 'P', 'I', 'L', 'L', '2'};
 constexpr std::size_t kCrcAt = 96;
 constexpr std::size_t kHeadBytes = 128;
 constexpr std::size_t kEntryBytes = 32;
+constexpr std::size_t kChunkAt = 16;
+constexpr std::size_t kBodyAt = 20;
+constexpr std::size_t kBodyCrcAt = 24;
 constexpr std::size_t kTagAt = 28;
+constexpr unsigned kEncodingShift = 24;
+constexpr std::uint32_t kMaxBody = (1u << kEncodingShift) - 1;
+constexpr std::uint64_t kBlock = 4096;  // what takes room is counted in these
+static_assert(wire::kMaxChunkBytes <= kMaxBody);
 
 using Entry = std::array<std::uint8_t, kEntryBytes>;
 
@@ -35,6 +43,8 @@ std::string folder_of(const std::string& path) {
 std::uint64_t index_bytes(std::uint64_t slots) { return kHeadBytes + slots * kEntryBytes; }
 
 std::uint64_t entry_at(Spill::Slot slot) { return index_bytes(slot); }
+
+std::uint64_t blocks(std::uint64_t bytes) { return (bytes + kBlock - 1) / kBlock * kBlock; }
 
 // Ties an entry to its slot and to the head. Never 0, so that an empty entry is none.
 std::uint32_t tag_of(const std::uint8_t* entry, Spill::Slot slot, std::uint32_t head_crc) {
@@ -52,8 +62,9 @@ Spill::Spill(std::string path, std::uint64_t slot_bytes, std::uint64_t keep_free
       slot_bytes_(slot_bytes),
       keep_free_(keep_free),
       extent_bytes_(extent_bytes) {
-  if (slot_bytes_ == 0) {
-    throw Error(Errc::kStorage, "a spill file needs slots of at least a byte");
+  if (slot_bytes_ == 0 || slot_bytes_ > kMaxBody) {
+    throw Error(Errc::kStorage,
+                "a spill file needs slots of at least a byte, and less than 16 MiB");
   }
   if (!take_up()) {
     remove_files();
@@ -100,7 +111,7 @@ bool Spill::take_up() {
   slots_ = static_cast<Slot>(slots);
   head_crc_ = wire::detail::load<std::uint32_t>(head + kCrcAt);
   std::copy_n(head + 16, key_.size(), key_.begin());
-  crcs_.resize(slots_);
+  contents_.resize(slots_);
   free_.reserve(slots_);
   for (Slot slot = slots_; slot-- > 0;) {
     const std::uint8_t* entry = index->data() + entry_at(slot);
@@ -110,8 +121,12 @@ bool Spill::take_up() {
     }
     wire::SetId set;
     std::copy_n(entry, set.size(), set.begin());
-    unclaimed_[set].emplace_back(wire::detail::load<std::uint64_t>(entry + 16), slot);
-    crcs_[slot] = wire::detail::load<std::uint32_t>(entry + 24);
+    const auto body = wire::detail::load<std::uint32_t>(entry + kBodyAt);
+    const std::uint32_t size =
+        std::min<std::uint32_t>(body & kMaxBody, static_cast<std::uint32_t>(slot_bytes_));
+    contents_[slot] = {wire::detail::load<std::uint32_t>(entry + kBodyCrcAt), size,
+                       static_cast<Encoding>(body >> kEncodingShift), size};
+    unclaimed_[set].emplace_back(wire::detail::load<std::uint32_t>(entry + kChunkAt), slot);
   }
   index->release(0, index->size());
   file_ = std::move(file);
@@ -160,7 +175,7 @@ void Spill::write_head() {
   index_->write(0, head.data(), head.size());
 }
 
-// Reserves the slots in both files, the index first: a slot has an entry, or there is none.
+// Makes both files longer, the index first: a slot has an entry, or there is none.
 bool Spill::make_room(std::uint64_t more) {
   const std::uint64_t bytes = (slots_ + more) * slot_bytes_;
   const std::uint64_t entries = index_bytes(slots_ + more);
@@ -172,9 +187,9 @@ bool Spill::make_room(std::uint64_t more) {
       index_->grow(entries);
     }
     if (!file_) {
-      file_ = MappedFile::create(path_, bytes);
+      file_ = MappedFile::create_sparse(path_, bytes);
     } else if (file_->size() < bytes) {
-      file_->grow(bytes);
+      file_->grow_sparse(bytes);
     }
   } catch (const Error& error) {
     problem_ = error.what();
@@ -187,11 +202,12 @@ bool Spill::make_room(std::uint64_t more) {
   return true;
 }
 
-// The reserved extent is all there is to write to: where it could be had, put() does not meet a
-// full disk.
-bool Spill::grow() {
-  const std::uint64_t more = std::max<std::uint64_t>(1, extent_bytes_ / slot_bytes_);
-  const std::uint64_t bytes = more * slot_bytes_;
+// Whether so many more bytes of the device may be taken. It is asked for an extent at a time.
+bool Spill::has_room(std::uint64_t more) {
+  if (more <= granted_) {
+    return true;
+  }
+  const std::uint64_t bytes = std::max(more, extent_bytes_);
   struct statvfs room{};
   if (statvfs(folder_of(path_).c_str(), &room) == 0 &&
       static_cast<std::uint64_t>(room.f_bavail) * room.f_frsize < bytes + keep_free_) {
@@ -199,10 +215,16 @@ bool Spill::grow() {
         "less than " + std::to_string((bytes + keep_free_) >> 20) + " MiB free beside " + path_;
     return false;
   }
+  granted_ = bytes;
+  return true;
+}
+
+bool Spill::grow() {
+  const std::uint64_t more = std::max<std::uint64_t>(1, extent_bytes_ / slot_bytes_);
   if (!make_room(more)) {
     return false;
   }
-  crcs_.resize(static_cast<std::size_t>(slots_ + more));
+  contents_.resize(static_cast<std::size_t>(slots_ + more));
   free_.reserve(static_cast<std::size_t>(slots_ + more));  // so that free() can't fail
   for (std::uint64_t i = more; i > 0; --i) {
     free_.push_back(slots_ + static_cast<Slot>(i - 1));
@@ -212,37 +234,49 @@ bool Spill::grow() {
 }
 
 std::optional<Spill::Slot> Spill::put(const wire::SetId& set, std::uint64_t chunk,
-                                      const std::uint8_t* data, std::uint64_t size) {
+                                      const Body& body) {
   const std::lock_guard lock(mutex_);
-  if (size > slot_bytes_ || (free_.empty() && !grow())) {
+  if (body.size > slot_bytes_ || chunk > std::numeric_limits<std::uint32_t>::max()) {
+    problem_ = "a chunk does not fit in a slot of " + path_;
+    return std::nullopt;
+  }
+  const std::uint64_t written = free_.empty() ? 0 : contents_[free_.back()].written;
+  const std::uint64_t more = blocks(body.size) - std::min(blocks(body.size), blocks(written));
+  if (!has_room(more) || (free_.empty() && !grow())) {
     return std::nullopt;
   }
   const Slot slot = free_.back();
-  const std::uint32_t crc = crc32c(data, size);
+  const auto size = static_cast<std::uint32_t>(body.size);
+  const std::uint32_t crc = crc32c(body.data, body.size);
   Entry entry;
   std::copy(set.begin(), set.end(), entry.begin());
-  wire::detail::store(entry.data() + 16, chunk);
-  wire::detail::store(entry.data() + 24, crc);
+  wire::detail::store(entry.data() + kChunkAt, static_cast<std::uint32_t>(chunk));
+  wire::detail::store(entry.data() + kBodyAt, size | static_cast<std::uint32_t>(body.encoding)
+                                                         << kEncodingShift);
+  wire::detail::store(entry.data() + kBodyCrcAt, crc);
   wire::detail::store(entry.data() + kTagAt, tag_of(entry.data(), slot, head_crc_));
   try {
-    file_->write(slot * slot_bytes_, data, size);
+    file_->write(slot * slot_bytes_, body.data, body.size);
     index_->write(entry_at(slot), entry.data(), entry.size());
   } catch (const Error& error) {
     problem_ = error.what();
     return std::nullopt;
   }
-  crcs_[slot] = crc;
+  granted_ -= more;
+  Content& content = contents_[slot];
+  content = {crc, size, body.encoding, std::max(size, content.written)};
   free_.pop_back();
   return slot;
 }
 
-const std::uint8_t* Spill::at(Slot slot, std::uint64_t size) {
+std::optional<Body> Spill::at(Slot slot) {
   const std::lock_guard lock(mutex_);
+  const Content& content = contents_[slot];
   const std::uint64_t offset = slot * slot_bytes_;
-  file_->check_range(offset, size);
-  file_->populate(offset, size);
-  const std::uint8_t* bytes = file_->data() + offset;
-  return crc32c(bytes, size) == crcs_[slot] ? bytes : nullptr;
+  file_->check_range(offset, content.size);
+  file_->populate(offset, content.size);
+  const Body body{file_->data() + offset, content.size, content.encoding};
+  return crc32c(body.data, body.size) == content.crc ? std::optional(body) : std::nullopt;
 }
 
 void Spill::drop_pages(Slot slot) noexcept {

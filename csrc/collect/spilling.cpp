@@ -11,35 +11,13 @@ std::uint64_t Collector::spill_room(const Pull& pull) const noexcept {
   return std::clamp<std::uint64_t>(pull.window / 2, 1, std::uint64_t{2} * kMaxRange);
 }
 
-// A chunk's flat bytes, until the next call; null, and all stops, if the base has changed.
-const std::uint8_t* Collector::flat_bytes(std::uint64_t index, const Held& chunk) {
-  if (chunk.encoding == Encoding::kRaw) {
-    return chunk.frame.data();
-  }
-  const Range range = layout_->chunk_range(index);
-  const std::uint64_t at = base_.offset + range.offset;
-  flat_chunk_.resize(std::max<std::size_t>(flat_chunk_.size(), range.nbytes));
-  options_.codec->decode(index, chunk.body(), base_.file->data() + at, flat_chunk_.data());
-  const bool same = check_base(index);
-  base_.file->release(at, range.nbytes);  // the reduction comes there much later
-  return same ? flat_chunk_.data() : nullptr;
-}
-
 bool Collector::spill(std::size_t source, std::uint64_t position, const Held& chunk) {
   if (no_room_) {
     return false;
   }
   Pull& pull = *pulls_[source];
-  const Layout& layout = layout_of(sources_[source]);
   const std::uint64_t index = pull.feed.chunk(position);
-  const std::uint8_t* const bytes = flat_bytes(index, chunk);
-  if (bytes == nullptr) {
-    return false;
-  }
-  const auto put = [&] {
-    return options_.spill->put(sources_[source].set, index, bytes,
-                               layout.chunk_range(index).nbytes);
-  };
+  const auto put = [&] { return options_.spill->put(sources_[source].set, index, chunk.body()); };
   auto slot = put();
   if (!slot && recycle()) {
     slot = put();
@@ -50,7 +28,7 @@ bool Collector::spill(std::size_t source, std::uint64_t position, const Held& ch
     return false;
   }
   if (pull.spilled.empty()) {
-    pull.spilled.resize(static_cast<std::size_t>(layout.chunk_count()));
+    pull.spilled.resize(static_cast<std::size_t>(layout_of(sources_[source]).chunk_count()));
   }
   pull.spilled[index] = *slot + 1;
   return true;
@@ -97,6 +75,34 @@ bool Collector::start_spilling(std::size_t source, std::int64_t now_ms) {
   }
   pull.ahead = true;
   return true;
+}
+
+// A chunk of a source, from its slot; nothing if the slot does not hold a body of it any more. It is
+// asked for again then. A killed process may have left it there, so all of it is checked as if it came.
+std::optional<Body> Collector::spilled_chunk(std::size_t source, std::uint64_t position) {
+  Pull& pull = *pulls_[source];
+  const std::uint64_t index = pull.feed.chunk(position);
+  std::uint32_t& slot = pull.spilled[index];
+  const std::optional<Body> body = options_.spill->at(slot - 1);
+  if (body && is_body(source, index, *body)) {
+    return body;
+  }
+  options_.spill->free(std::exchange(slot, 0) - 1);
+  if (position < pull.next) {
+    pull.again.insert(position);
+    ++pull.due;
+  }
+  return std::nullopt;
+}
+
+bool Collector::is_body(std::size_t source, std::uint64_t index, const Body& body) {
+  if (body.encoding == Encoding::kRaw) {
+    return body.size == layout_of(sources_[source]).chunk_range(index).nbytes;
+  }
+  Codec* const codec = codec_of(sources_[source]);
+  Body checked;
+  return codec != nullptr && codec->check(index, static_cast<std::uint8_t>(body.encoding),
+                                          body.data, body.size, checked) == nullptr;
 }
 
 }  // namespace fedcore

@@ -6,6 +6,13 @@
 #include "collect/collector.hpp"
 
 namespace fedcore {
+namespace {
+
+// The square of a distance to the base that is too great: no square of a distance between two sources
+// with less is infinite, nor a sum of them.
+constexpr double kTooFar = 0x1p960;
+
+}  // namespace
 
 void Collector::check_surveys() const {
   if ((options_.survey || base_weight_ != 0) && !base_.file) {
@@ -44,18 +51,14 @@ void Collector::keep_surveyed() {
   if (!options_.keep_surveyed || !options_.spill || no_room_) {
     return;
   }
-  const std::uint64_t index = chunk_of(next_), size = layout_->chunk_range(index).nbytes;
+  const std::uint64_t index = chunk_of(next_);
   for (const std::size_t k : counted_) {
     Pull& pull = *pulls_[k];
     const auto held = pull.held.find(next_);
     if (held == pull.held.end()) {
       continue;  // it lies there already
     }
-    const std::uint8_t* const bytes = flat_bytes(index, held->second);
-    if (bytes == nullptr) {
-      return;
-    }
-    const auto slot = options_.spill->put(sources_[k].set, index, bytes, size);
+    const auto slot = options_.spill->put(sources_[k].set, index, held->second.body());
     if (!slot) {
       return;
     }
@@ -123,10 +126,25 @@ std::vector<std::size_t> Collector::rows_of_counted() const {
   return rows;
 }
 
+// Adds the distances of a chunk. Where a source is too far from the base, it fails, and nothing is added:
+// rules divide and compare what a survey finds.
 void Collector::add_distances(const Part& part) {
   const std::vector<std::size_t> rows = rows_of_counted();
   const std::size_t width = order_.size() + 1;
   const std::vector<double>& found = part.survey->squares();
+  std::size_t of_base = 0;
+  bool near = true;
+  for (std::size_t i = 0; i < counted_.size(); ++i) {
+    of_base += counted_.size() - i;  // pairs (i, i + 1) ... (i, base) are in a row
+    if (!((*survey_)[rows[i] * width + rows.back()] + found[of_base - 1] < kTooFar)) {
+      fail(counted_[i], "distance",
+           "its distance to the global model is above 2^480, which no rule can compare");
+      near = false;
+    }
+  }
+  if (!near) {
+    return;
+  }
   for (std::size_t at = 0; at < found.size();) {
     for (std::size_t i = 0; i < rows.size(); ++i) {
       for (std::size_t j = i + 1; j < rows.size(); ++j) {

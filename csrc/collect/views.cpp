@@ -254,10 +254,12 @@ bool Collector::make_view(std::size_t source, View& view) {
   const Pull& pull = *pulls_[source];
   return pull.feed.all_at(next_, [&](std::uint64_t position) {
     const auto held = pull.held.find(position);
-    const std::uint8_t* const bytes =
-        held != pull.held.end() ? held->second.frame.data() : spilled_chunk(source, position);
-    view.show(pull.feed.chunk(position), bytes);
-    return bytes != nullptr;
+    const std::optional<Body> body =
+        held != pull.held.end() ? held->second.body() : spilled_chunk(source, position);
+    if (body) {
+      view.show(pull.feed.chunk(position), body->data);
+    }
+    return body.has_value();
   });
 }
 

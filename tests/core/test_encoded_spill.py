@@ -103,7 +103,7 @@ def expected(names: str, encoding: str) -> bytes:
 
 
 @pytest.mark.parametrize("encoding", LOSSY)
-def test_encoded_chunks_of_a_site_that_is_ahead_wait_decoded_in_the_spill_file(
+def test_chunks_of_a_site_that_is_ahead_are_spilled_as_they_travelled(
     tmp_path: Path, encoding: str
 ) -> None:
     spill = spill_file(tmp_path)
@@ -236,6 +236,18 @@ def test_neither_the_server_nor_a_site_holds_more_than_some_chunks_of_an_encoded
     big = Big(tmp_path, 9 * MIB, spill)
     big.run(64 if use_spill else 3)
     assert big.peak - big.idle < (9 + 4) * MIB
+    big.check()
+
+
+def test_a_spilled_chunk_takes_room_on_the_disk_for_its_encoded_body_alone(tmp_path: Path) -> None:
+    spill = Spill(str(tmp_path / "spill"), MIB, 0)
+    big = Big(tmp_path, 9 * MIB, spill)
+    big.run(64)
+    assert spill.used > 32
+    of_disk = (tmp_path / "spill").stat().st_blocks * 512
+    assert 0 < of_disk < spill.used * MIB / 4  # a body has 2/15 of a chunk's bytes
+    assert spill.file_bytes >= spill.used * MIB
+    big.run(0)
     big.check()
 
 

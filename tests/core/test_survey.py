@@ -298,6 +298,40 @@ def test_a_value_that_is_not_finite_is_refused_in_the_survey_by_its_site() -> No
     assert federation.collector.distances[0][1] == surveyed("ac")[0][1]
 
 
+def test_an_update_that_no_rule_can_compare_is_refused_and_the_others_stand() -> None:
+    federation = Surveyed("abc")
+    far = update("b")
+    far.view("d")[8 * 600 : 8 * 601] = np.float64(1e145).tobytes()
+    site = Exchange()
+    site.publish(b"b" * 16, far.file, far.data_offset, LAYOUT.total_bytes, CHUNK)
+    federation.sites[b"b"] = site
+    federation.survey()
+    federation.run("abc")
+    (event,) = federation.events()
+    assert isinstance(event, SourceRejected)
+    assert (event.source, event.code) == (1, "distance")
+    federation.lose("b")
+    federation.run("ac")
+    assert federation.collector.distances == surveyed("ac")
+
+
+def test_where_most_updates_are_too_far_each_of_them_is_refused() -> None:
+    federation = Surveyed("abc")
+    for name, value in (("a", 1e200), ("b", -1e308)):
+        far, site = update(name), Exchange()
+        far.view("d")[-8:] = np.float64(value).tobytes()
+        site.publish(name.encode() * 16, far.file, far.data_offset, LAYOUT.total_bytes, CHUNK)
+        federation.sites[name.encode()] = site
+    federation.survey()
+    federation.run("abc")
+    events = federation.events()
+    assert [event.source for event in events if isinstance(event, SourceRejected)] == [0, 1]
+    federation.lose("a")
+    federation.lose("b")
+    federation.run("c")
+    assert federation.collector.distances == surveyed("c")
+
+
 def test_a_killed_second_pass_goes_on_with_the_weights_that_were_decided(tmp_path: Path) -> None:
     weights = {"a": 3, "c": 1}
     record = Record.create(

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedcore._core import Codec, Exchange, Layout, Record, Spill
+from fedcore._core import Codec, Exchange, Layout, Record, Spill, crc32c
 from fedcore.encoding import EncodedUpdate, UpdateEncoder
 from fedcore.model_file import ModelFile, create_model
 from fedcore.protocol import read_header
@@ -258,6 +258,40 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(data)
 
 
+def number(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+def forge(folder: Path, change: Callable[[bytearray, bytes], object]) -> None:
+    """Change entries of the spill index, each with the bytes of its slot, and keep all checksums right."""
+    index, slots = bytearray((folder / "spill-index").read_bytes()), (folder / "spill").read_bytes()
+    seed = int.from_bytes(index[96:100], "little")
+    for slot in range((len(index) - 128) // 32):
+        entry = index[128 + 32 * slot :][:32]
+        if any(entry):
+            change(entry, slots[slot * CHUNK :][:CHUNK])
+            entry[28:] = number(max(1, crc32c(number(slot), crc32c(entry[:28], seed))))
+            index[128 + 32 * slot : 160 + 32 * slot] = entry
+    (folder / "spill-index").write_bytes(index)
+
+
+def cut_short(entry: bytearray, body: bytes) -> None:
+    size = int.from_bytes(entry[20:23], "little") - 1
+    entry[20:23] = size.to_bytes(3, "little")
+    entry[24:28] = number(crc32c(body[:size]))
+
+
+def of_another_encoding(entry: bytearray, _: bytes) -> None:
+    entry[23] = 3
+
+
+def older_format(folder: Path) -> None:
+    index = bytearray((folder / "spill-index").read_bytes())
+    index[:8] = b"FCSPILL1"
+    index[96:100] = number(crc32c(index[:96]))
+    (folder / "spill-index").write_bytes(index)
+
+
 HEAD = 4096  # of the record, whose entries begin on a page
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "the record is empty": lambda f: (f / "record").write_bytes(b""),
@@ -291,6 +325,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "the spill index's key": lambda f: flip(f / "spill-index", 20),
     "the set of a spilled chunk": lambda f: flip(f / "spill-index", 128 + 32 + 1),
     "the place of a spilled chunk": lambda f: flip(f / "spill-index", 128 + 16),
+    "the length of a spilled chunk": lambda f: flip(f / "spill-index", 128 + 20),
+    "the encoding of a spilled chunk": lambda f: flip(f / "spill-index", 128 + 23),
+    "the spill index has an older format": older_format,
     "a byte of each spilled chunk": lambda f: [flip(f / "spill", i * CHUNK + 5) for i in range(16)],
 }
 
@@ -303,6 +340,22 @@ def test_what_is_torn_or_spoiled_is_never_used(tmp_path: Path, what: str) -> Non
     again = Server(left, sites, "abc")
     again.run(random.Random(5))
     assert again.result() == undisturbed(tmp_path, "abc")
+
+
+@pytest.mark.parametrize("forged", [cut_short, of_another_encoding])
+@pytest.mark.parametrize("encoding", ["raw", "nf4", "top-k"])
+def test_a_spilled_body_with_right_checksums_that_is_none_of_its_chunk_comes_again(
+    tmp_path: Path, encoding: str, forged: Callable[[bytearray, bytes], object]
+) -> None:
+    sites = Sites("abc", encoding)
+    first = Server(tmp_path / "run", sites, "abc")
+    first.run(random.Random(1), "ac")
+    left = first.killed()
+    forge(left, forged)
+    again = Server(left, sites, "abc")
+    again.run(random.Random(5))
+    assert again.result() == undisturbed(tmp_path, "abc", encoding)
+    assert min(sites.sent_again(name) for name in "ac") >= CHUNKS - 8
 
 
 def test_a_spoiled_slot_is_noticed_where_many_sites_are_added_one_by_one(tmp_path: Path) -> None:
