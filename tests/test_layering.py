@@ -33,7 +33,7 @@ FLOORS = (
         "_cuda",
         "_pump",
     },
-    {"protocol", "layout", "roles", "model_file", "encoding", "rules"},
+    {"protocol", "layout", "roles", "model_file", "encoding", "rules", "adapters"},
     {"config", "security", "transport"},
     {"files", "monitor"},
     {"server", "site"},

@@ -1,0 +1,1 @@
+"""LoRA adapters: which factors belong together, what can be combined and how, and the combining of folders."""
