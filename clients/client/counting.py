@@ -88,17 +88,22 @@ class ExampleCounter:
         return isinstance(self._examples, int) or callable(self._examples)
 
     @property
+    def chosen(self) -> bool:
+        """Whether the script has said how examples are counted, in any way."""
+        return self._examples is not None
+
+    @property
     def function(self) -> Callable[[Any], Any] | None:
         """What the script has given to count a batch with; None if nothing."""
         return self._examples if callable(self._examples) else None
 
-    def add_stated(self, found: Any) -> None:
-        """Count what the script's function has returned for a batch.
+    def add_stated(self, found: Any, fresh: Fresh | None = None) -> None:
+        """Count what the script's function has returned for a batch, less the share of repeated rows.
 
         Raises:
             WeightError: it is no number of examples.
         """
-        self._total = self._total + _stated(found)
+        self._total = self._total + _share(_stated(found), fresh)
 
     @property
     def how(self) -> str:
@@ -141,7 +146,7 @@ class ExampleCounter:
             self._total = self._examples
             return
         if callable(self._examples):
-            self._total = self._total + _share(_stated(self._examples(batch)), fresh)
+            self.add_stated(self._examples(batch), fresh)
             return
         seen = batch if computed is None else computed
         if self._examples == "tokens":

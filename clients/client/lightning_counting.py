@@ -40,9 +40,14 @@ def count_batch(
     Raises:
         WeightError: the batch does not say how many examples it holds.
     """
-    parts = None if whole else _parts(loader, batch)
+    if weighs and not counter.chosen:
+        _refuse_lost_repeats(loader, batch)
+    if whole:
+        counter.add(batch, fresh=_fresh_of_all(loader, batch, index))
+        return
+    parts = _parts(loader, batch)
     for source, (one, part) in enumerate([(None, batch)] if parts is None else parts):
-        if weighs and not whole and _is_one_row(one, part):
+        if weighs and _is_one_row(one, part):
             raise WeightError(
                 "a loader with batch_size=None gives rows or batches as the dataset has them, and this one has a "
                 "number beside a tensor, as a single row has: state how many examples there are, "
@@ -66,6 +71,8 @@ def count_scored(
     Raises:
         WeightError: the batch does not say how many examples it holds, and the script has given no function.
     """
+    if not trained.chosen:
+        _refuse_lost_repeats(loader, batch)
     before = counter.mark()
     try:
         count_batch(counter, loader, batch, index)
@@ -75,7 +82,7 @@ def count_scored(
             raise WeightError(
                 f"validation: {error}. Here the function of the batch helps, and not the number of a round"
             ) from None
-        counter.add_stated(trained.function(batch))
+        counter.add_stated(trained.function(batch), _fresh_of_all(loader, batch, index))
 
 
 def _parts(loader: Any, batch: Any) -> list[tuple[Any, Any]] | None:
@@ -129,9 +136,43 @@ def _fresh(loader: Any, index: int) -> Fresh | None:
         return None
     sampler: Any = batches.sampler
     size = _batch_size(loader)
-    names = {cls.__name__ for cls in type(sampler).__mro__}
-    if size is None or "DistributedSampler" not in names or sampler.drop_last:
+    if size is None or not _may_repeat(sampler):
         return None
     index %= max(len(batches), 1)  # a short loader begins again within an epoch
     rows, ranks = len(sampler.dataset), sampler.num_replicas
     return fresh_rows(rows, size, ranks, sampler.rank, index, interleaved=True)
+
+
+def _fresh_of_all(loader: Any, batch: Any, index: int) -> Fresh | None:
+    """Return which rows of a whole batch are not repeated, where it is the same for each of its loaders."""
+    found = {_fresh(one, index) for one, part in _parts(loader, batch) or () if part is not None}
+    return found.pop() if len(found) == 1 else None
+
+
+def _may_repeat(sampler: Any) -> bool:
+    names = {cls.__name__ for cls in type(sampler).__mro__}
+    return "DistributedSampler" in names and not sampler.drop_last
+
+
+def _refuse_lost_repeats(loader: Any, batch: Any) -> None:
+    """Refuse a batch sampler of the script's own whose distributed sampler repeats rows: any batch may hold them.
+
+    Raises:
+        WeightError: one of the loaders has such a sampler.
+    """
+    for one, _ in _parts(loader, batch) or ():
+        batches: Any = getattr(one, "batch_sampler", None)
+        if type(batches) is torch.utils.data.BatchSampler:
+            continue
+        for sampler in (batches, getattr(batches, "sampler", None)):
+            if not _may_repeat(sampler):
+                continue
+            rows, ranks = len(sampler.dataset), sampler.num_replicas
+            if rows % ranks:
+                raise WeightError(
+                    f"{type(batches).__name__} makes batches in an order of its own, and {type(sampler).__name__} "
+                    f"repeats {-rows % ranks} of {rows} rows for {ranks} processes, so that any batch may hold "
+                    "them: give the sampler drop_last=True or a number of rows that is a multiple of the "
+                    "processes, or state how many examples there are, fl.patch(trainer, examples=...); "
+                    'examples="rows" counts repeated rows, too'
+                )

@@ -38,6 +38,51 @@ def test_a_row_that_a_distributed_sampler_repeats_counts_once(shuffle: bool, own
     assert total == [6, 5, 5, 5]
 
 
+@pytest.mark.parametrize("scored", [False, True])
+def test_what_a_function_counts_leaves_out_repeated_rows_too(scored: bool) -> None:
+    unclear = (torch.zeros(5), torch.zeros(4, 2))
+    total = []
+    for rank in range(4):
+        sampler = DistributedSampler(rows(21), num_replicas=4, rank=rank)
+        loader = DataLoader(rows(21), 4, sampler=sampler, collate_fn=lambda _: unclear)
+        counter, stated = ExampleCounter(), ExampleCounter(lambda _: 4)
+        for index, batch in enumerate(loader):
+            if scored:
+                count_scored(counter, stated, loader, batch, index)
+            else:
+                count_batch(stated, loader, batch, index, whole=True, weighs=True)
+        total.append((counter if scored else stated).total())
+    assert total == [8, 6, 6, 6]  # the second batch has two rows; of ranks 1 to 3, one is repeated
+
+
+class Reversed(BatchSampler):
+    """Makes batches in an order of its own."""
+
+    def __iter__(self) -> Any:
+        return iter(list(super().__iter__())[::-1])
+
+
+@pytest.mark.parametrize("examples", [None, "rows", 40, lambda batch: len(batch[0])])
+def test_repeated_rows_in_unknown_batches_are_refused_unless_the_script_counts(
+    examples: Any,
+) -> None:
+    sampler = DistributedSampler(rows(21), num_replicas=4, rank=1)
+    loader = DataLoader(rows(21), batch_sampler=Reversed(sampler, 4, False))
+    batch = next(iter(loader))
+    trained, scored = ExampleCounter(examples), ExampleCounter()
+    if examples is None:
+        for count in (
+            lambda: count_batch(trained, [loader], [batch], 0, weighs=True),
+            lambda: count_scored(scored, trained, loader, batch, 0),
+        ):
+            with pytest.raises(WeightError, match="Reversed .* repeats 3 of 21 rows for 4 proc"):
+                count()
+        sampler.drop_last = True
+    count_batch(trained, loader, batch, 0, whole=trained.stated, weighs=True)
+    count_scored(scored, trained, loader, batch, 0)
+    assert (trained.total(), scored.total()) == (40 if examples == 40 else 2, 2)
+
+
 @pytest.mark.parametrize(("drop_last", "rows_a_pass"), [(False, 21), (True, 16)])
 def test_a_loader_that_begins_again_within_an_epoch_counts_as_in_its_first_pass(
     drop_last: bool, rows_a_pass: int
