@@ -52,9 +52,11 @@ def aggregate_files(
 ) -> ModelFile:
     """Combine ``inputs`` by a rule, by default the weighted mean, and write the result to ``out``.
 
-    The order of the files does not matter: a mean is summed in the order of their weights, files of the same
-    weight in the order of their flat bytes (canonical order of tensors, first difference decides), so that
-    the same files with the same weights give the same output. Integers and booleans must be equal in all files.
+    The order in which files are given does not matter: a mean is summed in the order of their weights, files of
+    the same weight in the order of their flat bytes (canonical order of tensors, first difference decides), so
+    that the same files with the same weights give the same output. A rule of several passes takes files in the
+    order of their names, as a run takes sites: of equal scores the first one counts, and the values of an update
+    do not change which one that is. Integers and booleans must be equal in all files.
 
     Args:
         inputs: safetensors files with the same tensors, in any order within the file, or folders that hold one,
@@ -94,7 +96,10 @@ def aggregate_files(
     start = None if base is None else models.pop()
     if several is not None and not several.rule.weighted:
         counts = [1] * len(models)
-    if not combining.symmetric:
+    if several is not None:
+        order = sorted(zip(counts, models, strict=True), key=lambda pair: _named(pair[1].path))
+        counts, models = [weight for weight, _ in order], [model for _, model in order]
+    elif not combining.symmetric:
         pairs = sorted(zip(counts, models, strict=True), key=functools.cmp_to_key(_compare))
         counts, models = [weight for weight, _ in pairs], [model for _, model in pairs]
     metadata: dict[str, str] = {}
@@ -188,6 +193,12 @@ def _check_arguments(
     if out.exists() and not force:
         raise StorageError(f"{out} exists; use --force to replace it")
     return [effective_weight(count) for count in counts]
+
+
+def _named(path: Path) -> tuple[str, ...]:
+    """Order by folder and name: as sites by their names, where each file is called by its site's."""
+    whole = path.absolute()
+    return (*whole.parent.parts, whole.name.removesuffix(".safetensors"), whole.name)
 
 
 def _compare(one: tuple[int, Weights], other: tuple[int, Weights]) -> int:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedcore._core import pair_distances
-from fedcore.errors import NonFiniteError
+from fedcore.errors import ConfigError, NonFiniteError
 from fedcore.rules.deciding import Decision, SeveralPasses
+from fedcore.rules.squares import TooFar
 from fedcore.weighing import Weighing
 
 from .weights import Weights
@@ -49,12 +50,16 @@ class Choosing:
             progress: called with the bytes done and the bytes in all.
 
         Raises:
-            ConfigError: they are too few for the rule and its settings, or too far apart.
+            ConfigError: they are too few for the rule and its settings, or too far apart; those are named.
             NonFiniteError: a file holds NaN or infinity; file and tensor are named.
         """
         points = [*models, *([] if base is None else [base])]
         squares = square_distances(points, threads=threads, progress=progress)
-        return self.rule.decide(squares, self.weighing.of(weights), self.settings)
+        try:
+            return self.rule.decide(squares, self.weighing.of(weights), self.settings)
+        except TooFar as error:
+            far = ", ".join(str(points[source].path) for source in error.sources)
+            raise ConfigError(f"{error}: {far}") from None
 
     def record(self, models: Sequence[Weights], decision: Decision) -> dict[str, str]:
         """Return what the header of the result has: the rule, and the weights and scores as JSON."""

@@ -2,19 +2,21 @@
 
 Blanchard et al. 2017, "Machine Learning with Adversaries". Of K updates, f may be wrong in any way. The score of
 an update is the sum of its K - f - 2 least squared distances to others, added from the least one on. The updates
-of the least scores are chosen, and weigh the same. Of equal scores the first one counts. With `mix` the rule
-chooses among mixed updates; what is left of an update is how many of the chosen ones it is a part of.
+of the least scores are chosen, and weigh the same. Of equal scores the first one counts, as of the two nearest
+updates of three. The order is that of names, which no update can change. With `mix` the rule chooses among mixed
+updates; what is left of an update is how many of the chosen ones it is a part of.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from .deciding import Decision, SeveralPasses, Squares
 from .mixing import MIX, least_mixed, mixing_of
 from .options import Option
-from .squares import total
+from .squares import TooFar, total
 
 __all__ = ["CHOOSING"]
 
@@ -39,6 +41,8 @@ def _judge(
     scores = _scores(mixing.squares, count, int(settings["f"]))
     best = sorted(range(count), key=lambda own: (scores[own], own))
     chosen = set(best[: kept(count, settings)])
+    if scores[best[0]] == math.inf:
+        raise TooFar(range(count))
     return Decision(
         weights=tuple(sum(own in mixing.members[one] for one in chosen) for own in range(count)),
         base=0,

@@ -17,14 +17,25 @@ from fedcore.weighing import effective_weight
 
 from .deciding import Squares
 
-__all__ = ["middle", "near", "part_of", "squares_to", "total", "whole_weights"]
+__all__ = ["TooFar", "middle", "near", "part_of", "squares_to", "total", "whole_weights"]
 
 _FAR: Final = 2.0**40  # 2^20 times as far; further away, rounding of the matrix hides the direction
 _TOP: Final = 62  # the greatest weight has its highest bit here
 _BITS: Final = 24
-_BEYOND: Final = (
-    "the square of a distance between updates is beyond binary64: their values are too large"
-)
+
+
+class TooFar(ConfigError):
+    """The squares of distances between updates are beyond binary64, so that nothing can be decided.
+
+    Attributes:
+        sources: which updates are so far from others; empty: all.
+    """
+
+    def __init__(self, sources: Sequence[int] = ()) -> None:
+        super().__init__(
+            "the square of a distance between updates is beyond binary64: their values are too large"
+        )
+        self.sources = tuple(sources)
 
 
 def total(values: Iterable[float]) -> float:
@@ -56,14 +67,14 @@ def near(squares: Sequence[float], weights: Sequence[float], least: float = 0.0)
         least: what the middle square is taken for if it is less.
 
     Raises:
-        ConfigError: half of them are further away than binary64 can hold.
+        TooFar: half of them are further away than binary64 can hold.
     """
     bound = _FAR * max(middle(squares, weights), least)
     found = [
         source for source, square in enumerate(squares) if square <= bound and square < math.inf
     ]
     if not found:
-        raise ConfigError(_BEYOND)
+        raise TooFar([source for source, square in enumerate(squares) if square == math.inf])
     return found
 
 
@@ -71,11 +82,12 @@ def part_of(squares: Squares, points: Sequence[int]) -> list[list[float]]:
     """Return the matrix of some of the points.
 
     Raises:
-        ConfigError: one of its distances is infinite.
+        TooFar: one of its distances is infinite.
     """
     found = [[squares[one][other] for other in points] for one in points]
-    if any(square == math.inf for row in found for square in row):
-        raise ConfigError(_BEYOND)
+    far = [one for one, row in zip(points, found, strict=True) if math.inf in row]
+    if far:
+        raise TooFar(far)
     return found
 
 

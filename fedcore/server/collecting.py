@@ -156,7 +156,7 @@ class Collecting:
 
     def _start_several(self, action: StartCollect, peers: Mapping[str, bytes]) -> bool:
         """Start where a rule of several passes decides which updates count, or has decided."""
-        verdict = self._store.verdict(action.version)
+        verdict = self.verdict(action.version)
         if verdict is not None and verdict.surveyed(action.participants):
             if not verdict.holds_for(action.participants):
                 verdict = verdict.among(rule_of(self._config), action.participants)
@@ -164,7 +164,7 @@ class Collecting:
             self.judged = verdict
             return self._start_combining(verdict, peers)
         self.judged = None
-        if verdict is not None:
+        if self._store.verdict(action.version) is not None:
             self._store.forget_verdict(action.version)
         running = self.running
         if running is not None and running.open:
@@ -237,10 +237,16 @@ class Collecting:
         return found
 
     def verdict(self, version: int) -> Verdict | None:
-        """Return what is decided of the updates of a version; None where its rule decides nothing."""
-        if version == 0 or rule_of(self._config).several is None:
+        """Return what the run's rule has decided of the updates of a version; None where it has not.
+
+        What another version of the rule, or the rule with other options, had decided before this server was
+        started does not hold: it is decided anew.
+        """
+        rule = rule_of(self._config)
+        if version == 0 or rule.several is None:
             return None
-        return self._store.verdict(version)
+        found = self._store.verdict(version)
+        return found if found is not None and found.rule == rule.recorded else None
 
     def decided(self, version: int) -> tuple[Participant, ...]:
         """Return whose updates a killed server was collecting, if it can be gone on with; else nobody's."""

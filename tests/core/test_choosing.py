@@ -148,7 +148,30 @@ def test_multi_krum_leaves_out_as_many_as_may_lie_unless_it_is_told_otherwise() 
         rule.decide(squares, [1] * 7, rule.having({"f": 2, "m": 6}))
 
 
-def test_of_equal_scores_the_first_file_by_its_bytes_counts(tmp_path: Path) -> None:
+def test_of_equal_scores_the_first_name_counts_whatever_the_bytes_are(tmp_path: Path) -> None:
+    near, nearer, far = (np.array([v, 0], np.float32) for v in (1, 1.5, 9))
+    for first, second in ((near, nearer), (nearer, near)):
+        for folder in (tmp_path, tmp_path / "a-b"):  # as names of sites are ordered
+            folder.mkdir(exist_ok=True)
+            paths = [
+                write(folder / f"{name}.safetensors", w=("F32", v))
+                for name, v in (("a", first), ("a-b", second), ("far", far))
+            ]
+            for order in itertools.permutations(paths):
+                made, (files, _) = combined(order, tmp_path / "out", "krum", f=0)
+                assert (made, files) == (first.tobytes(), paths)
+
+
+def test_where_all_updates_are_too_far_apart_they_are_named(tmp_path: Path) -> None:
+    values = [np.array([k * 1e200, 1.0]) for k in range(3)]
+    paths = [write(tmp_path / f"{i}", w=("F64", v)) for i, v in enumerate(values)]
+    for rule, settings in (("krum", {"f": 0.0}), ("rfa", {})):
+        with pytest.raises(ConfigError, match="beyond binary64") as caught:
+            combined(paths, tmp_path / "out", rule, **settings)
+        assert all(str(path) in str(caught.value) for path in paths)
+
+
+def test_equal_updates_and_ties_give_one_result_in_any_order(tmp_path: Path) -> None:
     corners = [np.array(v, np.float32) for v in ([0, 0], [0, 1], [1, 0], [1, 1], [0.5, 0.5])]
     same = [write(tmp_path / f"s{i}", w=("F32", corners[0])) for i in range(3)]
     assert combined(same, tmp_path / "out", "krum", f=0)[0] == corners[0].tobytes()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -66,10 +68,11 @@ class Krum:
     def log(self) -> str:
         return (self.folder / "server.log").read_text()
 
-    def kill(self) -> float:
-        """Kill the server and start it again; returns when."""
+    def kill(self, after: Callable[[], object] = lambda: None) -> float:
+        """Kill the server and, ``after`` something else, start it again; returns when."""
         self.server.send_signal(signal.SIGKILL)
         self.server.wait(200)
+        after()
         for site in self.sites.values():
             if site.is_alive():
                 site.forget()
@@ -187,6 +190,39 @@ def test_a_site_that_sends_another_update_once_it_is_chosen_is_named_and_left_ou
     assert np.array_equal(made, update("b", 1))
     assert "the update of a is left out of round 1: chunk" in run.log()
     assert "is not what it was when it was asked for the first time" in run.log()
+
+
+@pytest.mark.timeout(600)
+def test_what_another_version_of_the_rule_had_decided_is_decided_anew(
+    make: Callable[..., Krum],
+) -> None:
+    run = make("abcd")
+    run.spend(CHUNKS)
+    run.decided(1)
+    run.kill(lambda: change(run, '"krum 1 ', '"krum 0 '))
+    assert np.array_equal(run.finish(), update("a", 1))
+    assert run.log().count(DECIDED) == 2
+    assert all(run.sites[name].left(1) == 2 * CHUNKS for name in "bcd")  # surveyed once more
+
+
+@pytest.mark.timeout(600)
+def test_a_torn_decision_ends_the_start_with_what_can_be_done(make: Callable[..., Krum]) -> None:
+    run = make("abcd")
+    run.spend(CHUNKS)
+    run.decided(1)
+    run.kill(lambda: change(run, '"measure"', '"meas'))
+    assert run.server.wait(200) != 0
+    assert "what was decided of the updates of round 1 is damaged" in run.log()
+    assert "Put a whole run.sqlite back from a backup" in run.log()
+    assert "Traceback" not in run.log()
+
+
+def change(run: Krum, old: str, new: str) -> None:
+    """Change the text of what was decided, in the journal of a run on which no server works."""
+    with contextlib.closing(sqlite3.connect(run.folder / "runs/t/run.sqlite")) as db, db:
+        ((text,),) = db.execute("SELECT text FROM verdicts").fetchall()
+        assert old in text
+        db.execute("UPDATE verdicts SET text = ?", (text.replace(old, new),))
 
 
 @pytest.mark.timeout(600)

@@ -121,6 +121,20 @@ def test_a_run_has_the_bytes_of_the_rule_over_files_and_names_the_liar(
     assert summary["versions"][1]["updates"][LIAR]["weight"] == 0
 
 
+def test_of_the_nearest_two_of_three_a_run_takes_the_one_that_files_have(tmp_path: Path) -> None:
+    chosen = {"rule": "krum", "options": {"f": 0}}  # their scores are equal
+    server = Server(config(tmp_path, 3, aggregation=chosen, run={"name": "t", "rounds": 1}))
+    result, _ = run(server, *sites_of(server, "abc"))
+    assert result.ok
+    store = Store(tmp_path / "runs/t", None)
+    made, (_, row) = bytes(open_model(store.path(1)).view("w")), store.versions()
+    store.close()
+    assert row.verdict is not None
+    least, other, _ = sorted(row.verdict.decision.scores)
+    assert least == other
+    assert made == of_files(tmp_path, "abc", 1, ("krum", {"f": 0}))
+
+
 @pytest.mark.parametrize(
     ("rule", "options"),
     [

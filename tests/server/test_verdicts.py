@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from typing import Any
 
 import pytest
 
@@ -35,6 +37,33 @@ def test_a_verdict_comes_back_from_its_text_with_all_bits() -> None:
     assert Verdict.of_text(made.settled.text) == made.settled
     assert not made.settled.squares
     assert not made.settled.surveyed(SITES)
+
+
+def test_a_text_that_is_not_whole_is_refused_wherever_it_is_cut() -> None:
+    made = verdict().text
+    for end in range(0, len(made), 7):
+        with pytest.raises(ValueError, match="not whole"):
+            Verdict.of_text(made[:end])
+    of = json.loads(made)
+    spoiled: list[dict[str, Any]] = [
+        *(
+            {name: value for name, value in of.items() if name != gone}
+            for gone in of
+            if gone not in _LATER
+        ),
+        {**of, "squares": of["squares"][1:]},
+        {**of, "digests": of["digests"][1:]},
+        {**of, "base": -1},
+        {**of, "base": 0.5},
+        {**of, "updates": [[*update[:3], "1", update[4]] for update in of["updates"]]},
+        {**of, "key": "%"},
+    ]
+    for values in spoiled:
+        with pytest.raises(ValueError, match="not whole"):
+            Verdict.of_text(json.dumps(values))
+
+
+_LATER = ("key", "digests")  # the first journals had none
 
 
 def test_a_verdict_holds_while_those_that_count_are_there() -> None:

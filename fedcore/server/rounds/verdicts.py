@@ -127,8 +127,26 @@ class Verdict:
 
     @classmethod
     def of_text(cls, text: str) -> Verdict:
-        """Return the verdict of a `text`."""
-        of: dict[str, Any] = json.loads(text)
+        """Return the verdict of a `text`.
+
+        Raises:
+            ValueError: it is none, or not whole.
+        """
+        try:
+            found = cls._of_values(json.loads(text))
+        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"it is not whole ({what})") from None
+        count, rows = len(found.participants), len(found.squares)
+        weights = [*found.decision.weights, found.decision.base]
+        if not all(type(weight) is int and 0 <= weight < 1 << 63 for weight in weights):
+            raise ValueError("it is not whole (a weight is out of range)")
+        if rows not in (0, count + 1) or len(found.digests) not in (0, count):
+            raise ValueError("it is not whole (numbers of some updates are missing)")
+        return found
+
+    @classmethod
+    def _of_values(cls, of: dict[str, Any]) -> Verdict:
         updates = of["updates"]
         return cls(
             of["rule"],
@@ -140,8 +158,8 @@ class Verdict:
                 measure=of["measure"],
             ),
             _whole(of["squares"]),
-            base64.b64decode(of.get("key", "")),
-            tuple(base64.b64decode(text) for text in of.get("digests", ())),
+            base64.b64decode(of.get("key", ""), validate=True),
+            tuple(base64.b64decode(text, validate=True) for text in of.get("digests", ())),
         )
 
 

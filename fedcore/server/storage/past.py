@@ -39,6 +39,7 @@ def read_past(folder: Path) -> protocol.StatusReply:
     Raises:
         ConfigError: the journal can't be read, another process has it locked, or another version of fedcore wrote
             it.
+        IntegrityError: what was decided of a round's updates is damaged in it.
     """
     with _journal(folder) as rows:
         return _read(folder, rows)
