@@ -4,7 +4,7 @@ from typing import Any, TypeAlias, final
 
 from typing_extensions import Buffer
 
-_Rule: TypeAlias = str | tuple[str, Mapping[str, float]] | PythonRule | WeighedRule
+_Rule: TypeAlias = str | tuple[str, Mapping[str, float]] | PythonRule | WeighedRule | LoraRule
 
 def simd_level() -> str: ...
 def simd_levels() -> list[str]: ...
@@ -78,6 +78,18 @@ def weigh(examples: Sequence[float], equal: bool, max_share: int) -> list[float]
 def recompress(
     terms: Sequence[tuple[float, Buffer, Buffer] | tuple[float, Buffer, Buffer, str]], max_rank: int
 ) -> tuple[Any, Any, Any, dict[str, Any]]: ...
+
+class LoraRule:
+    def __init__(
+        self,
+        method: str,
+        layout: Layout,
+        groups: Sequence[tuple[str, str]],
+        max_rank: int,
+        figure: bool = True,
+    ) -> None: ...
+    def reports(self) -> list[dict[str, Any] | None]: ...
+
 def factor_error(
     weights: Sequence[float],
     pairs: Sequence[tuple[Buffer, Buffer] | tuple[Buffer, Buffer, str]],
@@ -235,6 +247,7 @@ class Collector:
         record: Record | None = None,
         states: Mapping[str, tuple[MappedFile, int]] = ...,
         digests: Sequence[bytes] = (),
+        own: Sequence[tuple[Layout | None, tuple[MappedFile, int] | None, Codec | None]] = (),
     ) -> None: ...
     @staticmethod
     def open(
@@ -380,7 +393,17 @@ class Exchange:
     def limit_audience(self, audience: int, outgoing: int, control: int) -> None: ...
     def published(self) -> list[bytes]: ...
     def start(self, collector: Collector) -> None: ...
-    def add(self, collector: Collector, peer: bytes, set_id: bytes, weight: int) -> int: ...
+    def add(
+        self,
+        collector: Collector,
+        peer: bytes,
+        set_id: bytes,
+        weight: int,
+        *,
+        layout: Layout | None = None,
+        base: tuple[MappedFile, int] | None = None,
+        codec: Codec | None = None,
+    ) -> int: ...
     def survey(self, collector: Collector, sources: Sequence[int]) -> None: ...
     def close(
         self,

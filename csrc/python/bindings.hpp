@@ -92,12 +92,14 @@ py::object to_python(const Event& event);
 void bind_events(py::module_& m);
 // Adds the classes CollectorOptions, Collector and Exchange; those of their arguments must be there.
 void bind_exchange(py::module_& m);
-// Adds recompress() and factor_error().
+// The rule of an object of the class LoraRule; nullptr for any other.
+std::shared_ptr<const Rule> lora_rule_of(const py::object& rule);
+// Adds recompress(), factor_error() and the class LoraRule; Layout must be there.
 void bind_factors(py::module_& m);
 // Adds the class Finisher; Layout and MappedFile must be there.
 void bind_finishing(py::module_& m);
 // A rule by its name, a pair of a name and a dict of its options, or an object of the class PythonRule
-// or WeighedRule.
+// WeighedRule or LoraRule.
 // Throws what find_rule() and rule_with() throw.
 std::shared_ptr<const Rule> to_rule(const py::object& rule);
 // Adds the classes PythonRule and WeighedRule.

@@ -44,6 +44,16 @@ Place to_place(const PyPlace& place) {
   return place ? Place{std::get<0>(*place)->share(), std::get<1>(*place)} : Place{};
 }
 
+// What a source has of its own: a layout, a base and a codec.
+using PyOwn = std::tuple<std::optional<PyLayout>, PyPlace, py::object>;
+
+void add_own(Source& source, const std::optional<PyLayout>& layout, const PyPlace& base,
+             const py::object& codec) {
+  source.layout = layout ? *layout : nullptr;
+  source.base.place = to_place(base);
+  source.codec = codec_of(codec);
+}
+
 // A thread that reduces by a rule in Python has the exchange, and wants the GIL. A thread that has the
 // GIL and wants the exchange gives the GIL up while it waits.
 void wait_without_gil(std::mutex& mutex) {
@@ -100,10 +110,18 @@ std::shared_ptr<Collector> make_collector(const PyLayout& layout,
                                           const FileHandle& out, std::uint64_t out_offset,
                                           const PyPlace& base, const CollectorOptions& options,
                                           std::shared_ptr<Record> record, const PyStates& states,
-                                          const std::vector<py::bytes>& digests) {
+                                          const std::vector<py::bytes>& digests,
+                                          const std::vector<PyOwn>& own_parts) {
   std::vector<Source> checked;
   for (const auto& [peer, set, weight] : sources) {
     checked.push_back(to_source(peer, set, weight));
+  }
+  if (!own_parts.empty() && own_parts.size() != checked.size()) {
+    throw Error(Errc::kLayout, "there must be a layout, base and codec of each source, or None");
+  }
+  for (std::size_t k = 0; k < own_parts.size(); ++k) {
+    const auto& [own_layout, own_base, own_codec] = own_parts[k];
+    add_own(checked[k], own_layout, own_base, own_codec);
   }
   if (!digests.empty() && digests.size() != checked.size()) {
     throw Error(Errc::kLayout, "there must be digests of each source");
@@ -209,7 +227,8 @@ void bind_exchange(py::module_& m) {
       "Pulls K published sets of one layout and reduces them into one output, chunk by chunk.")
       .def(py::init(&make_collector), py::arg("layout"), py::arg("sources"), py::arg("out"),
            py::arg("out_offset"), py::arg("base"), py::arg("options"), py::arg("record") = nullptr,
-           py::arg("states") = PyStates(), py::arg("digests") = std::vector<py::bytes>())
+           py::arg("states") = PyStates(), py::arg("digests") = std::vector<py::bytes>(),
+           py::arg("own") = std::vector<PyOwn>())
       .def_static("open", &open_collector, py::arg("layout"), py::arg("expected"), py::arg("base"),
                   py::arg("options"),
                   "One whose sources are added as they are ready, about `expected` of them: see "
@@ -327,9 +346,18 @@ void bind_exchange(py::module_& m) {
       .def(
           "add",
           [](Exchange& e, const Collector& c, const py::bytes& peer, const py::bytes& set,
-             const py::int_& weight) { return e.add(c.id(), to_source(peer, set, weight)); },
+             const py::int_& weight, const std::optional<PyLayout>& layout, const PyPlace& base,
+             const py::object& codec) {
+            Source source = to_source(peer, set, weight);
+            add_own(source, layout, base, codec);
+            return e.add(c.id(), std::move(source));
+          },
           py::arg("collector"), py::arg("peer"), py::arg("set_id"), py::arg("weight"),
-          "Pull another source into an open collector; returns its number.")
+          py::kw_only(), py::arg("layout") = std::nullopt, py::arg("base") = std::nullopt,
+          py::arg("codec") = py::none(),
+          "Pull another source into an open collector; returns its number. For a rule with views, "
+          "it may "
+          "have a layout of its own, and then a base and a codec for differences to that.")
       .def(
           "survey",
           [](Exchange& e, const Collector& c, const std::vector<std::size_t>& sources) {

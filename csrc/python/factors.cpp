@@ -1,4 +1,5 @@
-// Products of factors in the module fedcore._core: recompress() and factor_error(), of arrays.
+// Products of factors in the module fedcore._core: recompress() and factor_error(), of arrays, and the
+// class LoraRule: a rule for adapters, with the table of their groups.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,8 +14,9 @@
 #include "base/error.hpp"
 #include "codec/element.hpp"
 #include "factors/figure.hpp"
-#include "factors/recompress.hpp"
+#include "factors/merge.hpp"
 #include "python/bindings.hpp"
+#include "reduce/lora.hpp"
 
 namespace fedcore {
 namespace {
@@ -126,7 +128,7 @@ py::tuple py_recompress(const std::vector<py::tuple>& terms, std::size_t max_ran
   factors::Factors out;
   {
     const py::gil_scoped_release release;
-    out = factors::recompress(checked.shape(), checked.all(), max_rank);
+    out = factors::merge(checked.shape(), checked.all(), max_rank);
   }
   const auto rank = static_cast<py::ssize_t>(out.rank);
   py::dict info;
@@ -163,7 +165,56 @@ py::tuple py_factor_error(const std::vector<double>& weights, const std::vector<
   return py::make_tuple(out.sum, out.error, out.change);
 }
 
+// What the class LoraRule holds.
+struct PyLoraRule {
+  std::shared_ptr<LoraReports> reports;
+  std::shared_ptr<const Rule> rule;
+};
+
+PyLoraRule make_lora(const std::string& method, const PyLayout& layout,
+                     const std::vector<std::pair<std::string, std::string>>& groups,
+                     std::size_t max_rank, bool figure) {
+  LoraOptions options{LoraMethod::kFactors, {}, max_rank, figure};
+  if (method == "exact") {
+    options.method = LoraMethod::kExact;
+  } else if (method == "products") {
+    options.method = LoraMethod::kProducts;
+  } else if (method != "factors") {
+    throw Error(Errc::kConfig,
+                "no LoRA rule is named '" + method + "'; expected one of factors, exact, products");
+  }
+  for (const auto& [b, a] : groups) {
+    options.groups.push_back({b, a});
+  }
+  auto reports = std::make_shared<LoraReports>(groups.size());
+  auto rule = lora_rule(layout, std::move(options), reports);
+  return {std::move(reports), std::move(rule)};
+}
+
+py::list lora_reports(const PyLoraRule& lora) {
+  py::list out;
+  for (const std::optional<LoraReport>& report : lora.reports->all()) {
+    if (!report) {
+      out.append(py::none());
+      continue;
+    }
+    py::dict of;
+    of["sum"] = report->sum;
+    of["change"] = report->change;
+    of["error"] = report->error;
+    of["cut"] = report->cut;
+    of["rank"] = report->rank;
+    out.append(of);
+  }
+  return out;
+}
+
 }  // namespace
+
+std::shared_ptr<const Rule> lora_rule_of(const py::object& rule) {
+  return py::isinstance<PyLoraRule>(rule) ? rule.cast<std::shared_ptr<PyLoraRule>>()->rule
+                                          : nullptr;
+}
 
 void bind_factors(py::module_& m) {
   m.def("recompress", &py_recompress, py::arg("terms"), py::arg("max_rank"),
@@ -178,6 +229,25 @@ void bind_factors(py::module_& m) {
         "of A are orthonormal, columns of B have the singular values as norms. LayoutError for "
         "shapes "
         "that do not fit, NonFiniteError that names the term.");
+  py::class_<PyLoraRule, std::shared_ptr<PyLoraRule>>(
+      m, "LoraRule",
+      "A rule for adapters, for outputs of one layout: groups = [(name of B, name of A)]. method: "
+      "'factors', the mean of each factor; 'exact', the base plus the mean of what each source's "
+      "product "
+      "differs from what it was given, its rank's best part of the base; 'products', the mean of "
+      "the "
+      "products. The sources of the last two may have ranks of their own, up to max_rank. "
+      "LayoutError "
+      "for groups that the layout does not have.")
+      .def(py::init(&make_lora), py::arg("method"), py::arg("layout"), py::arg("groups"),
+           py::arg("max_rank"), py::arg("figure") = true)
+      .def(
+          "reports", &lora_reports,
+          "Of each group whose output was made, norms: `sum` of the mean of the products, `change` "
+          "to what the sources were given, `error` of the product of the means, `cut` by the "
+          "rank; and `rank` of the output. None for the others; sum, change and error are 0 "
+          "without "
+          "figure.");
   m.def("factor_error", &py_factor_error, py::arg("weights"), py::arg("pairs"),
         py::arg("base") = std::nullopt,
         "How wrong the product of the means is, for pairs (B, A) or (B, A, dtype) with their scale "

@@ -235,6 +235,9 @@ std::shared_ptr<const Rule> to_rule(const py::object& rule) {
   if (py::isinstance<WeighedRule>(rule)) {
     return rule.cast<std::shared_ptr<WeighedRule>>()->rule;
   }
+  if (auto lora = lora_rule_of(rule)) {
+    return lora;
+  }
   const auto held = rule.cast<std::shared_ptr<PythonRule>>();
   return {held, &held->rule};
 }

@@ -117,7 +117,7 @@ class Combiner {
   // Where Rule::views() is true. see(): `range` of the output is made from these views, one for each
   // weight, which are valid until the next call. combine_seen(): `count` elements of a float dtype
   // from flat byte `offset` of the output on, in binary64; `base` points at those of the output's
-  // base, or is nullptr. The caller checks the numbers, and limits and rounds each once.
+  // base, all of whose flat bytes lie around it, or is nullptr. The caller checks the numbers, and limits and rounds each once.
   virtual void see(const Layout& out, Range range, std::span<const View> views);
   virtual void combine_seen(Dtype dtype, std::uint64_t offset, const void* base, double* out,
                             std::size_t count);

@@ -285,3 +285,32 @@ def test_differences_keep_the_ranks_that_a_mean_of_products_loses(
     np.testing.assert_allclose(share[:2], 1, atol=0.005)
     assert (share[2:] >= least).all()
     assert (share[2:] <= most).all()
+
+
+def test_many_columns_are_merged_in_a_tree_of_the_terms_alone() -> None:
+    # Of rank 20 together, but for a little noise: no node of the tree has to cut off anything else.
+    rng = np.random.default_rng(7)
+    left, right = rng.normal(size=(150, 20)), rng.normal(size=(20, 170))
+    terms = [
+        (float(k + 1), left @ rng.normal(size=(20, 64)), rng.normal(size=(64, 20)) @ right)
+        for k in range(7)
+    ]
+    assert check(terms, 20) == 20
+    noisy = [(scale, b + 1e-6 * rng.normal(size=b.shape), a) for scale, b, a in terms]
+    whole = dense(noisy)
+    b, a, sigma, info = _core.recompress(noisy, 16)
+    expected = np.linalg.svd(whole)[1]
+    np.testing.assert_allclose(sigma, expected[:16], rtol=1e-6)
+    lost = np.linalg.norm(whole - b @ a)
+    assert lost <= info["cut"] * (1 + 1e-9)
+    assert lost <= 1.001 * np.sqrt((expected[16:] ** 2).sum())
+
+
+def test_a_tree_over_random_terms_loses_little_more_than_the_best_part() -> None:
+    terms = [(1.0 + k, b, a) for k, (_, b, a) in enumerate(terms_of(300, 280, [64, 64, 4, 64, 80]))]
+    whole = dense(terms)
+    b, a, _, info = _core.recompress(terms, 32)
+    least = np.sqrt((np.linalg.svd(whole)[1][32:] ** 2).sum())
+    lost = np.linalg.norm(whole - b @ a)
+    assert least <= lost * (1 + 1e-12)
+    assert lost <= min(info["cut"], 1.02 * least)

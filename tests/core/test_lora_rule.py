@@ -1,0 +1,337 @@
+"""The rules for adapters in a collection: sources of other ranks than the output, in any order of arrival."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from fedcore import _core
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout, LoraRule
+from fedcore.errors import ConfigError, LayoutError
+from fedcore.model_file import ModelFile, create_model
+from fedcore.protocol import read_header
+
+Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+
+MODULES = {"attn.q": (130, 90), "attn.v": (40, 30), "mlp": (7, 300)}
+GROUPS = [(f"{name}.lora_B.weight", f"{name}.lora_A.weight") for name in MODULES]
+RANK = 8
+CHUNK = 4096
+DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32"}
+
+
+@pytest.fixture(autouse=True)
+def restore_level() -> Iterator[None]:
+    before = _core.simd_level()
+    yield
+    _core.set_simd_level(before)
+
+
+def adapter(rank: int, seed: int, scale: float = 1.0) -> dict[str, Array]:
+    """Return factors of each module, and three tensors that are in no group."""
+    rng = np.random.default_rng(seed)
+    tensors: dict[str, Array] = {}
+    for (b, a), (rows, columns) in zip(GROUPS, MODULES.values(), strict=True):
+        tensors[b] = (scale * rng.normal(size=(rows, rank))).astype(np.float32)
+        tensors[a] = rng.normal(size=(rank, columns)).astype(np.float32)
+    tensors["head"] = rng.normal(size=1500).astype(np.float32)
+    tensors["norm"] = rng.normal(size=77)
+    tensors["steps"] = np.array([seed, 2], np.int32)
+    return tensors
+
+
+def layout_of(tensors: Tensors, chunk: int = CHUNK) -> Layout:
+    table = [(name, DTYPES[str(x.dtype)], list(x.shape)) for name, x in tensors.items()]
+    return Layout(table, chunk)
+
+
+def store(tensors: Tensors, chunk: int = CHUNK) -> ModelFile:
+    file = create_model(None, layout_of(tensors, chunk))
+    for name, values in tensors.items():
+        file.view(name)[:] = values.tobytes()
+    return file
+
+
+def load(file: ModelFile, like: Tensors) -> dict[str, Array]:
+    return {
+        name: np.frombuffer(bytes(file.view(name)), x.dtype).reshape(x.shape)
+        for name, x in like.items()
+    }
+
+
+def in_form(tensors: Tensors, rank: int = RANK) -> dict[str, Array]:
+    """Return an adapter with its products as recompress() writes them."""
+    out = dict(tensors)
+    for b, a in GROUPS:
+        left, right, _, _ = _core.recompress([(1.0, tensors[b], tensors[a])], rank)
+        more = rank - left.shape[1]
+        out[b] = np.pad(left, ((0, 0), (0, more))).astype(np.float32)
+        out[a] = np.pad(right, ((0, more), (0, 0))).astype(np.float32)
+    return out
+
+
+def combine(
+    method: str,
+    base: Tensors,
+    sites: Sequence[Tensors],
+    weights: Sequence[int],
+    *,
+    order: int = 0,
+    chunk: int = CHUNK,
+    lost: int | None = None,
+    budget: int = 1 << 30,
+    max_rank: int = 16,
+    later: bool = False,
+) -> tuple[dict[str, Array], list[dict[str, Any] | None]]:
+    """Collect the sites' adapters, chunks in an order of `order`'s choice; `lost` goes half way."""
+    layout, from_base = layout_of(base, chunk), store(base, chunk)
+    out = create_model(None, layout)
+    rule = LoraRule(method, layout, GROUPS, max_rank)
+    server, peers = Exchange(), []
+    place = (from_base.file, from_base.data_offset)
+    options = CollectorOptions(budget, rule=rule)
+    sources = []
+    for k, (tensors, weight) in enumerate(zip(sites, weights, strict=True)):
+        site, file = Exchange(), store(tensors, chunk)
+        name = f"{k:02}".encode()
+        site.publish(name * 8, file.file, file.data_offset, file.layout.total_bytes, chunk)
+        peers.append((name, site, file.layout))
+        sources.append((name, name * 8, weight))
+    if later:
+        collector = Collector.open(layout, len(sites), place, options)
+        server.start(collector)
+        for source, (_, _, own) in zip(sources, peers, strict=True):
+            server.add(collector, *source, layout=own)
+        server.close(collector, list(range(len(sites))), out.file, out.data_offset)
+    else:
+        own_parts = [(own, None, None) for _, _, own in peers]
+        collector = Collector(
+            layout, sources, out.file, out.data_offset, place, options, own=own_parts
+        )
+        server.start(collector)
+    deliver(server, collector, peers, random.Random(order), lost)
+    events = list(iter(server.next_event, None))
+    assert collector.done, events
+    return load(out, base), rule.reports()
+
+
+def deliver(
+    server: Exchange,
+    collector: Collector,
+    peers: list[tuple[bytes, Exchange, Layout]],
+    dice: random.Random,
+    lost: int | None,
+) -> None:
+    waiting: list[tuple[bytes, bytes, bytes]] = []
+    now = idle = 0
+    while idle < 40 and not collector.done:
+        now += 10
+        server.tick(now)
+        while (request := server.next_out(now)) is not None:
+            next(site for name, site, _ in peers if name == request[0]).deliver(
+                0, b"server", request[1], None
+            )
+        for name, site, _ in peers:
+            while (reply := site.next_out(0)) is not None:
+                if reply[2] is not None and read_header(reply[1]).index >= 0:
+                    waiting.append((name, reply[1], bytes(reply[2])))
+        idle = 0 if waiting else idle + 1
+        if waiting:
+            server.deliver(now, *waiting.pop(dice.randrange(len(waiting))))
+        if lost is not None and collector.progress()[0] >= collector.progress()[1] // 2:
+            server.drop(collector, lost)
+            lost = None
+
+
+def product(tensors: Tensors, module: int, rank: int | None = None) -> Array:
+    b, a = GROUPS[module]
+    return tensors[b][:, :rank].astype(float) @ tensors[a][:rank].astype(float)
+
+
+def best(whole: Array, rank: int) -> Array:
+    left, sigma, right = np.linalg.svd(whole, full_matrices=False)
+    return np.asarray(left[:, :rank] * sigma[:rank] @ right[:rank])
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    return all(one[name].tobytes() == other[name].tobytes() for name in one)
+
+
+RANKS, SHARES = [2, 5, 8, 3], [3, 1, 16777215, 7]
+
+
+def test_exact_adds_what_each_product_differs_from_what_the_site_was_given() -> None:
+    base = in_form(adapter(RANK, 1))
+    sites = [adapter(rank, 10 + rank) for rank in RANKS]
+    weights = [3, 1, 5, 7]
+    made, reports = combine("exact", base, sites, weights)
+    for module, report in enumerate(reports):
+        change = sum(
+            w / 16 * (product(site, module) - product(base, module, rank))
+            for w, site, rank in zip(weights, sites, RANKS, strict=True)
+        )
+        whole = product(base, module) + change
+        expected = best(whole, RANK)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(product(made, module), expected, rtol=0, atol=2e-6 * scale)
+        assert report is not None
+        rank = min(RANK, *MODULES[list(MODULES)[module]])
+        assert report["rank"] == rank
+        assert report["change"] == pytest.approx(np.linalg.norm(change), rel=1e-9)
+        mean = sum(w / 16 * product(s, module) for w, s in zip(weights, sites, strict=True))
+        assert report["sum"] == pytest.approx(np.linalg.norm(mean), rel=1e-9)
+        cut = np.linalg.norm(whole - expected)
+        assert report["cut"] == pytest.approx(cut, rel=1e-6, abs=1e-9)
+        assert report["error"] > 0.1 * report["sum"]
+
+
+def test_products_alone_forget_the_base() -> None:
+    sites = [adapter(rank, 10 + rank) for rank in RANKS]
+    made, _ = combine("products", in_form(adapter(RANK, 1)), sites, [3, 1, 5, 7])
+    for module in range(len(MODULES)):
+        mean = sum(w / 16 * product(s, module) for w, s in zip([3, 1, 5, 7], sites, strict=True))
+        np.testing.assert_allclose(product(made, module), best(mean, RANK), rtol=0, atol=1e-4)
+
+
+def test_the_bytes_do_not_depend_on_arrival_chunks_losses_or_instructions() -> None:
+    base = in_form(adapter(RANK, 1))
+    sites = [adapter(rank, 10 + rank) for rank in RANKS]
+    first, reports = combine("exact", base, sites, SHARES)
+    for order in (1, 2):
+        again, same_reports = combine("exact", base, sites, SHARES, order=order, later=order == 2)
+        assert same(first, again)
+        assert reports == same_reports
+    assert same(first, combine("exact", base, sites, SHARES, chunk=2 * CHUNK)[0])
+    for level in _core.simd_levels():
+        _core.set_simd_level(level)
+        assert same(first, combine("exact", base, sites, SHARES)[0])
+    for lost in (0, 3):
+        left = [k for k in range(4) if k != lost]
+        alone = combine("exact", base, [sites[k] for k in left], [SHARES[k] for k in left])[0]
+        assert same(alone, combine("exact", base, sites, SHARES, lost=lost)[0])
+
+
+def test_rounds_of_mixed_ranks_follow_a_dense_reference() -> None:
+    ranks, weights = [4, 8, 16], [5, 3, 1]
+    base = in_form(adapter(16, 1), 16)
+    dense = [product(base, module) for module in range(len(MODULES))]
+    for number in range(12):
+        sites = []
+        for k, rank in enumerate(ranks):
+            steps = adapter(rank, 100 * number + k, scale=0.2)
+            for b, a in GROUPS:
+                for name, given in ((b, base[b][:, :rank]), (a, base[a][:rank])):
+                    steps[name] = (given + 0.3 * steps[name]).astype(np.float32)
+            sites.append(steps)
+        for module, whole in enumerate(dense):
+            dense[module] = best(
+                whole
+                + sum(
+                    w / 9 * (product(site, module) - best(whole, rank))
+                    for w, site, rank in zip(weights, sites, ranks, strict=True)
+                ),
+                16,
+            )
+        base, _ = combine("exact", base, sites, weights)
+    for module, whole in enumerate(dense):
+        far = np.linalg.norm(product(base, module) - whole)
+        assert far <= 1e-4 * np.linalg.norm(whole)
+
+
+def test_what_is_in_no_group_gets_the_mean_and_integers_are_the_base_s() -> None:
+    base = in_form(adapter(RANK, 1))
+    sites = [adapter(rank, 10 + rank) for rank in RANKS]
+    for method in ("exact", "factors"):
+        made, _ = combine(method, base, sites, SHARES)
+        for name, dtype in (("head", "F32"), ("norm", "F64")):
+            out = np.empty_like(base[name])
+            _core.mean(dtype, [site[name] for site in sites], SHARES, out)
+            assert made[name].tobytes() == out.tobytes()
+        assert made["steps"].tolist() == base["steps"].tolist()
+
+
+def test_factors_are_the_bits_of_the_mean_filled_up_with_zeros() -> None:
+    base = adapter(RANK, 1)
+    for ranks in ([RANK] * 4, RANKS):
+        sites = [adapter(rank, 10 + k) for k, rank in enumerate(ranks)]
+        made, reports = combine("factors", base, sites, SHARES)
+        for (b, a), report in zip(GROUPS, reports, strict=True):
+            filled = []
+            for site, rank in zip(sites, ranks, strict=True):
+                more = RANK - rank
+                filled.append(
+                    (
+                        np.pad(site[b], ((0, 0), (0, more))),
+                        np.pad(site[a], ((0, more), (0, 0))),
+                    )
+                )
+            for i, name in ((0, b), (1, a)):
+                out = np.empty_like(base[name])
+                _core.mean("F32", [pair[i] for pair in filled], SHARES, out)
+                assert made[name].tobytes() == out.tobytes()
+            assert report is not None
+            of_sum, error, _ = _core.factor_error(SHARES, [(s[b], s[a]) for s in sites])
+            assert (report["sum"], report["error"]) == (of_sum, error)
+
+
+def test_a_factor_that_no_site_sends_stays_as_the_base_has_it() -> None:
+    base = adapter(RANK, 1)
+    frozen = [a for _, a in GROUPS]
+    sites = [
+        {name: x for name, x in adapter(RANK, 10 + k).items() if name not in frozen}
+        for k in range(3)
+    ]
+    made, reports = combine("factors", base, sites, [1, 2, 3])
+    for (b, a), report in zip(GROUPS, reports, strict=True):
+        assert made[a].tobytes() == base[a].tobytes()
+        out = np.empty_like(base[b])
+        _core.mean("F32", [site[b] for site in sites], [1, 2, 3], out)
+        assert made[b].tobytes() == out.tobytes()
+        assert report is not None
+        assert report["error"] <= 1e-12 * report["sum"]
+
+
+def test_sources_that_do_not_fit_are_refused_by_name() -> None:
+    base = in_form(adapter(RANK, 1))
+    good = adapter(4, 2)
+    (b, a), *_ = GROUPS
+    wrong: list[tuple[str, str, Tensors]] = [
+        ("exact", "some sources lack", {n: x for n, x in good.items() if n != b}),
+        ("exact", "different ranks", {**good, b: good[b][:, :3].copy()}),
+        ("exact", "no factor of rank 1 to 16", adapter(17, 3)),
+        ("exact", "no factor of rank 1 to 16", {**good, a: good[a][:, :5].copy()}),
+        ("factors", "no factor of rank 1 to 8", adapter(9, 3)),
+        ("exact", "some sources lack", {n: x for n, x in good.items() if n != "head"}),
+        ("exact", "another dtype or shape", {**good, "head": good["head"][:9].copy()}),
+        ("factors", "some sources lack", {n: x for n, x in good.items() if n != a}),
+    ]
+    for method, why, tensors in wrong:
+        with pytest.raises(LayoutError, match=why):
+            combine(method, base, [good, tensors], [1, 1])
+    half = {name: x for name, x in good.items() if name != a}
+    with pytest.raises(LayoutError, match="lacks a factor"):
+        combine("exact", base, [half, half], [1, 1])
+    with pytest.raises(LayoutError, match="must have the other in rank 8"):
+        combine("factors", base, [half, half], [1, 1])
+    with pytest.raises(ConfigError, match="chunks of 2 sources"):
+        combine("exact", base, [good, good], [1, 1], budget=4 * CHUNK)
+
+
+def test_a_table_of_groups_that_does_not_fit_the_layout_is_refused() -> None:
+    layout = layout_of(adapter(RANK, 1))
+    (b, a), (other, _), _ = GROUPS
+    for method, groups, error in (
+        ("exact", [(b, "nothing")], LayoutError),
+        ("exact", [(a, b)], LayoutError),
+        ("exact", [(b, "head")], LayoutError),
+        ("exact", [(b, a), (other, a)], LayoutError),
+        ("sum", [(b, a)], ConfigError),
+    ):
+        with pytest.raises(error):
+            LoraRule(method, layout, groups, RANK)
