@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
@@ -157,3 +158,39 @@ def rule_peers(
         [[row["input"], row["framework"], row["gives"]] for row in wrong],
     )
     write(json_file, {"rows": rows, "faults": wrong})
+
+
+@app.command()
+def lora(
+    *,
+    sites: Annotated[int, typer.Option(min=2, help="Adapters.")] = 16,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the result.")] = 64,
+    json_file: Json = None,
+) -> None:
+    """Time sums of the products of LoRA factors on the shapes of Llama-3-8B, beside NumPy's ways, on one core.
+
+    One layer of each shape is measured. The dense way is measured for the smallest shape alone.
+    """
+    for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ[name] = "1"  # before NumPy is loaded
+    from .lora import LLAMA_3_8B, RANKS, measure, scratch
+
+    rows = measure(sites, rank)
+    whole = {
+        way: sum(row["count"] * row[way] for row in rows)
+        for way in ("own_s", "figure_s", "stacked_s", "dense_s")
+    }
+    show(
+        f"{sites} sites of ranks {', '.join(map(str, RANKS))} to rank {rank}, CPU s of one core; "
+        f"* from the smallest shape",
+        ("layers", "shape", "fedcore", "figure", "stacked", "dense", "memory", "of stacked"),
+        [
+            [f"{row['count']} x {row['kind']}", f"{row['rows']} x {row['columns']}", row["own_s"], row["figure_s"],
+             row["stacked_s"], row["dense_s"] if row["dense_measured"] else f"{row['dense_s']:.0f} *",
+             size_text(row["own_bytes"]), size_text(row["stacked_bytes"])]
+            for row in rows
+        ] + [["all 224", None, *whole.values(), None, None]],
+    )  # fmt: skip
+    bound = scratch(sites, rank, RANKS, LLAMA_3_8B)
+    typer.echo(f"a server's rule takes {size_text(bound)} beside the factors of one layer")
+    write(json_file, {"rows": rows, "all": whole, "scratch_bytes": bound})

@@ -61,16 +61,17 @@ class Update:
         return codec.encode(0, self.values.view(0, n), self.base.view(0, n), residual)[1]
 
 
-def _peak() -> int:
-    """Return the most bytes that this process had in memory since `_forget_peak`."""
+def peak() -> int:
+    """Return the most bytes that this process had in memory since `forget_peak`."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found[1]) * 1024
 
 
-def _forget_peak() -> int:
+def forget_peak() -> int:
+    """Begin to look for the most memory anew; returns the bytes that there are in memory now."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _peak()
+    return peak()
 
 
 def _timed(action: Callable[[], object]) -> tuple[float, float]:
@@ -102,18 +103,18 @@ def measure(
             encoding, feedback, count = case
             codec = Codec(update.layout, encoding)
             copy = min(copy, _timed(lambda: np.copyto(target, source))[1])
-            before = _forget_peak()
+            before = forget_peak()
             wall, cpu = _timed(functools.partial(update.encode, codec, feedback, count))
-            peak = max(0, _peak() - before)
+            most = max(0, peak() - before)
             nbytes, first = update.made
             if first != update.expected(codec, feedback):
                 raise ArithmeticError(f"{encoding}: the update's first chunk is wrong")
-            row = rows.setdefault(case, {"wall": wall, "cpu": cpu, "peak": peak})
+            row = rows.setdefault(case, {"wall": wall, "cpu": cpu, "peak": most})
             touched = (4 if feedback else 2) * update.size + nbytes
             row |= {
                 "wall": min(wall, row["wall"]),
                 "cpu": min(cpu, row["cpu"]),
-                "peak": min(peak, row["peak"]),
+                "peak": min(most, row["peak"]),
                 "touched": touched,
             }
     return [

@@ -25,7 +25,11 @@ def _memory_has_room() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the tests' files in memory: hundreds of servers that wait for a disk at each commit take minutes."""
+    """Keep the tests' files in memory: hundreds of servers that wait for a disk at each commit take minutes.
+
+    NumPy's matrices are small here, and its threads would wait for each other most of the time.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     if config.option.basetemp is None and _memory_has_room():
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY_FOLDER))
 

@@ -485,6 +485,7 @@ std::shared_ptr<const Rule> lora_rule(std::shared_ptr<const Layout> layout, Lora
   rule->version = 1;
   rule->traits = {
       .weighted = true, .symmetric = false, .folds = false, .least = 1, .unit = Unit::kGroup};
+  rule->slow = true;
   rule->scratch = [table](std::size_t k) { return scratch_of(*table, k); };
   rule->make = [table](const std::vector<double>& weights) {
     return std::make_unique<Lora>(table, weights);

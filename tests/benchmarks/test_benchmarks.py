@@ -37,6 +37,7 @@ def test_the_help_names_every_benchmark() -> None:
     assert result.returncode == 0
     names = (
         "kernels",
+        "lora",
         "optimizers",
         "rules",
         "rule-peers",
