@@ -227,6 +227,45 @@ def liars(
 
 
 @app.command()
+def lora(
+    *,
+    out: Out = Path("runs/experiments/lora"),
+    seeds: Annotated[
+        str, typer.Option(help="Seeds of split, start and batches; 1000 is for learning rates.")
+    ] = "0,1,2,3,4",
+    rounds: Annotated[int, typer.Option(min=2, help="Of training.")] = 10,
+    model: Model = None,
+    quick: Quick = False,
+    threads: Threads = 1,
+    cache: Cache = None,
+) -> None:
+    """20 Newsgroups at eight sites of equal and of mixed ranks: ways to bring LoRA adapters together.
+
+    The default takes about an hour of CPU time; --quick some seconds.
+    """
+    import torch
+
+    from fedcore.demo.assets import MINILM, NEWSGROUPS, ensure
+
+    from .lora import LoraSettings, run_lora
+    from .lora import quick as short
+    from .peft import Source
+    from .reports import lora_report
+    from .swing import load_topics
+
+    torch.set_num_threads(threads)
+    folder, seed_list = cache_folder(cache), numbers(seeds, int, "--seeds")
+    settings = LoraSettings(rounds=rounds)
+    if settings.tuned_on in seed_list:
+        raise ConfigError(f"--seeds: learning rates are chosen on seed {settings.tuned_on}")
+    if quick:
+        settings, seed_list = short(settings), seed_list[:1]
+    texts = load_topics(ensure(NEWSGROUPS, folder))
+    source = Source(model or ensure(MINILM, folder), texts, NEWSGROUPS.requirement)
+    lora_report(out, run_lora(out, settings, source, seed_list, notice), settings, source)
+
+
+@app.command()
 def sft(
     *,
     out: Out = Path("runs/experiments/sft"),

@@ -160,10 +160,14 @@ class Encoder:
 
     def adapter(self, method: str, classes: int, seed: int) -> PeftModel:
         """Return the upper layers with a new adapter and a new head, the same for every site."""
+        return self.adapted(adapter_config(method), classes, seed)
+
+    def adapted(self, config: Any, classes: int, seed: int) -> PeftModel:
+        """Return the upper layers with the adapter that PEFT's ``config`` describes, and a new head."""
         self._encoder.embeddings, self._encoder.encoder.layer = _Ready(), self._upper
         upper = copy.deepcopy(self._encoder)  # an adapter changes the model that it is put into
         torch.manual_seed(seed)
-        model: PeftModel = get_peft_model(_Classifier(upper, classes), adapter_config(method))
+        model: PeftModel = get_peft_model(_Classifier(upper, classes), config)
         return model
 
 

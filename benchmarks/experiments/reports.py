@@ -15,16 +15,18 @@ from fedcore.errors import ConfigError
 from ..report import console, write
 from .figures import draw_peft, draw_sft, draw_steady, draw_swing
 from .peft import SKEWED
-from .summary import liar_rows, peft_rows, spread, steady_rows, swing_rows
+from .summary import liar_rows, lora_rows, peft_rows, spread, steady_rows, swing_rows
 
 if TYPE_CHECKING:
     from .liars import LiarSettings
+    from .lora import LoraSettings
     from .peft import Settings, Source
     from .swing import SwingSettings
 
 __all__ = [
     "SftRun",
     "liars_report",
+    "lora_report",
     "markdown",
     "peft_report",
     "score_arms",
@@ -184,15 +186,46 @@ def liars_report(
     write(folder / "liars.json", {**_made_from(settings, source), "rows": rows, "runs": found})
 
 
+def lora_report(
+    folder: Path,
+    found: Sequence[Mapping[str, Any]],
+    settings: LoraSettings,
+    source: Source,
+) -> None:
+    """Write ``lora.json`` and ``lora.md``, and print the table."""
+    rows = lora_rows(found)
+    head = ["data", "ranks", "way", "rate", "accuracy", "beside factors", "averaging error"]
+    head += ["KiB sent a round", "KiB got a round"]
+    lines = [
+        [
+            row["split"],
+            row["ranks"],
+            row["way"],
+            f"{row['rate']:g}",
+            _within(row["accuracy"]),
+            _within(row["lead"], signed=True),
+            f"{row['averaging_error']['median']:.2f}" if row["way"] == "factors" else "",
+            f"{row['bytes_up'] / 1024:,.0f}",
+            f"{row['bytes_down'] / 1024:,.0f}",
+        ]
+        for row in rows
+    ]
+    table = markdown(head, lines)
+    (folder / "lora.md").write_text(table, encoding="utf-8")
+    console.print(table, highlight=False, soft_wrap=True)
+    write(folder / "lora.json", {**_made_from(settings, source), "rows": rows, "runs": found})
+
+
 def _made_from(settings: Settings, source: Source) -> dict[str, Any]:
     """Return what a report says of its settings, model and data."""
     model = Path(str(source.model)).name
     return {"settings": asdict(settings), "model": model, "data": source.name}
 
 
-def _within(found: Mapping[str, Any]) -> str:
-    half = found["half_interval"]
-    return f"{found['mean']:.2f}" + ("" if half is None else f" ± {half:.2f}")
+def _within(found: Mapping[str, Any], *, signed: bool = False) -> str:
+    half, mean = found["half_interval"], found["mean"]
+    shown = f"{mean:+.3f}" if signed else f"{mean:.2f}"
+    return shown + ("" if half is None else f" ± {half:.3f}" if signed else f" ± {half:.2f}")
 
 
 def _rounds(path: Path) -> int | None:

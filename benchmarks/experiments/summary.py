@@ -8,7 +8,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-__all__ = ["liar_rows", "peft_rows", "spread", "steady_cells", "steady_rows", "swing", "swing_rows"]
+__all__ = [
+    "liar_rows",
+    "lora_rows",
+    "peft_rows",
+    "spread",
+    "steady_cells",
+    "steady_rows",
+    "swing",
+    "swing_rows",
+]
 
 _STUDENT: Final = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """The 97.5 % quantile of Student's distribution with 1 to 9 degrees of freedom."""
@@ -184,6 +193,42 @@ def liar_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": seeds,
                 "accuracy": _interval(values),
                 "lead": _interval(lead),
+            }
+        )
+    return rows
+
+
+def lora_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each split, ranks and way the last accuracies, with half their 95 % interval, and what it costs.
+
+    ``lead``: the difference to the mean of the factors, seed by seed. ``averaging_error``: what that mean would
+    lose of the products' mean, over the rounds of all seeds.
+    """
+    cells: dict[tuple[str, str, str], dict[int, Mapping[str, Any]]] = {}
+    for result in found:
+        key = result["split"], result["ranks"], result["way"]
+        cells.setdefault(key, {})[result["seed"]] = result
+    rows = []
+    for (split, ranks, way), results in cells.items():
+        plain = cells[split, ranks, "factors"]
+        values = [result["accuracy"][-1] for result in results.values()]
+        errors = [error for result in results.values() for error in result["averaging_error"]]
+        one = next(iter(results.values()))
+        rows.append(
+            {
+                "split": split,
+                "ranks": ranks,
+                "way": way,
+                "seeds": list(results),
+                **{key: one[key] for key in ("rate", "bytes_up", "bytes_down")},
+                "accuracy": _interval(values),
+                "lead": _interval(
+                    [
+                        value - plain[seed]["accuracy"][-1]
+                        for seed, value in zip(results, values, strict=True)
+                    ]
+                ),
+                "averaging_error": {"median": statistics.median(errors), "largest": max(errors)},
             }
         )
     return rows
