@@ -109,6 +109,7 @@ class Acting:
             self._round_begun = action.round
             self._round_started = self._run.clock.monotonic()
             self._run.emit(RoundStarted(round=action.round))
+            self._run.collecting.look_at_room(action.round)
         task = protocol.Task(
             kind=action.kind,
             round=action.round,

@@ -29,6 +29,7 @@ from fedcore.transport.link import CollectorEvent, DataEvent
 from .collection import Collection, CollectionSetting, open_spill, update_codec
 from .rule import rule_of
 from .run_link import RunLink
+from .spill_room import lack_of_room
 from .versions import Versions, declared_layout
 
 __all__ = ["Collecting", "Reduced", "Rejected", "Stalled"]
@@ -69,6 +70,7 @@ class Collecting:
 
     Attributes:
         running: the collection; None before the first update and after the commit.
+        no_room: what `look_at_room` found; empty if nothing is amiss.
         judged: what a rule of several passes has decided of the updates that are reduced; None before it has.
     """
 
@@ -84,6 +86,7 @@ class Collecting:
         self._parked = False  # it waits for a decision on who takes part
         self._spill: Spill | None = None
         self._said_no_room = False
+        self.no_room = ""
         self.judged: Verdict | None = None
         self._is_new = False
         self._version = -1  # that `start` was called for last
@@ -120,6 +123,19 @@ class Collecting:
         if self.running.wants(action.participant.site):
             self.running.offer(action.participant, peers[action.participant.site])
             self._link.kick()
+
+    def look_at_room(self, round_: int) -> None:
+        """Look before a round whether the spill file can keep all updates until it is decided which of them count.
+
+        What finds no room is pulled once more, so the round goes on in any case.
+        """
+        before, model = self.no_room, self._versions.model
+        if model is not None:
+            states = self._versions.optimizer.layouts(model.layout).values()
+            room = sum(of.total_bytes for of in states)
+            self.no_room = lack_of_room(self._config, self._store.run_id, model.layout, room)
+        if self.no_room not in ("", before):
+            logger.warning("round %d: %s", round_, self.no_room)
 
     def start(
         self,

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from fedcore._core import (
@@ -27,7 +28,14 @@ from fedcore.server.combining import Combining
 from fedcore.server.rounds.actions import Participant
 from fedcore.server.storage.scratch import Scratch
 
-__all__ = ["Collection", "CollectionSetting", "open_spill", "update_codec"]
+__all__ = [
+    "Collection",
+    "CollectionSetting",
+    "kept_free",
+    "open_spill",
+    "spill_path",
+    "update_codec",
+]
 
 _MOST_AHEAD: Final = 8
 
@@ -42,18 +50,28 @@ def open_spill(
     Room for the next model with its states and for a copy is left on the disk. What a killed server left there is
     taken up.
     """
-    folder = config.spill_folder
-    path = folder / f".{run_id}.spill"
+    path = spill_path(config, run_id)
+    folder = path.parent
     try:
         if not config.server.spill:
             for leftover in (path, path.with_name(path.name + "-index")):
                 leftover.unlink(missing_ok=True)
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        return Spill(str(path), layout.chunk_bytes, 2 * layout.total_bytes + state_bytes)
+        return Spill(str(path), layout.chunk_bytes, kept_free(layout, state_bytes))
     except (OSError, StorageError) as error:
         logger.warning("sites that are ahead are held back: %s", error)
         return None
+
+
+def spill_path(config: RunConfig, run_id: str) -> Path:
+    """Return where the run's spill file is."""
+    return config.spill_folder / f".{run_id}.spill"
+
+
+def kept_free(layout: Layout, state_bytes: int) -> int:
+    """Return how much of its disk the spill file leaves to others: two models, and the states of one."""
+    return 2 * layout.total_bytes + state_bytes
 
 
 def update_codec(transfer: TransferSection, layout: Layout, *, initial: bool) -> Codec | None:

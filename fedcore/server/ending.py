@@ -208,7 +208,9 @@ class Ending:
 
     def _snapshot(self) -> protocol.StatusReply:
         paused = self._run.gates.state or "no other round begins"
-        message = f"paused: {paused}" if self._run.rounds.paused else ""
+        message = self._run.collecting.no_room
+        if self._run.rounds.paused:
+            message = f"paused: {paused}"
         if self.result is not None:
             message = self.result.message
         elif self.error is not None:
