@@ -7,6 +7,7 @@ What a rule makes of the mixed updates is a combination of the updates themselve
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,11 +74,39 @@ def mixing_of(
         order = sorted(range(count), key=lambda k: (squares[source][k], k != source, k))
         members.append(tuple(sorted(order[:size])))
     points: list[tuple[int, ...]] = [*members, *([(count,)] if base else [])]
-    mixed = [[0.0] * len(points) for _ in points]
-    for one, own in enumerate(points):
-        for other in range(one):
-            mixed[one][other] = mixed[other][one] = _square(squares, own, points[other])
-    return Mixing(tuple(members), mixed)
+    return Mixing(tuple(members), _squares_of_means(squares, points))
+
+
+def _squares_of_means(squares: Squares, points: Sequence[tuple[int, ...]]) -> list[list[float]]:
+    """Return the squared distances of the means of sets of sources, but for one rounding those of the matrix.
+
+    Each is the mean square from one set to the other, less half the mean squares within each. Sums are integers of
+    one unit, so that nothing is lost. Cost: the cube of the number of sources.
+    """
+    found = [[0.0] * len(points) for _ in points]
+    if any(square == math.inf for row in squares for square in row):
+        for one, other in itertools.combinations(range(len(points)), 2):
+            found[one][other] = found[other][one] = _square(squares, points[one], points[other])
+        return found
+    ratios = [[square.as_integer_ratio() for square in map(float, row)] for row in squares]
+    unit = max(below for row in ratios for _, below in row)  # a power of two, as all are
+    rows = [[above * (unit // below) for above, below in row] for row in ratios]
+    sums = [_sums(row, points) for row in rows]  # from each source to each set
+    columns = [list(column) for column in zip(*sums, strict=True)]
+    whole = [_sums(column, points) for column in columns]  # from each set to each set
+    for one, other in itertools.combinations(range(len(points)), 2):
+        a, b = len(points[one]), len(points[other])
+        exact = (
+            2 * a * b * whole[one][other] - b * b * whole[one][one] - a * a * whole[other][other]
+        )
+        square = max(0.0, float(Fraction(exact, 2 * a * a * b * b * unit)))
+        found[one][other] = found[other][one] = square
+    return found
+
+
+def _sums(values: Sequence[int], sets: Sequence[Sequence[int]]) -> list[int]:
+    """Return the sum of the values of each set of indices."""
+    return [sum(map(values.__getitem__, chosen)) for chosen in sets]
 
 
 def _square(squares: Squares, one: Sequence[int], other: Sequence[int]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 from collections.abc import Sequence
 from decimal import Decimal, getcontext, localcontext
 from fractions import Fraction
@@ -21,6 +22,7 @@ from fedcore.model_file import create_model, open_model
 from fedcore.rules.clipping import CENTRED_CLIPPING, NORM_CLIPPING
 from fedcore.rules.deciding import Decision, SeveralPasses
 from fedcore.rules.geometric import RFA
+from fedcore.rules.mixing import mixing_of
 from fedcore.rules.several import SEVERAL
 
 Vector = list[Decimal]
@@ -112,6 +114,31 @@ def off(found: Vector, wanted: Vector) -> float:
 
 
 ZERO = vectors([0.0] * 5)[0]
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 1e-160, 1e140])
+def test_mixed_distances_of_64_updates_are_exact_but_for_one_rounding(
+    base: bool, scale: float
+) -> None:
+    dice, count = random.Random(scale), 64
+    places = [scale * dice.gauss(0, 1) * 10 ** dice.choice((-9, 0, 3)) for _ in range(count)]
+    places[7] = places[3]
+    squares = [[(a - b) ** 2 for b in [*places, 0.0][: count + base]] for a in [*places, 0.0]][
+        : count + base
+    ]
+    found = mixing_of(squares, 48, {"mix": 16}, base)
+    sets = [*found.members, *([(count,)] if base else [])]
+    assert found.squares[3][7] == 0.0
+    for one, other in dice.sample(list(itertools.permutations(range(count + base), 2)), 40):
+        a, b = sets[one], sets[other]
+
+        def whole(rows: Sequence[int], columns: Sequence[int]) -> Fraction:
+            return sum((Fraction(squares[i][j]) for i in rows for j in columns), Fraction())
+
+        exact = whole(a, b) / len(a) / len(b)
+        exact -= whole(a, a) / len(a) ** 2 / 2 + whole(b, b) / len(b) ** 2 / 2
+        assert found.squares[one][other] == max(0.0, float(exact))
 
 
 @pytest.mark.parametrize("mix", [0, 2])

@@ -70,6 +70,28 @@ def test_two_runs_on_one_port_end_as_each_does_alone(
     assert {name: best(tmp_path, name) for name in alone} == alone
 
 
+def test_a_run_by_krum_beside_another_one_ends_as_it_does_alone(
+    tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    found = []
+    for names in (["one"], ["one", "two"]):
+        folder = tmp_path / names[-1]
+        one = run_file(folder, "one", people={"sites": ["a", "b", "c"]})
+        rule = one.aggregation.model_copy(update={"rule": "krum", "options": {"f": 0.0}})
+        runs = {
+            "one": one.model_copy(update={"aggregation": rule}),
+            "two": run_file(folder, "two"),
+        }
+        with serving(*(runs[name] for name in names)) as (host, pool, ended):
+            for name in names:
+                for who in runs[name].participants.sites:
+                    pool.submit(site, host.endpoint, name, who)
+            assert all(result.ok for result in ended.result(DEADLINE))
+        found.append(best(folder, "one"))
+    assert found[0] == found[1]
+    assert best(tmp_path / "two", "two") == alone["two"]
+
+
 def test_two_runs_killed_and_started_again_end_as_each_does_alone(
     tmp_path: Path, alone: dict[str, bytes]
 ) -> None:

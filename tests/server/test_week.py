@@ -71,9 +71,21 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
+HOURS = PLANS | {
+    "norm clipping, Nesterov": {
+        "aggregation": {"rule": "norm-clipping", "optimizer": {"name": "nesterov"}}
+    },
+    "centred clipping of nf4": {
+        "aggregation": {"rule": "centred-clipping", "weights": "examples"},
+        "transfer": {"update": "nf4"},
+    },
+    "RFA with mixing": {"aggregation": {"rule": "rfa", "options": {"mix": 1}}},
+}
+
+
+@pytest.mark.parametrize("plan", HOURS)
 def test_hours_of_troubles_end_twice_with_the_same_bytes(tmp_path: Path, plan: str) -> None:
-    first, again = (lived(tmp_path / name, 3, 4, **PLANS[plan]) for name in ("first", "again"))
+    first, again = (lived(tmp_path / name, 3, 4, **HOURS[plan]) for name in ("first", "again"))
     assert {"crash", "leave", "server"} <= first[0].troubles.keys()
     assert first[0].troubles == again[0].troubles
     assert first[1] == again[1]
