@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ __all__ = [
     "is_served",
     "read_summary",
     "snapshots",
+    "why_unserved",
 ]
 
 logger = logging.getLogger("fedcore")
@@ -310,6 +312,24 @@ def is_served(folder: Path) -> bool:
     finally:
         os.close(handle)
     return False
+
+
+def why_unserved(folder: Path) -> str:
+    """Return what a message adds that no server works on a run folder: a server may wait for its database."""
+    journal = (folder / "run.sqlite").resolve()
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{journal.as_uri()}?mode=ro", 0, uri=True)
+        ) as found:
+            found.execute("SELECT 1 FROM sqlite_schema").fetchone()
+    except sqlite3.Error as error:
+        if "locked" not in str(error):
+            return ""
+        return (
+            ": another process has its database locked; a server that was started for it serves it once that is "
+            "free, and can be reached then"
+        )
+    return ""
 
 
 def read_summary(folder: Path) -> protocol.StatusReply:

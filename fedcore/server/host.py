@@ -52,6 +52,9 @@ _WHICH_RUN: Final = (
     "FEDCORE_RUN, its kit or run=... in its script, and a command by the run's folder, or by its id behind the "
     "address (tcp://HOST:PORT#RUN_ID)"
 )
+_LOCKED: Final = (
+    "another process has the database of this run locked; the run goes on once that is free"
+)
 _NOT_YET: Final = (
     "this names no run that this server has open, and one of its runs is not open yet: another process has its "
     "database locked"
@@ -383,13 +386,16 @@ class Host:
     def _lose(self, run: Run, lost: Control) -> None:
         """A message finds no room to wait. What needs an answer is sent again, logged values are not.
 
-        Nor are scores, answers and leaves: the last one of each site waits all the same.
+        Nor are problems, which are counted like values, and scores, answers and leaves: the last one of each site
+        waits all the same.
         """
         known = run.peers.get(lost.peer)
         with contextlib.suppress(ProtocolError):
             message = protocol.decode_from_site(lost.body)
             if known is not None and isinstance(message, protocol.Log):
-                self._turns.lose(run, known.site, len(message.metrics))
+                self._turns.lose(run, known.site, "value", len(message.metrics))
+            elif known is not None and isinstance(message, protocol.Problem):
+                self._turns.lose(run, known.site, "problem", 1)
             elif known is not None and isinstance(message, _SAID_ONCE):
                 key = (known.site, type(message))
                 self._turns.do(run, functools.partial(self._take, lost), key)
@@ -414,15 +420,31 @@ class Host:
             joining = peer if isinstance(message, protocol.Join) else None
             if joining is not None:
                 self._end_other_part(peer, run)
+            if self._turns.waits(run) and self._say_locked(peer, message):
+                return
             self._turns.take(run, functools.partial(run.handle, peer, message), size, joining)
         elif run is None and isinstance(message, protocol.Join | _FromOutside):
             self._on_no_run(peer, message)
         else:
             self.link.send(peer, protocol.Rejoin())  # the Welcome says which run this is
 
+    def _say_locked(self, peer: bytes, message: protocol.FromSite) -> bool:
+        """Answer who would wait for a locked run without a word; returns whether that is all the answer.
+
+        A command has no effect then: an operator who was answered must not wonder whether it comes later.
+        """
+        if isinstance(message, protocol.Command):
+            text = f"{_LOCKED}: try again then"
+            self.link.send(peer, protocol.CommandReply(ok=False, message=text))
+            return True
+        if isinstance(message, protocol.Join):
+            self.link.send(peer, protocol.Refused(code="busy", message=_LOCKED))
+        return False
+
     def _on_no_run(self, peer: bytes, message: protocol.Join | _FromOutside) -> None:
         """Refuse what is for no run that is open. A site may mean one that is opened later: it asks again."""
         if isinstance(message, protocol.Join) and self._opening.waiting:
+            self.link.send(peer, protocol.Refused(code="busy", message=_NOT_YET))
             return
         # The same text whether there is such a run or not: who is of none learns no names.
         name = message.site if isinstance(message, protocol.Join) else self._guard.name(peer)

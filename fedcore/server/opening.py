@@ -33,6 +33,8 @@ __all__ = [
 
 _AGAIN_SECONDS: Final = 0.25
 _SAY_SECONDS: Final = 60.0
+_GIVE_UP_SECONDS: Final = 600.0
+"""Longer than a rollback or a status has a folder: another server serves the run."""
 
 logger = logging.getLogger("fedcore.server")
 
@@ -154,6 +156,7 @@ class Opening:
     """Opens the folders of the runs of one process; ``server.memory`` is divided into equal parts.
 
     One of several runs whose journal another process has locked is opened later: the others are served meanwhile.
+    It is given up where another process then has its folder for ten minutes, as a server of its own.
     A run that is finished is left out where there are others: a command that names several goes on with those that
     are not.
 
@@ -176,6 +179,7 @@ class Opening:
         self._encrypted, self._discard, self._clock = encrypted, discard, clock
         self._numbers = {config.run.name: number for number, config in enumerate(configs, 1)}
         self._due = self._next_line = clock.monotonic()
+        self._busy_since: dict[str, float] = {}
         self.budgets: dict[int, Budget] = {}
         self.finished: list[str] = []
         self.failed: list[Exception] = []
@@ -228,7 +232,9 @@ class Opening:
                 share = self._open(config)
                 if share is not None:
                     shares.append(share)
-                elif now >= self._next_line:
+                    continue
+                self._busy_since.pop(config.run.name, None)
+                if now >= self._next_line:
                     logger.warning(
                         "the run is not served yet: another process has its database in %s locked; it is served "
                         "once that is free", config.run_folder,
@@ -236,7 +242,10 @@ class Opening:
             except (
                 BusyError
             ) as error:  # as `fedcore rollback` has it, or a status that looks who has it
-                if now >= self._next_line:
+                if now - self._busy_since.setdefault(config.run.name, now) >= _GIVE_UP_SECONDS:
+                    self._waiting.remove(config)
+                    self.fail(config, error)
+                elif now >= self._next_line:
                     logger.warning(
                         "the run is not served yet, and is once its folder is free: %s", error
                     )

@@ -200,9 +200,12 @@ class Run:
         """Compare nobody with a site any more: its key was revoked."""
         self._parts.declaring.forget(site)
 
-    def note_lost(self, site: str, values: int) -> None:
-        """Note that values which a site has logged are lost, as too much waited for the journal."""
-        text = f"{plural(values, 'value')} that it logged are lost: the run's database was locked for too long"
+    def note_lost(self, site: str, what: str, number: int) -> None:
+        """Note that values or problems which a site has sent are lost, as too much waited for the journal."""
+        text = (
+            f"lost, as the run's database was locked for too long: {plural(number, what)} that it "
+            f"{'reported' if what == 'problem' else 'logged'}"
+        )
         self._parts.report(site, text)
 
     def end_part(

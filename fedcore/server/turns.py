@@ -28,7 +28,7 @@ class _PutOff:
     messages: int = 0
     size: int = 0
     joining: set[bytes] = field(default_factory=set)
-    lost: Counter[str] = field(default_factory=Counter)
+    lost: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 class Turns:
@@ -137,11 +137,11 @@ class Turns:
             return False
         return True
 
-    def lose(self, run: Run, site: str, values: int) -> None:
-        """Note that so many values are lost that a site has logged: it does not send them again."""
+    def lose(self, run: Run, site: str, what: str, number: int) -> None:
+        """Note that so many values or problems of a site are lost: it does not send them again."""
         waiting = self._put_off.get(run)
         if waiting is not None:
-            waiting.lost[site] += values
+            waiting.lost[site, what] += number
 
     def hand_over(self, run: Run, event: DataEvent) -> None:
         """Hand an event of the core to a run, now or once its journal is free; every one of its own arrives."""
@@ -165,6 +165,6 @@ class Turns:
             for _, act in waited.acts:
                 with self._working_on(run):
                     act()
-            for site, values in waited.lost.items():
+            for (site, what), number in waited.lost.items():
                 with self._working_on(run):
-                    run.note_lost(site, values)
+                    run.note_lost(site, what, number)

@@ -124,10 +124,14 @@ class Connection:
                 if self.machine.welcome is not None or self.machine.finish is not None:
                     return
                 if time.monotonic() > deadline and not self.machine.held:
+                    seconds = f"within {self._settings.connect_timeout:g} s"
+                    what = (
+                        f"no answer from the server at {self._server} {seconds}{self._why_silent()}"
+                    )
+                    if busy := self.machine.busy:
+                        what = f"the server at {self._server} did not take this site up {seconds}: {busy}"
                     error = TransferTimeout(
-                        f"no answer from the server at {self._server} within "
-                        f"{self._settings.connect_timeout:g} s{self._why_silent()} "
-                        "(FEDCORE_CONNECT_TIMEOUT changes how long to wait)"
+                        f"{what} (FEDCORE_CONNECT_TIMEOUT changes how long to wait)"
                     )
                     self.machine.give_up(error, "it had no answer for too long")
                     raise error

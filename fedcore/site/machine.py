@@ -59,6 +59,7 @@ class SiteMachine:
         wanted_run: name or id of the run that this site wants to take part in; None: of any.
         included: the last committed version that holds this site's update, as far as it is known.
         ready: the announcement of the published update; None if there is none.
+        busy: why the server does not take this site up yet, in its words; empty once it has.
         error: why the machine has ended; None while it works.
     """
 
@@ -72,6 +73,7 @@ class SiteMachine:
         self.finish: protocol.Finish | None = None
         self.included: int | None = None
         self.ready: protocol.Ready | None = None
+        self.busy = ""
         self.error: FedcoreError | None = None
         self._declare: protocol.Declare | None = None
         self._word: protocol.Score | protocol.Answer | None = None
@@ -378,7 +380,7 @@ class SiteMachine:
                 )
             )
             return
-        first, self.welcome, self._held = self.welcome is None, welcome, None
+        first, self.welcome, self._held, self.busy = self.welcome is None, welcome, None, ""
         if first:
             self._outputs.append(out.Joined(welcome.run))
         if self._declare is not None:
@@ -399,6 +401,11 @@ class SiteMachine:
         if refused.code == "name-in-use":
             if not self._gave_up:
                 self._on_name_in_use(refused, now)
+            return
+        if refused.code == "busy":  # it asks again, as without an answer
+            if self.busy != refused.message and not self._gave_up:
+                self.busy = refused.message
+                self._outputs.append(out.Busy(refused.message))
             return
         refusal = RefusedError(refused.message, refused.code)
         self.error = LayoutError(refused.message) if refused.code == "layout" else refusal

@@ -25,6 +25,11 @@ def narrate(settings: SiteSettings, event: out.Output) -> None:
                 "site %s is still held by an earlier connection; waiting for up to %g s",
                 site, settings.connect_timeout,
             )  # fmt: skip
+        case out.Busy(why):
+            logger.warning(
+                "%s: the server at %s does not take this site up yet: %s; asking again for up to %g s",
+                site, server, why, settings.connect_timeout,
+            )  # fmt: skip
         case out.Warned(text):
             logger.warning("%s: %s", site, text)
         case out.Spoiled(seconds):

@@ -15,6 +15,7 @@ from fedcore.encoding import EncodedUpdate
 from fedcore.errors import FedcoreError
 
 __all__ = [
+    "Busy",
     "Committed",
     "Dropped",
     "Event",
@@ -89,6 +90,13 @@ class Joined:
 @dataclass(frozen=True)
 class HeldElsewhere:
     """Another process has this site's name; the machine asks again for a while."""
+
+
+@dataclass(frozen=True)
+class Busy:
+    """The server does not take this site up yet, and says why; each reason is reported once."""
+
+    why: str
 
 
 @dataclass(frozen=True)
@@ -183,6 +191,7 @@ Event: TypeAlias = (
     Joined
     | HeldElsewhere
     | Warned
+    | Busy
     | Tasked
     | Pulled
     | Spoiled

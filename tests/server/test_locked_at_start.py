@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from fedcore import protocol
+from fedcore.cli.app import app
 from fedcore.clock import ManualClock
-from fedcore.errors import IntegrityError
-from fedcore.monitor.ask import ENDPOINT_FILE
+from fedcore.errors import BusyError, IntegrityError
+from fedcore.monitor.ask import ENDPOINT_FILE, why_unserved
 from fedcore.server.host import Host
 from fedcore.server.storage.lock import FolderLock
 from fedcore.server.storage.store import Store
@@ -57,7 +59,11 @@ def test_a_run_that_is_locked_at_the_start_is_served_later_and_the_others_at_onc
         host.start()
         link.waiting = [says("a", joins("a", "one")), says("c", joins("c", "two"))]
         host.step()
-        assert [(peer[:1], type(m)) for peer, m in link.sent] == [(b"c", protocol.Welcome)]
+        assert [(peer[:1], type(m)) for peer, m in link.sent] == [
+            (b"a", protocol.Refused),
+            (b"c", protocol.Welcome),
+        ]
+        assert getattr(link.sent[0][1], "code", "") == "busy"
         link.sent.clear()
         link.waiting = [says("e", protocol.StatusRequest(run_id="0" * 32))]
         host.step()
@@ -98,7 +104,7 @@ def test_a_run_that_gets_locked_between_its_opening_and_its_start_starts_once_it
             host.start()
             link.waiting = [says("a", joins("a", "one")), says("c", joins("c", "two"))]
             host.step()
-            assert [peer[:1] for peer, _ in link.sent] == [b"c"]
+            assert [peer[:1] for peer, _ in link.sent] == [b"a", b"c"]
             other.execute("COMMIT")
         host.step()
         assert [run.store.members() for run in host.runs] == [["a"], ["c"]]
@@ -149,6 +155,40 @@ def test_a_run_whose_folder_is_in_use_once_its_database_is_free_is_served_after_
         clock.advance(1.0)
         host.step()
         assert [run.config.run.name for run in host.runs] == ["two", "one"]
+
+
+def test_a_run_that_another_server_keeps_is_given_up_after_ten_minutes_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with lock(tmp_path, "one") as other, served(tmp_path, *MODELS) as (host, _, clock):
+        host.start()
+        clock.advance(1000.0)
+        host.step()
+        assert host.waiting == ["one"]  # a locked database is waited for, however long
+        other.execute("COMMIT")
+        with contextlib.closing(FolderLock(tmp_path / "runs/one")):
+            for seconds in (1.0, 599.0):
+                clock.advance(seconds)
+                host.step()
+            assert host.waiting == ["one"]
+            clock.advance(1.0)
+            host.step()
+        assert host.waiting == []
+        host.stop()
+        with pytest.raises(BusyError, match="in use by another server"):
+            host.serve()
+    assert sum("run one is not served: " in text for text in caplog.messages) == 1
+
+
+def test_a_run_folder_whose_database_is_locked_is_named_as_such_to_an_operator(
+    tmp_path: Path,
+) -> None:
+    with lock(tmp_path, "one") as other:
+        folder = tmp_path / "runs/one"
+        assert "has its database locked" in why_unserved(folder)
+        other.execute("COMMIT")
+        assert not why_unserved(folder)
+        assert CliRunner().invoke(app, ["stop", str(folder)]).exit_code == 2
 
 
 def test_a_run_that_cannot_be_served_once_it_is_free_is_named_and_holds_no_other_up(

@@ -142,7 +142,11 @@ def test_a_run_whose_journal_is_locked_waits_and_holds_no_other_up(
         other.execute("SELECT * FROM meta").fetchone()
         link.waiting = [joins("a", "one"), joins("b", "one"), joins("c", "two")]
         host.step()
-        assert [peer[:1] for peer, _ in link.sent] == [b"c"]
+        answers = [(peer[:1], type(message)) for peer, message in link.sent]
+        assert answers == [
+            (b"a", protocol.Refused), (b"b", protocol.Refused), (b"c", protocol.Welcome)
+        ]  # fmt: skip
+        link.sent.clear()
         host.stop()
         host._end_what_is_asked()
         assert [run.result is None for run in host.runs] == [True, False]
@@ -225,11 +229,12 @@ def test_what_a_site_says_after_it_asked_to_join_a_locked_run_keeps_its_place(
         host.step()
         link.waiting = [says("a", protocol.Leave(reason="bye")), joins("c", "two")]
         host.step()
-        assert [peer[:1] for peer, _ in link.sent] == [b"c"]
+        assert [peer[:1] for peer, _ in link.sent] == [b"a", b"c"]
         other.execute("COMMIT")
         host.step()
         assert [type(message) for peer, message in link.sent if peer[:1] == b"a"] == [
-            protocol.Welcome
+            protocol.Refused,
+            protocol.Welcome,
         ]
         assert [len(run.peers) for run in host.runs] == [0, 1]
 
@@ -273,6 +278,29 @@ def test_a_revoked_key_is_taken_out_of_a_locked_run_however_much_waits_there(
         assert not len(one.peers)
 
 
+def test_who_would_wait_for_a_locked_run_is_answered_at_once_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    with two_runs(tmp_path) as (host, link, other):
+        other.execute("BEGIN EXCLUSIVE")
+        one = host.runs[0]
+        link.waiting = [
+            joins("a", "one"),
+            says("o", protocol.Command(action="stop", run_id=one.store.run_id)),
+        ]
+        host.step()
+        busy, answer = (message for _, message in link.sent)
+        assert isinstance(busy, protocol.Refused)
+        assert busy.code == "busy"
+        assert isinstance(answer, protocol.CommandReply)
+        assert not answer.ok
+        assert all("database of this run locked" in said.message for said in (busy, answer))
+        other.execute("COMMIT")
+        host.step()
+        assert isinstance(link.sent[-1][1], protocol.Welcome)
+        assert not one.end_asked
+
+
 def test_logged_values_that_find_no_room_while_a_run_is_locked_are_counted_and_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -283,13 +311,15 @@ def test_logged_values_that_find_no_room_while_a_run_is_locked_are_counted_and_n
         other.execute("BEGIN EXCLUSIVE")
         logged, run_id = {"loss": 0.5, "norm": 2.0}, host.runs[0].store.run_id
         logs = protocol.Log(round=1, step=1, metrics=logged, run_id=run_id)
-        link.waiting = [says("a", logs)] * 3
+        problem = protocol.Problem(message="out of memory", run_id=run_id)
+        link.waiting = [*[says("a", logs)] * 3, says("a", problem)]
         host.step()
         other.execute("COMMIT")
         host.step()
         (shown,) = (s for s in host.runs[0].ending._snapshot().sites if s.site == "a")
-        assert "4 values that it logged are lost" in shown.message
-    assert sum("4 values that it logged are lost" in text for text in caplog.messages) == 1
+        assert "lost" in shown.message
+    for lost in ("4 values that it logged", "1 problem that it reported"):
+        assert sum("lost" in text and lost in text for text in caplog.messages) == 1
 
 
 def test_the_last_score_of_a_site_waits_for_a_locked_run_however_much_waits_there(

@@ -194,6 +194,19 @@ def test_a_name_that_is_in_use_is_asked_for_less_and_less_often_and_not_for_ever
     assert not made.held
 
 
+def test_a_site_asks_a_busy_server_again_and_reports_each_reason_once() -> None:
+    made = machine()
+    made.join(100.0)
+    sent(made)
+    for now in (100.1, 105.1, 110.1):
+        made.handle(p.Refused(code="busy", message="its database is locked"), now)
+        made.tick(now + 5.0)
+    assert [event.why for event in only(made, out.Busy)] == ["its database is locked"]
+    assert (made.error, made.busy) == (None, "its database is locked")
+    made.handle(welcome(), 116.0)
+    assert (made.welcome, made.busy) == (welcome(), "")
+
+
 def test_a_site_that_gave_up_its_name_leaves_it_to_others_until_it_is_asked_again() -> None:
     made = machine(connect_timeout=20.0)
     in_use = p.Refused(code="name-in-use", message="in use")

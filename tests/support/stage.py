@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -143,3 +144,11 @@ def begun_round(server: Stage, session: Session, call: Callable[..., Future]) ->
     begun = call(session.begin, SPECS, {}, fill(0))
     server.accept()
     begun.result(DEADLINE)
+
+
+def limit(session: Session, **timeouts: float) -> None:
+    """Give a session shorter timeouts from now on, so that what came before does not depend on them."""
+    connection = session._connection
+    with connection.changed:
+        settings = dataclasses.replace(connection._settings, **timeouts)  # type: ignore[arg-type]
+        connection._settings = connection.machine._settings = settings
