@@ -21,6 +21,9 @@ DTYPES: dict[str, Any] = {
     "BF16": ml_dtypes.bfloat16,
 }
 WEIGHTS = [3, 1, 4]
+FOUR_DTYPES = Layout(
+    [("a", "BF16", [1001]), ("b", "F16", [700]), ("c", "F32", [1903]), ("d", "F64", [53])], 4096
+)
 Places = dict[str, tuple[MappedFile, int]]
 
 
@@ -144,6 +147,18 @@ def reference(kind: str, options: Mapping[str, float], step: Any, state: Any, dt
     return o["learning_rate"] * state["momentum"] / (np.sqrt(state["variance"]) + o["tau"])
 
 
+def drifted(rng: np.random.Generator, model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return three updates of a model: apart from each other, but alike in the binary64 tensor ``d``."""
+    common = {n: 1e-2 * rng.normal(size=len(x)) for n, x in model.items()}
+    return [
+        {
+            n: (x.astype(np.float64) + common[n] * (1 if n == "d" else k)).astype(x.dtype)
+            for n, x in model.items()
+        }
+        for k in range(3)
+    ]
+
+
 @pytest.fixture(params=_core.simd_levels())
 def level(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _core.simd_level()
@@ -157,9 +172,7 @@ def test_every_optimizer_is_its_reference_to_the_last_bit_at_every_level(
     kind: str, level: str
 ) -> None:
     rng = np.random.default_rng(3)
-    layout = Layout(
-        [("a", "BF16", [1001]), ("b", "F16", [700]), ("c", "F32", [1903]), ("d", "F64", [53])], 4096
-    )
+    layout = FOUR_DTYPES
     options = {name: option.default for name, option in FINISHERS[kind].options.items()}
     versions = Versions(layout, options, set(), kind)
     empty = tensors(layout, bytes(layout.total_bytes))
@@ -172,14 +185,7 @@ def test_every_optimizer_is_its_reference_to_the_last_bit_at_every_level(
         for n, x in model.items()
     }
     for _ in range(4):
-        common = {n: 1e-2 * rng.normal(size=len(x)) for n, x in model.items()}
-        updates = [
-            {
-                n: (x.astype(np.float64) + common[n] * (1 if n == "d" else k)).astype(x.dtype)
-                for n, x in model.items()
-            }
-            for k in range(3)
-        ]
+        updates = drifted(rng, model)
         flat = versions.step([joined(layout, u) for u in updates], joined(layout, model))
         for n, x in model.items():
             # A mean of equal numbers in binary64 is that number: the core's own is wider than NumPy's.
@@ -200,9 +206,7 @@ def test_the_average_is_its_reference_to_the_last_bit_and_changes_no_model(
     kind: str, level: str
 ) -> None:
     rng = np.random.default_rng(4)
-    layout = Layout(
-        [("a", "BF16", [1001]), ("b", "F16", [700]), ("c", "F32", [1903]), ("d", "F64", [53])], 4096
-    )
+    layout = FOUR_DTYPES
     options = (
         {n: o.default for n, o in FINISHERS[kind].options.items()} if kind in FINISHERS else {}
     )
@@ -213,14 +217,7 @@ def test_the_average_is_its_reference_to_the_last_bit_and_changes_no_model(
     wide = {n: np.float64 if n == "d" else np.float32 for n in model if n != "b"}
     average = {n: model[n].astype(np.float64) for n in wide}
     for _ in range(4):
-        common = {n: 1e-2 * rng.normal(size=len(x)) for n, x in model.items()}
-        updates = [
-            {
-                n: (x.astype(np.float64) + common[n] * (1 if n == "d" else k)).astype(x.dtype)
-                for n, x in model.items()
-            }
-            for k in range(3)
-        ]
+        updates = drifted(rng, model)
         inputs, base = [joined(layout, u) for u in updates], joined(layout, model)
         flat = averaged.step(inputs, base)
         if kind == "none":

@@ -27,6 +27,7 @@ from fedcore.encoding import UpdateEncoder
 from fedcore.errors import ConfigError
 from fedcore.rules.python import load_rule
 
+from ..support.frames import pass_frames
 from ..support.python_rules import Median, named
 from ..support.spilling import CHUNK, CHUNKS, Federation, spill_file, update
 
@@ -180,13 +181,7 @@ def encoded_median(encoding: str, names: str, rule: str | PythonRule) -> tuple[b
     )
     server = Exchange()
     server.start(collector)
-    while not collector.done:
-        while (request := server.next_out(0)) is not None:
-            sites[request[0]].deliver(0, b"server", request[1], None)
-        for peer, site in sites.items():
-            while (reply := site.next_out(0)) is not None:
-                server.deliver(0, peer, reply[1], bytes(reply[2] or b""))
-        server.tick(0)
+    pass_frames(server, collector, sites)
     wide = np.median(np.stack(decoded).astype(np.float64), axis=0)
     return bytes(out.view()), wide.astype(np.float32).tobytes() + rest
 
@@ -234,11 +229,5 @@ def test_a_median_goes_on_where_a_killed_server_stood(
 def drive(collector: Collector, sites: dict[bytes, Exchange], until: int = CHUNKS) -> None:
     server = Exchange()
     server.start(collector)
-    while not collector.done and collector.progress()[0] < until:
-        while (request := server.next_out(0)) is not None:
-            sites[request[0]].deliver(0, b"server", request[1], None)
-        for peer, site in sites.items():
-            while (reply := site.next_out(0)) is not None:
-                server.deliver(0, peer, reply[1], bytes(reply[2] or b""))
-        server.tick(0)
+    pass_frames(server, collector, sites, lambda: collector.progress()[0] >= until)
     server.cancel(collector)

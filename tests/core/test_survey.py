@@ -29,6 +29,7 @@ from fedcore._core import (
 from fedcore.encoding import UpdateEncoder
 from fedcore.errors import ConfigError, LayoutError, ProtocolError
 
+from ..support.frames import pass_frames
 from ..support.spilling import CHUNK, CHUNKS, LAYOUT, WEIGHTS, Federation, spill_file, update
 from ..support.surveying import BASE, Surveyed, exact, mean, surveyed, values
 
@@ -101,17 +102,7 @@ def carry(server: Exchange, collector: Collector, layout: Layout, flats: list[by
         file.write(0, flat)
         sites[bytes([k + 1])] = site = Exchange()
         site.publish(bytes([k + 1]) * 16, file, 0, layout.total_bytes, layout.chunk_bytes)
-    deliver(server, collector, sites)
-
-
-def deliver(server: Exchange, collector: Collector, sites: dict[bytes, Exchange]) -> None:
-    while not collector.done:
-        while (request := server.next_out(0)) is not None:
-            sites[request[0]].deliver(0, b"server", request[1], None)
-        for peer, site in sites.items():
-            while (reply := site.next_out(0)) is not None:
-                server.deliver(0, peer, reply[1], bytes(reply[2] or b""))
-        server.tick(0)
+    pass_frames(server, collector, sites)
 
 
 @pytest.mark.parametrize("base", [0, 7])
@@ -393,7 +384,7 @@ def test_encoded_updates_are_measured_as_they_decode(encoding: str) -> None:
     options = CollectorOptions(1 << 20, codec=codec, survey=True)
     server, collector = served(layout, flats[:3], flats[3], options)
     server.survey(collector, [0, 1, 2])
-    deliver(server, collector, sites)
+    pass_frames(server, collector, sites)
     numbers = [np.frombuffer(flat[: 4 * 9_001], np.float32).astype(np.float64) for flat in flats]
     wanted = [[float(((a - b) ** 2).sum()) for b in numbers] for a in numbers]
     np.testing.assert_allclose(collector.distances, wanted, rtol=1e-9)

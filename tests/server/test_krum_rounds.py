@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from pathlib import Path
@@ -19,13 +18,11 @@ from fedcore.model_file import create_model, open_model
 from fedcore.server.service import Server
 from fedcore.server.storage.past import read_past
 from fedcore.server.storage.store import Store
-from fedcore.site.session import Session
-from fedcore.site.settings import SiteSettings
 
+from ..support.rule_sites import sites_of
 from ..support.runs import run
 
 COUNT = 100_000
-SPECS = [("w", "F32", [COUNT]), ("n", "I64", [2])]
 LIAR = "e"
 
 
@@ -45,28 +42,6 @@ def update(name: str, round_: int) -> np.ndarray:
     honest = np.random.default_rng(round_).standard_normal(COUNT) * 0.1
     scale = 100 if name == LIAR else 1
     return ((honest + dice.standard_normal(COUNT) * 0.01) * scale).astype(np.float32)
-
-
-def site(address: str, name: str, weight: int) -> int:
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=200))
-    try:
-        while session.is_running():
-            model = session.begin(SPECS, {}, lambda key: bytes({"w": 4 * COUNT, "n": 16}[key]))
-            session.score({"loss": 1.0}, 1)
-            if model.kind == "evaluate":
-                session.end_task()
-                continue
-            tensors = {"w": update(name, model.round).tobytes(), "n": bytes(model.tensors["n"])}
-            session.submit(tensors.__getitem__, weight)
-    finally:
-        session.close()
-    return 0
-
-
-def sites_of(server: Server, names: str) -> list[functools.partial[int]]:
-    return [
-        functools.partial(site, server.endpoint, name, 3 + 7 * i) for i, name in enumerate(names)
-    ]
 
 
 def weights_of(path: Path, values: bytes) -> Path:
@@ -96,7 +71,7 @@ def test_a_run_has_the_bytes_of_the_rule_over_files_and_names_the_liar(
 ) -> None:
     caplog.set_level(logging.INFO)
     server = Server(config(tmp_path, 5, rule, server={"threads": threads}))
-    result, _ = run(server, *sites_of(server, "abcde"))
+    result, _ = run(server, *sites_of(server, "abcde", update))
     assert result.ok
     store = Store(tmp_path / "runs/t", None)
     for row in store.versions()[1:]:
@@ -124,7 +99,7 @@ def test_a_run_has_the_bytes_of_the_rule_over_files_and_names_the_liar(
 def test_of_the_nearest_two_of_three_a_run_takes_the_one_that_files_have(tmp_path: Path) -> None:
     chosen = {"rule": "krum", "options": {"f": 0}}  # their scores are equal
     server = Server(config(tmp_path, 3, aggregation=chosen, run={"name": "t", "rounds": 1}))
-    result, _ = run(server, *sites_of(server, "abc"))
+    result, _ = run(server, *sites_of(server, "abc", update))
     assert result.ok
     store = Store(tmp_path / "runs/t", None)
     made, (_, row) = bytes(open_model(store.path(1)).view("w")), store.versions()
@@ -148,7 +123,7 @@ def test_a_rule_that_weighs_or_shortens_the_step_has_the_bytes_of_files(
 ) -> None:
     chosen = {"rule": rule, "options": options}
     server = Server(config(tmp_path, 5, aggregation=chosen, run={"name": "t", "rounds": 1}))
-    result, _ = run(server, *sites_of(server, "abcde"))
+    result, _ = run(server, *sites_of(server, "abcde", update))
     assert result.ok
     store = Store(tmp_path / "runs/t", None)
     (row,) = store.versions()[1:]
@@ -168,7 +143,7 @@ def test_the_log_names_sites_whose_share_is_bounded_before_a_rule_decides(
     caplog.set_level(logging.INFO)
     chosen = {"rule": "rfa", "weights": "examples", "max_share": 0.3}
     server = Server(config(tmp_path, 5, aggregation=chosen, run={"name": "t", "rounds": 1}))
-    result, _ = run(server, *sites_of(server, "abcde"))
+    result, _ = run(server, *sites_of(server, "abcde", update))
     assert result.ok
     assert caplog.text.count("e counts for 30 % by aggregation.max_share") == 1
 
@@ -187,7 +162,7 @@ def test_a_run_with_encoded_updates_momentum_and_little_memory_has_the_same_byte
             server=server,
         )
         started = Server(made)
-        result, _ = run(started, *sites_of(started, "abcde"))
+        result, _ = run(started, *sites_of(started, "abcde", update))
         assert result.ok
         store = Store(tmp_path / name / "runs/t", None)
         found.append([bytes(open_model(store.path(v)).view("w")) for v in (1, 2)])

@@ -21,15 +21,13 @@ from fedcore.server.collecting import Collecting
 from fedcore.server.rule import rule_of
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
-from fedcore.site.session import Session
-from fedcore.site.settings import SiteSettings
 
 from ..support.python_rules import Busy, Mean, Median, Trimmed, named
+from ..support.rule_sites import sites_of
 from ..support.runs import run
 
 MIB = 1 << 20
 COUNT = 300_000
-SPECS = [("w", "F32", [COUNT]), ("n", "I64", [2])]
 
 
 def config(folder: Path, sites: int, rule: str = "median", **sections: Any) -> RunConfig:
@@ -48,28 +46,6 @@ def update(name: str, round_: int) -> np.ndarray:
     return dice.standard_normal(COUNT).astype(np.float32)
 
 
-def site(address: str, name: str, weight: int) -> int:
-    session = Session(SiteSettings(server=address, site=name, connect_timeout=200))
-    try:
-        while session.is_running():
-            model = session.begin(SPECS, {}, lambda key: bytes({"w": 4 * COUNT, "n": 16}[key]))
-            session.score({"loss": 1.0}, 1)
-            if model.kind == "evaluate":
-                session.end_task()
-                continue
-            tensors = {"w": update(name, model.round).tobytes(), "n": bytes(model.tensors["n"])}
-            session.submit(tensors.__getitem__, weight)
-    finally:
-        session.close()
-    return 0
-
-
-def sites_of(server: Server, names: str) -> list[functools.partial[int]]:
-    return [
-        functools.partial(site, server.endpoint, name, 3 + 7 * i) for i, name in enumerate(names)
-    ]
-
-
 def close(server: Server) -> None:
     server.runs[0].store.close()
     server.link.close()
@@ -85,7 +61,7 @@ def test_a_run_takes_the_median_and_says_that_weights_do_not_count(
 ) -> None:
     caplog.set_level(logging.INFO, "fedcore.server")
     server = Server(config(tmp_path, 4, run={"name": "t", "rounds": 2}))
-    result, _ = run(server, *sites_of(server, "abcd"))
+    result, _ = run(server, *sites_of(server, "abcd", update))
     assert result.ok
     assert (
         "rule median (version 1): the median of each element; weights do not count" in caplog.text
@@ -108,7 +84,7 @@ def test_a_run_by_a_rule_in_python_has_the_bits_of_the_same_rule_in_the_core(
         folder, transfer = tmp_path / rule.partition(":")[0], {"update": update_}
         made = config(folder, 4, rule, transfer=transfer, server={"threads": 3})
         server = Server(made)
-        result, _ = run(server, *sites_of(server, "abcd"))
+        result, _ = run(server, *sites_of(server, "abcd", update))
         assert result.ok
         found.append(open_model(Store(folder / "runs/t", None).path(1)))
     assert bytes(found[0].view("w")) == bytes(found[1].view("w"))
@@ -122,7 +98,7 @@ def test_a_rule_that_is_busy_with_other_things_holds_up_neither_server_nor_sites
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = Server(config(tmp_path, 3, named(Busy), run={"name": "t", "rounds": 2}))
-    result, _ = run(server, *sites_of(server, "abc"))
+    result, _ = run(server, *sites_of(server, "abc", update))
     assert result.ok
     store = Store(tmp_path / "runs/t", None)
     for version in (1, 2):
@@ -141,7 +117,7 @@ def test_the_settings_of_a_rule_change_the_model_and_are_recorded_in_it(
         folder = tmp_path / str(trim)
         chosen = {"rule": rule, "options": options}
         server = Server(config(folder, 5, aggregation=chosen))
-        result, _ = run(server, *sites_of(server, names))
+        result, _ = run(server, *sites_of(server, names, update))
         assert result.ok
         model = open_model(Store(folder / "runs/t", None).path(1))
         expected = np.sort(values, axis=0)[trim : 5 - trim].mean(axis=0).astype(np.float32)
@@ -160,7 +136,7 @@ def test_a_run_weighs_its_sites_as_its_file_says_and_keeps_what_they_weighed(
     ):
         folder = tmp_path / recorded[:5]
         server = Server(config(folder, 3, aggregation=setting))
-        result, _ = run(server, *sites_of(server, "abc"))
+        result, _ = run(server, *sites_of(server, "abc", update))
         assert result.ok
         store = Store(folder / "runs/t", None)
         assert store.versions()[1].participants == dict(zip("abc", weights, strict=True))
@@ -221,7 +197,7 @@ def test_a_rule_in_python_that_does_not_weigh_is_refused_a_greatest_share(tmp_pa
 def test_chunks_of_a_run_are_as_small_as_a_rule_needs_and_stay_so(tmp_path: Path) -> None:
     names = "abcdefghij"
     server = Server(config(tmp_path, len(names), server={"memory": "16MiB"}))
-    result, _ = run(server, *sites_of(server, names))
+    result, _ = run(server, *sites_of(server, names, update))
     assert result.ok
     store = Store(tmp_path / "runs/t", None)
     assert store.chunk_bytes == MIB // 2
@@ -279,7 +255,7 @@ def test_a_median_without_room_to_read_chunks_back_goes_without_a_spill_file(
         given = config(tmp_path, 10, run={"name": "t", "rounds": rounds}, server={"memory": memory})
         server = Server(given)
         assert server.config.server.spill == (rounds == 1)
-        assert run(server, *sites_of(server, names))[0].ok
+        assert run(server, *sites_of(server, names, update))[0].ok
         assert any("nothing is spilled" in text for text in caplog.messages) == (rounds == 2)
         sizes.append(server.runs[0].store.chunk_bytes)
     assert sizes == [MIB, MIB]
