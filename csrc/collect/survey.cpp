@@ -132,11 +132,17 @@ void Collector::add_distances(const Part& part) {
   const std::vector<std::size_t> rows = rows_of_counted();
   const std::size_t width = order_.size() + 1;
   const std::vector<double>& found = part.survey->squares();
-  std::size_t of_base = 0;
+  const std::size_t pairs =
+      rows.size() * (rows.size() - 1) / 2;  // of each block, of which there may be none
+  std::size_t end = 0;
   bool near = true;
   for (std::size_t i = 0; i < counted_.size(); ++i) {
-    of_base += counted_.size() - i;  // pairs (i, i + 1) ... (i, base) are in a row
-    if (!((*survey_)[rows[i] * width + rows.back()] + found[of_base - 1] < kTooFar)) {
+    end += counted_.size() - i;  // behind the pairs (i, i + 1) ... (i, base)
+    double square = (*survey_)[rows[i] * width + rows.back()];
+    for (std::size_t at = end - 1; at < found.size(); at += pairs) {
+      square += found[at];
+    }
+    if (!(square < kTooFar)) {
       fail(counted_[i], "distance",
            "its distance to the global model is above 2^480, which no rule can compare");
       near = false;

@@ -95,14 +95,18 @@ def served(
     return server, collector
 
 
-def carry(server: Exchange, collector: Collector, layout: Layout, flats: list[bytes]) -> None:
+def published(layout: Layout, flats: list[bytes]) -> dict[bytes, Exchange]:
     sites = {}
     for k, flat in enumerate(flats):
         file = MappedFile.anonymous(len(flat))
         file.write(0, flat)
         sites[bytes([k + 1])] = site = Exchange()
         site.publish(bytes([k + 1]) * 16, file, 0, layout.total_bytes, layout.chunk_bytes)
-    pass_frames(server, collector, sites)
+    return sites
+
+
+def carry(server: Exchange, collector: Collector, layout: Layout, flats: list[bytes]) -> None:
+    pass_frames(server, collector, published(layout, flats))
 
 
 @pytest.mark.parametrize("base", [0, 7])
@@ -234,6 +238,39 @@ def test_an_update_that_no_rule_can_compare_is_refused_and_the_others_stand() ->
     federation.lose("b")
     federation.run("ac")
     assert federation.collector.distances == surveyed("ac")
+
+
+def test_chunks_that_hold_no_float_have_no_distance() -> None:
+    layout = Layout([("n", "I64", [5 * 512]), ("w", "F32", [900])], CHUNK)
+    flats = [bytes(8 * 5 * 512) + np.full(900, k, np.float32).tobytes() for k in range(4)]
+    options = CollectorOptions(64 * CHUNK, survey=True)
+    server, collector = served(layout, flats[:3], flats[3], options)
+    server.survey(collector, [0, 1, 2])
+    carry(server, collector, layout, flats[:3])
+    assert collector.distances == [[900.0 * (a - b) ** 2 for b in range(4)] for a in range(4)]
+
+
+@pytest.mark.parametrize("element", [0, 131_071, 131_072, 199_999])
+def test_an_update_that_is_too_far_is_found_in_any_part_of_a_large_chunk(element: int) -> None:
+    layout = Layout([("w", "F64", [200_000])], 1 << 20)
+    values = np.zeros(200_000)
+    values[element] = 1e145
+    flats = [bytes(layout.total_bytes)] * 2 + [values.tobytes()]
+    options = CollectorOptions(16 << 20, survey=True)
+    server, collector = served(layout, flats, flats[0], options)
+    server.survey(collector, [0, 1, 2])
+    rejected = []
+
+    def look() -> bool:
+        for event in iter(server.next_event, None):
+            if isinstance(event, SourceRejected):
+                rejected.append((event.source, event.code))
+                server.drop(collector, event.source)
+        return False
+
+    pass_frames(server, collector, published(layout, flats), look)
+    assert rejected == [(2, "distance")]
+    assert collector.distances == [[0.0] * 3] * 3
 
 
 def test_where_most_updates_are_too_far_each_of_them_is_refused() -> None:

@@ -322,9 +322,12 @@ class World:
                 return file, record
             assert self.torn, "what was left is not whole"
         out.unlink(missing_ok=True)
-        sources = [(s.name, s.set_id, s.weight) for s in self.collecting]
         file = create_model(out, self.layout)
-        return file, Record.create(str(noted), bytes(64), sources, self.layout.chunk_count)
+        return file, Record.create(str(noted), bytes(64), self.weighed(), self.layout.chunk_count)
+
+    def weighed(self) -> list[tuple[str, bytes, int]]:
+        """Whose updates are reduced, and what they weigh."""
+        return [(s.name, s.set_id, s.weight) for s in self.collecting]
 
     def _pull(self, *, fresh: bool) -> None:
         self.added, self.is_open = list(self.collecting), False
@@ -360,7 +363,7 @@ class World:
                 continue
             if isinstance(event, CollectorDone):
                 assert self.collector.done
-                self.result = bytes(self.out.file.view(self.out.data_offset))
+                self.done()
             elif isinstance(event, SourceRejected):
                 self.leave_out(self.added[event.source], event.code, event.message)
             elif isinstance(event, NoRoom):
@@ -373,6 +376,10 @@ class World:
                 raise AssertionError(event)
         if self.result is None:
             self._check_alive()
+
+    def done(self) -> None:
+        """All chunks are reduced."""
+        self.result = bytes(self.out.file.view(self.out.data_offset))
 
     def _check_alive(self) -> None:
         """Leave out who fell silent, as far as nothing of it can be on its way; others are heard each second."""
