@@ -31,7 +31,7 @@ from pydantic import (
 from fedcore.security.keys import is_loopback, parse_toml
 
 from .errors import ConfigError
-from .protocol import SITE_NAME, Transfer
+from .protocol import SITE_NAME, LoraMethod, Transfer
 from .quantities import parse_duration, parse_size
 from .rules import RULES
 from .rules.compatibility import Choices, Task, conflicts
@@ -214,8 +214,8 @@ class OptimizerSection(_Section):
 
 class AggregationSection(_Section):
     """``[aggregation]``: the rule that combines the sites' updates, the numbers that it takes (``options``), what
-    an update weighs (``weights``, ``max_share``), what the server makes of the result (``optimizer``), and the
-    part of the models' average that stays in each round (``ema``)."""
+    an update weighs (``weights``, ``max_share``), what the server makes of the result (``optimizer``), the part of
+    the models' average that stays in each round (``ema``), how the factors of adapters are combined (``lora``)."""
 
     rule: str = "mean"
     options: dict[str, float] = {}
@@ -223,6 +223,7 @@ class AggregationSection(_Section):
     max_share: float | None = None
     optimizer: OptimizerSection | None = None
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    lora: LoraMethod | None = None
 
     @model_validator(mode="after")
     def _known(self) -> AggregationSection:
@@ -255,7 +256,7 @@ class AggregationSection(_Section):
         of: dict[str, Any] = dump(self)
         if not self.weighing.equal:
             del of["weights"]
-        for name in ("max_share", "ema"):
+        for name in ("max_share", "ema", "lora"):
             if of[name] is None:
                 del of[name]
         return of
@@ -413,6 +414,7 @@ class RunConfig(_Section):
                 weights=self.aggregation.weights,
                 max_share=self.aggregation.max_share,
                 ema=self.aggregation.ema,
+                lora=self.aggregation.lora,
                 score_share=self.selection.max_share,
                 quorum=self.participants.quorum,
                 sample=self.participants.sample is not None,

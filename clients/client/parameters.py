@@ -27,13 +27,15 @@ from torch.nn.modules.loss import _Loss
 from fedcore.errors import LayoutError
 from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import FLOATS, TensorSpec, check_names, compare_layouts
-from fedcore.protocol import Role
+from fedcore.protocol import LoraMethod, Role
+from fedcore.roles import Pairs
 from fedcore.site.received import Received
 
 from .base import frozen_groups, frozen_tensors
 from .cards import adapter_files, frozen_by_class, model_files
 from .choice import travelling
 from .extras import active_adapter, refuse_extras, refuse_missing
+from .factors import Held, lora_pairs
 from .naming import inner_module, own_names, plain_names
 from .prompts import is_computed, load_prompt
 from .sharding import address, is_sharded, local, put, whole
@@ -171,6 +173,23 @@ class ModelParameters:
             elif _place(self._tensors[name]) in buffers:
                 found[name] = "buffer"
         return found
+
+    def pairs(self, method: LoraMethod | None) -> Pairs:
+        """Return the names of the factors of each module that the adapter changes.
+
+        None where there is no adapter, or ``method`` is None: each tensor is combined for itself.
+
+        Raises:
+            ConfigError: the method refuses what the adapter has; the message says why, and what works.
+            LayoutError: the adapter has no factors of LoRA, or half of a module's travel.
+        """
+        if method is None or not _is_peft(self._root):
+            return ()
+        return lora_pairs(self.files["adapter_config.json"], self.specs, method)
+
+    def hold(self, held: Held, names: Iterable[str]) -> None:
+        """Have the tensors of these names stay as they are in training, and no others."""
+        held.hold(self._root, [self._tensors[name] for name in names])
 
     @property
     def names(self) -> list[str]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fedcore.files.frozen import FrozenGroup
     from fedcore.model_file import Reader
 
+    from .factors import Held
     from .parameters import ModelParameters
     from .ranks import RankedSession
     from .still import Still
@@ -136,6 +137,7 @@ def _get_session() -> Session | RankedSession:
 
 _model: ModelParameters | None = None
 _still: Still | None = None
+_held: Held | None = None
 _own: dict[str, str] = {}
 _hooks: LoadingHooks | None = None
 _arrays: _Arrays | None = None
@@ -191,10 +193,11 @@ def init(
 
 
 def _forget_model() -> None:
-    global _model, _own, _hooks, _arrays, _still  # noqa: PLW0603
-    if _hooks is not None:
-        _hooks.remove()
-    _model = _hooks = _arrays = _still = None
+    global _model, _own, _hooks, _arrays, _still, _held  # noqa: PLW0603
+    for hooks in (_hooks, _held):
+        if hooks is not None:
+            hooks.remove()
+    _model = _hooks = _arrays = _still = _held = None
     _own = {}
 
 
@@ -320,9 +323,25 @@ def _begin_with(session: Session | RankedSession, model: ModelParameters) -> Glo
         logger.warning("%s: %s", session.system_info()["site"], text)
         session.problem(text)
     if session.bound:
-        return session.begin(model.specs, {}, model.read)
-    prints, frozen = _fingerprints(), model.frozen()
-    return session.begin(model.specs, model.files, model.read, prints, frozen, roles=model.roles)
+        task = session.begin(model.specs, {}, model.read)
+    else:
+        prints, frozen = _fingerprints(), model.frozen()
+        pairs = model.pairs(session.lora)
+        task = session.begin(
+            model.specs, model.files, model.read, prints, frozen, roles=model.roles, pairs=pairs
+        )
+    _hold(model, session.fixed)
+    return task
+
+
+def _hold(model: ModelParameters, names: Iterable[str]) -> None:
+    """Have these tensors of the module, and no others, stay as they are in training."""
+    global _held  # noqa: PLW0603
+    from .factors import Held
+
+    if _held is None:
+        _held = Held()
+    model.hold(_held, names)
 
 
 def _refreshed() -> ModelParameters:
@@ -393,6 +412,8 @@ def send(
         if stated is None:
             _warn_of_one("weight=", "this update", "training")
         session.submit(read, 1 if stated is None else stated, train_metrics)
+    if _held is not None:
+        _held.remove()
     _sent = True
 
 

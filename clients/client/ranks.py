@@ -25,7 +25,8 @@ from fedcore.errors import ClosedError
 from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import TensorSpec
 from fedcore.model_file import Reader
-from fedcore.protocol import Role
+from fedcore.protocol import LoraMethod, Role
+from fedcore.roles import Pairs
 from fedcore.site.session import GlobalModel, Outcome, Session
 
 from .current import get_session, reset_session
@@ -181,7 +182,16 @@ class _Tensors(Mapping[str, memoryview]):
 
 
 class RankedSession:
-    """One of several training processes of a site; what `Session` does, done by all of them together."""
+    """One of several training processes of a site; what `Session` does, done by all of them together.
+
+    Attributes:
+        lora, fixed: as if the run combined each tensor for itself, so that no factors are declared. A run that
+            combines factors refuses the site by name: a trainer of several processes waits for the gradient of
+            each parameter, and one that is held has none.
+    """
+
+    lora: LoraMethod | None = None
+    fixed: frozenset[str] = frozenset()
 
     def __init__(self, session: Session | None, ranks: Ranks) -> None:
         self._session = session
@@ -215,10 +225,11 @@ class RankedSession:
         frozen: Sequence[FrozenGroup] = (),
         *,
         roles: Mapping[str, Role] | None = None,
+        pairs: Pairs = (),  # noqa: ARG002
     ) -> GlobalModel:
         """Return the current task's global model; see `Session.begin`.
 
-        A look-up of one of its tensors is a collective call.
+        A look-up of one of its tensors is a collective call. ``pairs`` are not passed on.
         """
         if self._task is not None:
             return self._task

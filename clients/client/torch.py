@@ -21,6 +21,7 @@ from .choice import beside, forget_choice
 from .counting import ExampleCounter
 from .current import loop_goes_on
 from .extras import hidden_parameters, refuse_beside
+from .factors import Held
 from .guard import Aside, Guard, Probe, shown
 from .parameters import Joined, ModelParameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
@@ -66,6 +67,7 @@ class TorchSite:
         self._asked = self._ended = False
         self._beside: Mapping[str, nn.Parameter] = {}
         self._still: Still | None = None
+        self._held = Held()
         self.owner: object = None
         self.tokenizer: Any = None
 
@@ -105,12 +107,19 @@ class TorchSite:
         else:
             prints, frozen = self._fingerprints(), parameters.frozen()
             task = self._session.begin(
-                parameters.specs, parameters.files, read, prints, frozen, roles=parameters.roles
+                parameters.specs,
+                parameters.files,
+                read,
+                prints,
+                frozen,
+                roles=parameters.roles,
+                pairs=parameters.pairs(self._session.lora),
             )
         if task is not self._loaded:
             self._joined = self._joined or parameters.joined()
             parameters.load(list(task.specs), task.tensors)
             self._restore(parameters)
+            parameters.hold(self._held, self._session.fixed)
             self._loaded, self._guard = task, Guard(parameters)
         return task
 
@@ -247,6 +256,7 @@ class TorchSite:
         weight = min(examples, protocol.MAX_WEIGHT)
         self._log_weight(weight, counted.how)
         self._session.submit(self._reader(parameters), weight, metrics)
+        self._held.remove()
 
     def _log_weight(self, weight: int, how: str) -> None:
         round_ = self._session.system_info()["round"]

@@ -25,6 +25,7 @@ from .coding import (
 )
 from .fields import (
     DEFAULT_CHUNK_BYTES,
+    LORA_METHODS,
     MAX_ANSWER_BYTES,
     MAX_DECLARE_BYTES,
     MAX_FEATURES,
@@ -44,6 +45,7 @@ from .fields import (
     UPDATE_ENCODINGS,
     Features,
     LayoutHash,
+    LoraMethod,
     MetricName,
     Metrics,
     Outputs,
@@ -117,6 +119,7 @@ __all__ = [
     "DEFAULT_CHUNK_BYTES",
     "ENDED",
     "HEADER_BYTES",
+    "LORA_METHODS",
     "MAGIC",
     "MAX_ANSWER_BYTES",
     "MAX_CHUNK_BYTES",
@@ -159,6 +162,7 @@ __all__ = [
     "LayoutHash",
     "Leave",
     "Log",
+    "LoraMethod",
     "Message",
     "MetricName",
     "MetricSeries",

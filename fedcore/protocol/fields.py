@@ -129,8 +129,11 @@ TensorEntry = tuple[
     Annotated[list[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=16, fail_fast=True)],
 ]
 TensorTable = Annotated[list[TensorEntry], Field(max_length=MAX_TENSORS, fail_fast=True)]
-Role = Literal["parameter", "buffer", "integer"]
+Role = Literal["parameter", "buffer", "integer", "lora-a", "lora-b"]
 """What a tensor is to its model; see `fedcore.roles`."""
+LoraMethod = Literal["freeze-a", "alternate"]
+"""How the two factors of LoRA adapters are combined; see `fedcore.adapters.forms`."""
+LORA_METHODS: Final[tuple[str, ...]] = get_args(LoraMethod)
 FrozenTable = Annotated[
     list[
         tuple[

@@ -23,6 +23,7 @@ from .fields import (
     Features,
     FrozenTable,
     LayoutHash,
+    LoraMethod,
     MetricRows,
     Metrics,
     Outputs,
@@ -102,7 +103,7 @@ def _with_model(sets: list[_S]) -> list[_S]:
 
 def features(*, lossless: bool) -> dict[str, int]:
     """Return what this version can do, by name; ``lossless`` says whether it can unpack compressed chunks here."""
-    return {"encodings": 1, **({"lossless": 1} if lossless else {})}
+    return {"encodings": 1, "lora": 1, **({"lossless": 1} if lossless else {})}
 
 
 # --- from a site -----------------------------------------------------------------------------------
@@ -130,7 +131,11 @@ class Join(Message):
 
 
 class OfRole(Part):
-    """Tensors of one role, by their places in the table of a `Declare`."""
+    """Tensors of one role, by their places in the table of a `Declare`.
+
+    The tensors of ``lora-a`` and those of ``lora-b`` are in one order: the two of a place are the factors of one
+    adapted module.
+    """
 
     role: Role
     tensors: Annotated[
@@ -281,7 +286,8 @@ class Welcome(Message):
     """Answer to `Join`.
 
     ``run`` is the run's name, ``has_model`` false while the server waits for a first site's model, and
-    ``features`` are what the server can do.
+    ``features`` are what the server can do. ``lora`` says how the factors of adapters are combined; None: each
+    tensor for itself. It goes only to a site that names the feature ``lora``.
     """
 
     type: Literal["welcome"] = "welcome"
@@ -293,6 +299,11 @@ class Welcome(Message):
     version: Version
     transfer: Transfer = Transfer()
     features: Features = {}
+    lora: LoraMethod | None = None
+
+    def left_out(self) -> set[str]:
+        """Return the fields that are not written where they say nothing."""
+        return super().left_out() | ({"lora"} if self.lora is None else set())
 
 
 class Accepted(OfRun):

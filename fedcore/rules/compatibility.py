@@ -36,6 +36,7 @@ class Choices:
         weights: ``aggregation.weights``, if it is given.
         max_share: ``aggregation.max_share``.
         ema: ``aggregation.ema``.
+        lora: ``aggregation.lora``.
         score_share: ``selection.max_share``.
         quorum: how many updates will do in a round; None: as many as any rule needs.
         sample: whether ``participants.sample`` is given.
@@ -50,6 +51,7 @@ class Choices:
     weights: str | None = None
     max_share: float | None = None
     ema: float | None = None
+    lora: str | None = None
     score_share: float | None = None
     quorum: int | None = None
     sample: bool = False
@@ -62,7 +64,7 @@ class Choices:
 
     def against(self, key: str, value: object, other: str, reason: str) -> Conflict:
         """Return the conflict of a key that has a value with a choice of the same name, such as ``rule``."""
-        names = {"rule": "aggregation.rule", "task": "run.task"}
+        names = {"rule": "aggregation.rule", "task": "run.task", "lora": "aggregation.lora"}
         clash = f"{value!r} does not go with {names[other]} = {getattr(self, other)!r}"
         return Conflict(key, reason, clash)
 
@@ -131,6 +133,34 @@ def _task_and_optimizer(choices: Choices) -> Conflict | None:
 
 def _task_and_ema(choices: Choices) -> Conflict | None:
     return _for_training(choices, "aggregation.ema", choices.ema is not None)
+
+
+def _task_and_lora(choices: Choices) -> Conflict | None:
+    return _for_training(choices, "aggregation.lora", choices.lora is not None)
+
+
+def _lora_and_optimizer(choices: Choices) -> Conflict | None:
+    if choices.lora is None or choices.optimizer is None:
+        return None
+    reason = "a round holds one factor of each adapter, and the optimizer has a state of both; leave one out"
+    return Conflict("aggregation.optimizer", reason, "it does not go with aggregation.lora")
+
+
+def _lora_and_ema(choices: Choices) -> Conflict | None:
+    if choices.lora is None or choices.ema is None:
+        return None
+    reason = "the average of the factors is not that of their products; leave one out"
+    return Conflict("aggregation.ema", reason, "it does not go with aggregation.lora")
+
+
+def _lora_and_encoding(choices: Choices) -> Conflict | None:
+    if choices.lora != "alternate" or choices.update == "raw":
+        return None
+    reason = (
+        "what an encoding loses of a factor is added to the next update, which holds the other one; use update = "
+        "'raw', or lora = 'freeze-a'"
+    )
+    return choices.against("transfer.update", choices.update, "lora", reason)
 
 
 def _task_and_weights(choices: Choices) -> Conflict | None:
@@ -243,11 +273,15 @@ _CHECKS: Final[tuple[Callable[[Choices], Conflict | None], ...]] = (
     _task_and_rule,
     _task_and_optimizer,
     _task_and_ema,
+    _task_and_lora,
     _task_and_weights,
     _task_and_share,
     _task_and_sample,
     _task_and_early_end,
     _task_and_encoding,
+    _lora_and_optimizer,
+    _lora_and_ema,
+    _lora_and_encoding,
 )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from fedcore.protocol import UPDATE_ENCODINGS
+from fedcore.protocol import LORA_METHODS, UPDATE_ENCODINGS
 
 from .compatibility import TASKS, Choices, conflicts
 from .finishers import FINISHERS
@@ -30,6 +30,7 @@ _OPTIMIZERS: Final[_Values] = {
     **{f"`{name}`": {"optimizer": name} for name in FINISHERS},
     "`ema`": {"ema": 0.9},
 }
+_LORA: Final[_Values] = {f"`{name}`": {"lora": name} for name in LORA_METHODS}
 _WEIGHTS: Final[_Values] = {
     "`examples`": {"weights": "examples"},
     "`equal`": {"weights": "equal"},
@@ -43,6 +44,10 @@ _TABLES: Final[Sequence[tuple[str, _Values, str, _Values]]] = (
     ("task", _TASKS, "encoding", _ENCODINGS),
     ("task", _TASKS, "optimizer", _OPTIMIZERS),
     ("optimizer", _OPTIMIZERS, "encoding", _ENCODINGS),
+    ("method for LoRA", _LORA, "task", _TASKS),
+    ("method for LoRA", _LORA, "rule", _RULES),
+    ("method for LoRA", _LORA, "encoding", _ENCODINGS),
+    ("method for LoRA", _LORA, "optimizer", _OPTIMIZERS),
 )
 _HEAD: Final = """\
 # What goes together
@@ -95,7 +100,7 @@ def _table(rows: str, of_rows: _Values, columns: str, of_columns: _Values, notes
     merged: dict[tuple[str, ...], list[str]] = {}
     for column, verdicts in cells.items():
         merged.setdefault(verdicts, []).append(column)
-    text = f"\n## {rows.capitalize()} and {columns}\n\n"
+    text = f"\n## {rows[0].upper()}{rows[1:]} and {columns}\n\n"
     if all(verdict == "yes" for verdicts in merged for verdict in verdicts):
         return f"{text}Each {rows} goes with each {columns}: {', '.join(of_columns)}.\n"
     text += f"| {rows} | {' | '.join(', '.join(names) for names in merged.values())} |\n"

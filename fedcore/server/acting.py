@@ -198,7 +198,7 @@ class Acting:
         except StorageError as error:
             running.cancel()  # what was made with a damaged state is not gone on with
             raise self._run.versions.damaged(str(error)) from None
-        model, checksums = running.finish()
+        model, checksums = self._run.versions.whole(action.version, *running.finish())
         verdict = self._run.collecting.verdict(action.version)
         participants = action.participants if verdict is None else verdict.kept
         weights = {p.site: float(p.weight) for p in participants}

@@ -35,6 +35,8 @@ from .versions import Versions, declared_layout
 __all__ = ["Collecting", "Reduced", "Rejected", "Stalled"]
 
 DIGEST_KEY_BYTES: Final = 1032
+_PART: Final = "part"
+"""What is collected where updates hold a part of the model: a file beside the version's until its commit."""
 
 logger = logging.getLogger("fedcore.server")
 
@@ -106,8 +108,11 @@ class Collecting:
             **({"buffers": buffers} if buffers else {}),
         }
         model = self._versions.model
+        path = self._store.scratch(version)
+        if model is not None and self._versions.update_layout(version) is not model.layout:
+            path = self._store.state_scratch(version, _PART)
         return Scratch(
-            self._store.scratch(version),
+            path,
             self._store.record(version),
             of,
             self._versions.metadata(version),
@@ -303,30 +308,36 @@ class Collecting:
 
     def _prepare(self, version: int, initial: protocol.Declare | None = None) -> CollectionSetting:
         """Return what the collection of a version works with; ``initial`` describes the run's first one."""
-        base = self._versions.model
-        if base is None:
+        model = self._versions.model
+        base, checksums = None, list[int]()
+        if model is None:
             assert initial is not None
-            layout = declared_layout(initial, self._store.chunk_bytes)
+            layout = whole = declared_layout(initial, self._store.chunk_bytes)
             self._versions.cards = dict(initial.files)
+            self._versions.factors.take(initial)
         else:
-            layout = base.layout
+            whole, layout = model.layout, self._versions.update_layout(version)
             self._versions.roles.settle()
         self._versions.release_superseded()
         optimizer, rule = self._versions.optimizer, rule_of(self._config)
-        surveys = base is not None and rule.several is not None
+        surveys = model is not None and rule.several is not None
         finisher = optimizer.finisher(layout)  # of the initial model it is asked to refuse it early
-        kept = {} if base is None else optimizer.layouts(layout)
+        kept = {} if model is None else optimizer.layouts(layout)
         sizes = {name: of.total_bytes for name, of in kept.items()}
-        self._store.announce(version, layout.total_bytes, sizes)
+        if layout is not whole:
+            sizes[_PART] = layout.total_bytes
+        self._store.announce(version, whole.total_bytes, sizes)
         if self._spill is None:
             room = sum(sizes.values())
-            self._spill = open_spill(self._config, self._store.run_id, layout, room)
+            self._spill = open_spill(self._config, self._store.run_id, whole, room)
+        if model is not None:
+            base, checksums = self._versions.base_of(layout)
         return CollectionSetting(
             self._link.exchange,
             layout,
             self.scratch(version),
             base=base,
-            checksums=self._versions.checksums,
+            checksums=checksums,
             codec=update_codec(self._config.transfer, layout, initial=base is None),
             memory=self._memory,
             spill=self._spill,

@@ -11,7 +11,7 @@ from fedcore.config import RunConfig
 from fedcore.errors import FedcoreError, LayoutError, StorageError
 from fedcore.files.opening import CARD
 from fedcore.layout import FLOATS, compare_layouts, layout_hash, table
-from fedcore.roles import buffers_of
+from fedcore.roles import buffers_of, pairs_of
 from fedcore.server.storage.store import Store
 from fedcore.words import plural
 
@@ -93,6 +93,7 @@ class Declaring:
                 self._put_out(peer, site, "layout", text)
                 return False
             hash_ = self._versions.layout_hash
+            self._versions.factors.say(declare)
         else:
             if (unlike := self._unlike_declared(site, declare)) is not None:
                 self._put_out(peer, site, "layout", unlike)
@@ -131,7 +132,11 @@ class Declaring:
             # Else one site of many could name buffers, and so take them from a robust rule.
             all_say = not self._folds and not self._versions.roles.settled
             found = self._agreement.compare(site, declare, all_say_roles=all_say)
-            refusal = found.refusal or self._wrong_roles(site, declare, found)
+            refusal = (
+                found.refusal
+                or self._wrong_roles(site, declare, found)
+                or self._wrong_factors(site, declare)
+            )
         except LayoutError as error:
             self._put_out(peer, site, "layout", str(error))
             return None
@@ -164,6 +169,16 @@ class Declaring:
                 f"{' and '.join(acting)}: no site had said the roles of tensors when the run began"
             )
         return None
+
+    def _wrong_factors(self, site: str, declare: protocol.Declare) -> str | None:
+        """Say how a site's adapters differ from those of the run, or while it has no model of another site."""
+        factors, here = self._versions.factors, self._peers.addresses
+        if self._versions.model is not None:
+            return factors.unlike(site, declare, "the run", factors.pairs)
+        for other, seen in self.declared.items():
+            if other != site and other in here:
+                return factors.unlike(site, declare, f"site {other!r}", pairs_of(seen))
+        return factors.unlike(site, declare, "", ())
 
     def _has_room(self, peer: bytes, site: str, nbytes: int) -> bool:
         """Whether a first model fits on the disk. Until it does, its site declares it again and again."""

@@ -44,6 +44,14 @@ def stopped_by(error: Exception | None) -> str:
     return "it could not write to its disk" if isinstance(error, OSError) else "of an error there"
 
 
+def _too_old(join: protocol.Join) -> protocol.Refused:
+    text = (
+        f"this run has aggregation.lora, which fedcore {join.version} at site {join.site!r} does not know; "
+        f"install fedcore {__version__} there"
+    )
+    return protocol.Refused(code="version", message=text)
+
+
 class Handling:
     """Handles the messages of a run.
 
@@ -130,6 +138,9 @@ class Handling:
             peer, self._run.versions.table_bytes
         ):
             return
+        if self._run.config.aggregation.lora is not None and "lora" not in join.features:
+            self._run.replies.refuse(peer, join.site, _too_old(join), self._run.link)
+            return
         if peer not in self._run.peers:
             self._run.store.add_member(join.site)
             self._run.emit(SiteJoined(site=join.site))
@@ -145,6 +156,7 @@ class Handling:
                 version=__version__,
                 transfer=self._run.config.transfer.message,
                 features=protocol.features(lossless=can_pack()),
+                lora=self._run.config.aggregation.lora,
             ),
         )
         self._acting.do(
@@ -163,7 +175,7 @@ class Handling:
             text = f"the update is of the sets {names}; this run takes one, {protocol.MODEL}"
             self._attendance.put_out(peer, known.site, "sets", text)
             return
-        if update.layout != self._run.versions.expected_hash(declare):
+        if update.layout != self._run.versions.expected_hash(declare, ready.round):
             self._attendance.put_out(
                 peer, known.site, "layout", "the update's layout is not the run's"
             )

@@ -14,13 +14,15 @@ from fedcore._core import Codec, Exchange, Layout, MappedFile
 from fedcore.config import RunConfig
 from fedcore.errors import IntegrityError, LayoutError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES, layout_hash, table
-from fedcore.model_file import ModelFile, open_model
+from fedcore.model_file import ModelFile, Reader, create_model, open_model
 from fedcore.rules import DEFAULT_RULE
 from fedcore.server.storage.hashing import Hasher
 from fedcore.server.storage.integrity import checksum_of, verify_model
+from fedcore.server.storage.journal import storing
 from fedcore.server.storage.store import Store, VersionRow
 from fedcore.words import plural
 
+from .factors import Factors
 from .initial import load_initial
 from .optimizer import Optimizer
 from .roles import Roles
@@ -59,6 +61,7 @@ class Versions:
         packed_id: the same for sites that can unpack chunks, where the run allows compressing them.
         included: the last version that holds an update of each site.
         roles: which tensors are buffers.
+        factors: what an update holds of the model.
         optimizer: what makes the next model, and its states.
     """
 
@@ -75,6 +78,8 @@ class Versions:
         self.set_id = self.packed_id = b""
         self.included: dict[str, int] = {}
         self.roles = Roles(store)
+        self.factors = Factors(config.aggregation.lora, store)
+        self._part: tuple[str, ModelFile, list[int]] | None = None
         self.optimizer = Optimizer(config.aggregation, store, self.roles)
         self._config = config
         self._described: tuple[Layout, list[tuple[str, str, list[int]]], str | None] | None = None
@@ -197,6 +202,84 @@ class Versions:
         path = self._store.path(row.version)
         self._hasher.add(row.version, path, model.data_offset, row.checksum)
 
+    # --- updates that hold a part of the model ---
+
+    def update_layout(self, version: int) -> Layout:
+        """Return the layout of the updates that make a version; the model's own where they hold all of it."""
+        assert self.model is not None
+        return self.factors.layout(self.model.layout, version)
+
+    def base_of(self, layout: Layout) -> tuple[ModelFile, list[int]]:
+        """Return the part of the last model that has this layout, and the checksums of its chunks.
+
+        A part is in a file without a name, which goes with the process.
+
+        Raises:
+            IntegrityError: the model is no longer what was committed.
+            StorageError: the disk is full.
+        """
+        assert self.model is not None
+        if layout is self.model.layout:
+            return self.model, self._checksums
+        hash_ = f"{self._checksum} {layout_hash(layout)}"
+        if self._part is None or self._part[0] != hash_:
+            self._part = None
+            path = self._store.models / f".{self._store.run_id}.base"
+            with storing(path):
+                path.unlink(missing_ok=True)
+                part = create_model(path, layout)
+                path.unlink()
+            checksums = part.fill(self._reader({}))
+            self._check_read()
+            self._part = hash_, part, checksums
+        return self._part[1:]
+
+    def whole(
+        self, version: int, model: ModelFile, checksums: list[int]
+    ) -> tuple[ModelFile, list[int]]:
+        """Return the model of a version, of whose tensors the updates may have held a part, and its checksums.
+
+        What they did not hold is as it was in the version before.
+
+        Raises:
+            IntegrityError: the version before is no longer what was committed.
+            StorageError: the disk is full.
+        """
+        before = self.model
+        if (
+            before is None
+            or version == 0
+            or model.layout is self.update_layout(version) is before.layout
+        ):
+            return model, checksums
+        path = self._store.scratch(version)
+        with storing(path):
+            path.unlink(missing_ok=True)  # of a server that was killed right here
+        made = create_model(path, before.layout, self.metadata(version))
+        found = made.fill(self._reader(model.views()))
+        self._check_read()
+        made.file.sync()
+        self._store.announce(version, made.layout.total_bytes)
+        return made, found
+
+    def _reader(self, part: Mapping[str, memoryview]) -> Reader:
+        """Return what reads each tensor of ``part`` there, and the others of the last model."""
+        model = self.model
+        assert model is not None
+        views = {**model.views(), **part}
+
+        def read(name: str) -> memoryview:
+            model.release()  # its size must not show in this process's memory
+            return views[name]
+
+        return read
+
+    def _check_read(self) -> None:
+        """Check that what was read of the last model is what was committed."""
+        assert self.model is not None
+        if self.model.checksums() != self._checksums:
+            raise self.damaged(f"{self.model.path} is not the file that was committed")
+
     def publish(self) -> None:
         """Let the sites pull the last model, under a new id."""
         assert self.model is not None
@@ -287,14 +370,21 @@ class Versions:
                 named["fedcore.rule-code"] = rule.code
         if version > 0 and rule.weighing.recorded:
             named["fedcore.weights"] = rule.weighing.recorded
+        if version > 0 and self._config.aggregation.lora is not None:
+            named["fedcore.lora"] = self._config.aggregation.lora
         if version > 0:
             named |= self.optimizer.metadata(version)
         return named
 
-    def expected_hash(self, declare: protocol.Declare | None) -> str | None:
-        """Return the hash of the layout that a site's update must have; None for a site that declared nothing."""
+    def expected_hash(self, declare: protocol.Declare | None, round_: int) -> str | None:
+        """Return the hash of the layout that a site's update must have; None for a site that declared nothing.
+
+        Args:
+            declare: what the site declared while there was no model.
+            round_: the update's.
+        """
         if self.model is not None:
-            return self.layout_hash
+            return self.factors.hash(self.model.layout, round_) or self.layout_hash
         return None if declare is None else layout_hash(declared_layout(declare))
 
     @property

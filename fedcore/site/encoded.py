@@ -70,11 +70,17 @@ class Outgoing:
         Args:
             included: as `encode` takes it.
         """
-        if self._encodes and self._encoder is None:
+        if self.encodes and self._encoder is None:
             self._encoder = self._resume(self._transfer.update, included)
 
     @property
-    def _encodes(self) -> bool:
+    def layout(self) -> Layout:
+        """Of every update."""
+        return self._layout
+
+    @property
+    def encodes(self) -> bool:
+        """Whether updates are more than their tensors as they are; only then `encode` looks at the base."""
         return self._transfer.update != "raw" or self._lossless or self._clip is not None
 
     def encode(
@@ -99,7 +105,7 @@ class Outgoing:
             NonFiniteError: the update holds NaN or infinity, and its norm is bounded.
         """
         encoding = self._transfer.update
-        if not self._encodes:
+        if not self.encodes:
             return EncodedUpdate.raw(file, checksums)
         self.prepare(included)
         encoder = self._encoder

@@ -13,6 +13,7 @@ from fedcore.files.inspection import Inspection, describe, lines
 from fedcore.layout import TensorSpec
 from fedcore.model_file import Reader
 from fedcore.protocol import Role
+from fedcore.roles import Pairs
 
 from .session import GlobalModel, Session
 from .settings import SiteSettings
@@ -51,6 +52,7 @@ class InspectingSession(Session):
         frozen: Sequence[FrozenGroup] = (),
         *,
         roles: Mapping[str, Role] | None = None,
+        pairs: Pairs = (),  # noqa: ARG002
     ) -> GlobalModel:
         """Report the tensors and end the script."""
         self._report(describe(specs, files, fingerprints, frozen, roles=roles))

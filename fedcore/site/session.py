@@ -31,12 +31,13 @@ from fedcore.errors import (
 from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, compare_layouts, layout_hash, table
 from fedcore.model_file import Reader
-from fedcore.roles import roles_message
+from fedcore.roles import Pairs, roles_message
 from fedcore.security.rate_limit import TokenBucket
 from fedcore.transport.ends import Dial
 from fedcore.transport.link import SiteLink
 
 from .connection import Connection
+from .factors import Factors
 from .metrics import MetricCheck
 from .received import Received
 from .settings import SiteSettings
@@ -110,6 +111,7 @@ class Session:
         self._check = MetricCheck()
         self._updates = Updates(settings, self._connection, self._check)
         self._layout: Layout | None = None
+        self._factors = Factors(None, ())
         self._model: GlobalModel | None = None
         self._offered: tuple[str, int] | None = None
         self._at_hand = (0, 0)
@@ -137,6 +139,17 @@ class Session:
     def ended_by(self) -> str:
         """The name of the signal that ends this process, once joined; empty if none does."""
         return self._connection.ended_by
+
+    @property
+    def lora(self) -> protocol.LoraMethod | None:
+        """How the run combines the factors of adapters, once joined; None: each tensor for itself."""
+        return self._machine.welcome.lora if self._machine.welcome else None
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """The tensors that the task at hand leaves as they are in training; none outside of a training task."""
+        trains = self._model is not None and self._model.trains
+        return self._factors.fixed(self._model.round) if self._model and trains else frozenset()
 
     @property
     def over(self) -> bool:
@@ -218,6 +231,7 @@ class Session:
         frozen: Sequence[FrozenGroup] = (),
         *,
         roles: Mapping[str, protocol.Role] | None = None,
+        pairs: Pairs = (),
     ) -> GlobalModel:
         """Return the current task's global model, downloading it on the first call.
 
@@ -228,6 +242,7 @@ class Session:
             fingerprints: digests, by name, of what all sites must have alike, such as the tokenizer.
             frozen: digests of what the model has and does not travel; see `fedcore.files.frozen`.
             roles: what tensors are to the model, but for parameters (`fedcore.roles`); None: it is not known.
+            pairs: the names of the factors of each adapted module, in a run that wants to know them (`lora`).
 
         Raises:
             RefusedError: another site has other files, fingerprints or roles; both are named.
@@ -237,7 +252,7 @@ class Session:
         """
         self._join()
         try:
-            layout = self._bind(specs, files, fingerprints or {}, frozen, roles)
+            layout = self._bind(specs, files, fingerprints or {}, frozen, (roles, pairs))
             return self._begin(layout, read)
         except RunEndedError:
             self._conclude()
@@ -259,7 +274,7 @@ class Session:
                 )
             file = self._updates.folder().received(layout)
             if task.kind in ("train", "submit"):
-                self._updates.prepare(layout, task.checksum)
+                self._updates.prepare(self._factors.layout(layout, task.round), task.checksum)
             if not self._waits.download(layout, task, file):
                 continue  # the server was restarted in between and publishes under another id
             self._model = GlobalModel(
@@ -371,6 +386,7 @@ class Session:
         Raises:
             WeightError: the weight is no such integer.
             ClosedError: no training task is at hand.
+            LayoutError: training changed a factor of an adapter that this round leaves as it is.
         """
         model = self._need_model("submit")
         if not model.trains:
@@ -386,9 +402,17 @@ class Session:
             )
         assert self._layout is not None
         self._say_metrics()
+        layout = self._factors.layout(self._layout, model.round)
+        self._factors.check(read, model.tensors, model.round)
         checked = Unchanged(read, model.tensors)
         self._updates.publish(
-            self._layout, checked, model.round, weight=weight, metrics=metrics, score=self._score
+            layout,
+            checked,
+            model.round,
+            weight=weight,
+            metrics=metrics,
+            score=self._score,
+            model=None if layout is self._layout else self._layout,
         )
         if checked.throughout:
             text = (
@@ -535,7 +559,7 @@ class Session:
         files: Mapping[str, str],
         fingerprints: Mapping[str, str],
         frozen: Sequence[FrozenGroup],
-        roles: Mapping[str, protocol.Role] | None,
+        said: tuple[Mapping[str, protocol.Role] | None, Pairs],
     ) -> Layout:
         assert self._machine.welcome is not None
         if self._layout is not None:
@@ -553,14 +577,15 @@ class Session:
         layout = Layout([(n, d, list(s)) for n, d, s in specs], self._machine.welcome.chunk_bytes)
         if layout.total_bytes == 0:
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
-        tensors = table(layout)
+        tensors, (roles, pairs) = table(layout), said
+        self._factors = Factors(self.lora, pairs)
         declare = protocol.Declare(
             tensors=tensors,
             packed=protocol.pack_table(tensors) if protocol.packs(tensors) else None,
             files=dict(files),
             fingerprints=dict(fingerprints),
             frozen=list(frozen),
-            roles=None if roles is None else roles_message(tensors, roles),
+            roles=None if roles is None else roles_message(tensors, roles, self._factors.pairs),
         )
         self._connection.declare(declare)
         self._layout = layout

@@ -81,6 +81,7 @@ class Updates:
         metrics: Mapping[str, float] | None = None,
         score: protocol.Score | None = None,
         initial: bool = False,
+        model: Layout | None = None,
     ) -> None:
         """Publish this site's values in place of what it had published.
 
@@ -91,6 +92,7 @@ class Updates:
             weight, metrics: what `protocol.Ready` says of it.
             score: what this site said of the global model before; it is kept with the update.
             initial: they are no update but the run's first model, which has no bound.
+            model: the layout of the global model, where the update holds a part of it.
 
         Raises:
             ProtocolError: a first model is asked for after training, and the norm of updates is bounded.
@@ -102,7 +104,7 @@ class Updates:
             )
         self._connection.withdraw()
         file = self.folder().update(layout)
-        update = self._encode(layout, file, file.fill(read), None if initial else round_)
+        update = self._encode(layout, file, file.fill(read), None if initial else round_, model)
         ready = protocol.Ready(
             round=round_,
             sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=layout_hash(layout))],
@@ -110,22 +112,31 @@ class Updates:
             metrics=self._check(metrics or {}, "train_metrics"),
         )
         if not initial:
-            self.folder().record(ready, update, score, self._base, self._settings.clip)
+            of = "" if model is None else layout_hash(model)
+            clip = self._settings.clip
+            self.folder().record(ready, update, score, base=self._base, clip=clip, of=of)
         self._connection.publish(ready, update)
 
     def _encode(
-        self, layout: Layout, file: ModelFile, checksums: list[int], round_: int | None
+        self,
+        layout: Layout,
+        file: ModelFile,
+        checksums: list[int],
+        round_: int | None,
+        model: Layout | None,
     ) -> EncodedUpdate:
         """Encode an update as the run wants it: the difference to the global model that this site trained from."""
         outgoing = self._made(layout)
         if round_ is None:
             return outgoing.initial(file, checksums)
-        base = self.folder().received(layout)
+        base = self.folder().received(layout if model is None else model)
+        if model is not None and outgoing.encodes:
+            base = self.folder().part(layout)
         return outgoing.encode(round_, file, checksums, base, self._machine.included)
 
     def _made(self, layout: Layout) -> Outgoing:
-        """Return what encodes updates, which is made on the first call."""
-        if self._outgoing is None:
+        """Return what encodes updates of a layout, made anew where it is another one."""
+        if self._outgoing is None or self._outgoing.layout is not layout:
             assert self._machine.welcome is not None
             self._outgoing = Outgoing(
                 layout,

@@ -23,7 +23,7 @@ from fedcore import protocol
 from fedcore._core import Layout, MappedFile, crc32c
 from fedcore.encoding import EncodedUpdate, ResidualState
 from fedcore.errors import StorageError
-from fedcore.layout import layout_hash
+from fedcore.layout import layout_hash, table
 from fedcore.model_file import ModelFile, create_model, open_model
 
 from .folder_lock import FolderLock
@@ -53,6 +53,7 @@ class Record(BaseModel):
         score: what this site has said of the model that it trained from.
         base: the checksum of that model; empty where the server did not say.
         clip: the bound of the update's norm (`SiteSettings`).
+        of: the hash of the layout of the model, where the update holds a part of it; else empty.
     """
 
     model_config = ConfigDict(
@@ -69,6 +70,7 @@ class Record(BaseModel):
     score: protocol.Score | None = None
     base: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{8})?$")] = ""
     clip: Annotated[float, Field(gt=0)] | None = None
+    of: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{64})?$")] = ""
 
 
 class ResidualRecord(BaseModel):
@@ -164,13 +166,19 @@ class WorkFolder:
             self._files["global"] = create_model(None, layout)
         return self._file("global", layout, keep=False)
 
+    def part(self, layout: Layout) -> ModelFile:
+        """Return the part of the global model that an update is a change of; it goes with the process."""
+        file = self._file("part", layout, keep=False)
+        file.fill(self._files["global"].view)
+        return file
+
     def update(self, layout: Layout) -> ModelFile:
         """Return the file for an update, the same in every round; what was recorded of it is forgotten."""
         self.forget()
         return self._file("update", layout, keep=self.keeps)
 
     def reserve(self, layout: Layout) -> None:
-        """Make room for an update now, before it is trained; what is recorded stays.
+        """Make room for an update now, before it is trained; what is recorded of one of this layout stays.
 
         Raises:
             StorageError: neither the folder nor memory has room for it.
@@ -260,8 +268,13 @@ class WorkFolder:
         return ResidualState(record.now, record.at_stake, (first, second))
 
     def _file(self, name: str, layout: Layout, *, keep: bool) -> ModelFile:
-        """Overwriting a file is far cheaper than a new one."""
-        if name not in self._files:
+        """Overwriting a file is far cheaper than a new one, which only another layout needs."""
+        before = self._files.get(name)
+        if before is not None and table(before.layout) != table(layout):
+            before = None
+            if name == "update":
+                self.forget()
+        if before is None:
             path = None if self.folder is None else self._path(f"{name}.safetensors")
             made = self._in_folder(
                 name, path, layout.total_bytes, lambda path: create_model(path, layout)
@@ -276,12 +289,15 @@ class WorkFolder:
         ready: protocol.Ready,
         update: EncodedUpdate,
         score: protocol.Score | None,
+        *,
         base: str = "",
         clip: float | None = None,
+        of: str = "",
     ) -> None:
         """Note that the update file is complete; of one that is in memory nothing is noted.
 
-        ``base`` is the checksum of the model that it was trained from, and ``clip`` the bound of its norm.
+        ``base`` is the checksum of the model that it was trained from, ``clip`` the bound of its norm. ``of`` is
+        the hash of the model's layout, where the update holds a part of it.
         """
         encoded = any(update.encodings) or update.offsets[0] == 0
         if not self.keeps or (_ENCODED if encoded else "update") in self._in_memory:
@@ -296,11 +312,13 @@ class WorkFolder:
             score=score,
             base=base,
             clip=clip,
+            of=of,
         )
         partial = self._record_path.with_suffix(".partial")
         with self._changing:
             try:
-                partial.write_text(record.model_dump_json(), encoding="utf-8")
+                silent = set() if of else {"of"}  # an earlier version of fedcore reads the others
+                partial.write_text(record.model_dump_json(exclude=silent), encoding="utf-8")
                 partial.rename(self._record_path)
                 self._recorded = ready.model.id
             except OSError as error:
@@ -345,7 +363,7 @@ class WorkFolder:
         if task.kind not in ("train", "submit") or ready.round != task.round:
             raise StorageError(f"it is for round {ready.round}, which is over")
         layout = task.model.layout if task.model else None
-        if ready.model.layout != layout:
+        if (record.of or ready.model.layout) != layout:
             raise StorageError("its tensors are not the run's")
         if record.base and task.checksum and record.base != task.checksum:
             raise StorageError(
@@ -357,7 +375,7 @@ class WorkFolder:
             update = self._read_encoded(record.lengths, record.encodings)
         else:
             file = open_model(self._path("update.safetensors"), chunk_bytes)
-            if not file.canonical or layout_hash(file.layout) != layout:
+            if not file.canonical or layout_hash(file.layout) != ready.model.layout:
                 raise StorageError("its tensors are not the run's")
             update = EncodedUpdate.raw(file)
         if _checksum(update.checksums) != record.checksum:

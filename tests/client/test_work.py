@@ -88,7 +88,7 @@ def test_an_update_that_was_trained_from_another_model_of_that_number_is_not_use
     work = trained(tmp_path)
     kept = work.kept(task(), CHUNK)
     assert kept is not None
-    work.record(kept.record.ready, kept.update, None, "0000aaaa")
+    work.record(kept.record.ready, kept.update, None, base="0000aaaa")
     killed(work)
     again = WorkFolder(tmp_path, "a", RUN)
     same = task().model_copy(update={"checksum": "0000aaaa"})

@@ -447,6 +447,15 @@ class Store(SiteRows, Decisions, Verdicts):
         names = json.loads(self._journal.meta("buffers") or "null")
         return None if names is None else tuple(names)
 
+    def keep_factors(self, pairs: Sequence[tuple[str, str]]) -> None:
+        """Note which tensors of the model are the factors A and B of one adapted module."""
+        with self._journal.transaction():
+            self._journal.set_meta("factors", json.dumps(pairs))
+
+    def factors(self) -> tuple[tuple[str, str], ...]:
+        """Return which tensors are factors; nothing if no model has any, or it is not known yet."""
+        return tuple((a, b) for a, b in json.loads(self._journal.meta("factors") or "[]"))
+
     def leave(self) -> None:
         """Note what the run has taken, before this process ends and the run goes on."""
         with self.logged.transaction():

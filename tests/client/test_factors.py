@@ -1,0 +1,164 @@
+"""A script with a LoRA adapter trains one factor in a round: each trainer, and what comes out opens with PEFT."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import Trainer, TrainingArguments
+
+import fedcore.client as plain
+from fedcore.client import hf, lightning
+from fedcore.client.factors import Held
+from fedcore.client.parameters import ModelParameters
+from fedcore.client.testing import LocalRun, local_run
+from fedcore.errors import ConfigError
+
+from ..support.trainers import make_trainer
+from .tiny_models import ROWS, llama, loss
+
+LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+METHODS = ["freeze-a", "alternate"]
+DATA: Any = [{"input_ids": row, "labels": row} for row in ROWS]
+
+
+def adapted(**options: Any) -> Any:
+    base = llama()
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(**{**LORA, **options}))
+
+
+def settings(method: str) -> dict[str, Any]:
+    return {"aggregation": {"lora": method}, "selection": {"metric": "loss", "mode": "min"}}
+
+
+def changed(local: LocalRun) -> list[set[str]]:
+    """Return which factors each round has changed."""
+    files = sorted((local.folder / "models").glob("round-*"))
+    models = [load_file(path) for path in files]
+    return [
+        {name.split(".")[-2] for name in one if not torch.equal(one[name], two[name])}
+        for one, two in itertools.pairwise(models)
+    ]
+
+
+def trained_by(method: str) -> list[set[str]]:
+    return [{"lora_B"}, {"lora_A"} if method == "alternate" else {"lora_B"}]
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(input_ids=ROWS, labels=ROWS).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plain_loop_with_one_optimizer_trains_one_factor_in_a_round(
+    method: str, tmp_path: Path
+) -> None:
+    model = adapted()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=3e-2, weight_decay=0.1
+    )
+    scores = []
+    with local_run(tmp_path, settings=settings(method)) as local:
+        plain.init(model)
+        while plain.is_running():
+            plain.load(plain.receive())
+            scores.append(loss(model))
+            if plain.is_train():
+                model.train()
+                for _ in range(3):
+                    step(model, optimizer)
+            plain.send(weight=4, metrics={"loss": scores[-1]})
+        assert local.result().ok
+    assert changed(local) == trained_by(method)
+    assert scores == sorted(scores, reverse=True), "it learns in each round"
+    versions = json.loads((local.folder / "summary.json").read_text())["versions"]
+    recorded = [version["metrics_by_site"]["site"]["loss"] for version in versions]
+    assert recorded == pytest.approx(scores)
+    opened = PeftModel.from_pretrained(llama(), local.folder / "best")
+    assert loss(opened) == pytest.approx(min(recorded), abs=1e-6)
+    step(model, optimizer)  # the script goes on by itself with both factors
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trainer_of_transformers_trains_one_factor_in_a_round(
+    method: str, tmp_path: Path
+) -> None:
+    arguments = TrainingArguments(
+        str(tmp_path / "out"), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+        learning_rate=3e-2, weight_decay=0.1, save_strategy="no", gradient_checkpointing=True,
+    )  # fmt: skip
+    trainer = Trainer(adapted(), arguments, train_dataset=DATA, eval_dataset=DATA)
+    with local_run(tmp_path, settings={"aggregation": {"lora": method}}) as local:
+        hf.patch(trainer)
+        while hf.is_running():
+            trainer.evaluate()
+            trainer.train()
+        assert local.result().ok
+    assert changed(local) == trained_by(method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trainer_of_lightning_trains_one_factor_in_a_round(method: str, tmp_path: Path) -> None:
+    package = pytest.importorskip("lightning.pytorch")
+
+    class Module(package.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = adapted()
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            found: torch.Tensor = self.model(input_ids=batch, labels=batch).loss
+            return found
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.log("loss", self.model(input_ids=batch, labels=batch).loss)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=3e-2)
+
+    loader = torch.utils.data.DataLoader([*ROWS], batch_size=2)
+    trainer, module = make_trainer(package, max_epochs=1), Module()
+    with local_run(tmp_path, settings=settings(method)) as local:
+        lightning.patch(trainer)
+        while lightning.is_running():
+            trainer.validate(module, loader, verbose=False)
+            trainer.fit(module, loader)
+        assert local.result().ok
+    assert changed(local) == trained_by(method)
+
+
+def test_an_adapter_that_is_not_linear_in_its_factors_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="'freeze-a' refuses use_dora = True: the magnitudes"):
+        ModelParameters(adapted(use_dora=True)).pairs("freeze-a")
+
+
+def test_each_adapted_module_has_its_two_factors() -> None:
+    parameters = ModelParameters(adapted(modules_to_save=["lm_head"]))
+    assert parameters.pairs(None) == ()
+    pairs, names = parameters.pairs("alternate"), set(parameters.names)
+    assert [b for _, b in pairs] == [a.replace("lora_A", "lora_B") for a, _ in pairs]
+    assert names - {name for pair in pairs for name in pair} == {"base_model.model.lm_head.weight"}
+
+
+def test_what_is_held_has_no_gradient_when_an_optimizer_steps() -> None:
+    model, held = adapted(), Held()
+    parameters = ModelParameters(model)
+    parameters.hold(held, [a for a, _ in parameters.pairs("freeze-a")])
+    model.set_adapter("default")  # sets requires_grad anew
+    model(input_ids=ROWS, labels=ROWS).loss.backward()
+    with_gradient = {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"lora_B"}
+    held.remove()
+    model(input_ids=ROWS, labels=ROWS).loss.backward()
+    with_gradient = {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {"lora_A", "lora_B"}
