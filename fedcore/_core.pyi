@@ -76,7 +76,9 @@ def pair_distances(
 ) -> tuple[list[float], tuple[int, int, int] | None]: ...
 def weigh(examples: Sequence[float], equal: bool, max_share: int) -> list[float]: ...
 def recompress(
-    terms: Sequence[tuple[float, Buffer, Buffer] | tuple[float, Buffer, Buffer, str]], max_rank: int
+    terms: Sequence[tuple[float, Buffer, Buffer] | tuple[float, Buffer, Buffer, str]],
+    max_rank: int,
+    threads: int = 1,
 ) -> tuple[Any, Any, Any, dict[str, Any]]: ...
 
 class LoraRule:
@@ -87,6 +89,7 @@ class LoraRule:
         groups: Sequence[tuple[str, str]],
         max_rank: int,
         figure: bool = True,
+        threads: int = 1,
     ) -> None: ...
     def reports(self) -> list[dict[str, Any] | None]: ...
 
@@ -94,6 +97,7 @@ def factor_error(
     weights: Sequence[float],
     pairs: Sequence[tuple[Buffer, Buffer] | tuple[Buffer, Buffer, str]],
     base: tuple[Buffer, Buffer] | tuple[Buffer, Buffer, str] | None = None,
+    threads: int = 1,
 ) -> tuple[float, float, float]: ...
 
 class Layout:

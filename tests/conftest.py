@@ -12,6 +12,10 @@ import pytest
 
 pytest.register_assert_rewrite("tests.support")
 
+# Matrices are small here, and NumPy's threads would wait for each other most of the time. It is read when NumPy
+# is loaded, which conftest.py of a folder below may do.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 _MEMORY_FOLDER = Path("/dev/shm")
 _ROOM = 4 << 30  # bytes; the tests at work at one time take far less
 
@@ -25,11 +29,7 @@ def _memory_has_room() -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the tests' files in memory: hundreds of servers that wait for a disk at each commit take minutes.
-
-    NumPy's matrices are small here, and its threads would wait for each other most of the time.
-    """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    """Keep the tests' files in memory: hundreds of servers that wait for a disk at each commit take minutes."""
     if config.option.basetemp is None and _memory_has_room():
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY_FOLDER))
 

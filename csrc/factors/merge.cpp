@@ -30,7 +30,8 @@ Term term_of(Factors factors) {
 
 class Tree {
  public:
-  Tree(Shape shape, std::size_t keep) : shape_(shape), keep_(keep) {}
+  Tree(Shape shape, std::size_t keep, Workers* workers)
+      : shape_(shape), keep_(keep), workers_(workers) {}
 
   // Terms of the same sum that have keep_ columns together at most.
   std::vector<Term> few(std::span<const Term> terms) {
@@ -39,8 +40,9 @@ class Tree {
       return {terms.begin(), terms.end()};
     }
     const bool one = terms.size() == 1 || columns <= kMostColumns;
-    Factors found = recompress(
-        shape_, one ? std::vector<Term>(terms.begin(), terms.end()) : halves(terms), keep_);
+    Factors found =
+        recompress(shape_, one ? std::vector<Term>(terms.begin(), terms.end()) : halves(terms),
+                   keep_, 1, workers_);
     cut_ += found.cut;
     return {term_of(std::move(found))};
   }
@@ -57,6 +59,7 @@ class Tree {
  private:
   Shape shape_;
   std::size_t keep_;
+  Workers* workers_;
   double cut_ = 0;
 };
 
@@ -64,19 +67,21 @@ std::size_t kept_columns(std::size_t most) noexcept { return std::max(most, kMos
 
 }  // namespace
 
-Factors merge(Shape shape, const std::vector<Term>& terms, std::size_t most, double divisor) {
+Factors merge(Shape shape, const std::vector<Term>& terms, std::size_t most, double divisor,
+              Workers* workers) {
   if (terms.size() == 1 || columns_of(terms) <= kMostColumns) {
-    return recompress(shape, terms, most, divisor);
+    return recompress(shape, terms, most, divisor, workers);
   }
-  Tree tree(shape, kept_columns(most));
-  Factors out = recompress(shape, tree.halves(terms), most, divisor);
+  Tree tree(shape, kept_columns(most), workers);
+  Factors out = recompress(shape, tree.halves(terms), most, divisor, workers);
   out.cut += tree.cut() / divisor;
   return out;
 }
 
-std::size_t merge_scratch(Shape shape, std::size_t columns, std::size_t most) noexcept {
+std::size_t merge_scratch(Shape shape, std::size_t columns, std::size_t most,
+                          unsigned threads) noexcept {
   if (columns <= kMostColumns) {
-    return recompress_scratch(shape, columns, most);
+    return recompress_scratch(shape, columns, most, threads);
   }
   const std::size_t keep = kept_columns(most);
   std::size_t held = 2;  // results of nodes at the same time: one of each level, and one more
@@ -84,7 +89,7 @@ std::size_t merge_scratch(Shape shape, std::size_t columns, std::size_t most) no
     ++held;
   }
   const auto sides = static_cast<std::size_t>(shape.rows + shape.columns);
-  return recompress_scratch(shape, std::max(kMostColumns, 2 * keep), keep) +
+  return recompress_scratch(shape, std::max(kMostColumns, 2 * keep), keep, threads) +
          held * keep * sides * sizeof(double);
 }
 

@@ -17,10 +17,12 @@ namespace fedcore::factors {
 inline constexpr std::size_t kMostColumns = 256;
 
 // As recompress(). `cut` is a bound where the tree has inner nodes: the sum of what each cut off.
-Factors merge(Shape shape, const std::vector<Term>& terms, std::size_t most, double divisor = 1);
+Factors merge(Shape shape, const std::vector<Term>& terms, std::size_t most, double divisor = 1,
+              Workers* workers = nullptr);
 
 // Bytes of memory that it takes besides its result and what the readers take, for terms of so many
 // columns together.
-std::size_t merge_scratch(Shape shape, std::size_t columns, std::size_t most) noexcept;
+std::size_t merge_scratch(Shape shape, std::size_t columns, std::size_t most,
+                          unsigned threads = 1) noexcept;
 
 }  // namespace fedcore::factors

@@ -29,14 +29,23 @@ std::size_t first_tile_rows(std::uint64_t rows, std::size_t columns) noexcept {
   return static_cast<std::size_t>(std::min<std::uint64_t>(rows, std::max(kTileRows, columns)));
 }
 
-TiledQr::TiledQr(const Stack& stack, Side side, bool keep)
+void run_parts(Workers* workers, std::size_t count, const std::function<void(std::size_t)>& part) {
+  if (workers != nullptr && count > 1) {
+    workers->run(static_cast<unsigned>(count), [&part](unsigned i) { part(i); });
+    return;
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    part(i);
+  }
+}
+
+TiledQr::TiledQr(const ReadRows& read, std::uint64_t rows, std::size_t columns, bool keep)
     : loops_(loops()),
-      columns_(stack.columns()),
-      height_(static_cast<std::size_t>(std::min<std::uint64_t>(columns_, stack.length(side)))),
+      columns_(columns),
+      height_(static_cast<std::size_t>(std::min<std::uint64_t>(columns, rows))),
       stride_(padded(columns_)),
       r_(height_ * stride_),
       by_(columns_) {
-  const std::uint64_t rows = stack.length(side);
   Tile tile{};
   for (std::uint64_t first = 0; first < rows; first += tile.rows) {
     tile.first = first;
@@ -47,7 +56,7 @@ TiledQr::TiledQr(const Stack& stack, Side side, bool keep)
     tile.vectors.assign(columns_ * tile.stride, 0.0);
     tile.tops.assign(height_, 0.0);
     tile.factors.assign(height_, 0.0);
-    stack.read(side, first, tile.rows, tile.vectors.data(), tile.stride);
+    read(first, tile.rows, tile.vectors.data(), tile.stride);
     if (first == 0) {
       reduce_first(tile);
     } else {
@@ -143,6 +152,69 @@ void TiledQr::apply(std::vector<double> top, std::size_t columns, std::size_t st
     }
     take(tile.first, tile.rows, out.data(), tile.stride);
   }
+}
+
+SideQr::SideQr(const Stack& stack, Side side, bool keep, Workers* workers)
+    : workers_(workers), block_rows_(std::max(kBlockRows, stack.columns())) {
+  const std::uint64_t rows = stack.length(side);
+  const std::size_t columns = stack.columns();
+  blocks_.resize(static_cast<std::size_t>((rows + block_rows_ - 1) / block_rows_));
+  run_parts(workers, blocks_.size(), [&](std::size_t i) {
+    const std::uint64_t begin = i * block_rows_;
+    const auto read = [&](std::uint64_t first, std::size_t count, double* to, std::size_t stride) {
+      stack.read(side, begin + first, count, to, stride);
+    };
+    blocks_[i] =
+        std::make_unique<TiledQr>(read, std::min(block_rows_, rows - begin), columns, keep);
+  });
+  if (blocks_.size() == 1) {
+    return;
+  }
+  std::vector<const double*> below;  // the rows of all triangles
+  for (const auto& block : blocks_) {
+    for (std::size_t i = 0; i < block->height(); ++i) {
+      below.push_back(block->row(i));
+    }
+  }
+  const auto read = [&](std::uint64_t first, std::size_t count, double* to, std::size_t stride) {
+    for (std::size_t i = 0; i < count; ++i) {
+      for (std::size_t c = 0; c < columns; ++c) {
+        to[c * stride + i] = below[first + i][c];
+      }
+    }
+  };
+  top_ = std::make_unique<TiledQr>(read, below.size(), columns, keep);
+}
+
+void SideQr::apply(std::vector<double> top, std::size_t columns, std::size_t stride,
+                   const TiledQr::Take& take) const {
+  if (!top_) {
+    blocks_[0]->apply(std::move(top), columns, stride, take);
+    return;
+  }
+  std::vector<double> tops;  // of all blocks, row after row
+  for (const auto& block : blocks_) {
+    tops.resize(tops.size() + block->height() * stride);
+  }
+  top_->apply(std::move(top), columns, stride,
+              [&](std::uint64_t first, std::size_t rows, const double* of, std::size_t apart) {
+                for (std::size_t i = 0; i < rows; ++i) {
+                  for (std::size_t c = 0; c < columns; ++c) {
+                    tops[(first + i) * stride + c] = of[c * apart + i];
+                  }
+                }
+              });
+  run_parts(workers_, blocks_.size(), [&](std::size_t i) {
+    std::size_t above = 0;
+    for (std::size_t before = 0; before < i; ++before) {
+      above += blocks_[before]->height();
+    }
+    const auto from = tops.begin() + static_cast<std::ptrdiff_t>(above * stride);
+    const auto end = from + static_cast<std::ptrdiff_t>(blocks_[i]->height() * stride);
+    blocks_[i]->apply({from, end}, columns, stride,
+                      [&](std::uint64_t first, std::size_t rows, const double* of,
+                          std::size_t apart) { take(i * block_rows_ + first, rows, of, apart); });
+  });
 }
 
 }  // namespace fedcore::factors

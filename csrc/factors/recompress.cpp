@@ -12,7 +12,7 @@
 namespace fedcore::factors {
 namespace {
 
-constexpr std::size_t kBlockRows = 64;  // that many rows of the result fit the first-level cache
+constexpr std::size_t kFewRows = 64;  // that many rows of the result fit the first-level cache
 
 // The right side's triangle times the transposed left one's, as the columns of left * right.
 Columns core_of(const TiledQr& left, const TiledQr& right) {
@@ -40,19 +40,20 @@ std::vector<double> beside(const RightVectors& of, std::size_t length, std::size
 
 // B = left side * by, where `by` has a row of `stride` numbers for each column of the stack.
 void multiply(const Stack& stack, const std::vector<double>& by, std::size_t stride,
-              std::size_t rank, Factors& into) {
+              std::size_t rank, Factors& into, Workers* workers) {
   const Loops& with = loops();
   const std::uint64_t rows = stack.length(Side::kLeft);
   const std::size_t apart = tile_stride(kTileRows);
-  std::vector<double> tile(stack.columns() * apart), out(rank * apart);
-  for (std::uint64_t first = 0; first < rows; first += kTileRows) {
+  const auto tiles = static_cast<std::size_t>((rows + kTileRows - 1) / kTileRows);
+  run_parts(workers, tiles, [&](std::size_t t) {
+    const std::uint64_t first = t * kTileRows;
+    std::vector<double> tile(stack.columns() * apart), out(rank * apart);
     const auto n = static_cast<std::size_t>(std::min<std::uint64_t>(kTileRows, rows - first));
     stack.read(Side::kLeft, first, n, tile.data(), apart);
-    std::fill(out.begin(), out.end(), 0.0);
-    for (std::size_t row = 0; row < n; row += kBlockRows) {
+    for (std::size_t row = 0; row < n; row += kFewRows) {
       for (std::size_t i = 0; i < stack.columns(); ++i) {
         with.add_multiples(tile.data() + i * apart + row, by.data() + i * stride, out.data() + row,
-                           apart, rank, kBlockRows);
+                           apart, rank, kFewRows);
       }
     }
     for (std::size_t i = 0; i < n; ++i) {
@@ -60,7 +61,7 @@ void multiply(const Stack& stack, const std::vector<double>& by, std::size_t str
         into.b[(first + i) * into.rank + j] = out[j * apart + i];
       }
     }
-  }
+  });
 }
 
 double norm_of(const std::vector<double>& sigma, std::size_t from) {
@@ -103,7 +104,8 @@ void rescale(Factors& of, int exponent, double divisor) {
 
 }  // namespace
 
-Factors recompress(Shape shape, const std::vector<Term>& terms, std::size_t most, double divisor) {
+Factors recompress(Shape shape, const std::vector<Term>& terms, std::size_t most, double divisor,
+                   Workers* workers) {
   const auto rank =
       static_cast<std::size_t>(std::min<std::uint64_t>({most, shape.rows, shape.columns}));
   Factors out{rank,
@@ -117,8 +119,10 @@ Factors recompress(Shape shape, const std::vector<Term>& terms, std::size_t most
   if (stack.columns() == 0) {
     return out;
   }
-  const TiledQr right(stack, Side::kRight, true);
-  const RightVectors of = right_vectors(core_of(TiledQr(stack, Side::kLeft, false), right));
+  const SideQr right_side(stack, Side::kRight, true, workers);
+  const TiledQr& right = right_side.triangle();
+  const SideQr left_side(stack, Side::kLeft, false, workers);
+  const RightVectors of = right_vectors(core_of(left_side.triangle(), right));
   out.norm = norm_of(of.sigma, 0);
   out.cut = norm_of(of.sigma, rank);
   out.kept = std::min(rank, of.sigma.size());
@@ -130,26 +134,30 @@ Factors recompress(Shape shape, const std::vector<Term>& terms, std::size_t most
     loops().add_multiples(vectors.data() + i * stride, right.row(i), by.data(), stride,
                           stack.columns(), stride);
   }
-  right.apply(std::move(vectors), out.kept, stride,
-              [&](std::uint64_t first, std::size_t rows, const double* columns, std::size_t apart) {
-                for (std::size_t j = 0; j < out.kept; ++j) {
-                  std::copy_n(columns + j * apart, rows, out.a.data() + j * shape.columns + first);
-                }
-              });
-  multiply(stack, by, stride, out.kept, out);
+  right_side.apply(
+      std::move(vectors), out.kept, stride,
+      [&](std::uint64_t first, std::size_t rows, const double* columns, std::size_t apart) {
+        for (std::size_t j = 0; j < out.kept; ++j) {
+          std::copy_n(columns + j * apart, rows, out.a.data() + j * shape.columns + first);
+        }
+      });
+  multiply(stack, by, stride, out.kept, out, workers);
   fix_signs(shape, out);
   rescale(out, stack.exponent(), divisor);
   return out;
 }
 
-std::size_t recompress_scratch(Shape shape, std::size_t columns, std::size_t most) noexcept {
-  const std::size_t rank =
+std::size_t recompress_scratch(Shape shape, std::size_t columns, std::size_t most,
+                               unsigned threads) noexcept {
+  const auto rank =
       static_cast<std::size_t>(std::min<std::uint64_t>({most, shape.rows, shape.columns}));
-  const auto tiles = static_cast<std::size_t>((shape.columns + kTileRows - 1) / kTileRows);
-  const std::size_t kept = columns * tiles * tile_stride(kTileRows);
-  const std::size_t tile = (columns + rank) * tile_stride(std::max(kTileRows, columns));
-  const std::size_t small = 6 * padded(columns) * padded(columns);
-  return (kept + 2 * tile + small) * sizeof(double);
+  const std::size_t stride = tile_stride(std::max(kTileRows, columns));
+  const auto rows = static_cast<std::size_t>(shape.columns);
+  const std::size_t kept = columns * (rows + (rows / kTileRows + 2) * 2 * kLanes);
+  const std::size_t blocks =
+      static_cast<std::size_t>(shape.rows + shape.columns) / std::max(kBlockRows, columns) + 2;
+  const std::size_t triangles = (3 * blocks + 6) * padded(columns) * padded(columns);
+  return (kept + threads * (columns + rank) * stride + triangles) * sizeof(double);
 }
 
 }  // namespace fedcore::factors

@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/workers.hpp"
 #include "factors/stack.hpp"
 
 namespace fedcore::factors {
@@ -26,11 +27,13 @@ struct Factors {
 };
 
 // The best part of rank min(most, rows, columns) of (the sum of the terms) / divisor. Throws what Stack's
-// constructor throws, and Error{kNonFinite} where the result is beyond binary64.
+// constructor throws, and Error{kNonFinite} where the result is beyond binary64. Readers are called by all
+// `workers`, if there are any.
 Factors recompress(Shape shape, const std::vector<Term>& terms, std::size_t most,
-                   double divisor = 1);
+                   double divisor = 1, Workers* workers = nullptr);
 
 // Bytes of memory that it takes besides its result and what the readers take, for stacks of so many columns.
-std::size_t recompress_scratch(Shape shape, std::size_t columns, std::size_t most) noexcept;
+std::size_t recompress_scratch(Shape shape, std::size_t columns, std::size_t most,
+                               unsigned threads = 1) noexcept;
 
 }  // namespace fedcore::factors

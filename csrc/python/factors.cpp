@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "base/error.hpp"
+#include "base/workers.hpp"
 #include "codec/element.hpp"
 #include "factors/figure.hpp"
 #include "factors/merge.hpp"
@@ -117,7 +119,8 @@ py::array_t<double> array_of(const std::vector<double>& values, std::vector<py::
   return out;
 }
 
-py::tuple py_recompress(const std::vector<py::tuple>& terms, std::size_t max_rank) {
+py::tuple py_recompress(const std::vector<py::tuple>& terms, std::size_t max_rank,
+                        unsigned threads) {
   Terms checked;
   for (const py::tuple& term : terms) {
     checked.add(term);
@@ -128,7 +131,8 @@ py::tuple py_recompress(const std::vector<py::tuple>& terms, std::size_t max_ran
   factors::Factors out;
   {
     const py::gil_scoped_release release;
-    out = factors::merge(checked.shape(), checked.all(), max_rank);
+    Workers workers(std::max(1u, threads));
+    out = factors::merge(checked.shape(), checked.all(), max_rank, 1, &workers);
   }
   const auto rank = static_cast<py::ssize_t>(out.rank);
   py::dict info;
@@ -141,7 +145,7 @@ py::tuple py_recompress(const std::vector<py::tuple>& terms, std::size_t max_ran
 }
 
 py::tuple py_factor_error(const std::vector<double>& weights, const std::vector<py::tuple>& pairs,
-                          const std::optional<py::tuple>& base) {
+                          const std::optional<py::tuple>& base, unsigned threads) {
   if (weights.size() != pairs.size()) {
     throw Error(Errc::kWeight, "there must be one weight per pair");
   }
@@ -160,7 +164,8 @@ py::tuple py_factor_error(const std::vector<double>& weights, const std::vector<
   factors::Figure out{};
   {
     const py::gil_scoped_release release;
-    out = factors::figure(checked.shape(), terms, of_base ? &*of_base : nullptr);
+    Workers workers(std::max(1u, threads));
+    out = factors::figure(checked.shape(), terms, of_base ? &*of_base : nullptr, &workers);
   }
   return py::make_tuple(out.sum, out.error, out.change);
 }
@@ -173,8 +178,8 @@ struct PyLoraRule {
 
 PyLoraRule make_lora(const std::string& method, const PyLayout& layout,
                      const std::vector<std::pair<std::string, std::string>>& groups,
-                     std::size_t max_rank, bool figure) {
-  LoraOptions options{LoraMethod::kFactors, {}, max_rank, figure};
+                     std::size_t max_rank, bool figure, unsigned threads) {
+  LoraOptions options{LoraMethod::kFactors, {}, max_rank, figure, std::max(1u, threads)};
   if (method == "exact") {
     options.method = LoraMethod::kExact;
   } else if (method == "products") {
@@ -217,7 +222,7 @@ std::shared_ptr<const Rule> lora_rule_of(const py::object& rule) {
 }
 
 void bind_factors(py::module_& m) {
-  m.def("recompress", &py_recompress, py::arg("terms"), py::arg("max_rank"),
+  m.def("recompress", &py_recompress, py::arg("terms"), py::arg("max_rank"), py::arg("threads") = 1,
         "The best product B @ A of rank min(max_rank, rows, columns) of the sum of scale * B @ A "
         "over "
         "terms (scale, B, A) or (scale, B, A, dtype). Arrays are of F64, F32 or F16, or of what "
@@ -240,7 +245,7 @@ void bind_factors(py::module_& m) {
       "LayoutError "
       "for groups that the layout does not have.")
       .def(py::init(&make_lora), py::arg("method"), py::arg("layout"), py::arg("groups"),
-           py::arg("max_rank"), py::arg("figure") = true)
+           py::arg("max_rank"), py::arg("figure") = true, py::arg("threads") = 1)
       .def(
           "reports", &lora_reports,
           "Of each group whose output was made, norms: `sum` of the mean of the products, `change` "
@@ -249,7 +254,7 @@ void bind_factors(py::module_& m) {
           "without "
           "figure.");
   m.def("factor_error", &py_factor_error, py::arg("weights"), py::arg("pairs"),
-        py::arg("base") = std::nullopt,
+        py::arg("base") = std::nullopt, py::arg("threads") = 1,
         "How wrong the product of the means is, for pairs (B, A) or (B, A, dtype) with their scale "
         "in B: "
         "the norms of the weighted mean of the products, of its difference to mean(B) @ mean(A), "

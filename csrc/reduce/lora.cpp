@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.hpp"
+#include "base/workers.hpp"
 #include "codec/element.hpp"
 #include "factors/figure.hpp"
 #include "factors/merge.hpp"
@@ -262,7 +263,10 @@ Factors filled_up(Factors made, const Pair& pair) {
 class Lora final : public Combiner {
  public:
   Lora(std::shared_ptr<const Table> table, const std::vector<double>& weights)
-      : table_(std::move(table)), weights_(weights), mean_(kMean.make(weights)) {
+      : table_(std::move(table)),
+        weights_(weights),
+        mean_(kMean.make(weights)),
+        workers_(table_->options.threads) {
     for (const double weight : weights) {
       total_ += weight;
     }
@@ -390,7 +394,7 @@ class Lora final : public Combiner {
         terms.insert(terms.begin(), {1, pair.rank, with_columns_by(reader_of(flat, *pair.b), left),
                                      reader_of(flat, *pair.a)});
       }
-      made_ = filled_up(factors::merge(pair.shape, terms, pair.rank, total_), pair);
+      made_ = filled_up(factors::merge(pair.shape, terms, pair.rank, total_, &workers_), pair);
       report.cut = made_.cut;
       report.rank = made_.kept;
     }
@@ -414,7 +418,7 @@ class Lora final : public Combiner {
   }
 
   void add_figure(const Pair& pair, const std::vector<Term>& terms, const std::vector<double>& left,
-                  const std::uint8_t* flat, LoraReport& report) const {
+                  const std::uint8_t* flat, LoraReport& report) {
     Term base{1, pair.rank, {}, {}};
     if (flat != nullptr) {
       std::vector<double> given;
@@ -425,7 +429,7 @@ class Lora final : public Combiner {
       base.a = reader_of(flat, *pair.a);
     }
     const factors::Figure figure =
-        factors::figure(pair.shape, terms, flat != nullptr ? &base : nullptr);
+        factors::figure(pair.shape, terms, flat != nullptr ? &base : nullptr, &workers_);
     report.sum = figure.sum;
     report.change = figure.change;
     report.error = figure.error;
@@ -435,6 +439,7 @@ class Lora final : public Combiner {
   std::vector<double> weights_;
   double total_ = 0;
   std::unique_ptr<Combiner> mean_;
+  Workers workers_;
   std::span<const View> views_;
   std::optional<std::size_t> group_;  // whose factors made_ has
   Factors made_{};
@@ -444,14 +449,16 @@ class Lora final : public Combiner {
 
 std::size_t scratch_of(const Table& table, std::size_t k) {
   std::size_t most = 0;
+  const unsigned threads = table.options.threads;
   for (const Pair& pair : table.pairs) {
     const bool exact = table.options.method != LoraMethod::kFactors;
     const std::size_t rank = exact ? table.options.most_rank : pair.rank;
     const std::size_t columns = k * rank + pair.rank;
-    std::size_t bytes = table.options.figure ? factors::figure_scratch(columns, rank) : 0;
+    std::size_t bytes =
+        table.options.figure ? factors::figure_scratch(pair.shape, rank, threads) : 0;
     if (exact) {
       const auto sides = static_cast<std::size_t>(pair.shape.rows + pair.shape.columns);
-      bytes = std::max(bytes, factors::merge_scratch(pair.shape, columns, pair.rank)) +
+      bytes = std::max(bytes, factors::merge_scratch(pair.shape, columns, pair.rank, threads)) +
               2 * pair.rank * sides * sizeof(double);
     }
     most = std::max(most, bytes);

@@ -57,6 +57,7 @@ struct LoraOptions {
   std::vector<LoraGroup> groups;
   std::size_t most_rank;  // of a source
   bool figure = true;     // whether reports have sum, change and error: they take time of their own
+  unsigned threads = 1;   // that make a group
 };
 
 // A rule for outputs of this layout. Throws Error{kLayout} for groups that it does not have, or whose

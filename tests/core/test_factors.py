@@ -213,20 +213,33 @@ def test_factors_of_two_bytes_are_read_exactly() -> None:
         assert one.tobytes() == same.tobytes()
 
 
-def test_each_instruction_set_gives_the_same_bits() -> None:
+def test_instruction_sets_and_threads_give_the_same_bits() -> None:
     results = set()
-    for level in _core.simd_levels():
+    for level, threads in itertools.product(_core.simd_levels(), (1, 3)):
         _core.set_simd_level(level)
         got = b""
-        for shape, most in itertools.product([(37, 29, [3, 5]), (600, 1050, [9, 16, 20])], [4, 64]):
-            terms = terms_of(*shape)
-            *arrays, info = _core.recompress(terms, most)
+        shapes = ((37, 29, [3, 5]), (4200, 2100, [9, 16, 20]), (60, 70, [90, 90, 90]))
+        for (rows, columns, ranks), most in zip(shapes, (4, 16, 32), strict=True):
+            terms = terms_of(rows, columns, ranks)
+            *arrays, info = _core.recompress(terms, most, threads)
             got += b"".join(array.tobytes() for array in arrays) + repr(info).encode()
-            got += repr(
-                _core.factor_error([3, 5, 7][: len(terms)], [term[1:] for term in terms])
-            ).encode()
+            weights, pairs = [3, 5, 7][: len(terms)], [term[1:] for term in terms]
+            figure = _core.factor_error(weights, pairs, pairs[0], threads)
+            got += repr(figure).encode()
         results.add(got)
     assert len(results) == 1
+
+
+def test_rows_of_several_blocks_give_the_best_part_too() -> None:
+    for rows, columns in ((4200, 30), (30, 4200), (2049, 2050)):
+        terms = terms_of(rows, columns, [4, 6])
+        b, a, sigma, info = _core.recompress(terms, 10, 2)
+        left = np.linalg.qr(np.concatenate([scale * b.astype(float) for scale, b, _ in terms], 1))
+        right = np.linalg.qr(np.concatenate([a.astype(float) for _, _, a in terms]).T)
+        np.testing.assert_allclose(sigma, np.linalg.svd(left.R @ right.R.T)[1], rtol=1e-12)
+        np.testing.assert_allclose(left.Q.T @ b @ a @ right.Q, left.R @ right.R.T, atol=1e-9)
+        np.testing.assert_allclose(a @ a.T, np.eye(10), atol=1e-13)
+        assert info["rank"] == 10
 
 
 def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
@@ -236,7 +249,7 @@ def padded(b: Array, a: Array, rank: int) -> tuple[Array, Array]:
     )
 
 
-@pytest.mark.parametrize("ranks", [[4, 4, 4], [2, 8, 5]])
+@pytest.mark.parametrize("ranks", [[4, 4, 4], [2, 8, 5], [100, 40, 150]])
 def test_the_figure_is_that_of_dense_matrices(ranks: list[int]) -> None:
     weights, pairs = [3.0, 5.0, 1.0], [term[1:] for term in terms_of(70, 600, ranks)]
     share = np.array(weights) / sum(weights)
@@ -249,7 +262,7 @@ def test_the_figure_is_that_of_dense_matrices(ranks: list[int]) -> None:
     np.testing.assert_allclose(of_sum, np.linalg.norm(whole), rtol=1e-12)
     np.testing.assert_allclose(error, np.linalg.norm(whole - mean[0] @ mean[1]), rtol=1e-12)
     assert change == of_sum
-    base = terms_of(70, 600, [3], seed=9)[0][1:]
+    base = terms_of(70, 600, [170], seed=9)[0][1:]
     change = _core.factor_error(weights, pairs, base)[2]
     np.testing.assert_allclose(change, np.linalg.norm(whole - dense([(1.0, *base)])), rtol=1e-12)
 

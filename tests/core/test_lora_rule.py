@@ -88,14 +88,15 @@ def combine(
     budget: int = 1 << 30,
     max_rank: int = 16,
     later: bool = False,
+    threads: int = 1,
 ) -> tuple[dict[str, Array], list[dict[str, Any] | None]]:
     """Collect the sites' adapters, chunks in an order of `order`'s choice; `lost` goes half way."""
     layout, from_base = layout_of(base, chunk), store(base, chunk)
     out = create_model(None, layout)
-    rule = LoraRule(method, layout, GROUPS, max_rank)
+    rule = LoraRule(method, layout, GROUPS, max_rank, threads=threads)
     server, peers = Exchange(), []
     place = (from_base.file, from_base.data_offset)
-    options = CollectorOptions(budget, rule=rule)
+    options = CollectorOptions(budget, rule=rule, threads=threads)
     sources = []
     for k, (tensors, weight) in enumerate(zip(sites, weights, strict=True)):
         site, file = Exchange(), store(tensors, chunk)
@@ -204,7 +205,9 @@ def test_the_bytes_do_not_depend_on_arrival_chunks_losses_or_instructions() -> N
     sites = [adapter(rank, 10 + rank) for rank in RANKS]
     first, reports = combine("exact", base, sites, SHARES)
     for order in (1, 2):
-        again, same_reports = combine("exact", base, sites, SHARES, order=order, later=order == 2)
+        again, same_reports = combine(
+            "exact", base, sites, SHARES, order=order, later=order == 2, threads=2 * order - 1
+        )
         assert same(first, again)
         assert reports == same_reports
     assert same(first, combine("exact", base, sites, SHARES, chunk=2 * CHUNK)[0])
