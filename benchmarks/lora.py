@@ -8,6 +8,7 @@ the singular vectors of the B side by side and of the A below each other, and th
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,8 @@ def stacked(terms: Sequence[Term], rank: int) -> tuple[Array, Array, Array]:
 
 
 def _core_way(terms: Sequence[Term], rank: int) -> tuple[Array, Array, Array]:
-    b, a, sigma, _ = recompress(list(terms), rank)
+    given: list[Any] = list(terms)  # arrays are buffers, which their types do not say
+    b, a, sigma, _ = recompress(given, rank)
     return b, a, sigma
 
 
@@ -136,9 +138,9 @@ def measure(
         terms = site_factors(kind, [ranks[k % len(ranks)] for k in range(sites)])
         total = sum(scale for scale, _, _ in terms)
         terms = [(scale / total, b, a) for scale, b, a in terms]
-        (b, a, _), own_s, own_bytes = timed(lambda terms=terms: _core_way(terms, rank))
+        (b, a, _), own_s, own_bytes = timed(functools.partial(_core_way, terms, rank))
         (left, right, sigma), stacked_s, stacked_bytes = timed(
-            lambda terms=terms: stacked(terms, rank)
+            functools.partial(stacked, terms, rank)
         )
         best = float(np.linalg.norm(sigma))
         row = {
@@ -154,13 +156,13 @@ def measure(
             "dense_measured": kind.name in with_dense,
         }
         check(terms, left, right, best)
-        pairs = [(b, a) for _, b, a in terms]
+        pairs: list[Any] = [(b, a) for _, b, a in terms]
         (_, row["figure_s"], _) = timed(
-            lambda pairs=pairs, terms=terms: factor_error([scale for scale, _, _ in terms], pairs)
+            functools.partial(factor_error, [scale for scale, _, _ in terms], pairs)
         )
         if kind.name in with_dense:
             (left, right, of_dense), row["dense_s"], row["dense_bytes"] = timed(
-                lambda terms=terms: dense(terms, rank)
+                functools.partial(dense, terms, rank)
             )
             check(terms, left, right, best)
             np.testing.assert_allclose(of_dense, sigma, rtol=1e-9)

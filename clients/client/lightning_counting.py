@@ -164,7 +164,8 @@ def _refuse_lost_repeats(loader: Any, batch: Any) -> None:
         batches: Any = getattr(one, "batch_sampler", None)
         if type(batches) is torch.utils.data.BatchSampler:
             continue
-        for sampler in (batches, getattr(batches, "sampler", None)):
+        samplers: list[Any] = [batches, getattr(batches, "sampler", None)]
+        for sampler in samplers:
             if not _may_repeat(sampler):
                 continue
             rows, ranks = len(sampler.dataset), sampler.num_replicas

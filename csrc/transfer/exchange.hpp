@@ -1,15 +1,15 @@
 // Exchange: the data plane of one process. Routes frames between the publisher and the collectors.
 //
 // Owns the published sets, the running collectors, the queue of frames to send, the control
-// messages that wait for Python, and what is known of each peer's speed and last sign of
-// life. Sans I/O: a
-// pump (see sink.h) or a test delivers frames, asks for frames to send, and runs the timers; the
-// clock is an argument. All methods are thread-safe (one mutex, held for the reduction of a few
-// chunks at most; combine() reduces without it). Every queue has a bound. Control messages are handed out peer by peer in turn,
-// so that one that sends more than is handled delays itself alone. What a peer's owner (its key,
-// where there is one) may have waiting, and have handled in a second, counts for all of its
-// connections together: beyond its rate its messages wait, beyond its share it loses them, which is
-// an event.
+// messages that wait for Python, and what is known of each peer's speed and last sign of life.
+//
+// Sans I/O: a pump (see sink.h) or a test delivers frames, asks for frames to send, and runs the
+// timers; the clock is an argument. All methods are thread-safe (one mutex, held for the reduction
+// of a few chunks at most; combine() reduces without it). Every queue has a bound. Control messages
+// are handed out peer by peer in turn, so that one that sends more than is handled delays itself
+// alone. What a peer's owner (its key, where there is one) may have waiting, and have handled in a
+// second, counts for all of its connections together: beyond its rate its messages wait, beyond its
+// share it loses them, which is an event.
 //
 // A process may have several runs. The peers of a run are an audience, a number from 1; 0: peers in
 // none. A set may be restricted to an audience: it is unknown to all other peers. Audiences have
