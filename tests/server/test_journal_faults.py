@@ -117,6 +117,29 @@ def test_whatever_happens_to_a_call_on_the_spill_file_the_model_has_its_bytes_in
     assert [attempt["call"] for attempt in found].count("pwrite") > 2 * 12 + spilled
 
 
+@pytest.mark.parametrize(
+    ("mode", "codes"),
+    [
+        ("d", {DIED}),
+        pytest.param("t", {DIED}, marks=pytest.mark.slow),
+        pytest.param("e", {0, REFUSED}, marks=pytest.mark.slow),
+    ],
+    ids=["killed before", "killed in the middle", "no space"],
+)
+def test_a_server_killed_at_any_write_of_a_surveyed_round_ends_it_with_the_same_bytes(
+    failing_calls: Path, tmp_path: Path, mode: str, codes: set[int]
+) -> None:
+    found = every_call(failing_calls, tmp_path, mode, "survey_driver.py")
+    assert {attempt["code"] for attempt in found} == codes, [
+        attempt for attempt in found if attempt["code"] not in codes
+    ]
+    decided = [attempt["decided"] for attempt in found]
+    assert decided[-1]
+    if codes == {DIED}:
+        assert not decided[0]
+        assert decided == sorted(decided), "what was decided went away again"
+
+
 def test_a_run_is_finished_only_once_all_that_it_leaves_behind_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

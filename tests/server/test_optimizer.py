@@ -66,8 +66,13 @@ def trained(name: str, round_: int, model: Model) -> Model:
 
 
 def site(
-    address: str, name: str, idle_timeout: float = 600, roles: dict[str, Role] | None = None
+    address: str,
+    name: str,
+    idle_timeout: float = 600,
+    roles: dict[str, Role] | None = None,
+    seen: set[bytes] | None = None,
 ) -> None:
+    """Take part; ``seen`` gets each model that it trains from or scores."""
     settings = SiteSettings(
         server=address, site=name, connect_timeout=200, idle_timeout=idle_timeout
     )
@@ -76,6 +81,8 @@ def site(
         while session.is_running():
             first = trained("", 0, zeros())
             task = session.begin(SPECS, {}, lambda key: first[key].tobytes(), roles=roles)  # noqa: B023 - at once
+            if seen is not None:
+                seen.add(bytes(task.tensors["w"]))
             if task.kind == "evaluate":
                 session.end_task()
                 continue
@@ -90,10 +97,12 @@ def zeros() -> Model:
     return {key: np.zeros(COUNT, dtype) for key, dtype in DTYPES.items()}
 
 
-def train(config: RunConfig, roles: dict[str, Role] | None = None) -> bool:
+def train(
+    config: RunConfig, roles: dict[str, Role] | None = None, seen: set[bytes] | None = None
+) -> bool:
     """Run a server and two sites, of which the first says roles."""
     server = Server(config)
-    first = functools.partial(site, server.endpoint, "a", roles=roles)
+    first = functools.partial(site, server.endpoint, "a", roles=roles, seen=seen)
     return run(server, first, functools.partial(site, server.endpoint, "b"))[0].ok
 
 
@@ -265,8 +274,9 @@ def test_the_average_of_the_models_is_the_reference_over_restarts_and_is_exporte
     tmp_path: Path, optimizer: Any
 ) -> None:
     extra = {} if optimizer is None else {"optimizer": optimizer}
+    seen: set[bytes] = set()
     for rounds in (2, 4):
-        assert train(config(tmp_path, rounds, aggregation={**extra, "ema": 0.75}))
+        assert train(config(tmp_path, rounds, aggregation={**extra, "ema": 0.75}), seen=seen)
     bare = tmp_path / "bare"
     assert train(config(bare, 4, optimizer))
     first = committed(tmp_path, 0)
@@ -285,10 +295,10 @@ def test_the_average_of_the_models_is_the_reference_over_restarts_and_is_exporte
     assert {n: d for n, d, *_ in exported.layout.tensors} == {"h": "BF16", "w": "F32"}
     assert exported.metadata["fedcore.ema"] == (0.75).hex()
     assert "the average (EMA)" in (tmp_path / "runs/t/ema/README.md").read_text()
-    assert committed(tmp_path, 4) == {
-        n: bytes(v)
-        for n, v in open_model(tmp_path / "runs/t/final/model.safetensors").views().items()
-    }
+    assert seen == {committed(tmp_path, version)["w"] for version in range(5)}
+    for name in ("final", "best"):  # no metric selects, so the last model is the best one
+        model = open_model(tmp_path / f"runs/t/{name}/model.safetensors")
+        assert {n: bytes(v) for n, v in model.views().items()} == committed(tmp_path, 4)
 
 
 def test_without_an_optimizer_a_run_keeps_no_states_and_old_settings_match(tmp_path: Path) -> None:
