@@ -20,6 +20,9 @@
    level::mean_f32,          \
    level::mean_f16,          \
    level::mean_bf16,         \
+   level::wide_f32,          \
+   level::wide_f16,          \
+   level::wide_bf16,         \
    level::fold_f64,          \
    level::fold_f32,          \
    level::fold_f16,          \
@@ -221,6 +224,19 @@ bool mean_here(Dtype dtype, const void* const* inputs, const double* weights, st
     default:
       std::memcpy(out, base != nullptr ? base : inputs[0], nbytes);
       return true;
+  }
+}
+
+bool mean_wide(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
+               double total, double* out, std::size_t count) {
+  const Table& table = active();
+  switch (dtype) {
+    case Dtype::kF32:
+      return table.wide_f32(inputs, weights, k, total, out, count);
+    case Dtype::kF16:
+      return table.wide_f16(inputs, weights, k, total, out, count);
+    default:
+      return table.wide_bf16(inputs, weights, k, total, out, count);
   }
 }
 

@@ -37,6 +37,10 @@ constexpr bool is_weight(std::uint64_t weight) noexcept {
 using MeanFn = bool (*)(const void* const* inputs, const double* weights, std::size_t k,
                         double total, void* out, std::size_t count);
 
+// The same in binary64, before the rounding to the dtype.
+using MeanWideFn = bool (*)(const void* const* inputs, const double* weights, std::size_t k,
+                            double total, double* out, std::size_t count);
+
 // Sums that lie in memory between one input and the next, and their mean.
 using FoldFn = void (*)(const void* input, double weight, bool first, double* sums,
                         std::size_t count);
@@ -82,6 +86,7 @@ struct Table {
   MeanFn f32;
   MeanFn f16;
   MeanFn bf16;
+  MeanWideFn wide_f32, wide_f16, wide_bf16;
   FoldFn fold_f64, fold_f32, fold_f16, fold_bf16;
   FinishFn finish_f64, finish_f32, finish_f16, finish_bf16;
   FinishWideFn finish_wide_f32, finish_wide_f16, finish_wide_bf16;
@@ -127,6 +132,10 @@ int mean_on_device(const FcMean& mean) noexcept;
 // mean() without the device, for pieces that are too small to send there.
 bool mean_here(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
                double total, const void* base, void* out, std::uint64_t nbytes);
+
+// mean_here() of a float dtype but F64 in binary64: what finish() would round.
+bool mean_wide(Dtype dtype, const void* const* inputs, const double* weights, std::size_t k,
+               double total, double* out, std::size_t count);
 
 // mean() with one input at a time: fold() adds an input of finite values to sums_per_element() sums
 // for each element (none for integers and booleans), and finish() writes their mean. The bits are

@@ -213,9 +213,10 @@ FEDCORE_INLINE void store_steps(double* to, const Vd* values) {
 }
 
 // How the elements of a step become floats, which hold each of them exactly, and how a step's sums
-// become elements. The order of the sums is the dtype's own.
+// become elements. The order of the sums is the dtype's own; kSplit: another one than that of the elements.
 struct F32 : arith::F32 {
   typedef UnalignedU32 Word;
+  static constexpr bool kSplit = false;
   static FEDCORE_INLINE const void* read(const Word* from, Wf*) { return from; }
   static FEDCORE_INLINE void write(Word* to, const Vd* sum, Division& by) {
     for (std::size_t v = 0; v < 4; v += 2) {
@@ -232,6 +233,7 @@ struct F32 : arith::F32 {
 // 32-bit lanes.
 struct Bf16 : arith::Bf16 {
   typedef UnalignedU16 Word;
+  static constexpr bool kSplit = true;
   static constexpr std::uint32_t kUpper = 0xFFFF0000;
   static FEDCORE_INLINE const void* read(const Word* from, Wf* to) {
     const auto pairs = load<Wu>(from);
@@ -265,6 +267,7 @@ struct Bf16 : arith::Bf16 {
 
 struct F16 : arith::F16 {
   typedef UnalignedU16 Word;
+  static constexpr bool kSplit = false;
   static FEDCORE_INLINE void write_wide(double* to, const Vd* mean) { store_steps(to, mean); }
 #if FEDCORE_F16C
   static FEDCORE_INLINE const void* read(const Word* from, Wf* to) {
@@ -399,6 +402,98 @@ FEDCORE_INLINE void divide_sums(const double* sum, std::size_t n, typename T::Wo
   }
 }
 
+// To binary64, in one operation.
+FEDCORE_INLINE Vd widened(Vf value) {
+#if FEDCORE_LANES == 8
+  return bits_as<Vd>(_mm512_maskz_cvtps_pd(0xFF, bits_as<__m256>(value)));
+#elif FEDCORE_F16C
+  return bits_as<Vd>(_mm256_cvtps_pd(bits_as<__m128>(value)));
+#else
+  return __builtin_convertvector(value, Vd);
+#endif
+}
+
+FEDCORE_INLINE Vu widened_words(const void* from) {
+#if FEDCORE_LANES == 8
+  return bits_as<Vu>(_mm256_cvtepu16_epi32(load<__m128i>(from)));
+#elif FEDCORE_F16C
+  return bits_as<Vu>(_mm_cvtepu16_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(load<Vh>(from), Vu);
+#endif
+}
+
+// The elements of a step in their own order.
+template <typename T>
+FEDCORE_INLINE void widen_in_order(const void* input, std::size_t at, Vd* x) {
+  if constexpr (T::kSplit) {
+    const auto* words = static_cast<const typename T::Word*>(input) + at;
+#if FEDCORE_F16C
+    __builtin_prefetch(reinterpret_cast<const char*>(words) + kAhead);
+#endif
+    for (std::size_t v = 0; v < 4; ++v) {
+      const Vu bits = widened_words(words + v * kLanes) << 16;
+      x[v] = widened(bits_as<Vf>(bits));
+    }
+  } else {
+    widen_step<T>(input, at, x);
+  }
+}
+
+// The means in binary64, in the order of the elements. Where there are many inputs, `out` holds the sums
+// of a block between one group of them and the next.
+template <typename T>
+FEDCORE_INLINE bool mean_wide_of(const void* const* inputs, const double* weights, std::size_t k,
+                                 double total, double* out, std::size_t count) {
+  const Division by(total);
+  Vd zero = Vd{};  // a lane stays 0 unless a mean of its own is not finite
+  const std::size_t whole = count / kStep * kStep;
+  for (std::size_t begin = 0; begin < whole; begin += kBlock) {
+    const std::size_t end = whole - begin < kBlock ? whole : begin + kBlock;
+    for (std::size_t g = 0; g < k; g += kGroup) {
+      const std::size_t last = k - g < kGroup ? k : g + kGroup;
+      for (std::size_t j = begin; j < end; j += kStep) {
+        Vd s[4], x[4];
+        std::size_t i = g;
+        if (g == 0) {
+          widen_in_order<T>(inputs[0], j, x);
+          for (std::size_t v = 0; v < 4; ++v) {
+            s[v] = x[v] * weights[0];
+          }
+          i = 1;
+        } else {
+          for (std::size_t v = 0; v < 4; ++v) {
+            s[v] = load<Vd>(out + j + v * kLanes);
+          }
+        }
+        for (; i < last; ++i) {
+          widen_in_order<T>(inputs[i], j, x);
+          const Vd w = Vd{} + weights[i];
+          for (std::size_t v = 0; v < 4; ++v) {
+            s[v] = multiply_add(x[v], w, s[v]);
+          }
+        }
+        for (std::size_t v = 0; v < 4; ++v) {
+          if (last == k) {
+            s[v] = by.exactly(s[v]);
+            zero = multiply_add(s[v], Vd{}, zero);
+          }
+          store(out + j + v * kLanes, s[v]);
+        }
+      }
+    }
+  }
+  double found = 0;
+  for (std::size_t lane = 0; lane < kLanes; ++lane) {
+    found += zero[lane];
+  }
+  std::uint64_t bad = 0;
+  for (std::size_t j = whole; j < count; ++j) {
+    out[j] = arith::mean_element<T>(arith::Elements<T>{inputs}, weights, k, total, j, bad);
+  }
+  return found == 0 && bad == 0;
+}
+
 // Products of a weight (24 bits) and an element (at most 24 bits) are exact in binary64, so a fused
 // multiply-add gives the bits of a separate one.
 template <typename T>
@@ -463,6 +558,21 @@ FEDCORE_INLINE void finish_wide_of(const double* sums, double total, double* out
   for (std::size_t j = whole; j < count; ++j) {
     out[j] = sums[j] / total;
   }
+}
+
+bool wide_f32(const void* const* inputs, const double* weights, std::size_t k, double total,
+              double* out, std::size_t count) {
+  return mean_wide_of<F32>(inputs, weights, k, total, out, count);
+}
+
+bool wide_bf16(const void* const* inputs, const double* weights, std::size_t k, double total,
+               double* out, std::size_t count) {
+  return mean_wide_of<Bf16>(inputs, weights, k, total, out, count);
+}
+
+bool wide_f16(const void* const* inputs, const double* weights, std::size_t k, double total,
+              double* out, std::size_t count) {
+  return mean_wide_of<F16>(inputs, weights, k, total, out, count);
 }
 
 void fold_f32(const void* input, double weight, bool first, double* sums, std::size_t count) {

@@ -63,6 +63,7 @@ void finish_mean(const Finisher& finisher, const std::vector<py::buffer>& inputs
       to.size() != layout.total_bytes()) {
     throw Error(Errc::kLayout, "base and output must have the bytes of the layout");
   }
+  const py::gil_scoped_release unlocked;
   for (std::uint64_t index = 0; index < layout.chunk_count(); ++index) {
     const Range range = layout.chunk_range(index);
     std::vector<Body> bodies;

@@ -46,7 +46,7 @@ class FileJob {
     std::exception_ptr thrown;
     try {
       reduce_blocks(combiner);
-    } catch (...) {  // a rule in Python may throw
+    } catch (...) {  // a rule in Python may throw, and the disk may fail
       thrown = std::current_exception();
       stop();
     }
@@ -80,12 +80,13 @@ class FileJob {
  private:
   void reduce_blocks(Combiner& combiner) {
     std::vector<const void*> pointers(inputs_.size());
+    std::vector<std::uint8_t> made(kFileBlock);
     for (;;) {
       const std::size_t next = next_.fetch_add(1);
       if (next >= blocks_.size() || stop_.load()) {
         break;
       }
-      reduce(blocks_[next], combiner, pointers);
+      reduce(blocks_[next], combiner, pointers, made.data());
       done_.fetch_add(blocks_[next].nbytes);
     }
   }
@@ -100,12 +101,15 @@ class FileJob {
     out_.check_range(tensor.out_offset, tensor.nbytes);
   }
 
-  void reduce(const Block& block, Combiner& combiner, std::vector<const void*>& pointers) {
+  // A block is made in memory and written by one call: through the mapping, each page would be a fault.
+  // The device gets it while the next ones are made, so that little is left for the end.
+  void reduce(const Block& block, Combiner& combiner, std::vector<const void*>& pointers,
+              std::uint8_t* out) {
     const FileTensor& tensor = tensors_[block.tensor];
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
+      inputs_[k]->populate(tensor.input_offsets[k] + block.offset, block.nbytes);
       pointers[k] = inputs_[k]->data() + tensor.input_offsets[k] + block.offset;
     }
-    std::uint8_t* const out = out_.data() + tensor.out_offset + block.offset;
     int verdict = FC_MEAN_DECLINED;
     if (is_float(tensor.dtype)) {
       verdict = combiner.combine_on_device(tensor.dtype, pointers.data(), nullptr, nullptr, out,
@@ -118,7 +122,8 @@ class FileJob {
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
       inputs_[k]->release(tensor.input_offsets[k] + block.offset, block.nbytes);
     }
-    out_.release(tensor.out_offset + block.offset, block.nbytes);
+    out_.write(tensor.out_offset + block.offset, out, block.nbytes);
+    out_.write_behind(tensor.out_offset + block.offset, block.nbytes);
   }
 
   bool combine(const Block& block, Combiner& combiner, const std::vector<const void*>& pointers,

@@ -301,9 +301,12 @@ void FinishedChunk::finish(const Finisher::Stretch& stretch, std::size_t place,
   const FinishStages& stages = finish_stages();
   const Word* const* const from_states = fresh ? nullptr : before;
   if constexpr (sizeof(Word) == sizeof(float)) {
-    if (dtype == Dtype::kF32 && !finisher_.ema_ && !finisher_.changes_nothing()) {
+    const bool direct = dtype == Dtype::kF32 || dtype == Dtype::kBF16;
+    if (direct && !finisher_.ema_ && !finisher_.changes_nothing()) {
+      const FinisherKind::Bodies& bodies = finisher_.kind_.bodies;
+      const auto& body = dtype == Dtype::kF32 ? bodies.direct : bodies.direct_bf16;
       const FinishPiece<Word> piece{nullptr, nullptr, from_states, after, n, base, combined, out};
-      finisher_.kind_.bodies.direct[kernels::level()](finisher_.options_.data(), piece);
+      body[kernels::level()](finisher_.options_.data(), piece);
       return;
     }
   }

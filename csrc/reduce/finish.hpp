@@ -53,7 +53,8 @@ struct FinishPiece {
   const Word* const* before;  // of each state, the elements of this version; nullptr: none yet
   Word* const* after;         // and of the next one
   std::size_t n;
-  // For F32 in place of the first two: elements of the model as they lie there, with no alignment.
+  // For `direct` bodies in place of the first two: elements of the model as they lie there, with no
+  // alignment.
   const void* base = nullptr;
   const double* combined = nullptr;
   void* out = nullptr;
@@ -71,7 +72,8 @@ struct FinisherKind {
   struct Bodies {
     FinishBodies<float> narrow;
     FinishBodies<double> wide;
-    FinishBodies<float> direct;  // `narrow` for F32, from the model to the model
+    // `narrow` from the model to the model: for F32, and for BF16 with the master as the last state.
+    FinishBodies<float> direct, direct_bf16;
   } bodies;
 };
 

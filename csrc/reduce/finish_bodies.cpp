@@ -8,6 +8,10 @@
 #include "kernels/kernels.hpp"
 #include "reduce/finish.hpp"
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace fedcore {
 namespace {
 
@@ -37,11 +41,12 @@ constexpr FinisherKind kind_of(const FinisherKind::Bodies& bodies) {
 }
 
 #define FEDCORE_BODY(level, Kind, Word) &level::finish<level::Kind, Word>
-#define FEDCORE_DIRECT(level, Kind) &level::finish_direct<level::Kind, float>
-#define FEDCORE_KIND(Kind)                                                   \
-  kind_of<baseline::Kind>({{FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, float)},  \
-                           {FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, double)}, \
-                           {FEDCORE_FOR_LEVELS(FEDCORE_DIRECT, Kind)}}),
+#define FEDCORE_DIRECT(level, Kind, Format) &level::finish_direct<level::Kind, level::Format, float>
+#define FEDCORE_KIND(Kind)                                                        \
+  kind_of<baseline::Kind>({{FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, float)},       \
+                           {FEDCORE_FOR_LEVELS(FEDCORE_BODY, Kind, double)},      \
+                           {FEDCORE_FOR_LEVELS(FEDCORE_DIRECT, Kind, DirectF32)}, \
+                           {FEDCORE_FOR_LEVELS(FEDCORE_DIRECT, Kind, DirectBf16)}}),
 constexpr FinisherKind kKinds[] = {FEDCORE_FINISHERS(FEDCORE_KIND)};
 
 }  // namespace

@@ -24,6 +24,10 @@ class Mean final : public Combiner {
 
   bool combine_wide(Dtype dtype, const void* const* inputs, double* out,
                     std::size_t count) override {
+    if (dtype != Dtype::kF64) {
+      return kernels::mean_wide(dtype, inputs, weights_.data(), weights_.size(), total_, out,
+                                count);
+    }
     const std::size_t width = item_size(dtype);
     sums_.resize(kernels::kPiece * kernels::sums_per_element(dtype));
     for (std::size_t first = 0; first < count; first += kernels::kPiece) {
@@ -63,7 +67,7 @@ class Mean final : public Combiner {
  private:
   std::vector<double> weights_;
   double total_ = 0;
-  std::vector<double> sums_;  // of a piece in combine_wide()
+  std::vector<double> sums_;  // of a piece of F64 in combine_wide()
 };
 
 std::size_t scratch(std::size_t k) { return (k + 4 * kernels::kPiece) * sizeof(double); }

@@ -11,7 +11,7 @@ import pytest
 
 from fedcore import _core
 from fedcore._core import Finisher, Layout, MappedFile, finish_mean, finishers
-from fedcore.errors import ConfigError, LayoutError, StorageError
+from fedcore.errors import ConfigError, LayoutError, NonFiniteError, StorageError
 from fedcore.rules.finishers import FINISHERS
 
 DTYPES: dict[str, Any] = {
@@ -307,16 +307,65 @@ def test_float64_parameters_have_states_of_float64() -> None:
 
 
 @pytest.mark.parametrize("kind", FINISHERS)
-def test_what_diverges_stays_finite(kind: str) -> None:
-    layout = Layout([("a", "F32", [1]), ("b", "F16", [1]), ("c", "F64", [1])], 4096)
+def test_what_diverges_stays_finite_with_the_same_bits_at_every_level(kind: str) -> None:
+    many = 37  # whole registers, and some that fill none
+    sizes = {"a": 1e38, "b": 6e4, "c": 1e308, "d": 1e38}
+    layout = Layout(
+        [(n, t, [many]) for n, t in zip("abcd", ("F32", "F16", "F64", "BF16"), strict=True)], 4096
+    )
     options = {name: option.default for name, option in FINISHERS[kind].options.items()}
-    versions = Versions(layout, options | {"learning_rate": 10.0}, set(), kind)
-    base = {"a": np.float32([3e38]), "b": np.float16([6e4]), "c": np.float64([1.5e308])}
-    update = {"a": np.float32([-3e38]), "b": np.float16([6.5e4]), "c": np.float64([-1.5e308])}
-    for _ in range(30):
-        flat = versions.step([joined(layout, update)] * 3, joined(layout, base))
-        base = tensors(layout, flat)
-        assert all(np.isfinite(value).all() for value in base.values())
+    parts = np.linspace(-1, 1, many)
+    like = tensors(layout, bytes(layout.total_bytes))
+    start = {n: (3 * parts if n == "a" else parts) * size for n, size in sizes.items()}
+    update = {n: -value for n, value in start.items()} | {"b": 1.05 * start["b"]}
+    before, found = _core.simd_level(), set()
+    try:
+        for level in _core.simd_levels():
+            _core.set_simd_level(level)
+            versions = Versions(layout, options | {"learning_rate": 10.0}, set(), kind)
+            flat = joined(layout, {n: v.astype(like[n].dtype) for n, v in start.items()})
+            inputs = [joined(layout, {n: v.astype(like[n].dtype) for n, v in update.items()})] * 3
+            for _ in range(30):
+                flat = versions.step(inputs, flat)
+                values = [v.astype(np.float64) for v in tensors(layout, flat).values()]
+                assert all(np.isfinite(value).all() for value in values)
+            found.add(flat)
+    finally:
+        _core.set_simd_level(before)
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_a_mean_of_many_is_the_same_with_a_finisher_behind_it(dtype: str, level: str) -> None:
+    rng, many = np.random.default_rng(5), 2101
+    layout = Layout([("w", dtype, [many])], 1 << 14)
+    updates = [rng.normal(size=many).astype(DTYPES[dtype]).tobytes() for _ in range(19)]
+    weights = [int(weight) for weight in rng.integers(1, 1 << 24, 19)]
+    for count in (1, 8, 9, 16, 17, 19):
+        finisher = Finisher(layout, "none", {}, ema=0.5)
+        after = {n: (MappedFile.anonymous(of.total_bytes), 0) for n, of in finisher.states}
+        made, plain = bytearray(layout.total_bytes), bytearray(layout.total_bytes)
+        finish_mean(finisher, updates[:count], weights[:count], updates[0], made, after)
+        _core.mean(dtype, updates[:count], weights[:count], plain)
+        assert made == plain, count
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_a_value_that_is_not_finite_is_refused_wherever_it_lies(dtype: str, level: str) -> None:
+    many = 75
+    layout = Layout([("w", dtype, [many])], 4096)
+    good = np.ones(many, DTYPES[dtype])
+    for place in (0, 1, 31, 32, many - 1):
+        for value in (np.nan, np.inf, -np.inf):
+            bad = good.copy()
+            bad[place] = value
+            for inputs in ([bad], [*[good] * 8, bad], [bad, *[good] * 9]):
+                versions = Finisher(layout, "momentum", {"learning_rate": 1.0, "momentum": 0.0})
+                after = {n: (MappedFile.anonymous(of.total_bytes), 0) for n, of in versions.states}
+                flat = [update.tobytes() for update in inputs]
+                out = bytearray(layout.total_bytes)
+                with pytest.raises(NonFiniteError):
+                    finish_mean(versions, flat, [1] * len(flat), good.tobytes(), out, after)
 
 
 def test_a_finisher_that_does_not_fit_is_refused_by_name() -> None:
