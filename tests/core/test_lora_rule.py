@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from fedcore import _core
-from fedcore._core import Collector, CollectorOptions, Exchange, Layout, LoraRule
+from fedcore._core import Collector, CollectorOptions, Exchange, Layout, LoraRule, Record
 from fedcore.errors import ConfigError, LayoutError
 from fedcore.model_file import ModelFile, create_model
 from fedcore.protocol import read_header
@@ -76,6 +77,91 @@ def in_form(tensors: Tensors, rank: int = RANK) -> dict[str, Array]:
     return out
 
 
+class Federation:
+    """A server's exchange that collects the sites' adapters into one; a test decides the order of chunks."""
+
+    def __init__(
+        self,
+        method: str,
+        base: Tensors,
+        sites: Sequence[Tensors],
+        weights: Sequence[int],
+        *,
+        chunk: int = CHUNK,
+        budget: int = 1 << 30,
+        max_rank: int = 16,
+        threads: int = 1,
+    ) -> None:
+        self.base, self.layout = base, layout_of(base, chunk)
+        self.rule = LoraRule(method, self.layout, GROUPS, max_rank, threads=threads)
+        self.options = CollectorOptions(budget, rule=self.rule, threads=threads)
+        self.from_base = store(base, chunk)
+        self.out = create_model(None, self.layout)
+        self.server = Exchange()
+        self.peers: list[tuple[bytes, Exchange, Layout]] = []
+        self.sources: list[tuple[bytes, bytes, int]] = []
+        for k, (tensors, weight) in enumerate(zip(sites, weights, strict=True)):
+            site, file = Exchange(), store(tensors, chunk)
+            name = f"{k:02}".encode()
+            site.publish(name * 8, file.file, file.data_offset, file.layout.total_bytes, chunk)
+            self.peers.append((name, site, file.layout))
+            self.sources.append((name, name * 8, weight))
+
+    def begin(self, out: ModelFile | None = None, record: Record | None = None) -> None:
+        """Start a collection of all sources, or go on with the one of a record."""
+        self.out = out or self.out
+        self.collector = Collector(
+            self.layout,
+            self.sources,
+            self.out.file,
+            self.out.data_offset,
+            (self.from_base.file, self.from_base.data_offset),
+            self.options,
+            record,
+            own=[(own, None, None) for _, _, own in self.peers],
+        )
+        self.server.start(self.collector)
+
+    def begin_open(self) -> None:
+        """Start a collection to which sources are added one by one."""
+        place = (self.from_base.file, self.from_base.data_offset)
+        self.collector = Collector.open(self.layout, len(self.peers), place, self.options)
+        self.server.start(self.collector)
+        for source, (_, _, own) in zip(self.sources, self.peers, strict=True):
+            self.server.add(self.collector, *source, layout=own)
+        order = list(range(len(self.peers)))
+        self.server.close(self.collector, order, self.out.file, self.out.data_offset)
+
+    def run(self, order: int = 0, lost: int | None = None, until: int | None = None) -> None:
+        """Let chunks arrive in an order of `order`'s choice; `lost` goes half way, `until` chunks are enough."""
+        dice = random.Random(order)
+        waiting: list[tuple[bytes, bytes, bytes]] = []
+        now = idle = 0
+        sites = {name: site for name, site, _ in self.peers}
+        while idle < 40 and not self.collector.done:
+            now += 10
+            self.server.tick(now)
+            while (request := self.server.next_out(now)) is not None:
+                sites[request[0]].deliver(0, b"server", request[1], None)
+            for name, site in sites.items():
+                while (reply := site.next_out(0)) is not None:
+                    if reply[2] is not None and read_header(reply[1]).index >= 0:
+                        waiting.append((name, reply[1], bytes(reply[2])))
+            idle = 0 if waiting else idle + 1
+            if waiting:
+                self.server.deliver(now, *waiting.pop(dice.randrange(len(waiting))))
+            reduced, whole, _ = self.collector.progress()
+            if until is not None and reduced >= until:
+                return
+            if lost is not None and reduced >= whole // 2:
+                self.server.drop(self.collector, lost)
+                lost = None
+
+    def result(self) -> dict[str, Array]:
+        assert self.collector.done, list(iter(self.server.next_event, None))
+        return load(self.out, self.base)
+
+
 def combine(
     method: str,
     base: Tensors,
@@ -83,71 +169,18 @@ def combine(
     weights: Sequence[int],
     *,
     order: int = 0,
-    chunk: int = CHUNK,
     lost: int | None = None,
-    budget: int = 1 << 30,
-    max_rank: int = 16,
     later: bool = False,
-    threads: int = 1,
+    **options: int,
 ) -> tuple[dict[str, Array], list[dict[str, Any] | None]]:
-    """Collect the sites' adapters, chunks in an order of `order`'s choice; `lost` goes half way."""
-    layout, from_base = layout_of(base, chunk), store(base, chunk)
-    out = create_model(None, layout)
-    rule = LoraRule(method, layout, GROUPS, max_rank, threads=threads)
-    server, peers = Exchange(), []
-    place = (from_base.file, from_base.data_offset)
-    options = CollectorOptions(budget, rule=rule, threads=threads)
-    sources = []
-    for k, (tensors, weight) in enumerate(zip(sites, weights, strict=True)):
-        site, file = Exchange(), store(tensors, chunk)
-        name = f"{k:02}".encode()
-        site.publish(name * 8, file.file, file.data_offset, file.layout.total_bytes, chunk)
-        peers.append((name, site, file.layout))
-        sources.append((name, name * 8, weight))
+    """Collect the sites' adapters; returns the output and the rule's reports."""
+    federation = Federation(method, base, sites, weights, **options)
     if later:
-        collector = Collector.open(layout, len(sites), place, options)
-        server.start(collector)
-        for source, (_, _, own) in zip(sources, peers, strict=True):
-            server.add(collector, *source, layout=own)
-        server.close(collector, list(range(len(sites))), out.file, out.data_offset)
+        federation.begin_open()
     else:
-        own_parts = [(own, None, None) for _, _, own in peers]
-        collector = Collector(
-            layout, sources, out.file, out.data_offset, place, options, own=own_parts
-        )
-        server.start(collector)
-    deliver(server, collector, peers, random.Random(order), lost)
-    events = list(iter(server.next_event, None))
-    assert collector.done, events
-    return load(out, base), rule.reports()
-
-
-def deliver(
-    server: Exchange,
-    collector: Collector,
-    peers: list[tuple[bytes, Exchange, Layout]],
-    dice: random.Random,
-    lost: int | None,
-) -> None:
-    waiting: list[tuple[bytes, bytes, bytes]] = []
-    now = idle = 0
-    while idle < 40 and not collector.done:
-        now += 10
-        server.tick(now)
-        while (request := server.next_out(now)) is not None:
-            next(site for name, site, _ in peers if name == request[0]).deliver(
-                0, b"server", request[1], None
-            )
-        for name, site, _ in peers:
-            while (reply := site.next_out(0)) is not None:
-                if reply[2] is not None and read_header(reply[1]).index >= 0:
-                    waiting.append((name, reply[1], bytes(reply[2])))
-        idle = 0 if waiting else idle + 1
-        if waiting:
-            server.deliver(now, *waiting.pop(dice.randrange(len(waiting))))
-        if lost is not None and collector.progress()[0] >= collector.progress()[1] // 2:
-            server.drop(collector, lost)
-            lost = None
+        federation.begin()
+    federation.run(order, lost)
+    return federation.result(), federation.rule.reports()
 
 
 def product(tensors: Tensors, module: int, rank: int | None = None) -> Array:
@@ -218,6 +251,25 @@ def test_the_bytes_do_not_depend_on_arrival_chunks_losses_or_instructions() -> N
         left = [k for k in range(4) if k != lost]
         alone = combine("exact", base, [sites[k] for k in left], [SHARES[k] for k in left])[0]
         assert same(alone, combine("exact", base, sites, SHARES, lost=lost)[0])
+
+
+def test_a_killed_collection_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    base = in_form(adapter(RANK, 1))
+    sites = [adapter(rank, 10 + rank) for rank in RANKS]
+    expected, _ = combine("exact", base, sites, SHARES)
+    whole = Federation("exact", base, sites, SHARES)
+    for until in range(1, whole.layout.chunk_count):
+        path = str(tmp_path / f"record-{until}")
+        names = [(name.decode(), set_id, weight) for name, set_id, weight in whole.sources]
+        killed = Federation("exact", base, sites, SHARES)
+        killed.begin(record=Record.create(path, bytes(64), names, killed.layout.chunk_count))
+        killed.run(until, until=until)
+        assert killed.collector.progress()[0] >= until
+        again = Federation("exact", base, sites, SHARES)
+        again.begin(killed.out, Record.open(path))
+        assert again.collector.progress()[0] >= until
+        again.run()
+        assert same(expected, again.result())
 
 
 def test_rounds_of_mixed_ranks_follow_a_dense_reference() -> None:
