@@ -260,8 +260,7 @@ class Collecting:
     def verdict(self, version: int) -> Verdict | None:
         """Return what the run's rule has decided of the updates of a version; None where it has not.
 
-        What another version of the rule, or the rule with other options, had decided before this server was
-        started does not hold: it is decided anew.
+        What another version of the rule had decided, before an upgrade, does not hold: it is decided anew.
         """
         rule = rule_of(self._config)
         if version == 0 or rule.several is None:

@@ -58,8 +58,9 @@ def test_what_the_spill_file_has_taken_counts_as_room(tmp_path: Path, free: list
     assert room_for_updates(path, 1 << 20, FREE + 1) == 0
     path.parent.mkdir(parents=True)
     path.write_bytes(os.urandom(1 << 20))
-    taken = path.stat().st_blocks * 512
-    assert room_for_updates(path, 1 << 20, FREE) == taken >> 20
+    before = path.stat().st_blocks >> 11
+    found = room_for_updates(path, 1 << 20, FREE)
+    assert found in (before, path.stat().st_blocks >> 11)  # the disk may count it a moment later
 
 
 @pytest.mark.parametrize(
