@@ -12,7 +12,15 @@ import numpy.typing as npt
 import pytest
 
 from fedcore import _core
-from fedcore._core import Collector, CollectorOptions, Exchange, Layout, LoraRule, Record
+from fedcore._core import (
+    Collector,
+    CollectorOptions,
+    Exchange,
+    Layout,
+    LoraRule,
+    Record,
+    SourceRejected,
+)
 from fedcore.errors import ConfigError, LayoutError
 from fedcore.model_file import ModelFile, create_model
 from fedcore.protocol import read_header
@@ -376,6 +384,33 @@ def test_sources_that_do_not_fit_are_refused_by_name() -> None:
         combine("factors", base, [half, half], [1, 1])
     with pytest.raises(ConfigError, match="chunks of 2 sources"):
         combine("exact", base, [good, good], [1, 1], budget=4 * CHUNK)
+
+
+def test_a_hostile_factor_is_refused_or_counts_as_it_is() -> None:
+    base = in_form(adapter(RANK, 1))
+    good, huge, flat = adapter(4, 2), adapter(4, 3), adapter(4, 4)
+    (b, a), *_ = GROUPS
+    for name in (a, b):
+        bad = {**good, name: good[name].copy()}
+        bad[name].flat[11] = np.nan
+        federation = Federation("exact", base, [good, bad], [1, 1])
+        federation.begin()
+        federation.run()
+        events = list(iter(federation.server.next_event, None))
+        [rejected] = [event for event in events if isinstance(event, SourceRejected)]
+        assert (rejected.source, rejected.code) == (1, "nonfinite")
+        assert name in rejected.message
+    huge[a] = huge[a] * np.float32(1e20)
+    flat[b][:, 1:] = flat[b][:, :1]  # of rank 1
+    flat[a][:] = 0
+    for site in (huge, flat):
+        made, _ = combine("exact", base, [good, site], [1, 16777215])
+        whole = product(base, 0) + sum(
+            w / 2**24 * (product(s, 0) - product(base, 0, 4))
+            for w, s in ((1, good), (16777215, site))
+        )
+        far = np.abs(product(made, 0) - best(whole, RANK)).max()
+        assert far <= 1e-6 * np.linalg.norm(whole)
 
 
 def test_a_table_of_groups_that_does_not_fit_the_layout_is_refused() -> None:
