@@ -20,6 +20,7 @@ from fedcore._core import (
     LoraRule,
     Record,
     SourceRejected,
+    WeighedRule,
 )
 from fedcore.errors import ConfigError, LayoutError
 from fedcore.model_file import ModelFile, create_model
@@ -32,7 +33,7 @@ MODULES = {"attn.q": (130, 90), "attn.v": (40, 30), "mlp": (7, 300)}
 GROUPS = [(f"{name}.lora_B.weight", f"{name}.lora_A.weight") for name in MODULES]
 RANK = 8
 CHUNK = 4096
-DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32"}
+DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64", "int32": "I32"}
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +279,33 @@ def test_a_killed_collection_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         assert again.collector.progress()[0] >= until
         again.run()
         assert same(expected, again.result())
+
+
+def test_sites_may_send_factors_of_another_dtype_than_the_version_has() -> None:
+    base = in_form(adapter(RANK, 1))
+    names = [name for group in GROUPS for name in group]
+    halves = [
+        {n: x.astype(np.float16) for n, x in adapter(k, k).items() if n in names} for k in (2, 5)
+    ]
+    wide = [{n: x.astype(np.float32) for n, x in tensors.items()} for tensors in halves]
+    factors = {name: x for name, x in base.items() if name in names}
+    made = [combine("exact", factors, sites, [1, 2])[0] for sites in (halves, wide)]
+    assert same(*made)
+
+
+def test_equal_weights_and_bounded_shares_hold_for_products_too() -> None:
+    base = in_form(adapter(RANK, 1))
+    sites = [adapter(rank, 10 + rank) for rank in RANKS]
+    for equal, max_share, same_as in ((True, 1_000_000, [1] * 4), (False, 400_000, [1, 1, 2, 1])):
+        federation = Federation("exact", base, sites, [9, 9, 16777215, 9] if not equal else SHARES)
+        rule = WeighedRule(federation.rule, equal, max_share)
+        federation.options = CollectorOptions(1 << 30, rule=rule)
+        federation.begin()
+        federation.run()
+        expected, _ = combine("exact", base, sites, same_as)
+        for module in range(len(MODULES)):
+            found, whole = product(federation.result(), module), product(expected, module)
+            assert np.linalg.norm(found - whole) <= 1e-6 * np.linalg.norm(whole)
 
 
 def test_rounds_of_mixed_ranks_follow_a_dense_reference() -> None:
