@@ -86,7 +86,8 @@ class SurveyedWorld(World):
         weights = [self.decision.weights[k] for k in numbers], self.decision.base
         place = self.out.file, self.out.data_offset
         self.server.close(self.collector, numbers, *place, record, weights=weights)
-        self.server.tick(self.now)
+        while self.server.tick(self.now) == 0:  # some chunks at a time
+            continue
 
     def _go_on(self) -> None:
         """Another server goes on with what was decided."""
