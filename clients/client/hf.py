@@ -185,7 +185,7 @@ class _Patch:
             if (args and args[0]) or kwargs.get("resume_from_checkpoint"):
                 raise ConfigError(
                     "resume_from_checkpoint: train() trains from the global model and not from a checkpoint, so "
-                    "leave it out; a site that is started again goes on with the round at hand"
+                    "leave it out; a site that is started again goes on with the round under way"
                 )
             self._shard()
             task = self._site.receive(self._trainer.model)

@@ -361,7 +361,7 @@ def _fingerprints() -> dict[str, str]:
 
 
 def begin() -> tuple[GlobalModel, bool]:
-    """Return the task at hand, and whether `init` was given a module."""
+    """Return the current task, and whether `init` was given a module."""
     return _begin(), _model is not None
 
 

@@ -303,7 +303,7 @@ class RankedSession:
 
     @property
     def model(self) -> GlobalModel | None:
-        """The global model of the task at hand, or None outside one."""
+        """The global model of the current task, or None outside one."""
         return self._task
 
     @property

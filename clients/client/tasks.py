@@ -51,15 +51,15 @@ def task() -> Iterator[Task]:
     Raises:
         WeightError: the block set no weight in a training task; besides what `receive` and `send` raise.
     """
-    at_hand, whole = plain.begin()
-    current = Task(at_hand.kind, at_hand.round, at_hand.rounds, at_hand.version, plain.receive())
+    given, whole = plain.begin()
+    current = Task(given.kind, given.round, given.rounds, given.version, plain.receive())
     if whole:
         plain.load(current.params)
     yield current
-    if at_hand.kind == "infer":
+    if given.kind == "infer":
         plain.answer(current.outputs, examples=current.examples or 1)
         return
-    if at_hand.trains and current.weight is None:
+    if given.trains and current.weight is None:
         raise WeightError(
             "set weight in the block of fl.task(): the number of training examples seen"
         )

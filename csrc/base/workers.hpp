@@ -39,7 +39,7 @@ class Workers {
   std::vector<pthread_t> started_;  // too
   std::mutex mutex_;
   std::condition_variable more_, done_;
-  // Of the job at hand, under the lock:
+  // Of the current job, under the lock:
   const std::function<void(unsigned)>* part_ = nullptr;
   unsigned next_ = 0;  // first part that nobody has taken
   unsigned count_ = 0;

@@ -58,7 +58,7 @@ class Queue {
 
 using OpenQueue = std::function<std::unique_ptr<Queue>(std::size_t bytes)>;
 
-// An input of the block at hand, and the arrays that it consists of: raw elements are one.
+// An input of the current block, and the arrays that it consists of: raw elements are one.
 struct Source {
   Encoding encoding;
   const std::uint8_t* data;
@@ -82,7 +82,7 @@ class Lane {
   bool finish(Slot& slot);  // false: the piece holds a value that is not finite
 
   std::size_t bytes_;
-  std::vector<Source> sources_;  // of the block at hand
+  std::vector<Source> sources_;  // of the current block
   Slot slots_[2];
 };
 

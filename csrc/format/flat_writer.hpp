@@ -1,7 +1,7 @@
 // FlatWriter: the flat bytes of one tensor set, written to a file from their first byte to their
 // last, and the checksums of their chunks taken on the way, while the bytes are still in the cache.
 //
-// Owns the checksum of the chunk at hand. Not thread-safe.
+// Owns the checksum of the current chunk. Not thread-safe.
 #pragma once
 
 #include <cstdint>

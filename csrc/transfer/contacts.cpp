@@ -25,7 +25,7 @@ void Exchange::remember(const std::string& peer, wire::Kind kind, std::int64_t n
   if (contacts_.size() <= kMaxRemembered || now_ms < next_forgetting_ms_) {
     return;
   }
-  const bool many = contacts_.size() > kMaxStrangers;
+  const bool many = contacts_.size() > kMaxContacts;
   const std::int64_t silent = many ? kForgetMs / 60 : kForgetMs;
   next_forgetting_ms_ = now_ms + (many ? kForgetMs / 3600 : kForgetMs / 60);
   std::erase_if(contacts_, [&](const auto& entry) {

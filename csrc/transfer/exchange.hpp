@@ -104,7 +104,7 @@ class Exchange {
   // forgotten.
   static constexpr std::size_t kMaxRemembered = 4096;
   static constexpr std::int64_t kForgetMs = 3'600'000;
-  // Events of malformed frames and strangers kept for Python; beyond it they are only counted.
+  // Events of malformed frames and unknown peers kept for Python; beyond it they are only counted.
   static constexpr std::size_t kMaxMalformedEvents = 64;
   // Control messages of one owner that wait for Python.
   static constexpr std::size_t kMaxControlPerPeer = 1024;
@@ -122,7 +122,7 @@ class Exchange {
   static constexpr std::size_t kMaxPeersPerOwner = 32;
   static constexpr std::int64_t kLivelyMs = 10'000;
   // As kMaxRemembered, for those silent for a minute.
-  static constexpr std::size_t kMaxStrangers = 65'536;
+  static constexpr std::size_t kMaxContacts = 65'536;
   // A chunk that a peer asks for again, as where its checksum was wrong, is read again and compared
   // with it: for each peer once in that time.
   static constexpr std::int64_t kRereadMs = 60'000;
@@ -227,7 +227,7 @@ class Exchange {
     std::int64_t held_up_ms = 0;  // in hold-ups of the pump until then
     std::int64_t busy_until_ms = 0;
     bool unreachable = false;
-    bool met = false;      // has sent a control message, or was reported as a stranger
+    bool met = false;      // has sent a control message, or was reported as unknown
     bool counted = false;  // among its owner's peers
     Pace::Known pace;
     wire::SetId set{};           // what it has asked for last
@@ -246,7 +246,7 @@ class Exchange {
     std::int64_t paced_ms = 0;
     std::int64_t muted_until_ms = 0;
     bool flooded = false;  // and that was told
-    bool crowded = false;
+    bool too_many = false;
   };
   // The control messages of a peer that wait. They count for the audience in which it sent the
   // first of them.

@@ -83,13 +83,13 @@ bool Exchange::may_speak(const std::string& peer, std::int64_t now_ms) {
     });
   }
   if (owner.peers.size() >= kMaxPeersPerOwner) {
-    if (!std::exchange(owner.crowded, true)) {
+    if (!std::exchange(owner.too_many, true)) {
       report(Event::Kind::kConnections, peer,
              "more than " + std::to_string(kMaxPeersPerOwner) + " connections at once");
     }
     return false;
   }
-  owner.crowded = false;
+  owner.too_many = false;
   std::erase(owner.peers, peer);
   owner.peers.push_back(peer);
   contacts_[peer].counted = true;

@@ -1,7 +1,7 @@
 """The open connections of an encrypted server: from where, since when, and which of them have proved themselves.
 
 A connection is *unproved* until a message of it was understood, which takes a key on the allow-list. Unproved ones
-are few, short-lived and may send little: libzmq takes in whatever length a stranger announces. After a link broke,
+are few, short-lived and may send little: libzmq takes in whatever length a peer announces. After a link broke,
 an honest site's first message is the chunk that was under way: for each key of the list that was shown from a
 network, one connection from there may send so much. Sans I/O: numbers, addresses and the clock come in, and what
 to cut goes out.
@@ -41,7 +41,7 @@ class Limits:
 
     Attributes:
         burst, per_second: handshakes of one key at once, and over time.
-        strangers_burst, strangers_per_second: the same of all unknown keys together.
+        unknown_burst, unknown_per_second: the same of all unknown keys together.
         connections: open connections in all; ``per_network`` of them from one network.
         arrivals, arrivals_per_second: connections that one network may open at once, and over time.
         unproved: connections of which nothing was understood yet, in all.
@@ -57,8 +57,8 @@ class Limits:
 
     burst: int = 20
     per_second: float = 2.0
-    strangers_burst: int = 50
-    strangers_per_second: float = 20.0
+    unknown_burst: int = 50
+    unknown_per_second: float = 20.0
     connections: int = 4096
     per_network: int = 256
     arrivals: int = 128

@@ -87,7 +87,7 @@ class Doorkeeper:
         self._events: zmq.Socket[bytes] | None = None
         limits = secured.limits
         self._buckets: dict[str, TokenBucket] = {}
-        self._strangers = TokenBucket(limits.strangers_burst, limits.strangers_per_second, clock())
+        self._unknown = TokenBucket(limits.unknown_burst, limits.unknown_per_second, clock())
         files = min(_file_limit(), _MAX_FILES)
         self.notes = Notes.of(files)
         most = min(limits.connections, _file_limit() * 7 // 8)
@@ -186,7 +186,7 @@ class Doorkeeper:
         now = self._clock()
         who = self.allowed.keys.get(public)
         if who is None:
-            if not self._strangers.take(now):
+            if not self._unknown.take(now):
                 return b"300", ""
             self._say(
                 "refused a key that is not on the allow-list, %s from %s",

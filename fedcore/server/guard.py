@@ -108,7 +108,7 @@ class Guard(Generic[_R]):
             self._link.look()
 
     def invalid(self, peer: bytes, error: str, greeting: protocol.Greeting | None = None) -> None:
-        """A message that breaks the protocol ends its sender's part; a stranger that joins is told."""
+        """A message that breaks the protocol ends its sender's part; who joins gets the reason."""
         run = self.run_of(peer)
         self._replies.complain("%s sent a %s", self.name(peer), error)
         if run is not None:

@@ -47,7 +47,7 @@ def name_of(peer: bytes, known: Peer | None) -> str:
     if known is not None:
         return known.site
     who = Identity.of_peer(peer)
-    return f"{who.name} ({who.role})" if who else "a stranger"
+    return f"{who.name} ({who.role})" if who else "an unknown peer"
 
 
 class Peers:
@@ -81,7 +81,7 @@ class Peers:
         return peer in self._known
 
     def get(self, peer: bytes) -> Peer | None:
-        """Return who a routing id is; None for a stranger."""
+        """Return who a routing id is; None for an unknown one."""
         return self._known.get(peer)
 
     def of_site(self, site: str) -> tuple[bytes, Peer] | None:

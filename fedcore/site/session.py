@@ -114,7 +114,7 @@ class Session:
         self._factors = Factors(None, ())
         self._model: GlobalModel | None = None
         self._offered: tuple[str, int] | None = None
-        self._at_hand = (0, 0)
+        self._standing = (0, 0)
         self._outcome: Outcome | None = None
         self._score: protocol.Score | None = None
         self._logs = TokenBucket(_LOGS, _LOGS_PER_SECOND, time.monotonic())
@@ -147,7 +147,7 @@ class Session:
 
     @property
     def fixed(self) -> frozenset[str]:
-        """The tensors that the task at hand leaves as they are in training; none outside of a training task."""
+        """The tensors that the current task leaves as they are in training; none outside of a training task."""
         trains = self._model is not None and self._model.trains
         return self._factors.fixed(self._model.round) if self._model and trains else frozenset()
 
@@ -189,7 +189,7 @@ class Session:
             if task is None or not self._deliver_kept(task):
                 self._check_progress()
                 # A run without a model yet stands before its first round.
-                self._at_hand = (task.round or 1, task.version) if task else (1, 0)
+                self._standing = (task.round or 1, task.version) if task else (1, 0)
                 return True
         self._conclude()
         return False
@@ -286,7 +286,7 @@ class Session:
                 specs=table(layout),
                 tensors=Received(file),
             )
-            self._at_hand = (task.round, task.version)
+            self._standing = (task.round, task.version)
             return self._model
 
     @property
@@ -314,7 +314,7 @@ class Session:
 
     @property
     def model(self) -> GlobalModel | None:
-        """The global model of the task at hand, or None outside one."""
+        """The global model of the current task, or None outside one."""
         return self._model
 
     def score(
@@ -349,7 +349,7 @@ class Session:
 
         Raises:
             ProtocolError: an output is of another kind, or they are too large; it is named.
-            ClosedError: no inference task is at hand.
+            ClosedError: the current task is none of inference.
         """
         model = self._need_model("answer")
         if model.kind != "infer":
@@ -385,7 +385,7 @@ class Session:
 
         Raises:
             WeightError: the weight is no such integer.
-            ClosedError: no training task is at hand.
+            ClosedError: the current task is none of training.
             LayoutError: training changed a factor of an adapter that this round leaves as it is.
         """
         model = self._need_model("submit")
@@ -456,8 +456,8 @@ class Session:
     def _say_metrics(self) -> None:
         said, self._unsaid = self._unsaid, {}
         if said:
-            at_hand = self._model or self._machine.task
-            round_ = at_hand.round if at_hand else 0
+            current = self._model or self._machine.task
+            round_ = current.round if current else 0
             self._connection.send(protocol.Log(round=round_, step=self._step, metrics=said))
 
     def problem(self, text: str) -> None:
@@ -468,9 +468,9 @@ class Session:
     def system_info(self) -> dict[str, str | int]:
         """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``.
 
-        ``round`` and ``version`` are those of the task at hand, or of the last one; 0 before the first.
+        ``round`` and ``version`` are those of the current task, or of the last one; 0 before the first.
         """
-        round_, version = self._at_hand
+        round_, version = self._standing
         return {
             "run": self.run,
             "site": self.site,
@@ -504,7 +504,7 @@ class Session:
         finish = self._machine.finish
         self._updates.close(keep=finish is None or not finish.ok)
 
-    # --- the task at hand --------------------------------------------------------------------------
+    # --- the current task ----------------------------------------------------------------------------
 
     def _join(self) -> None:
         if self._connection.open():
@@ -524,7 +524,7 @@ class Session:
         offer = (task.kind, task.round) if task else ("none", -1)
         if offer == self._offered:
             raise ClosedError(
-                "the loop asked for work again without touching the task at hand: call "
+                "the loop asked for work again without touching the current task: call "
                 "trainer.validate and trainer.fit, trainer.evaluate and trainer.train, or fl.receive and "
                 "fl.send in each pass"
             )
@@ -533,7 +533,7 @@ class Session:
     def _need_model(self, call: str) -> GlobalModel:
         if self._model is None:
             raise ClosedError(
-                f"{call}: no task is at hand; call it inside `while fl.is_running()`, after the global "
+                f"{call}: there is no current task; call it inside `while fl.is_running()`, after the global "
                 "model was received"
             )
         return self._model
@@ -543,7 +543,7 @@ class Session:
         if not self._updates.deliver_kept(task):
             return False
         self.took_part = True
-        self._at_hand = (task.round, task.version)
+        self._standing = (task.round, task.version)
         self._end(task.kind, task.round)
         return True
 

@@ -40,9 +40,7 @@ class Door:
 
 @pytest.fixture
 def door(parties: Parties) -> Iterator[Door]:
-    found = Door(
-        parties, Limits(burst=3, per_second=0.5, strangers_burst=2, strangers_per_second=1)
-    )
+    found = Door(parties, Limits(burst=3, per_second=0.5, unknown_burst=2, unknown_per_second=1))
     yield found
     found.keeper.close()
     found.context.term()

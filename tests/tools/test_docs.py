@@ -184,7 +184,7 @@ def test_the_limits_of_the_door_are_those_of_the_code() -> None:
     limits, page = Limits(), text("docs/security.md")
     for row in (
         f"| {limits.burst} at once, then {limits.per_second:g} a second; the connection waits |",
-        f"| {limits.strangers_burst} at once, then {limits.strangers_per_second:g} a second are answered;",
+        f"| {limits.unknown_burst} at once, then {limits.unknown_per_second:g} a second are answered;",
         f"| time for a handshake | {transport._HANDSHAKE_MS // 1000} s,",
         f"| open connections in all | {limits.connections},",
         f"an IPv6 /64) | {limits.per_network},",

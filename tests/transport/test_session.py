@@ -345,7 +345,7 @@ def test_a_loop_that_never_takes_its_task_is_told_so() -> None:
         server.welcome()
         server.task("train", 1, server.publish(1))
         assert running.result(DEADLINE) is True
-        with pytest.raises(ClosedError, match="without touching the task"):
+        with pytest.raises(ClosedError, match="without touching the current task"):
             session.is_running()
 
 
@@ -357,7 +357,7 @@ def test_a_model_that_changes_between_rounds_is_named() -> None:
 
 
 def test_submitting_outside_a_task_is_an_error() -> None:
-    with stage() as (_, session, _), pytest.raises(ClosedError, match="no task is at hand"):
+    with stage() as (_, session, _), pytest.raises(ClosedError, match="there is no current task"):
         session.submit(fill(0), 1, {})
 
 

@@ -83,7 +83,7 @@ class Roster:
         return iter(self._ordered)
 
     def get(self, name: str) -> Member | None:
-        """Return a member, or None for a stranger."""
+        """Return a member, or None for an unknown site."""
         return self._members.get(name)
 
     def refusal(self, name: str) -> str | None:
