@@ -58,6 +58,14 @@ def _work_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _patient_sites() -> Iterator[None]:
+    """Let a site's process wait for a server that a busy machine starts slowly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "FEDCORE_CONNECT_TIMEOUT", "200s")
+        yield
+
+
 @pytest.fixture
 def any_level() -> Iterator[None]:
     """Let a test set the level of instructions; afterwards it is what it was."""
