@@ -266,6 +266,48 @@ def lora(
 
 
 @app.command()
+def optimizers(
+    *,
+    out: Out = Path("runs/experiments/optimizers"),
+    seeds: Annotated[str, typer.Option(help="Seeds of split, sites and batches.")] = "0,1,2,3,4",
+    sites: Annotated[int, typer.Option(min=2, help="Sites that hold a part of the texts.")] = 10,
+    sampled: Annotated[int, typer.Option(min=1, help="Sites that train in a round.")] = 2,
+    alpha: Annotated[float, typer.Option(help="Dirichlet skew.")] = 0.3,
+    rounds: Annotated[int, typer.Option(min=2, help="Of training.")] = 40,
+    model: Model = None,
+    quick: Quick = False,
+    threads: Threads = 1,
+    cache: Cache = None,
+) -> None:
+    """20 Newsgroups at ten unlike sites, two of them in a round: each server optimizer beside the plain mean.
+
+    The default takes about six minutes of CPU time; --quick some seconds.
+    """
+    import torch
+
+    from fedcore.demo.assets import MINILM, NEWSGROUPS, ensure
+
+    from .optimizers import OptimizerSettings, run_optimizers
+    from .peft import Source
+    from .reports import optimizers_report
+    from .swing import load_topics
+
+    torch.set_num_threads(threads)
+    if sampled > sites:
+        raise ConfigError(f"--sampled {sampled}: there are {sites} sites")
+    folder = cache_folder(cache)
+    settings = OptimizerSettings(sites=sites, sampled=sampled, alpha=alpha, rounds=rounds)
+    seed_list = numbers(seeds, int, "--seeds")
+    if quick:
+        settings = replace(settings, train_rows=200, test_rows=20, rounds=4, batch_size=4)
+        seed_list = seed_list[:1]
+    texts = load_topics(ensure(NEWSGROUPS, folder))
+    source = Source(model or ensure(MINILM, folder), texts, NEWSGROUPS.requirement)
+    tried, found = run_optimizers(out, settings, source, seed_list, notice)
+    optimizers_report(out, tried, found, settings, source)
+
+
+@app.command()
 def sft(
     *,
     out: Out = Path("runs/experiments/sft"),

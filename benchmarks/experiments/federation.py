@@ -7,14 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fedcore import _core
 from fedcore.files.average import aggregate_files
 from fedcore.rules.several import SEVERAL
 
-__all__ = ["State", "Stride", "combine", "load_state", "mean", "state_of"]
+__all__ = ["Optimizer", "State", "Stride", "combine", "load_state", "mean", "state_of"]
 
 #: Trained tensors by name.
 State = dict[str, Tensor]
@@ -95,3 +97,53 @@ class Stride:
                 step += self._momentum * self._step[name]
             self._step[name] = step
         return {name: tensor + self._step[name] for name, tensor in last.items()}
+
+
+class Optimizer:
+    """A server optimizer of the core over the weighted mean, with its states from round to round.
+
+    Args:
+        name: as run files have it, or ``none``.
+        options: all of its options.
+        ema: the part of the average of the models that stays from round to round; None for no average.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, float], ema: float | None = None) -> None:
+        self._name, self._options, self._ema = name, dict(options), ema
+        self._states: dict[str, tuple[_core.MappedFile, int]] = {}
+
+    def take(self, last: State, states: Sequence[State], weights: Sequence[int]) -> State:
+        """Return the next global model from the sites' models and their weights."""
+        layout = _core.Layout([(name, "F32", list(t.shape)) for name, t in last.items()])
+        finisher = _core.Finisher(
+            layout, self._name, self._options, set(), self._states, ema=self._ema
+        )
+        after = {
+            name: (_core.MappedFile.anonymous(of.total_bytes), 0) for name, of in finisher.states
+        }
+        out = bytearray(layout.total_bytes)
+        updates = [_flat(layout, state) for state in states]
+        _core.finish_mean(finisher, updates, list(weights), _flat(layout, last), out, after)
+        self._states = after
+        return _tensors(layout, out)
+
+    def served(self, last: State) -> State:
+        """Return what is handed out: the average of the models if there is one, else the last."""
+        if self._ema is None:
+            return last
+        layout = _core.Layout([(name, "F32", list(t.shape)) for name, t in last.items()])
+        file, at = self._states["ema"]
+        return _tensors(layout, file.view(at, layout.total_bytes))
+
+
+def _flat(layout: _core.Layout, state: State) -> bytes:
+    """Return a state as the core has it."""
+    return b"".join(state[name].numpy().tobytes() for name, *_ in layout.tensors)
+
+
+def _tensors(layout: _core.Layout, flat: Any) -> State:
+    """Return the tensors of a state that the core made."""
+    return {
+        name: torch.from_numpy(np.frombuffer(flat, np.float32, nbytes // 4, at).copy()).view(shape)
+        for name, _, shape, at, nbytes in layout.tensors
+    }

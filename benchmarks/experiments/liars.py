@@ -6,50 +6,33 @@ round. What they send is combined by fedcore's own rules.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from fedcore.files.partition import dirichlet
-
-from .peft import Lab, Settings, Source, keep, read_kept
+from .heads import Heads, HeadSettings, mark_of
+from .peft import Source, keep, read_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["ATTACKS", "LiarSettings", "Lies", "rules", "run_liars"]
 
-_SCALE: Final = 10.0
-"""The length of a row's vector, as the head of the other experiments has it."""
-
 
 @dataclass(frozen=True)
-class LiarSettings(Settings):
+class LiarSettings(HeadSettings):
     """What all runs share.
 
     Attributes:
-        sites: how many take part, with texts dealt out by label with the skew ``alpha``.
-        liars: how many of them lie; the rules are told this number.
-        rate: of the sites' SGD.
+        liars: how many of the sites lie; the rules are given this number.
     """
 
-    max_tokens: int = 48
-    train_rows: int = 1600
-    test_rows: int = 400
-    rounds: int = 30
-    steps: int = 10
-    batch_size: int = 16
-    sites: int = 10
     liars: int = 2
-    alpha: float = 1.0
-    rate: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -143,21 +126,21 @@ def run_liars(
     kept.mkdir(parents=True, exist_ok=True)
     found = []
     for seed in seeds:
-        bench: _Bench | None = None
-        mark = _fingerprint(settings, source, seed)
+        heads: Heads | None = None
+        mark = mark_of(settings, source, seed)
         for attack in ATTACKS:
             for rule in rules(settings.liars):
                 path = kept / f"{attack}-{rule}-{seed}.json".replace(" ", "_").replace(",", "")
                 result = read_kept(path, mark)
                 if result is None:
-                    bench = bench or _Bench(settings, source, seed)
+                    heads = heads or Heads(settings, source, seed)
                     begun, cpu = time.monotonic(), time.process_time()
                     result = {
                         "attack": attack,
                         "rule": rule,
                         "seed": seed,
                         "settings": mark,
-                        "accuracy": bench.run(attack, rule),
+                        "accuracy": _run(heads, settings, seed, attack, rule),
                         "seconds": time.monotonic() - begun,
                         "cpu_seconds": time.process_time() - cpu,
                     }
@@ -168,87 +151,28 @@ def run_liars(
     return found
 
 
-class _Bench:
-    """The sites of a seed, and their texts after the encoder."""
-
-    def __init__(self, settings: LiarSettings, source: Source, seed: int) -> None:
-        import torch
-
-        self._settings, self._seed = settings, seed
-        lab = Lab(settings, source, seed)
-        self._x, self._y = _vectors(lab, "train")
-        self._test = _vectors(lab, "test")
-        self._classes = len(lab.pool.labels)
-        labels = [text.label for text in lab.pool.train]
-        held = dirichlet(
-            labels, settings.sites, alpha=settings.alpha, min_size=settings.batch_size, seed=seed
-        )
-        self._held = [torch.tensor(list(numbers)) for numbers in held.sites]
-        self._liars = sorted(
-            random.Random(f"{seed}/liars").sample(range(settings.sites), settings.liars)
-        )
-
-    def run(self, attack: str, rule: str) -> list[float]:
-        """Return the accuracy on all test rows before the first round and after each."""
-        import torch
-
-        from .federation import combine
-
-        settings = self._settings
-        name, options = rules(settings.liars)[rule]
-        model = torch.zeros(self._x.shape[1] * self._classes)
-        dice = torch.Generator().manual_seed(self._seed)
-        curve = [self._score(model)]
-        for round_ in range(settings.rounds):
-            updates = [self._train(model, site, round_) for site in range(settings.sites)]
-            honest = torch.stack([u for k, u in enumerate(updates) if k not in self._liars])
-            noise = torch.randn(model.shape, generator=dice)
-            for site in self._liars:
-                wrong = self._train(model, site, round_, flipped=True)
-                lies = Lies(honest, updates[site], wrong, settings.sites, noise)
-                updates[site] = ATTACKS[attack](lies)
-            states = [{"head": model + update} for update in updates]
-            made = combine(states, None, rule=name, settings=options, base={"head": model})
-            model = made["head"]
-            curve.append(self._score(model))
-        return curve
-
-    def _train(self, model: Tensor, site: int, round_: int, *, flipped: bool = False) -> Tensor:
-        """Return what some steps of SGD on a site's rows change; the batches follow from seed, site and round."""
-        import torch
-
-        rows, settings = self._held[site], self._settings
-        dice = torch.Generator().manual_seed((self._seed * 1000 + site) * 10_000 + round_)
-        head = model.view(self._classes, -1).clone()
-        for _ in range(settings.steps):
-            batch = rows[torch.randint(len(rows), (settings.batch_size,), generator=dice)]
-            x, y = self._x[batch], self._y[batch]
-            y = self._classes - 1 - y if flipped else y
-            wrong = torch.softmax(x @ head.T, dim=1)
-            wrong[torch.arange(len(y)), y] -= 1
-            head -= settings.rate / len(y) * wrong.T @ x
-        return head.flatten() - model
-
-    def _score(self, model: Tensor) -> float:
-        x, y = self._test
-        return float(((x @ model.view(self._classes, -1).T).argmax(1) == y).double().mean())
-
-
-def _vectors(lab: Lab, side: str) -> tuple[Tensor, Tensor]:
-    """Return the mean of each text's token vectors, at a fixed length, and the class numbers."""
+def _run(heads: Heads, settings: LiarSettings, seed: int, attack: str, rule: str) -> list[float]:
+    """Return the accuracy on all test rows before the first round and after each."""
     import torch
 
-    rows = lab.rows(side)
-    means = torch.stack([state.mean(0) for state in rows.states])
-    vectors = torch.nn.functional.normalize(means, dim=1) * _SCALE
-    return torch.cat([vectors, torch.ones(len(vectors), 1)], dim=1), rows.labels
+    from .federation import combine
 
-
-def _fingerprint(settings: LiarSettings, source: Source, seed: int) -> str:
-    plain = {
-        "settings": asdict(settings),
-        "seed": seed,
-        "model": Path(str(source.model)).name,
-        "texts": [asdict(text) for text in source.texts],
-    }
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    name, options = rules(settings.liars)[rule]
+    liars = sorted(random.Random(f"{seed}/liars").sample(range(settings.sites), settings.liars))
+    model = heads.start()
+    dice = torch.Generator().manual_seed(seed)
+    curve = [heads.score(model)]
+    for round_ in range(settings.rounds):
+        updates = [heads.train(model, site, round_) for site in range(settings.sites)]
+        honest = torch.stack([u for k, u in enumerate(updates) if k not in liars])
+        noise = torch.randn(model.shape, generator=dice)
+        for site in liars:
+            wrong = heads.train(model, site, round_, flipped=True)
+            updates[site] = ATTACKS[attack](
+                Lies(honest, updates[site], wrong, settings.sites, noise)
+            )
+        states = [{"head": model + update} for update in updates]
+        made = combine(states, None, rule=name, settings=options, base={"head": model})
+        model = made["head"]
+        curve.append(heads.score(model))
+    return curve

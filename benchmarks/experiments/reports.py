@@ -15,11 +15,21 @@ from fedcore.errors import ConfigError
 from ..report import console, write
 from .figures import draw_peft, draw_sft, draw_steady, draw_swing
 from .peft import SKEWED
-from .summary import liar_rows, lora_rows, peft_rows, spread, steady_rows, swing_rows
+from .summary import (
+    liar_rows,
+    lora_rows,
+    optimizer_rows,
+    peft_rows,
+    second_half,
+    spread,
+    steady_rows,
+    swing_rows,
+)
 
 if TYPE_CHECKING:
     from .liars import LiarSettings
     from .lora import LoraSettings
+    from .optimizers import OptimizerSettings
     from .peft import Settings, Source
     from .swing import SwingSettings
 
@@ -28,6 +38,7 @@ __all__ = [
     "liars_report",
     "lora_report",
     "markdown",
+    "optimizers_report",
     "peft_report",
     "score_arms",
     "sft_report",
@@ -216,16 +227,54 @@ def lora_report(
     write(folder / "lora.json", {**_made_from(settings, source), "rows": rows, "runs": found})
 
 
+def optimizers_report(
+    folder: Path,
+    tried: Mapping[str, Any],
+    found: Mapping[str, Sequence[Any]],
+    settings: OptimizerSettings,
+    source: Source,
+) -> None:
+    """Write ``optimizers.json`` and ``optimizers.md``, and print the tables.
+
+    Args:
+        folder: where they are written.
+        tried: the result of each try on the seed for choosing.
+        found: the results of each optimizer's chosen try, one for each seed.
+        settings: of all runs, which are those of ``source``.
+        source: the model and the texts.
+    """
+    rows = optimizer_rows(found)
+    head = ["optimizer", "chosen", "second half", "over the mean", "last", "mean move"]
+    head.append("largest drop")
+    lines = [
+        [
+            row["optimizer"],
+            row["try"],
+            _within(row["mean"], digits=3),
+            _within(row["lead"], signed=True),
+            *(_within(row[key], digits=3) for key in ("last", "move", "drop")),
+        ]
+        for row in rows
+    ]
+    halves = {name: statistics.fmean(second_half(result)) for name, result in tried.items()}
+    tables = markdown(head, lines) + "\n"
+    tables += markdown(["tried", "second half"], [[k, f"{v:.3f}"] for k, v in halves.items()])
+    (folder / "optimizers.md").write_text(tables, encoding="utf-8")
+    console.print(tables, highlight=False, soft_wrap=True)
+    content = {**_made_from(settings, source), "rows": rows, "tried": tried, "runs": found}
+    write(folder / "optimizers.json", content)
+
+
 def _made_from(settings: Settings, source: Source) -> dict[str, Any]:
     """Return what a report says of its settings, model and data."""
     model = Path(str(source.model)).name
     return {"settings": asdict(settings), "model": model, "data": source.name}
 
 
-def _within(found: Mapping[str, Any], *, signed: bool = False) -> str:
+def _within(found: Mapping[str, Any], *, signed: bool = False, digits: int = 2) -> str:
     half, mean = found["half_interval"], found["mean"]
-    shown = f"{mean:+.3f}" if signed else f"{mean:.2f}"
-    return shown + ("" if half is None else f" ± {half:.3f}" if signed else f" ± {half:.2f}")
+    shown = f"{mean:+.3f}" if signed else f"{mean:.{digits}f}"
+    return shown + ("" if half is None else f" ± {half:.3f}" if signed else f" ± {half:.{digits}f}")
 
 
 def _rounds(path: Path) -> int | None:

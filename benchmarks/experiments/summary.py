@@ -11,7 +11,9 @@ from typing import Any, Final
 __all__ = [
     "liar_rows",
     "lora_rows",
+    "optimizer_rows",
     "peft_rows",
+    "second_half",
     "spread",
     "steady_cells",
     "steady_rows",
@@ -232,6 +234,42 @@ def lora_rows(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def optimizer_rows(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Return a row for each optimizer: accuracy in the second half of a run and after its last round, and swings.
+
+    Each figure has its values, one for each seed, their mean, and half its 95 % interval (Student's over seeds).
+    ``lead``: the accuracy in the second half less the mean's, seed by seed.
+    """
+    rows: list[dict[str, Any]] = []
+    plain = [second_half(result) for result in found["mean"]]
+    for name, results in found.items():
+        halves = [second_half(result) for result in results]
+        moves = [[b - a for a, b in itertools.pairwise(half)] for half in halves]
+        leads = [
+            statistics.fmean(half) - statistics.fmean(other)
+            for half, other in zip(halves, plain, strict=True)
+        ]
+        rows.append(
+            {
+                "optimizer": name,
+                "try": results[0]["try"],
+                "seeds": [result["seed"] for result in results],
+                "mean": _interval([statistics.fmean(half) for half in halves]),
+                "lead": _interval(leads),
+                "last": _interval([half[-1] for half in halves]),
+                "move": _interval([statistics.fmean(map(abs, move)) for move in moves]),
+                "drop": _interval([max(0.0, -min(move)) for move in moves]),
+            }
+        )
+    return rows
+
+
+def second_half(result: Mapping[str, Any]) -> list[float]:
+    """Return the accuracies in the second half of a run."""
+    curve: list[float] = result["accuracy"]
+    return curve[len(curve) // 2 :]
 
 
 def _interval(values: Sequence[float]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def test_each_rule_meets_each_attack_and_what_was_trained_is_kept(
     written = json.loads((tmp_path / "liars.json").read_text())
     assert len(written["rows"]) == len(found)
 
-    monkeypatch.setattr("benchmarks.experiments.liars.Lab", None)  # nothing is trained again
+    monkeypatch.setattr("benchmarks.experiments.liars.Heads", None)  # nothing is trained again
     assert run_liars(tmp_path, SETTINGS, source, [0], lambda _: None) == found
     other = dataclasses.replace(SETTINGS, rate=1.0)
     with pytest.raises(ConfigError, match="made with other settings"):
