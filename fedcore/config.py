@@ -9,8 +9,6 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -39,6 +37,7 @@ from .rules.finishers import FINISHERS, factor_of
 from .rules.options import Option, complete
 from .rules.several import SEVERAL
 from .weighing import Weighing
+from .wrong_values import explain, hint
 
 __all__ = ["RunConfig", "load_run_file", "parse_run"]
 
@@ -173,8 +172,8 @@ class OptimizerSection(_Section):
         options = FINISHERS[self.name].options
         for name, value in self.options.items():
             if name not in options:
-                hint = _hint(name, ["name", "plain", "schedule", *options])
-                raise ValueError(f"unknown key {name!r} of {self.name!r}{hint}")
+                near = hint(name, ["name", "plain", "schedule", *options])
+                raise ValueError(f"unknown key {name!r} of {self.name!r}{near}")
             if not options[name].allows(value):
                 raise ValueError(f"{name}: expected {options[name].bounds}, got {value}")
         self._check_schedule(options)
@@ -488,11 +487,8 @@ def parse_run(
     try:
         return RunConfig.model_validate({**values, "folder": folder})
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        lines = [
-            _explain(item["loc"], item["type"], item["msg"], item.get("input")) for item in found
-        ]
-        lines = [line for text in lines for line in text.split("\n")]
+        options = [name for finisher in FINISHERS.values() for name in finisher.options]
+        lines = explain(error, RunConfig, {OptimizerSection: options})
         raise ConfigError(f"{source}: " + f"\n{source}: ".join(lines)) from None
 
 
@@ -531,53 +527,3 @@ def _apply(values: dict[str, Any], override: str) -> str:
             raise ConfigError(f"override {override!r}: {part} is not a section")
     table[parts[-1]] = value
     return ".".join(parts)
-
-
-def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
-    key = ".".join(str(part) for part in loc)
-    if kind == "extra_forbidden":
-        known = _known_keys(loc[:-1])
-        return f"unknown key {key!r}{_hint(str(loc[-1]), known)}"
-    if kind == "missing":
-        return f"{key}: missing; it must be given"
-    text = message.removeprefix("Value error, ")
-    name, colon, rest = text.partition(": ")
-    if (
-        key and colon and name in _known_keys(loc)
-    ):  # a section's own check tells which of its keys it means
-        key, text = f"{key}.{name}", rest
-    if kind == "string_pattern_mismatch" and key.endswith("listen"):
-        text = "expected an address such as 'tcp://0.0.0.0:7733'"
-    elif kind == "string_pattern_mismatch":
-        text = "expected 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
-    elif kind == "list_type":
-        text = (
-            f"expected a list, such as [{value!r}]" if isinstance(value, str) else "expected a list"
-        )
-    elif kind == "model_type":
-        text = "expected a table of keys"
-    text = text.replace("Input should be", "expected")
-    got = "" if "got " in text or isinstance(value, dict | BaseModel) else f", got {value!r}"
-    return f"{key}: {text}{got}" if key else text
-
-
-def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]!r}?" if near else f"; expected one of {', '.join(known)}"
-
-
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in loc:
-        if isinstance(model, type) and issubclass(model, BaseModel) and part in model.model_fields:
-            model = model.model_fields[str(part)].annotation
-        else:
-            arguments = typing.get_args(model)
-            model = arguments[-1] if arguments else None
-        if isinstance(model, types.UnionType):
-            model = typing.get_args(model)[0]
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        options = [o for f in FINISHERS.values() for o in f.options]
-        more = options if model is OptimizerSection else []
-        return [name for name in [*model.model_fields, *more] if name != "folder"]
-    return []

@@ -24,6 +24,7 @@ FLOORS = (
         "outlet",
         "words",
         "quantities",
+        "wrong_values",
         "weighing",
         "replacing",
         "clock",
