@@ -7,19 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias, get_args
+from typing import Any, Final, Literal, TypeAlias
 
 from fedcore.errors import ConfigError, LayoutError
 from fedcore.layout import TensorSpec
 from fedcore.protocol import shown
 
 from .groups import find_groups
+from .methods import METHODS, Method
 
 __all__ = ["METHODS", "TRAITS", "Method", "Trait", "check_adapter", "traits_table"]
 
-Method: TypeAlias = Literal["factors", "freeze-a", "alternate", "share-a", "exact"]
-METHODS: Final[tuple[Method, ...]] = get_args(Method)
-"""How adapters can be combined."""
 Handling: TypeAlias = Literal["exact", "averaged", "refused"]
 
 _NAMED: Final = 3

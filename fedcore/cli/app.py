@@ -22,6 +22,7 @@ from fedcore.rules.deciding import Decision
 from fedcore.rules.several import SEVERAL
 from fedcore.words import plural
 
+from .adapters import Lora, aggregate_adapters, weights_of
 from .common import INTERRUPTED, reported, writable_output
 from .evaluate import evaluate
 from .inspect import inspect
@@ -391,8 +392,28 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     force: Annotated[
         bool, typer.Option("--force", help="Replace the output if it exists.")
     ] = False,
+    lora: Annotated[
+        Lora | None,
+        typer.Option(help="Combine folders with adapters of LoRA by this method into a folder."),
+    ] = None,
+    max_rank: Annotated[
+        int | None,
+        typer.Option(
+            help="With --lora exact: the greatest rank of what comes out.  [default: the sum of ranks]"
+        ),
+    ] = None,
+    allow: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help="With --lora: take what the method refuses and averages if you allow it, such as dora.",
+        ),
+    ] = [],  # noqa: B006 - typer reads the default, nobody changes it
+    json_: Annotated[
+        bool, typer.Option("--json", help="With --lora: print the figures as JSON.")
+    ] = False,
 ) -> None:
-    """Combine safetensors files: by their weighted mean, or by --rule.
+    """Combine safetensors files: by their weighted mean, or by --rule. Combine adapters by --lora.
 
     The output does not depend on the order of the files, the number of threads or the device. The files hold
     the same tensors; integers and booleans must be equal in all of them. An input is never overwritten, and the
@@ -403,6 +424,7 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
       fedcore aggregate a.safetensors b.safetensors --weights 3,5 -o mean.safetensors
       fedcore aggregate runs/north/best runs/south/best -o mean.safetensors
       fedcore aggregate a.safetensors b.safetensors c.safetensors --rule median -o median.safetensors
+      fedcore aggregate --lora exact north/ south/ --weights 3,5 --max-rank 16 -o both/
     """
     import contextlib
 
@@ -410,17 +432,22 @@ def aggregate(  # noqa: PLR0917 - typer calls it by name
     from fedcore.files.average import aggregate_files
     from fedcore.rules.python import load_rule
 
+    if lora is not None or max_rank is not None or allow or json_:
+        given = {
+            "--rule": rule != "mean", "--option": bool(options), "--max-share": max_share is not None,
+            "--device": device is not None, "--force": force,
+        }  # fmt: skip
+        aggregate_adapters(
+            files, out, lora=lora, weights=weights_of(weights), max_rank=max_rank, base=base, allow=allow,
+            threads=threads, as_json=json_, given=[name for name, is_given in given.items() if is_given],
+        )  # fmt: skip
+        return
     if ":" in rule:
         sys.path.insert(0, "")
     settings = _numbers(options)
     several = SEVERAL.get(rule)
     weighs = load_rule(rule, settings).weighted if several is None else several.weighted
-    try:
-        counts = None if weights is None else [int(text) for text in weights.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"--weights {weights}: expected integers with commas between them"
-        ) from None
+    counts = weights_of(weights)
     with contextlib.ExitStack() as stack:
         progress: Callable[[int, int], None] | None = None
         if sys.stderr.isatty():
