@@ -12,7 +12,7 @@ from ..support.relay import Relay
 
 pytestmark = pytest.mark.timeout(600)
 
-FLOATS = 400_000  # two chunks, of which the first takes longer than the idle timeout
+FLOATS = 300_000  # two chunks, of which the first takes longer than the idle timeout
 UP = 250_000.0
 IDLE = 3
 
