@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 from fedcore.errors import MetricError
 from fedcore.protocol import MAX_METRICS, MAX_NAME, shown
+from fedcore.security.rate_limit import TokenBucket
 
-__all__ = ["MetricCheck"]
+__all__ = ["MetricCheck", "MetricLog"]
+
+_LOGS: Final = 20
+_LOGS_PER_SECOND: Final = 5.0
+_MOST_STEPS: Final = (1 << 53) - 1
 
 logger = logging.getLogger("fedcore.client")
 
@@ -61,6 +67,36 @@ class MetricCheck:
                 what, MAX_NAME, len(text), short[:40],
             )  # fmt: skip
         return short
+
+
+class MetricLog:
+    """Training metrics of a script that may log at each step, under a rate limit.
+
+    Args:
+        send: is given the step and the metrics of a message.
+    """
+
+    def __init__(self, send: Callable[[int, dict[str, float]], None]) -> None:
+        self._send = send
+        self._bucket = TokenBucket(_LOGS, _LOGS_PER_SECOND, time.monotonic())
+        self._waiting: dict[str, float] = {}
+        self._step = self._calls = 0
+
+    def add(self, metrics: Mapping[str, float], step: int | None) -> None:
+        """Send metrics, now or with a later message: of each name the last value goes, with the last step."""
+        for name, value in metrics.items():
+            if name in self._waiting or len(self._waiting) < MAX_METRICS:
+                self._waiting[name] = value
+        self._calls += 1
+        self._step = self._calls if step is None else min(max(0, int(step)), _MOST_STEPS)
+        if self._bucket.take(time.monotonic()):
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what waits."""
+        waiting, self._waiting = self._waiting, {}
+        if waiting:
+            self._send(self._step, waiting)
 
 
 def _number(name: Any, value: Any, what: str) -> float:

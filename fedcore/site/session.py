@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +31,12 @@ from fedcore.files.frozen import FrozenGroup
 from fedcore.layout import TensorSpec, compare_layouts, layout_hash, table
 from fedcore.model_file import Reader
 from fedcore.roles import Pairs, roles_message
-from fedcore.security.rate_limit import TokenBucket
 from fedcore.transport.ends import Dial
 from fedcore.transport.link import SiteLink
 
 from .connection import Connection
 from .factors import Factors
-from .metrics import MetricCheck
+from .metrics import MetricCheck, MetricLog
 from .received import Received
 from .settings import SiteSettings
 from .unchanged import Unchanged
@@ -57,9 +55,6 @@ _LEVELS: Final = {
     "stopped": logging.WARNING,
     "failed": logging.ERROR,
 }
-_LOGS: Final = 20
-_LOGS_PER_SECOND: Final = 5.0
-_MOST_STEPS: Final = (1 << 53) - 1
 
 Outcome = Literal["complete", "stopped", "failed", "unknown"]
 """How a run ended: all rounds are done, an operator ended it, it was given up, or the server did not say so."""
@@ -117,9 +112,7 @@ class Session:
         self._standing = (0, 0)
         self._outcome: Outcome | None = None
         self._score: protocol.Score | None = None
-        self._logs = TokenBucket(_LOGS, _LOGS_PER_SECOND, time.monotonic())
-        self._unsaid: dict[str, float] = {}
-        self._step = self._calls = 0
+        self._log = MetricLog(self._send_log)
         self.took_part = False
         """Whether a task was begun, or this site's model was asked for."""
 
@@ -365,7 +358,7 @@ class Session:
                 f"answer: {name}{': ' if name else ''}{found['msg']}; outputs are numbers, texts and lists of "
                 "them, by name"
             ) from None
-        self._say_metrics()
+        self._log.flush()
         self._connection.report(answer)
         self._model = None
         self._end(model.kind, model.round)
@@ -401,7 +394,7 @@ class Session:
                 "2**64 - 1"
             )
         assert self._layout is not None
-        self._say_metrics()
+        self._log.flush()
         layout = self._factors.layout(self._layout, model.round)
         self._factors.check(read, model.tensors, model.round)
         checked = Unchanged(read, model.tensors)
@@ -426,7 +419,7 @@ class Session:
 
     def end_task(self) -> None:
         """End an evaluation task."""
-        self._say_metrics()
+        self._log.flush()
         model, self._model = self._model, None
         if model is not None:
             self._connection.end_task(model.kind, model.round)
@@ -437,7 +430,7 @@ class Session:
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show training metrics at the server while a round is under way; it keeps them with round and step.
 
-        A script may call this at each step: where that is more often than `_LOGS_PER_SECOND`, the last value of
+        A script may call this at each step: where that is more often than five times a second, the last value of
         each metric goes with the next message and the last step, at the latest at the end of the task.
 
         Args:
@@ -445,20 +438,12 @@ class Session:
         """
         if not self._connection.opened:
             return
-        for name, value in self._check(metrics).items():
-            if name in self._unsaid or len(self._unsaid) < protocol.MAX_METRICS:
-                self._unsaid[name] = value
-        self._calls += 1
-        self._step = self._calls if step is None else min(max(0, int(step)), _MOST_STEPS)
-        if self._logs.take(time.monotonic()):
-            self._say_metrics()
+        self._log.add(self._check(metrics), step)
 
-    def _say_metrics(self) -> None:
-        said, self._unsaid = self._unsaid, {}
-        if said:
-            current = self._model or self._machine.task
-            round_ = current.round if current else 0
-            self._connection.send(protocol.Log(round=round_, step=self._step, metrics=said))
+    def _send_log(self, step: int, metrics: dict[str, float]) -> None:
+        current = self._model or self._machine.task
+        round_ = current.round if current else 0
+        self._connection.send(protocol.Log(round=round_, step=step, metrics=metrics))
 
     def problem(self, text: str) -> None:
         """Tell the server about a local error; ``text`` must hold no private paths or data."""
