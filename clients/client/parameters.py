@@ -187,6 +187,10 @@ class ModelParameters:
             return ()
         return lora_pairs(self.files["adapter_config.json"], self.specs, method)
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return a tensor by the name under which it travels."""
+        return self._tensors[name]
+
     def hold(self, held: Held, names: Iterable[str]) -> None:
         """Have the tensors of these names stay as they are in training, and no others."""
         held.hold(self._root, [self._tensors[name] for name in names])
