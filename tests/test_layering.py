@@ -53,11 +53,13 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     paths = [*(ROOT / "fedcore").rglob("*.py"), *(ROOT / "clients").rglob("*.py")]
     return {module_of(path): path for path in paths if "examples" not in path.parts}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Return what a file imports, as full names: modules, and what may be a module's name or a name in it."""
     names: set[str] = set()
