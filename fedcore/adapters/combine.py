@@ -40,8 +40,8 @@ def combine_adapters(
 ) -> Report:
     """Combine adapters of LoRA and write the folder ``out``: ``adapter_config.json`` and the tensors.
 
-    The result does not depend on the order of the folders or on the threads. Each module's memory is given back
-    before the next one is read.
+    The result does not depend on the order of the folders or on threads. Each thread has one module in memory
+    at a time.
 
     Args:
         folders: adapters as PEFT saves them, or run folders.

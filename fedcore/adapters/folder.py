@@ -64,6 +64,13 @@ class Adapter:
             values = (values.astype(np.uint32) << 16).view(np.float32)
         return values.reshape(shape)
 
+    def release(self, module: str) -> None:
+        """Drop the mapped pages of a module's factors from this process's memory."""
+        group = self.groups[module]
+        for name, _, _, _, nbytes in self.model.layout.tensors:
+            if name in (group.a, group.b):
+                self.model.file.release(self.offset(name), nbytes)
+
 
 def open_adapter(path: Path, method: Method, allow: Collection[str] = ()) -> Adapter:
     """Open an adapter's folder, or the ``best/`` of a run's, and check that a method can combine it.

@@ -119,11 +119,15 @@ class Making:
 
     def fill(self, target: ModelFile, module: str) -> Figure | None:
         """Write what is computed of one module; return its figure, None where no products are combined."""
-        if self.method == "exact":
-            return self._fill_exact(target, module)
-        if module in self.folded:
-            self._fill_folded(target, module)
-        return None if self.method == "share-a" else self._figure(module)
+        try:
+            if self.method == "exact":
+                return self._fill_exact(target, module)
+            if module in self.folded:
+                self._fill_folded(target, module)
+            return None if self.method == "share-a" else self._figure(module)
+        finally:
+            for adapter in (*self.adapters, *([] if self.base is None else [self.base])):
+                adapter.release(module)
 
     def _fill_exact(self, target: ModelFile, module: str) -> Figure:
         group = self.first.groups[module]

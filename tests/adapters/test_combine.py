@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedcore.adapters.combine import combine_adapters
 from fedcore.errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
@@ -246,6 +247,28 @@ def test_what_is_beside_the_factors_comes_out_as_the_mean_of_models(
         scales = [2.0, 1.0] if name.endswith("lora_B.bias") else [1.0, 1.0]
         values = [s * v[name] for s, v in zip(scales, saved, strict=True)]
         torch.testing.assert_close(found[name], mean(values, [3, 1]))
+
+
+def test_layers_that_keep_their_weight_transposed_come_out_as_the_mean_of_models(
+    tmp_path: Path,
+) -> None:
+    def base() -> Any:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(
+            GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+        ).eval()
+
+    options = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    models = [adapted(seed, base(), r=2 + seed, **options) for seed in range(2)]
+    for number, model in enumerate(models):
+        save(model, tmp_path / str(number))
+    combine_adapters(folders(tmp_path, models), [3, 1], tmp_path / "out", method="exact")
+    dense = base()
+    with torch.no_grad():
+        for name, delta in mean_products(models, [3, 1]).items():
+            dense.get_submodule(name).weight += delta.T.float()
+    found = opened(tmp_path / "out", base())
+    torch.testing.assert_close(logits(found), logits(dense), atol=2e-5, rtol=2e-5)
 
 
 def test_the_result_depends_neither_on_the_order_of_folders_nor_on_threads(tmp_path: Path) -> None:
