@@ -1,11 +1,16 @@
-"""``with_fedcore.py FOLDER RULE``: the same from files to a file, which is how a server has updates."""
+"""``with_fedcore.py FOLDER RULE``: the same from files to a file, which is how a server has updates.
+
+It has a thread for each core, as the peers' arrays and tensors may use all of them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,8 @@ from fedcore.files.average import aggregate_files
 from fedcore.model_file import create_model, open_model
 
 REPEATS = 3
+CHUNK = 1 << 20
+THREADS = len(os.sched_getaffinity(0))
 ROUNDS, RATE = 10, 0.1
 SETTINGS = {"median": {}, "trimmed-mean": {"trim": 4.0}, "krum": {"f": 1.0}}
 ADAM = {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 0.001}
@@ -41,7 +48,13 @@ def by_rule(folder: Path, rule: str, paths: list[Path]) -> dict[str, Any]:
         seconds = [
             timed(
                 lambda: aggregate_files(
-                    paths, None, out, rule=rule, settings=SETTINGS[rule], force=True
+                    paths,
+                    None,
+                    out,
+                    rule=rule,
+                    settings=SETTINGS[rule],
+                    force=True,
+                    threads=THREADS,
                 )
             )
             for _ in range(REPEATS)
@@ -57,21 +70,31 @@ def by_rule(folder: Path, rule: str, paths: list[Path]) -> dict[str, Any]:
 
 
 def adam(folder: Path, paths: list[Path]) -> dict[str, Any]:
-    """One round, tensor after tensor, with states in files as a server has them."""
+    """One round, chunk by chunk, with states in files as a server has them."""
     base, *models = [open_model(path) for path in (folder / "base.safetensors", *paths)]
     out = create_model(folder / "out.safetensors", base.layout)
     size = base.layout.total_bytes
     files = {n: MappedFile.create(str(folder / n), size) for n in ("momentum", "variance")}
     weights = [1] * len(models)
 
+    chunks = [
+        (name, offset, at, min(CHUNK, nbytes - at))
+        for name, _, _, offset, nbytes in base.layout.tensors
+        for at in range(0, nbytes, CHUNK)
+    ]
+
+    def one_chunk(chunk: tuple[str, int, int, int]) -> None:
+        name, offset, at, nbytes = chunk
+        finisher = Finisher(_core.Layout([(name, "F32", [nbytes // 4])]), "adam", ADAM)
+        states = {state: (file, offset + at) for state, file in files.items()}
+        before, after, *updates = [m.view(name)[at : at + nbytes] for m in (base, out, *models)]
+        _core.finish_mean(finisher, updates, weights, before, after, states)
+        for model in (base, out, *models):
+            model.file.release(model.data_offset + model.offsets[name] + at, nbytes)
+
     def one_round() -> None:
-        for name, dtype, shape, offset, nbytes in base.layout.tensors:
-            finisher = Finisher(_core.Layout([(name, dtype, shape)]), "adam", ADAM)
-            states = {state: (file, offset) for state, file in files.items()}
-            updates = [model.view(name) for model in models]
-            _core.finish_mean(finisher, updates, weights, base.view(name), out.view(name), states)
-            for model in (base, out, *models):
-                model.file.release(model.data_offset + model.offsets[name], nbytes)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(one_chunk, chunks))
 
     seconds = [timed(one_round) for _ in range(REPEATS)]
     most = peak()
