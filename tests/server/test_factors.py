@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -99,9 +101,17 @@ def reader(values: Values) -> Callable[[str], bytes]:
     return lambda name: values[name].tobytes()
 
 
-def take_part(network: LocalNetwork, name: str, **options: Any) -> None:
-    settings = SiteSettings("local", name, idle_timeout=200, **options)
-    session = Session(settings, network.dial)
+def take_part(
+    network: LocalNetwork,
+    name: str,
+    *,
+    waits: threading.Event | None = None,
+    leaves: bool = False,
+    **options: Any,
+) -> list[int]:
+    """Return the rounds trained. Round 2 is sent after ``waits`` is set, or the last thing before the end."""
+    session = Session(SiteSettings("local", name, idle_timeout=200, **options), network.dial)
+    rounds = []
     try:
         while session.is_running():
             model = session.begin(SPECS, {}, reader(first()), roles={}, pairs=PAIRS)
@@ -110,9 +120,15 @@ def take_part(network: LocalNetwork, name: str, **options: Any) -> None:
                 session.end_task()
                 continue
             update = trained(values_of(model), name, model.round, session.fixed)
+            if model.round == 2 and waits is not None:
+                assert waits.wait(200)
             session.submit(reader(update), WEIGHTS[name])
+            rounds.append(model.round)
+            if model.round == 2 and leaves:
+                return rounds
     finally:
         session.close()
+    return rounds
 
 
 @contextmanager
@@ -121,13 +137,13 @@ def joined() -> Iterator[tuple[LocalNetwork, ThreadPoolExecutor]]:
         yield network, pool
 
 
-def run_through(run: RunConfig) -> Path:
+def run_through(run: RunConfig, **options: Any) -> Path:
     with joined() as (network, pool):
         server = Server(run, link=network.server())
         with ExitStack() as stack:
             stack.callback(server.stop)
             result = pool.submit(server.run)
-            sites = [pool.submit(take_part, network, name) for name in WEIGHTS]
+            sites = [pool.submit(take_part, network, name, **options) for name in WEIGHTS]
             assert result.result(200).ok
             for done in sites:
                 done.result(200)
@@ -178,6 +194,15 @@ def test_what_a_frozen_factor_leaves_travels_encoded(encoding: str, tmp_path: Pa
         assert 0 < np.abs(found[b] - wanted[b]).max() < 0.3
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sites_bound_is_one_of_what_its_round_trains(method: str, tmp_path: Path) -> None:
+    found = models(run_through(config(tmp_path, method), clip=0.5))
+    for round_, (before, after) in enumerate(itertools.pairwise(found), 1):
+        changes = {n: after[n].astype(np.float64) - before[n] for n in SHAPES}
+        assert {n for n in changes if not changes[n].any()} == fixed_in(method, round_) | {"seen"}
+        assert 0.2 < np.sqrt(sum((change**2).sum() for change in changes.values())) <= 0.5
+
+
 @pytest.mark.parametrize("rule", ["median", "rfa"])
 def test_another_rule_acts_on_the_factor_that_is_trained(rule: str, tmp_path: Path) -> None:
     folder = run_through(config(tmp_path, "alternate", 2, aggregation={"rule": rule}))
@@ -226,6 +251,28 @@ def test_a_server_killed_at_a_commit_goes_on_to_the_same_bytes(
             for done in sites:
                 done.result(200)
     assert same(models(later.run_folder), expected(method, 3))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_site_that_is_started_again_delivers_its_factor_without_training(
+    method: str, tmp_path: Path
+) -> None:
+    back = threading.Event()
+    with joined() as (network, pool):
+        run = config(tmp_path, method)
+        server = Server(run, link=network.server())
+        with ExitStack() as stack:
+            stack.callback(server.stop)
+            stack.callback(back.set)
+            result = pool.submit(server.run)
+            other = pool.submit(take_part, network, "b", waits=back)
+            work = tmp_path / "work"
+            assert take_part(network, "a", leaves=True, work=work) == [1, 2]
+            back.set()
+            assert take_part(network, "a", work=work) == [3]
+            assert result.result(200).ok
+            assert other.result(200) == [1, 2, 3]
+    assert same(models(run.run_folder), expected(method, 3))
 
 
 def declaring(network: LocalNetwork, pairs: Any) -> None:
