@@ -52,7 +52,7 @@ def test_arrays_travel_by_dlpack_or_by_numpys_protocol(
     while fl.is_running():
         params = fl.receive()
         fl.send({"w": wrap(params["w"] * 2)}, weight=1)
-    assert run.result(60).ok
+    assert run.result(200).ok
     final = load_file(tmp_path / "runs/t/final/model.safetensors")
     assert np.array_equal(final["w"], start * 8)
 
@@ -81,7 +81,7 @@ def test_a_jax_loop_trains_as_it_does_alone(
         params = jax.tree.map(jnp.asarray, fl.receive())
         score = float(loss(params))
         fl.send(step(params), weight=16, metrics={"val_loss": score})
-    assert run.result(60).ok
+    assert run.result(200).ok
     alone = start
     for _ in range(3):
         alone = step(alone)
@@ -122,7 +122,7 @@ def test_a_pass_is_one_block_with_arrays(run: Future[RunResult], tmp_path: Path)
             task.metrics = {"val_loss": float(task.params["w"][0])}
             task.params = {"w": task.params["w"] + 1}
             task.weight = 2
-    result = run.result(60)
+    result = run.result(200)
     assert kinds == [("train", 1, 0), ("train", 2, 1), ("train", 3, 2), ("evaluate", 3, 3)]
     assert result.best_version == 0
     assert load_file(tmp_path / "runs/t/final/model.safetensors")["w"].tolist() == [3, 3, 3]
@@ -138,7 +138,7 @@ def test_a_pass_is_one_block_with_a_module(run: Future[RunResult], tmp_path: Pat
             with torch.no_grad():
                 model.weight += 1
             task.weight = 1
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert load_file(tmp_path / "runs/t/final/model.safetensors")["weight"].tolist() == [[3, 3]]
 
 

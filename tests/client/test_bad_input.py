@@ -142,7 +142,7 @@ def test_an_update_that_is_all_zeros_is_warned_of(
     caplog.set_level(logging.WARNING)
     while fl_hf.is_running():
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     for logger in ("fedcore.client", "fedcore.server"):
         said = [r.getMessage() for r in caplog.records if r.name == logger]
         assert any("round 1 is all zeros" in text for text in said) is not changed, said
@@ -158,7 +158,7 @@ def test_an_update_of_a_plain_loop_that_is_all_zeros_is_warned_of(
         if fedcore.client.is_train() and fedcore.client.system_info()["round"] != 2:
             params["b"][-1] += 1
         fedcore.client.send(params, weight=1, metrics={"val_loss": 1.0})
-    assert run.result(60).ok
+    assert run.result(200).ok
     said = [r.getMessage() for r in caplog.records if r.name == "fedcore.client"]
     assert [text for text in said if "all zeros" in text] == [t for t in said if "round 2" in t]
     assert any("round 2" in text for text in said)
@@ -177,7 +177,7 @@ def test_a_metric_that_no_site_reports_is_told_with_those_that_they_do(
         if evaluates:
             trainer.evaluate()
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     said = "\n".join(r.getMessage() for r in caplog.records if r.name == "fedcore.server")
     assert "no model was scored with 'val_loss'" in said
     what = "eval_loss: set selection.metric to one of them" if evaluates else "no metric: call "
@@ -265,7 +265,7 @@ def test_what_describes_the_model_is_made_once_in_a_run_and_each_tensor_read_onc
     while fl_hf.is_running():
         trainer.evaluate()
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert len(made) == 1
     assert sorted(read) == sorted(["net.weight", "net.bias"] * 4), (
         "the initial model, three updates"

@@ -90,7 +90,7 @@ def test_what_is_unfrozen_within_the_run_is_trained_from_then_on(
     while fl.is_running():
         trainer.validate(model, loader(), verbose=False)
         trainer.fit(model, loader())
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert model.rates == unbroken.rates
     final = load_file(tmp_path / "runs/t/final/model.safetensors")
     for key, value in unbroken.state_dict().items():
@@ -131,7 +131,7 @@ def test_stochastic_weight_averaging_is_for_each_round(
         trainer.fit(model, loader())
         sent.append({key: value.clone() for key, value in model.state_dict().items()})
         counted.append(trainer._fedcore.counted.total())
-    assert run.result(60).ok
+    assert run.result(200).ok
     for key, value in first.state_dict().items():
         assert torch.equal(sent[0][key], value), f"{key}: the first round is one training"
     assert counted[:ROUNDS] == [64] * ROUNDS, "the pass that sets batch norms anew trains nothing"

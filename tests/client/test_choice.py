@@ -80,7 +80,7 @@ def test_the_models_of_a_run_hold_what_was_chosen_alone(
         params = fl.receive()
         assert set(params) == {"body"}
         fl.send({"body": params["body"] + 1, "head": np.full(2, 7, np.float32)}, weight=1)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert set(load_file(tmp_path / "runs/t/final/model.safetensors")) == {"body"}
 
 

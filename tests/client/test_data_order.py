@@ -149,7 +149,7 @@ def test_rounds_go_on_in_the_data(
     model, trainer = make_module(package), make_trainer(package, **{"max_epochs": -1, **budget})
     loader = LOADERS[kind]()
     federated(trainer, model, lambda: trainer.fit(model, loader))
-    assert run.result(60).ok
+    assert run.result(200).ok
     equal_to(unbroken, model, tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_a_loader_that_is_made_anew_in_each_round_goes_on_as_well(
 
     model, trainer = make_module(package), make_trainer(package, max_epochs=-1, max_steps=7)
     federated(trainer, model, lambda: trainer.fit(model, LOADERS[kind]()))
-    assert run.result(60).ok
+    assert run.result(200).ok
     equal_to(unbroken, model, tmp_path)
 
 
@@ -191,7 +191,7 @@ def test_the_loaders_of_a_datamodule_go_on(
         Data(),
     )
     federated(trainer, model, lambda: trainer.fit(model, datamodule=data))
-    assert run.result(60).ok
+    assert run.result(200).ok
     equal_to(unbroken, model, tmp_path)
 
 
@@ -213,7 +213,7 @@ def test_shuffled_loaders_that_are_made_in_each_epoch_go_on(
     model = make_module(package)
     torch.manual_seed(7)
     federated(trainer, model, lambda: trainer.fit(model, loader()))
-    assert run.result(60).ok
+    assert run.result(200).ok
     equal_to(unbroken, model, tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_epochs_go_on_whatever_makes_the_order_of_a_loader(
     torch.manual_seed(7)
     one = loader()
     federated(trainer, model, lambda: trainer.fit(model, loader() if anew else one))
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert model.seen == unbroken.seen
 
 
@@ -270,7 +270,7 @@ def test_a_generator_that_a_script_seeds_by_round_keeps_its_seed(run: Future[Run
         return DataLoader(dataset(), batch_size=20, sampler=sampler)
 
     federated(trainer, model, lambda: trainer.fit(model, loader()))
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert model.seen == [[order(seed)] for seed in range(1, ROUNDS + 1)]
 
 
@@ -287,7 +287,7 @@ def test_accumulation_that_a_schedule_changes_goes_on(
     make(ROUNDS).fit(unbroken, LOADERS["in-order"]())
     trainer = make(1)
     federated(trainer, model, lambda: trainer.fit(model, LOADERS["in-order"]()))
-    assert run.result(60).ok
+    assert run.result(200).ok
     equal_to(unbroken, model, tmp_path)
 
 
@@ -299,7 +299,7 @@ def test_by_choice_each_round_begins_its_data_anew_and_says_so(
     model, trainer = make_module(package), make_trainer(package, max_epochs=-1, max_steps=3)
     loader = LOADERS["in-order"]()
     federated(trainer, model, lambda: trainer.fit(model, loader), data="per_round")
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert model.seen == model.seen[:3] * ROUNDS
     assert "the data begin anew" in caplog.text
 
@@ -312,7 +312,7 @@ def test_a_limit_of_batches_is_for_each_epoch_and_is_named(
     model = make_module(package)
     trainer = make_trainer(package, max_epochs=1, limit_train_batches=2)
     federated(trainer, model, lambda: trainer.fit(model, LOADERS["in-order"]()))
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert model.seen == model.seen[:2] * ROUNDS
     assert caplog.text.count("limit_train_batches: each epoch takes the first 2 batches") == 1
 
@@ -360,7 +360,7 @@ def test_a_site_that_is_started_again_goes_on_with_data_optimiser_and_schedule(
         trainer.fit(model, LOADERS[kind]())
     while fl.is_running():
         trainer.fit(model, LOADERS[kind]())
-    assert run.result(60).ok
+    assert run.result(200).ok
     model.seen = [batch for one in models for batch in one.seen]
     model.epochs = [epoch for one in models for epoch in one.epochs]
     equal_to(unbroken, model, tmp_path)

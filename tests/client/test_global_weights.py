@@ -118,7 +118,7 @@ def test_an_average_of_weights_is_sent_but_never_scored(
         differ()
 
     found, truth = scores_and_truth(trainer, model, train)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert found == pytest.approx(truth)
     assert "global model was put back" not in caplog.text, "Lightning's own are known"
     final = load_file(tmp_path / "runs/t/final/model.safetensors")
@@ -147,7 +147,7 @@ def test_a_callback_that_swaps_weights_for_validation_swaps_nothing_into_the_sco
         trainer.fit(*args)
 
     found, truth = scores_and_truth(trainer, model, train)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert found == pytest.approx(truth)
     assert "global model was put back" in caplog.text
     assert "'net.0.bias'" in caplog.text
@@ -169,7 +169,7 @@ def test_a_hook_that_loads_other_weights_within_validation_changes_no_score(
 
     model.on_validation_batch_start = spoil
     found, truth = scores_and_truth(make_trainer(package, []), model)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert found == pytest.approx(truth)
 
 
@@ -197,7 +197,7 @@ def test_training_begins_with_the_global_model_whatever_happened_before(
         trainer.validate(model, loader(), verbose=False)
         expected.append(model.net[0].weight.detach().clone())
         trainer.fit(model, loader())
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert len(begun) == 3
     assert all(torch.equal(b, e) for b, e in zip(begun, expected, strict=False))
     assert "something else than the global model was about to be trained from" in caplog.text
@@ -252,7 +252,7 @@ def test_a_checkpoint_of_a_requeued_job_gives_its_state_once_and_never_its_weigh
 
     model.on_train_start = begin
     found, truth = scores_and_truth(trainer, model, train)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert found == pytest.approx(truth)
     assert begun == expected, "the epoch that was cut short begins anew, or the whole round"
     assert rows[:2] == [64, 64]
@@ -309,7 +309,7 @@ def test_a_trainer_that_swaps_weights_in_evaluate_scores_the_global_model(
         truth.append(float(trainer.model(*examples())["loss"].detach()))
         found.append(trainer.evaluate()["eval_loss"])
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert found == pytest.approx(truth)
 
 
@@ -334,7 +334,7 @@ def test_a_trainer_that_makes_a_model_for_each_training_trains_from_the_global_o
         trainer.evaluate()
         expected.append(trainer.model.net.weight.detach().clone())
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert len(begun) == 3
     for first, weights in zip(begun, expected, strict=False):
         torch.testing.assert_close(first, weights, rtol=0, atol=0.051)

@@ -332,7 +332,7 @@ def test_a_run_goes_on_in_the_data_and_says_so(
     with caplog.at_level("INFO", logger="fedcore.client"):
         while fl.is_running():
             trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert trainer.seen == unbroken.seen
     assert trainer.state.global_step == 9
     assert "a: round 2: step 3; goes on in the data at epoch 0, batch 3" in caplog.text

@@ -140,7 +140,7 @@ def test_the_documented_line_loads_into_a_wrapped_module(kind: str, run: Future[
         with torch.no_grad():
             list(model.parameters())[-2].fill_(fl.system_info()["round"])
         fl.send(model.state_dict(), weight=1)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert params["module.weight"].tolist() == [[3.0, 3.0, 3.0]]
 
 

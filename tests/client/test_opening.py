@@ -389,7 +389,7 @@ def test_a_site_says_that_an_initial_model_of_the_server_does_not_open(
             while fl.is_running():
                 fl.receive()
                 fl.send(weight=1)
-            assert result.result(60).ok
+            assert result.result(200).ok
         finally:
             fl.shutdown()
             server.stop()
@@ -429,7 +429,7 @@ def test_a_run_of_a_partly_frozen_model_says_how_its_result_opens(
             trainer.evaluate()
             scored = loss(model)
             trainer.train()
-        assert run.result(60).ok
+        assert run.result(200).ok
     final = tmp_path / "runs/t/final"
     with pytest.raises(OSError, match="no file named model.safetensors"):
         LlamaForCausalLM.from_pretrained(final)

@@ -132,6 +132,8 @@ def test_an_adapter_of_each_family_opens_as_it_was_scored(method: str, tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - set(FAST)))
 def test_an_adapter_of_every_method_opens_as_it_was_scored(method: str, tmp_path: Path) -> None:
+    if method == "ADAMSS":
+        pytest.importorskip("sklearn", reason="scikit-learn comes with the extra `slow`")
     check(
         METHODS[method],
         tmp_path,

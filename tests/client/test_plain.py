@@ -43,7 +43,7 @@ def test_the_round_at_hand_is_shown_in_each_pass(run: Future[RunResult]) -> None
 def test_a_run_that_is_over_stays_over(run: Future[RunResult]) -> None:
     fl.init(values())
     go_through()
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert not fl.is_running()
     with pytest.raises(ClosedError, match="the run is over"):
         fl.receive()
@@ -67,7 +67,7 @@ def test_a_pass_sends_once(run: Future[RunResult]) -> None:
             fl.send(values(), weight=1)
         rounds += not evaluating
     assert rounds == ROUNDS
-    assert run.result(60).ok
+    assert run.result(200).ok
 
 
 def test_a_send_that_was_refused_may_be_repeated(run: Future[RunResult]) -> None:
@@ -77,7 +77,7 @@ def test_a_send_that_was_refused_may_be_repeated(run: Future[RunResult]) -> None
         fl.send(fl.receive(), weight=0)
     fl.send(fl.receive(), weight=1)
     go_through()
-    assert run.result(60).ok
+    assert run.result(200).ok
 
 
 def test_an_update_under_other_names_is_told_how_to_send_it(run: Future[RunResult]) -> None:
@@ -105,7 +105,7 @@ def test_any_integer_is_a_weight(weight: Any, run: Future[RunResult]) -> None:
     fl.init(values())
     while fl.is_running():
         fl.send(fl.receive(), weight=weight)
-    assert run.result(60).ok
+    assert run.result(200).ok
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_number_that_was_left_out_counts_one_and_is_warned_of_once(
     fl.init(values())
     while fl.is_running():
         fl.send(fl.receive(), metrics={"val_loss": 1.0})
-    assert run.result(60).ok
+    assert run.result(200).ok
     said = [record.getMessage() for record in caplog.records if "was given no" in record.message]
     assert said == [
         "a: fl.send() was given no examples: this score weighs 1, whatever the number of validation examples; "

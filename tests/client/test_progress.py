@@ -161,7 +161,7 @@ def test_a_site_on_a_terminal_shows_that_it_waits_and_erases_it(tmp_path: Path) 
         while "round 1 of 1, waiting for the other sites" not in plain(seen.decode()):
             seen += os.read(outer, 4096)
         _, off_the_terminal = held.communicate(b"\n", timeout=200)
-        assert free.wait(60) == server.wait(60) == 0
+        assert free.wait(200) == server.wait(200) == 0
         while "the run is complete" not in seen.decode():
             seen += os.read(outer, 4096)
     finally:

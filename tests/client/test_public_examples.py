@@ -91,6 +91,7 @@ def test_lightnings_smallest_models(
 def test_lightnings_language_models_that_have_no_validation(
     module: str, model: str, examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("requests", reason="requests comes with the extra `slow`")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/wikitext-2.txt").write_text(

@@ -89,7 +89,7 @@ def test_two_processes_of_lightning_train_as_one(
     package: str, strategy: str, run: Future[RunResult], tmp_path: Path
 ) -> None:
     assert_both_took_part(start("lightning_ddp.py", package, strategy))
-    assert run.result(60).ok
+    assert run.result(200).ok
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     expected = losses(net, torch.optim.Adam(net.parameters(), lr=1e-2))
@@ -102,7 +102,7 @@ def test_a_model_that_lightning_shards_trains_as_one(
     package: str, run: Future[RunResult], tmp_path: Path
 ) -> None:
     assert_both_took_part(start("lightning_fsdp2.py", package))
-    assert run.result(60).ok
+    assert run.result(200).ok
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
     expected = losses(net, torch.optim.Adam(net.parameters(), lr=1e-2))
@@ -125,7 +125,7 @@ def test_two_processes_of_a_trainer_train_as_one(
     else:
         done = start_two("hf_ddp.py", tmp_path / "hf")
     assert_both_took_part(done)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert_trainer_as_alone(tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_a_model_that_accelerate_shards_trains_as_one(
     run: Future[RunResult], tmp_path: Path
 ) -> None:
     assert_both_took_part(start("hf_fsdp2.py", tmp_path / "hf", launcher=TORCHRUN))
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert_trainer_as_alone(tmp_path)
 
 
@@ -152,7 +152,7 @@ def test_a_model_whose_weights_accelerate_makes_fp32_takes_part(
     run: Future[RunResult], tmp_path: Path
 ) -> None:
     assert_both_took_part(start("hf_fsdp2.py", tmp_path / "hf", "bf16", launcher=TORCHRUN))
-    assert run.result(60).ok
+    assert run.result(200).ok
     final = load_file(tmp_path / "runs/t/final/model.safetensors")
     assert {value.dtype for value in final.values()} == {torch.float32}
 
@@ -162,7 +162,7 @@ def test_an_adapter_that_accelerate_shards_trains_as_one(
     run: Future[RunResult], tmp_path: Path
 ) -> None:
     assert_both_took_part(start("hf_fsdp2.py", tmp_path / "hf", "lora", launcher=TORCHRUN))
-    assert run.result(60).ok
+    assert run.result(200).ok
     torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 1))
     net = get_peft_model(net, LoraConfig(r=2, target_modules=["0"]))
@@ -181,7 +181,7 @@ def test_an_adapter_that_accelerate_shards_trains_as_one(
 
 def test_a_loop_of_its_own_runs_in_two_processes(run: Future[RunResult], tmp_path: Path) -> None:
     assert_both_took_part(start_two("plain.py", "well"))
-    assert run.result(60).ok
+    assert run.result(200).ok
     first = load_file(tmp_path / "runs/t/models/round-0000.safetensors")["weight"]
     final = load_file(tmp_path / "runs/t/final/model.safetensors")["weight"]
     torch.testing.assert_close(final, first + ROUNDS)
@@ -227,7 +227,7 @@ def test_a_sharded_model_travels_whole_and_trains_as_one(
     run: Future[RunResult], tmp_path: Path
 ) -> None:
     assert_both_took_part(start_two("sharded.py"))
-    assert run.result(60).ok
+    assert run.result(200).ok
     torch.manual_seed(0)
     net = torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3), torch.nn.Linear(3, 1)

@@ -93,7 +93,7 @@ def test_a_lightning_schedule_spans_all_rounds(
 
     model = lightning_module(package, schedule)
     federated(lightning_trainer(package, budget), model)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert len(model.rates) == ROUNDS * (7 if "max_steps" in budget else 10)
     assert model.rates == unbroken.rates
 
@@ -109,7 +109,7 @@ def test_without_the_optimizers_state_a_lightning_schedule_is_per_round(
 
     model = lightning_module(package, schedule)
     federated(lightning_trainer(package, budget), model, keep_optimizer=False)
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert model.rates == alone.rates * ROUNDS
 
 
@@ -158,5 +158,5 @@ def test_a_trainers_schedule_spans_all_rounds_or_each(
     while fl_hf.is_running():
         trainer.evaluate()
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert rates == pytest.approx(expected if spans else expected * ROUNDS, rel=1e-12)

@@ -102,7 +102,7 @@ def test_each_round_of_a_plain_loop_scores_the_model_that_the_server_has(
         assert torch.equal(model["backbone"][1].running_mean, first)
         train(model)
         fl.send(weight=16, metrics={"val_loss": 1.0})
-    run.result(60)
+    run.result(200)
     said = [r for r in caplog.records if "backbone.1.running_mean" in r.getMessage()]
     assert len([r for r in said if r.name == "fedcore.client"]) == 1
 
@@ -123,5 +123,5 @@ def test_a_module_that_was_moved_after_it_was_given_is_loaded_and_sent(
         with torch.no_grad():
             model.bias += 1
         fl.send(weight=1, metrics={"val_loss": 1.0})
-    run.result(60)
+    run.result(200)
     assert [round(value - seen[0], 5) for value in seen] == [0, 1, 2, 3]

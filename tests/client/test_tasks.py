@@ -75,7 +75,7 @@ def test_an_answer_is_given_once_and_in_its_own_task_alone(start: Start, tmp_pat
     with pytest.raises(ClosedError, match="sent already"):
         fl.answer({"text": "again"})
     assert not fl.is_running()
-    assert result.result(60).ok
+    assert result.result(200).ok
     outputs = {"labels": [1, 2], "mean": 0.5, "text": "fine"}
     assert models(tmp_path)[0]["sites"]["a"] == {"examples": 2, "metrics": {}, "outputs": outputs}
 
@@ -96,7 +96,7 @@ def test_outputs_leave_through_a_block_too(start: Start, tmp_path: Path) -> None
         with fl.task() as task:
             assert task.kind == "infer"
             task.outputs = {"sum": float(task.params["w"].sum())}
-    assert result.result(60).ok
+    assert result.result(200).ok
     assert models(tmp_path)[0]["sites"]["a"]["outputs"] == {"sum": 6.0}
 
 
@@ -121,7 +121,7 @@ def test_a_patched_trainer_submits_what_it_trains_by_itself(start: Start, tmp_pa
     while fl_hf.is_running():
         trainer.evaluate()
         trainer.train()
-    assert result.result(60).ok
+    assert result.result(200).ok
     initial, own = models(tmp_path)
     assert (initial["from"], own["from"]) == ("initial", "a")
     assert own["metrics"]["eval_loss"] < initial["metrics"]["eval_loss"]

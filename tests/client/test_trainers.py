@@ -47,7 +47,7 @@ def test_rounds_of_lightning_are_one_unbroken_training(
         trainer.validate(model, loader(), verbose=False)
         trainer.fit(model, loader())
         passes += 1
-    result = run.result(60)
+    result = run.result(200)
     assert result.ok
     assert passes == ROUNDS + 1
     final = load_file(tmp_path / "runs/t/final/model.safetensors")
@@ -71,7 +71,7 @@ def test_rounds_of_a_trainer_are_one_unbroken_training(
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         passes += 1
-    result = run.result(60)
+    result = run.result(200)
     assert result.ok
     assert passes == ROUNDS + 1
     final = load_file(tmp_path / "runs/t/final/model.safetensors")
@@ -102,7 +102,7 @@ def test_several_sets_of_rows_are_one_score(run: Future[RunResult], tmp_path: Pa
     while fl_hf.is_running():
         found = trainer.evaluate()
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     last = json.loads((tmp_path / "runs/t/summary.json").read_text())["versions"][-1]
     scored = {name: found[name] for name in ("eval_all_loss", "eval_streamed_loss")}
     assert last["metrics_by_site"]["a"] == pytest.approx({**scored, "examples": 16 + 5})
@@ -132,7 +132,7 @@ def test_each_of_several_loaders_weighs_its_own_metrics(
     while fl_lightning.is_running():
         trainer.validate(model, loaders, verbose=False)
         trainer.fit(model, loader())
-    assert run.result(60).ok
+    assert run.result(200).ok
     rows = {"val_loss/dataloader_idx_0": 3, "val_loss/dataloader_idx_1": 10}
     assert rows_of_metrics(tmp_path) == rows
 
@@ -147,7 +147,7 @@ def test_a_checkpoint_is_no_place_to_train_from(run: Future[RunResult], tmp_path
     trainer.train(resume_from_checkpoint=None)
     while fl_hf.is_running():
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
 
 
 def test_a_model_with_nothing_to_train_is_refused(run: Future[RunResult], tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_after_the_run_a_lightning_trainer_is_as_unpatched(run: Future[RunResult
     while fl_lightning.is_running():
         trainer.validate(model, loader(), verbose=False)
         trainer.fit(model, loader())
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert not fl_lightning.is_running()
     final = {key: value.clone() for key, value in model.state_dict().items()}
     before = trainer.validate(model, loader(), verbose=False)[0]["val_loss"]
@@ -197,7 +197,7 @@ def test_after_the_run_a_trainer_is_as_unpatched(run: Future[RunResult], tmp_pat
     while fl_hf.is_running():
         trainer.evaluate()
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
     assert not fl_hf.is_running()
     before = trainer.evaluate()["eval_loss"]
     trainer.train()

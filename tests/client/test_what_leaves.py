@@ -55,7 +55,7 @@ class Tap:
 
     def messages(self) -> list[list[bytes]]:
         """Wait for the connection's end; return the ZMTP messages, which must be all that was sent."""
-        self._threads[0].join(60)
+        self._threads[0].join(200)
         assert not self._threads[0].is_alive()
         stream, at, found = bytes(self.sent), GREETING_BYTES, []
         parts: list[bytes] = []
@@ -110,7 +110,7 @@ def test_nothing_but_layout_update_metrics_and_counts_leaves_a_site(
         fl.log({"seen": 3.0}, step=7)
         trainer.evaluate()
         trainer.train()
-    assert run.result(60).ok
+    assert run.result(200).ok
 
     said: list[protocol.FromSite] = []
     chunks: dict[bytes, dict[int, bytes]] = {}

@@ -38,9 +38,9 @@ def test_a_thread_that_waits_for_the_exchange_lets_the_rule_have_the_interpreter
     federation = Federation("abc", 64 * CHUNK, rule=load_rule(named(Asking)).core)
     reducing = threading.Thread(target=federation.run, args=("abc",))
     reducing.start()
-    assert Asking.called.wait(60)
+    assert Asking.called.wait(200)
     ask(federation)  # it has the interpreter, and the thread that reduces has the exchange
-    reducing.join(60)
+    reducing.join(200)
     assert not reducing.is_alive()
     federation.run("abc")
     assert federation.collector.done

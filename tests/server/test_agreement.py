@@ -271,7 +271,7 @@ def test_of_two_sites_with_unlike_tokenizers_one_is_refused_with_both_names(tmp_
         serving = pool.submit(server.run)
         found = list(pool.map(take_part, sessions, "12"))
         server.stop()
-        serving.result(60)
+        serving.result(200)
     refused = [text for text in found if text]
     assert len(refused) == 1, found
     assert "tokenizer" in refused[0]
@@ -306,7 +306,7 @@ def test_a_base_that_differs_is_named_in_the_logs_of_the_server_and_of_the_site(
     with ThreadPoolExecutor(3) as pool:
         serving = pool.submit(server.run)
         list(pool.map(take_part, ["north", "south"], "12"))
-        assert serving.result(60).ok
+        assert serving.result(200).ok
     said = [r for r in caplog.records if "model.norm.weight" in r.getMessage()]
     assert {record.name for record in said} == {"fedcore.server", "fedcore.client"}
     assert all("'north'" in r.getMessage() and "'south'" in r.getMessage() for r in said)

@@ -127,7 +127,7 @@ def test_one_site_cant_take_tensors_from_a_robust_rule_by_naming_them_buffers(
         sites = [pool.submit(site, server.endpoint, f"s{i}", 1, said[i]) for i in range(2)]
         done, left = wait(sites, 60, FIRST_COMPLETED)
         server.stop()
-        running.result(60)
+        running.result(200)
         wait(left, 60)
     (refused,) = done
     assert isinstance(refused.exception(), RefusedError)

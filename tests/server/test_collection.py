@@ -366,7 +366,7 @@ def test_an_update_is_pulled_while_another_site_trains(tmp_path: Path, spill: bo
 
     def wait() -> None:
         """Train until as much of a's update is there as may be, and no more has come for half a second."""
-        deadline, since = time.monotonic() + 120, time.monotonic()
+        deadline, since = time.monotonic() + 200, time.monotonic()
         before = 0
         while time.monotonic() < deadline:
             now = pulled()

@@ -162,7 +162,7 @@ def test_a_model_that_changes_while_sites_train_from_it_makes_no_other(
 
     def spoiling(flat: Flat, name: str, round_: int) -> Flat:
         if round_ == 2:  # both have pulled it
-            both_train.wait(60)
+            both_train.wait(200)
         return good(flat, name, round_)
 
     both_train = threading.Barrier(2, action=lambda: put(b"\x63"))
@@ -177,7 +177,7 @@ def test_a_model_that_changes_while_sites_train_from_it_makes_no_other(
         assert not path.with_name("round-0002.safetensors").exists()
         put(b"\x01")
         assert Server(first.model_copy(update={"server": listen})).run().ok
-        assert all(one.result(60) for one in sites)
+        assert all(one.result(200) for one in sites)
     assert committed(tmp_path, ROUNDS)[:16].tobytes() == start()[:16].tobytes()
 
 

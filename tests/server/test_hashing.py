@@ -59,7 +59,7 @@ class StoppedAfterABlock(threading.Event):
         self.asked += 1
         if self.asked == 2:
             self.begun.set()
-            self.wait(60)
+            self.wait(200)
         return super().is_set()
 
 
@@ -67,7 +67,7 @@ def test_what_was_begun_in_the_background_is_finished_with_the_right_digest(hash
     path, digest = written(tmp_path, "model", 5 << 20)
     hasher._stopped = stopped = StoppedAfterABlock()
     add(hasher, 7, path)
-    assert stopped.begun.wait(60)
+    assert stopped.begun.wait(200)
     hasher.finish()
     assert hasher.results() == [(7, digest)]
 
@@ -124,7 +124,7 @@ def test_nothing_is_hashed_while_chunks_move_fast_and_all_is_once_they_do_not(ga
     hasher = gated(traffic, 8)
     path, digest = written(tmp_path, "model", 3 << 20)
     add(hasher, 1, path)
-    assert traffic.looked_again.wait(60)
+    assert traffic.looked_again.wait(200)
     assert hasher.results() == []
     traffic.step = 0
     assert hasher._done.get(timeout=200) == (1, digest)

@@ -221,7 +221,7 @@ def test_a_site_that_leaves_a_server_optimizer_no_parameter_is_refused(tmp_path:
         with pytest.raises(RefusedError, match="'a' says that all tensors .* are buffers"):
             site(server.endpoint, "a", roles=dict.fromkeys(DTYPES, "buffer"))
         server.stop()
-        running.result(60)
+        running.result(200)
 
 
 def test_a_site_whose_roles_are_not_the_runs_is_refused(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_site_whose_roles_are_not_the_runs_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RefusedError, match=said):
             site(server.endpoint, "b", roles={})
         server.stop()
-        running.result(60)
+        running.result(200)
 
 
 def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(

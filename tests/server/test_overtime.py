@@ -72,7 +72,7 @@ def reader(step: int) -> Callable[[str], bytes]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -66,8 +66,8 @@ def test_a_run_by_the_rule_on_the_page_works_as_it_is_written(tmp_path: Path) ->
                 for name, step in steps.items()
             ]
             said.extend(server.stdout)
-            assert server.wait(60) == 0, "".join(said)
-            assert [trained.result(60) for trained in done] == [1] * len(steps)
+            assert server.wait(200) == 0, "".join(said)
+            assert [trained.result(200) for trained in done] == [1] * len(steps)
     finally:
         server.kill()
         server.wait()

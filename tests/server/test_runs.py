@@ -94,7 +94,7 @@ def test_a_site_whose_initial_model_is_invalid_is_passed_over(tmp_path: Path) ->
         return trained
 
     def whole() -> int:
-        assert asked.wait(60)
+        assert asked.wait(200)
         return site(server.endpoint, "b", 3)
 
     result, trained = run(server, broken, whole)
@@ -254,7 +254,7 @@ def test_strangers_twins_and_other_models_are_refused(tmp_path: Path) -> None:
         return 1
 
     def second() -> int:
-        assert go_on.wait(60)
+        assert go_on.wait(200)
         return site(at, "b", 3)
 
     result, _ = run(server, first, second)

@@ -45,7 +45,7 @@ class Held(Median):
 
     def combine(self, values: np.ndarray, out: np.ndarray) -> None:
         self.entered.set()
-        if not self.free.wait(60):
+        if not self.free.wait(200):
             raise TimeoutError("the test does not let the rule go on")
         super().combine(values, out)
 

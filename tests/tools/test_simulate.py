@@ -261,7 +261,7 @@ def test_ctrl_c_and_its_like_end_everything_with_the_last_round_on_disk(
     parent, started = endless
     assert all(map(alive, started))
     parent.send_signal(number)
-    assert parent.wait(60) == 130
+    assert parent.wait(200) == 130
     wait_until(lambda: not any(map(alive, started)))
     summary = json.loads((tmp_path / "runs" / "t" / "summary.json").read_text())
     assert (summary["ok"], summary["message"]) == (False, "stopped on request")
