@@ -153,7 +153,7 @@ TRAITS: Final = (
     Trait(
         "dora", _entry("use_dora"), _FACTORS_ONLY,
         "the magnitudes of DoRA are not linear: their mean is not the mean of the models",
-        "set use_dora=False, take the method factors, or allow it",
+        "set use_dora=False, or average the factors",
         allowable=True,
     ),
     Trait(
@@ -231,7 +231,7 @@ def check_adapter(
     method: Method,
     *,
     where: str,
-    allow: Collection[str] = (),
+    allow: Collection[str] | None = None,
 ) -> list[str]:
     """Check that a method can combine an adapter, and return what it averages without being exact, a text each.
 
@@ -240,7 +240,7 @@ def check_adapter(
         tensors: the adapter's tensors, by the names that PEFT gives them in a file.
         method: how it is to be combined.
         where: whose adapter it is; it begins the messages.
-        allow: names of traits that are averaged where they are refused.
+        allow: names of traits that are averaged where they are refused; None: nothing can be allowed, as in a run.
 
     Raises:
         ConfigError: the method refuses what the adapter has; the message says why, and what works.
@@ -256,10 +256,11 @@ def check_adapter(
         handling = trait.by(method)
         if not found or handling == "exact":
             continue
-        if handling == "refused" and not (trait.allowable and trait.name in allow):
+        allowable = trait.allowable and allow is not None
+        if handling == "refused" and not (allowable and trait.name in (allow or ())):
             raise ConfigError(
                 f"{where}: the method {method!r} refuses {found}: {trait.why}. What works: {trait.instead}"
-                + (f" (--allow {trait.name})" if trait.allowable else "")
+                + (f" (--allow {trait.name})" if allowable else "")
             )
         notes.append(f"{found} is averaged tensor by tensor, which is not exact: {trait.why}")
     if not groups:

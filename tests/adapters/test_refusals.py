@@ -95,6 +95,8 @@ def test_dora_is_averaged_where_the_user_allows_it() -> None:
     notes = check(config, PLAIN, "exact", allow=["dora"])
     assert "use_dora = True is averaged tensor by tensor, which is not exact" in notes[0]
     with pytest.raises(ConfigError, match=r"What works: .* \(--allow dora\)$"):
+        check(config, PLAIN, "exact", allow=())
+    with pytest.raises(ConfigError, match="average the factors$"):
         check(config, PLAIN, "exact")
 
 
