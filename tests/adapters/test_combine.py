@@ -218,7 +218,7 @@ def test_share_a_goes_below_the_b_of_each_site_and_opens_without_effect(tmp_path
             torch.testing.assert_close(parameter, (before[name] + others[name]) / 2)
         elif "lora_B" in name:
             assert torch.equal(parameter, before[name])
-    assert torch.equal(logits(opened(out)), logits(llama().eval()))
+    torch.testing.assert_close(logits(opened(out)), logits(llama().eval()), atol=1e-6, rtol=1e-6)
     assert "B stays at its site" in report.notes[0]
 
 
