@@ -101,11 +101,14 @@ class FileJob {
     out_.check_range(tensor.out_offset, tensor.nbytes);
   }
 
-  // A block is made in memory and written by one call: through the mapping, each page would be a fault.
+  // A block of a file is made in memory and written by one call: through the mapping, each page is a fault.
   // The device gets it while the next ones are made, so that little is left for the end.
   void reduce(const Block& block, Combiner& combiner, std::vector<const void*>& pointers,
-              std::uint8_t* out) {
+              std::uint8_t* made) {
     const FileTensor& tensor = tensors_[block.tensor];
+    const std::uint64_t place = tensor.out_offset + block.offset;
+    const bool in_memory = out_.path().empty();
+    std::uint8_t* const out = in_memory ? out_.data() + place : made;
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
       inputs_[k]->populate(tensor.input_offsets[k] + block.offset, block.nbytes);
       pointers[k] = inputs_[k]->data() + tensor.input_offsets[k] + block.offset;
@@ -122,8 +125,10 @@ class FileJob {
     for (std::size_t k = 0; k < inputs_.size(); ++k) {
       inputs_[k]->release(tensor.input_offsets[k] + block.offset, block.nbytes);
     }
-    out_.write(tensor.out_offset + block.offset, out, block.nbytes);
-    out_.write_behind(tensor.out_offset + block.offset, block.nbytes);
+    if (!in_memory) {
+      out_.write(place, out, block.nbytes);
+      out_.write_behind(place, block.nbytes);
+    }
   }
 
   bool combine(const Block& block, Combiner& combiner, const std::vector<const void*>& pointers,
