@@ -119,11 +119,12 @@ class Connection:
         if asked and self._link is not None:
             self._link.wake()  # its thread looks again at what is due
         with self.changed:
-            deadline = time.monotonic() + self._settings.connect_timeout
+            asked_at = time.monotonic()
             for _ in self.waiting(f"an answer from {self._server}", connecting=True):
                 if self.machine.welcome is not None or self.machine.finish is not None:
                     return
-                if time.monotonic() > deadline and not self.machine.held:
+                waited = time.monotonic() - asked_at
+                if waited > self._settings.connect_timeout and not self.machine.held:
                     seconds = f"within {self._settings.connect_timeout:g} s"
                     what = (
                         f"no answer from the server at {self._server} {seconds}{self._why_silent()}"
