@@ -57,6 +57,15 @@ def test_a_text_that_is_not_whole_is_refused_wherever_it_is_cut() -> None:
         {**of, "base": 0.5},
         {**of, "updates": [[*update[:3], "1", update[4]] for update in of["updates"]]},
         {**of, "key": "%"},
+        *(
+            {**of, "squares": [row, *of["squares"][1:]]}
+            for first in [of["squares"][0]]
+            for row in (
+                first[1:],
+                [*first, "0x0p+0"],
+                *([wrong, *first[1:]] for wrong in ("nan", "-0x1p+0", "0x1p+9999")),
+            )
+        ),
     ]
     for values in spoiled:
         with pytest.raises(ValueError, match="not whole"):

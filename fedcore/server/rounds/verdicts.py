@@ -134,7 +134,14 @@ class Verdict:
         """
         try:
             found = cls._of_values(json.loads(text))
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            OverflowError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"it is not whole ({what})") from None
         count, rows = len(found.participants), len(found.squares)
@@ -188,9 +195,18 @@ def decide(
 
 
 def _whole(upper: Sequence[Sequence[str]]) -> tuple[tuple[float, ...], ...]:
-    """Return the symmetric matrix of rows that begin right of its diagonal."""
+    """Return the symmetric matrix of rows that begin right of its diagonal.
+
+    Raises:
+        ValueError: a row is not as long as it has to be, or a number is no square.
+    """
     squares = [[0.0] * len(upper) for _ in upper]
+    for i, row in enumerate(upper, 1):
+        if len(row) != len(upper) - i:
+            raise ValueError("a distance is missing")
     for i, row in enumerate(upper):
         for j, value in enumerate(row, i + 1):
             squares[i][j] = squares[j][i] = float.fromhex(value)
+            if not squares[i][j] >= 0:
+                raise ValueError("a square is out of range")
     return tuple(map(tuple, squares))
