@@ -202,18 +202,23 @@ bool Spill::make_room(std::uint64_t more) {
   return true;
 }
 
-// Whether so many more bytes of the device may be taken. It is asked for an extent at a time.
+// Whether so many more bytes of the device may be taken. It is asked for an extent at a time, or for
+// what is left of one.
 bool Spill::has_room(std::uint64_t more) {
   if (more <= granted_) {
     return true;
   }
-  const std::uint64_t bytes = std::max(more, extent_bytes_);
-  struct statvfs room{};
-  if (statvfs(folder_of(path_).c_str(), &room) == 0 &&
-      static_cast<std::uint64_t>(room.f_bavail) * room.f_frsize < bytes + keep_free_) {
-    problem_ =
-        "less than " + std::to_string((bytes + keep_free_) >> 20) + " MiB free beside " + path_;
-    return false;
+  std::uint64_t bytes = std::max(more, extent_bytes_);
+  struct statvfs disk{};
+  if (statvfs(folder_of(path_).c_str(), &disk) == 0) {
+    const std::uint64_t left = static_cast<std::uint64_t>(disk.f_bavail) * disk.f_frsize;
+    const std::uint64_t room = left - std::min(left, keep_free_);
+    if (room < more) {
+      problem_ = "less than " + std::to_string(((more + keep_free_) >> 20) + 1) +
+                 " MiB free beside " + path_;
+      return false;
+    }
+    bytes = std::min(bytes, room);
   }
   granted_ = bytes;
   return true;

@@ -35,7 +35,7 @@ class Spill {
   using Key = std::array<std::uint8_t, 64>;
   // Chunks of one set: index and slot.
   using Chunks = std::vector<std::pair<std::uint64_t, Slot>>;
-  // What the file grows by; the room on the device is looked at once for as much.
+  // What the file grows by; the room on the device is looked at once for as much, or for all there is.
   static constexpr std::uint64_t kExtentBytes = 64u << 20;
 
   // `keep_free`: bytes of the device that are left to others; no block of them is taken.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import resource
 from pathlib import Path
@@ -86,6 +87,18 @@ def test_where_the_disk_has_no_room_sites_are_held_back_and_it_is_said_once(
     federation.run("abc")
     assert federation.result() == alone("abc")
     assert [type(event) for event in federation.events()] == [CollectorDone]
+
+
+def test_the_last_room_of_a_disk_is_taken_though_it_is_less_than_the_file_grows_by(
+    tmp_path: Path,
+) -> None:
+    disk = os.statvfs(tmp_path)
+    free = disk.f_bavail * disk.f_frsize
+    spill = Spill(str(tmp_path / "spill"), 1 << 23, free // 2, extent_bytes=free)
+    federation = Federation("abc", 3 * 4 * CHUNK, spill)
+    federation.run("a")
+    assert spill.used > CHUNKS // 2
+    assert federation.events() == []
 
 
 @pytest.mark.parametrize("spilling", [False, True], ids=["held back", "spilled"])
