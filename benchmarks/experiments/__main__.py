@@ -241,7 +241,7 @@ def lora(
 ) -> None:
     """20 Newsgroups at eight sites of equal and of mixed ranks: ways to bring LoRA adapters together.
 
-    The default takes about an hour of CPU time; --quick some seconds.
+    The default takes about two hours of CPU time; --quick a minute.
     """
     import torch
 

@@ -59,7 +59,7 @@ class LoraSettings(Settings):
     batch_size: int = 8
     sites: int = 8
     most: int = 32
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (4e-3, 8e-3, 16e-3)
     tuned_on: int = 1000
 
 
@@ -324,7 +324,7 @@ def quick(settings: LoraSettings) -> LoraSettings:
 
 def _fingerprint(settings: LoraSettings, source: Source, seed: int) -> str:
     plain = {
-        "settings": asdict(settings),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in ("rates", "tuned_on")},
         "seed": seed,
         "model": Path(str(source.model)).name,
         "texts": [asdict(text) for text in source.texts],
