@@ -128,7 +128,7 @@ def scale_of(config: Mapping[str, Any], group: Group) -> float:
             f"adapter_config.json gives module {group.module!r} the rank {rank:g}, and its tensors have "
             f"{group.rank}: the file belongs to another adapter"
         )
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _of_module(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
@@ -137,10 +137,15 @@ def _of_module(config: Mapping[str, Any], patterns: str, default: str, module: s
         raise ConfigError(f"adapter_config.json: {patterns} is no table")
     key = _matching(list(found), module)
     value = config.get(default) if key is None else found[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool | str | None) else float(value)
+    except (TypeError, OverflowError):  # no number, or an integer beyond all floats
+        number = math.nan
+    if not math.isfinite(number):
         what = default if key is None else f"{patterns}[{key!r}]"
-        raise ConfigError(f"adapter_config.json: {what} is {value!r}, expected a number")
-    return float(value)
+        text = shown(repr(value), 80)
+        raise ConfigError(f"adapter_config.json: {what} is {text}, expected a number")
+    return number
 
 
 def _matching(keys: Sequence[str], module: str) -> str | None:

@@ -69,6 +69,8 @@ def test_half_a_group_or_one_that_does_not_fit_is_refused(tensors: Any, text: st
         ({"r": 4}, "lora_alpha is None, expected a number"),
         ({"r": True, "lora_alpha": 8}, "r is True"),
         ({"r": 4, "lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"r": 10**400, "lora_alpha": 8}, "r is 1000"),
+        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"x": -(10**400)}}, "is -1000"),
         ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"(": 1}}, "no regular expression"),
         ({"r": 4, "lora_alpha": 8, "rank_pattern": [1]}, "rank_pattern is no table"),
     ],
@@ -76,6 +78,11 @@ def test_half_a_group_or_one_that_does_not_fit_is_refused(tensors: Any, text: st
 def test_a_configuration_that_is_not_the_adapters_is_refused(config: Any, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         scale_of(config, Group("x", A, B, 4, 6, 6))
+
+
+def test_rslora_is_whatever_peft_takes_for_true() -> None:
+    config = {"r": 4, "lora_alpha": 8, "use_rslora": 1}
+    assert scale_of(config, Group("x", A, B, 4, 6, 6)) == 4
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[" * 5000, '{"a": '])
