@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
@@ -87,7 +88,7 @@ def _check_modules(first: Adapter, other: Adapter) -> None:
 
 
 def compare_adapters(one: tuple[int, Adapter], other: tuple[int, Adapter]) -> int:
-    """Order by weight, tensors, bytes and scales: what comes out does not depend on the order of the folders."""
+    """Order by weight, tensors, bytes, scales and configuration: the order of the folders does not count."""
     (w, a), (v, b) = one, other
     mine, theirs = (w, table(a.model.layout)), (v, table(b.model.layout))
     if mine != theirs:
@@ -100,8 +101,10 @@ def compare_adapters(one: tuple[int, Adapter], other: tuple[int, Adapter]) -> in
             )
             if x != y:
                 return -1 if x < y else 1
-    scales = [sorted(each.scales.items()) for each in (a, b)]
-    return (scales[0] > scales[1]) - (scales[0] < scales[1])
+    first, second = (
+        (sorted(each.scales.items()), json.dumps(each.config, sort_keys=True)) for each in (a, b)
+    )
+    return (first > second) - (first < second)
 
 
 def differing_half(adapters: Sequence[Adapter], half: str) -> tuple[str, Adapter] | None:

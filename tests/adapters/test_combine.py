@@ -285,6 +285,21 @@ def test_the_result_depends_neither_on_the_order_of_folders_nor_on_threads(tmp_p
     assert len(results) == 1
 
 
+def test_the_order_of_folders_does_not_count_where_the_configurations_alone_differ(
+    tmp_path: Path,
+) -> None:
+    model, paths = adapted(1), [tmp_path / "a", tmp_path / "b"]
+    for path, dropout in zip(paths, (0.1, 0.3), strict=True):
+        save(model, path)
+        file = path / "adapter_config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "lora_dropout": dropout}))
+    for out, order in (("one", paths), ("two", paths[::-1])):
+        combine_adapters(order, None, tmp_path / out, method="exact")
+    one, two = (tmp_path / out / "adapter_config.json" for out in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_factors_of_bfloat16_are_read_exactly(tmp_path: Path) -> None:
     models = [adapted(seed).to(torch.bfloat16) for seed in range(2)]
     for number, model in enumerate(models):
