@@ -48,7 +48,8 @@ FINISHERS: Final[dict[str, Finisher]] = {
             summary="momentum of the server (FedAvgM): v <- momentum * v + step; x <- x + learning_rate * v",
             states=("momentum",),
             options={
-                "learning_rate": Option(1.0, 0, 1e6, "the part of v that is added", open=True),
+                # v sums up 1 / (1 - momentum) steps: 0.1 of it is as long as one step of the mean.
+                "learning_rate": Option(0.1, 0, 1e6, "the part of v that is added", open=True),
                 "momentum": Option(0.9, 0, 1, "the part of v that stays from round to round"),
             },
         ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,13 @@ def site(
     address: str,
     name: str,
     idle_timeout: float = 600,
+    *,
     roles: dict[str, Role] | None = None,
     seen: set[bytes] | None = None,
+    losses: Mapping[int, float] | None = None,
+    scored: dict[int, bytes] | None = None,
 ) -> None:
-    """Take part; ``seen`` gets each model that it trains from or scores."""
+    """Take part; ``seen`` gets each model that it trains from or scores, ``scored`` each version's."""
     settings = SiteSettings(
         server=address, site=name, connect_timeout=200, idle_timeout=idle_timeout
     )
@@ -83,6 +86,10 @@ def site(
             task = session.begin(SPECS, {}, lambda key: first[key].tobytes(), roles=roles)  # noqa: B023 - at once
             if seen is not None:
                 seen.add(bytes(task.tensors["w"]))
+            if losses is not None:
+                session.score({"loss": losses[task.version]}, 1)
+            if scored is not None:
+                scored[task.version] = bytes(task.tensors["w"])
             if task.kind == "evaluate":
                 session.end_task()
                 continue
@@ -97,13 +104,14 @@ def zeros() -> Model:
     return {key: np.zeros(COUNT, dtype) for key, dtype in DTYPES.items()}
 
 
-def train(
-    config: RunConfig, roles: dict[str, Role] | None = None, seen: set[bytes] | None = None
-) -> bool:
-    """Run a server and two sites, of which the first says roles."""
+def train(config: RunConfig, losses: Mapping[int, float] | None = None, **first: Any) -> bool:
+    """Run a server and two sites; ``first`` is what only the first one gets, such as its roles."""
     server = Server(config)
-    first = functools.partial(site, server.endpoint, "a", roles=roles, seen=seen)
-    return run(server, first, functools.partial(site, server.endpoint, "b"))[0].ok
+    sites = (
+        functools.partial(site, server.endpoint, "a", losses=losses, **first),
+        functools.partial(site, server.endpoint, "b", losses=losses),
+    )
+    return run(server, *sites)[0].ok
 
 
 def reference(
@@ -185,7 +193,7 @@ def test_buffers_that_a_site_declared_keep_the_mean_over_restarts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "fedcore.server")
-    assert train(config(tmp_path, 2), {"h": "buffer"})
+    assert train(config(tmp_path, 2), roles={"h": "buffer"})
     assert caplog.messages.count("1 buffer of the model, such as h, will keep the plain mean") == 1
     assert train(config(tmp_path, 4))  # another server, and no site that knows
     for version in range(1, 5):
@@ -198,7 +206,7 @@ def test_a_run_that_began_without_roles_goes_on_without_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert train(config(tmp_path, 2))
-    assert train(config(tmp_path, 3), {"h": "buffer"})
+    assert train(config(tmp_path, 3), roles={"h": "buffer"})
     assert committed(tmp_path, 3) == as_bytes(reference(3))
     assert (
         "1 buffer of the model, such as 'h', are parameters to the server optimizer" in caplog.text
@@ -208,8 +216,8 @@ def test_a_run_that_began_without_roles_goes_on_without_and_says_so(
 def test_a_site_that_comes_back_to_a_run_with_its_roles_is_not_warned(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert train(config(tmp_path, 1), {"h": "buffer"})
-    assert train(config(tmp_path, 2), {"h": "buffer"})
+    assert train(config(tmp_path, 1), roles={"h": "buffer"})
+    assert train(config(tmp_path, 2), roles={"h": "buffer"})
     assert committed(tmp_path, 2) == as_bytes(reference(2, plain="h"))
     assert "are parameters to the server optimizer" not in caplog.text
 
@@ -225,7 +233,7 @@ def test_a_site_that_leaves_a_server_optimizer_no_parameter_is_refused(tmp_path:
 
 
 def test_a_site_whose_roles_are_not_the_runs_is_refused(tmp_path: Path) -> None:
-    assert train(config(tmp_path, 1), {"h": "buffer"})
+    assert train(config(tmp_path, 1), roles={"h": "buffer"})
     store = Store(tmp_path / "runs/t", None)
     store.keep_declared("a", None)  # its key was revoked
     store.close()
@@ -267,6 +275,34 @@ def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(
     total = sum(weight * updates[name].astype(np.float64) for name, weight in WEIGHTS.items())
     v = (total / 8 - model["w"].astype(np.float64)).astype(np.float32).astype(np.float64)
     assert anew["w"] == (model["w"].astype(np.float64) + 0.3 * v).astype(np.float32).tobytes()
+
+
+def test_two_states_of_one_layout_that_changed_places_stop_the_start(tmp_path: Path) -> None:
+    assert train(config(tmp_path, 1, {"name": "adam"}))
+    momentum, variance = (
+        tmp_path / f"runs/t/models/round-0001.{name}.safetensors"
+        for name in ("momentum", "variance")
+    )
+    kept = momentum.read_bytes()
+    momentum.write_bytes(variance.read_bytes())
+    variance.write_bytes(kept)
+    expected = r"round-0001\.(momentum|variance)\.safetensors is not the file"
+    with pytest.raises(IntegrityError, match=expected):
+        Server(config(tmp_path, 2, {"name": "adam"})).run()
+
+
+def test_the_best_model_is_selected_among_the_models_beside_an_average(tmp_path: Path) -> None:
+    """Sites score the models, never their average: the export of the best is the model that scored best."""
+    losses = {0: 4.0, 1: 1.0, 2: 3.0, 3: 2.0}
+    selection = {"metric": "loss", "mode": "min"}
+    sections = {"aggregation": {"ema": 0.75}, "selection": selection}
+    scored: dict[int, bytes] = {}
+    assert train(config(tmp_path, 3, **sections), losses=losses, scored=scored)
+    assert scored == {version: committed(tmp_path, version)["w"] for version in losses}
+    model = open_model(tmp_path / "runs/t/best/model.safetensors")
+    assert bytes(model.view("w")) == committed(tmp_path, 1)["w"]
+    average = open_model(tmp_path / "runs/t/ema/model.safetensors")
+    assert bytes(average.view("w")) not in scored.values()
 
 
 @pytest.mark.parametrize("optimizer", [None, MOMENTUM])
