@@ -24,6 +24,8 @@ from fedcore.rules import Option
 from fedcore.rules.finishers import FINISHERS, factor_of
 from fedcore.rules.finishers import Finisher as FinisherKind
 from fedcore.server.budget import Budget
+from fedcore.server.optimizer import Optimizer
+from fedcore.server.roles import Roles
 from fedcore.server.service import Server
 from fedcore.server.storage.store import Store
 from fedcore.site.session import Session
@@ -278,7 +280,8 @@ def test_a_state_that_was_changed_stops_the_start_and_a_rollback_begins_anew(
 
 
 def test_two_states_of_one_layout_that_changed_places_stop_the_start(tmp_path: Path) -> None:
-    assert train(config(tmp_path, 1, {"name": "adam"}))
+    settings = config(tmp_path, 1, {"name": "adam"})
+    assert train(settings)
     momentum, variance = (
         tmp_path / f"runs/t/models/round-0001.{name}.safetensors"
         for name in ("momentum", "variance")
@@ -286,9 +289,11 @@ def test_two_states_of_one_layout_that_changed_places_stop_the_start(tmp_path: P
     kept = momentum.read_bytes()
     momentum.write_bytes(variance.read_bytes())
     variance.write_bytes(kept)
+    store = Store(tmp_path / "runs/t", None)
     expected = r"round-0001\.(momentum|variance)\.safetensors is not the file"
     with pytest.raises(IntegrityError, match=expected):
-        Server(config(tmp_path, 2, {"name": "adam"})).run()
+        Optimizer(settings.aggregation, store, Roles(store)).open(1)
+    store.close()
 
 
 def test_the_best_model_is_selected_among_the_models_beside_an_average(tmp_path: Path) -> None:
