@@ -89,7 +89,8 @@ class StatusClient:
 
         Raises:
             TransferTimeout: no answer within ``timeout`` seconds.
-            RefusedError: the server does not take this key, or not for this.
+            RefusedError: the server does not take this key, or not for this; with the code ``busy``: another
+                process has the run's database locked.
         """
         return self._asked(protocol.StatusRequest(), protocol.StatusReply, timeout)
 
@@ -198,7 +199,8 @@ def snapshots(
 
     Raises:
         TransferTimeout: no answer to the first question.
-        RefusedError: the server does not take this key, or not for this.
+        RefusedError: the server does not take this key, or not for this; or, to the first question, the run's
+            database is locked.
     """
     before = None if folder is None else _stamp(folder)
     client = StatusClient(target.address, target.credentials)
@@ -210,8 +212,12 @@ def snapshots(
             try:
                 last = client.ask(timeout)
                 since, note = time.monotonic(), ""
-            except TransferTimeout:
+            except (TransferTimeout, RefusedError) as error:
                 note = f"no answer from {target.address} for {time.monotonic() - since:.0f} s; still asking"
+                if isinstance(error, RefusedError):
+                    if error.code != "busy":
+                        raise
+                    note = f"{error} (for {time.monotonic() - since:.0f} s); still asking"
                 if folder is not None:
                     found = find_server(folder)
                     if found is None and _stamp(folder) != before:

@@ -437,19 +437,20 @@ class Host:
             text = f"{_LOCKED}: try again then"
             self.link.send(peer, protocol.CommandReply(ok=False, message=text))
             return True
-        if isinstance(message, protocol.Join):
+        asks = isinstance(message, protocol.StatusRequest | protocol.MetricsRequest)
+        if asks or isinstance(message, protocol.Join):
             self.link.send(peer, protocol.Refused(code="busy", message=_LOCKED))
-        return False
+        return asks
 
     def _on_no_run(self, peer: bytes, message: protocol.Join | _FromOutside) -> None:
-        """Refuse what is for no run that is open. A site may mean one that is opened later: it asks again."""
-        if isinstance(message, protocol.Join) and self._opening.waiting:
+        """Refuse what is for no run that is open. Whoever may mean one that is opened later asks again."""
+        if self._opening.waiting:
             self.link.send(peer, protocol.Refused(code="busy", message=_NOT_YET))
             return
         # The same text whether there is such a run or not: who is of none learns no names.
         name = message.site if isinstance(message, protocol.Join) else self._guard.name(peer)
-        text = _NOT_YET if self._opening.waiting else _WHICH_RUN
-        self._replies.refuse(peer, name, protocol.Refused(code="other-run", message=text))
+        refusal = protocol.Refused(code="other-run", message=_WHICH_RUN)
+        self._replies.refuse(peer, name, refusal)
 
     def _run_of(self, peer: bytes, message: protocol.FromSite) -> Run | None:
         """Return the run that a message is for; None if its sender belongs to none that it may mean."""

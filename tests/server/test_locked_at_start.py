@@ -67,7 +67,10 @@ def test_a_run_that_is_locked_at_the_start_is_served_later_and_the_others_at_onc
         link.sent.clear()
         link.waiting = [says("e", protocol.StatusRequest(run_id="0" * 32))]
         host.step()
-        assert "another process has its database locked" in link.sent.pop()[1].message  # type: ignore[union-attr]
+        asked = link.sent.pop()[1]
+        assert isinstance(asked, protocol.Refused)
+        assert asked.code == "busy"  # a command that watches goes on
+        assert "another process has its database locked" in asked.message
         other.execute("COMMIT")
         clock.advance(1.0)
         link.waiting = [says("a", joins("a", "one"))]  # as a site does that has no answer

@@ -288,15 +288,22 @@ def test_who_would_wait_for_a_locked_run_is_answered_at_once_with_the_reason(
             joins("a", "one"),
             says("o", protocol.Command(action="stop", run_id=one.store.run_id)),
         ]
+        link.waiting += [
+            says("s", protocol.StatusRequest(run_id=one.store.run_id)),
+            says("m", protocol.MetricsRequest(run_id=one.store.run_id)),
+        ]
         host.step()
-        busy, answer = (message for _, message in link.sent)
-        assert isinstance(busy, protocol.Refused)
-        assert busy.code == "busy"
+        joined, answer, *asked = (message for _, message in link.sent)
+        for busy in (joined, *asked):
+            assert isinstance(busy, protocol.Refused)
+            assert busy.code == "busy"
+            assert "database of this run locked" in busy.message
         assert isinstance(answer, protocol.CommandReply)
         assert not answer.ok
-        assert all("database of this run locked" in said.message for said in (busy, answer))
+        assert "database of this run locked" in answer.message
         other.execute("COMMIT")
         host.step()
+        assert [peer[:1] for peer, _ in link.sent[4:]] == [b"a"]  # nothing else waited
         assert isinstance(link.sent[-1][1], protocol.Welcome)
         assert not one.end_asked
 

@@ -18,7 +18,7 @@ import pytest
 
 from fedcore.cli.app import main
 from fedcore.config import RunConfig, load_run_file, parse_run
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, RefusedError
 from fedcore.monitor.ask import (
     ENDPOINT_FILE,
     Target,
@@ -164,6 +164,26 @@ def test_watching_goes_on_while_the_server_is_away(tmp_path: Path) -> None:
         while next(seen)[0].phase not in ENDED:
             assert time.monotonic() < until
     seen.close()
+
+
+def test_watching_goes_on_while_the_database_of_the_run_is_locked(
+    reply: StatusReply, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[StatusReply | RefusedError] = [reply, RefusedError("it is locked", "busy"), reply]
+    answers.append(RefusedError("this key was revoked", "revoked"))
+
+    def ask(*_: object) -> StatusReply:
+        answer = answers.pop(0)
+        if isinstance(answer, RefusedError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("fedcore.monitor.ask.StatusClient.ask", ask)
+    seen = snapshots(Target("tcp://127.0.0.1:1"), None, 5.0)
+    notes = [next(seen)[1] for _ in range(3)]
+    assert (notes[0], notes[1].partition(" (for")[0], notes[2]) == ("", "it is locked", "")
+    with pytest.raises(RefusedError, match="revoked"):
+        next(seen)
 
 
 def test_a_run_that_was_cut_off_is_read_from_its_journal(
