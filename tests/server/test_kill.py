@@ -26,7 +26,7 @@ from .gated_site import SERVER, GatedSite
 WEIGHTS = {"a": 3, "b": 5}
 MEMORY = 24  # MiB
 BUDGET = Budget.of(MEMORY << 20, len(WEIGHTS), spill=True).chunks // DEFAULT_CHUNK_BYTES
-WINDOW, ALONE = BUDGET // len(WEIGHTS), BUDGET  # chunks of two sites, and of one
+WINDOW, ALONE = -(-BUDGET // len(WEIGHTS)), BUDGET  # chunks of two sites, at most, and of one
 CHUNKS = 20
 COUNT = CHUNKS * DEFAULT_CHUNK_BYTES // 4 - 1000
 LAYOUT = Layout([("w", "F32", [COUNT])], DEFAULT_CHUNK_BYTES)
@@ -295,7 +295,7 @@ def test_a_server_with_most_of_a_gibibyte_reduced_is_back_in_its_round_within_fi
     finally:
         run.end()
     again = [site.left(1) - layout.chunk_count for site in run.sites.values()]
-    windows = [-(-BUDGET // 2), BUDGET // 2]
     print(f"back after {run.waits[0]:.2f} s, {again} of {layout.chunk_count} chunks sent again")
     assert run.waits[0] < 5
-    assert all(sent <= window for sent, window in zip(again, windows, strict=True))
+    assert max(again) <= WINDOW
+    assert sum(again) <= BUDGET  # the first site that was ready has the larger window
