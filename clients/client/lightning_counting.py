@@ -7,7 +7,7 @@ counts once. The loaders know both, so a batch is counted along with them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -16,6 +16,11 @@ from fedcore.errors import WeightError
 from .counting import ExampleCounter, Fresh, fresh_rows, fullest
 
 __all__ = ["count_batch", "count_scored"]
+
+_REMEDY: Final = (
+    "give the sampler drop_last=True or a number of rows that is a multiple of the processes, or state how many "
+    'examples there are, fl.patch(trainer, examples=...); examples="rows" counts repeated rows, too'
+)
 
 
 def count_batch(
@@ -46,7 +51,10 @@ def count_batch(
         counter.add(batch, fresh=_fresh_of_all(loader, batch, index))
         return
     parts = _parts(loader, batch)
-    for source, (one, part) in enumerate([(None, batch)] if parts is None else parts):
+    if parts is None:
+        counter.add(batch, fresh=_fresh_of_all(loader, batch, index))
+        return
+    for source, (one, part) in enumerate(parts):
         if weighs and _is_one_row(one, part):
             raise WeightError(
                 "a loader with batch_size=None gives rows or batches as the dataset has them, and this one has a "
@@ -145,8 +153,19 @@ def _fresh(loader: Any, index: int) -> Fresh | None:
 
 def _fresh_of_all(loader: Any, batch: Any, index: int) -> Fresh | None:
     """Return which rows of a whole batch are not repeated, where it is the same for each of its loaders."""
-    found = {_fresh(one, index) for one, part in _parts(loader, batch) or () if part is not None}
+    parts = _parts(loader, batch)
+    used = _flat(loader) if parts is None else [one for one, part in parts if part is not None]
+    found = {_fresh(one, index) for one in used}
     return found.pop() if len(found) == 1 else None
+
+
+def _flat(loader: Any) -> list[Any]:
+    """Return each of a collection of loaders, whatever their batches look like."""
+    if isinstance(loader, Mapping):
+        return [one for part in loader.values() for one in _flat(part)]
+    if isinstance(loader, list | tuple):
+        return [one for part in loader for one in _flat(part)]
+    return [loader]
 
 
 def _may_repeat(sampler: Any) -> bool:
@@ -155,25 +174,49 @@ def _may_repeat(sampler: Any) -> bool:
 
 
 def _refuse_lost_repeats(loader: Any, batch: Any) -> None:
-    """Refuse a batch sampler of the script's own whose distributed sampler repeats rows: any batch may hold them.
+    """Refuse repeated rows of which nobody knows the batch, or the place in it.
+
+    So it is with a batch sampler of the script's own, whose distributed sampler repeats rows: any batch may hold
+    them. And with several loaders that do not repeat alike, once a hook has put their rows together.
 
     Raises:
-        WeightError: one of the loaders has such a sampler.
+        WeightError: one of the loaders has such a sampler, or they do not repeat alike.
     """
-    for one, _ in _parts(loader, batch) or ():
+    loaders = _flat(loader)
+    for one in loaders:
         batches: Any = getattr(one, "batch_sampler", None)
         if type(batches) is torch.utils.data.BatchSampler:
             continue
-        samplers: list[Any] = [batches, getattr(batches, "sampler", None)]
-        for sampler in samplers:
-            if not _may_repeat(sampler):
-                continue
-            rows, ranks = len(sampler.dataset), sampler.num_replicas
-            if rows % ranks:
+        for sampler in (batches, getattr(batches, "sampler", None)):
+            if _repeated(sampler):
                 raise WeightError(
-                    f"{type(batches).__name__} makes batches in an order of its own, and {type(sampler).__name__} "
-                    f"repeats {-rows % ranks} of {rows} rows for {ranks} processes, so that any batch may hold "
-                    "them: give the sampler drop_last=True or a number of rows that is a multiple of the "
-                    "processes, or state how many examples there are, fl.patch(trainer, examples=...); "
-                    'examples="rows" counts repeated rows, too'
+                    f"{type(batches).__name__} makes batches in an order of its own, and {_say(sampler)}, so that "
+                    f"any batch may hold them: {_REMEDY}"
                 )
+    if len(loaders) == 1 or _parts(loader, batch) is not None:
+        return
+    samplers: list[Any] = [
+        getattr(getattr(one, "batch_sampler", None), "sampler", None) for one in loaders
+    ]
+    alike = {
+        (len(sampler.dataset), sampler.num_replicas, _batch_size(one)) if _repeated(sampler) else ()
+        for one, sampler in zip(loaders, samplers, strict=True)
+    }
+    if len(alike) > 1:
+        repeating = next(sampler for sampler in samplers if _repeated(sampler))
+        raise WeightError(
+            f"a hook puts the rows of several loaders together, and {_say(repeating)} of one of them, so that "
+            f"nobody knows where they are: {_REMEDY}"
+        )
+
+
+def _repeated(sampler: Any) -> int:
+    """Return how many rows a sampler repeats over all processes."""
+    return -len(sampler.dataset) % sampler.num_replicas if _may_repeat(sampler) else 0
+
+
+def _say(sampler: Any) -> str:
+    return (
+        f"{type(sampler).__name__} repeats {_repeated(sampler)} of {len(sampler.dataset)} rows for "
+        f"{sampler.num_replicas} processes"
+    )

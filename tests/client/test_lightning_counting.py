@@ -125,6 +125,49 @@ def test_a_batch_that_a_hook_has_rearranged_counts_as_it_is() -> None:
     assert counter.total() == 7
 
 
+def shared(number: int, rank: int, size: int = 4, kind: type[BatchSampler] = BatchSampler) -> Any:
+    """Return a loader of one of four processes, whose batches are of so many rows."""
+    sampler = DistributedSampler(rows(number), num_replicas=4, rank=rank, shuffle=False)
+    return DataLoader(rows(number), batch_sampler=kind(sampler, size, False))
+
+
+@pytest.mark.parametrize("examples", [None, len])
+def test_rows_that_joined_loaders_repeat_alike_count_once(
+    examples: Any,
+) -> None:
+    total = []
+    for rank in range(4):
+        loaders = {"a": shared(21, rank), "b": shared(21, rank)}
+        trained, scored = ExampleCounter(examples), ExampleCounter()
+        for index, (one, two) in enumerate(zip(*loaders.values(), strict=True)):
+            joined = torch.cat([one[0], two[0]])
+            count_batch(trained, loaders, joined, index, whole=trained.stated, weighs=True)
+            count_scored(scored, trained, loaders, joined, index)
+        total.append((trained.total(), scored.total()))
+    assert total == [(12, 12), (10, 10), (10, 10), (10, 10)]
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (shared(24, 1), "repeats 3 of 21 rows for 4 processes of one of them"),
+        (shared(22, 1), "repeats 3 of 21 rows for 4 processes of one of them"),
+        (shared(21, 1, size=3), "repeats 3 of 21 rows for 4 processes of one of them"),
+        (DataLoader(rows(6), 4), "repeats 3 of 21 rows for 4 processes of one of them"),
+        (shared(22, 1, kind=Reversed), "Reversed .* repeats 2 of 22 rows for 4 processes"),
+    ],
+)
+def test_rows_that_joined_loaders_repeat_in_other_ways_are_refused(second: Any, said: str) -> None:
+    loaders = [shared(21, 1), [second]]
+    for count in (
+        lambda counter: count_batch(counter, loaders, torch.zeros(8, 1), 0, weighs=True),
+        lambda counter: count_scored(ExampleCounter(), counter, loaders, torch.zeros(8, 1), 0),
+    ):
+        with pytest.raises(WeightError, match=said):
+            count(ExampleCounter())
+        count(ExampleCounter("rows"))
+
+
 @pytest.mark.parametrize("label", [1, torch.tensor(1)])
 def test_a_single_row_of_a_loader_without_batches_is_not_taken_for_a_batch(label: Any) -> None:
     counter, stated = ExampleCounter(), ExampleCounter(lambda batch: 1)
