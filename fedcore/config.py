@@ -29,7 +29,7 @@ from pydantic import (
 from fedcore.security.keys import is_loopback, parse_toml
 
 from .errors import ConfigError
-from .protocol import SITE_NAME, LoraMethod, Transfer
+from .protocol import MAX_RANK, SITE_NAME, LoraMethod, Transfer
 from .quantities import parse_duration, parse_size
 from .rules import RULES
 from .rules.compatibility import Choices, Task, conflicts
@@ -214,7 +214,8 @@ class OptimizerSection(_Section):
 class AggregationSection(_Section):
     """``[aggregation]``: the rule that combines the sites' updates, the numbers that it takes (``options``), what
     an update weighs (``weights``, ``max_share``), what the server makes of the result (``optimizer``), the part of
-    the models' average that stays in each round (``ema``), how the factors of adapters are combined (``lora``)."""
+    the models' average that stays in each round (``ema``), how the factors of adapters are combined (``lora``), of
+    ``exact`` to which rank (``max_rank``) and onto what (``base``)."""
 
     rule: str = "mean"
     options: dict[str, float] = {}
@@ -223,6 +224,22 @@ class AggregationSection(_Section):
     optimizer: OptimizerSection | None = None
     ema: Annotated[float, Field(ge=0, lt=1)] | None = None
     lora: LoraMethod | None = None
+    max_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
+    base: Literal["difference", "zero"] | None = None
+
+    @model_validator(mode="after")
+    def _ranked(self) -> AggregationSection:
+        if self.lora == "exact":
+            if self.max_rank is None:
+                raise ValueError(
+                    "max_rank: missing; lora = 'exact' needs the highest rank of the global model, at least that "
+                    "of each site's adapter"
+                )
+            return self
+        for name in ("max_rank", "base"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: it is for lora = 'exact'; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _known(self) -> AggregationSection:
@@ -255,7 +272,7 @@ class AggregationSection(_Section):
         of: dict[str, Any] = dump(self)
         if not self.weighing.equal:
             del of["weights"]
-        for name in ("max_share", "ema", "lora"):
+        for name in ("max_share", "ema", "lora", "max_rank", "base"):
             if of[name] is None:
                 del of[name]
         return of

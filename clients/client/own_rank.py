@@ -34,17 +34,24 @@ class OwnRank:
         model: the PEFT model; its active adapter is the site's.
         tensors: the adapter's tensors, by the names under which they travel.
         pairs: the names of A and B of each adapted module.
+
+    Attributes:
+        names: those of the factors, and of the biases that go with B (``lora_bias``).
     """
 
     def __init__(self, model: Any, tensors: Mapping[str, torch.Tensor], pairs: Pairs) -> None:
         names = {address(tensors[a]): (a, b) for a, b in pairs}
         self._layers: dict[str, _Layer] = {}
         self._of_b: dict[str, _Layer] = {}
+        self._of_bias: dict[str, _Layer] = {}
         for module, adapter in _adapted(model):
             if (pair := names.get(address(module.lora_A[adapter].weight))) is not None:
                 layer = _Layer(module, adapter)
                 self._layers[pair[0]] = self._of_b[pair[1]] = layer
+                if (bias := pair[1].removesuffix("weight") + "bias") in tensors:
+                    self._of_bias[bias] = layer
         self._pairs = pairs
+        self.names = frozenset(self._layers) | frozenset(self._of_b) | frozenset(self._of_bias)
 
     def load(self, version: Mapping[str, torch.Tensor], seed: int) -> None:
         """Put a version into the layers: its best part of the site's rank is trained from now on.
@@ -53,18 +60,26 @@ class OwnRank:
         would ever have a gradient.
 
         Args:
-            version: both factors of each adapted module, by name.
+            version: both factors of each adapted module, and their biases, by name.
             seed: of the drawn rows; the same at all sites, another in each round.
         """
         dice = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for a, b in self._pairs:
                 self._layers[a].load(version[b], version[a], dice)
+            for name, layer in self._of_bias.items():
+                layer.bias.copy_(version[name].double() / layer.scale)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a factor as it is sent, in binary32: A as it is, and B times the site's scale, rounded once."""
+        """Return a factor as it is sent, in binary32: A as it is, and B times the site's scale, rounded once.
+
+        A bias of B has its own dtype, and is multiplied as B is.
+        """
         if name in self._layers:
             return self._layers[name].a.detach().float()
+        if name in self._of_bias:
+            layer = self._of_bias[name]
+            return (layer.bias.detach().double() * layer.scale).to(layer.bias.dtype)
         layer = self._of_b[name]
         return (layer.b.detach().double() * layer.scale).float()
 
@@ -101,6 +116,12 @@ class _Layer:
     def b(self) -> torch.Tensor:
         """The trained factor of shape rows x rank."""
         found: torch.Tensor = self._module.lora_B[self._adapter].weight
+        return found
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """What is added to the product of the two, before the scale."""
+        found: torch.Tensor = self._module.lora_B[self._adapter].bias
         return found
 
     @property

@@ -116,6 +116,7 @@ class ModelParameters:
     Attributes:
         specs: name, dtype and shape of each.
         sharded: whether several processes hold parts of them; `read` and `load` are collective calls then.
+        seed: of what `load` draws; the task's.
 
     Raises:
         LayoutError: the model has nothing to train, trains parameters beside its PEFT adapter, or holds tensors on
@@ -147,6 +148,7 @@ class ModelParameters:
             for name in travelling(list(self._tensors))
         ]
         self._given = model
+        self.seed = 0
         self.sharded = any(is_sharded(tensor) for tensor in self._tensors.values())
 
     @property
@@ -187,6 +189,11 @@ class ModelParameters:
             return ()
         return lora_pairs(self.files["adapter_config.json"], self.specs, method)
 
+    @property
+    def model_specs(self) -> Sequence[TensorSpec]:
+        """Name, dtype and shape of what the global model holds."""
+        return self.specs
+
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor by the name under which it travels."""
         return self._tensors[name]
@@ -199,10 +206,6 @@ class ModelParameters:
     def names(self) -> list[str]:
         """The names under which tensors travel."""
         return [spec[0] for spec in self.specs]
-
-    def refreshed(self) -> ModelParameters:
-        """Return the tensors as the module has them now: moving it to another device makes new ones."""
-        return ModelParameters(self._given, self.joined())
 
     def joined(self) -> Joined:
         """Return what travels, without the tensors."""

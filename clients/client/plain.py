@@ -348,7 +348,12 @@ def _refreshed() -> ModelParameters:
     """Look the module's tensors up again: it may have been moved to another device, which makes new ones."""
     global _model  # noqa: PLW0603
     assert _model is not None
-    _model = _model.refreshed()
+    from .ranked import model_parameters
+
+    session, joined = _get_session(), _model.joined()
+    _model = model_parameters(joined.given, joined, session.lora, session.max_rank)
+    if session.model is not None:
+        _model.seed = session.model.seed
     return _model
 
 
@@ -456,6 +461,11 @@ def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
         raise LayoutError(
             f"send() was given {type(params).__name__}: expected a mapping of names to arrays, such as "
             "model.state_dict()"
+        )
+    if _get_session().max_rank is not None:
+        raise LayoutError(
+            "the run combines adapters of any rank (aggregation.lora = 'exact'), so the module given to fl.init "
+            "says what is sent: call fl.send(weight=...) without parameters"
         )
     wanted = {spec[0] for spec in task.specs}
     named = {_own.get(name, name): value for name, value in params.items()}

@@ -191,6 +191,7 @@ class RankedSession:
     """
 
     lora: LoraMethod | None = None
+    max_rank: int | None = None
     fixed: frozenset[str] = frozenset()
 
     def __init__(self, session: Session | None, ranks: Ranks) -> None:

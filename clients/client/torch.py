@@ -24,6 +24,7 @@ from .extras import hidden_parameters, refuse_beside
 from .factors import Held
 from .guard import Aside, Guard, Probe, shown
 from .parameters import Joined, ModelParameters
+from .ranked import model_parameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
 from .still import Still
 from .tokenizer import tokenizer_fingerprint
@@ -117,6 +118,7 @@ class TorchSite:
             )
         if task is not self._loaded:
             self._joined = self._joined or parameters.joined()
+            parameters.seed = task.seed
             parameters.load(list(task.specs), task.tensors)
             self._restore(parameters)
             parameters.hold(self._held, self._session.fixed)
@@ -125,7 +127,8 @@ class TorchSite:
 
     def _parameters(self, model: nn.Module) -> ModelParameters:
         """Return what travels of ``model``: what did when the site joined, also where it is frozen by now."""
-        return ModelParameters(model, self._joined)
+        session = self._session
+        return model_parameters(model, self._joined, session.lora, session.max_rank)
 
     def _restore(self, parameters: ModelParameters) -> None:
         """Have what is frozen be as it was before the first round, and say what training has changed."""
@@ -193,6 +196,7 @@ class TorchSite:
             return
         if aside and self._aside is None:
             self._aside = Aside(parameters)
+        parameters.seed = self._loaded.seed
         parameters.load(list(self._loaded.specs), self._loaded.tensors)
         if what is not None:
             logger.warning(
@@ -248,7 +252,7 @@ class TorchSite:
         parameters = self._parameters(model)
         now, before = "the model now", "the model before"
         if self._loaded is not None and (
-            changed := compare_layouts(parameters.specs, self._loaded.specs, now, before)
+            changed := compare_layouts(parameters.model_specs, self._loaded.specs, now, before)
         ):
             raise LayoutError(changed_layout(changed))
         self._ended = True

@@ -18,7 +18,10 @@ from fedcore.errors import ConfigError, LayoutError
 from fedcore.layout import FLOATS, TensorSpec
 from fedcore.protocol import shown
 
-__all__ = ["PREFIX", "Group", "find_groups", "parse_config", "scale_of"]
+__all__ = ["CONFIG", "PREFIX", "Group", "find_groups", "module_of", "parse_config", "scale_of"]
+
+CONFIG: Final = "adapter_config.json"
+"""The name of the file that describes an adapter."""
 
 PREFIX: Final = "base_model.model."
 """What PEFT puts before the names of the base model's modules."""
@@ -78,10 +81,14 @@ def find_groups(tensors: Iterable[TensorSpec]) -> tuple[list[Group], list[str]]:
         if name.endswith(_B) or (len(shape) > _MATRIX and len(paired) > _MATRIX):
             continue
         _check_pair(whole, table[name], table[other])
-        module = whole.removeprefix(PREFIX)
-        found.append(Group(module, name, other, shape[0], paired[0], shape[1]))
+        found.append(Group(module_of(name), name, other, shape[0], paired[0], shape[1]))
         grouped |= {name, other}
     return sorted(found, key=lambda group: group.module), sorted(table.keys() - grouped)
+
+
+def module_of(factor: str) -> str:
+    """Return the name in the base model of the module whose factor this tensor is."""
+    return factor.removesuffix(_A).removesuffix(_B).removeprefix(PREFIX)
 
 
 def _check_pair(whole: str, a: tuple[str, tuple[int, ...]], b: tuple[str, tuple[int, ...]]) -> None:

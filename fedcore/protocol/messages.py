@@ -18,6 +18,7 @@ from .fields import (
     MAX_ANSWER_BYTES,
     MAX_DECLARE_BYTES,
     MAX_LISTED,
+    MAX_RANK,
     MAX_SETS,
     MODEL,
     Features,
@@ -287,7 +288,8 @@ class Welcome(Message):
 
     ``run`` is the run's name, ``has_model`` false while the server waits for a first site's model, and
     ``features`` are what the server can do. ``lora`` says how the factors of adapters are combined; None: each
-    tensor for itself. It goes only to a site that names the feature ``lora``.
+    tensor for itself. It goes only to a site that names the feature ``lora``. ``max_rank`` is the highest rank of
+    the global model where the products of the factors are combined; else None.
     """
 
     type: Literal["welcome"] = "welcome"
@@ -300,10 +302,12 @@ class Welcome(Message):
     transfer: Transfer = Transfer()
     features: Features = {}
     lora: LoraMethod | None = None
+    max_rank: Annotated[int, Field(ge=1, le=MAX_RANK)] | None = None
 
     def left_out(self) -> set[str]:
         """Return the fields that are not written where they say nothing."""
-        return super().left_out() | ({"lora"} if self.lora is None else set())
+        of = {"lora": self.lora, "max_rank": self.max_rank}
+        return super().left_out() | {name for name, value in of.items() if value is None}
 
 
 class Accepted(OfRun):

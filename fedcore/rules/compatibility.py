@@ -142,7 +142,10 @@ def _task_and_lora(choices: Choices) -> Conflict | None:
 def _lora_and_optimizer(choices: Choices) -> Conflict | None:
     if choices.lora is None or choices.optimizer is None:
         return None
-    reason = "a round holds one factor of each adapter, and the optimizer has a state of both; leave one out"
+    if choices.lora == "exact":
+        reason = "an optimizer's state is of factors, which turn from round to round; leave one out"
+    else:
+        reason = "a round holds one factor of each adapter, and the optimizer has a state of both; leave one out"
     return Conflict("aggregation.optimizer", reason, "it does not go with aggregation.lora")
 
 
@@ -153,7 +156,23 @@ def _lora_and_ema(choices: Choices) -> Conflict | None:
     return Conflict("aggregation.ema", reason, "it does not go with aggregation.lora")
 
 
+def _lora_and_rule(choices: Choices) -> Conflict | None:
+    if choices.lora != "exact" or choices.rule == DEFAULT_RULE:
+        return None
+    reason = (
+        f"it combines the products of factors, by their weighted mean; use rule = {DEFAULT_RULE!r}, or lora = "
+        "'freeze-a'"
+    )
+    return choices.against("aggregation.rule", choices.rule, "lora", reason)
+
+
 def _lora_and_encoding(choices: Choices) -> Conflict | None:
+    if choices.lora == "exact" and choices.update != "raw":
+        reason = (
+            "what an encoding loses of a factor is added to the next update, of which the factors are turned; use "
+            "update = 'raw', or lora = 'freeze-a'"
+        )
+        return choices.against("transfer.update", choices.update, "lora", reason)
     if choices.lora != "alternate" or choices.update == "raw":
         return None
     reason = (
@@ -281,6 +300,7 @@ _CHECKS: Final[tuple[Callable[[Choices], Conflict | None], ...]] = (
     _task_and_encoding,
     _lora_and_optimizer,
     _lora_and_ema,
+    _lora_and_rule,
     _lora_and_encoding,
 )
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Final
 
 from fedcore.protocol import shown
 
-__all__ = ["changed_base", "compare_configs", "describe_model", "read_config"]
+__all__ = ["RANKS", "changed_base", "compare_configs", "describe_model", "read_config"]
 
 # Where a site's base model lies and what wrote the file say nothing of what the tensors mean.
 _UNSAID: Final = frozenset({"auto_mapping", "inference_mode", "peft_version", "revision"})
 # These differ in training alone, or say where the base came from, which its digests tell better.
 _FREE: Final = frozenset({"base_model_name_or_path", "runtime_config", "ephemeral_gpu_offload"})
+RANKS: Final = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"})
+"""The entries that say an adapter's rank and scale."""
 # Ways to draw an adapter's first values that leave the base as it is.
 _DRAWN: Final = (True, False, None, "gaussian", "orthogonal", "eva")
 _BY_CHANCE: Final = ("pissa_niter", "corda", "lora_ga")
@@ -58,11 +60,16 @@ def describe_model(adapter: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 
 
 def compare_configs(
-    known: Mapping[str, Any], config: Mapping[str, Any], there: str, here: str
+    known: Mapping[str, Any],
+    config: Mapping[str, Any],
+    there: str,
+    here: str,
+    free: Set[str] = frozenset(),
 ) -> tuple[list[str], list[str]]:
     """Return the entries that differ and matter, and those that differ and are harmless.
 
     An entry that only one version of PEFT writes is no difference. Each text gives the value of ``there`` first.
+    Entries in ``free`` may differ.
     """
     differs: list[str] = []
     harmless: list[str] = []
@@ -71,10 +78,10 @@ def compare_configs(
         one, other = known[key], config[key]
         if _unordered(one) == _unordered(other):
             continue
-        free = key in _FREE or "dropout" in key or _only_drawn(key, one, other)
+        may = key in _FREE | free or "dropout" in key or _only_drawn(key, one, other)
         label = _LABELS.get(key, shown(key, _SHOWN)).replace("{type}", _kind(config))
         text = f"{label} is {_short(one, other)} at {there}, {_short(other, one)} at {here}"
-        (harmless if free else differs).append(text)
+        (harmless if may else differs).append(text)
     return _few(differs), _few(harmless)
 
 

@@ -17,7 +17,7 @@ from fedcore import protocol
 from fedcore.files.frozen import FrozenGroup, compare_frozen, model_config
 from fedcore.roles import Buffers, buffers_of, compare_buffers
 
-from .adapter_config import changed_base, compare_configs, describe_model, read_config
+from .adapter_config import RANKS, changed_base, compare_configs, describe_model, read_config
 
 __all__ = ["Agreement", "Found", "Memory"]
 
@@ -80,6 +80,7 @@ class Agreement:
         strict: refuse a site whose base differs, instead of a warning.
         memory: where it is kept; None keeps it in this process only.
         owner: says whose model the global one is; empty while there is none.
+        ranks: adapters of sites may differ in rank and scale.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Agreement:
         strict: bool = False,
         memory: Memory | None = None,
         owner: Callable[[], str] = str,
+        ranks: bool = False,
     ) -> None:
+        self._free = RANKS if ranks else frozenset[str]()
         self._files = files
         self._strict = strict
         self._memory = memory
@@ -201,7 +204,7 @@ class Agreement:
                     f"{describe_model(theirs.adapter, theirs.model)}; give all sites the same kind of model"
                     f"{self._whose()}"
                 )
-            differs, _ = compare_configs(theirs.adapter, mine.adapter, short, site)
+            differs, _ = compare_configs(theirs.adapter, mine.adapter, short, site, self._free)
             if differs:
                 return (
                     f"the adapter of site {site!r} is not that of {there}: {'; '.join(differs)}; give all sites "
@@ -211,7 +214,7 @@ class Agreement:
 
     def _harmless(self, site: str, mine: _Described, others: _Others) -> list[str]:
         for _, short, theirs in self._references(others):
-            _, free = compare_configs(theirs.adapter, mine.adapter, short, site)
+            _, free = compare_configs(theirs.adapter, mine.adapter, short, site, self._free)
             if free:
                 return [f"the adapters' configs differ where it does no harm: {'; '.join(free)}"]
         return []

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
 from fedcore import __version__, protocol
 from fedcore._core import (
+    Collector,
     CollectorDone,
+    CollectorOptions,
+    Layout,
+    LoraRule,
+    MappedFile,
     NoRoom,
     OutputBroken,
     RuleFailed,
@@ -19,14 +24,16 @@ from fedcore._core import (
     Spill,
 )
 from fedcore.config import RunConfig
-from fedcore.errors import RuleError, StorageError
+from fedcore.errors import ConfigError, RuleError, StorageError
+from fedcore.roles import pairs_of
+from fedcore.rules.registry import CoreRule
 from fedcore.server.rounds.actions import Participant, PullAhead, StartCollect
 from fedcore.server.rounds.verdicts import Verdict, decide
 from fedcore.server.storage.scratch import Scratch
 from fedcore.server.storage.store import Store
 from fedcore.transport.link import CollectorEvent, DataEvent
 
-from .collection import Collection, CollectionSetting, open_spill, update_codec
+from .collection import Collection, CollectionSetting, Own, open_spill, update_codec
 from .rule import rule_of
 from .run_link import RunLink
 from .spill_room import lack_of_room
@@ -109,7 +116,11 @@ class Collecting:
         }
         model = self._versions.model
         path = self._store.scratch(version)
-        if model is not None and self._versions.update_layout(version) is not model.layout:
+        if model is None:
+            apart = self._versions.factors.ranked
+        else:
+            apart = self._versions.update_layout(version) is not model.layout
+        if apart:
             path = self._store.state_scratch(version, _PART)
         return Scratch(
             path,
@@ -141,6 +152,42 @@ class Collecting:
             self.no_room = lack_of_room(self._config, self._store.run_id, model.layout, room)
         if self.no_room not in ("", before):
             logger.warning("round %d: %s", round_, self.no_room)
+
+    def lack_of_memory(self, site: str, declare: protocol.Declare) -> str:
+        """Say that memory does not hold the factors of this site's rank beside those of the others.
+
+        Only where products of factors are combined: a module's factors of all sites are needed at the same time.
+        Those of as many sites are looked at as a round has, and that have said their rank.
+
+        Raises:
+            LayoutError: the tensors make no layout.
+        """
+        factors = self._versions.factors
+        if not factors.ranked:
+            return ""
+        own, pairs = declared_layout(declare, self._store.chunk_bytes), pairs_of(declare)
+        model = factors.model_layout(own, pairs)
+        others = [factors.ranks(other) for other in factors.known if other != site]
+        known = [factors.ranked_layout(model, pairs, ranks) for ranks in others]
+        known.sort(key=lambda layout: layout.total_bytes, reverse=True)
+        layouts = [own, *known][: self._config.participants.trained]
+        room = MappedFile.anonymous(model.total_bytes), 0  # nothing of it is touched
+        rule = factors.rule(model, self._config.reducer_threads, pairs)
+        try:
+            Collector(
+                model,
+                [(b"", number.to_bytes(16, "big"), 1) for number in range(len(layouts))],
+                *room,
+                room,
+                CollectorOptions(self._memory, rule=rule, threads=self._config.reducer_threads),
+                own=[(layout, None, None) for layout in layouts],
+            )
+        except ConfigError as error:
+            return (
+                f"server.memory is too little for the adapter of site {site!r}: {error}; raise server.memory, or "
+                "take a lower rank at the site"
+            )
+        return ""
 
     def start(
         self,
@@ -311,9 +358,10 @@ class Collecting:
         base, checksums = None, list[int]()
         if model is None:
             assert initial is not None
-            layout = whole = declared_layout(initial, self._store.chunk_bytes)
-            self._versions.cards = dict(initial.files)
+            layout = declared_layout(initial, self._store.chunk_bytes)
             self._versions.factors.take(initial)
+            whole = self._versions.factors.model_layout(layout)
+            self._versions.cards = self._versions.factors.cards(initial.files, whole)
         else:
             whole, layout = model.layout, self._versions.update_layout(version)
             self._versions.roles.settle()
@@ -331,6 +379,10 @@ class Collecting:
             self._spill = open_spill(self._config, self._store.run_id, whole, room)
         if model is not None:
             base, checksums = self._versions.base_of(layout)
+        combine: CoreRule | LoraRule = rule.core
+        own = None
+        if base is not None and self._versions.factors.ranked:
+            combine, own = self._products(layout)
         return CollectionSetting(
             self._link.exchange,
             layout,
@@ -342,13 +394,24 @@ class Collecting:
             spill=self._spill,
             threads=self._config.reducer_threads,
             # The initial model is one site's, as it is.
-            rule="mean" if base is None else rule.core,
+            rule="mean" if base is None else combine,
             finisher=None if base is None else finisher,
             plain=frozenset() if base is None or rule.folds else optimizer.plain(layout),
             survey=surveys,
             keep_surveyed=rule.several is not None and rule.several.keeps_most,
+            own=own,
             digest_key=os.urandom(DIGEST_KEY_BYTES) if surveys else b"",
         )
+
+    def _products(self, model: Layout) -> tuple[LoraRule, Callable[[str], Own]]:
+        """Return what combines products of factors, and what gives the layout of each site's."""
+        factors, transfer = self._versions.factors, self._config.transfer
+
+        def own(site: str) -> Own:
+            layout = factors.own_layout(model, site)
+            return layout, update_codec(transfer, layout, initial=False)
+
+        return factors.rule(model, self._config.reducer_threads), own
 
     # --- what the core says ---
 

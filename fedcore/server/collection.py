@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -17,6 +17,7 @@ from fedcore._core import (
     Exchange,
     Finisher,
     Layout,
+    LoraRule,
     MappedFile,
     Spill,
 )
@@ -31,11 +32,15 @@ from fedcore.server.storage.scratch import Scratch
 __all__ = [
     "Collection",
     "CollectionSetting",
+    "Own",
     "kept_free",
     "open_spill",
     "spill_path",
     "update_codec",
 ]
+
+Own = tuple[Layout, Codec | None]
+"""The layout of a site's updates, and what their chunks are decoded with."""
 
 _MOST_AHEAD: Final = 8
 
@@ -105,6 +110,8 @@ class CollectionSetting:
         plain: names of tensors that keep the mean, whatever the rule is.
         survey: the updates are surveyed, before it is decided which of them count; or they were.
         keep_surveyed: what is surveyed goes to the spill file, as far as there is room.
+        own: gives, by the name of a site, the layout of its updates and what they are decoded with; None: all have
+            the run's.
         digest_key, digests: the key of the digests of a survey's chunks, and those of the sources of a closed
             collection, if another one surveyed them.
     """
@@ -118,11 +125,12 @@ class CollectionSetting:
     codec: Codec | None = None
     spill: Spill | None = None
     threads: int = 1
-    rule: CoreRule = "mean"
+    rule: CoreRule | LoraRule = "mean"
     finisher: Finisher | None = None
     plain: Set[str] = frozenset()
     survey: bool = False
     keep_surveyed: bool = False
+    own: Callable[[str], Own] | None = None
     digest_key: bytes = b""
     digests: Sequence[bytes] = ()
 
@@ -186,6 +194,7 @@ class Collection:
         self._peers: list[bytes] = []
         self._rejected: set[Participant] = set()
         self._away: set[str] = set()
+        self._own = setting.own
         self._survey = setting.survey
         self.digest_key = setting.digest_key
         self._pulled: Counter[str] = Counter()
@@ -230,6 +239,7 @@ class Collection:
             record=record,
             states=self._state_places(),
             digests=setting.digests,
+            own=[] if self._own is None else [self._source_of(p.site) for p in closed],
         )
         reduced, total, here = collector.progress()
         if any(here):
@@ -279,11 +289,21 @@ class Collection:
         self._away.discard(participant.site)
         self._pulled[participant.site] += 1
         set_id = bytes.fromhex(participant.set_id)
-        number = self._exchange.add(self.collector, peer, set_id, participant.weight)
+        layout, _, codec = self._source_of(participant.site)
+        number = self._exchange.add(
+            self.collector, peer, set_id, participant.weight, layout=layout, codec=codec
+        )
         self._numbers[participant.site] = number
         self._sources[number:] = [participant, *self._sources[number + 1 :]]
         self._peers[number:] = [peer, *self._peers[number + 1 :]]
         return True
+
+    def _source_of(self, site: str) -> tuple[Layout | None, None, Codec | None]:
+        """Return a site's own layout, base and encoding, as the core takes them; None where they are the run's."""
+        if self._own is None:
+            return None, None, None
+        layout, codec = self._own(site)
+        return layout, None, codec
 
     def close(self, participants: tuple[Participant, ...], peers: Mapping[str, bytes]) -> bool:
         """Reduce the updates of these participants, in canonical order, and of nobody else; or survey them.

@@ -17,6 +17,7 @@ from fedcore.words import plural
 
 from .access import Access
 from .agreement import Agreement, Found
+from .collecting import Collecting
 from .peers import Peers
 from .rule import rule_of
 from .run_link import RunLink
@@ -33,7 +34,7 @@ class Declaring:
     Args:
         config: the run file.
         link, people: how sites are answered; who is there, and how a site is put out.
-        store, versions: the run's files and models.
+        files: the run's files and models, and the collection under way.
         report: reports a problem of a site, and its end with an empty text.
 
     Attributes:
@@ -45,14 +46,14 @@ class Declaring:
         config: RunConfig,
         link: RunLink,
         people: tuple[Peers, Callable[[bytes, str, str, str], None]],
-        files: tuple[Store, Versions],
+        files: tuple[Store, Versions, Collecting],
         report: Callable[[str, str], None],
     ) -> None:
         self._config = config
         self._folds = rule_of(config).folds
         self._link = link
         self._peers, self._put_out = people
-        self._store, self._versions = files
+        self._store, self._versions, self._collecting = files
         self._report = report
         self.declared: dict[str, protocol.Declare] = {}
         self._agreement = Agreement(
@@ -60,6 +61,7 @@ class Declaring:
             strict=config.model.same_base == "strict",
             memory=self._store,
             owner=self._whose_model,
+            ranks=self._versions.factors.ranked,
         )
         self._versions.roles.say(self._agreement.buffers)
 
@@ -76,37 +78,22 @@ class Declaring:
 
     def take(self, peer: bytes, site: str, declare: protocol.Declare) -> bool:
         """Accept or refuse what a site declares, and tell it so; returns whether it is accepted."""
-        model = self._versions.model
         found = self._compared(peer, site, declare)
         if found is None:
             return False
+        refusal = self._misfit(site, declare)
+        if refusal is not None:
+            self._put_out(peer, site, "layout", refusal)
+            return False
+        model, factors = self._versions.model, self._versions.factors
+        layout = None
+        if model is None or factors.ranked:
+            layout = declared_layout(declare, self._store.chunk_bytes)
         if model is not None:
-            difference = compare_layouts(
-                declare.tensors,
-                table(model.layout),
-                f"site {site}",
-                "the global model",
-                limit=_TENSORS_NAMED,
-            )
-            if difference is not None:
-                text = f"the model's tensors differ: {difference}; {self._whose_model()}"
-                self._put_out(peer, site, "layout", text)
-                return False
-            hash_ = self._versions.layout_hash
-            self._versions.factors.say(declare)
-        else:
-            if (unlike := self._unlike_declared(site, declare)) is not None:
-                self._put_out(peer, site, "layout", unlike)
-                return False
-            try:
-                layout = declared_layout(declare)
-                self._store.check_possible(layout.total_bytes)
-            except FedcoreError as error:
-                self._put_out(peer, site, "layout", str(error))
-                return False
-            if not self._has_room(peer, site, layout.total_bytes):
-                return False
-            hash_ = layout_hash(layout)
+            factors.say(declare)
+        elif layout is not None and not self._has_room(peer, site, layout.total_bytes):
+            return False
+        factors.keep_ranks(site, declare)
         self._agreement.note(site, declare)
         self._versions.roles.say(self._agreement.buffers)
         for text in found.warnings:
@@ -122,9 +109,32 @@ class Declaring:
             self.declared[site] = declare
         elif CARD in declare.files:
             self._store.add_file(CARD, declare.files[CARD])
+        hash_ = self._versions.layout_hash if layout is None else layout_hash(layout)
         warnings = [text[:4096] for text in found.warnings]
         self._link.send(peer, protocol.Accepted(layout_hash=hash_, warnings=warnings))
         return True
+
+    def _misfit(self, site: str, declare: protocol.Declare) -> str | None:
+        """Say why a site's tensors are not those of the run's model, or can't become it; else None."""
+        model, factors = self._versions.model, self._versions.factors
+        try:
+            if model is not None:
+                difference = compare_layouts(
+                    factors.model_form(declare),
+                    table(model.layout),
+                    f"site {site}",
+                    "the global model",
+                    limit=_TENSORS_NAMED,
+                )
+                if difference is not None:
+                    return f"the model's tensors differ: {difference}; {self._whose_model()}"
+            else:
+                if (unlike := self._unlike_declared(site, declare)) is not None:
+                    return unlike
+                self._store.check_possible(declared_layout(declare).total_bytes)
+            return self._collecting.lack_of_memory(site, declare) or None
+        except FedcoreError as error:
+            return str(error)
 
     def _compared(self, peer: bytes, site: str, declare: protocol.Declare) -> Found | None:
         """Return what is unlike other sites and the run, and may be; None if the site was put out."""
@@ -174,7 +184,8 @@ class Declaring:
         """Say how a site's adapters differ from those of the run, or while it has no model of another site."""
         factors, here = self._versions.factors, self._peers.addresses
         if self._versions.model is not None:
-            return factors.unlike(site, declare, "the run", factors.pairs)
+            unlike = factors.unlike(site, declare, "the run", factors.pairs)
+            return unlike or factors.other_rank(site, declare)
         for other, seen in self.declared.items():
             if other != site and other in here:
                 return factors.unlike(site, declare, f"site {other!r}", pairs_of(seen))
@@ -208,9 +219,10 @@ class Declaring:
         here = self._peers.addresses
         for other, seen in self.declared.items():
             if other != site and other in here:
+                factors = self._versions.factors
                 difference = compare_layouts(
-                    declare.tensors,
-                    seen.tensors,
+                    factors.model_form(declare),
+                    factors.model_form(seen),
                     f"site {site}",
                     f"site {other}",
                     limit=_TENSORS_NAMED,

@@ -157,6 +157,7 @@ class Handling:
                 transfer=self._run.config.transfer.message,
                 features=protocol.features(lossless=can_pack()),
                 lora=self._run.config.aggregation.lora,
+                max_rank=self._run.config.aggregation.max_rank,
             ),
         )
         self._acting.do(
@@ -175,7 +176,7 @@ class Handling:
             text = f"the update is of the sets {names}; this run takes one, {protocol.MODEL}"
             self._attendance.put_out(peer, known.site, "sets", text)
             return
-        if update.layout != self._run.versions.expected_hash(declare, ready.round):
+        if update.layout != self._run.versions.expected_hash(known.site, declare, ready.round):
             self._attendance.put_out(
                 peer, known.site, "layout", "the update's layout is not the run's"
             )

@@ -118,7 +118,7 @@ class Parts:
             config,
             self.link,
             (self.peers, put_out),
-            (store, self.versions),
+            (store, self.versions, self.collecting),
             self.report,
         )
         self.declaring.forget_revoked(self.access)

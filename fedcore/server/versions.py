@@ -23,6 +23,7 @@ from fedcore.server.storage.store import Store, VersionRow
 from fedcore.words import plural
 
 from .factors import Factors
+from .first_form import first_form
 from .initial import load_initial
 from .optimizer import Optimizer
 from .roles import Roles
@@ -78,7 +79,7 @@ class Versions:
         self.set_id = self.packed_id = b""
         self.included: dict[str, int] = {}
         self.roles = Roles(store)
-        self.factors = Factors(config.aggregation.lora, store)
+        self.factors = Factors(config.aggregation, store)
         self._part: tuple[str, ModelFile, list[int]] | None = None
         self.optimizer = Optimizer(config.aggregation, store, self.roles)
         self._config = config
@@ -156,11 +157,28 @@ class Versions:
         self._store.announce(0, 0)
         self._store.clear(0)
         scratch = self._store.scratch(0)
-        model, self.cards = load_initial(path, scratch, self.metadata(0), self._store.chunk_bytes)
+        if self.factors.ranked:
+            model, self.cards = self._load_ranked(path, scratch)
+        else:
+            model, self.cards = load_initial(
+                path, scratch, self.metadata(0), self._store.chunk_bytes
+            )
         self.optimizer.finisher(model.layout)  # before anything is committed
         model.file.sync()
         row = VersionRow(0, "", "", model.layout.total_bytes, 0.0, {})
         self._save(row, model, model.checksums(), {})
+
+    def _load_ranked(self, path: Path, scratch: Path) -> tuple[ModelFile, dict[str, str]]:
+        """Return the adapter at ``path`` in the form of the global model, and the files that describe that."""
+        copy = self._store.models / f".{self._store.run_id}.initial"
+        with storing(copy):
+            copy.unlink(missing_ok=True)
+            first, cards = load_initial(path, copy, {}, self._store.chunk_bytes)
+            copy.unlink()
+        layout, scales = self.factors.take_file(table(first.layout), cards, str(path))
+        model = create_model(scratch, layout, self.metadata(0))
+        model.fill(first_form(first, layout, self.factors.pairs, scales))
+        return model, self.factors.cards(cards, layout)
 
     # --- each commit ---
 
@@ -246,6 +264,8 @@ class Versions:
             StorageError: the disk is full.
         """
         before = self.model
+        if before is None and self.factors.ranked:
+            return self._ranked(version, model)
         if (
             before is None
             or version == 0
@@ -261,6 +281,19 @@ class Versions:
         made.file.sync()
         self._store.announce(version, made.layout.total_bytes)
         return made, found
+
+    def _ranked(self, version: int, first: ModelFile) -> tuple[ModelFile, list[int]]:
+        """Return a site's first model in the form of the global one, and its checksums."""
+        path = self._store.scratch(version)
+        with storing(path):
+            path.unlink(missing_ok=True)
+        layout = self.factors.model_layout(first.layout)
+        made = create_model(path, layout, self.metadata(version))
+        checksums = made.fill(first_form(first, layout, self.factors.pairs))
+        first.file.check_whole()
+        made.file.sync()
+        self._store.announce(version, layout.total_bytes)
+        return made, checksums
 
     def _reader(self, part: Mapping[str, memoryview]) -> Reader:
         """Return what reads each tensor of ``part`` there, and the others of the last model."""
@@ -370,19 +403,22 @@ class Versions:
                 named["fedcore.rule-code"] = rule.code
         if version > 0 and rule.weighing.recorded:
             named["fedcore.weights"] = rule.weighing.recorded
-        if version > 0 and self._config.aggregation.lora is not None:
-            named["fedcore.lora"] = self._config.aggregation.lora
+        if version > 0:
+            named |= self.factors.metadata
         if version > 0:
             named |= self.optimizer.metadata(version)
         return named
 
-    def expected_hash(self, declare: protocol.Declare | None, round_: int) -> str | None:
+    def expected_hash(self, site: str, declare: protocol.Declare | None, round_: int) -> str | None:
         """Return the hash of the layout that a site's update must have; None for a site that declared nothing.
 
         Args:
+            site: whose update it is.
             declare: what the site declared while there was no model.
             round_: the update's.
         """
+        if self.model is not None and self.factors.ranked:
+            return self.factors.own_hash(self.model.layout, site)
         if self.model is not None:
             return self.factors.hash(self.model.layout, round_) or self.layout_hash
         return None if declare is None else layout_hash(declared_layout(declare))

@@ -139,6 +139,11 @@ class Session:
         return self._machine.welcome.lora if self._machine.welcome else None
 
     @property
+    def max_rank(self) -> int | None:
+        """The highest rank of the global model, where the run combines products of factors."""
+        return self._machine.welcome.max_rank if self._machine.welcome else None
+
+    @property
     def fixed(self) -> frozenset[str]:
         """The tensors that the current task leaves as they are in training; none outside of a training task."""
         trains = self._model is not None and self._model.trains
@@ -265,10 +270,11 @@ class Session:
                 raise ProtocolError(
                     f"{self.site}: the server sends the task {task.kind!r} of round {task.round} without a model"
                 )
-            file = self._updates.folder().received(layout)
+            whole = self._factors.model_layout(layout)
+            file = self._updates.folder().received(whole)
             if task.kind in ("train", "submit"):
                 self._updates.prepare(self._factors.layout(layout, task.round), task.checksum)
-            if not self._waits.download(layout, task, file):
+            if not self._waits.download(whole, task, file):
                 continue  # the server was restarted in between and publishes under another id
             self._model = GlobalModel(
                 kind=task.kind,
@@ -276,7 +282,7 @@ class Session:
                 rounds=task.rounds,
                 version=task.version,
                 seed=task.seed,
-                specs=table(layout),
+                specs=table(whole),
                 tensors=Received(file),
             )
             self._standing = (task.round, task.version)
@@ -397,7 +403,9 @@ class Session:
         self._log.flush()
         layout = self._factors.layout(self._layout, model.round)
         self._factors.check(read, model.tensors, model.round)
-        checked = Unchanged(read, model.tensors)
+        whole = self._factors.model_layout(self._layout)
+        given = self._factors.given(self._layout, model.tensors)
+        checked = Unchanged(read, given)
         self._updates.publish(
             layout,
             checked,
@@ -405,7 +413,7 @@ class Session:
             weight=weight,
             metrics=metrics,
             score=self._score,
-            model=None if layout is self._layout else self._layout,
+            part=None if layout is whole else (whole, given.__getitem__),
         )
         if checked.throughout:
             text = (
@@ -563,7 +571,8 @@ class Session:
         if layout.total_bytes == 0:
             raise LayoutError("the model has no trainable tensor, so there is nothing to send")
         tensors, (roles, pairs) = table(layout), said
-        self._factors = Factors(self.lora, pairs)
+        self._factors = Factors(self.lora, pairs, self.max_rank)
+        self._factors.model_layout(layout)  # its rank may be too high
         declare = protocol.Declare(
             tensors=tensors,
             packed=protocol.pack_table(tensors) if protocol.packs(tensors) else None,

@@ -81,7 +81,7 @@ class Updates:
         metrics: Mapping[str, float] | None = None,
         score: protocol.Score | None = None,
         initial: bool = False,
-        model: Layout | None = None,
+        part: tuple[Layout, Reader] | None = None,
     ) -> None:
         """Publish this site's values in place of what it had published.
 
@@ -92,7 +92,8 @@ class Updates:
             weight, metrics: what `protocol.Ready` says of it.
             score: what this site said of the global model before; it is kept with the update.
             initial: they are no update but the run's first model, which has no bound.
-            model: the layout of the global model, where the update holds a part of it.
+            part: the layout of the global model, where the update holds a part of it, and what gives that part as
+                it was before training.
 
         Raises:
             ProtocolError: a first model is asked for after training, and the norm of updates is bounded.
@@ -104,7 +105,7 @@ class Updates:
             )
         self._connection.withdraw()
         file = self.folder().update(layout)
-        update = self._encode(layout, file, file.fill(read), None if initial else round_, model)
+        update = self._encode(layout, file, file.fill(read), None if initial else round_, part)
         ready = protocol.Ready(
             round=round_,
             sets=[protocol.NamedSet(id=uuid.uuid4().hex, layout=layout_hash(layout))],
@@ -112,7 +113,7 @@ class Updates:
             metrics=self._check(metrics or {}, "train_metrics"),
         )
         if not initial:
-            of = "" if model is None else layout_hash(model)
+            of = "" if part is None else layout_hash(part[0])
             clip = self._settings.clip
             self.folder().record(ready, update, score, base=self._base, clip=clip, of=of)
         self._connection.publish(ready, update)
@@ -123,15 +124,15 @@ class Updates:
         file: ModelFile,
         checksums: list[int],
         round_: int | None,
-        model: Layout | None,
+        part: tuple[Layout, Reader] | None,
     ) -> EncodedUpdate:
         """Encode an update as the run wants it: the difference to the global model that this site trained from."""
         outgoing = self._made(layout)
         if round_ is None:
             return outgoing.initial(file, checksums)
-        base = self.folder().received(layout if model is None else model)
-        if model is not None and outgoing.encodes:
-            base = self.folder().part(layout)
+        base = self.folder().received(layout if part is None else part[0])
+        if part is not None and outgoing.encodes:
+            base = self.folder().part(layout, part[1])
         return outgoing.encode(round_, file, checksums, base, self._machine.included)
 
     def _made(self, layout: Layout) -> Outgoing:

@@ -24,7 +24,7 @@ from fedcore._core import Layout, MappedFile, crc32c
 from fedcore.encoding import EncodedUpdate, ResidualState
 from fedcore.errors import StorageError
 from fedcore.layout import layout_hash, table
-from fedcore.model_file import ModelFile, create_model, open_model
+from fedcore.model_file import ModelFile, Reader, create_model, open_model
 
 from .folder_lock import FolderLock
 from .memory import available_memory
@@ -166,10 +166,13 @@ class WorkFolder:
             self._files["global"] = create_model(None, layout)
         return self._file("global", layout, keep=False)
 
-    def part(self, layout: Layout) -> ModelFile:
-        """Return the part of the global model that an update is a change of; it goes with the process."""
+    def part(self, layout: Layout, read: Reader) -> ModelFile:
+        """Return the part of the global model that an update is a change of, which ``read`` gives.
+
+        It goes with the process.
+        """
         file = self._file("part", layout, keep=False)
-        file.fill(self._files["global"].view)
+        file.fill(read)
         return file
 
     def update(self, layout: Layout) -> ModelFile:

@@ -456,6 +456,15 @@ class Store(SiteRows, Decisions, Verdicts):
         """Return which tensors are factors; nothing if no model has any, or it is not known yet."""
         return tuple((a, b) for a, b in json.loads(self._journal.meta("factors") or "[]"))
 
+    def keep_ranks(self, site: str, ranks: Sequence[int]) -> None:
+        """Note which rank a site's adapter has in each adapted module."""
+        with self._journal.transaction():
+            self._journal.set_meta(f"ranks {site}", json.dumps(ranks))
+
+    def ranks(self, site: str) -> tuple[int, ...]:
+        """Return which rank a site's adapter has in each adapted module; nothing if the site has not said it."""
+        return tuple(json.loads(self._journal.meta(f"ranks {site}") or "[]"))
+
     def leave(self) -> None:
         """Note what the run has taken, before this process ends and the run goes on."""
         with self.logged.transaction():
