@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,13 +14,14 @@ from fedcore.errors import ConfigError, LayoutError, NonFiniteError
 from fedcore.layout import FLOATS, TensorSpec
 from fedcore.model_file import ModelFile
 
+from .cards import config_text, set_ranks
 from .comparing import differing_half
 from .folder import Adapter
-from .groups import PREFIX, parse_config
+from .groups import PREFIX
 from .methods import Method
 from .report import Figure
 
-__all__ = ["Making", "config_of_ranks", "make_config", "plan"]
+__all__ = ["Making", "make_config", "plan"]
 
 Array = npt.NDArray[Any]
 # What the core reads is Any: before Python 3.12, the types of NumPy do not say that an array is a buffer.
@@ -353,61 +351,8 @@ def make_config(making: Making) -> str:
         scales = {
             m: 1.0 if m in making.folded else making.first.scales[m] for m in making.first.groups
         }
-        _set_ranks(config, making.ranks, scales)
-    return _text(config)
-
-
-def config_of_ranks(card: str, ranks: Mapping[str, int]) -> str:
-    """Return the text of an ``adapter_config.json`` for factors of these ranks, whose scale is 1.
-
-    Args:
-        card: the text of the file of an adapter of other ranks and scales.
-        ranks: by module.
-
-    Raises:
-        ConfigError: the text is no JSON object.
-    """
-    config = parse_config(card, "adapter_config.json")
-    _set_ranks(config, ranks, dict.fromkeys(ranks, 1.0))
-    return _text(config)
-
-
-def _set_ranks(
-    config: dict[str, Any], ranks: Mapping[str, int], scales: Mapping[str, float]
-) -> None:
-    """Put ranks and scales into a configuration, and take out what drew the first values."""
-    config.update(_ranks_and_alphas(ranks, scales), init_lora_weights=True)
-    for key in ("eva_config", "corda_config", "lora_ga_config"):
-        if key in config:
-            config[key] = None
-    if config.get("loftq_config"):
-        config["loftq_config"] = {}
-
-
-def _text(config: Mapping[str, Any]) -> str:
-    return json.dumps(config, indent=2, sort_keys=True) + "\n"
-
-
-def _ranks_and_alphas(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
-    """Return the entries by which PEFT has these ranks and scales: patterns only where modules differ."""
-    alphas = {module: scales[module] * rank for module, rank in ranks.items()}
-    rank = max(Counter(ranks.values()).items(), key=lambda entry: (entry[1], entry[0]))[0]
-    alpha = max(Counter(alphas.values()).items(), key=lambda entry: (entry[1], entry[0]))[0]
-    return {
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "use_rslora": False,
-        "rank_pattern": {_pattern(m): r for m, r in ranks.items() if r != rank},
-        "alpha_pattern": {_pattern(m): _number(a) for m, a in alphas.items() if a != alpha},
-    }
-
-
-def _pattern(module: str) -> str:
-    return "^" + re.escape(module)
-
-
-def _number(value: float) -> float:
-    return int(value) if value == int(value) else value
+        set_ranks(config, making.ranks, scales)
+    return config_text(config)
 
 
 def _values(adapter: Adapter, name: str) -> Array:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from fedcore import protocol
 from fedcore._core import Layout, LoraRule
+from fedcore.adapters.cards import config_of_ranks
 from fedcore.adapters.forms import Forms, ranks_of, version_form, with_ranks
 from fedcore.adapters.groups import CONFIG, find_groups, module_of, parse_config, scale_of
-from fedcore.adapters.making import config_of_ranks
 from fedcore.adapters.refusals import check_adapter
 from fedcore.config import AggregationSection
 from fedcore.errors import ConfigError, LayoutError

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import numpy as np
-
 from fedcore._core import Layout, recompress
 from fedcore.model_file import ModelFile, Reader
 from fedcore.roles import Pairs
 
 __all__ = ["first_form"]
 
-_NUMPY: Final = {"F64": np.float64, "F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
+_NUMPY: Final = {"F64": "f8", "F32": "f4", "F16": "u2", "BF16": "u2"}
 
 
 def first_form(
@@ -61,17 +59,23 @@ def first_form(
 
 def _matrix(data: memoryview, dtype: str, shape: tuple[int, int]) -> tuple[Any, str]:
     """Return a factor as the core takes it, with the name of its dtype."""
+    import numpy as np  # a server of other runs does without
+
     return np.frombuffer(data, _NUMPY[dtype]).reshape(shape), dtype
 
 
 def _scaled(data: memoryview, scale: float) -> memoryview:
     """Return a bias in binary32 times a number, rounded once."""
+    import numpy as np
+
     values = np.frombuffer(data, np.float32).astype(np.float64) * scale
     return memoryview(values.astype(np.float32).tobytes())
 
 
 def _filled(values: Any, shape: Sequence[int]) -> memoryview:
     """Return a factor in binary32, with zeros for ranks that it lacks."""
+    import numpy as np
+
     whole = np.zeros(tuple(shape), np.float32)
     whole[: values.shape[0], : values.shape[1]] = values
     return memoryview(whole.tobytes())
