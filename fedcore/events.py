@@ -23,6 +23,7 @@ __all__ = [
     "AnswerReceived",
     "BestChanged",
     "Event",
+    "FactorsMeasured",
     "Listener",
     "MetricsLogged",
     "RoundStarted",
@@ -166,6 +167,30 @@ class UpdatesJudged(Event):
     scores: Mapping[str, float]
     measure: str
     base: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorsMeasured(Event):
+    """It was measured how far the mean of adapters' factors lies from that of their products. In the journal.
+
+    Attributes:
+        round: whose updates they are.
+        modules, of: how many modules were measured, of how many.
+        of_norm, of_change: the error of all together, as a part of the mean of the products and of what the round
+            changed; None: not known.
+        cut, rank: of the result, what its rank left out as a part of it, where products are combined.
+        worst, worst_of_norm: the module with the greatest error for its norm.
+    """
+
+    round: int
+    modules: int
+    of: int
+    of_norm: float | None
+    of_change: float | None
+    cut: float | None
+    rank: int | None
+    worst: str
+    worst_of_norm: float | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Which tensors of adapters an update holds: pure functions, which the server and each site ask.
 
 A LoRA adapter adds s B A to a module's weight. The mean of the factors B times that of the factors A is not the
-mean of the products. Where one factor is the same at all sites, the mean of the other is exact. So a round trains
-one of the two, and the other stays as the global model has it:
+mean of the products (``factors`` combines them all the same, and says how far it is off). Where one factor is the
+same at all sites, the mean of the other is exact. So a round trains one of the two, and the other stays as the
+global model has it:
 
 - ``freeze-a``: B is trained in each round (FFA-LoRA: Sun et al. 2024, section 3).
 - ``alternate``: B in odd rounds, A in even ones (RoLoRA: Chen et al. 2025, section 4).
@@ -39,7 +40,7 @@ def fixed_tensors(method: LoraMethod, round_: int, pairs: Pairs) -> frozenset[st
         round_: from 1; 0 stands for the initial model, which holds all.
         pairs: the names of A and B of each adapted module.
     """
-    if round_ == 0 or method == "exact":
+    if round_ == 0 or method in ("factors", "exact"):
         return frozenset()
     fixes_a = method == "freeze-a" or round_ % 2 == 1
     return frozenset(a if fixes_a else b for a, b in pairs)

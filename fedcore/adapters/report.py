@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from fedcore.protocol import shown
+from fedcore.protocol import FactorsStatus, shown
 from fedcore.words import plural
 
-__all__ = ["Figure", "Report", "total_of"]
+__all__ = ["Figure", "Measured", "Report", "total_of"]
 
 _WORST: Final = 5
 
@@ -132,4 +133,90 @@ def _percent(value: float | None) -> str:
 
 
 def _values(figure: Figure) -> dict[str, Any]:
-    return {**asdict(figure), "of_norm": figure.of_norm, "of_change": figure.of_change}
+    """Return a figure as JSON values: a number beyond all floats is None."""
+    of = {**asdict(figure), "of_norm": figure.of_norm, "of_change": figure.of_change}
+    return {
+        name: _finite(value) if isinstance(value, float) else value for name, value in of.items()
+    }
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a number, or None where it is none that JSON has."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How far the mean of the factors lay from the mean of the products in one round of a run.
+
+    Attributes:
+        modules: how many modules it is of. After a server was killed in the round, these are fewer than all.
+        of: how many modules the adapter has.
+        total: of these modules together.
+        worst: of them, those with the greatest error for their norm.
+    """
+
+    modules: int
+    of: int
+    total: Figure
+    worst: tuple[Figure, ...]
+
+    @classmethod
+    def of_figures(cls, figures: Sequence[Figure], of: int) -> Measured:
+        """Return what these figures come to; at least one."""
+        worst = sorted(figures, key=lambda f: (-(f.of_norm or 0.0), f.module))[:_WORST]
+        return cls(len(figures), of, total_of(figures), tuple(worst))
+
+    def values(self) -> dict[str, Any]:
+        """Return it for programs, as JSON values."""
+        return {
+            "modules": self.modules,
+            "of": self.of,
+            "total": _values(self.total),
+            "worst": [_values(figure) for figure in self.worst],
+        }
+
+    @property
+    def status(self) -> FactorsStatus:
+        """What a status shows of it."""
+        total, worst = self.total, self.worst[0]
+        return FactorsStatus(
+            modules=self.modules,
+            of=self.of,
+            of_norm=_finite(total.of_norm),
+            of_change=_finite(total.of_change),
+            cut=_finite(total.cut / total.norm if total.norm else 0.0),
+            rank=total.rank,
+            worst=worst.module[:200],
+            worst_of_norm=_finite(worst.of_norm),
+        )
+
+    @property
+    def text(self) -> str:
+        """What a journal keeps."""
+        return json.dumps(self.values())
+
+    @classmethod
+    def of_text(cls, text: str) -> Measured:
+        """Return what was kept.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        try:
+            kept = json.loads(text)
+            worst = tuple(_figure(values) for values in kept["worst"])
+            return cls(int(kept["modules"]), int(kept["of"]), _figure(kept["total"]), worst)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"no figure of adapters: {error!r}") from None
+
+
+def _figure(values: dict[str, Any]) -> Figure:
+    def number(name: str) -> float:
+        return math.inf if values[name] is None else float(values[name])
+
+    change = values["change"]
+    return Figure(
+        str(values["module"]), number("norm"), number("error"), None if change is None else float(change),
+        number("cut"), values["rank"], int(values["width"]),
+    )  # fmt: skip

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from fedcore import protocol
+from fedcore.adapters.report import Measured
 from fedcore.errors import ConfigError, RefusedError, TransferTimeout
 from fedcore.security.keys import LOCAL_KIT, Credentials, is_loopback, load_kit
 from fedcore.transport.link import Control, SiteLink
@@ -371,6 +372,10 @@ def _score_of(summary: dict[str, Any], site: str, version: int | None) -> float 
     return None
 
 
+def _factors_of(values: dict[str, Any] | None) -> protocol.FactorsStatus | None:
+    return None if values is None else Measured.of_text(json.dumps(values)).status
+
+
 def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
     versions = [
         protocol.VersionStatus(
@@ -388,6 +393,7 @@ def _from_summary(summary: dict[str, Any]) -> protocol.StatusReply:
                 for site, of in row.get("updates", {}).items()
             ],
             measure=row.get("measure", ""),
+            factors=_factors_of(row.get("factors")),
             seconds=row["seconds"],
             bytes=row["bytes"],
         )

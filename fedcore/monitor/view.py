@@ -171,7 +171,8 @@ def _numbers(site: SiteStatus) -> str:
 def _model_table(reply: StatusReply) -> Table:
     names = _metric_names(reply)
     table = Table()
-    for header in ("model", *names, "time", "sites"):
+    off = ["factors off"] if any(version.factors for version in reply.versions) else []
+    for header in ("model", *names, *off, "time", "sites"):
         table.add_column(Text(header))
     hidden = len(reply.versions) - _SHOWN_VERSIONS
     for position, version in enumerate(reply.versions):
@@ -180,6 +181,7 @@ def _model_table(reply: StatusReply) -> Table:
             continue
         label = "initial" if version.version == 0 else f"round {version.version}"
         cells = [_cell(version, name) for name in names]
+        cells += [_off(version) for _ in off]
         seconds = "" if not version.seconds else human_seconds(version.seconds)
         table.add_row(
             f"{label}{_remarks(version, best=best)}",
@@ -206,6 +208,12 @@ def _left_out(version: VersionStatus) -> str:
     shown = ", ".join(f"{of.site} {of.score:.3g}" for of in out[:_SHOWN_LEFT_OUT])
     more = f" and {len(out) - _SHOWN_LEFT_OUT} more" if len(out) > _SHOWN_LEFT_OUT else ""
     return f"; left out: {shown}{more} ({version.measure})"
+
+
+def _off(version: VersionStatus) -> str:
+    """Show how far the mean of adapters' factors is off the mean of their products."""
+    factors = version.factors
+    return "" if factors is None or factors.of_norm is None else f"{100 * factors.of_norm:.3g} %"
 
 
 def _cell(version: VersionStatus, name: str) -> str:
@@ -274,6 +282,8 @@ def _version_line(version: VersionStatus, reply: StatusReply) -> str:
     metrics = "".join(f", {name} {value:.4g}" for name, value in version.metrics.items())
     sites = f" of {_names(version.participants)}" if version.participants else ""
     sites += _left_out(version)
+    if off := _off(version):
+        metrics += f", factors {off} off"
     best = version.version == reply.best_version
     return f"{label}{sites}{metrics}{_remarks(version, best=best)}"
 

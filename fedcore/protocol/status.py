@@ -67,6 +67,25 @@ class UpdateStatus(Part):
     score: Annotated[float, Field(allow_inf_nan=True)]
 
 
+class FactorsStatus(Part):
+    """How far the mean of adapters' factors lay from the mean of their products, in the round of a version.
+
+    ``modules`` of the adapter's ``of`` modules were measured. ``of_norm``: the error as a part of the mean of the
+    products, of all together; ``of_change``: as a part of what the round changed. Where products are combined, the
+    mean of the factors would have been off so much; ``cut`` is the part of the result that its ``rank`` left out.
+    ``worst`` is the module with the greatest error for its norm.
+    """
+
+    modules: int
+    of: int
+    of_norm: float | None = None
+    of_change: float | None = None
+    cut: float | None = None
+    rank: int | None = None
+    worst: Text = ""
+    worst_of_norm: float | None = None
+
+
 class VersionStatus(Part):
     """One global model in a `StatusReply`: its weighted validation metrics and who is in it.
 
@@ -83,6 +102,7 @@ class VersionStatus(Part):
     bytes: int = 0
     updates: list[UpdateStatus] = []
     measure: Text = ""
+    factors: FactorsStatus | None = None
 
 
 class MetricSeries(Part):

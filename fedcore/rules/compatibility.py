@@ -140,7 +140,7 @@ def _task_and_lora(choices: Choices) -> Conflict | None:
 
 
 def _lora_and_optimizer(choices: Choices) -> Conflict | None:
-    if choices.lora is None or choices.optimizer is None:
+    if choices.lora in (None, "factors") or choices.optimizer is None:
         return None
     if choices.lora == "exact":
         reason = "an optimizer's state is of factors, which turn from round to round; leave one out"
@@ -150,19 +150,16 @@ def _lora_and_optimizer(choices: Choices) -> Conflict | None:
 
 
 def _lora_and_ema(choices: Choices) -> Conflict | None:
-    if choices.lora is None or choices.ema is None:
+    if choices.lora in (None, "factors") or choices.ema is None:
         return None
     reason = "the average of the factors is not that of their products; leave one out"
     return Conflict("aggregation.ema", reason, "it does not go with aggregation.lora")
 
 
 def _lora_and_rule(choices: Choices) -> Conflict | None:
-    if choices.lora != "exact" or choices.rule == DEFAULT_RULE:
+    if choices.lora not in ("factors", "exact") or choices.rule == DEFAULT_RULE:
         return None
-    reason = (
-        f"it combines the products of factors, by their weighted mean; use rule = {DEFAULT_RULE!r}, or lora = "
-        "'freeze-a'"
-    )
+    reason = f"it is about weighted means; use rule = {DEFAULT_RULE!r}, or lora = 'freeze-a'"
     return choices.against("aggregation.rule", choices.rule, "lora", reason)
 
 

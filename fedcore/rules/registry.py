@@ -13,13 +13,13 @@ from .deciding import SeveralPasses
 from .options import Option, complete
 
 if TYPE_CHECKING:
-    from fedcore._core import PythonRule, WeighedRule
+    from fedcore._core import LoraRule, PythonRule, WeighedRule
 
-__all__ = ["DEFAULT_RULE", "RULES", "CoreRule", "Rule", "find_rule"]
+__all__ = ["DEFAULT_RULE", "RULES", "CoreRule", "Rule", "find_rule", "weighed"]
 
 DEFAULT_RULE: Final = "mean"
 
-CoreRule: TypeAlias = "str | tuple[str, dict[str, float]] | PythonRule | WeighedRule"
+CoreRule: TypeAlias = "str | tuple[str, dict[str, float]] | PythonRule | WeighedRule | LoraRule"
 """What the compiled core knows a rule by: its name, its name and settings, or what calls it."""
 
 
@@ -71,11 +71,7 @@ class Rule:
             known = self.python
         elif self.options:
             known = (self.name, dict(self.settings))
-        if self.weighing == EXAMPLES:
-            return known
-        from fedcore._core import WeighedRule
-
-        return WeighedRule(known, self.weighing.equal, self.weighing.millionths)
+        return weighed(known, self.weighing)
 
     @property
     def recorded(self) -> str:
@@ -137,6 +133,15 @@ RULES: Final[dict[str, Rule]] = {
         ),
     )
 }
+
+
+def weighed(rule: CoreRule, weighing: Weighing) -> CoreRule:
+    """Return a rule whose sources have these weights."""
+    if weighing == EXAMPLES:
+        return rule
+    from fedcore._core import WeighedRule
+
+    return WeighedRule(rule, weighing.equal, weighing.millionths)
 
 
 def find_rule(name: str) -> Rule:

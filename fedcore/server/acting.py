@@ -10,6 +10,7 @@ from fedcore import protocol
 from fedcore._device import device_failure, use_device
 from fedcore.errors import StorageError
 from fedcore.events import (
+    FactorsMeasured,
     RoundStarted,
     SiteLost,
     SitesChosen,
@@ -205,8 +206,9 @@ class Acting:
         if verdict is None:
             weights = self._weigh(action.participants, action.version) if action.version else {}
         seconds = self._run.clock.monotonic() - self._round_started
+        measured = self._run.versions.factors.measure() if action.version else None
         row = VersionRow(
-            action.version, "", "", model.layout.total_bytes, seconds, weights, verdict
+            action.version, "", "", model.layout.total_bytes, seconds, weights, verdict, measured
         )
         metrics = {known.site: known.metrics for _, known in self._run.peers}
         if action.version == 0:
@@ -215,6 +217,8 @@ class Acting:
         names = [p.site for p in participants]
         collected = self._run.clock.monotonic() - running.started
         self._run.emit_commit(row, collected, "" if action.version else names[0])
+        if measured is not None:
+            self._run.emit(FactorsMeasured(round=action.version, **measured.status.model_dump()))
         if action.version:
             self._check_scored(action.version - 1, names)
         for peer, known in self._run.peers:

@@ -14,7 +14,6 @@ from fedcore._core import (
     CollectorDone,
     CollectorOptions,
     Layout,
-    LoraRule,
     MappedFile,
     NoRoom,
     OutputBroken,
@@ -26,7 +25,7 @@ from fedcore._core import (
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, RuleError, StorageError
 from fedcore.roles import pairs_of
-from fedcore.rules.registry import CoreRule
+from fedcore.rules.registry import weighed
 from fedcore.server.rounds.actions import Participant, PullAhead, StartCollect
 from fedcore.server.rounds.verdicts import Verdict, decide
 from fedcore.server.storage.scratch import Scratch
@@ -156,7 +155,7 @@ class Collecting:
     def lack_of_memory(self, site: str, declare: protocol.Declare) -> str:
         """Say that memory does not hold the factors of this site's rank beside those of the others.
 
-        Only where products of factors are combined: a module's factors of all sites are needed at the same time.
+        Only where products of factors are looked at: a module's factors of all sites are needed at the same time.
         Those of as many sites are looked at as a round has, and that have said their rank.
 
         Raises:
@@ -170,7 +169,8 @@ class Collecting:
         others = [factors.ranks(other) for other in factors.known if other != site]
         known = [factors.ranked_layout(model, pairs, ranks) for ranks in others]
         known.sort(key=lambda layout: layout.total_bytes, reverse=True)
-        layouts = [own, *known][: self._config.participants.trained]
+        most = self._config.participants.trained
+        layouts = [own, *known][:most] if factors.ranked else [own] * most
         room = MappedFile.anonymous(model.total_bytes), 0  # nothing of it is touched
         rule = factors.rule(model, self._config.reducer_threads, pairs)
         try:
@@ -379,10 +379,10 @@ class Collecting:
             self._spill = open_spill(self._config, self._store.run_id, whole, room)
         if model is not None:
             base, checksums = self._versions.base_of(layout)
-        combine: CoreRule | LoraRule = rule.core
-        own = None
-        if base is not None and self._versions.factors.ranked:
-            combine, own = self._products(layout)
+        combine = rule.core
+        if base is not None and self._versions.factors.measured:
+            lora = self._versions.factors.start(layout, self._config.reducer_threads)
+            combine = weighed(lora, rule.weighing)
         return CollectionSetting(
             self._link.exchange,
             layout,
@@ -399,19 +399,19 @@ class Collecting:
             plain=frozenset() if base is None or rule.folds else optimizer.plain(layout),
             survey=surveys,
             keep_surveyed=rule.several is not None and rule.several.keeps_most,
-            own=own,
+            own=self._own_layouts(layout) if base is not None else None,
             digest_key=os.urandom(DIGEST_KEY_BYTES) if surveys else b"",
         )
 
-    def _products(self, model: Layout) -> tuple[LoraRule, Callable[[str], Own]]:
-        """Return what combines products of factors, and what gives the layout of each site's."""
+    def _own_layouts(self, model: Layout) -> Callable[[str], Own] | None:
+        """Return what gives the layout of each site's updates, where they have ranks of their own."""
         factors, transfer = self._versions.factors, self._config.transfer
 
         def own(site: str) -> Own:
             layout = factors.own_layout(model, site)
             return layout, update_codec(transfer, layout, initial=False)
 
-        return factors.rule(model, self._config.reducer_threads), own
+        return own if factors.ranked else None
 
     # --- what the core says ---
 

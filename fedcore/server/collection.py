@@ -17,7 +17,6 @@ from fedcore._core import (
     Exchange,
     Finisher,
     Layout,
-    LoraRule,
     MappedFile,
     Spill,
 )
@@ -125,7 +124,7 @@ class CollectionSetting:
     codec: Codec | None = None
     spill: Spill | None = None
     threads: int = 1
-    rule: CoreRule | LoraRule = "mean"
+    rule: CoreRule = "mean"
     finisher: Finisher | None = None
     plain: Set[str] = frozenset()
     survey: bool = False

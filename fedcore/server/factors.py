@@ -10,6 +10,7 @@ from fedcore.adapters.cards import config_of_ranks
 from fedcore.adapters.forms import Forms, ranks_of, version_form, with_ranks
 from fedcore.adapters.groups import CONFIG, find_groups, module_of, parse_config, scale_of
 from fedcore.adapters.refusals import check_adapter
+from fedcore.adapters.report import Figure, Measured
 from fedcore.config import AggregationSection
 from fedcore.errors import ConfigError, LayoutError
 from fedcore.layout import TensorSpec, layout_hash, table
@@ -29,12 +30,15 @@ class Factors:
     Attributes:
         pairs: the names of A and B of each adapted module; none while no site has said them.
         ranked: whether the products are combined, and each site has its own rank.
+        measured: whether it is measured how far the mean of the factors lies from that of the products.
     """
 
     def __init__(self, section: AggregationSection, store: Store) -> None:
         self._method = method = section.lora
         self._store = store
         self.ranked = method == "exact"
+        self.measured = method in ("factors", "exact")
+        self._rule: LoraRule | None = None
         self._max_rank = section.max_rank or 0
         self._products = section.base == "zero"
         self._ranks: dict[str, tuple[int, ...]] = {}
@@ -203,11 +207,37 @@ class Factors:
         tensors = with_ranks(table(model), pairs, ranks)
         return Layout([(n, d, list(s)) for n, d, s in tensors], model.chunk_bytes)
 
-    def rule(self, model: Layout, threads: int, pairs: Pairs | None = None) -> LoraRule:
-        """Return what combines the products of a round; ``pairs`` as `model_layout` has them."""
-        groups = [(b, a) for a, b in (self.pairs if pairs is None else pairs)]
+    def rule(self, model: Layout, threads: int, pairs: Pairs) -> LoraRule:
+        """Return what combines the factors of a round, or their products."""
+        groups = [(b, a) for a, b in pairs]
+        if not self.ranked:
+            rank = max(ranks_of(table(model), pairs), default=1)
+            return LoraRule("factors", model, groups, rank, threads=threads)
         method = "products" if self._products else "exact"
         return LoraRule(method, model, groups, self._max_rank, threads=threads)
+
+    def start(self, model: Layout, threads: int) -> LoraRule:
+        """Return what combines the updates of the round that begins; `measure` asks it at the end."""
+        self._rule = self.rule(model, threads, self.pairs)
+        return self._rule
+
+    def measure(self) -> Measured | None:
+        """Return how far the mean of the factors lay from that of the products, in the round that was combined.
+
+        None where it is not measured, or where a killed server had combined all modules.
+        """
+        rule, self._rule = self._rule, None
+        if rule is None:
+            return None
+        figures = [
+            Figure(
+                module_of(a), of["sum"], of["error"], of["change"], of["cut"],
+                of["rank"] if self.ranked else None,
+            )
+            for (a, _), of in zip(self.pairs, rule.reports(), strict=True)
+            if of is not None
+        ]  # fmt: skip
+        return Measured.of_figures(figures, len(self.pairs)) if figures else None
 
     @property
     def metadata(self) -> Mapping[str, str]:

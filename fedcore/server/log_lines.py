@@ -17,6 +17,7 @@ from fedcore.events import (
     AnswerReceived,
     BestChanged,
     Event,
+    FactorsMeasured,
     RunEnded,
     RunStarted,
     ServerStopped,
@@ -61,6 +62,8 @@ class LogLines:
             self._on_start(event)
         elif isinstance(event, VersionCommitted):
             self._on_commit(event)
+        elif isinstance(event, FactorsMeasured):
+            logger.info("%s", _off(event, exact=self._config.aggregation.lora == "exact"))
         elif isinstance(event, UpdatesJudged):
             self._on_judged(event)
         elif isinstance(event, BestChanged):
@@ -141,6 +144,27 @@ class LogLines:
             best = f"; best model{so_far}: round {event.best_version}, {_metric(event)}{folder}"
         level = logging.ERROR if event.outcome == "failed" else logging.INFO
         logger.log(level, "the run %s%s", how.get(event.outcome, f"failed: {event.message}"), best)
+
+
+def _off(event: FactorsMeasured, *, exact: bool) -> str:
+    """Say how far the mean of the factors is off that of the products; where these were combined, what was cut."""
+    off = f"{'would be' if exact else 'is'} {_percent(event.of_norm)} off"
+    parts = [f"round {event.round}: the mean of the factors {off} the mean of the products"]
+    if event.of_change is not None:
+        parts.append(f", {_percent(event.of_change)} of what the round changed")
+    if event.of > 1:
+        parts.append(f"; most in {event.worst}, {_percent(event.worst_of_norm)}")
+    if exact:
+        parts.append(f"; {_percent(event.cut)} is cut at rank {event.rank}")
+    if event.modules < event.of:
+        parts.append(
+            f" (of {event.modules} of {event.of} modules: the server was killed in this round)"
+        )
+    return "".join(parts)
+
+
+def _percent(part: float | None) -> str:
+    return "an unknown part" if part is None else f"{100 * part:.3g} %"
 
 
 def _scored(event: UpdatesJudged, sites: list[str]) -> str:

@@ -253,6 +253,7 @@ class Outcome:
                         "seconds": row.seconds,
                         "participants": dict(row.participants),
                         **_judged(row),
+                        **({} if row.factors is None else {"factors": row.factors.values()}),
                         "metrics": self._pooled(scores.get(row.version, [])),
                         "worse_at": worse.get(row.version, []),
                         "metrics_by_site": {

@@ -97,14 +97,20 @@ def best(matrix: np.ndarray, rank: int) -> np.ndarray:
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
-def dense(before: Values, updates: Mapping[str, Values], *, zero: bool = False) -> Values:
+def dense(
+    before: Values,
+    updates: Mapping[str, Values],
+    *,
+    zero: bool = False,
+    weights: Mapping[str, float] = WEIGHTS,
+) -> Values:
     """The next products by the formula, in binary64 and with NumPy's SVD."""
-    total, found = sum(WEIGHTS[site] for site in updates), {}
+    total, found = sum(weights[site] for site in updates), {}
     for module, w in products(before).items():
         following = np.zeros_like(w) if zero else w.copy()
         for site, update in updates.items():
             taken = 0 if zero else products(given(before, RANKS[site]))[module]
-            following += WEIGHTS[site] / total * (products(update)[module] - taken)
+            following += weights[site] / total * (products(update)[module] - taken)
         found[module] = best(following, MOST[module])
     return found
 
@@ -240,6 +246,37 @@ def test_a_round_adds_the_weighted_products_of_sites_of_any_rank(base: str, tmp_
 )
 def test_the_bytes_do_not_depend_on_how_updates_travel(sections: Any, tmp_path: Path) -> None:
     assert as_bytes(models(run_through(config(tmp_path, **sections)))) == undisturbed()
+
+
+@pytest.mark.parametrize(
+    ("sections", "weights"),
+    [
+        ({"weights": "equal"}, {"a": 1, "b": 1, "c": 1}),
+        ({"max_share": 0.4}, {"a": 0.225, "b": 0.4, "c": 0.375}),
+    ],
+)
+def test_products_have_the_weights_that_the_run_file_says(
+    sections: Any, weights: Any, tmp_path: Path
+) -> None:
+    found = models(run_through(config(tmp_path, 1, aggregation=sections)))
+    updates = {site: trained(found[0], site, 1) for site in RANKS}
+    for module, wanted in dense(found[0], updates, weights=weights).items():
+        atol = 1e-5 * np.abs(wanted).max()
+        np.testing.assert_allclose(products(found[1])[module], wanted, rtol=0, atol=atol)
+
+
+def test_the_log_says_what_the_mean_of_the_factors_would_be_and_what_is_cut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedcore.server")
+    folder = run_through(config(tmp_path, 2))
+    of = json.loads((folder / "summary.json").read_text())["versions"][2]["factors"]
+    assert (of["modules"], of["of"], of["total"]["rank"]) == (2, 2, 16)
+    off, cut = of["total"]["of_norm"], of["total"]["cut"] / of["total"]["norm"]
+    assert off > 0.01
+    assert 0 < cut < 0.5
+    assert f"round 2: the mean of the factors would be {100 * off:.3g} % off" in caplog.text
+    assert f"; {100 * cut:.3g} % is cut at rank 16" in caplog.text
 
 
 KILLS: dict[str, tuple[type, str, bool]] = {
@@ -444,7 +481,7 @@ def test_a_hostile_factor_is_no_update_or_leaves_finite_numbers(
             r"max_rank: it is for lora = 'exact'; leave it out",
         ),
         ({"transfer": {"update": "int8"}}, r"transfer\.update: 'int8'.*factors are turned"),
-        ({"aggregation": {"rule": "median"}}, r"rule: 'median' .*weighted mean"),
+        ({"aggregation": {"rule": "median"}}, r"rule: 'median' .*weighted means"),
         ({"aggregation": {"ema": 0.9}}, r"ema.*average of the factors"),
         ({"aggregation": {"optimizer": {"name": "adam"}}}, r"optimizer.*turn from round to round"),
         ({"aggregation": {"max_rank": 0}}, r"max_rank"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fedcore import protocol
+from fedcore.adapters.report import Measured
 from fedcore.server.rounds.selection import SiteScore
 from fedcore.server.rounds.verdicts import Verdict
 
@@ -34,6 +36,7 @@ class VersionRow:
         checksum: CRC-32C over its chunks' checksums, in hex; a file that differs is not used.
         sha256: of its flat bytes, in hex; empty until it has been computed.
         verdict: what a rule of several passes has decided of the round's updates.
+        factors: how far the mean of adapters' factors lay from that of their products, where that was measured.
     """
 
     version: int
@@ -43,6 +46,7 @@ class VersionRow:
     seconds: float
     participants: Mapping[str, float]
     verdict: Verdict | None = None
+    factors: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def read_versions(rows: Callable[[str], list[tuple[Any, ...]]]) -> list[VersionR
     for version, site, weight in rows(query):
         whole = int(weight)
         sites.setdefault(version, {})[site] = whole if whole == weight else weight
-    verdicts = read_verdicts(rows)
+    verdicts, figures = read_verdicts(rows), _read_figures(rows)
     query = "SELECT version, checksum, sha256, bytes, seconds FROM versions ORDER BY version"
     return [
         VersionRow(
@@ -92,9 +96,23 @@ def read_versions(rows: Callable[[str], list[tuple[Any, ...]]]) -> list[VersionR
             seconds,
             sites.get(version, {}),
             verdicts.get(version),
+            figures.get(version),
         )
         for version, checksum, sha256, nbytes, seconds in rows(query)
     ]
+
+
+def _read_figures(rows: Callable[[str], list[tuple[Any, ...]]]) -> dict[int, Measured]:
+    """Return a journal's figures of adapters by version. An older fedcore's has none.
+
+    A damaged one is left out.
+    """
+    found: dict[int, Measured] = {}
+    if rows("SELECT 1 FROM sqlite_master WHERE name = 'figures'"):
+        for version, text in rows("SELECT version, text FROM figures"):
+            with contextlib.suppress(ValueError):  # it decides nothing
+                found[version] = Measured.of_text(text)
+    return found
 
 
 def version_status(
@@ -120,6 +138,7 @@ def version_status(
             )
         ],
         measure="" if verdict is None else verdict.decision.measure,
+        factors=None if row.factors is None else row.factors.status,
     )
 
 

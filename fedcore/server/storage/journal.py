@@ -43,6 +43,7 @@ CREATE TABLE IF NOT EXISTS contributions (
     version INTEGER NOT NULL, site TEXT NOT NULL, weight INTEGER NOT NULL, metrics TEXT NOT NULL,
     PRIMARY KEY (version, site));
 CREATE TABLE IF NOT EXISTS verdicts (version INTEGER PRIMARY KEY, text TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS figures (version INTEGER PRIMARY KEY, text TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS scores (
     version INTEGER NOT NULL, site TEXT NOT NULL, examples INTEGER NOT NULL, metrics TEXT NOT NULL,
     PRIMARY KEY (version, site));

@@ -324,6 +324,9 @@ class Store(SiteRows, Decisions, Verdicts):
             )
             if row.verdict is not None:
                 self._put_verdict(row.version, row.verdict.settled)
+            if row.factors is not None:
+                values = row.version, row.factors.text
+                self._db.execute("INSERT OR REPLACE INTO figures VALUES (?, ?)", values)
             for name, text in (files or {}).items():
                 self._db.execute("INSERT OR REPLACE INTO files VALUES (?, ?)", (name, text))
             self._db.execute("DELETE FROM states")
@@ -412,7 +415,7 @@ class Store(SiteRows, Decisions, Verdicts):
             if version > 0 and (self.states(last) or last in left):
                 left = [*(v for v in left if v < version), version]
                 self._journal.set_meta(_WITHOUT_STATES, json.dumps(left))
-            for table in ("versions", "states", "contributions", "verdicts"):
+            for table in ("versions", "states", "contributions", "verdicts", "figures"):
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
             self._drop_scores_after(version)
             self._db.execute("DELETE FROM chosen")
