@@ -133,12 +133,12 @@ def _is_model(path: Path) -> bool:
 
 def _wait(where: tuple[str | None, Path | None, bool, bool], timeout: float) -> None:
     """Wait until no site scores the last model any more, and print its metrics."""
-    from fedcore.monitor.ask import StatusClient, find_target
+    from fedcore.monitor.ask import find_target
 
     found = find_target(*where)
     if found is None:
         raise ConfigError(f"no server works on {where[0]} any more")
-    with StatusClient(found.address, found.credentials) as client:
+    with found.connect() as client:
         while True:
             reply = client.ask(timeout)
             if reply.phase != "paused" or all(site.state != "training" for site in reply.sites):

@@ -96,7 +96,7 @@ def status(  # noqa: PLR0917
     elif watch:
         _watch(found, folder, timeout, as_json)
     else:
-        _print_status(ask_status(found.address, timeout, found.credentials), as_json)
+        _print_status(ask_status(found.address, timeout, found.credentials, found.proxy), as_json)
 
 
 def _training_in(folder: Path) -> list[Series]:
@@ -108,12 +108,11 @@ def _training_in(folder: Path) -> list[Series]:
 
 
 def _training_at(server: Target | None, timeout: float) -> list[Series]:
-    from fedcore.monitor.ask import StatusClient
     from fedcore.server.storage.logged import Series
     from fedcore.server.storage.metrics import Point
 
     assert server is not None
-    with StatusClient(server.address, server.credentials) as client:
+    with server.connect() as client:
         found = client.training(timeout)
     return [Series(one.site, one.name, [Point(*point) for point in one.points]) for one in found]
 

@@ -90,12 +90,12 @@ def say(action: Steer, where: tuple[str | None, Path | None, bool, bool], timeou
         where: run folder or address, kit folder, and whether an insecure link and an insecure network will do.
         timeout: seconds to wait for an answer.
     """
-    from fedcore.monitor.ask import StatusClient, find_target, why_unserved
+    from fedcore.monitor.ask import find_target, why_unserved
 
     found = find_target(*where)
     if found is None:
         raise ConfigError(f"no server works on {where[0]}{why_unserved(Path(str(where[0])))}")
-    with StatusClient(found.address, found.credentials) as client:
+    with found.connect() as client:
         reply = client.command(action, timeout)
     if not reply.ok:
         raise FedcoreError(reply.message)

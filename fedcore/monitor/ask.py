@@ -22,6 +22,7 @@ from fedcore.adapters.report import Measured
 from fedcore.errors import ConfigError, RefusedError, TransferTimeout
 from fedcore.security.keys import LOCAL_KIT, Credentials, is_loopback, load_kit
 from fedcore.transport.link import Control, SiteLink
+from fedcore.transport.proxy import Proxy
 
 __all__ = [
     "ENDPOINT_FILE",
@@ -50,10 +51,15 @@ ENDPOINT_FILE: Final = "endpoint"
 
 @dataclass(frozen=True)
 class Target:
-    """Where a server is, and with what key to talk to it; plain text if None."""
+    """Where a server is, with what key to talk to it (None: plain text), and through which proxy, if any."""
 
     address: str
     credentials: Credentials | None = None
+    proxy: Proxy | None = None
+
+    def connect(self) -> StatusClient:
+        """Return a connection to it, to use in a ``with`` block."""
+        return StatusClient(self.address, self.credentials, self.proxy)
 
 
 class StatusClient:
@@ -62,12 +68,15 @@ class StatusClient:
     Args:
         address: ``tcp://HOST:PORT``, or ``tcp://HOST:PORT#RUN_ID`` for a run of a server that has several.
         credentials: the key to talk to it; None: plain text.
+        proxy: the way to it; None: it is dialled directly.
 
     Raises:
         ConfigError: what follows the ``#`` is no id of a run.
     """
 
-    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+    def __init__(
+        self, address: str, credentials: Credentials | None = None, proxy: Proxy | None = None
+    ) -> None:
         address, _, run = address.partition("#")
         if run and not re.fullmatch("[0-9a-f]{32}", run):
             raise ConfigError(
@@ -76,7 +85,7 @@ class StatusClient:
             )
         self.address = address
         self._warned = False
-        self._link = SiteLink(address, uuid.uuid4().bytes, credentials)
+        self._link = SiteLink(address, uuid.uuid4().bytes, credentials, proxy)
         self._link.run_id = run or None
 
     def __enter__(self) -> StatusClient:
@@ -148,7 +157,7 @@ class StatusClient:
         raise TransferTimeout(f"no answer from {self.address} within {timeout:g} s; {why}")
 
     def _warn_unresolved(self, left: float) -> None:
-        """Say at once, and once, that the server's name stands for no address."""
+        """Say at once, and once, that the server's name stands for no address, or the proxy does not connect."""
         if self._link.unresolved and not self._warned:
             self._warned = True
             logger.warning("%s Still trying, for %.0f s.", self._link.unresolved, left)
@@ -180,7 +189,7 @@ def following(
                     target = find_server(folder)
                     if target is None:
                         return
-                    client = stack.enter_context(StatusClient(target.address, target.credentials))
+                    client = stack.enter_context(target.connect())
                 show(client.ask(seconds))
 
         yield tick
@@ -204,7 +213,7 @@ def snapshots(
             database is locked.
     """
     before = None if folder is None else _stamp(folder)
-    client = StatusClient(target.address, target.credentials)
+    client = target.connect()
     try:
         last = client.ask(timeout)
         since = time.monotonic()
@@ -226,7 +235,7 @@ def snapshots(
                     elif found is not None and found != target:
                         client.close()
                         target = found
-                        client = StatusClient(target.address, target.credentials)
+                        client = target.connect()
             yield last, note
     finally:
         client.close()
@@ -240,10 +249,13 @@ def _stamp(folder: Path) -> int:
 
 
 def ask_status(
-    address: str, timeout: float, credentials: Credentials | None = None
+    address: str,
+    timeout: float,
+    credentials: Credentials | None = None,
+    proxy: Proxy | None = None,
 ) -> protocol.StatusReply:
     """Ask a server once; arguments and errors as in `StatusClient.ask`."""
-    with StatusClient(address, credentials) as client:
+    with StatusClient(address, credentials, proxy) as client:
         return client.ask(timeout)
 
 
@@ -264,7 +276,7 @@ def find_target(
     if target is not None and not target.startswith("tcp://"):
         return find_server(Path(target))
     if found is not None:
-        return Target(target or found.server, found.credentials)
+        return _behind_proxy(target or found.server, found.credentials)
     address = target or _DEFAULT_ADDRESS
     if not insecure:
         raise ConfigError(
@@ -276,7 +288,12 @@ def find_target(
             f"--insecure is for a server on this machine, and {address} is not; use --kit, or insist with "
             "--insecure-network"
         )
-    return Target(address)
+    return _behind_proxy(address, None)
+
+
+def _behind_proxy(address: str, credentials: Credentials | None) -> Target:
+    proxy = Proxy.from_environment(os.environ, address.partition("#")[0])
+    return Target(address, credentials, proxy)
 
 
 def find_server(folder: Path) -> Target | None:

@@ -7,6 +7,7 @@ at once. `fedcore.site.session` decides what is done with it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -55,8 +56,9 @@ class Connection:
         settled: called once the fate of a published update is known, with its announcement and whether it counts.
     """
 
-    def __init__(self, settings: SiteSettings, dial: Dial = SiteLink) -> None:
-        self._settings, self._dial = settings, dial
+    def __init__(self, settings: SiteSettings, dial: Dial | None = None) -> None:
+        self._settings = settings
+        self._dial: Dial = dial or functools.partial(SiteLink, proxy=settings.proxy)
         self._site, self._server = settings.site, settings.server
         self.machine = SiteMachine(settings)
         self.changed = threading.Condition()
@@ -184,7 +186,7 @@ class Connection:
                 )
 
     def _warn_unresolved(self) -> None:
-        """Say at once, and once, that the server's name stands for no address."""
+        """Say at once, and once, that the server's name stands for no address, or the proxy does not connect."""
         why = self._link.unresolved if self._link is not None else ""
         if why and why != self._unresolved:
             logger.warning("%s: %s Still trying.", self._site, why)

@@ -32,7 +32,6 @@ from fedcore.layout import TensorSpec, compare_layouts, layout_hash, table
 from fedcore.model_file import Reader
 from fedcore.roles import Pairs, roles_message
 from fedcore.transport.ends import Dial
-from fedcore.transport.link import SiteLink
 
 from .connection import Connection
 from .factors import Factors
@@ -94,10 +93,10 @@ class Session:
 
     Args:
         settings: where the server is, and which site this is.
-        dial: connects to it; `fedcore.transport.local.LocalNetwork.dial` does so without sockets.
+        dial: connects to it; `fedcore.transport.local.LocalNetwork.dial` does so without sockets. None: over TCP.
     """
 
-    def __init__(self, settings: SiteSettings, dial: Dial = SiteLink) -> None:
+    def __init__(self, settings: SiteSettings, dial: Dial | None = None) -> None:
         self.site = settings.site
         self.server = settings.server
         self._connection = Connection(settings, dial)

@@ -12,6 +12,7 @@ from pathlib import Path
 from fedcore.errors import ConfigError
 from fedcore.quantities import parse_duration
 from fedcore.security.keys import Credentials, Kit, check_address, check_name, is_loopback, load_kit
+from fedcore.transport.proxy import Proxy
 
 __all__ = ["SiteSettings"]
 
@@ -33,6 +34,7 @@ class SiteSettings:
         run: name or id of the run that is meant; None: whichever the server has.
         clip: the largest Euclidean norm that this site's change of the global model may have once it is decoded;
             None: no bound. No server can widen it.
+        proxy: the way to the server; None: it is dialled directly.
     """
 
     server: str
@@ -43,6 +45,7 @@ class SiteSettings:
     idle_timeout: float = 600.0
     run: str | None = None
     clip: float | None = None
+    proxy: Proxy | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] | None = None) -> SiteSettings:
@@ -86,6 +89,7 @@ class SiteSettings:
             connect_timeout=_seconds(env, "FEDCORE_CONNECT_TIMEOUT", cls.connect_timeout),
             idle_timeout=_seconds(env, "FEDCORE_IDLE_TIMEOUT", cls.idle_timeout),
             clip=clip_of(env),
+            proxy=Proxy.from_environment(env, server),
         )
 
 

@@ -85,7 +85,7 @@ class SiteEnd(_End, Protocol):
 
     @property
     def unresolved(self) -> str:
-        """Why the server's name stands for no address at present; else empty."""
+        """Why the server's name stands for no address at present, or the proxy does not connect; else empty."""
 
     def send(self, message: FromSite) -> None:
         """Queue a control message for the server."""

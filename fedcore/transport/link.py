@@ -49,6 +49,8 @@ from fedcore.security.connections import Notes
 from .dialling import HANDSHAKES, Dialler, Server
 from .open_files import require_free_files
 from .plain_pump import now_ms, run_pump
+from .proxy import PROXY_ENV, Proxy
+from .tunnel import Tunnel
 
 if TYPE_CHECKING:
     from fedcore.security.door import Secured
@@ -96,6 +98,7 @@ CONNECT_MS: Final = 3000
 """How long a site waits for an address to take its connection, before it dials again."""
 UNACKNOWLEDGED_MS: Final = 5000
 """The system ends the connection of a site when nothing of what was sent is acknowledged for so long."""
+_TUNNEL_FILES: Final = 8  # the listener, two connections, and two that end
 _SITE_FILES: Final = 32  # that a link opens, and those of a site's work folder
 _WAITING: Final = 64  # control messages of a site that wait for a connection; the oldest are lost
 
@@ -409,19 +412,32 @@ class SiteLink(_Link):
     ``identity`` is 16 random bytes, the same for the life of the process. The pump pings the server each
     second, and dials again where nothing comes back for a few seconds. A name is resolved anew before each redial,
     and each of its addresses is tried. Nothing is raised for a server that is not there: ask
-    ``exchange.last_heard(b"")``.
+    ``exchange.last_heard(b"")``. A proxy resolves the name itself, and needs ``credentials``: what passes there
+    is encrypted.
 
     Raises:
-        ConfigError: ``server`` is no ``tcp://HOST:PORT``, or this process may have too few files open.
+        ConfigError: ``server`` is no ``tcp://HOST:PORT``, this process may have too few files open, or plain text
+            would go through a proxy.
     """
 
     _router = False
 
     def __init__(
-        self, server: str, identity: bytes, credentials: Credentials | None = None
+        self,
+        server: str,
+        identity: bytes,
+        credentials: Credentials | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
         where = Server.of(server)
-        require_free_files(_SITE_FILES, "a site's connection")
+        if proxy is not None and credentials is None:
+            raise ConfigError(
+                f"{proxy} could read and change what is sent in plain text to {server}: use a kit (FEDCORE_KIT), "
+                f"or unset {PROXY_ENV}"
+            )
+        require_free_files(
+            _SITE_FILES + (_TUNNEL_FILES if proxy is not None else 0), "a site's connection"
+        )
         pump = _compiled_pump()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
         net = context.socket(zmq.DEALER)
@@ -444,12 +460,24 @@ class SiteLink(_Link):
         events.connect(monitor)
         self.server = server
         self.connections = 0
-        self._waiting: deque[list[bytes]] | None = None if where.numeric else deque(maxlen=_WAITING)
+        waits = proxy is not None or not where.numeric
+        self._waiting: deque[list[bytes]] | None = deque(maxlen=_WAITING) if waits else None
         self._order = threading.Lock()
         self._came_up = threading.Event()
         super().__init__(context, net, pump)
+        self._tunnel = (
+            None
+            if proxy is None
+            else Tunnel(
+                proxy,
+                where,
+                seconds=_SITE_HANDSHAKE_MS / 1000,
+                unacknowledged_ms=UNACKNOWLEDGED_MS,
+                changed=self.wake,
+            )
+        )
         self._dialler = Dialler(
-            where,
+            where if self._tunnel is None else self._tunnel.address,
             events,
             dial=lambda endpoint: self._command([b"D", endpoint.encode()]),
             connected=self._on_connected,
@@ -471,12 +499,16 @@ class SiteLink(_Link):
     @property
     def hint(self) -> str:
         """What points to why there is no connection; empty while there is one."""
-        return self._dialler.hint
+        return self._no_way or self._dialler.hint
 
     @property
     def unresolved(self) -> str:
-        """Why the server's name stands for no address at present; else empty."""
-        return self._dialler.unresolved
+        """Why the server's name stands for no address at present, or the proxy does not connect; else empty."""
+        return f"{self._no_way}." if self._no_way else self._dialler.unresolved
+
+    @property
+    def _no_way(self) -> str:
+        return self._tunnel.failure if self._tunnel is not None else ""
 
     def send(self, message: FromSite) -> None:
         """Queue a control message for the server."""
@@ -498,6 +530,8 @@ class SiteLink(_Link):
         if mine and self._waiting and self._dialler.dials and not self.refused:
             self._came_up.wait(_LINGER_MS / 1000)
         super().close()
+        if mine and self._tunnel is not None:
+            self._tunnel.close(_LINGER_MS / 1000)
 
     def _on_connected(self) -> None:
         """Send what waits; what a pump sent before belongs to another connection."""
