@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from fedcore.layout import FLOATS, TensorSpec, check_names, compare_layouts
 from fedcore.protocol import LoraMethod, Role
 from fedcore.roles import Pairs
 from fedcore.site.received import Received
+from fedcore.site.session import GlobalModel
 
 from .base import frozen_groups, frozen_tensors
 from .cards import adapter_files, frozen_by_class, model_files
@@ -116,7 +118,6 @@ class ModelParameters:
     Attributes:
         specs: name, dtype and shape of each.
         sharded: whether several processes hold parts of them; `read` and `load` are collective calls then.
-        seed: of what `load` draws; the task's.
 
     Raises:
         LayoutError: the model has nothing to train, trains parameters beside its PEFT adapter, or holds tensors on
@@ -148,7 +149,6 @@ class ModelParameters:
             for name in travelling(list(self._tensors))
         ]
         self._given = model
-        self.seed = 0
         self.sharded = any(is_sharded(tensor) for tensor in self._tensors.values())
 
     @property
@@ -193,6 +193,17 @@ class ModelParameters:
     def model_specs(self) -> Sequence[TensorSpec]:
         """Name, dtype and shape of what the global model holds."""
         return self.specs
+
+    def begin(self, task: GlobalModel, folder: Path | None) -> None:
+        """Note which task the model is loaded for.
+
+        Args:
+            task: of the site.
+            folder: outlives the process; None: nothing does.
+        """
+
+    def keep(self, task: GlobalModel, folder: Path | None) -> None:
+        """Keep what training has made and does not travel; arguments as `begin` has them."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor by the name under which it travels."""

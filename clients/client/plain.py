@@ -8,6 +8,7 @@ import operator
 import os
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedcore.errors import ClosedError, LayoutError, WeightError
@@ -348,13 +349,18 @@ def _refreshed() -> ModelParameters:
     """Look the module's tensors up again: it may have been moved to another device, which makes new ones."""
     global _model  # noqa: PLW0603
     assert _model is not None
-    from .ranked import model_parameters
+    from .by_method import model_parameters
 
     session, joined = _get_session(), _model.joined()
     _model = model_parameters(joined.given, joined, session.lora, session.max_rank)
     if session.model is not None:
-        _model.seed = session.model.seed
+        _model.begin(session.model, _kept_folder())
     return _model
+
+
+def _kept_folder() -> Path | None:
+    session = _get_session()
+    return session.kept_folder() if isinstance(session, Session) else None
 
 
 def _fingerprints() -> dict[str, str]:
@@ -416,6 +422,8 @@ def send(
     else:
         if stated is None:
             _warn_of_one("weight=", "this update", "training")
+        if _model is not None:
+            _model.keep(task, _kept_folder())
         session.submit(read, 1 if stated is None else stated, train_metrics)
     if _held is not None:
         _held.remove()
@@ -462,10 +470,10 @@ def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
             f"send() was given {type(params).__name__}: expected a mapping of names to arrays, such as "
             "model.state_dict()"
         )
-    if _get_session().max_rank is not None:
+    if (method := _get_session().lora) in ("exact", "share-a"):
         raise LayoutError(
-            "the run combines adapters of any rank (aggregation.lora = 'exact'), so the module given to fl.init "
-            "says what is sent: call fl.send(weight=...) without parameters"
+            f"the run combines adapters by aggregation.lora = {method!r}, so the module given to fl.init says "
+            "what is sent: call fl.send(weight=...) without parameters"
         )
     wanted = {spec[0] for spec in task.specs}
     named = {_own.get(name, name): value for name, value in params.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,12 +20,13 @@ from fedcore.layout import TensorSpec, compare_layouts
 from fedcore.protocol import LoraMethod
 from fedcore.roles import Pairs
 from fedcore.site.received import Received
+from fedcore.site.session import GlobalModel
 
 from .own_rank import OwnRank
 from .parameters import Joined, ModelParameters, from_view, raw_bytes
 from .sharding import put
 
-__all__ = ["RankedParameters", "model_parameters"]
+__all__ = ["RankedParameters"]
 
 _FACTOR = "F32"
 _of_models: weakref.WeakKeyDictionary[nn.Module, tuple[OwnRank, Pairs]] = (
@@ -32,34 +34,16 @@ _of_models: weakref.WeakKeyDictionary[nn.Module, tuple[OwnRank, Pairs]] = (
 )
 
 
-def model_parameters(
-    model: nn.Module, joined: Joined | None, method: LoraMethod | None, max_rank: int | None
-) -> ModelParameters:
-    """Return what travels of a model in a run that combines factors so.
-
-    Args:
-        model, joined: see `ModelParameters`.
-        method: None: each tensor for itself.
-        max_rank: the highest rank of the global model, where products are combined.
-    """
-    if method != "exact" or max_rank is None:
-        return ModelParameters(model, joined)
-    return RankedParameters(model, joined, max_rank)
-
-
 class RankedParameters(ModelParameters):
     """The travelling tensors of a PEFT model whose adapter is combined with others of other ranks.
 
     A model without an adapter has none to combine; the server says so to its site.
-
-    Attributes:
-        seed: of the rows of A that a global model does not fill; the task's.
     """
 
     def __init__(self, model: nn.Module, joined: Joined | None, max_rank: int) -> None:
         super().__init__(model, joined)
         self._max_rank = max_rank
-        self.seed = 0
+        self._seed = 0
         self._own: OwnRank | None = None
         self._pairs: Pairs = ()
         known = _of_models.get(self._root)
@@ -79,6 +63,10 @@ class RankedParameters(ModelParameters):
     def model_specs(self) -> Sequence[TensorSpec]:
         """What the global model holds."""
         return version_form(self.specs, self._pairs, self._max_rank)
+
+    def begin(self, task: GlobalModel, folder: Path | None) -> None:  # noqa: ARG002
+        """Note the seed of the rows of A that a global model does not fill."""
+        self._seed = task.seed
 
     def read(self, name: str) -> memoryview:
         """Return the raw bytes of a tensor as it is sent."""
@@ -103,6 +91,6 @@ class RankedParameters(ModelParameters):
             else:
                 put(self._tensors[spec[0]], value)
         if self._own is not None:
-            self._own.load(own, self.seed)
+            self._own.load(own, self._seed)
         if isinstance(tensors, Received):
             tensors.release()

@@ -17,6 +17,7 @@ from fedcore.model_file import Reader
 from fedcore.site.error_text import error_text
 from fedcore.site.session import GlobalModel, Outcome, Session, changed_layout
 
+from .by_method import model_parameters
 from .choice import beside, forget_choice
 from .counting import ExampleCounter
 from .current import loop_goes_on
@@ -24,7 +25,6 @@ from .extras import hidden_parameters, refuse_beside
 from .factors import Held
 from .guard import Aside, Guard, Probe, shown
 from .parameters import Joined, ModelParameters
-from .ranked import model_parameters
 from .ranks import Gathered, RankedSession, forget_session, site_session
 from .still import Still
 from .tokenizer import tokenizer_fingerprint
@@ -118,7 +118,7 @@ class TorchSite:
             )
         if task is not self._loaded:
             self._joined = self._joined or parameters.joined()
-            parameters.seed = task.seed
+            parameters.begin(task, self.kept_folder())
             parameters.load(list(task.specs), task.tensors)
             self._restore(parameters)
             parameters.hold(self._held, self._session.fixed)
@@ -196,7 +196,7 @@ class TorchSite:
             return
         if aside and self._aside is None:
             self._aside = Aside(parameters)
-        parameters.seed = self._loaded.seed
+        parameters.begin(self._loaded, self.kept_folder())
         parameters.load(list(self._loaded.specs), self._loaded.tensors)
         if what is not None:
             logger.warning(
@@ -255,6 +255,8 @@ class TorchSite:
             changed := compare_layouts(parameters.model_specs, self._loaded.specs, now, before)
         ):
             raise LayoutError(changed_layout(changed))
+        if self._loaded is not None:
+            parameters.keep(self._loaded, self.kept_folder())
         self._ended = True
         self._loaded = self._guard = None
         weight = min(examples, protocol.MAX_WEIGHT)

@@ -10,6 +10,9 @@ global model has it:
 
 An update holds what is trained. What it does not hold stays as it was.
 
+Or both are trained, and A alone is shared (``share-a``, FedSA-LoRA: Guo et al. 2024): each site keeps a B of its
+own.
+
 Or the products themselves are combined (``exact``). Then the sites' adapters may differ in rank and scale, and
 the global model has a form of its own: of each adapted module the whole effect, as factors of rank p in binary32,
 whose scale is 1. An update holds a site's factors in its own rank, in binary32, with the scale in B.
@@ -33,7 +36,7 @@ _MATRIX: Final = 2
 
 
 def fixed_tensors(method: LoraMethod, round_: int, pairs: Pairs) -> frozenset[str]:
-    """Return the names of the factors that a round leaves as they are.
+    """Return the names of the factors that a round leaves as they are in the global model.
 
     Args:
         method: how factors are combined.
@@ -42,7 +45,7 @@ def fixed_tensors(method: LoraMethod, round_: int, pairs: Pairs) -> frozenset[st
     """
     if round_ == 0 or method in ("factors", "exact"):
         return frozenset()
-    fixes_a = method == "freeze-a" or round_ % 2 == 1
+    fixes_a = method == "freeze-a" or (method == "alternate" and round_ % 2 == 1)
     return frozenset(a if fixes_a else b for a, b in pairs)
 
 
@@ -126,14 +129,17 @@ class Forms:
         self._made: dict[frozenset[str], Layout] = {}
 
     def fixed(self, round_: int) -> frozenset[str]:
-        """Return the names of the tensors that a round leaves as they are."""
+        """Return the names of the tensors that a site does not train in a round."""
+        return frozenset() if self._method == "share-a" else self._absent(round_)
+
+    def _absent(self, round_: int) -> frozenset[str]:
         if self._method is None:
             return frozenset()
         return fixed_tensors(self._method, round_, self._pairs)
 
     def layout(self, model: Layout, round_: int) -> Layout:
         """Return the layout of a round's update; the model's own, the same object, where it holds all of it."""
-        fixed = self.fixed(round_)
+        fixed = self._absent(round_)
         if self._method is None or not fixed:
             return model
         if self._model is not model:

@@ -131,7 +131,7 @@ TensorEntry = tuple[
 TensorTable = Annotated[list[TensorEntry], Field(max_length=MAX_TENSORS, fail_fast=True)]
 Role = Literal["parameter", "buffer", "integer", "lora-a", "lora-b"]
 """What a tensor is to its model; see `fedcore.roles`."""
-LoraMethod = Literal["factors", "freeze-a", "alternate", "exact"]
+LoraMethod = Literal["factors", "freeze-a", "alternate", "share-a", "exact"]
 """How the two factors of LoRA adapters are combined; see `fedcore.adapters.forms`."""
 LORA_METHODS: Final[tuple[str, ...]] = get_args(LoraMethod)
 MAX_RANK: Final = 4096

@@ -311,6 +311,11 @@ class Run:
                 "updates are combined by the rule %s (version %d): %s%s", rule.name, rule.version, rule.summary,
                 "" if self.acting.device == "CPU" else "; it is computed on the CPU",
             )  # fmt: skip
+        if self.config.aggregation.lora == "share-a":
+            logger.info(
+                "factor B of each adapter stays at its site (aggregation.lora): best/ and final/ have that of the "
+                "first model"
+            )
         if rule.weighing.equal:
             logger.info("the updates of all sites weigh the same")
         elif rule.weighing.max_share is not None:

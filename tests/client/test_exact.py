@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from fedcore.client.by_method import model_parameters
 from fedcore.client.counting import ExampleCounter
 from fedcore.client.parameters import ModelParameters
-from fedcore.client.ranked import model_parameters
 from fedcore.client.torch import TorchSite
 from fedcore.config import parse_run
 from fedcore.errors import ConfigError, LayoutError, RefusedError

@@ -1,0 +1,99 @@
+"""An adapter of which A is shared and B stays at its site (FedSA-LoRA: Guo et al. 2024).
+
+Each site trains both. Its update holds A. The global model has a B, too: that of the first model, with which each
+site begins. From then on a site scores and trains each global model with the B that it had trained itself. That is
+kept in the run's work folder, by round, so that a process which is started again goes on with the same one.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from torch import nn
+
+from fedcore._core import Layout
+from fedcore.errors import FedcoreError
+from fedcore.layout import TensorSpec
+from fedcore.model_file import create_model, open_model
+from fedcore.site.session import GlobalModel
+from fedcore.site.work import TRAINER
+
+from .parameters import Joined, ModelParameters
+
+__all__ = ["PersonalParameters"]
+
+_NAME: Final = f"{TRAINER}own-"
+_KEPT: Final = 2
+"""The rounds that are kept: a process that was killed may have to train the last one again."""
+
+_Values = Mapping[str, memoryview]
+_of_models: weakref.WeakKeyDictionary[nn.Module, dict[int, _Values]] = weakref.WeakKeyDictionary()
+
+
+class PersonalParameters(ModelParameters):
+    """The travelling tensors of a PEFT model whose factors B stay where they are trained."""
+
+    def __init__(self, model: nn.Module, joined: Joined | None = None) -> None:
+        super().__init__(model, joined)
+        self._rounds = _of_models.setdefault(self._root, {})
+        self._own: _Values = {}
+
+    def begin(self, task: GlobalModel, folder: Path | None) -> None:
+        """Take up the B that this site had when a global model was made; the global one's in the first round."""
+        if not self._rounds and folder is not None:
+            self._rounds.update(self._read(folder))
+        rounds = [round_ for round_ in self._rounds if round_ <= task.version]
+        self._own = self._rounds[max(rounds)] if rounds else {}
+
+    def load(self, specs: Sequence[TensorSpec], tensors: Mapping[str, memoryview]) -> None:
+        """Copy a global model into the model, but for what is this site's own.
+
+        Raises:
+            LayoutError: it does not fit; each tensor that does not is named.
+        """
+        super().load(specs, tensors)
+        if self._own:
+            own = [spec for spec in self.specs if spec[0] in self._own]
+            self._fill(own, self._own)
+
+    def keep(self, task: GlobalModel, folder: Path | None) -> None:
+        """Keep the B that was trained in a round, and forget that of the rounds before the last."""
+        names = [b for _, b in self.pairs("share-a")]
+        self._rounds[task.round] = {name: memoryview(bytes(self.read(name))) for name in names}
+        if folder is not None:
+            self._write(folder, task.round)
+        for round_ in sorted(self._rounds)[:-_KEPT]:
+            del self._rounds[round_]
+            if folder is not None:
+                _path(folder, round_).unlink(missing_ok=True)
+
+    def _write(self, folder: Path, round_: int) -> None:
+        values = self._rounds[round_]
+        layout = Layout([(n, d, list(s)) for n, d, s in self.specs if n in values])
+        partial = folder / f".{_NAME}partial"
+        partial.unlink(missing_ok=True)
+        create_model(partial, layout).fill(lambda name: values[name])
+        partial.rename(_path(folder, round_))
+
+    def _read(self, folder: Path) -> dict[int, _Values]:
+        """Return what an earlier process kept, by round; nothing of another model."""
+        wanted = {name: (dtype, list(shape)) for name, dtype, shape in self.specs}
+        found: dict[int, _Values] = {}
+        for path in folder.glob(f"{_NAME}*.safetensors"):
+            try:
+                file = open_model(path)
+            except FedcoreError:
+                continue  # a power failure left it in parts: the site begins with the global one's
+            if all(wanted.get(n) == (d, list(s)) for n, d, s, *_ in file.layout.tensors):
+                views = file.views()
+                found[int(path.stem.removeprefix(_NAME))] = {
+                    n: memoryview(bytes(views[n])) for n in views
+                }
+        return found
+
+
+def _path(folder: Path, round_: int) -> Path:
+    return folder / f"{_NAME}{round_:04d}.safetensors"
