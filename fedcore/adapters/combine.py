@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
@@ -18,7 +19,8 @@ from fedcore.replacing import sync_folder
 from fedcore.weighing import effective_weight
 
 from .comparing import check_together, compare_adapters
-from .folder import CONFIG, WEIGHTS, open_adapter
+from .folder import WEIGHTS, open_adapter
+from .groups import CONFIG
 from .making import Making, make_config, plan
 from .methods import METHODS, Method
 from .report import Figure, Report
@@ -62,6 +64,8 @@ def combine_adapters(
         StorageError: a file can't be read or written, or ``out`` exists.
     """
     _check_method(method, max_rank)
+    if threads < 1:
+        raise ConfigError(f"the number of threads is {threads}: expected 1 or more")
     counts = _check_weights(folders, weights)
     _check_out(out)
     adapters = [open_adapter(folder, method, allow) for folder in folders]
@@ -118,6 +122,7 @@ def _write(
     place = out.absolute()
     partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
     try:
+        _remove_left(place)
         partial.mkdir()
         try:
             target = create_model(partial / WEIGHTS, Layout(making.tensors, DEFAULT_CHUNK_BYTES))
@@ -137,6 +142,14 @@ def _write(
             raise
         raise StorageError(f"cannot write {out}: {error}") from None
     return figures
+
+
+def _remove_left(place: Path) -> None:
+    """Remove what a process that was killed has left of the same result."""
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*.partial"):
+        number = left.name.removesuffix(".partial").rpartition(".")[2]
+        if number.isdigit() and not Path("/proc", number).exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _fill(

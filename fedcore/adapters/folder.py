@@ -14,13 +14,12 @@ from fedcore.errors import ConfigError, LayoutError, StorageError
 from fedcore.layout import TensorSpec, table
 from fedcore.model_file import ModelFile, open_model
 
-from .groups import Group, find_groups, parse_config, scale_of
+from .groups import CONFIG, Group, find_groups, parse_config, scale_of
 from .methods import Method
 from .refusals import check_adapter
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "open_adapter"]
+__all__ = ["WEIGHTS", "Adapter", "open_adapter"]
 
-CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
 _PICKLED: Final = "adapter_model.bin"
 _DTYPES: Final = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedcore.adapters.combine import combine_adapters
+from fedcore.adapters.report import Figure, Report
 from fedcore.errors import ConfigError, LayoutError, NonFiniteError, StorageError, WeightError
 from fedcore.files.average import aggregate_files
 
@@ -371,6 +376,26 @@ def test_a_value_that_is_no_number_is_named_and_nothing_is_written(tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
+def test_what_a_killed_process_left_of_a_result_goes_with_the_next(tmp_path: Path) -> None:
+    save(adapted(0), tmp_path / "a")
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    assert done.wait() == 0
+    left = [tmp_path / f".{name}.{done.pid}.partial" for name in ("out", "another")]
+    running = tmp_path / f".out.{os.getppid()}.partial"
+    for path in (*left, running):
+        path.mkdir()
+    combine_adapters([tmp_path / "a"], None, tmp_path / "out", method="exact")
+    assert [path.exists() for path in (*left, running)] == [False, True, True]
+
+
+def test_a_figure_beyond_all_floats_is_no_number_for_programs() -> None:
+    huge = Figure("m", math.inf, math.inf, 1e308, 0.0, 2, 2)
+    found = Report("factors", 2, False, (huge, huge), ()).values()
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["total"]["norm"] is found["total"]["change"] is found["total"]["of_norm"] is None
+    assert (found["modules"][0]["change"], found["total"]["rank"]) == (1e308, 2)
+
+
 def test_what_beginners_do_gets_an_answer_that_helps(tmp_path: Path) -> None:
     save(adapted(0), tmp_path / "good")
     llama().save_pretrained(tmp_path / "whole")
@@ -409,6 +434,8 @@ def test_what_beginners_do_gets_an_answer_that_helps(tmp_path: Path) -> None:
         attempt(["good"], method="factors", max_rank=4)
     with pytest.raises(ConfigError, match="the greatest rank is 0"):
         attempt(["good"], max_rank=0)
+    with pytest.raises(ConfigError, match="the number of threads is 0"):
+        attempt(["good"], threads=0)
     with pytest.raises(ConfigError, match="there is no method 'mean' for adapters"):
         attempt(["good"], method="mean")
     assert (tmp_path / "full/notes.txt").read_text() == "mine"

@@ -308,11 +308,16 @@ def test_equal_weights_and_bounded_shares_hold_for_products_too() -> None:
             assert np.linalg.norm(found - whole) <= 1e-6 * np.linalg.norm(whole)
 
 
-def test_rounds_of_mixed_ranks_follow_a_dense_reference() -> None:
-    ranks, weights = [4, 8, 16], [5, 3, 1]
-    base = in_form(adapter(16, 1), 16)
+@pytest.mark.parametrize(
+    ("ranks", "weights"), [([4, 8, 16], [5, 3, 1]), ([4, 8, 16, 64], [5, 2, 1, 1])]
+)
+def test_rounds_of_mixed_ranks_follow_a_dense_reference(
+    ranks: list[int], weights: list[int]
+) -> None:
+    most = max(ranks)
+    base = in_form(adapter(most, 1), most)
     dense = [product(base, module) for module in range(len(MODULES))]
-    for number in range(12):
+    for number in range(12 if most < 64 else 20):
         sites = []
         for k, rank in enumerate(ranks):
             steps = adapter(rank, 100 * number + k, scale=0.2)
@@ -327,9 +332,9 @@ def test_rounds_of_mixed_ranks_follow_a_dense_reference() -> None:
                     w / 9 * (product(site, module) - best(whole, rank))
                     for w, site, rank in zip(weights, sites, ranks, strict=True)
                 ),
-                16,
+                most,
             )
-        base, _ = combine("exact", base, sites, weights)
+        base, _ = combine("exact", base, sites, weights, max_rank=most)
     for module, whole in enumerate(dense):
         far = np.linalg.norm(product(base, module) - whole)
         assert far <= 1e-4 * np.linalg.norm(whole)
