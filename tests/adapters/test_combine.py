@@ -389,11 +389,11 @@ def test_what_a_killed_process_left_of_a_result_goes_with_the_next(tmp_path: Pat
 
 
 def test_a_figure_beyond_all_floats_is_no_number_for_programs() -> None:
-    huge = Figure("m", math.inf, math.inf, 1e308, 0.0, 2, 2)
+    huge = Figure("m", math.inf, math.inf, 1.5e308, 0.0, 2, 2)
     found = Report("factors", 2, False, (huge, huge), ()).values()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert found["total"]["norm"] is found["total"]["change"] is found["total"]["of_norm"] is None
-    assert (found["modules"][0]["change"], found["total"]["rank"]) == (1e308, 2)
+    assert (found["modules"][0]["change"], found["total"]["rank"]) == (1.5e308, 2)
 
 
 def test_what_beginners_do_gets_an_answer_that_helps(tmp_path: Path) -> None:
