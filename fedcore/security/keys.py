@@ -161,7 +161,14 @@ def check_name(value: object, where: str) -> str:
 
 
 def check_address(value: object, where: str) -> str:
-    """Return ``value`` if it is an address to dial, else raise ConfigError."""
+    """Return an address to dial, or several of one server with commas in between, else raise ConfigError.
+
+    A list of addresses becomes such a text.
+    """
+    if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+        value = ",".join(value)
+    if isinstance(value, str) and "," in value:
+        return ",".join(check_address(one.strip(), where) for one in value.split(","))
     if not isinstance(value, str) or _ADDRESS.fullmatch(value) is None:
         hint = (
             "; it ends in white space" if isinstance(value, str) and value != value.rstrip() else ""
@@ -173,15 +180,16 @@ def check_address(value: object, where: str) -> str:
 
 
 def check_reachable(value: object, where: str) -> str:
-    """Return ``value`` if it is an address that other machines can dial, else raise ConfigError."""
-    value = check_address(value, where)
-    host = value.removeprefix("tcp://").rpartition(":")[0]
-    if _is_unspecified(host.strip("[]")):
-        raise ConfigError(
-            f"{where}: address {value!r}: {host} stands for all addresses of the machine that listens there, and "
-            "cannot be dialled; give the name or address by which the sites reach the server"
-        )
-    return value
+    """As `check_address`, but of addresses that other machines can dial."""
+    checked = check_address(value, where)
+    for address in checked.split(","):
+        host = address.removeprefix("tcp://").rpartition(":")[0]
+        if _is_unspecified(host.strip("[]")):
+            raise ConfigError(
+                f"{where}: address {address!r}: {host} stands for all addresses of the machine that listens "
+                "there, and cannot be dialled; give the name or address by which the sites reach the server"
+            )
+    return checked
 
 
 def _is_unspecified(host: str) -> bool:
@@ -192,7 +200,9 @@ def _is_unspecified(host: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address (``tcp://HOST:PORT``) is reached from this machine alone."""
+    """Whether an address (``tcp://HOST:PORT``), or each of several, is reached from this machine alone."""
+    if "," in address:
+        return all(map(is_loopback, address.split(",")))
     host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

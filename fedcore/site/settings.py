@@ -24,7 +24,7 @@ class SiteSettings:
     """A site's settings.
 
     Attributes:
-        server: address of the server, ``tcp://HOST:PORT``.
+        server: address of the server, ``tcp://HOST:PORT``, or several with commas in between.
         site: this site's name.
         credentials: this site's keys and the server's; None: plain text.
         work: folder for the global model and for the update until its round is over; None: a temporary one that is
@@ -72,7 +72,7 @@ class SiteSettings:
                 "FEDCORE_KIT to the kit folder that `fedcore provision` made for this site, or start the script "
                 "with `fedcore simulate`"
             )
-        check_address(server, "FEDCORE_SERVER" if env.get("FEDCORE_SERVER") else "kit")
+        server = check_address(server, "FEDCORE_SERVER" if env.get("FEDCORE_SERVER") else "kit")
         check_name(site, "FEDCORE_SITE" if env.get("FEDCORE_SITE") else "kit")
         _check_keys(env, kit, server, site)
         work = Path(env["FEDCORE_WORK"]) if env.get("FEDCORE_WORK") else _default_work(env)

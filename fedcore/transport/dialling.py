@@ -1,4 +1,4 @@
-"""Where a site's link dials: the addresses that its server's name stands for, one after the other.
+"""Where a site's link dials: the addresses that its server has, and that its names stand for, one after the other.
 
 libzmq would resolve a name on the thread that moves all frames, and would stand still with it. Here names are
 resolved on threads of their own, and the link is given numeric addresses. A name is resolved anew whenever an
@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -81,6 +81,15 @@ class Server:
             return cls(address, host, int(found[3]), numeric=False)
         return cls(address, host, int(found[3]), numeric=True)
 
+    @classmethod
+    def all_of(cls, addresses: str) -> list[Server]:
+        """Take the addresses of one server apart, which commas separate.
+
+        Raises:
+            ConfigError: one of them is no ``tcp://HOST:PORT``.
+        """
+        return [cls.of(address) for address in addresses.split(",")]
+
     def endpoint(self, number: str) -> str:
         """Return where one of its addresses is dialled."""
         return f"tcp://[{number}]:{self.port}" if ":" in number else f"tcp://{number}:{self.port}"
@@ -91,7 +100,7 @@ class Route:
     """Which address is dialled next. Sans I/O: what happened comes in, with the clock, and an address goes out.
 
     Attributes:
-        found: what the name stood for when it was resolved last.
+        found: all addresses, as the names were resolved last.
         current: the address that is dialled at present; None before the first.
     """
 
@@ -102,7 +111,7 @@ class Route:
     _paused_until: float = 0.0
 
     def resolved(self, found: list[str], connected: bool) -> str | None:
-        """Take what the name stands for now; returns the address to go over to, or None to stay."""
+        """Take what the names stand for now; returns the address to go over to, or None to stay."""
         self.found = found
         if self.current in found or connected:
             return None
@@ -137,6 +146,7 @@ class _Lookup:
     """One question to the resolver, on a thread that nobody waits for: it can't be interrupted."""
 
     def __init__(self, server: Server, done: Callable[[], None]) -> None:
+        self.server = server
         self.since = time.monotonic()
         self.ended = False
         self.found: list[str] = []
@@ -161,7 +171,7 @@ class Dialler:
     """Follows what becomes of a site's connection, and has the link dial.
 
     Args:
-        server: which server.
+        servers: the addresses of the server, the first to be tried first.
         monitor: where libzmq tells of the connection; the dialler's own.
         dial: called with each endpoint to dial in place of the last one.
         connected: called each time that a handshake has succeeded.
@@ -171,13 +181,13 @@ class Dialler:
 
     Attributes:
         refused: why the server will never take this link's handshake; else empty.
-        unresolved: why the server's name stands for no address at present; else empty.
+        unresolved: why no name of the server's stands for an address at present; else empty.
         up: whether there is a connection.
     """
 
     def __init__(
         self,
-        server: Server,
+        servers: Sequence[Server],
         monitor: zmq.Socket[bytes],
         *,
         dial: Callable[[str], None],
@@ -188,14 +198,17 @@ class Dialler:
     ) -> None:
         self.refused = self.unresolved = self._failure = ""
         self.up = False
-        self._server = server
+        self._servers = servers
+        self._address = ",".join(server.address for server in servers)
+        self._names = [server for server in servers if not server.numeric]
+        self._numbers = {server: [server.host] for server in servers if server.numeric}
         self._monitor = monitor
         self._dial, self._connected, self._changed = dial, connected, changed
         self._retried = retried
         self._secure = secure
         self._route = Route()
         self._endpoint = self._left = ""
-        self._lookup: _Lookup | None = None
+        self._lookups: list[_Lookup] = []
         self._looked_up = -_LOOKUP_SECONDS
         self._lock = threading.Lock()
         self._closed = False
@@ -208,8 +221,9 @@ class Dialler:
         """What the last failure points to; empty once a handshake has succeeded."""
         if self.unresolved or self._failure:
             return self.unresolved or self._failure
-        if self._route.current is None and not self._server.numeric:
-            return f"the name server (DNS) has not answered for {self._server.host} yet"
+        if self._route.current is None:
+            hosts = " and ".join(server.host for server in self._names)
+            return f"the name server (DNS) has not answered for {hosts} yet"
         return ""
 
     @property
@@ -219,8 +233,8 @@ class Dialler:
 
     def start(self) -> None:
         """Begin: a numeric address is dialled before this returns."""
-        if self._server.numeric:
-            self._go(self._route.resolved([self._server.host], connected=False))
+        if self._numbers:
+            self._go(self._route.resolved(self._endpoints(), connected=False))
         self._thread.start()
 
     def close(self) -> None:
@@ -241,7 +255,7 @@ class Dialler:
         poller.register(self._monitor, zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
         while not self._closed:
-            if self._route.current is None:
+            if self._unknown():
                 self._look_up()
             ready = dict(poller.poll(self._patience_ms()))
             if self._wake_read in ready:
@@ -251,16 +265,16 @@ class Dialler:
                 event, endpoint = self._monitor.recv_multipart()
                 if endpoint.decode() != self._left:
                     self._note(int.from_bytes(event[:2], sys.byteorder))
-            self._take_lookup()
+            self._take_lookups()
             if before != (self.refused, self._failure, self.unresolved, self.up):
                 self._changed()
 
     def _patience_ms(self) -> int | None:
         """Return when to go on though nothing has happened: a slow name server is to be named, or asked again."""
-        if self._lookup is not None:
-            until = None if self.unresolved else self._lookup.since + _SLOW_SECONDS
+        if self._lookups:
+            until = None if self.unresolved else self._lookups[0].since + _SLOW_SECONDS
         else:
-            until = None if self._route.current else self._looked_up + _LOOKUP_SECONDS
+            until = self._looked_up + _LOOKUP_SECONDS if self._unknown() else None
         return None if until is None else max(0, round(1000 * (until - time.monotonic())) + 1)
 
     def _note(self, event: int) -> None:
@@ -274,27 +288,31 @@ class Dialler:
             self._retried()
             self.up = False
             if event == zmq.EVENT_CONNECT_RETRIED:
-                self._go(self._route.failed(time.monotonic()))
+                self._go_on()
                 self._name_addresses()
                 self._look_up()
             return
+        tried = self._dialled_address()
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self.refused = (
-                f"the server at {self._server.address} does not admit this key; ask its operator to admit the "
+                f"the server at {tried} does not admit this key; ask its operator to admit the "
                 "public key (`fedcore admit`), or whether it was revoked"
             )
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-            self.refused = self._mismatch()
-        else:
-            self._failure = (
-                f"what listens at {self._server.address} ended the handshake: it has another key than server_key "
-                "in the kit, or does not speak encrypted"
-                if self._secure
-                else self._mismatch()
+            return
+        why = self._mismatch(tried)
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and len(self._servers) == 1:
+            self.refused = why
+            return
+        if event != zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL and self._secure:
+            why = (
+                f"what listens at {tried} ended the handshake: it has another key than server_key in the kit, or "
+                "does not speak encrypted"
             )
+        if len(self._servers) > 1:  # another one may be the server
+            self._go_on()
+        self._failure = why
 
-    def _mismatch(self) -> str:
-        address = self._server.address
+    def _mismatch(self, address: str) -> str:
         if self._secure:
             return f"what listens at {address} does not speak encrypted; is it the right server?"
         return (
@@ -303,46 +321,75 @@ class Dialler:
         )
 
     def _name_addresses(self) -> None:
-        if not self._server.numeric and not self._failure and self._route.found:
-            self._failure = (
-                f"{self._server.host} is {', '.join(self._route.found)}, and nothing answers on port "
-                f"{self._server.port} there; is fedcore-server running, and is the port open?"
-            )
+        if self._failure or not self._names or not self._route.found:
+            return
+        named = "; ".join(
+            f"{server.host} is {', '.join(self._numbers[server])}, and nothing answers on port {server.port} there"
+            for server in self._names
+            if self._numbers.get(server)
+        )
+        self._failure = f"{named}; is fedcore-server running, and is the port open?"
 
     def _look_up(self) -> None:
-        """Ask what the name stands for, unless a question is open or was answered just now."""
+        """Ask what the names stand for, unless questions are open or were answered just now."""
         now = time.monotonic()
-        if self._server.numeric or self._lookup is not None:
+        if self._lookups or now < self._looked_up + _LOOKUP_SECONDS:
             return
-        if now >= self._looked_up + _LOOKUP_SECONDS:
-            self._looked_up = now
-            self._lookup = _Lookup(self._server, self._wake)
+        self._looked_up = now
+        self._lookups = [_Lookup(server, self._wake) for server in self._names]
 
-    def _take_lookup(self) -> None:
-        lookup = self._lookup
-        if lookup is None:
-            return
-        host = self._server.host
-        if not lookup.ended:
-            slow = time.monotonic() >= lookup.since + _SLOW_SECONDS
-            if slow and not self.up and self._route.current is None:
-                self._cannot(f"cannot resolve {host}: the name server (DNS) does not answer")
-            return
-        self._lookup = None
-        if lookup.found:
-            self.unresolved = ""
-            self._go(self._route.resolved(lookup.found, self.up))
-        elif not self.up:
-            self._cannot(f"cannot resolve {host}: {lookup.error}")
+    def _take_lookups(self) -> None:
+        for lookup in list(self._lookups):
+            host = lookup.server.host
+            if not lookup.ended:
+                slow = time.monotonic() >= lookup.since + _SLOW_SECONDS
+                if slow and not self.up and self._route.current is None:
+                    self._cannot(f"cannot resolve {host}: the name server (DNS) does not answer")
+                continue
+            self._lookups.remove(lookup)
+            if lookup.found:
+                self.unresolved = ""
+                self._numbers[lookup.server] = lookup.found
+                self._go(self._route.resolved(self._endpoints(), self.up))
+            elif not self.up and not self._others(lookup.server):
+                self._cannot(f"cannot resolve {host}: {lookup.error}")
+
+    def _unknown(self) -> bool:
+        """Whether there is a name that has never been resolved while there is no connection."""
+        return not self.up and any(server not in self._numbers for server in self._names)
+
+    def _others(self, server: Server) -> bool:
+        """Whether there are addresses besides those of one name."""
+        return any(numbers for other, numbers in self._numbers.items() if other != server)
+
+    def _endpoints(self) -> list[str]:
+        """Return where to dial, in the order of the server's addresses."""
+        found = (
+            server.endpoint(number)
+            for server in self._servers
+            for number in self._numbers.get(server, [])
+        )
+        return list(dict.fromkeys(found))
+
+    def _dialled_address(self) -> str:
+        """Return the address of the server's that is dialled at present."""
+        for server in self._servers:
+            if self._endpoint in map(server.endpoint, self._numbers.get(server, [])):
+                return server.address
+        return self._address
 
     def _cannot(self, why: str) -> None:
         self.unresolved = f"{why}; is the server's name right, and does DNS know it here?"
 
-    def _go(self, address: str | None) -> None:
-        if address is not None:
-            self._left, self._endpoint = self._endpoint, self._server.endpoint(address)
+    def _go_on(self) -> None:
+        """Dial the next address."""
+        self._go(self._route.failed(time.monotonic()))
+
+    def _go(self, endpoint: str | None) -> None:
+        if endpoint is not None:
+            self._left, self._endpoint = self._endpoint, endpoint
             self._failure = ""
-            self._dial(self._endpoint)
+            self._dial(endpoint)
 
     def _wake(self) -> None:
         with self._lock, contextlib.suppress(BlockingIOError):

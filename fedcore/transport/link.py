@@ -409,6 +409,8 @@ class ServerLink(_Link):
 class SiteLink(_Link):
     """A site's end: a DEALER that dials ``server`` and keeps redialling with backoff (0.1 to 2 s).
 
+    ``server`` may be several addresses of one server, which commas separate: they are tried in turn.
+
     ``identity`` is 16 random bytes, the same for the life of the process. The pump pings the server each
     second, and dials again where nothing comes back for a few seconds. A name is resolved anew before each redial,
     and each of its addresses is tried. Nothing is raised for a server that is not there: ask
@@ -416,7 +418,7 @@ class SiteLink(_Link):
     is encrypted.
 
     Raises:
-        ConfigError: ``server`` is no ``tcp://HOST:PORT``, this process may have too few files open, or plain text
+        ConfigError: an address is no ``tcp://HOST:PORT``, this process may have too few files open, or plain text
             would go through a proxy.
     """
 
@@ -429,14 +431,15 @@ class SiteLink(_Link):
         credentials: Credentials | None = None,
         proxy: Proxy | None = None,
     ) -> None:
-        where = Server.of(server)
+        servers = Server.all_of(server)
         if proxy is not None and credentials is None:
             raise ConfigError(
                 f"{proxy} could read and change what is sent in plain text to {server}: use a kit (FEDCORE_KIT), "
                 f"or unset {PROXY_ENV}"
             )
         require_free_files(
-            _SITE_FILES + (_TUNNEL_FILES if proxy is not None else 0), "a site's connection"
+            _SITE_FILES + (_TUNNEL_FILES * len(servers) if proxy is not None else 0),
+            "a site's connection",
         )
         pump = _compiled_pump()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=1)
@@ -460,24 +463,24 @@ class SiteLink(_Link):
         events.connect(monitor)
         self.server = server
         self.connections = 0
-        waits = proxy is not None or not where.numeric
+        waits = proxy is not None or len(servers) > 1 or not servers[0].numeric
         self._waiting: deque[list[bytes]] | None = deque(maxlen=_WAITING) if waits else None
         self._order = threading.Lock()
         self._came_up = threading.Event()
         super().__init__(context, net, pump)
-        self._tunnel = (
-            None
-            if proxy is None
-            else Tunnel(
+        self._tunnels = [
+            Tunnel(
                 proxy,
                 where,
                 seconds=_SITE_HANDSHAKE_MS / 1000,
                 unacknowledged_ms=UNACKNOWLEDGED_MS,
                 changed=self.wake,
             )
-        )
+            for where in servers
+            if proxy is not None
+        ]
         self._dialler = Dialler(
-            where if self._tunnel is None else self._tunnel.address,
+            [tunnel.address for tunnel in self._tunnels] or servers,
             events,
             dial=lambda endpoint: self._command([b"D", endpoint.encode()]),
             connected=self._on_connected,
@@ -508,7 +511,10 @@ class SiteLink(_Link):
 
     @property
     def _no_way(self) -> str:
-        return self._tunnel.failure if self._tunnel is not None else ""
+        """Why the proxy does not connect; empty while there is a connection."""
+        if self._dialler.up:
+            return ""
+        return "; ".join(tunnel.failure for tunnel in self._tunnels if tunnel.failure)
 
     def send(self, message: FromSite) -> None:
         """Queue a control message for the server."""
@@ -530,8 +536,8 @@ class SiteLink(_Link):
         if mine and self._waiting and self._dialler.dials and not self.refused:
             self._came_up.wait(_LINGER_MS / 1000)
         super().close()
-        if mine and self._tunnel is not None:
-            self._tunnel.close(_LINGER_MS / 1000)
+        for tunnel in self._tunnels if mine else []:
+            tunnel.close(_LINGER_MS / 1000)
 
     def _on_connected(self) -> None:
         """Send what waits; what a pump sent before belongs to another connection."""

@@ -112,10 +112,13 @@ class Tunnel:
                 self._fail(str(error), near)
                 return
             with far:
-                far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                far.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, self._unacknowledged_ms)
                 if not self._keep(near, far):
                     return
+                with contextlib.suppress(OSError):  # it has ended: the copying finds that
+                    for end in (near, far):
+                        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    give_up = self._unacknowledged_ms
+                    far.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, give_up)
                 back = threading.Thread(
                     target=self._pass_back, args=(far, near), name="fedcore-proxy-down", daemon=True
                 )

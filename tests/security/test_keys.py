@@ -23,6 +23,7 @@ from fedcore.security.keys import (
     Kit,
     Role,
     check_address,
+    is_loopback,
     load_kit,
     read_secret,
     write_kit,
@@ -451,6 +452,24 @@ def test_the_commands_make_kits_admit_and_revoke(
     assert fedcore("revoke", "north", *home).stdout == "north: revoked\n"
     done = fedcore("revoke", "north", *home)
     assert (done.returncode, done.stderr) == (2, "error: the allow-list has no keys for 'north'\n")
+
+
+def test_a_servers_address_may_be_a_list_which_the_kits_take_over(tmp_path: Path) -> None:
+    path = tmp_path / "project.toml"
+    path.write_text(
+        '[project]\nserver = ["tcp://fl.example.org:7733", "tcp://fl.example.org:443"]\nsites = ["north"]\n',
+        encoding="utf-8",
+    )
+    provision(load_project(path), tmp_path / "kits")
+    kit = load_kit(tmp_path / "kits" / "north")
+    assert kit.server == "tcp://fl.example.org:7733,tcp://fl.example.org:443"
+    assert check_address("tcp://a:1, tcp://b:2", "kit") == "tcp://a:1,tcp://b:2"
+    assert not is_loopback(kit.server)
+    assert not is_loopback("tcp://127.0.0.1:1,tcp://a:1")
+    assert is_loopback("tcp://127.0.0.1:1,tcp://localhost:1")
+    for wrong in ([], ["tcp://a:1", 2], "tcp://a:1,", "tcp://a:1,b:2"):
+        with pytest.raises(ConfigError, match="expected tcp://HOST:PORT"):
+            check_address(wrong, "kit")
 
 
 @pytest.mark.parametrize("port", ["٧٧٣٣", "७७३३"])

@@ -194,6 +194,19 @@ def test_a_proxy_that_stalls_is_named_and_dialled_again(
             site.say()
 
 
+def test_each_address_of_a_server_is_tried_through_the_proxy(
+    server: ServerLink, parties: Parties
+) -> None:
+    with small("http", server) as proxy:
+        port = server.endpoint.rpartition(":")[2]
+        other = f"unknown.invalid:{port},tcp://{NAME}"
+        with Behind(server, parties, proxy.url, other) as site:
+            site.say()
+            assert not site.link.hint
+        assert proxy.asked[0][0] == "unknown.invalid"
+        assert proxy.asked[-1][0] == NAME
+
+
 def test_plain_text_does_not_go_through_a_proxy() -> None:
     with pytest.raises(ConfigError, match="could read and change what is sent in plain text"):
         SiteLink("tcp://fed.invalid:7733", bytes(16), None, Proxy.of("http://127.0.0.1:9"))

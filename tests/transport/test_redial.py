@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -238,9 +239,58 @@ def test_addresses_that_all_fail_are_tried_again_after_a_pause_that_grows() -> N
     assert route.resolved(["b"], connected=False) == "b"
 
 
+def test_the_first_address_of_a_list_that_answers_is_taken(pump: str, names: Names) -> None:
+    names.answers["gone.example"] = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    with closing(ServerLink("tcp://127.0.0.1:0")) as server:
+        addresses = f"tcp://gone.example:1,{free_address()},{server.endpoint}"
+        with linked(addresses) as site:
+            site.send(protocol.Problem(message="hello"))
+            assert b"hello" in heard(server).body
+            assert not site.unresolved
+
+
+def test_a_link_that_ends_goes_through_the_list_of_addresses(pump: str) -> None:
+    first = ServerLink("tcp://127.0.0.1:0")
+    with (
+        closing(ServerLink("tcp://127.0.0.1:0")) as second,
+        linked(f"{first.endpoint},{second.endpoint}") as site,
+    ):
+        until(lambda: site.connections == 1, site)
+        first.close()
+        until(lambda: site.connections == 2, site)
+        site.send(protocol.Problem(message="moved"))
+        assert b"moved" in heard(second).body
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_an_address_of_a_list_at_which_another_program_listens_is_passed_over(
+    pump: str, answer: bytes
+) -> None:
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                with listener.accept()[0] as end:
+                    end.sendall(answer)
+
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        closing(ServerLink("tcp://127.0.0.1:0")) as server,
+    ):
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        other = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        with linked(f"{other},{server.endpoint}") as site:
+            site.send(protocol.Problem(message="hello"))
+            assert b"hello" in heard(server).body
+            assert not site.refused
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
 @pytest.mark.parametrize(
     "address",
     [
+        "tcp://a:1,", "tcp://a:1,tcp://b",
         "tcp://host", "tcp://host:0", "tcp://host:99999", "tcp://host:x", "ipc:///tmp/x", "host:7733",
         "tcp://:7733", "tcp://fd00::1:7733", "tcp://[fd00::x]:7733", "tcp://[1.2.3.4]x:7733", "",
     ],
