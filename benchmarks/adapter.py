@@ -67,7 +67,7 @@ def measure(size: int, rounds: int) -> dict[str, Any]:
         if result.status != 0:
             raise FedcoreError(result.message)
         models = result.folder / "models"
-        _check(
+        check_result(
             models / "round-0000.safetensors", models / f"round-{rounds:04d}.safetensors", rounds
         )
         found: dict[str, Any] = json.loads((folder / "times.json").read_text(encoding="utf-8"))
@@ -75,7 +75,7 @@ def measure(size: int, rounds: int) -> dict[str, Any]:
     return {"bytes": adapter, "rounds": rounds, **found, **limits.result()}
 
 
-def _check(first: Path, last: Path, rounds: int) -> None:
+def check_result(first: Path, last: Path, rounds: int) -> None:
     """Check that every value is the first model's with 1 added in each round, bit for bit.
 
     Raises:

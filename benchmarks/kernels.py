@@ -75,7 +75,7 @@ def rounded(dtype: str, exact: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return _bf16_bits(bits.view(np.float32))
 
 
-def _mean(
+def numpy_mean(
     dtype: str,
     inputs: list[np.ndarray[Any, Any]],
     weights: list[int],
@@ -91,7 +91,7 @@ def validate(dtype: str, inputs: list[np.ndarray[Any, Any]], weights: list[int])
         ArithmeticError: they differ.
     """
     out = np.empty_like(inputs[0])
-    _mean(dtype, inputs, weights, out)
+    numpy_mean(dtype, inputs, weights, out)
     expected = _expected(dtype, inputs, weights)
     if expected is not None and not np.array_equal(
         out[:_HEAD].view(np.uint8), expected.view(np.uint8)
@@ -101,7 +101,7 @@ def validate(dtype: str, inputs: list[np.ndarray[Any, Any]], weights: list[int])
         out[:_HEAD], np.average([x[:_HEAD] for x in inputs], axis=0, weights=weights), 1e-12, 1e-14
     ):
         raise ArithmeticError(f"the mean of {dtype} values is wrong")
-    _mean(dtype, [inputs[0]] * len(inputs), weights, out)
+    numpy_mean(dtype, [inputs[0]] * len(inputs), weights, out)
     if not np.array_equal(out.view(np.uint8), inputs[0].view(np.uint8)):
         raise ArithmeticError(f"equal {dtype} inputs do not average to themselves")
 
@@ -114,7 +114,7 @@ def measure(size: int, count: int, dtype: str, repeats: int) -> dict[str, Any]:
     validate(dtype, inputs, weights)
     out = np.empty_like(inputs[0])
     copies = [_median(lambda: np.copyto(out, inputs[0]), repeats)]
-    mean = _median(lambda: _mean(dtype, inputs, weights, out), repeats)
+    mean = _median(lambda: numpy_mean(dtype, inputs, weights, out), repeats)
     copies.append(_median(lambda: np.copyto(out, inputs[0]), repeats))
     copy = statistics.median(copies)
     return {

@@ -83,7 +83,7 @@ def stacked(terms: Sequence[Term], rank: int) -> tuple[Array, Array, Array]:
     return left @ (turn[:, :rank] * sigma[:rank]), back[:rank] @ right, sigma[:rank]
 
 
-def _core_way(terms: Sequence[Term], rank: int) -> tuple[Array, Array, Array]:
+def core_way(terms: Sequence[Term], rank: int) -> tuple[Array, Array, Array]:
     given: list[Any] = list(terms)  # arrays are buffers, which their types do not say
     b, a, sigma, _ = recompress(given, rank)
     return b, a, sigma
@@ -138,7 +138,7 @@ def measure(
         terms = site_factors(kind, [ranks[k % len(ranks)] for k in range(sites)])
         total = sum(scale for scale, _, _ in terms)
         terms = [(scale / total, b, a) for scale, b, a in terms]
-        (b, a, _), own_s, own_bytes = timed(functools.partial(_core_way, terms, rank))
+        (b, a, _), own_s, own_bytes = timed(functools.partial(core_way, terms, rank))
         (left, right, sigma), stacked_s, stacked_bytes = timed(
             functools.partial(stacked, terms, rank)
         )

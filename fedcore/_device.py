@@ -42,7 +42,7 @@ def use_device(choice: str | None = None) -> str:
         _core.set_device(None)
         _in_use = None
         return "CPU"
-    device = _open_gpu(source)
+    device = open_gpu(source)
     _core.set_device(device.capsule())
     _in_use = device
     return device.name
@@ -58,7 +58,7 @@ def device_blocks() -> int:
     return 0 if _in_use is None else _in_use.blocks
 
 
-def _open_gpu(source: str) -> Device:
+def open_gpu(source: str) -> Device:
     try:
         from . import _cuda
     except ImportError as error:

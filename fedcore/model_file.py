@@ -23,7 +23,7 @@ from .protocol import DEFAULT_CHUNK_BYTES, RESERVED_NAME, shown
 __all__ = ["ModelFile", "Reader", "check_booleans", "create_model", "open_model", "reopen_model"]
 
 _MAX_DIMS: Final = 16  # as many as a message describes
-_MAX_HEADER: Final = 100_000_000  # the limit that the format's own parser sets
+MAX_HEADER: Final = 100_000_000  # the limit that the format's own parser sets
 _PAGE: Final = 4096
 _HASH_BLOCK: Final = 8 << 20
 
@@ -167,10 +167,10 @@ def _model_head(
             "data_offsets": [offset, offset + nbytes],
         }
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    if len(header) > _MAX_HEADER - _PAGE:
+    if len(header) > MAX_HEADER - _PAGE:
         raise LayoutError(
             f"the names and shapes of {len(entries) - 1:,} tensors take {len(header):,} bytes, and the header of "
-            f"a safetensors file may have {_MAX_HEADER:,}: choose fewer tensors (include, exclude), or give them "
+            f"a safetensors file may have {MAX_HEADER:,}: choose fewer tensors (include, exclude), or give them "
             "shorter names"
         )
     length = -(-(8 + len(header)) // _PAGE) * _PAGE - 8
@@ -194,7 +194,7 @@ def open_model(path: Path | str, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> Mode
         raise LayoutError(f"{path}: {size} bytes are too few for a safetensors file")
     file = MappedFile.open(str(path))
     length = int.from_bytes(file.view(0, 8), "little")
-    if not 2 <= length <= min(_MAX_HEADER, size - 8):
+    if not 2 <= length <= min(MAX_HEADER, size - 8):
         raise LayoutError(
             f"{path}: not a safetensors file (header length {length} in {size} bytes)"
         )

@@ -23,6 +23,11 @@ class Outlet(Generic[_Item]):
         self._holders = 0
         self._waiting: deque[_Item] = deque()
 
+    @property
+    def held(self) -> bool:
+        """Whether what is put in has to wait."""
+        return self._holders > 0
+
     def put(self, item: _Item) -> None:
         """Pass an item on, behind those that wait."""
         self._waiting.append(item)

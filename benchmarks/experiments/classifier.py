@@ -139,8 +139,8 @@ class Encoder:
         used = stack[: layers or len(stack)]
         if not 0 <= frozen < len(used):
             raise ConfigError(f"{frozen} of {len(used)} layers below the adapter: none is left")
-        self._lower, self._upper = used[:frozen], used[frozen:]
-        self._embeddings = self._encoder.embeddings
+        self.lower, self.upper = used[:frozen], used[frozen:]
+        self.embeddings = self._encoder.embeddings
         self._max_tokens = max_tokens
 
     def rows(self, texts: Sequence[Text], labels: Sequence[str]) -> Rows:
@@ -148,7 +148,7 @@ class Encoder:
         tokens = self._tokenizer(
             [text.text for text in texts], truncation=True, max_length=self._max_tokens
         )["input_ids"]
-        self._encoder.embeddings, self._encoder.encoder.layer = self._embeddings, self._lower
+        self._encoder.embeddings, self._encoder.encoder.layer = self.embeddings, self.lower
         self._encoder.eval()
         with torch.no_grad():  # one by one: a text's states must not depend on what else there is
             states = [
@@ -164,7 +164,7 @@ class Encoder:
 
     def adapted(self, config: Any, classes: int, seed: int) -> PeftModel:
         """Return the upper layers with the adapter that PEFT's ``config`` describes, and a new head."""
-        self._encoder.embeddings, self._encoder.encoder.layer = _Ready(), self._upper
+        self._encoder.embeddings, self._encoder.encoder.layer = _Ready(), self.upper
         upper = copy.deepcopy(self._encoder)  # an adapter changes the model that it is put into
         torch.manual_seed(seed)
         model: PeftModel = get_peft_model(_Classifier(upper, classes), config)

@@ -83,11 +83,11 @@ def load_vader(folder: Path) -> list[Text]:
         for domain, stem in DOMAINS.items():
             file = archive.extractfile(f"hutto_ICWSM_2014/{stem}_GroundTruth.txt")
             assert file is not None
-            texts += _vader_rows(io.TextIOWrapper(file, encoding="utf-8"), domain)
+            texts += vader_rows(io.TextIOWrapper(file, encoding="utf-8"), domain)
     return texts
 
 
-def _vader_rows(lines: Iterator[str] | io.TextIOBase, domain: str) -> Iterator[Text]:
+def vader_rows(lines: Iterator[str] | io.TextIOBase, domain: str) -> Iterator[Text]:
     for number, line in enumerate(lines, start=1):
         cells = line.rstrip("\n").split("\t")
         if len(cells) != 3:

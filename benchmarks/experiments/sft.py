@@ -95,7 +95,7 @@ class School:
             for name, parts in sites.items()
         }
         self._train = {name: train for name, (train, _) in rows.items()}
-        self._val = {name: val for name, (_, val) in rows.items()}
+        self.validation = {name: val for name, (_, val) in rows.items()}
         # Over rows this short, plain attention costs a processor less than the fused one's backward pass.
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, attn_implementation="eager"
@@ -126,7 +126,7 @@ class School:
             optimizer.zero_grad(set_to_none=True)
             for start in range(0, size, settings.batch_size):
                 part = [rows[number] for number in batch[start : start + settings.batch_size]]
-                loss = self._loss(part).mean() / len(names)
+                loss = self.loss(part).mean() / len(names)
                 loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -143,12 +143,12 @@ class School:
         size = self.settings.batch_size
         found = {}
         with torch.inference_mode():
-            for name, rows in self._val.items():
-                parts = [self._loss(rows[at : at + size]) for at in range(0, len(rows), size)]
+            for name, rows in self.validation.items():
+                parts = [self.loss(rows[at : at + size]) for at in range(0, len(rows), size)]
                 found[name] = float(torch.cat(parts).mean())
         return found
 
-    def _loss(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+    def loss(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         width = max(len(tokens) for tokens, _ in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         labels = torch.full((len(rows), width), _IGNORED)
@@ -202,7 +202,7 @@ class School:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _curve(folder: Path) -> dict[str, Any] | None:
+def curve_of(folder: Path) -> dict[str, Any] | None:
     for place in (
         folder,
         folder.with_suffix(".old"),
@@ -247,7 +247,7 @@ def train_arms(
     fresh = {"settings": mark, "points": [], "seconds": 0.0, "cpu_seconds": 0.0, "rounds": 0}
     curves: dict[str, Any] = {}
     for arm in ("federated", *sites, "centralised"):
-        curves[arm] = _curve(folder / arm) or {**fresh, "points": []}
+        curves[arm] = curve_of(folder / arm) or {**fresh, "points": []}
         if curves[arm]["settings"] != mark:
             raise ConfigError(
                 f"{folder / arm} was made with other settings; remove it or choose another folder with --out"

@@ -84,7 +84,7 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache" / "fedcore") / "peers"
 
 
-def _torch_pin() -> str:
+def torch_pin() -> str:
     """Return the version of torch that this project is tested with."""
     lines = (Path(__file__).parents[2] / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return next(line for line in lines if line.startswith(_TORCH))
@@ -96,7 +96,7 @@ def install(name: str, requirement: str) -> Path:
     Raises:
         PeerError: it could not be installed; the text ends with pip's last lines.
     """
-    wanted = [requirement, _torch_pin()]
+    wanted = [requirement, torch_pin()]
     folder = cache_folder() / requirement.replace("==", "-")
     python = folder / "bin" / "python"
     done = folder / "installed"

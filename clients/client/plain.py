@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from fedcore.errors import ClosedError, LayoutError, WeightError
-from fedcore.layout import TensorSpec, check_names, compare_layouts
+from fedcore.layout import check_names, compare_layouts
 from fedcore.site.error_text import report_uncaught
 from fedcore.site.session import GlobalModel, Outcome, Session
 
+from .arrays import Arrays, to_numpy
 from .choice import choose, forget_choice, travelling
 from .current import get_session, intend, loop_goes_on, reset_session
 from .loading import LoadingHooks
 
 if TYPE_CHECKING:
-    from fedcore.files.frozen import FrozenGroup
     from fedcore.model_file import Reader
 
     from .factors import Held
@@ -49,82 +49,16 @@ __all__ = [
     "system_info",
 ]
 
-_NUMPY: Final = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
-    "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-    "bfloat16": "BF16",  # of ml_dtypes, which JAX brings along
-}  # fmt: skip
 _SAME_NAMES: Final = "send it under the names that fl.receive() gives"
 _OWN_NAMES: Final = (
     "where a module is wrapped or has an adapter, fl.load(params) takes the global model, and fl.send(weight=...) "
     "without tensors sends the module's own"
 )
-_TO_NUMPY: Final = {name: dtype for dtype, name in _NUMPY.items()}
-
-
 LEFT_OUT: Final[Any] = object()
 """Stands for an argument that `send` was not given."""
 
 _warned: set[str] = set()
 """Which arguments of `send` were left out and warned of."""
-
-
-class _Arrays:
-    """A set of named arrays: torch tensors, or whatever NumPy can read."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        if not values:
-            raise LayoutError("there is no tensor to send")
-        check_names(values)
-        self._values = {name: _plain(name, value) for name, value in values.items()}
-        self.specs: list[TensorSpec] = [
-            (name, _dtype(name, value), list(value.shape)) for name, value in self._values.items()
-        ]
-        self.files: dict[str, str] = {}
-
-    def frozen(self) -> list[FrozenGroup]:
-        """Return nothing: what a script has beside its arrays is not known."""
-        return []
-
-    def read(self, name: str) -> memoryview:
-        """Return the raw bytes of an array; a copy only if it is not contiguous."""
-        value = self._values[name]
-        if _is_torch(value):
-            from .parameters import raw_bytes
-
-            return raw_bytes(value)
-        import numpy as np
-
-        return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-
-
-def _is_torch(value: Any) -> bool:
-    return type(value).__module__.partition(".")[0] == "torch"
-
-
-def _plain(name: str, value: Any) -> Any:
-    if _is_torch(value):
-        return value.detach()
-    import numpy as np
-
-    array = np.from_dlpack(value) if _only_dlpack(value) else np.asarray(value)
-    if str(array.dtype) not in _NUMPY:
-        raise LayoutError(
-            f"tensor {name!r} has dtype {array.dtype}; expected one of {', '.join(_NUMPY)}"
-        )
-    return array
-
-
-def _only_dlpack(value: Any) -> bool:
-    return hasattr(value, "__dlpack__") and not hasattr(value, "__array__")
-
-
-def _dtype(name: str, value: Any) -> str:
-    if _is_torch(value):
-        from .parameters import dtype_name
-
-        return dtype_name(name, value)
-    return _NUMPY[str(value.dtype)]
 
 
 def _get_session() -> Session | RankedSession:
@@ -141,7 +75,7 @@ _still: Still | None = None
 _held: Held | None = None
 _own: dict[str, str] = {}
 _hooks: LoadingHooks | None = None
-_arrays: _Arrays | None = None
+_arrays: Arrays | None = None
 _tokenizer: Any = None
 _sent = False
 _listener: Session | RankedSession | None = None
@@ -174,7 +108,7 @@ def init(
     if model is None or isinstance(model, Mapping):
         check_names(model or ())
         arrays = {} if model is None else {name: model[name] for name in travelling(list(model))}
-        _arrays = None if model is None else _Arrays(arrays)
+        _arrays = None if model is None else Arrays(arrays)
         return
     if not hasattr(model, "named_parameters"):
         raise LayoutError(
@@ -236,13 +170,11 @@ def receive() -> dict[str, Any]:
     module is wrapped as well; a PEFT model takes them by `load`, and says so if they are given to it otherwise.
     """
     task = _begin()
-    if _model is not None or (
-        _arrays is not None and any(map(_is_torch, _arrays._values.values()))
-    ):
+    if _model is not None or (_arrays is not None and _arrays.of_torch):
         from .parameters import from_view
 
         return {spec[0]: from_view(task.tensors[spec[0]], spec).clone() for spec in task.specs}
-    return {spec[0]: _to_numpy(task.tensors[spec[0]], spec) for spec in task.specs}
+    return {spec[0]: to_numpy(task.tensors[spec[0]], spec) for spec in task.specs}
 
 
 def load(params: Mapping[str, Any]) -> None:
@@ -256,24 +188,8 @@ def load(params: Mapping[str, Any]) -> None:
     """
     if _model is None:
         raise ClosedError("load() puts the global model into the module given to fl.init(module)")
-    given = _Arrays({_own.get(name, name): value for name, value in params.items()})
+    given = Arrays({_own.get(name, name): value for name, value in params.items()})
     _refreshed().load(list(given.specs), {spec[0]: given.read(spec[0]) for spec in given.specs})
-
-
-def _to_numpy(view: memoryview, spec: TensorSpec) -> Any:
-    import numpy as np
-
-    name, dtype, shape = spec
-    if dtype == "BF16":
-        try:
-            from ml_dtypes import bfloat16
-        except ImportError:
-            raise LayoutError(
-                f"tensor {name!r} is {dtype}, which NumPy can't hold without the package ml_dtypes; install it, "
-                "or pass a torch module to fl.init"
-            ) from None
-        return np.frombuffer(view, np.uint16).view(bfloat16).reshape(list(shape)).copy()
-    return np.frombuffer(view, _TO_NUMPY[dtype]).reshape(list(shape)).copy()
 
 
 def _begin() -> GlobalModel:
@@ -483,7 +399,7 @@ def _reader(params: Mapping[str, Any] | None, task: GlobalModel) -> Reader:
             f"the update has other names than the global model: {next(iter(params))!r} where that has "
             f"{task.specs[0][0]!r}; {_SAME_NAMES if _model is None else _OWN_NAMES}"
         )
-    given = _Arrays(chosen)
+    given = Arrays(chosen)
     difference = compare_layouts(given.specs, task.specs, "this update", "the global model")
     if difference is not None:
         raise LayoutError(f"the update does not fit the global model: {difference}")

@@ -22,7 +22,7 @@ from .current import reset_session, use_session
 __all__ = ["LocalRun", "local_run"]
 
 _LIMIT: float = 60.0
-_SILENCE: float = 10.0
+SILENCE: float = 10.0
 """A server in this process answers within a heartbeat; one that has failed never does."""
 
 
@@ -84,7 +84,7 @@ def local_run(
         pool = stack.enter_context(ThreadPoolExecutor(1, "fedcore-local-server"))
         ended = pool.submit(server.run)
         stack.callback(server.stop)
-        own = SiteSettings(server.endpoint, site, idle_timeout=_SILENCE, clip=clip)
+        own = SiteSettings(server.endpoint, site, idle_timeout=SILENCE, clip=clip)
         use_session(Session(own, network.dial))
         stack.callback(_forget)
         yield LocalRun(server, config.run_folder, network, ended)

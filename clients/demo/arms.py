@@ -64,7 +64,7 @@ def run_arms(
             while waiting or running:
                 while waiting and len(running) < _AT_ONCE:
                     name = next(iter(waiting))
-                    child = _start([*command, *waiting.pop(name)], out / name)
+                    child = start_arm([*command, *waiting.pop(name)], out / name)
                     running[name] = child, time.monotonic()
                     view.start(name)
                 for name, (child, since) in list(running.items()):
@@ -87,7 +87,7 @@ def run_arms(
     return {name: results[name] for name in arms}
 
 
-def _start(command: list[str], out: Path) -> subprocess.Popen[bytes]:
+def start_arm(command: list[str], out: Path) -> subprocess.Popen[bytes]:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(

@@ -92,7 +92,7 @@ def _config(metadata: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     }
 
 
-def _save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
+def save_tokenizer(metadata: Mapping[str, Any], folder: Path) -> None:
     """Build a byte-level BPE tokenizer; it splits numbers into digits, as this family of models does."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -170,4 +170,4 @@ def _write(file: GgufFile, folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    _save_tokenizer(file.metadata, folder)
+    save_tokenizer(file.metadata, folder)

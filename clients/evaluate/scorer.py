@@ -101,7 +101,7 @@ def evaluate(
         )
     from lm_eval import simple_evaluate
 
-    manager = _manager(tuple(tasks), include)
+    manager = task_manager(tuple(tasks), include)
     results: Any = simple_evaluate(
         model="hf",
         model_args=arguments,
@@ -117,7 +117,7 @@ def evaluate(
 
 
 @functools.cache
-def _manager(tasks: tuple[str, ...], include: Path | None) -> Any:
+def task_manager(tasks: tuple[str, ...], include: Path | None) -> Any:
     """Return an index that holds the tasks; the harness's own, of thousands of files, is read only where needed.
 
     Raises:

@@ -177,10 +177,10 @@ def server(  # noqa: PLR0917 - typer calls it by name
         typer.echo(f"error: run {name} was not opened: its database was locked", err=True)
         statuses.append(128 + ended_by[-1] if ended_by else 1)
     if statuses:
-        raise typer.Exit(_status_of_all(statuses))
+        raise typer.Exit(status_of_all(statuses))
 
 
-def _status_of_all(statuses: list[int]) -> int:
+def status_of_all(statuses: list[int]) -> int:
     """Return the status of several runs that are not complete: 1 where one has failed, else that of one that goes
     on once the server is started again, if any."""
     going_on = [status for status in statuses if status != INTERRUPTED]

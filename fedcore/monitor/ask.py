@@ -70,6 +70,9 @@ class StatusClient:
         credentials: the key to talk to it; None: plain text.
         proxy: the way to it; None: it is dialled directly.
 
+    Attributes:
+        link: the way to it.
+
     Raises:
         ConfigError: what follows the ``#`` is no id of a run.
     """
@@ -85,8 +88,8 @@ class StatusClient:
             )
         self.address = address
         self._warned = False
-        self._link = SiteLink(address, uuid.uuid4().bytes, credentials, proxy)
-        self._link.run_id = run or None
+        self.link = SiteLink(address, uuid.uuid4().bytes, credentials, proxy)
+        self.link.run_id = run or None
 
     def __enter__(self) -> StatusClient:
         return self
@@ -140,12 +143,12 @@ class StatusClient:
         return self._asked(protocol.Command(action=action), protocol.CommandReply, timeout)
 
     def _asked(self, message: protocol.FromSite, kind: type[_R], timeout: float) -> _R:
-        self._link.send(message)
+        self.link.send(message)
         until = time.monotonic() + timeout
         while (left := until - time.monotonic()) > 0:
-            arrived = self._link.recv(min(left, _CHECK_SECONDS))
-            if self._link.refused:
-                raise RefusedError(self._link.refused, "key")
+            arrived = self.link.recv(min(left, _CHECK_SECONDS))
+            if self.link.refused:
+                raise RefusedError(self.link.refused, "key")
             self._warn_unresolved(left)
             if isinstance(arrived, Control):
                 reply = protocol.decode_from_server(arrived.body)
@@ -153,18 +156,18 @@ class StatusClient:
                     return reply
                 if isinstance(reply, protocol.Refused):
                     raise RefusedError(reply.message, reply.code)
-        why = self._link.hint or "is fedcore-server running there?"
+        why = self.link.hint or "is fedcore-server running there?"
         raise TransferTimeout(f"no answer from {self.address} within {timeout:g} s; {why}")
 
     def _warn_unresolved(self, left: float) -> None:
         """Say at once, and once, that the server's name stands for no address, or the proxy does not connect."""
-        if self._link.unresolved and not self._warned:
+        if self.link.unresolved and not self._warned:
             self._warned = True
-            logger.warning("%s Still trying, for %.0f s.", self._link.unresolved, left)
+            logger.warning("%s Still trying, for %.0f s.", self.link.unresolved, left)
 
     def close(self) -> None:
         """Close the connection."""
-        self._link.close()
+        self.link.close()
 
 
 @contextlib.contextmanager

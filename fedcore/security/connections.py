@@ -29,7 +29,7 @@ CUT: Final = 2
 MUTED: Final = 3
 """What the pump notes of a connection: it was heard and said too much, which its peer is being told."""
 DROP, _UNHEARD, _MUTED = 3, 4, 5  # verdicts of the core, as in csrc/transfer/sink.h
-_GRACE_LOOKS: Final = 20
+GRACE_LOOKS: Final = 20
 """So often a muted connection is looked at before it is cut; the door looks every 50 ms."""
 _MAX_NETWORKS: Final = 4096
 
@@ -287,7 +287,7 @@ class Connections:
         """Whether what a muted peer is told had its time to leave; in looks, as a machine that stands still for a
         second sends nothing in it."""
         looks = self._muted[number] = self._muted.get(number, 0) + 1
-        return looks > _GRACE_LOOKS
+        return looks > GRACE_LOOKS
 
     def _may_send_more(self, found: _Open, now: float) -> bool:
         """Whether a connection may be the one that a key was shown by; no other one may be it then."""

@@ -34,10 +34,10 @@ _LOG_SECONDS: Final = 1.0
 _SWEEP_SECONDS: Final = 0.05
 _UNFINISHED_SECONDS: Final = 0.25
 """So often all connections are looked at, for messages without end; less often where there are thousands."""
-_SILENCE_SECONDS: Final = 10.0
+SILENCE_SECONDS: Final = 10.0
 """So often all connections are looked at, for those that are silent."""
 _WATCH_SECONDS: Final = 60.0
-_MAX_BUCKETS: Final = 4096
+MAX_BUCKETS: Final = 4096
 _MAX_FILES: Final = 1 << 20
 _BATCH: Final = 256
 _EVENTS: Final = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
@@ -67,6 +67,9 @@ class Doorkeeper:
 
     Attributes:
         notes: where the pump notes of each connection, by its file number, that it was understood or may go.
+        allowed: whom it lets in, from the next handshake on.
+        connections: those that are open.
+        buckets: the rate limit of each key that has knocked lately.
     """
 
     def __init__(
@@ -86,12 +89,12 @@ class Doorkeeper:
         self._asked.bind(_ZAP)
         self._events: zmq.Socket[bytes] | None = None
         limits = secured.limits
-        self._buckets: dict[str, TokenBucket] = {}
+        self.buckets: dict[str, TokenBucket] = {}
         self._unknown = TokenBucket(limits.unknown_burst, limits.unknown_per_second, clock())
         files = min(_file_limit(), _MAX_FILES)
         self.notes = Notes.of(files)
         most = min(limits.connections, _file_limit() * 7 // 8)
-        self._connections = Connections(limits, most, self.notes, received_bytes)
+        self.connections = Connections(limits, most, self.notes, received_bytes)
         self._watch_until = 0.0
         self._said: dict[str, tuple[float, int]] = {}
         self._quit_read, self._quit_write = os.pipe()
@@ -142,32 +145,32 @@ class Doorkeeper:
             now = self._clock()
             if now >= swept + _SWEEP_SECONDS:
                 swept = now
-                for number, why in self._connections.sweep(now):
-                    self._cut(number, why)
+                for number, why in self.connections.sweep(now):
+                    self.cut(number, why)
             if now >= counted + self._unfinished_seconds():
                 counted = now
-                for number, why in self._connections.sweep_unfinished():
-                    self._cut(number, why)
-            if now >= looked + _SILENCE_SECONDS:
+                for number, why in self.connections.sweep_unfinished():
+                    self.cut(number, why)
+            if now >= looked + SILENCE_SECONDS:
                 looked = now
-                for number, why in self._connections.sweep_silent(now):
-                    self._cut(number, why)
+                for number, why in self.connections.sweep_silent(now):
+                    self.cut(number, why)
 
     def _patience_ms(self) -> int | None:
-        watched = self._connections.unproved or self._clock() < self._watch_until
-        if not watched and not len(self._connections):
+        watched = self.connections.unproved or self._clock() < self._watch_until
+        if not watched and not len(self.connections):
             return None
         return round((_SWEEP_SECONDS if watched else self._unfinished_seconds()) * 1000)
 
     def _unfinished_seconds(self) -> float:
-        return max(_UNFINISHED_SECONDS, len(self._connections) / 4000)
+        return max(_UNFINISHED_SECONDS, len(self.connections) / 4000)
 
     def _take_events(self, events: zmq.Socket[bytes]) -> None:
         """Count all that is told, so that a connection is known before its key is asked about."""
         with contextlib.suppress(zmq.Again):
             for _ in range(_BATCH):
                 event, number = _EVENT.unpack(events.recv_multipart(zmq.DONTWAIT)[0])
-                self._count(event, number)
+                self.count(event, number)
 
     def _answer(self, frames: list[bytes]) -> None:
         """Answer one request: envelope, empty, version, id, domain, address, identity, mechanism, credentials."""
@@ -193,28 +196,29 @@ class Doorkeeper:
                 fingerprint(public), address,
             )  # fmt: skip
             return b"400", ""
-        if public not in self._buckets and len(self._buckets) >= _MAX_BUCKETS:
-            self._buckets.clear()
-        bucket = self._buckets.setdefault(
+        if public not in self.buckets and len(self.buckets) >= MAX_BUCKETS:
+            self.buckets.clear()
+        bucket = self.buckets.setdefault(
             public, TokenBucket(self._limits.burst, self._limits.per_second, now)
         )
         if not bucket.take(now):
             self._say("%s knocks too often, from %s: it has to wait", who.name, address)
             return b"300", ""
-        self._connections.shown(address, now)
+        self.connections.shown(address, now)
         return b"200", who.user
 
-    def _count(self, event: int, number: int) -> None:
+    def count(self, event: int, number: int) -> None:
+        """Count a connection, by its file number, that libzmq says has come or gone."""
         if event in _GONE:
-            self._connections.closed(number)
+            self.connections.closed(number)
             return
         with contextlib.suppress(OSError), _connection(number) as connection:
             address = str(connection.getpeername()[0])
-            surplus = self._connections.opened(number, address, self._clock())
+            surplus = self.connections.opened(number, address, self._clock())
             if surplus is not None:
-                self._cut(*surplus)
+                self.cut(*surplus)
 
-    def _cut(self, number: int, why: str) -> None:
+    def cut(self, number: int, why: str) -> None:
         """End a connection; libzmq closes it then. Its number may have been taken by another one meanwhile."""
         with contextlib.suppress(OSError), _connection(number) as connection:
             address = str(connection.getpeername()[0])

@@ -27,11 +27,11 @@ logger = logging.getLogger("fedcore.server")
 SITE_BYTES: Final = 104 << 10
 """What a connection takes: its buffers in libzmq, the reply under way, what is known of the site."""
 _SUM_CHUNKS: Final = 4  # the sums of a chunk in fp64, or the chunks that are read back together
-_FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
+FEWEST_CHUNKS: Final = 6  # the sums of a chunk in fp64, its result, and one that comes
 _BESIDE_CHUNKS: Final = 2
 _STATE_CHUNKS: Final = 4  # a state of a chunk of bfloat16, read and written
 _OPTIMIZER_CHUNKS: Final = 2 + _STATE_CHUNKS  # pages of the base, and the master
-_PACKING_CHUNKS: Final = 6  # to compress a chunk of the model, and to unpack one of an update
+PACKING_CHUNKS: Final = 6  # to compress a chunk of the model, and to unpack one of an update
 _CHUNK_SIZES: Final = tuple(DEFAULT_CHUNK_BYTES >> shift for shift in range(5))
 """What a rule may have that needs a chunk of each update at the same time: 1 MiB down to 64 KiB."""
 _DECODED_BYTES: Final = 8 << 10  # a piece of an encoded update, in each thread
@@ -85,7 +85,7 @@ class Budget:
         Raises:
             ConfigError: it is too little for them.
         """
-        least = _FEWEST_CHUNKS * chunk_bytes
+        least = FEWEST_CHUNKS * chunk_bytes
         outgoing = max(memory // 8, 2 * chunk_bytes)
         control = memory // 16
         # What the allocator holds besides, page tables, pages of the output that are not given back yet: of few
@@ -101,7 +101,7 @@ class Budget:
         if encrypted:
             chunks -= min(sites * chunk_bytes, memory // 8, chunks - least)
         if lossless:
-            chunks -= min(_PACKING_CHUNKS * chunk_bytes, chunks - least)
+            chunks -= min(PACKING_CHUNKS * chunk_bytes, chunks - least)
         read_back = _SUM_CHUNKS * chunk_bytes
         # Where sites are folded nothing is spilled; the peak is that of fewer sites all the same.
         folded = chunks < sites * chunk_bytes
@@ -170,7 +170,7 @@ class Budget:
         """Raise ConfigError unless the states of a chunk fit beside the least that a budget needs."""
         size = budget.chunk_bytes
         kept = _states(config) or 0
-        least = (_FEWEST_CHUNKS + _OPTIMIZER_CHUNKS + _STATE_CHUNKS * kept) * size
+        least = (FEWEST_CHUNKS + _OPTIMIZER_CHUNKS + _STATE_CHUNKS * kept) * size
 
         def enough(mib: int) -> bool:
             return cls._of_config(config, mib << 20, encrypted, size).chunks >= least

@@ -40,14 +40,14 @@ __all__ = ["Host"]
 
 _MOST_AT_ONCE: Final = 4096
 """Messages that are read at a deadline before it is acted on: nobody can put it off by sending more."""
-_MOST_TOGETHER: Final = 256
+MOST_TOGETHER: Final = 256
 """Messages whose answers may wait for one transaction."""
 _UNASKED: Final = 64 << 20
 _FromOutside = protocol.StatusRequest | protocol.MetricsRequest | protocol.Command
 """What needs no part in a run."""
 _SAID_ONCE: Final = (protocol.Score, protocol.Answer, protocol.Leave)
 """What a site does not send again by itself."""
-_WHICH_RUN: Final = (
+WHICH_RUN: Final = (
     "this server has several runs, and this names none of them that it belongs to: a site names its run by "
     "FEDCORE_RUN, its kit or run=... in its script, and a command by the run's folder, or by its id behind the "
     "address (tcp://HOST:PORT#RUN_ID)"
@@ -80,6 +80,8 @@ class Host:
     Attributes:
         endpoint: the address that it listens on.
         link: what it listens on.
+        access: who may say what; without keys everybody may.
+        turns: which runs may be worked on, and what waits for a journal that another process has locked.
         runs: its runs, but for those whose journals another process has locked since before it started.
         opened: called with a run that is opened later than the others, before it starts.
         unopened: the names of the runs that were never opened, once the host ends.
@@ -109,7 +111,7 @@ class Host:
         for config in configs:
             check_encoding(config)
             check_rule_fits(config)
-        access = self._access = Access(configs[0], clock, configs[1:])
+        access = self.access = Access(configs[0], clock, configs[1:])
         steady_heap()
         require_connections(sum(config.participants.expected for config in configs))
         opening = self._opening = Opening(
@@ -127,7 +129,7 @@ class Host:
         self._room = self._set_limits(opening.budgets)
         self._replies = Replies(self.link, clock)
         self.runs: list[Run] = []
-        turns = self._turns = Turns(
+        turns = self.turns = Turns(
             self.runs, self._working_on, self._group, self._room, alone=self._alone
         )
         self._guard = Guard(
@@ -164,7 +166,7 @@ class Host:
         try:
             self.start(linger)
             while not self._is_over():
-                self._end_what_is_asked()
+                self.end_what_is_asked()
                 if self._is_over():
                     break
                 try:
@@ -187,28 +189,28 @@ class Host:
             self.close()
 
     def start(self, linger: float | None = 0.0) -> None:
-        """Begin the runs, or go on with them: `serve` does it, and then calls `step` until they are over."""
+        """Begin the runs, or go on with them. `serve` does so, then calls `end_what_is_asked` and `step`."""
         self._linger = linger
         if self._opening.finished:
             names = ", ".join(self._opening.finished)
             logger.info("finished, and not served any more: %s", names)
         if warning := check_memory(self._memory, machine_memory()):
             logger.warning("%s", warning)
-        with self._turns.taken():
+        with self.turns.taken():
             self._begin(self.runs)
 
     def _begin(self, runs: Sequence[Run]) -> None:
         for run in runs:
             linger = run.config.server.linger if self._linger is None else self._linger
-            self._turns.do(run, functools.partial(run.start, linger))
+            self.turns.do(run, functools.partial(run.start, linger))
 
     def _add(self, share: Share) -> Run:
         """Take up a run whose folder is open."""
         around = Surroundings(
-            self.link, share.number, self._access, self._replies, self._guard, share.budget.chunks, self._device,
+            self.link, share.number, self.access, self._replies, self._guard, share.budget.chunks, self._device,
             self._clock, self._timing,
         )  # fmt: skip
-        self._access.enter(share.store.folder)
+        self.access.enter(share.store.folder)
         run = Run(share.config, share.store, around)
         self.opened(run)
         self.runs.append(run)
@@ -229,7 +231,7 @@ class Host:
                 added.append(self._add(share))
             except Exception as error:
                 share.store.close()
-                self._access.leave(share.store.folder)
+                self.access.leave(share.store.folder)
                 self._opening.fail(share.config, error)
         return added
 
@@ -245,7 +247,7 @@ class Host:
         """Let go of the port and the run folders, as a crash would."""
         for run in self.runs:
             run.versions.close()
-        self._access.close()
+        self.access.close()
         self.link.close()
         for run in self.runs:
             run.store.close()
@@ -272,7 +274,7 @@ class Host:
 
     def step(self) -> None:
         """Handle what arrives, after waiting for it, and do what is due in the runs."""
-        now, turns = self._clock.monotonic(), self._turns
+        now, turns = self._clock.monotonic(), self.turns
         looks = [run.next_look for run in turns.free]
         dues = [*looks, *(deadline for deadline in turns.deadlines if deadline > now)]
         longest = min(self._timing.check, turns.longest)
@@ -292,7 +294,7 @@ class Host:
                 with self._working_on(run):
                     run.pass_time()
 
-    def _end_what_is_asked(self) -> None:
+    def end_what_is_asked(self) -> None:
         """End the runs that are to end, or this process's part in them, once their journals are free."""
         if self._stopping or self._interrupted:
             for name in self._opening.give_up():
@@ -301,9 +303,9 @@ class Host:
         ends = [r for r in self.runs if r.end_asked or (self._interrupted and r.is_under_way)]
         if not ends:
             return
-        with self._turns.taken():
+        with self.turns.taken():
             for run in ends:
-                if self._turns.waits(run):
+                if self.turns.waits(run):
                     continue
                 with self._working_on(run):
                     run.end_if_asked()
@@ -319,7 +321,7 @@ class Host:
         following: Control | DataEvent | None = arrived
         taken = 0
         with self._group(self.runs):
-            while isinstance(following, Control) and taken < _MOST_TOGETHER:
+            while isinstance(following, Control) and taken < MOST_TOGETHER:
                 self._take(following)
                 taken += 1
                 following = None if self._is_over() else self.link.recv(0.0)
@@ -357,7 +359,7 @@ class Host:
     def _check_access(self) -> None:
         for name in self._guard.take_out_revoked():
             for run in self.runs:
-                self._turns.do(run, functools.partial(run.forget, name))
+                self.turns.do(run, functools.partial(run.forget, name))
 
     # --- dispatch ---
 
@@ -367,10 +369,10 @@ class Host:
                 self._on_event(arrived)
             return
         inside = self._guard.run_of(arrived.peer)
-        waiting = self._turns.holding(inside, arrived.peer)
+        waiting = self.turns.holding(inside, arrived.peer)
         if waiting is not None:
             act = functools.partial(self._take, arrived)
-            if not self._turns.take(waiting, act, len(arrived.body)):
+            if not self.turns.take(waiting, act, len(arrived.body)):
                 self._lose(waiting, arrived)
             return
         asked = self.runs if inside is None else [inside]
@@ -393,12 +395,12 @@ class Host:
         with contextlib.suppress(ProtocolError):
             message = protocol.decode_from_site(lost.body)
             if known is not None and isinstance(message, protocol.Log):
-                self._turns.lose(run, known.site, "value", len(message.metrics))
+                self.turns.lose(run, known.site, "value", len(message.metrics))
             elif known is not None and isinstance(message, protocol.Problem):
-                self._turns.lose(run, known.site, "problem", 1)
+                self.turns.lose(run, known.site, "problem", 1)
             elif known is not None and isinstance(message, _SAID_ONCE):
                 key = (known.site, type(message))
-                self._turns.do(run, functools.partial(self._take, lost), key)
+                self.turns.do(run, functools.partial(self._take, lost), key)
 
     def _on_event(self, event: DataEvent) -> None:
         """Hand an event to its run; what is of none, as of a collection that has ended, is dropped there."""
@@ -406,11 +408,11 @@ class Host:
         if isinstance(event, SetDamaged) and len(runs) > 1:
             runs = [run for run in runs if run.versions.owns(event.set_id, event.message)]
         for run in runs:
-            self._turns.hand_over(run, event)
+            self.turns.hand_over(run, event)
 
     def _admit(self, peer: bytes, message: protocol.FromSite, size: int) -> None:
         """Hand a message of so many bytes to its run, if its sender may say it."""
-        refusal = self._access.refusal(peer, message)
+        refusal = self.access.refusal(peer, message)
         if refusal is not None:
             with self._guard.of_run_of(peer):
                 self._replies.refuse(peer, self._guard.name(peer), refusal)
@@ -420,9 +422,9 @@ class Host:
             joining = peer if isinstance(message, protocol.Join) else None
             if joining is not None:
                 self._end_other_part(peer, run)
-            if self._turns.waits(run) and self._say_locked(peer, message):
+            if self.turns.waits(run) and self._say_locked(peer, message):
                 return
-            self._turns.take(run, functools.partial(run.handle, peer, message), size, joining)
+            self.turns.take(run, functools.partial(run.handle, peer, message), size, joining)
         elif run is None and isinstance(message, protocol.Join | _FromOutside):
             self._on_no_run(peer, message)
         else:
@@ -449,7 +451,7 @@ class Host:
             return
         # The same text whether there is such a run or not: who is of none learns no names.
         name = message.site if isinstance(message, protocol.Join) else self._guard.name(peer)
-        refusal = protocol.Refused(code="other-run", message=_WHICH_RUN)
+        refusal = protocol.Refused(code="other-run", message=WHICH_RUN)
         self._replies.refuse(peer, name, refusal)
 
     def _run_of(self, peer: bytes, message: protocol.FromSite) -> Run | None:
@@ -458,7 +460,7 @@ class Host:
             return next((run for run in self.runs if run.may_join(message)), None)
         if self._alone:
             return self.runs[0]
-        folder = self._access.folder_of(peer)
+        folder = self.access.folder_of(peer)
         if folder is not None:  # the key that lies in a run folder is for that run
             return next((run for run in self.runs if run.store.folder == folder), None)
         inside = self._guard.run_of(peer)
@@ -485,7 +487,7 @@ class Host:
         except Exception as error:
             if self._alone:
                 raise
-            self._access.leave(run.store.folder)
+            self.access.leave(run.store.folder)
             run.give_up(error)
         finally:
             RUN.reset(token)

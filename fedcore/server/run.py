@@ -54,6 +54,8 @@ class Run:
         rounds: the plan, and how far it is.
         versions: the models.
         collecting: the updates under way.
+        declaring: what sites have declared of their models.
+        link: how its peers are answered.
         status: what is shown of the run.
         listeners: who gets the run's events; the host closes them.
         acting: carries out what the plan decides.
@@ -67,6 +69,7 @@ class Run:
         self._parts = parts = Parts(config, store, around, self._put_out)
         self.versions, self.collecting = parts.versions, parts.collecting
         self.peers, self.rounds = parts.peers, parts.rounds
+        self.declaring, self.link = parts.declaring, parts.link
         self.status, self.listeners = parts.status, parts.listeners
         self.ending = Ending(parts)
         self.acting = Acting(parts, self.ending, around.device)
@@ -189,7 +192,7 @@ class Run:
 
     def send(self, peer: bytes, message: protocol.FromServer) -> None:
         """Send a message to a peer, behind those that wait for rows of the journal."""
-        self._parts.link.send(peer, message)
+        self.link.send(peer, message)
 
     def may_join(self, join: protocol.Join) -> bool:
         """Whether a site names this run, and is one of its sites."""
@@ -198,7 +201,7 @@ class Run:
 
     def forget(self, site: str) -> None:
         """Compare nobody with a site any more: its key was revoked."""
-        self._parts.declaring.forget(site)
+        self.declaring.forget(site)
 
     def note_lost(self, site: str, what: str, number: int) -> None:
         """Note that values or problems which a site has sent are lost, as too much waited for the journal."""
@@ -285,7 +288,7 @@ class Run:
             self.versions.publish()
         logger.info(
             "run %s: %s, listening on %s, waiting for %s (a round needs %d)",
-            self.config.run.name, plural(self.rounds.rounds, "round"), self._parts.link.endpoint,
+            self.config.run.name, plural(self.rounds.rounds, "round"), self.link.endpoint,
             plural(self.config.participants.expected, "site"), self.config.participants.quorum,
         )  # fmt: skip
         people = self.config.participants

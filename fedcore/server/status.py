@@ -32,7 +32,7 @@ __all__ = ["StatusBuilder", "Watchers", "merge_metrics", "within_a_message"]
 # Of a long run only the latest versions are shown; the run folder has all of them.
 _MAX_VERSIONS: Final = 200
 _MAX_WATCHERS: Final = 64
-_WATCHER_SECONDS: Final = 5.0
+WATCHER_SECONDS: Final = 5.0
 _MAX_SITES: Final = 1000
 """Of so many that they fill a message, these are shown; fewer if they say much."""
 
@@ -80,7 +80,7 @@ class Watchers:
     def present(self) -> bool:
         """Whether a peer that asked a moment ago does not know of the end yet."""
         now = self._clock.monotonic()
-        self._asked = {p: at for p, at in self._asked.items() if now - at < _WATCHER_SECONDS}
+        self._asked = {p: at for p, at in self._asked.items() if now - at < WATCHER_SECONDS}
         return bool(self._asked)
 
 

@@ -40,6 +40,10 @@ class Turns:
         together: the rows of runs that are written in its ``with`` block reach the device together.
         room: bytes of messages that may be put off for one run. Others are lost: a site without an answer repeats.
         alone: the host has one run and never another. It needs none of this: it waits for its journal itself.
+
+    Attributes:
+        room: as given.
+        most: as many messages may be put off for one run.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class Turns:
         self._alone = alone
         self._working_on = working_on
         self._together = together
-        self._room = room
+        self.room, self.most = room, _MOST_PUT_OFF
         self._put_off: dict[Run, _PutOff] = {}
 
     @property
@@ -66,6 +70,10 @@ class Turns:
     def waits(self, run: Run | None) -> bool:
         """Whether a run waits for its journal: nothing may be done for it."""
         return run in self._put_off
+
+    def put_off(self, run: Run) -> int:
+        """Return how much waits to be done for a run."""
+        return len(self._put_off[run].acts) if run in self._put_off else 0
 
     @property
     def free(self) -> list[Run]:
@@ -127,7 +135,7 @@ class Turns:
         waiting = self._put_off.get(run)
         if waiting is None:
             self.do(run, act)
-        elif waiting.messages < _MOST_PUT_OFF and waiting.size + size <= self._room:
+        elif waiting.messages < self.most and waiting.size + size <= self.room:
             waiting.acts.append((None, act))
             waiting.messages += 1
             waiting.size += size

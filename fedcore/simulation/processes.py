@@ -27,8 +27,8 @@ from . import watchdog as _watchdog
 __all__ = ["SimulationResult", "simulate", "site_commands", "tail"]
 
 _START_SECONDS: Final = 60.0
-_END_SECONDS: Final = 3.0
-_UNFINISHED_SECONDS: Final = 10.0
+END_SECONDS: Final = 3.0
+UNFINISHED_SECONDS: Final = 10.0
 _AFTER_SECONDS: Final = 600.0
 _CHECK_SECONDS: Final = 0.1
 _STOPPED: Final = 130
@@ -268,7 +268,7 @@ class _Children:
         """Give the server and the sites a moment to leave by themselves, then end what is still there."""
         if _SERVER in self._children and self.server.poll() is None:
             self.server.send_signal(signal.SIGINT)
-        until = time.monotonic() + _END_SECONDS
+        until = time.monotonic() + END_SECONDS
         try:
             for child in self._children.values():
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -316,7 +316,7 @@ def _watch(
             idle_since = None
         elif idle_since is None:
             idle_since = time.monotonic()
-        elif time.monotonic() - idle_since > _UNFINISHED_SECONDS:
+        elif time.monotonic() - idle_since > UNFINISHED_SECONDS:
             text = (
                 "all sites have ended but the run is not over; does the training script loop with "
                 "`while fl.is_running()` until it ends?"

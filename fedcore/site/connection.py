@@ -39,8 +39,8 @@ from .signals import InOrder, end_in_order, let_go
 
 __all__ = ["Connection"]
 
-_CHECK_SECONDS: Final = 0.5
-_NOTICE_SECONDS: Final = 10.0
+CHECK_SECONDS: Final = 0.5
+NOTICE_SECONDS: Final = 10.0
 
 logger = logging.getLogger("fedcore.client")
 
@@ -52,17 +52,19 @@ class Connection:
     through `waiting`; the background thread notifies it of each change.
 
     Attributes:
+        link: the way to the server; None until it is dialled.
+        settings: where the server is, and how long it is waited for.
         machine: this site's half of the protocol; whoever calls one of its methods that send goes through here.
         settled: called once the fate of a published update is known, with its announcement and whether it counts.
     """
 
     def __init__(self, settings: SiteSettings, dial: Dial | None = None) -> None:
-        self._settings = settings
+        self.settings = settings
         self._dial: Dial = dial or functools.partial(SiteLink, proxy=settings.proxy)
         self._site, self._server = settings.site, settings.server
         self.machine = SiteMachine(settings)
         self.changed = threading.Condition()
-        self._link: SiteEnd | None = None
+        self.link: SiteEnd | None = None
         self._pid = os.getpid()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -84,7 +86,7 @@ class Connection:
     @property
     def opened(self) -> bool:
         """Whether this site has dialled the server."""
-        return self._link is not None
+        return self.link is not None
 
     def open(self) -> bool:
         """Dial the server; False if this site has done so before.
@@ -96,12 +98,10 @@ class Connection:
             raise ClosedError(
                 "a forked process can't use its parent's session; start a new process"
             )
-        if self._link is not None:
+        if self.link is not None:
             return False
         keep_warm()
-        self._link = self._dial(
-            self._server, self.machine.instance.bytes, self._settings.credentials
-        )
+        self.link = self._dial(self._server, self.machine.instance.bytes, self.settings.credentials)
         self._thread = threading.Thread(target=self._serve, name="fedcore-site", daemon=True)
         with self._driven() as machine:
             machine.join(time.monotonic())
@@ -118,16 +118,16 @@ class Connection:
         """
         with self._driven() as machine:
             asked = machine.ask_again(time.monotonic())
-        if asked and self._link is not None:
-            self._link.wake()  # its thread looks again at what is due
+        if asked and self.link is not None:
+            self.link.wake()  # its thread looks again at what is due
         with self.changed:
             asked_at = time.monotonic()
             for _ in self.waiting(f"an answer from {self._server}", connecting=True):
                 if self.machine.welcome is not None or self.machine.finish is not None:
                     return
                 waited = time.monotonic() - asked_at
-                if waited > self._settings.connect_timeout and not self.machine.held:
-                    seconds = f"within {self._settings.connect_timeout:g} s"
+                if waited > self.settings.connect_timeout and not self.machine.held:
+                    seconds = f"within {self.settings.connect_timeout:g} s"
                     what = (
                         f"no answer from the server at {self._server} {seconds}{self._why_silent()}"
                     )
@@ -140,7 +140,7 @@ class Connection:
                     raise error
 
     def _why_silent(self) -> str:
-        hint = self._link.hint if self._link is not None else ""
+        hint = self.link.hint if self.link is not None else ""
         return f": {hint}" if hint else "; is fedcore-server running there, and is the port open?"
 
     def waiting(
@@ -158,18 +158,18 @@ class Connection:
             if self._closing:
                 raise ClosedError("the session is closed")
             yield
-            self.changed.wait(_CHECK_SECONDS if bar is None else bar.interval)
+            self.changed.wait(CHECK_SECONDS if bar is None else bar.interval)
             if bar is not None:
                 bar.tick()
             now = time.monotonic()
-            assert self._link is not None
+            assert self.link is not None
             if (held := self.machine.held_too_long(now)) is not None:
                 raise held
             self._warn_unresolved()
-            silent = self._link.silent_ms()
-            expected = silent is not None and now_ms() <= self._link.exchange.busy_until(b"")
+            silent = self.link.silent_ms()
+            expected = silent is not None and now_ms() <= self.link.exchange.busy_until(b"")
             if (
-                now - noticed > _NOTICE_SECONDS
+                now - noticed > NOTICE_SECONDS
                 and (silent is None or silent > 5000)
                 and not expected
             ):
@@ -179,15 +179,15 @@ class Connection:
                     self._site, what, self._server, (now - started) if silent is None else silent / 1000,
                     self._why_silent() if silent is None else self.fate(),
                 )  # fmt: skip
-            if not connecting and (silent or 0) / 1000 > self._settings.idle_timeout:
+            if not connecting and (silent or 0) / 1000 > self.settings.idle_timeout:
                 raise TransferTimeout(
-                    f"{self._server} has been silent for {self._settings.idle_timeout:g} s while waiting "
+                    f"{self._server} has been silent for {self.settings.idle_timeout:g} s while waiting "
                     f"for {what} (FEDCORE_IDLE_TIMEOUT changes how long to wait){self.fate()}"
                 )
 
     def _warn_unresolved(self) -> None:
         """Say at once, and once, that the server's name stands for no address, or the proxy does not connect."""
-        why = self._link.unresolved if self._link is not None else ""
+        why = self.link.unresolved if self.link is not None else ""
         if why and why != self._unresolved:
             logger.warning("%s: %s Still trying.", self._site, why)
         self._unresolved = why
@@ -204,7 +204,7 @@ class Connection:
 
     def close(self) -> bool:
         """Leave the run and free the sockets; False if there is nothing to close any more."""
-        if self._link is None or self._closing or os.getpid() != self._pid:
+        if self.link is None or self._closing or os.getpid() != self._pid:
             return False
         self._closing = True
         number = self.ended_by
@@ -212,10 +212,10 @@ class Connection:
             machine.leave(
                 f"its process was ended by {number}" if number else "the site's process ended"
             )
-        self._link.wake()
+        self.link.wake()
         if self._thread is not None:
             self._thread.join()
-        self._link.close()
+        self.link.close()
         let_go()
         return True
 
@@ -264,8 +264,8 @@ class Connection:
         return max(0, sent), total
 
     def _bytes_out(self) -> int:
-        assert self._link is not None
-        return int(self._link.exchange.stats()["bytes_out"])
+        assert self.link is not None
+        return int(self.link.exchange.stats()["bytes_out"])
 
     # --- tasks and downloads ---
 
@@ -290,8 +290,8 @@ class Connection:
 
     def _cancel(self) -> None:
         download, self._download = self._download, None
-        if download is not None and self._link is not None:
-            self._link.exchange.cancel(download[1])
+        if download is not None and self.link is not None:
+            self.link.exchange.cancel(download[1])
 
     # --- the machine and the background thread ---
 
@@ -305,12 +305,12 @@ class Connection:
                 self._carry_out(output)
             self.changed.notify_all()
         for output in outputs:  # not under the lock: it may take a while
-            narrate(self._settings, output)
+            narrate(self.settings, output)
             if isinstance(output, out.Settled):
                 self.settled(output.ready, output.counts)
 
     def _carry_out(self, output: out.Output) -> None:
-        link = self._link
+        link = self.link
         if isinstance(output, out.Send):
             assert link is not None
             link.send(output.message)
@@ -325,7 +325,7 @@ class Connection:
             out.serve(link.exchange, output)
 
     def _serve(self) -> None:
-        link = self._link
+        link = self.link
         assert link is not None
         while not self._closing:
             arrived = link.recv(self._patience())

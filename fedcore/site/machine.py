@@ -57,6 +57,7 @@ class SiteMachine:
     Attributes:
         welcome, accepted, task, finish: the last message of each kind; ``accepted`` is a layout's hash.
         wanted_run: name or id of the run that this site wants to take part in; None: of any.
+        settings: which site this is, and how long it asks for its name.
         included: the last committed version that holds this site's update, as far as it is known.
         ready: the announcement of the published update; None if there is none.
         busy: why the server does not take this site up yet, in its words; empty once it has.
@@ -64,7 +65,7 @@ class SiteMachine:
     """
 
     def __init__(self, settings: SiteSettings, instance: uuid.UUID | None = None) -> None:
-        self._settings = settings
+        self.settings = settings
         self.instance = instance or uuid.uuid4()
         self.wanted_run = settings.run
         self.welcome: protocol.Welcome | None = None
@@ -107,7 +108,7 @@ class SiteMachine:
     def held_too_long(self, now: float) -> RefusedError | None:
         """Give up, and return why, if this site's name was another process's for the connect timeout."""
         held = self._held
-        if held is None or now - held.since <= self._settings.connect_timeout:
+        if held is None or now - held.since <= self.settings.connect_timeout:
             return None
         self.give_up(held.error, "another process had its name for too long")
         return held.error
@@ -153,7 +154,7 @@ class SiteMachine:
         self.send(
             protocol.Join(
                 version=__version__,
-                site=self._settings.site,
+                site=self.settings.site,
                 instance=self.instance.hex,
                 features=protocol.features(lossless=can_pack()),
                 run=self.wanted_run,
@@ -304,7 +305,7 @@ class SiteMachine:
         if self.welcome is None:
             self.fail(
                 RefusedError(
-                    f"the server at {self._settings.server} speaks protocol {version}, this site "
+                    f"the server at {self.settings.server} speaks protocol {version}, this site "
                     f"{protocol.PROTOCOL_VERSION} (fedcore {__version__}); install the same version of fedcore on "
                     "both sides",
                     "version",
@@ -351,7 +352,7 @@ class SiteMachine:
                     self._outputs.append(out.Stopped(message.message))
 
     def _on_welcome(self, welcome: protocol.Welcome) -> None:
-        server = self._settings.server
+        server = self.settings.server
         if self._gave_up:
             reason = f"{self._gave_up}, and it asks no more"
             self.send(protocol.Leave(reason=reason, run_id=welcome.run_id))

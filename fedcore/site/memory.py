@@ -11,7 +11,7 @@ __all__ = ["available_memory", "keep_warm"]
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUPS: Final = Path("/sys/fs/cgroup")
-_OWN_GROUP: Final = Path("/proc/self/cgroup")
+OWN_GROUP: Final = Path("/proc/self/cgroup")
 _WARM_BYTES: Final = 8 << 20  # half of what glibc keeps then
 
 
@@ -36,7 +36,7 @@ def available_memory(meminfo: Path = _MEMINFO, cgroups: Path = _CGROUPS) -> int:
 def _groups(root: Path) -> list[Path]:
     """Return the control groups that this process is in, the innermost first."""
     with contextlib.suppress(OSError, StopIteration):
-        lines = _OWN_GROUP.read_text("ascii").splitlines()
+        lines = OWN_GROUP.read_text("ascii").splitlines()
         path = root / next(line[3:] for line in lines if line.startswith("0::")).strip("/")
         return [path, *(parent for parent in path.parents if parent.is_relative_to(root))]
     return []

@@ -23,7 +23,7 @@ __all__ = ["Bar", "State", "TerminalHandler"]
 
 _PATIENCE_SECONDS: Final = 1.0
 _DRAW_SECONDS: Final = 0.1
-_IDLE_SECONDS: Final = 0.5
+IDLE_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Bar:
     @property
     def interval(self) -> float:
         """Seconds up to the next `tick` that is worth while."""
-        return _DRAW_SECONDS if self._enabled else _IDLE_SECONDS
+        return _DRAW_SECONDS if self._enabled else IDLE_SECONDS
 
     def tick(self) -> None:
         """Draw how things stand."""

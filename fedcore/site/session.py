@@ -94,16 +94,19 @@ class Session:
     Args:
         settings: where the server is, and which site this is.
         dial: connects to it; `fedcore.transport.local.LocalNetwork.dial` does so without sockets. None: over TCP.
+
+    Attributes:
+        connection: the thread that talks with the server.
     """
 
     def __init__(self, settings: SiteSettings, dial: Dial | None = None) -> None:
         self.site = settings.site
         self.server = settings.server
-        self._connection = Connection(settings, dial)
-        self._machine = self._connection.machine
-        self._waits = Waits(self.site, self._connection)
+        self.connection = Connection(settings, dial)
+        self._machine = self.connection.machine
+        self._waits = Waits(self.site, self.connection)
         self._check = MetricCheck()
-        self._updates = Updates(settings, self._connection, self._check)
+        self._updates = Updates(settings, self.connection, self._check)
         self._layout: Layout | None = None
         self._factors = Factors(None, ())
         self._model: GlobalModel | None = None
@@ -130,7 +133,7 @@ class Session:
     @property
     def ended_by(self) -> str:
         """The name of the signal that ends this process, once joined; empty if none does."""
-        return self._connection.ended_by
+        return self.connection.ended_by
 
     @property
     def lora(self) -> protocol.LoraMethod | None:
@@ -297,8 +300,8 @@ class Session:
         self._join()
         if self._layout is not None:
             return list(table(self._layout))
-        with self._connection.changed:
-            for _ in self._connection.waiting("the model's description"):
+        with self.connection.changed:
+            for _ in self.connection.waiting("the model's description"):
                 task = self._machine.task
                 if task is not None and task.model is not None:
                     return list(task.model.tensors)
@@ -336,7 +339,7 @@ class Session:
                 if name in metrics and n != examples
             },
         )
-        self._connection.report(self._score)
+        self.connection.report(self._score)
 
     def answer(self, outputs: Mapping[str, Any], examples: int) -> None:
         """Answer an inference task with numbers, texts and lists of them, by name; ends the task.
@@ -364,7 +367,7 @@ class Session:
                 "them, by name"
             ) from None
         self._log.flush()
-        self._connection.report(answer)
+        self.connection.report(answer)
         self._model = None
         self._end(model.kind, model.round)
 
@@ -429,10 +432,10 @@ class Session:
         self._log.flush()
         model, self._model = self._model, None
         if model is not None:
-            self._connection.end_task(model.kind, model.round)
+            self.connection.end_task(model.kind, model.round)
             if self._score is None or self._score.version != model.version:
                 self._score = protocol.Score(version=model.version, metrics={}, examples=1)
-                self._connection.report(self._score)
+                self.connection.report(self._score)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Show training metrics at the server while a round is under way; it keeps them with round and step.
@@ -443,19 +446,19 @@ class Session:
         Args:
             step: from 0 to 2**53 - 1; left out, it is the number of this call in the process.
         """
-        if not self._connection.opened:
+        if not self.connection.opened:
             return
         self._log.add(self._check(metrics), step)
 
     def _send_log(self, step: int, metrics: dict[str, float]) -> None:
         current = self._model or self._machine.task
         round_ = current.round if current else 0
-        self._connection.send(protocol.Log(round=round_, step=step, metrics=metrics))
+        self.connection.send(protocol.Log(round=round_, step=step, metrics=metrics))
 
     def problem(self, text: str) -> None:
         """Tell the server about a local error; ``text`` must hold no private paths or data."""
-        if self._connection.opened:
-            self._connection.send(protocol.Problem(message=text[:4096]))
+        if self.connection.opened:
+            self.connection.send(protocol.Problem(message=text[:4096]))
 
     def system_info(self) -> dict[str, str | int]:
         """Return ``run``, ``site``, ``server``, ``round``, ``rounds`` and ``version``.
@@ -491,7 +494,7 @@ class Session:
 
     def close(self) -> None:
         """Leave the run and free the sockets; may be called more than once."""
-        if not self._connection.close():
+        if not self.connection.close():
             return
         finish = self._machine.finish
         self._updates.close(keep=finish is None or not finish.ok)
@@ -499,9 +502,9 @@ class Session:
     # --- the current task ----------------------------------------------------------------------------
 
     def _join(self) -> None:
-        if self._connection.open():
+        if self.connection.open():
             atexit.register(self.close)  # after the link's own: what was registered last runs first
-        self._connection.join()
+        self.connection.join()
 
     def _expects_model(self) -> bool:
         return (
@@ -541,7 +544,7 @@ class Session:
 
     def _end(self, kind: str, round_: int) -> None:
         self._offered = None
-        self._connection.end_task(kind, round_)
+        self.connection.end_task(kind, round_)
 
     # --- tensors -----------------------------------------------------------------------------------
 
@@ -580,10 +583,10 @@ class Session:
             frozen=list(frozen),
             roles=None if roles is None else roles_message(tensors, roles, self._factors.pairs),
         )
-        self._connection.declare(declare)
+        self.connection.declare(declare)
         self._layout = layout
-        with self._connection.changed:
-            for _ in self._connection.waiting("the server to check the layout"):
+        with self.connection.changed:
+            for _ in self.connection.waiting("the server to check the layout"):
                 if self._machine.accepted is not None:
                     if self._machine.accepted != layout_hash(layout):
                         raise ProtocolError(

@@ -20,7 +20,7 @@ __all__ = ["Waits"]
 
 logger = logging.getLogger("fedcore.client")
 
-_WINDOW_BYTES: Final = 16 << 20
+WINDOW_BYTES: Final = 16 << 20
 
 
 class Waits:
@@ -94,7 +94,7 @@ class Waits:
             file.data_offset,
             None,
             CollectorOptions(
-                _WINDOW_BYTES,
+                WINDOW_BYTES,
                 rule="copy",
                 codec=Codec(layout, "raw", True) if can_pack() else None,
             ),

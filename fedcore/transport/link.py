@@ -53,7 +53,7 @@ from .proxy import PROXY_ENV, Proxy
 from .tunnel import Tunnel
 
 if TYPE_CHECKING:
-    from fedcore.security.door import Secured
+    from fedcore.security.door import Doorkeeper, Secured
     from fedcore.security.keys import AllowList, Credentials
 
 __all__ = [
@@ -90,10 +90,10 @@ MAX_FRAME: Final = protocol.MAX_CONTROL_BYTES + 1024  # encryption adds 33 bytes
 SITE_LIMITS: Final = (32 << 20, 16 << 20, 64 << 20)
 """Bytes of a site: its update's on their way, of which its one peer may have half, and of control messages."""
 _LINGER_MS: Final = 1000
-_IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
-_RECONNECT_MS: Final = (100, 2000)
-_HANDSHAKE_MS: Final = 10_000
-_SITE_HANDSHAKE_MS: Final = 8000
+IO_THREADS: Final = min(4, os.cpu_count() or 1)  # of a server: each connection belongs to one
+RECONNECT_MS: Final = (100, 2000)
+HANDSHAKE_MS: Final = 10_000
+SITE_HANDSHAKE_MS: Final = 8000
 CONNECT_MS: Final = 3000
 """How long a site waits for an address to take its connection, before it dials again."""
 UNACKNOWLEDGED_MS: Final = 5000
@@ -173,7 +173,7 @@ class End:
         return message
 
 
-class _Link(End):
+class Link(End):
     """What both ends share. `recv` belongs to one thread; `send`, `kick` and `wake` to any."""
 
     _router: bool
@@ -268,14 +268,15 @@ class _Link(End):
             self.exchange.listening()
         return self.next_arrived(now_ms())
 
-    def _command(self, frames: Sequence[bytes]) -> None:
+    def command(self, frames: Sequence[bytes]) -> None:
+        """Hand the pump a command: ``b"S"``, a peer and frames to send as they are; ``b"D"`` and an address."""
         with self._lock:
             if not self._closed:
                 self._commands.send_multipart(frames)
 
     def kick(self) -> None:
         """Make the pump look for frames to send, after the exchange was given something to do."""
-        self._command([b"K"])
+        self.command([b"K"])
 
     def wake(self) -> None:
         """Make `recv` return None early; safe from any thread and from a signal handler."""
@@ -311,12 +312,15 @@ class _Link(End):
         """Close what must be there for as long as the network socket is."""
 
 
-class ServerLink(_Link):
+class ServerLink(Link):
     """The server's end: a ROUTER bound to ``listen`` (``tcp://host:port``, port 0 for a free one).
 
     Args:
         listen: the address.
         secured: the server's keys and whom it admits; None: plain text from everybody.
+
+    Attributes:
+        door: who decides which connections are let in; None in plain text.
 
     Raises:
         BusyError: another process listens there.
@@ -327,16 +331,16 @@ class ServerLink(_Link):
 
     def __init__(self, listen: str, secured: Secured | None = None) -> None:
         pump = _compiled_pump()
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=_IO_THREADS)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
         net = context.socket(zmq.ROUTER)
         _set_common(net, listen)
         net.setsockopt(zmq.ROUTER_MANDATORY, 1)
         net.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        net.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+        net.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         net.setsockopt(zmq.SNDHWM, SEND_QUEUE)
         net.setsockopt(zmq.RCVHWM, RECEIVE_QUEUE)
         net.setsockopt(zmq.TCP_MAXRT, UNREAD_MS)
-        self._door = None
+        self.door: Doorkeeper | None = None
         if secured is not None:
             from fedcore.security.door import DOMAIN, Doorkeeper
 
@@ -344,9 +348,9 @@ class ServerLink(_Link):
             net.setsockopt(zmq.CURVE_SERVER, 1)
             net.setsockopt(zmq.CURVE_SECRETKEY, secured.pair.secret.encode())
             net.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
-            self._door = Doorkeeper(context, secured)
-            self._notes = self._door.notes
-            self._door.watch(net)
+            self.door = Doorkeeper(context, secured)
+            self._notes = self.door.notes
+            self.door.watch(net)
         try:
             net.bind(listen)
         except zmq.ZMQError as error:
@@ -373,8 +377,8 @@ class ServerLink(_Link):
 
     def admit(self, allowed: AllowList) -> None:
         """Let in those of another allow-list from now on; connections that stand are not touched (see `block`)."""
-        assert self._door is not None
-        self._door.allowed = allowed
+        assert self.door is not None
+        self.door.allowed = allowed
 
     def block(self, user: str, blocked: bool = True) -> None:
         """Hear nothing more from the connections of a user, as `Identity.user` names it, and cut them as they
@@ -390,8 +394,8 @@ class ServerLink(_Link):
 
     def look(self) -> None:
         """For a while, look for connections that are not heard any more, and cut them."""
-        if self._door is not None:
-            self._door.look()
+        if self.door is not None:
+            self.door.look()
 
     def send(self, peer: bytes, message: FromServer, version: int | None = None) -> None:
         """Queue a control message for ``peer``; a peer that is gone does not get it.
@@ -399,14 +403,14 @@ class ServerLink(_Link):
         ``version`` is for a `protocol.Refused` to a peer of another protocol version, which reads no other frames.
         """
         routing = peer.partition(b"\0")[2] if self._secure else peer
-        self._command([b"S", routing, *control_frames(self.of_run(message), version)])
+        self.command([b"S", routing, *control_frames(self.of_run(message), version)])
 
     def _closed_net(self) -> None:
-        if self._door is not None:
-            self._door.close()
+        if self.door is not None:
+            self.door.close()
 
 
-class SiteLink(_Link):
+class SiteLink(Link):
     """A site's end: a DEALER that dials ``server`` and keeps redialling with backoff (0.1 to 2 s).
 
     ``server`` may be several addresses of one server, which commas separate: they are tried in turn.
@@ -446,11 +450,11 @@ class SiteLink(_Link):
         net = context.socket(zmq.DEALER)
         _set_common(net, "")
         net.setsockopt(zmq.ROUTING_ID, identity)
-        net.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS[0])
-        net.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MS[1])
+        net.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS[0])
+        net.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MS[1])
         net.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
         net.setsockopt(zmq.TCP_MAXRT, UNACKNOWLEDGED_MS)
-        net.setsockopt(zmq.HANDSHAKE_IVL, _SITE_HANDSHAKE_MS)
+        net.setsockopt(zmq.HANDSHAKE_IVL, SITE_HANDSHAKE_MS)
         if credentials is not None:
             self._secure = True
             net.setsockopt(zmq.CURVE_SERVERKEY, credentials.server_key.encode())
@@ -472,7 +476,7 @@ class SiteLink(_Link):
             Tunnel(
                 proxy,
                 where,
-                seconds=_SITE_HANDSHAKE_MS / 1000,
+                seconds=SITE_HANDSHAKE_MS / 1000,
                 unacknowledged_ms=UNACKNOWLEDGED_MS,
                 changed=self.wake,
             )
@@ -482,7 +486,7 @@ class SiteLink(_Link):
         self._dialler = Dialler(
             [tunnel.address for tunnel in self._tunnels] or servers,
             events,
-            dial=lambda endpoint: self._command([b"D", endpoint.encode()]),
+            dial=lambda endpoint: self.command([b"D", endpoint.encode()]),
             connected=self._on_connected,
             # What libzmq dials by itself may be about to come up: it is not let go of for the silence before.
             retried=lambda: self.exchange.reconnected(now_ms()),
@@ -493,6 +497,11 @@ class SiteLink(_Link):
         self.exchange.heartbeat(HEARTBEAT_MS)
         self._start()
         self._dialler.start()
+
+    @property
+    def up(self) -> bool:
+        """Whether there is a connection."""
+        return self._dialler.up
 
     @property
     def refused(self) -> str:
@@ -523,7 +532,7 @@ class SiteLink(_Link):
             if self._waiting is not None and not self._came_up.is_set():
                 self._waiting.append(frames)
             else:
-                self._command(frames)
+                self.command(frames)
 
     def silent_ms(self) -> int | None:
         """Return for how long nothing came from the server, or None if nothing ever did."""
@@ -545,7 +554,7 @@ class SiteLink(_Link):
         self.exchange.reconnected(now_ms())
         with self._order:
             while self._waiting:
-                self._command(self._waiting.popleft())
+                self.command(self._waiting.popleft())
             self._came_up.set()
 
     def _on_changed(self) -> None:

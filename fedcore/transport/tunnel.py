@@ -89,7 +89,7 @@ class Tunnel:
                 except OSError:  # it was closed, or there is no file left for another connection
                     self._closing.wait(_PAUSE[1])
                     continue
-                if not _is_own(peer):
+                if not is_own(peer):
                     near.close()
                     continue
                 self._drop()  # a link that dials again has let go of what it had
@@ -185,7 +185,7 @@ def _end(end: socket.socket) -> None:
         end.shutdown(socket.SHUT_RDWR)
 
 
-def _is_own(peer: tuple[str, int]) -> bool:
+def is_own(peer: tuple[str, int]) -> bool:
     """Whether a connection from a port of this machine is this user's: others may not use the proxy's login."""
     number = int.from_bytes(socket.inet_aton(peer[0]), sys.byteorder)
     wanted = f"{number:08X}:{peer[1]:04X}"

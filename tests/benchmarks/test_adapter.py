@@ -44,8 +44,8 @@ def test_a_wrong_result_is_not_timed(right: bool, tmp_path: Path) -> None:
     for view in file.views().values():
         np.frombuffer(view, np.float32)[:] = expected
     if right:
-        adapter._check(tmp_path / "first", tmp_path / "last", 3)
+        adapter.check_result(tmp_path / "first", tmp_path / "last", 3)
         return
     values[6] = np.nextafter(expected, np.float32(9))
     with pytest.raises(FedcoreError, match="b is wrong"):
-        adapter._check(tmp_path / "first", tmp_path / "last", 3)
+        adapter.check_result(tmp_path / "first", tmp_path / "last", 3)

@@ -57,7 +57,7 @@ class Device:
         self.seen: list[tuple[int, ...]] = []
         self._mean = mean
         self._table = Table(None, _FUNCTION(self._run))
-        self._name = b"fedcore.device.v2"
+        self.name = b"fedcore.device.v2"
 
     def _run(self, _: Any, block: Any) -> int:
         mean = block.contents
@@ -72,14 +72,14 @@ class Device:
             ctypes.py_object,
             (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
         )
-        return new(ctypes.addressof(self._table), self._name, None)
+        return new(ctypes.addressof(self._table), self.name, None)
 
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     def use(mean: Callable[[Mean], int]) -> Device:
         found = Device(mean)
-        monkeypatch.setattr(_device, "_open_gpu", lambda source: found)
+        monkeypatch.setattr(_device, "open_gpu", lambda source: found)
         return found
 
     yield use
@@ -146,6 +146,6 @@ def test_an_unknown_device_is_refused() -> None:
 
 def test_a_device_of_another_version_is_refused(install: Any) -> None:
     found = install(lambda mean: DECLINED)
-    found._name = b"fedcore.device.v1"
+    found.name = b"fedcore.device.v1"
     with pytest.raises(ConfigError, match=r"fedcore\.device\.v2"):
         _core.set_device(found.capsule())

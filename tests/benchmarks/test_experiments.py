@@ -27,7 +27,7 @@ from benchmarks.experiments.peft import (
     run_cells,
     shares,
 )
-from benchmarks.experiments.sentiment import Text, _vader_rows, make_pool
+from benchmarks.experiments.sentiment import Text, make_pool, vader_rows
 from benchmarks.experiments.summary import peft_rows, steady_rows, swing
 from fedcore.errors import ConfigError
 
@@ -57,7 +57,7 @@ def test_no_document_is_on_both_sides_and_every_source_gives_as_many_rows() -> N
 
 def test_middling_ratings_are_left_out_and_sentences_keep_their_document() -> None:
     lines = "3_1\t2.5\tGood &amp; fine\n3_2\t0.4\tSo so\n4\t-0.5\tBad\n"
-    assert list(_vader_rows(io.StringIO(lines), "nyt")) == [
+    assert list(vader_rows(io.StringIO(lines), "nyt")) == [
         Text("Good & fine", "positive", "nyt", "nyt/3"),
         Text("Bad", "negative", "nyt", "nyt/4"),
     ]
@@ -76,7 +76,7 @@ def test_the_sites_hold_every_row_once_whatever_the_split() -> None:
 @pytest.mark.parametrize("method", ["lora", "p-tuning", "ia3"])
 def test_every_method_trains_its_adapter_and_the_head_alone(source: Source, method: str) -> None:
     lab = Lab(SETTINGS, source, 0)
-    parts = (lab.encoder._embeddings, lab.encoder._lower, lab.encoder._upper)
+    parts = (lab.encoder.embeddings, lab.encoder.lower, lab.encoder.upper)
     pretrained = [parameter for part in parts for parameter in part.parameters()]
     before = [parameter.clone() for parameter in pretrained]
     result, last = run_cell(lab, Cell(method, "natural", 0), lambda _: None)

@@ -88,7 +88,7 @@ def test_an_environment_is_made_once_and_again_when_a_pin_changes(
     python = peers.install("thing", "thing==1.0")
     assert python == tmp_path / "peers" / "thing-1.0" / "bin" / "python"
     assert [command[2] for command in commands] == ["venv", "pip"]
-    assert commands[1][-2:] == ["thing==1.0", peers._torch_pin()]
+    assert commands[1][-2:] == ["thing==1.0", peers.torch_pin()]
     peers.install("thing", "thing==1.0")
     assert len(commands) == 2
     (tmp_path / "peers" / "thing-1.0" / "installed").write_text("thing==1.0 torch==0.1")

@@ -75,13 +75,13 @@ def test_a_round_takes_up_the_order_of_rows_where_the_last_one_left_it(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    loss = sft.School._loss
+    loss = sft.School.loss
 
     def record(school: sft.School, rows: Any) -> torch.Tensor:
         seen.extend(map(str, rows))
         return loss(school, rows)
 
-    monkeypatch.setattr(sft.School, "_loss", record)
+    monkeypatch.setattr(sft.School, "loss", record)
     one = dataclasses.replace(SETTINGS, steps=1)  # two rounds of one step: every row once
     school = sft.School(base, share_out(SOURCES, one), one)
     for done in range(one.rounds):
@@ -154,8 +154,8 @@ def test_the_loss_of_the_validation_rows_does_not_depend_on_how_they_are_batched
         found.append(school.score())
         school.model.eval()
         with torch.inference_mode():
-            rows = school._val["north"]
-            each = [float(school._loss([row])[0]) for row in rows]
+            rows = school.validation["north"]
+            each = [float(school.loss([row])[0]) for row in rows]
         assert found[-1]["north"] == pytest.approx(sum(each) / len(rows), rel=1e-5)
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] == pytest.approx(found[2], rel=1e-5)
@@ -166,7 +166,7 @@ def test_an_arm_that_was_stopped_between_two_renames_is_found(base: Path, tmp_pa
     folder.mkdir()
     (folder / "curve.json").write_text('{"rounds": 1}')
     folder.replace(folder.with_suffix(".old"))
-    assert sft._curve(folder) == {"rounds": 1}
+    assert sft.curve_of(folder) == {"rounds": 1}
     assert (folder / "curve.json").is_file()
 
 

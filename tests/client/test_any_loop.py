@@ -16,7 +16,7 @@ import torch
 from safetensors.numpy import load_file
 
 import fedcore.client as fl
-from fedcore.client.plain import _Arrays
+from fedcore.client.arrays import Arrays
 from fedcore.errors import LayoutError, WeightError
 from fedcore.monitor.ask import ask_status
 from fedcore.server.outcome import RunResult
@@ -101,7 +101,7 @@ def stored(path: Path, dtype: str) -> dict[str, Any]:
 
 def test_bfloat16_arrays_keep_their_bits() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
-    arrays = _Arrays({"w": np.array([1.5, -2.0], ml_dtypes.bfloat16)})
+    arrays = Arrays({"w": np.array([1.5, -2.0], ml_dtypes.bfloat16)})
     assert arrays.specs == [("w", "BF16", [2])]
     assert bytes(arrays.read("w")) == bytes.fromhex("c03f00c0")
 
@@ -110,7 +110,7 @@ def test_an_array_that_cannot_travel_is_named() -> None:
     with pytest.raises(
         LayoutError, match="tensor 'w' has dtype complex64; expected one of float64"
     ):
-        _Arrays({"w": np.zeros(2, np.complex64)})
+        Arrays({"w": np.zeros(2, np.complex64)})
 
 
 def test_a_pass_is_one_block_with_arrays(run: Future[RunResult], tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_block_that_fails_or_sets_no_weight_sends_nothing(run: Future[RunResul
 def test_metrics_are_shown_at_the_server_while_the_site_trains(
     run: Future[RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.server.status._WATCHER_SECONDS", 0.0)  # nobody watches on
+    monkeypatch.setattr("fedcore.server.status.WATCHER_SECONDS", 0.0)  # nobody watches on
     fl.init({"w": np.zeros(3, np.float32)})
     assert fl.is_running()
     params = fl.receive()

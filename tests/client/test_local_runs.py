@@ -67,7 +67,7 @@ def test_a_script_that_fails_leaves_no_session_behind(tmp_path: Path) -> None:
 def test_a_server_that_fails_ends_the_script_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.client.testing._SILENCE", 0.5)
+    monkeypatch.setattr("fedcore.client.testing.SILENCE", 0.5)
 
     def full(*_: object, **__: object) -> None:
         raise StorageError("the disk is full")

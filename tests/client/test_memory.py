@@ -31,7 +31,7 @@ def machine(folder: Path, available_kib: int, **groups: tuple[str, int]) -> int:
     own = folder / "cgroup"
     own.write_text(f"1:name=old:/elsewhere\n0::/{path.relative_to(folder / 'groups')}\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "_OWN_GROUP", own)
+        patch.setattr(memory, "OWN_GROUP", own)
         return available_memory(folder / "meminfo", folder / "groups")
 
 

@@ -46,14 +46,14 @@ def test_arms_run_two_at_a_time_and_report_as_they_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet, text = console(terminal=False)
-    start, started, beside = arms_module._start, [], []
+    start, started, beside = arms_module.start_arm, [], []
 
     def count(command: list[str], out: Path) -> Any:
         beside.append(sum(child.poll() is None for child in started))
         started.append(start(command, out))
         return started[-1]
 
-    monkeypatch.setattr(arms_module, "_start", count)
+    monkeypatch.setattr(arms_module, "start_arm", count)
     ended: list[str] = []
     arms = {name: [name] for name in ("a", "b", "c")}
     command = [sys.executable, "-c", WORKER]

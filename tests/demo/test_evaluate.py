@@ -17,7 +17,7 @@ from fedcore.cache import cache_folder
 from fedcore.cli.app import app
 from fedcore.errors import ConfigError
 from fedcore.evaluate.choices import CHOICES, LOCAL_TASKS, write_tasks
-from fedcore.evaluate.scorer import TaskScore, _manager, model_arguments, scores_of
+from fedcore.evaluate.scorer import TaskScore, model_arguments, scores_of, task_manager
 
 
 def test_an_adapter_is_put_on_its_base_and_a_whole_model_stands_alone(tmp_path: Path) -> None:
@@ -176,18 +176,18 @@ def test_the_scorers_own_tasks_are_read_only_where_one_is_asked_for_and_once(
     tasks = ModuleType("lm_eval.tasks")
     tasks.TaskManager = TaskManager  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
-    _manager.cache_clear()
-    _manager(("local_piqa",), tmp_path)
+    task_manager.cache_clear()
+    task_manager(("local_piqa",), tmp_path)
     assert read == [False]
     for _ in range(2):
-        _manager(("local_piqa", "hellaswag"), tmp_path)
+        task_manager(("local_piqa", "hellaswag"), tmp_path)
     assert read == [False, False, True]
-    _manager(("mine",), tmp_path)  # its members may be the scorer's
-    _manager(("hellaswag",), None)
+    task_manager(("mine",), tmp_path)  # its members may be the scorer's
+    task_manager(("hellaswag",), None)
     assert read[3:] == [False, True, True]
     with pytest.raises(ConfigError, match="lm-eval has no task hela, swag"):
-        _manager(("hela", "hellaswag", "swag"), tmp_path)
-    _manager.cache_clear()
+        task_manager(("hela", "hellaswag", "swag"), tmp_path)
+    task_manager.cache_clear()
 
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_the_next_one_starts_afresh(
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(conversion, "_save_tokenizer", full)
+        patch.setattr(conversion, "save_tokenizer", full)
         with pytest.raises(AssetError, match="no space left"):
             convert(source, target)
     assert not target.exists()

@@ -98,9 +98,9 @@ def test_keys_that_a_hand_written_list_loses_are_revoked_once_it_has_stood(
     assert looking.look() == looking.look(60.0) == []  # it came back in time
     looking.path.write_text(cut_between_keys(whole))
     assert looking.look() == looking.look(4.9) == []
-    assert looking.access._listed.of_name("ops")
+    assert looking.access.knows("ops")
     assert looking.look(0.5) == ["ops"]
-    assert not looking.access._listed.of_name("ops")
+    assert not looking.access.knows("ops")
     assert (
         "has lost keys of ops, but not by `fedcore revoke`: they are revoked in 5 s" in caplog.text
     )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedcore.security.connections import (
-    _GRACE_LOOKS,
     CUT,
+    GRACE_LOOKS,
     HEARD,
     MUTED,
     Connections,
@@ -46,13 +46,13 @@ class World:
         surplus = self.connections.opened(self.last, address, self.now)
         if proved:
             self.heard[self.last] = HEARD
-        self._note([surplus] if surplus else [])
+        self.note([surplus] if surplus else [])
         return self.last
 
     def sweep(self) -> None:
-        self._note(list(self.connections.sweep(self.now)))
+        self.note(list(self.connections.sweep(self.now)))
 
-    def _note(self, cut: list[tuple[int, str]]) -> None:
+    def note(self, cut: list[tuple[int, str]]) -> None:
         self.cut += [number for number, _ in cut]
         self.why += [why for _, why in cut]
 
@@ -152,7 +152,7 @@ def test_a_key_that_said_too_much_is_cut_when_it_was_told_so_and_one_that_is_rev
     while len(world.cut) == 1:
         world.sweep()
         looks += 1
-    assert (world.cut, looks) == ([gone, loud], _GRACE_LOOKS + 1)
+    assert (world.cut, looks) == ([gone, loud], GRACE_LOOKS + 1)
 
 
 HANDLED, TAKEN, DROP, UNHEARD, TOO_MUCH = 0, 1, 3, 4, 5
@@ -193,7 +193,7 @@ def test_connections_of_a_key_that_are_silent_are_cut_and_a_slow_one_is_not() ->
     for second in range(0, 71, 10):
         world.now = second
         world.received[slow] = second  # a byte a second
-        world._note(list(world.connections.sweep_silent(world.now)))
+        world.note(list(world.connections.sweep_silent(world.now)))
     assert world.cut == [silent]
     assert world.why == ["was silent for 60 s"]
 
@@ -204,10 +204,10 @@ def test_a_message_that_has_no_end_is_cut_and_those_that_come_one_after_the_othe
     for look in range(11):
         world.received = {endless: 100 * look, site: 900 * look}
         world.notes.moved[site] = look % 2
-        world._note(list(world.connections.sweep_unfinished()))
+        world.note(list(world.connections.sweep_unfinished()))
     assert world.cut == []
     world.received[endless] += 1
-    world._note(list(world.connections.sweep_unfinished()))
+    world.note(list(world.connections.sweep_unfinished()))
     assert world.cut == [endless]
     assert "of a message that has no end" in world.why[0]
 
@@ -215,9 +215,9 @@ def test_a_message_that_has_no_end_is_cut_and_those_that_come_one_after_the_othe
 def test_messages_without_end_are_bounded_in_all_and_the_longest_goes_first() -> None:
     world = World(Limits(unfinished_bytes=1000, unfinished=2500))
     opened = [world.open(proved=True) for _ in range(5)]
-    world._note(list(world.connections.sweep_unfinished()))
+    world.note(list(world.connections.sweep_unfinished()))
     world.received = dict(zip(opened, (600, 700, 900, 800, 500), strict=True))
-    world._note(list(world.connections.sweep_unfinished()))
+    world.note(list(world.connections.sweep_unfinished()))
     assert world.cut == [opened[2], opened[3]]
 
 
@@ -226,12 +226,12 @@ def test_messages_without_end_are_bounded_for_each_key_whatever_its_connections(
     opened = [world.open(proved=True) for _ in range(6)]
     for number, owner in zip(opened, (7, 7, 7, 7, 8, 0), strict=True):
         world.notes.owners[number] = owner
-    world._note(list(world.connections.sweep_unfinished()))
+    world.note(list(world.connections.sweep_unfinished()))
     world.received = dict(zip(opened, (400, 300, 500, 200, 1000, 1000), strict=True))
-    world._note(list(world.connections.sweep_unfinished()))
+    world.note(list(world.connections.sweep_unfinished()))
     assert world.cut == [opened[2]]
     world.received[opened[1]] += 101
-    world._note(list(world.connections.sweep_unfinished()))
+    world.note(list(world.connections.sweep_unfinished()))
     assert world.cut == [opened[2], opened[1]]
 
 
@@ -251,8 +251,8 @@ def test_where_the_system_does_not_tell_what_came_nothing_is_taken_for_silent() 
     for _ in range(20):
         world.now += 10
         world.sweep()
-        world._note(list(world.connections.sweep_silent(world.now)))
-        world._note(list(world.connections.sweep_unfinished()))
+        world.note(list(world.connections.sweep_silent(world.now)))
+        world.note(list(world.connections.sweep_unfinished()))
     assert world.cut == []
 
 

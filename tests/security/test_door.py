@@ -71,13 +71,13 @@ def test_strangers_are_refused_then_left_to_wait_and_cost_a_log_line_a_second(
 
 
 def test_what_is_remembered_of_keys_is_bounded(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "_MAX_BUCKETS", 2)
+    monkeypatch.setattr(admission, "MAX_BUCKETS", 2)
     everyone = Parties()
     for i in range(9):
         everyone.add(f"s{i}")
     door.keeper.allowed = everyone.allowed
     assert {door.knock(pair.public) for pair in everyone.keys.values()} == {b"200"}
-    assert len(door.keeper._buckets) <= 2
+    assert len(door.keeper.buckets) <= 2
 
 
 def test_a_number_that_is_no_connection_any_more_leaves_no_file_open(
@@ -86,8 +86,8 @@ def test_a_number_that_is_no_connection_any_more_leaves_no_file_open(
     with (tmp_path / "file").open("wb") as other:
         lowest = os.dup(other.fileno())
         os.close(lowest)
-        door.keeper._count(zmq.EVENT_ACCEPTED, other.fileno())
-        door.keeper._cut(other.fileno(), "is a file")
+        door.keeper.count(zmq.EVENT_ACCEPTED, other.fileno())
+        door.keeper.cut(other.fileno(), "is a file")
         again = os.dup(other.fileno())
         os.close(again)
     assert again == lowest
@@ -208,7 +208,7 @@ def test_a_connection_with_a_key_that_says_nothing_any_more_is_cut(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(admission, "_SILENCE_SECONDS", 0.05)
+    monkeypatch.setattr(admission, "SILENCE_SECONDS", 0.05)
     server = links.server(parties.secured(Limits(silent_seconds=0.3)))
     with dealer(server.endpoint, parties.credentials("north")) as silent:
         silent.send_multipart(control_frames(protocol.Alive()))
@@ -263,7 +263,7 @@ class Cuts:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.why: list[str] = []
         self.looks = 0
-        cut, look = Doorkeeper._cut, Connections.sweep_unfinished
+        cut, look = Doorkeeper.cut, Connections.sweep_unfinished
 
         def note_cut(door: Doorkeeper, number: int, why: str) -> None:
             self.why += [why] if "no end" in why else []
@@ -274,7 +274,7 @@ class Cuts:
             self.looks += 1
             return found
 
-        patch.setattr(Doorkeeper, "_cut", note_cut)
+        patch.setattr(Doorkeeper, "cut", note_cut)
         patch.setattr(Connections, "sweep_unfinished", note_look)
 
     def look_again(self) -> None:

@@ -42,7 +42,7 @@ def message(link: SiteLink, accept: Callable[[Any], bool]) -> Any:
 def flood(link: SiteLink, count: int) -> None:
     frames = [b"S", b"", *control_frames(protocol.Alive())]
     for _ in range(count):
-        link._command(frames)
+        link.command(frames)
 
 
 def lines(caplog: pytest.LogCaptureFixture, part: str) -> list[str]:
@@ -89,7 +89,7 @@ def test_an_observer_that_floods_is_named_and_dropped_and_the_others_are_answere
         eye = links.site(server.endpoint, load_kit(kits.kits["eye"]).credentials)
         frames = [b"S", b"", *control_frames(protocol.StatusRequest())]
         for _ in range(20_000):
-            eye._command(frames)
+            eye.command(frames)
             arrived = eye.recv(0.0)  # a queue that nobody reads has no room for the refusal
             if isinstance(arrived, Control) and b'"refused"' in arrived.body:
                 break
@@ -141,7 +141,9 @@ def test_a_site_that_says_the_same_without_end_fills_neither_log_nor_journal(
         message(link, lambda m: isinstance(m, protocol.Welcome))
         took = time.monotonic() - began
         said = lines(caplog, "b ") + lines(caplog, "b:")
-        (scores,) = server.runs[0].store._db.execute("SELECT COUNT(*) FROM scores").fetchone()
+        (scores,) = (
+            server.runs[0].store.journal.db.execute("SELECT COUNT(*) FROM scores").fetchone()
+        )
         link.close()
         done.set()
         assert honest.result(200) == 2

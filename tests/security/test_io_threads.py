@@ -13,7 +13,7 @@ import pytest
 
 from fedcore._core import Collector, CollectorDone, CollectorOptions
 from fedcore.model_file import create_model
-from fedcore.transport.link import _IO_THREADS, SiteLink
+from fedcore.transport.link import IO_THREADS, SiteLink
 
 from ..support.links import Links, Parties, model, wait
 
@@ -94,7 +94,7 @@ def test_one_sites_cipher_work_is_done_beside_anothers(
 ) -> None:
     pid, address = server
     used = [busy(pid)]
-    assert len(used[0]) == _IO_THREADS >= 2
+    assert len(used[0]) == IO_THREADS >= 2
     for name in ("north", "south"):
         pull(links.site(address, parties.credentials(name)), 8)
         used.append(busy(pid))

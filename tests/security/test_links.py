@@ -48,10 +48,10 @@ def test_the_door_knows_which_connections_are_of_one_key(
     server = links.server(parties.secured())
     for name in ("north", "north", "south"):
         hello(server, links.site(server.endpoint, parties.credentials(name)))
-    assert server._notes is not None
+    assert server.door.notes is not None
     until = time.monotonic() + 200
     while True:  # a message is noted after it was handed over
-        owners = sorted(Counter(owner for owner in server._notes.owners if owner).values())
+        owners = sorted(Counter(owner for owner in server.door.notes.owners if owner).values())
         if owners == [1, 2]:
             break
         assert time.monotonic() < until, owners

@@ -213,7 +213,7 @@ def test_who_asks_without_end_for_large_answers_has_few(
 
 def say(link: SiteLink, body: bytes) -> None:
     """Send a message that the site's own library would refuse to make."""
-    link._command([b"S", b"", *control_frames(body)])
+    link.command([b"S", b"", *control_frames(body)])
 
 
 def told(link: SiteLink, kind: type[Any]) -> Any:

@@ -130,7 +130,7 @@ def test_a_key_whose_role_was_changed_and_changed_back_is_heard_again(
     waiting: Server, kits: Provisioned, links: Links
 ) -> None:
     key = load_kit(kits.kits["a"]).credentials.pair.public
-    door = waiting.link._door
+    door = waiting.link.door
     assert door is not None
     for role in (Role.OBSERVER, Role.SITE):
         with edited(kits.server / "allow.toml") as cell:  # in one step: the key is always listed
@@ -161,7 +161,7 @@ def test_what_a_key_declared_keeps_nobody_out_once_it_is_revoked(
     assert (refused.code, "tokenizer of site 'b'" in refused.message) == ("unlike", True)
     revoke(kits.server, "a")
     deadline = time.monotonic() + DEADLINE
-    while waiting._access.knows("a"):
+    while waiting.access.knows("a"):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert declare("b", "2").type == "accepted"
@@ -173,10 +173,10 @@ def test_a_connection_that_was_silent_and_is_one_too_many_is_cut_though_the_door
     link = links.site(waiting.endpoint, load_kit(kits.kits["a"]).credentials)
     link.send(join("a"))
     assert wait(link, lambda m: isinstance(m, Control))
-    door, exchange = waiting.link._door, waiting.link.exchange
+    door, exchange = waiting.link.door, waiting.link.exchange
     assert door is not None
     until = time.monotonic() + DEADLINE
-    while door._connections.unproved:
+    while door.connections.unproved:
         assert time.monotonic() < until
         time.sleep(0.02)
     ((peer, _),) = list(waiting.runs[0].peers)
@@ -236,7 +236,7 @@ def train_on(session: Session) -> None:
 
 def until_admitted(server: Server, key: str) -> None:
     deadline = time.monotonic() + DEADLINE
-    door = server.link._door
+    door = server.link.door
     assert door is not None
     while key not in door.allowed.keys:
         assert time.monotonic() < deadline

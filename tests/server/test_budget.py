@@ -7,8 +7,8 @@ import pytest
 from fedcore.errors import ConfigError
 from fedcore.protocol import DEFAULT_CHUNK_BYTES
 from fedcore.server.budget import (
-    _FEWEST_CHUNKS,
-    _PACKING_CHUNKS,
+    FEWEST_CHUNKS,
+    PACKING_CHUNKS,
     SITE_BYTES,
     Budget,
     check_memory,
@@ -40,7 +40,7 @@ def test_encrypted_copies_come_out_of_the_servers_memory(
         return
     sealed = Budget.of(memory * MIB, sites, spill=spill, encrypted=True)
     copies = min(sites * DEFAULT_CHUNK_BYTES, memory * MIB // 8)
-    least = _FEWEST_CHUNKS * DEFAULT_CHUNK_BYTES
+    least = FEWEST_CHUNKS * DEFAULT_CHUNK_BYTES
     together = sealed.chunks + sealed.outgoing + sealed.control + sites * SITE_BYTES
     assert sealed.chunks >= least - 4 * DEFAULT_CHUNK_BYTES
     assert together + copies <= memory * MIB or sealed.chunks <= least
@@ -54,6 +54,6 @@ def test_what_compressing_takes_comes_out_of_the_servers_memory(
 ) -> None:
     plain = Budget.of(memory * MIB, 2, spill=False, encrypted=encrypted)
     packing = Budget.of(memory * MIB, 2, spill=False, encrypted=encrypted, lossless=True)
-    least = _FEWEST_CHUNKS * DEFAULT_CHUNK_BYTES
-    assert packing.chunks == max(plain.chunks - _PACKING_CHUNKS * DEFAULT_CHUNK_BYTES, least)
+    least = FEWEST_CHUNKS * DEFAULT_CHUNK_BYTES
+    assert packing.chunks == max(plain.chunks - PACKING_CHUNKS * DEFAULT_CHUNK_BYTES, least)
     assert packing.outgoing == plain.outgoing

@@ -72,7 +72,7 @@ def finish(session: Session) -> None:
 def test_a_download_that_is_cut_in_the_middle_resends_at_most_a_window_to_that_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.site.waits._WINDOW_BYTES", WINDOW * CHUNK)
+    monkeypatch.setattr("fedcore.site.waits.WINDOW_BYTES", WINDOW * CHUNK)
     half = SIZE // 2 + CHUNK // 2
     with begun(tmp_path) as (server, _, relay, session), ThreadPoolExecutor(1) as pool:
         relay.down.hold_after(half)
@@ -89,7 +89,7 @@ def test_an_upload_that_is_cut_in_the_middle_sends_at_most_a_window_again(tmp_pa
     half = SIZE // 2 + CHUNK // 2
     with begun(tmp_path) as (_, result, relay, session):
         session.begin(SPECS, {}, reader(3))
-        exchange = session._connection._link.exchange  # type: ignore[union-attr]
+        exchange = session.connection.link.exchange  # type: ignore[union-attr]
         before, so_far = exchange.stats()["bytes_out"], relay.up.passed
         relay.up.hold_after(half)
         session.submit(reader(4), 1)

@@ -80,8 +80,8 @@ def site(
                     new[16:].view(np.float32)[spoil] = np.nan
                 parts = {"n": new[:16], "w": new[16:]}
                 session.submit(lambda key, parts=parts: parts[key].tobytes(), WEIGHTS[name])
-            assert session._connection._link is not None
-            return dict(session._connection._link.exchange.stats())
+            assert session.connection.link is not None
+            return dict(session.connection.link.exchange.stats())
         finally:
             session.close()
 

@@ -310,7 +310,7 @@ def test_an_operator_is_answered_also_where_the_run_ends_before_its_gates_answer
         server.step()
         assert link.sent == []
         server.stop() if how == "stop" else server.interrupt("SIGTERM")
-        server._end_what_is_asked()
+        server.end_what_is_asked()
         server.step()
         replies = [m for _, m in link.sent if isinstance(m, protocol.CommandReply)]
         assert [(reply.ok, text in reply.message) for reply in replies] == [(False, True)]

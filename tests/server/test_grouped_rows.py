@@ -88,19 +88,19 @@ def test_rows_outside_a_group_are_on_disk_at_once(store: Store, way: Way) -> Non
 def test_a_row_that_fails_takes_none_of_its_group_with_it(store: Store, way: Way) -> None:
     with pytest.raises(ZeroDivisionError), store.group():  # noqa: PT012
         store.add_member("a")
-        with store._journal.grouped():
-            store._journal.db.execute("INSERT INTO members VALUES ('half')")
+        with store.journal.grouped():
+            store.journal.db.execute("INSERT INTO members VALUES ('half')")
             raise ZeroDivisionError
     assert way.on_disk() == ["a"]
 
 
 def test_nothing_follows_from_rows_that_cannot_be_written(store: Store, way: Way) -> None:
-    db = store._journal.db
-    store._journal.db = Failing(db)  # type: ignore[assignment]
+    db = store.journal.db
+    store.journal.db = Failing(db)  # type: ignore[assignment]
     with pytest.raises(StorageError, match="disk I/O error"), store.group():  # noqa: PT012
         store.add_member("a")
         way.outlet.put("joined a")
-    store._journal.db = db
+    store.journal.db = db
     assert (way.left, way.on_disk()) == ([], [])
     with pytest.raises(StorageError, match="disk I/O error; .*start the server again"):
         store.allow_round(1)
@@ -131,7 +131,7 @@ def test_a_server_whose_disk_is_full_within_a_group_says_that_it_is(tmp_path: Pa
     server = Server(parse_run(config, folder=tmp_path), link=link)  # type: ignore[arg-type]
     try:
         server.start()
-        db = server.runs[0].store._journal.db
+        db = server.runs[0].store.journal.db
         pages = db.execute("PRAGMA page_count").fetchone()[0]
         db.execute(f"PRAGMA max_page_count = {pages + 1}")
         link.waiting = [
@@ -161,11 +161,11 @@ def test_the_answers_to_many_messages_wait_for_one_transaction(tmp_path: Path) -
     ]
     commits: list[int] = []
     store = server.runs[0].store
-    store._journal.db.set_trace_callback(
+    store.journal.db.set_trace_callback(
         lambda statement: commits.append(len(link.sent)) if statement == "COMMIT" else None
     )
     server.step()
-    store._journal.db.set_trace_callback(None)
+    store.journal.db.set_trace_callback(None)
     assert commits == [0], "one transaction, before any answer"
     assert [type(message) for _, message in link.sent] == [protocol.Welcome] * len(sites)
     assert store.members() == sites
@@ -177,13 +177,13 @@ def test_a_run_ends_after_all_scores_are_on_disk_and_tasks_leave_before_the_best
 ) -> None:
     config = run_config(tmp_path, sites=["a", "b"], sample=2)
     server = Server(config)
-    held: list[int] = []
+    held: list[bool] = []
     on_disk: list[tuple[str]] = []
-    sent = server.runs[0].peers._link.outlet
+    sent = server.runs[0].link.outlet
     export, conclude = Outcome.export_best, Outcome.conclude
 
     def watched_export(outcome: Outcome) -> int | None:
-        held.append(sent._holders)
+        held.append(sent.held)
         return export(outcome)
 
     def watched_conclude(outcome: Outcome, *how: Any) -> Any:
@@ -197,5 +197,5 @@ def test_a_run_ends_after_all_scores_are_on_disk_and_tasks_leave_before_the_best
     at = server.endpoint
     result, _ = run(server, lambda: site(at, "a", 1), lambda: site(at, "b", 3))
     assert result.ok
-    assert held == [0] * 4
+    assert held == [False] * 4
     assert on_disk == [("a",), ("b",)]

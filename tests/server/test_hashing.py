@@ -63,9 +63,10 @@ class StoppedAfterABlock(threading.Event):
         return super().is_set()
 
 
-def test_what_was_begun_in_the_background_is_finished_with_the_right_digest(hasher, tmp_path):
+def test_what_was_begun_in_the_background_is_finished_with_the_right_digest(tmp_path):
     path, digest = written(tmp_path, "model", 5 << 20)
-    hasher._stopped = stopped = StoppedAfterABlock()
+    stopped = StoppedAfterABlock()
+    hasher = Hasher(stopped=stopped)
     add(hasher, 7, path)
     assert stopped.begun.wait(200)
     hasher.finish()
@@ -127,7 +128,7 @@ def test_nothing_is_hashed_while_chunks_move_fast_and_all_is_once_they_do_not(ga
     assert traffic.looked_again.wait(200)
     assert hasher.results() == []
     traffic.step = 0
-    assert hasher._done.get(timeout=200) == (1, digest)
+    assert hasher.results(200) == [(1, digest)]
 
 
 def test_no_more_files_wait_for_a_quiet_moment_than_may(gated, tmp_path):
@@ -135,7 +136,7 @@ def test_no_more_files_wait_for_a_quiet_moment_than_may(gated, tmp_path):
     files = [written(tmp_path, "x" * (version + 1), 1 << 20) for version in range(3)]
     for version, (path, _) in enumerate(files):
         add(hasher, version, path)
-    assert hasher._done.get(timeout=200) == (0, files[0][1])
+    assert hasher.results(200) == [(0, files[0][1])]
     assert hasher.results() == []
     hasher.finish()
     assert hasher.results() == [(1, files[1][1]), (2, files[2][1])]

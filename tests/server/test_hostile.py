@@ -307,7 +307,7 @@ def test_a_site_that_floods_the_server_is_named_and_loses_its_part_alone(
         raw = RawSite(server.endpoint, "b")
         frames = [b"S", b"", *control_frames(protocol.StatusRequest())]
         for _ in range(20_000):
-            raw.link._command(frames)
+            raw.link.command(frames)
         assert raw.await_message(protocol.Refused).code == "flood"
         raw.link.close()
         return site(server.endpoint, "a", 2)

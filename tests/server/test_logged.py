@@ -148,7 +148,7 @@ def test_points_wait_while_another_process_has_the_journal(logged: Logged, tmp_p
 def test_a_disk_that_is_full_costs_a_line_and_no_point(
     logged: Logged, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    journal = logged._journal
+    journal = logged.journal
     pages = journal.rows("PRAGMA page_count")[0][0]
     journal.db.execute(f"PRAGMA max_page_count = {pages}")
     for step in range(1000):

@@ -80,7 +80,7 @@ def test_an_adapter_for_each_expert_of_a_large_mixture_goes_through_its_rounds(
 def test_more_tensors_than_a_model_file_describes_are_refused_with_the_limit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedcore.model_file._MAX_HEADER", 100_000)
+    monkeypatch.setattr("fedcore.model_file.MAX_HEADER", 100_000)
     with pytest.raises(
         LayoutError, match=r"of 2,000 tensors take .* may have 100,000: choose fewer"
     ):

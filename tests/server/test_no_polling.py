@@ -27,15 +27,15 @@ def test_every_wait_of_a_run_is_ended_by_what_it_waits_for(
     pump: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Heartbeats would end waits, too, so there are none."""
-    receive = transport._Link.recv
+    receive = transport.Link.recv
 
-    def patient(link: transport._Link, timeout: float | None) -> Control | DataEvent | None:
+    def patient(link: transport.Link, timeout: float | None) -> Control | DataEvent | None:
         return receive(link, NEVER if timeout is None or timeout > GOODBYE else timeout)
 
-    monkeypatch.setattr(transport._Link, "recv", patient)
+    monkeypatch.setattr(transport.Link, "recv", patient)
     monkeypatch.setattr(transport, "HEARTBEAT_MS", round(1000 * NEVER))
-    monkeypatch.setattr(connection, "_CHECK_SECONDS", NEVER)
-    monkeypatch.setattr(progress, "_IDLE_SECONDS", NEVER)
+    monkeypatch.setattr(connection, "CHECK_SECONDS", NEVER)
+    monkeypatch.setattr(progress, "IDLE_SECONDS", NEVER)
     config = run_config(
         tmp_path, sites=["a", "b"], rounds=ROUNDS, idle_timeout="1h", round_deadline="5h"
     )

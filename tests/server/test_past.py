@@ -46,7 +46,7 @@ def test_a_journal_that_another_process_has_locked_is_not_copied(
 ) -> None:
     """Of two files that change meanwhile, a copy could hold half a transaction."""
     folder = run_of(tmp_path / "run", 3.0, 2.0)
-    monkeypatch.setattr(past, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(past, "BUSY_SECONDS", 0.05)
     with closing(sqlite3.connect(folder / "run.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(ConfigError, match=r"another process has .*run\.sqlite locked"):

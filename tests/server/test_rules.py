@@ -326,6 +326,6 @@ def test_what_was_reduced_by_another_rule_is_not_gone_on_with(tmp_path: Path) ->
     for number, chosen in enumerate(({"rule": "mean"}, {"rule": "median"}, one, two)):
         server = Server(config(tmp_path / str(number), 5, aggregation=chosen))
         collecting: Collecting = server.runs[0].collecting
-        keys.add(collecting.scratch(1)._of)
+        keys.add(collecting.scratch(1).of)
         close(server)
     assert len(keys) == 4

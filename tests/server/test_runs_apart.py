@@ -16,7 +16,7 @@ from fedcore import protocol
 from fedcore.monitor.ask import StatusClient, ask_status
 from fedcore.security.keys import load_kit
 from fedcore.security.provision import Project, provision
-from fedcore.server.host import _WHICH_RUN
+from fedcore.server.host import WHICH_RUN
 from fedcore.server.run import Run
 from fedcore.transport.link import SiteLink
 
@@ -57,7 +57,7 @@ def test_a_peer_of_one_run_gets_neither_sets_nor_status_nor_names_of_another(
             for name, run in (("x", "one"), ("spy", "two"), ("spy", "three"), ("spy", None)):
                 peer.send(protocol.Join(version="0", site=name, run=run, instance="0" * 32))
                 refused = peer.await_message(protocol.Refused)
-                assert (refused.code, refused.message) == ("other-run", _WHICH_RUN)
+                assert (refused.code, refused.message) == ("other-run", WHICH_RUN)
             requests = (
                 protocol.StatusRequest(),
                 protocol.MetricsRequest(),
@@ -65,7 +65,7 @@ def test_a_peer_of_one_run_gets_neither_sets_nor_status_nor_names_of_another(
             )
             for request in requests:
                 peer.send(request)
-                assert peer.await_message(protocol.Refused).message == _WHICH_RUN
+                assert peer.await_message(protocol.Refused).message == WHICH_RUN
             assert [peer.pulls(run) for run in (one, two)] == [UNKNOWN] * 2
             peer.send(protocol.Join(version="0", site="spy", run="one", instance="0" * 32))
             assert peer.await_message(protocol.Welcome).run == "one"
@@ -113,9 +113,9 @@ def test_a_sites_key_gets_nothing_of_a_run_that_it_is_not_in(tmp_path: Path) -> 
             assert "two" not in refused.message
         join = protocol.Join(version="0", site="a", run="two", instance="0" * 32)
         refused = first_answer(kits["a"], join)
-        assert (refused.code, refused.message) == ("other-run", _WHICH_RUN)
+        assert (refused.code, refused.message) == ("other-run", WHICH_RUN)
         for name in ("eye", "ops"):  # the host's own people see all of its runs
-            assert first_answer(kits[name], protocol.StatusRequest()).message == _WHICH_RUN
+            assert first_answer(kits[name], protocol.StatusRequest()).message == WHICH_RUN
             for run in (one, two):
                 status = first_answer(kits[name], protocol.StatusRequest(), run)
                 assert status.run == run.config.run.name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import logging
 import sqlite3
@@ -21,11 +20,11 @@ from fedcore import protocol
 from fedcore._core import RateExceeded
 from fedcore.clock import ManualClock
 from fedcore.errors import BusyError
-from fedcore.security.keys import Identity, Role, load_kit
-from fedcore.security.provision import Project, provision
+from fedcore.security.keys import AllowList, Identity, Role, load_kit
+from fedcore.security.provision import Project, Provisioned, provision, revoke
 from fedcore.server.host import Host
 from fedcore.server.run import Run
-from fedcore.transport.link import Control, SiteLink
+from fedcore.transport.link import Control, DataEvent, SiteLink
 from fedcore.transport.local import LocalNetwork
 
 from ..support.arriving import Arriving, says
@@ -38,17 +37,34 @@ from ..support.several_runs import (
     wait_for,
 )
 
+KEYED: dict[str, Any] = {"insecure": False, "keys": "kits/server"}
 
-def joins(site: str, run: str) -> Control:
-    return says(site, protocol.Join(version="0", site=site, run=run, instance="0" * 32))
+
+def provisioned(folder: Path) -> Provisioned:
+    return provision(Project("tcp://127.0.0.1:7733", PARTIES), folder / "kits")
+
+
+def peer_of(kits: Provisioned, site: str) -> bytes:
+    """The id of a connection with a site's key."""
+    (who,) = AllowList.load(kits.server / "allow.toml").of_name(site).values()
+    return who.user.encode() + b"\0" + site.encode() * 5
+
+
+def joins(site: str, run: str, kits: Provisioned | None = None) -> Control:
+    message = protocol.Join(version="0", site=site, run=run, instance="0" * 32)
+    if kits is None:
+        return says(site, message)
+    return Control(peer_of(kits, site), protocol.encode(message))
 
 
 @contextlib.contextmanager
-def two_runs(folder: Path) -> Iterator[tuple[Host, Arriving, sqlite3.Connection]]:
+def two_runs(
+    folder: Path, clock: ManualClock | None = None, **server: Any
+) -> Iterator[tuple[Host, Arriving, sqlite3.Connection]]:
     """Two runs under a clock that stands still, after a step, and what can lock the first one's journal."""
     link = Arriving()
-    configs = [run_file(folder, name) for name in MODELS]
-    host = Host(configs, link=link, clock=ManualClock())  # type: ignore[arg-type]
+    configs = [run_file(folder, name, **server) for name in MODELS]
+    host = Host(configs, link=link, clock=clock or ManualClock())  # type: ignore[arg-type]
     other = sqlite3.connect(folder / "runs/one/run.sqlite", isolation_level=None, timeout=0)
     try:
         host.start()
@@ -113,7 +129,7 @@ def test_rows_of_one_run_that_cannot_be_written_hold_back_no_answer_of_another(
     host = Host([run_file(tmp_path, name) for name in MODELS], link=link)  # type: ignore[arg-type]
     try:
         host.start()
-        host.runs[0].store._journal.db = Failing(host.runs[0].store._journal.db)  # type: ignore[assignment]
+        host.runs[0].store.journal.db = Failing(host.runs[0].store.journal.db)  # type: ignore[assignment]
         link.waiting = [
             says(name, protocol.Join(version="0", site=name, run=run, instance="0" * 32))
             for run, name in (("one", "a"), ("two", "c"))
@@ -148,14 +164,14 @@ def test_a_run_whose_journal_is_locked_waits_and_holds_no_other_up(
         ]  # fmt: skip
         link.sent.clear()
         host.stop()
-        host._end_what_is_asked()
+        host.end_what_is_asked()
         assert [run.result is None for run in host.runs] == [True, False]
         other.execute("COMMIT")
         host.step()
         answers = [(peer[:1], type(message)) for peer, message in link.sent if peer[:1] != b"c"]
         assert answers == [(b"a", protocol.Welcome), (b"b", protocol.Welcome)]
         assert host.runs[0].store.members() == ["a", "b"]
-        host._end_what_is_asked()
+        host.end_what_is_asked()
         assert host.runs[0].result is not None
         assert [run.error for run in host.runs] == [None, None]
         said = [text.partition("run.sqlite ")[2][:13] for text in caplog.messages]
@@ -182,11 +198,11 @@ def test_messages_of_a_run_whose_journal_is_locked_are_handled_once_it_is_free(
         host.step()
         for link in sites.values():
             link.send(protocol.Declare(tensors=[("w", "F32", [700])]))
-        while not host.runs[1]._parts.declaring.declared:
+        while not host.runs[1].declaring.declared:
             host.step()
-        assert not host.runs[0]._parts.declaring.declared
+        assert not host.runs[0].declaring.declared
         other.execute("COMMIT")
-        while not host.runs[0]._parts.declaring.declared:
+        while not host.runs[0].declaring.declared:
             host.step()
     finally:
         other.close()
@@ -204,11 +220,11 @@ def test_messages_for_a_run_whose_journal_stays_locked_take_no_more_than_their_r
     other = sqlite3.connect(tmp_path / "runs/one/run.sqlite", isolation_level=None, timeout=0)
     try:
         host.start()
-        host._turns._room = 2 * len(joins("a", "one").body)
+        host.turns.room = 2 * len(joins("a", "one").body)
         other.execute("BEGIN EXCLUSIVE")
         link.waiting = [joins("x", "one"), *[joins("a", "one")] * 3, joins("b", "one")]
         host.step()
-        assert host._turns.waits(host.runs[0])
+        assert host.turns.waits(host.runs[0])
         other.execute("COMMIT")
         host.step()
         assert host.runs[0].store.members() == ["a"]
@@ -248,7 +264,7 @@ def test_what_waited_for_a_locked_journal_reaches_the_disk_together(tmp_path: Pa
             return self._db.execute(statement, *values)
 
     with two_runs(tmp_path) as (host, link, other):
-        host.runs[0].store._journal.db = Counting(host.runs[0].store._journal.db)  # type: ignore[assignment]
+        host.runs[0].store.journal.db = Counting(host.runs[0].store.journal.db)  # type: ignore[assignment]
         other.execute("BEGIN EXCLUSIVE")
         link.waiting = [joins("a", "one"), joins("b", "one")]
         host.step()
@@ -259,19 +275,19 @@ def test_what_waited_for_a_locked_journal_reaches_the_disk_together(tmp_path: Pa
 
 
 def test_a_revoked_key_is_taken_out_of_a_locked_run_however_much_waits_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("fedcore.server.turns._MOST_PUT_OFF", 1)
-    with two_runs(tmp_path) as (host, link, other):
-        one = host.runs[0]
-        link.waiting = [joins("a", "one")]
+    clock, kits = ManualClock(), provisioned(tmp_path)
+    with two_runs(tmp_path, clock, **KEYED) as (host, link, other):
+        host.turns.most, one = 1, host.runs[0]
+        link.waiting = [joins("a", "one", kits)]
         host.step()
         other.execute("BEGIN EXCLUSIVE")
-        link.waiting = [says("a", protocol.Alive())]
+        link.waiting = [Control(peer_of(kits, "a"), protocol.encode(protocol.Alive()))]
         host.step()
-        [(peer, known)] = one.peers
-        take_out = functools.partial(host._guard._take_out, one, peer, known.site)
-        host._guard._do(one, take_out, None)
+        revoke(kits.server, "a")
+        clock.advance(2)  # the list is looked at again
+        host.step()
         assert len(one.peers) == 1
         other.execute("COMMIT")
         host.step()
@@ -309,10 +325,10 @@ def test_who_would_wait_for_a_locked_run_is_answered_at_once_with_the_reason(
 
 
 def test_logged_values_that_find_no_room_while_a_run_is_locked_are_counted_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fedcore.server.turns._MOST_PUT_OFF", 1)
     with two_runs(tmp_path) as (host, link, other):
+        host.turns.most = 1
         link.waiting = [joins("a", "one")]
         host.step()
         other.execute("BEGIN EXCLUSIVE")
@@ -323,7 +339,11 @@ def test_logged_values_that_find_no_room_while_a_run_is_locked_are_counted_and_n
         host.step()
         other.execute("COMMIT")
         host.step()
-        (shown,) = (s for s in host.runs[0].ending._snapshot().sites if s.site == "a")
+        link.waiting = [says("v", protocol.StatusRequest(run_id=run_id))]
+        host.step()
+        reply = link.sent[-1][1]
+        assert isinstance(reply, protocol.StatusReply)
+        (shown,) = (s for s in reply.sites if s.site == "a")
         assert "lost" in shown.message
     for lost in ("4 values that it logged", "1 problem that it reported"):
         assert sum("lost" in text and lost in text for text in caplog.messages) == 1
@@ -332,9 +352,8 @@ def test_logged_values_that_find_no_room_while_a_run_is_locked_are_counted_and_n
 def test_the_last_score_of_a_site_waits_for_a_locked_run_however_much_waits_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.server.turns._MOST_PUT_OFF", 1)
     with two_runs(tmp_path) as (host, link, other):
-        one = host.runs[0]
+        host.turns.most, one = 1, host.runs[0]
         link.waiting = [joins("a", "one")]
         host.step()
         other.execute("BEGIN EXCLUSIVE")
@@ -346,7 +365,7 @@ def test_the_last_score_of_a_site_waits_for_a_locked_run_however_much_waits_ther
         ]
         link.waiting = [says("a", log), *(says("a", score) for score in scores)]
         host.step()
-        assert len(host._turns._put_off[one].acts) == 2
+        assert host.turns.put_off(one) == 2
         monkeypatch.setattr(one, "handle", lambda _, message: handled.append(message))
         other.execute("COMMIT")
         host.step()
@@ -363,8 +382,9 @@ def test_ends_of_floods_in_a_locked_run_take_no_more_room_however_many_come(
         host.step()
         one = host.runs[0]
         for _ in range(5):
-            host._guard.heard(RateExceeded(b"a" * 16, "too much"))
-        assert len(host._turns._put_off[one].acts) == 1
+            link.waiting = [RateExceeded(b"a" * 16, "too much")]
+            host.step()
+        assert host.turns.put_off(one) == 1
         other.execute("COMMIT")
         host.step()
         assert not len(one.peers)
@@ -380,7 +400,7 @@ def test_a_run_that_was_left_to_the_next_server_does_nothing_while_another_waits
         other.execute("BEGIN EXCLUSIVE")
         host.step()
         host.interrupt("SIGTERM")
-        host._end_what_is_asked()
+        host.end_what_is_asked()
         assert [run.over for run in host.runs] == [False, True]
         link.sent.clear()
         declares = protocol.Declare(tensors=[("w", "F32", [4])], run_id=two.store.run_id)
@@ -391,17 +411,17 @@ def test_a_run_that_was_left_to_the_next_server_does_nothing_while_another_waits
             (b"b", protocol.Stopped), (b"v", protocol.CommandReply)
         ]  # fmt: skip
         assert all("SIGTERM" in str(message) for _, message in link.sent)
-        assert not two._parts.declaring.declared
+        assert not two.declaring.declared
         other.execute("COMMIT")
         host.step()
-        host._end_what_is_asked()
+        host.end_what_is_asked()
         assert [run.result and run.result.ending for run in host.runs] == ["interrupted"] * 2
 
 
 def test_a_deadline_that_passed_while_a_run_waited_comes_after_what_was_sent_by_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.server.host._MOST_TOGETHER", 1)
+    monkeypatch.setattr("fedcore.server.host.MOST_TOGETHER", 1)
     monkeypatch.setattr(
         Run, "deadline", property(lambda run: 0.0 if run.config.run.name == "one" else None)
     )
@@ -427,7 +447,7 @@ def test_a_full_disk_ends_a_run_among_others_without_a_trace_on_the_terminal(
     unraisable: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     with two_runs(tmp_path) as (host, link, _):
-        host.runs[0].store._journal.db = Full(host.runs[0].store._journal.db)  # type: ignore[assignment]
+        host.runs[0].store.journal.db = Full(host.runs[0].store.journal.db)  # type: ignore[assignment]
         link.waiting = [joins("a", "one"), joins("c", "two")]
         host.step()
         gc.collect()
@@ -437,18 +457,16 @@ def test_a_full_disk_ends_a_run_among_others_without_a_trace_on_the_terminal(
 
 
 def test_another_server_may_go_on_with_a_run_that_was_given_up(tmp_path: Path) -> None:
-    kits = provision(Project("tcp://127.0.0.1:7733", PARTIES), tmp_path / "kits").kits
-    assert kits
-    keyed = {"insecure": False, "keys": "kits/server"}
-    configs = [run_file(tmp_path, name, **keyed) for name in MODELS]
+    assert provisioned(tmp_path).kits
+    configs = [run_file(tmp_path, name, **KEYED) for name in MODELS]
     host = Host(configs)
     try:
         host.start()
         with pytest.raises(BusyError):
             Host(configs[:1])
-        host.runs[0].store._journal.db = Failing(host.runs[0].store._journal.db)  # type: ignore[assignment]
+        host.runs[0].store.journal.db = Failing(host.runs[0].store.journal.db)  # type: ignore[assignment]
         host.runs[0].stop()
-        host._end_what_is_asked()
+        host.end_what_is_asked()
         assert [run.error is None for run in host.runs] == [False, True]
         kit = tmp_path / "runs/one/local"
         assert not kit.exists()
@@ -474,7 +492,7 @@ def test_a_run_that_is_over_still_answers_and_wakes_its_server_no_more(tmp_path:
         link.waiting += messages
         host.step()
 
-    def recv(seconds: float) -> Control | None:
+    def recv(seconds: float) -> Control | DataEvent | None:
         arrived = arrive(seconds)
         if arrived is None and seconds:
             waits.append(seconds)
@@ -534,25 +552,24 @@ def test_a_site_that_changes_its_run_gets_the_answers_in_order_and_the_log_says_
 
 
 def test_a_key_that_is_revoked_does_not_end_a_server_one_of_whose_runs_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    link = Arriving()
-    host = Host([run_file(tmp_path, name) for name in MODELS], link=link)  # type: ignore[arg-type]
-    try:
-        host.start()
+    clock, kits = ManualClock(), provisioned(tmp_path)
+    with two_runs(tmp_path, clock, **KEYED) as (host, link, _):
         one, two = host.runs
         declares = protocol.Declare(tensors=[("w", "F32", [4])], run_id=one.store.run_id)
-        joins = protocol.Join(version="0", site="b", run="one", instance="0" * 32)
-        link.waiting = [says("b", joins), says("b", declares)]
+        link.waiting = [
+            joins("b", "one", kits),
+            Control(peer_of(kits, "b"), protocol.encode(declares)),
+        ]
         host.step()
-        one.store._journal.db = Failing(one.store._journal.db)  # type: ignore[assignment]
-        monkeypatch.setattr(host._guard, "take_out_revoked", lambda: ["b"])
+        one.store.journal.db = Failing(one.store.journal.db)  # type: ignore[assignment]
+        revoke(kits.server, "b")
+        clock.advance(2)  # the list is looked at again
         host.step()
         assert "disk I/O error" in str(one.error)
         host.step()
         assert (one.over, two.over) == (True, False)
-    finally:
-        host.close()
 
 
 @pytest.mark.parametrize(("inside", "left"), [("one", ["two"]), (None, [])])
@@ -560,7 +577,6 @@ def test_a_key_that_floods_one_run_keeps_its_part_in_another(
     tmp_path: Path, inside: str | None, left: list[str]
 ) -> None:
     link = Arriving()
-    link.mute = link.nothing  # type: ignore[attr-defined]
     configs = [run_file(tmp_path, name) for name in MODELS]
     host = Host(configs, link=link, clock=ManualClock())  # type: ignore[arg-type]
     try:
@@ -573,7 +589,8 @@ def test_a_key_that_floods_one_run_keeps_its_part_in_another(
             link.waiting.append(Control(peers[name], protocol.encode(join)))
         host.step()
         assert [len(run.peers) for run in host.runs] == [1, 1]
-        assert host._guard.heard(RateExceeded(peers[inside or "none"], "many messages"))
+        link.waiting = [RateExceeded(peers[inside or "none"], "many messages")]
+        host.step()
         assert [run.config.run.name for run in host.runs if len(run.peers)] == left
         refused = [peer for peer, message in link.sent if isinstance(message, protocol.Refused)]
         assert peers[inside or "none"] in refused

@@ -30,7 +30,7 @@ ESCAPES = "\x1b]0;owned\x07\x1b[2J\r\n12:00:00 INFO b was revoked\u202e\u2028\x9
 def say(raw: RawSite, **fields: Any) -> None:
     """Send a message that the site's own library would refuse to make."""
     body = json.dumps(fields).encode()
-    raw.link._command([b"S", b"", *control_frames(body)])
+    raw.link.command([b"S", b"", *control_frames(body)])
 
 
 def plain(text: str) -> bool:

@@ -21,7 +21,7 @@ from fedcore.errors import ConfigError, RefusedError, StorageError
 from fedcore.monitor.ask import StatusClient, ask_status, find_server
 from fedcore.server.acting import Acting
 from fedcore.server.budget import Budget
-from fedcore.server.host import _WHICH_RUN, Host
+from fedcore.server.host import WHICH_RUN, Host
 from fedcore.server.opening import Opening
 from fedcore.transport.link import SiteLink
 
@@ -203,7 +203,7 @@ def test_a_finished_run_is_left_out_where_others_go_on(tmp_path: Path) -> None:
         with closing(SiteLink(host.endpoint, uuid.uuid4().bytes)) as link:
             peer = Peer(link)
             peer.send(protocol.Join(version="0", site="a", run="one", instance="0" * 32))
-            assert peer.await_message(protocol.Refused).message == _WHICH_RUN
+            assert peer.await_message(protocol.Refused).message == WHICH_RUN
         for name in two.participants.sites:
             pool.submit(site, host.endpoint, "two", name)
         assert [result.ok for result in ended.result(DEADLINE)] == [True]

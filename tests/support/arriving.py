@@ -8,7 +8,7 @@ from typing import Any
 from fedcore import protocol
 from fedcore._core import Exchange
 from fedcore.protocol import FromServer
-from fedcore.transport.link import Control
+from fedcore.transport.link import Control, DataEvent
 
 
 class Arriving:
@@ -17,21 +17,21 @@ class Arriving:
     What the server sends is in ``sent`` once it has left.
     """
 
-    endpoint, secure = "tcp://127.0.0.1:0", False
+    endpoint, secure = "tcp://127.0.0.1:7733", False
 
     def __init__(self) -> None:
         self.run_id: str | None = None
         self.exchange: Any = Exchange()
-        self.waiting: list[Control] = []
+        self.waiting: list[Control | DataEvent] = []
         self.sent: list[tuple[bytes, FromServer]] = []
-        self.recv: Callable[[float], Control | None] = lambda _: (
+        self.recv: Callable[[float], Control | DataEvent | None] = lambda _: (
             self.waiting.pop(0) if self.waiting else None
         )
 
     def nothing(self, *_: object) -> None:
         pass
 
-    kick = wake = close = nothing
+    kick = wake = close = admit = block = mute = nothing
 
     def send(self, peer: bytes, message: FromServer, version: int | None = None) -> None:
         self.sent.append((peer, message))

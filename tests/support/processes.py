@@ -60,7 +60,7 @@ from fedcore.server.rounds.rounds import Rounds
 def pass_deadline(*_):
     Rounds.deadline = property(lambda rounds: None if rounds.over else rounds._started)
 
-status._WATCHER_SECONDS = 0.0
+status.WATCHER_SECONDS = 0.0
 signal.signal(signal.SIGUSR1, pass_deadline)
 from fedcore.cli.app import server_main
 server_main()

@@ -148,7 +148,7 @@ def begun_round(server: Stage, session: Session, call: Callable[..., Future]) ->
 
 def limit(session: Session, **timeouts: float) -> None:
     """Give a session shorter timeouts from now on, so that what came before does not depend on them."""
-    connection = session._connection
+    connection = session.connection
     with connection.changed:
-        settings = dataclasses.replace(connection._settings, **timeouts)  # type: ignore[arg-type]
-        connection._settings = connection.machine._settings = settings
+        settings = dataclasses.replace(connection.settings, **timeouts)  # type: ignore[arg-type]
+        connection.settings = connection.machine.settings = settings

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedcore import __version__
-from fedcore.cli.app import _status_of_all, app, main
+from fedcore.cli.app import app, main, status_of_all
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 COMMANDS = (
@@ -231,4 +231,4 @@ def test_a_port_that_is_none_is_wrong_use(
     ("statuses", "status"), [([130, 143], 143), ([143, 1], 1), ([130, 130], 130), ([129, 130], 129)]
 )
 def test_a_server_of_several_runs_has_one_exit_status(statuses: list[int], status: int) -> None:
-    assert _status_of_all(statuses) == status
+    assert status_of_all(statuses) == status

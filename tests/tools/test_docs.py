@@ -185,7 +185,7 @@ def test_the_limits_of_the_door_are_those_of_the_code() -> None:
     for row in (
         f"| {limits.burst} at once, then {limits.per_second:g} a second; the connection waits |",
         f"| {limits.unknown_burst} at once, then {limits.unknown_per_second:g} a second are answered;",
-        f"| time for a handshake | {transport._HANDSHAKE_MS // 1000} s,",
+        f"| time for a handshake | {transport.HANDSHAKE_MS // 1000} s,",
         f"| open connections in all | {limits.connections},",
         f"an IPv6 /64) | {limits.per_network},",
         f"| {limits.arrivals} at once, then {limits.arrivals_per_second:g} a second; with more than 32",

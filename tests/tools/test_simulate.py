@@ -136,7 +136,7 @@ def test_a_simulation_is_encrypted_with_keys_that_are_thrown_away(
 def test_what_a_script_does_after_the_run_is_waited_for(
     run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.simulation.processes._END_SECONDS", 0.3)
+    monkeypatch.setattr("fedcore.simulation.processes.END_SECONDS", 0.3)
     after = """
     import pathlib, threading
     threading.Event().wait(1)
@@ -279,7 +279,7 @@ def test_kill_9_leaves_no_process_behind(
 def test_a_finished_script_in_an_unfinished_run_is_explained(
     run_file: RunFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedcore.simulation.processes._UNFINISHED_SECONDS", 1.0)
+    monkeypatch.setattr("fedcore.simulation.processes.UNFINISHED_SECONDS", 1.0)
     result = run(run_file("print('nothing to do')"))
     assert result.status == 1
     assert "while fl.is_running()" in result.message

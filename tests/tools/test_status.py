@@ -51,7 +51,7 @@ def server(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve
     """A server that waits for its sites."""
     server, thread = serve(config)
     yield server
-    monkeypatch.setattr("fedcore.server.status._WATCHER_SECONDS", 0.0)  # nobody watches any more
+    monkeypatch.setattr("fedcore.server.status.WATCHER_SECONDS", 0.0)  # nobody watches any more
     server.stop()
     thread.join(200)
     assert not thread.is_alive()

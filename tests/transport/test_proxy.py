@@ -51,7 +51,7 @@ def server(parties: Parties) -> Iterator[ServerLink]:
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a link ping, notice a silence, and give up a handshake ten times as fast."""
     monkeypatch.setattr(transport, "HEARTBEAT_MS", 100)
-    monkeypatch.setattr(transport, "_SITE_HANDSHAKE_MS", 800)
+    monkeypatch.setattr(transport, "SITE_HANDSHAKE_MS", 800)
 
 
 class Behind:
@@ -220,9 +220,9 @@ def test_a_command_that_gets_no_answer_says_what_the_proxy_answered(
         keys, way = parties.credentials("north"), Proxy.of(proxy.url)
         with Target(f"tcp://{NAME}:7733", keys, way).connect() as client:
             deadline = time.monotonic() + DEADLINE
-            while not client._link.hint:
+            while not client.link.hint:
                 assert time.monotonic() < deadline
-                client._link.recv(0.2)
+                client.link.recv(0.2)
             with pytest.raises(
                 TransferTimeout, match=r"the proxy http://.* answered 403 Forbidden"
             ):
@@ -249,9 +249,9 @@ def test_another_users_process_is_not_let_through(monkeypatch: pytest.MonkeyPatc
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()) as near,
     ):
-        assert tunnel._is_own(near.getsockname())
+        assert tunnel.is_own(near.getsockname())
         monkeypatch.setattr(tunnel.os, "geteuid", lambda: os.getuid() + 1)
-        assert not tunnel._is_own(near.getsockname())
+        assert not tunnel.is_own(near.getsockname())
 
 
 @pytest.mark.parametrize(

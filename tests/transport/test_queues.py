@@ -376,12 +376,12 @@ def test_a_message_of_too_many_parts_is_counted_by_its_bytes(
         for _ in range(2):
             wait(server, lambda arrived: isinstance(arrived, Control))
         # Many times more than the bound, so that what its rate forgives meanwhile does not matter.
-        site._command([b"S", b"", ping(), *[bytes(1 << 20)] * 64])
-        site._command([b"S", b"", ping()])
+        site.command([b"S", b"", ping(), *[bytes(1 << 20)] * 64])
+        site.command([b"S", b"", ping()])
         arrived: Any = None
         until = time.monotonic() + 200
         while not isinstance(arrived, RateExceeded) and time.monotonic() < until:
-            site._command([b"S", b"", ping()])
+            site.command([b"S", b"", ping()])
             arrived = server.recv(0.5)
         assert isinstance(arrived, RateExceeded)
         assert arrived.message == "more than 1 MiB that nobody asked for"

@@ -9,8 +9,10 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
+import zmq
 
 from fedcore import protocol
 from fedcore.errors import ConfigError, TransferTimeout
@@ -115,7 +117,7 @@ def test_a_connection_that_was_let_go_does_not_come_up_later(
     address = free_address()
     with linked(address) as site:
         site.send(protocol.Alive())  # waits for the first connection
-        site._command([b"D", address.encode()])
+        site.command([b"D", address.encode()])
         sent = site.exchange.stats()["bytes_out"]  # the pump has let go before it pings twice more
         until(lambda: site.exchange.stats()["bytes_out"] >= sent + 2 * protocol.HEADER_BYTES, site)
         with closing(ServerLink(address)) as server:
@@ -131,7 +133,7 @@ def test_a_connection_that_is_coming_up_is_not_let_go_for_silence(pump: str) -> 
     with linked(first.endpoint) as site:
         until(lambda: site.exchange.last_heard(b"") is not None, site)
         first.close()
-        until(lambda: not site._dialler.up, site)
+        until(lambda: not site.up, site)
         assert not site.exchange.silent(now_ms() + 10 * transport.HEARTBEAT_MS)
 
 
@@ -147,10 +149,21 @@ def test_a_link_that_is_answered_is_left_alone(pump: str, monkeypatch: pytest.Mo
         assert relay.dials == 1
 
 
-def test_the_system_gives_a_sites_connection_up_within_seconds() -> None:
-    with closing(ServerLink("tcp://127.0.0.1:0")) as server, linked(server.endpoint) as site:
-        assert site._net.getsockopt(transport.zmq.TCP_MAXRT) <= 5000
-        assert site._net.getsockopt(transport.zmq.CONNECT_TIMEOUT) <= 3000
+def test_the_system_gives_a_sites_connection_up_within_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, make = [], zmq.Context.socket
+
+    def noted(context: Any, kind: int, *args: Any) -> Any:
+        made.append(make(context, kind, *args))
+        return made[-1]
+
+    with closing(ServerLink("tcp://127.0.0.1:0")) as server:
+        monkeypatch.setattr(zmq.Context, "socket", noted)
+        with linked(server.endpoint):
+            (net,) = (socket for socket in made if socket.type == zmq.DEALER)
+            assert net.getsockopt(zmq.TCP_MAXRT) <= 5000
+            assert net.getsockopt(zmq.CONNECT_TIMEOUT) <= 3000
 
 
 @pytest.mark.parametrize("listen", ["tcp://[::1]:0", "tcp://127.0.0.1:0"])

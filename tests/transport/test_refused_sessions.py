@@ -91,7 +91,7 @@ def refuse_joins(
 
 def refuse_for_good(server: Stage, session: Session, running: Future[Any]) -> None:
     """Refuse a session its name until it gives up: at once, after the first answer."""
-    refuse_joins(server, lambda: session._connection.machine.held)
+    refuse_joins(server, lambda: session.connection.machine.held)
     limit(session, connect_timeout=0.1)
     refuse_joins(server, running.done)
 
@@ -102,7 +102,7 @@ def test_a_site_that_a_server_does_not_take_up_in_time_is_given_the_servers_reas
     with stage() as (server, session, call):
         running = call(session.is_running)
         locked = ("busy", "its database is locked")
-        refuse_joins(server, lambda: bool(session._connection.machine.busy), *locked)
+        refuse_joins(server, lambda: bool(session.connection.machine.busy), *locked)
         limit(session, connect_timeout=0.1)
         refuse_joins(server, running.done, *locked)
         with pytest.raises(TransferTimeout, match=r"did not take this site up .* is locked"):
@@ -150,9 +150,9 @@ def test_a_site_that_was_refused_does_not_come_again_by_itself(
         server.heard.clear()
         server.say(p.Rejoin())  # to its next PING
         server.say(p.Finish(ok=True, outcome="complete"))
-        with session._connection.changed:
-            assert session._connection.changed.wait_for(
-                lambda: session._connection.machine.finish is not None, DEADLINE
+        with session.connection.changed:
+            assert session.connection.changed.wait_for(
+                lambda: session.connection.machine.finish is not None, DEADLINE
             )
         session.problem("heard")
         server.expect(p.Problem)
@@ -162,7 +162,7 @@ def test_a_site_that_was_refused_does_not_come_again_by_itself(
 def test_a_server_that_is_not_there_is_named_while_waiting_and_after_the_connect_timeout(
     pump: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("fedcore.site.connection._NOTICE_SECONDS", 0.1)
+    monkeypatch.setattr("fedcore.site.connection.NOTICE_SECONDS", 0.1)
     probe = ServerLink("tcp://127.0.0.1:0")
     address = probe.endpoint
     probe.close()

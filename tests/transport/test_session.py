@@ -140,7 +140,7 @@ def test_a_site_at_work_lets_a_restarted_server_know_it(
 
 
 def test_a_site_is_back_within_the_time_that_a_restarted_server_gives_it() -> None:
-    redial = transport._RECONNECT_MS[1] / 1000
+    redial = transport.RECONNECT_MS[1] / 1000
     assert redial + p.REPEAT_SECONDS + 1 < p.RETURN_SECONDS
 
 
@@ -273,7 +273,7 @@ def test_a_site_whose_server_is_gone_after_the_last_round_says_what_it_knows(
         server.pull(server.expect(p.Ready))
         if settled:
             server.say(p.Commit(version=2, included=True, participants=["north"]))
-            while session._connection.machine.included != 2:
+            while session.connection.machine.included != 2:
                 server.link.recv(0.01)
         limit(session, idle_timeout=1.0)
         running = call(session.is_running)
@@ -307,7 +307,7 @@ def test_a_server_that_falls_silent_is_given_up_after_the_idle_timeout(pump: str
 def test_a_site_that_is_late_goes_on_with_the_round_that_came_meanwhile() -> None:
     with stage() as (server, session, call):
         begun_round(server, session, call)
-        connection = session._connection
+        connection = session.connection
         machine = connection.machine
         server.task("train", 2, server.publish(2))
         with connection.changed:

@@ -94,6 +94,7 @@ class Hasher:
         moved: returns the bytes that have been sent and received so far, from any thread.
         behind: with more files than this left to hash, it goes on whatever moves.
         chunk_bytes: how large the chunks are that the files' checksums were taken of.
+        stopped: set once it is to stop; looked at after each block of a file.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Hasher:
         moved: Callable[[], int] = lambda: 0,
         behind: int = 8,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+        stopped: threading.Event | None = None,
     ) -> None:
         self._moved = moved
         self._chunk_bytes = chunk_bytes
@@ -109,7 +111,7 @@ class Hasher:
         self._waiting: deque[_File] = deque()
         self._done: queue.Queue[tuple[int, str | None]] = queue.Queue()
         self._added = threading.Semaphore(0)
-        self._stopped = threading.Event()
+        self._stopped = stopped or threading.Event()
         self._thread = threading.Thread(target=self._work, name="fedcore-hasher", daemon=True)
         self._thread.start()
 
@@ -118,12 +120,16 @@ class Hasher:
         self._waiting.append(_File(version, path, data_offset, checksum, self._chunk_bytes))
         self._added.release()
 
-    def results(self) -> list[tuple[int, str | None]]:
+    def results(self, wait: float = 0.0) -> list[tuple[int, str | None]]:
         """Return what was finished since the last call: versions and their digests in hex.
 
-        None in place of a digest: the file does not hold what was committed.
+        None in place of a digest: the file does not hold what was committed. ``wait``: for so many seconds, if
+        nothing is finished yet.
         """
         found = []
+        if wait:
+            with contextlib.suppress(queue.Empty):
+                found.append(self._done.get(timeout=wait))
         with contextlib.suppress(queue.Empty):
             while True:
                 found.append(self._done.get_nowait())

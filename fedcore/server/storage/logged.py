@@ -41,7 +41,7 @@ class Logged:
     """
 
     def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+        self.journal = journal
         self._buffer = MetricsBuffer()
         self._ids: dict[tuple[str, str], int] = {}
         self._new_ids: dict[tuple[str, str], int] = {}
@@ -51,9 +51,9 @@ class Logged:
     def open(self, sites: int) -> None:
         """Go on from what the table holds, for a run of so many sites."""
         self._buffer = MetricsBuffer(most_names(sites))
-        for id_, site, name in read_series(self._journal.rows):
+        for id_, site, name in read_series(self.journal.rows):
             self._ids[site, name] = id_
-            self._buffer.resume(site, name, _read_ends(self._journal.rows, id_))
+            self._buffer.resume(site, name, _read_ends(self.journal.rows, id_))
 
     def add(
         self, site: str, round_: int, step: int | None, metrics: Mapping[str, float]
@@ -74,7 +74,7 @@ class Logged:
             return
         self._next_write = now + WRITE_SECONDS
         try:
-            if self._journal.try_transaction(self._write):
+            if self.journal.try_transaction(self._write):
                 self._written()
                 self._failed = ""
         except IntegrityError:
@@ -87,7 +87,7 @@ class Logged:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Give a transaction of the journal that writes the points as well; errors as its own."""
-        with self._journal.transaction():
+        with self.journal.transaction():
             yield
             self._write()
         self._written()
@@ -98,7 +98,7 @@ class Logged:
 
     def _write(self) -> None:
         self._new_ids = {}  # a transaction that failed has made none
-        db, changes = self._journal.db, [(self._id(c), c) for c in self._buffer.changes()]
+        db, changes = self.journal.db, [(self._id(c), c) for c in self._buffer.changes()]
         gone = [(id_, seq) for id_, change in changes for seq in change.removed]
         db.executemany("DELETE FROM points WHERE series = ? AND seq = ?", gone)
         for id_, change in changes:
@@ -118,14 +118,14 @@ class Logged:
         key = (change.site, change.name)
         if key in self._ids:
             return self._ids[key]
-        made = self._journal.db.execute("INSERT INTO series (site, name) VALUES (?, ?)", key)
+        made = self.journal.db.execute("INSERT INTO series (site, name) VALUES (?, ?)", key)
         assert made.lastrowid is not None
         self._new_ids[key] = made.lastrowid
         return made.lastrowid
 
     def page(self, after: int) -> protocol.MetricsReply:
         """Return the written points of the series after number ``after``, as many as a message should hold."""
-        rows = self._journal.rows
+        rows = self.journal.rows
         query = "SELECT id, site, name FROM series WHERE id > ? ORDER BY id LIMIT ?"
         found = rows(query, after, _PAGE_SERIES)
         series: list[protocol.MetricSeries] = []
@@ -146,7 +146,7 @@ class Logged:
         if self._buffer.changed:
             with self.transaction():
                 pass
-        rows = self._journal.rows
+        rows = self.journal.rows
         return {
             site: {name: summarise(_read_ends(rows, id_)) for id_, _, name in series}
             for site, series in groupby(read_series(rows), key=lambda found: found[1])
@@ -154,7 +154,7 @@ class Logged:
 
     def drop_after(self, round_: int) -> None:
         """Within a transaction: remove the points of later rounds, as the run goes back to ``round_``."""
-        db = self._journal.db
+        db = self.journal.db
         db.execute("DELETE FROM points WHERE round > ?", (round_,))
         db.execute("DELETE FROM series WHERE id NOT IN (SELECT series FROM points)")
 

@@ -28,7 +28,7 @@ from .logged import Rows, Series, read_points, read_series
 
 __all__ = ["read_past", "read_training"]
 
-_BUSY_SECONDS: Final = 5.0
+BUSY_SECONDS: Final = 5.0
 _TRIES: Final = 5
 _ENDS: Final[tuple[Literal["stopped", "failed"], ...]] = ("stopped", "failed")
 
@@ -84,7 +84,7 @@ def _opened(path: Path, open_until: contextlib.ExitStack) -> sqlite3.Connection:
     anew if a file changed meanwhile, and never of a journal that a process has locked.
     """
     for _ in range(_TRIES):
-        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_SECONDS)
+        db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS)
         try:
             db.execute("SELECT 1 FROM meta").fetchone()
             return db

@@ -31,6 +31,7 @@ class Scratch:
         states: where each state is written, and its layout, by name.
 
     Attributes:
+        of: the digest of what its bytes depend on.
         states: the states' files by name, once `open` has made them.
         base_weight: what the version before weighs in this one, as one more update.
     """
@@ -45,7 +46,7 @@ class Scratch:
     ) -> None:
         self.path = path
         self._record = record
-        self._of = hashlib.sha256(json.dumps(dict(of), sort_keys=True).encode()).digest()
+        self.of = hashlib.sha256(json.dumps(dict(of), sort_keys=True).encode()).digest()
         self._metadata = metadata
         self._states = dict(states or {})
         self.states: dict[str, ModelFile] = {}
@@ -53,7 +54,7 @@ class Scratch:
 
     def key(self, layout: Layout) -> bytes:
         """Return 64 bytes that say what is collected."""
-        return self._of + bytes.fromhex(layout_hash(layout))
+        return self.of + bytes.fromhex(layout_hash(layout))
 
     def _record_key(self, layout: Layout) -> bytes:
         key = self.key(layout)
@@ -64,7 +65,7 @@ class Scratch:
     def decided(self) -> tuple[Participant, ...]:
         """Return whose updates a killed server was collecting; nobody's if no record of it is whole."""
         found = Record.open(str(self._record))
-        if found is None or found.key[: len(self._of)] != self._of:
+        if found is None or found.key[: len(self.of)] != self.of:
             return ()
         return tuple(
             Participant(site, set_id.hex(), weight) for site, set_id, weight in found.sources

@@ -73,6 +73,7 @@ class Store(SiteRows, Decisions, Verdicts):
         chunk_bytes: how large the run's chunks are.
         taken: gives what the run has taken up to now; it is kept with each commit, and at the end.
         logged: the training metrics of the sites.
+        journal: the rows, and the database that they are in.
 
     Raises:
         BusyError: another process has the folder.
@@ -132,25 +133,25 @@ class Store(SiteRows, Decisions, Verdicts):
                 logger.warning(
                     "moved to %s: %s", before.set_aside([*found, *beside]), ", ".join(found)
                 )
-        self._journal = Journal(path, wait=wait)
-        self._files = Files(self.folder, self._journal)
-        self.logged = Logged(self._journal)
+        self.journal = Journal(path, wait=wait)
+        self._files = Files(self.folder, self.journal)
+        self.logged = Logged(self.journal)
 
     def _take_up(self, settings: Mapping[str, Any] | None, discard: bool) -> None:
-        if self._journal.found_schema == "2":
-            with self._journal.transaction():
+        if self.journal.found_schema == "2":
+            with self.journal.transaction():
                 sizes = {row.version: row.nbytes for row in self.versions()}
                 self._files.take_up_format_2(sizes, self.last_version)
         if settings is not None:
             begun = self.last_version is not None
-            check_fixed(self.folder, self._journal.meta("settings") if begun else None, settings)
+            check_fixed(self.folder, self.journal.meta("settings") if begun else None, settings)
         found = self._files.foreign()
         if found and not discard:
             self._files.refuse_foreign(found, self.last_version)
         if found:
             logger.warning("moved to %s: %s", self._files.set_aside(found), ", ".join(found))
         now = {"schema": str(SCHEMA), "fedcore": __version__}
-        recorded = self._journal.meta("chunk_bytes")
+        recorded = self.journal.meta("chunk_bytes")
         if settings is not None and self.last_version is None:  # no model has chunks yet
             now["chunk_bytes"] = str(self.chunk_bytes)
         else:
@@ -158,14 +159,14 @@ class Store(SiteRows, Decisions, Verdicts):
         cut_anew = recorded is not None and int(recorded) != self.chunk_bytes
         if settings is not None:
             now["settings"] = json.dumps(settings, sort_keys=True)
-        if found or any(self._journal.meta(key) != value for key, value in now.items()):
-            with self._journal.transaction():
+        if found or any(self.journal.meta(key) != value for key, value in now.items()):
+            with self.journal.transaction():
                 if (
                     found or cut_anew
                 ):  # what sites have of versions that are gone, or of other chunks
-                    self._journal.renew_run_id()
+                    self.journal.renew_run_id()
                 for key, value in now.items():
-                    self._journal.set_meta(key, value)
+                    self.journal.set_meta(key, value)
         with storing(self.folder):
             self._files.settle()
             for name in ("summary", "results"):
@@ -189,55 +190,55 @@ class Store(SiteRows, Decisions, Verdicts):
 
     @property
     def _db(self) -> sqlite3.Connection:
-        return self._journal.db
+        return self.journal.db
 
     def hold_back(self, *outlets: Outlet[Any]) -> None:
         """Let nothing leave through these outlets while a row of a `group` is not on the device."""
-        self._journal.outlets = outlets
+        self.journal.outlets = outlets
 
     def group(self) -> AbstractContextManager[None]:
         """Have the rows of many messages reach the device together; see `Journal.group`."""
-        return self._journal.group()
+        return self.journal.group()
 
     def settle(self) -> None:
         """Have all rows on the device that wait in a group; see `Journal.settle`."""
-        self._journal.settle()
+        self.journal.settle()
 
     def reserve(self) -> bool:
         """Let no other process lock the journal for a while; see `Journal.reserve`."""
-        return self._journal.reserve()
+        return self.journal.reserve()
 
     def release(self) -> None:
         """Let other processes lock the journal again; see `Journal.release`."""
-        self._journal.release()
+        self.journal.release()
 
     # --- versions ---
 
     @property
     def run_id(self) -> str:
         """Random id of the run, the same after a restart."""
-        return self._journal.run_id
+        return self.journal.run_id
 
     @property
     def life(self) -> Life:
         """What the run has taken before this process."""
-        return read_life(self._journal.meta("life"))
+        return read_life(self.journal.meta("life"))
 
     def _keep_life(self) -> None:
         """Within a transaction: keep what the run has taken up to now, this process included."""
         if self.taken is not None:
-            self._journal.set_meta("life", json.dumps(asdict(self.taken())))
+            self.journal.set_meta("life", json.dumps(asdict(self.taken())))
 
     @property
     def last_version(self) -> int | None:
         """The last committed version, or None."""
-        row = self._journal.rows("SELECT MAX(version) FROM versions")[0]
+        row = self.journal.rows("SELECT MAX(version) FROM versions")[0]
         return None if row[0] is None else int(row[0])
 
     @property
     def finished(self) -> bool:
         """Whether the run ended as planned, the last version scored."""
-        return self._journal.meta("finished") == str(self.last_version)
+        return self.journal.meta("finished") == str(self.last_version)
 
     def path(self, version: int) -> Path:
         """Where a version's model file lies."""
@@ -346,7 +347,7 @@ class Store(SiteRows, Decisions, Verdicts):
 
     def states(self, version: int) -> dict[str, StateRow]:
         """Return a version's states by name; none of any version but the last."""
-        return read_states(self._journal.rows, version)
+        return read_states(self.journal.rows, version)
 
     def verify_states(self, version: int) -> None:
         """Read the files of a version's states and compare them with the checksums that were recorded.
@@ -360,7 +361,7 @@ class Store(SiteRows, Decisions, Verdicts):
     @property
     def left_states(self) -> list[int]:
         """The versions to which the run went back, and whose states were gone: what uses them began anew there."""
-        return list(json.loads(self._journal.meta(_WITHOUT_STATES) or "[]"))
+        return list(json.loads(self.journal.meta(_WITHOUT_STATES) or "[]"))
 
     def verify(self, version: int) -> None:
         """Read a committed version's model and compare it with the checksum that was recorded.
@@ -384,7 +385,7 @@ class Store(SiteRows, Decisions, Verdicts):
             if row.version not in keep and row.sha256 and self.path(row.version).is_file()
         ]
         if removed:
-            with self._journal.transaction():
+            with self.journal.transaction():
                 self._files.mark("removed", [f"models/{model_name(v)}" for v in removed])
         for version in removed:
             with storing(self.path(version)):
@@ -409,12 +410,12 @@ class Store(SiteRows, Decisions, Verdicts):
             raise ConfigError(f"{self.folder} is at round {version} already")
         self.verify(version)
         aside = self._files.aside_with_journal()
-        with self._journal.transaction():
+        with self.journal.transaction():
             self._files.leave(version, last, aside)
             left = self.left_states
             if version > 0 and (self.states(last) or last in left):
                 left = [*(v for v in left if v < version), version]
-                self._journal.set_meta(_WITHOUT_STATES, json.dumps(left))
+                self.journal.set_meta(_WITHOUT_STATES, json.dumps(left))
             for table in ("versions", "states", "contributions", "verdicts", "figures"):
                 self._db.execute(f"DELETE FROM {table} WHERE version > ?", (version,))
             self._drop_scores_after(version)
@@ -423,7 +424,7 @@ class Store(SiteRows, Decisions, Verdicts):
             self._drop_allowed()
             self._db.execute("DELETE FROM meta WHERE key = 'finished'")
             self._drop_stop()
-            self._journal.renew_run_id()
+            self.journal.renew_run_id()
         self._files.finish_leaving()
         return aside
 
@@ -433,40 +434,40 @@ class Store(SiteRows, Decisions, Verdicts):
 
     def versions(self) -> list[VersionRow]:
         """Return every committed version, in order."""
-        return read_versions(self._journal.rows)
+        return read_versions(self.journal.rows)
 
     def add_sha256(self, version: int, digest: str) -> None:
         """Keep a version's digest, which is computed after its commit."""
-        with self._journal.transaction():
+        with self.journal.transaction():
             self._db.execute("UPDATE versions SET sha256 = ? WHERE version = ?", (digest, version))
 
     def keep_buffers(self, names: Sequence[str] | None) -> None:
         """Note which tensors of the model are buffers; None: it is not known."""
-        with self._journal.transaction():
-            self._journal.set_meta("buffers", json.dumps(names))
+        with self.journal.transaction():
+            self.journal.set_meta("buffers", json.dumps(names))
 
     def buffers(self) -> tuple[str, ...] | None:
         """Return which tensors of the model are buffers; None if it is not known."""
-        names = json.loads(self._journal.meta("buffers") or "null")
+        names = json.loads(self.journal.meta("buffers") or "null")
         return None if names is None else tuple(names)
 
     def keep_factors(self, pairs: Sequence[tuple[str, str]]) -> None:
         """Note which tensors of the model are the factors A and B of one adapted module."""
-        with self._journal.transaction():
-            self._journal.set_meta("factors", json.dumps(pairs))
+        with self.journal.transaction():
+            self.journal.set_meta("factors", json.dumps(pairs))
 
     def factors(self) -> tuple[tuple[str, str], ...]:
         """Return which tensors are factors; nothing if no model has any, or it is not known yet."""
-        return tuple((a, b) for a, b in json.loads(self._journal.meta("factors") or "[]"))
+        return tuple((a, b) for a, b in json.loads(self.journal.meta("factors") or "[]"))
 
     def keep_ranks(self, site: str, ranks: Sequence[int]) -> None:
         """Note which rank a site's adapter has in each adapted module."""
-        with self._journal.transaction():
-            self._journal.set_meta(f"ranks {site}", json.dumps(ranks))
+        with self.journal.transaction():
+            self.journal.set_meta(f"ranks {site}", json.dumps(ranks))
 
     def ranks(self, site: str) -> tuple[int, ...]:
         """Return which rank a site's adapter has in each adapted module; nothing if the site has not said it."""
-        return tuple(json.loads(self._journal.meta(f"ranks {site}") or "[]"))
+        return tuple(json.loads(self.journal.meta(f"ranks {site}") or "[]"))
 
     def leave(self) -> None:
         """Note what the run has taken, before this process ends and the run goes on."""
@@ -483,18 +484,18 @@ class Store(SiteRows, Decisions, Verdicts):
             self._db.execute("DELETE FROM chosen")
             self._keep_life()
             if finished:
-                self._journal.set_meta("finished", str(self.last_version))
+                self.journal.set_meta("finished", str(self.last_version))
                 self._drop_stop()
 
     # --- folders that loaders open ---
 
     def files(self) -> dict[str, str]:
         """Return the JSON files that describe the model, by name."""
-        return dict(self._journal.rows("SELECT name, text FROM files"))
+        return dict(self.journal.rows("SELECT name, text FROM files"))
 
     def add_file(self, name: str, text: str) -> None:
         """Keep a file that describes the model, if the initial model came without it."""
-        with self._journal.grouped():
+        with self.journal.grouped():
             self._db.execute("INSERT OR IGNORE INTO files VALUES (?, ?)", (name, text))
 
     def export(self, name: str, version: int) -> Path:
@@ -540,5 +541,5 @@ class Store(SiteRows, Decisions, Verdicts):
         if self._closed:
             return
         self._closed = True
-        self._journal.close()
+        self.journal.close()
         self._lock.close()

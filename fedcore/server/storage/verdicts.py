@@ -16,17 +16,17 @@ __all__ = ["Verdicts", "read_verdicts"]
 class Verdicts:
     """A part of `Store`; it works on the journal alone."""
 
-    _journal: Journal
+    journal: Journal
 
     def keep_verdict(self, version: int, verdict: Verdict) -> None:
         """Note what is decided of the updates of the round that makes a version, in place of what was before."""
-        with self._journal.transaction():
+        with self.journal.transaction():
             self._put_verdict(version, verdict)
 
     def forget_verdict(self, version: int) -> None:
         """Note that it is to be decided anew."""
-        with self._journal.transaction():
-            self._journal.db.execute("DELETE FROM verdicts WHERE version = ?", (version,))
+        with self.journal.transaction():
+            self.journal.db.execute("DELETE FROM verdicts WHERE version = ?", (version,))
 
     def verdict(self, version: int) -> Verdict | None:
         """Return what is decided of a round's updates; None if nothing is.
@@ -34,13 +34,13 @@ class Verdicts:
         Raises:
             IntegrityError: the journal does not hold it whole.
         """
-        rows = self._journal.rows("SELECT text FROM verdicts WHERE version = ?", version)
+        rows = self.journal.rows("SELECT text FROM verdicts WHERE version = ?", version)
         return _read(version, rows[0][0]) if rows else None
 
     def _put_verdict(self, version: int, verdict: Verdict) -> None:
         """Within a transaction: note what is decided."""
         values = version, verdict.text
-        self._journal.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", values)
+        self.journal.db.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", values)
 
 
 def read_verdicts(rows: Callable[[str], list[tuple[Any, ...]]]) -> dict[int, Verdict]:
