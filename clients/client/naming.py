@@ -15,8 +15,9 @@ from fedcore.errors import LayoutError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["inner_module", "own_names", "plain_names"]
+__all__ = ["in_state_dict", "inner_module", "own_names", "plain_names"]
 
+_HIDDEN: Final = frozenset({"_checkpoint_wrapped_module"})  # a state_dict leaves these parts out
 _PARALLEL: Final = frozenset({"DistributedDataParallel", "DataParallel"})
 
 
@@ -24,6 +25,11 @@ def inner_module(module: nn.Module) -> nn.Module | None:
     """Return the module inside a wrapper; None if ``module`` is no wrapper."""
     part = _wrapped_as(module)
     return None if part is None else module._modules[part]
+
+
+def in_state_dict(name: str) -> str:
+    """Return the name that a ``state_dict`` has for what has this one in a module."""
+    return ".".join(part for part in name.split(".") if part not in _HIDDEN)
 
 
 def _wrapped_as(module: nn.Module) -> str | None:
@@ -63,12 +69,23 @@ def plain_names(
 def _plain_parts(module: nn.Module | None, parts: list[str]) -> list[str]:
     kept: list[str] = []
     for at, part in enumerate(parts):
+        module = _seen_through(module, part)
         if module is None or part not in module._modules:
             return kept + parts[at:]
         if _wrapped_as(module) != part:
             kept.append(part)
         module = module._modules[part]
     return kept
+
+
+def _seen_through(module: nn.Module | None, part: str) -> nn.Module | None:
+    """Return the module that has ``part``, inside wrappers whose own part a ``state_dict`` leaves out."""
+    while module is not None and part not in module._modules and len(module._modules) == 1:
+        (hidden, inner), *_ = module._modules.items()
+        if hidden not in _HIDDEN:
+            break
+        module = inner
+    return module
 
 
 def own_names(model: nn.Module, root: nn.Module) -> dict[str, str]:

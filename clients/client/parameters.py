@@ -38,7 +38,7 @@ from .cards import adapter_files, frozen_by_class, model_files
 from .choice import travelling
 from .extras import active_adapter, refuse_extras, refuse_missing
 from .factors import Held, lora_pairs
-from .naming import inner_module, own_names, plain_names
+from .naming import in_state_dict, inner_module, own_names, plain_names
 from .prompts import is_computed, load_prompt
 from .sharding import address, is_sharded, local, put, whole
 
@@ -379,7 +379,7 @@ def _peft_tensors(model: Any) -> dict[str, torch.Tensor]:
 
 def _own_tensors(model: nn.Module, *, whole: bool = False) -> dict[str, torch.Tensor]:
     trained = {id(p): p for p in model.parameters() if p.requires_grad}
-    frozen = {name for name, p in model.named_parameters() if id(p) not in trained}
+    frozen = {in_state_dict(name) for name, p in model.named_parameters() if id(p) not in trained}
     # What the class itself freezes is a part of a model that is trained whole, and its loader expects it.
     whole = whole or not frozen or (_is_pretrained(model) and frozen <= frozen_by_class(model))
     keep: set[str] | None = None
@@ -390,7 +390,7 @@ def _own_tensors(model: nn.Module, *, whole: bool = False) -> dict[str, torch.Te
             own = [name for name, p in module.named_parameters(recurse=False) if id(p) in trained]
             if own or _moves_with(module, parents.get(module, module)):
                 own += [name for name, _ in module.named_buffers(recurse=False)]
-            keep.update(f"{prefix}.{name}" if prefix else name for name in own)
+            keep.update(in_state_dict(f"{prefix}.{name}" if prefix else name) for name in own)
     tensors: dict[str, torch.Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fedcore.client as fl
 from fedcore import protocol
@@ -85,7 +86,15 @@ def wrapped_inside() -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
+def checkpointed_inside() -> nn.Module:
+    """Activations are computed again: this wrapper's own part is in no name of a ``state_dict``."""
+    model: Any = compiled_inside()
+    model.body = checkpoint_wrapper(model.body)
+    return model  # type: ignore[no-any-return]
+
+
 WRAPPED = {
+    "checkpointed inside": checkpointed_inside,
     "compiled": lambda: torch.compile(plain()),
     "compiled inside": compiled_inside,
     "wrapped inside": wrapped_inside,
