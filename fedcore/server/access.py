@@ -216,7 +216,7 @@ class Access:
     # --- revocation ---
 
     def revoked(self) -> list[Identity]:
-        """Return whose keys were taken off the list since the last call; they are not heard any more."""
+        """Return whose keys were taken off the list since the last call; their messages are dropped."""
         now = self._clock.monotonic()
         if self.secured is None or now < self._next_look:
             return []

@@ -104,7 +104,7 @@ class Attendance:
         if isinstance(event, SetDamaged):
             # Found when a chunk was asked for again, or an update was added.
             raise self._run.versions.damaged(event.message)
-        found = self._run.collecting.heard(event)
+        found = self._run.collecting.handle(event)
         if isinstance(found, Reduced):
             self._acting.go_on()
         elif isinstance(found, Rejected):

@@ -422,7 +422,7 @@ class Collecting:
             return False
         return event.collector == running.collector.id
 
-    def heard(self, event: DataEvent) -> Reduced | Rejected | Stalled | None:
+    def handle(self, event: DataEvent) -> Reduced | Rejected | Stalled | None:
         """Return what an event of this collection comes to; None if nothing, or if it is of another one.
 
         Raises:

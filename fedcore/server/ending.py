@@ -155,7 +155,7 @@ class Ending:
         )
 
     def say_goodbye(self, goodbye: Goodbye) -> None:
-        """Answer for a moment longer, so that every site and viewer hears of the end."""
+        """Answer for a moment longer, so that the end reaches every site and viewer."""
         self.goodbye = goodbye
         self.next_look = 0.0
 
@@ -178,7 +178,7 @@ class Ending:
         members, untold = set(self._run.store.members()), goodbye.untold
         if untold and goodbye.patience.linger:
             names = ", ".join(sorted(untold))
-            logger.warning("%s may not know that the run is over: nothing heard from there", names)
+            logger.warning("%s may not know that the run is over: nothing came from there", names)
         # Whoever still waits joins the next server: one that goes on with the run, or says these words again.
         over = self.result.ok and not self.interrupted
         self._run.store.forget_members(members if over else members - untold)

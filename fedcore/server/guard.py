@@ -44,7 +44,7 @@ _R = TypeVar("_R", bound=_Run)
 
 
 class Guard(Generic[_R]):
-    """Tells peers that they are refused, and ends the part of those that take part.
+    """Answers peers that are refused, and ends the part of those that take part.
 
     Args:
         link, access, replies: how peers are reached, who may be there, and what is logged of them.
@@ -84,7 +84,7 @@ class Guard(Generic[_R]):
         run = self.run_of(peer)
         return contextlib.nullcontext() if run is None else self._working_on(run)
 
-    def heard(self, event: DataEvent) -> bool:
+    def handle(self, event: DataEvent) -> bool:
         """Answer an event of the link that is about a peer; False if it is about a collection."""
         if not isinstance(event, FrameMalformed | PeerUnknown | RateExceeded | ConnectionsExceeded):
             return False

@@ -265,7 +265,7 @@ class Host:
         """End this process but not its runs; safe from another thread or a signal handler.
 
         Args:
-            what: ended it, such as ``"SIGTERM"``; the sites are told.
+            what: ended it, such as ``"SIGTERM"``; the message to the sites names it.
         """
         self._interrupted = what
         for run in self.runs:
@@ -365,7 +365,7 @@ class Host:
 
     def _take(self, arrived: Control | DataEvent) -> None:
         if not isinstance(arrived, Control):
-            if not self._guard.heard(arrived):
+            if not self._guard.handle(arrived):
                 self._on_event(arrived)
             return
         inside = self._guard.run_of(arrived.peer)

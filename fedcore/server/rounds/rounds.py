@@ -1,7 +1,7 @@
 """The round state machine: what the server does next, decided without sockets, files or a clock.
 
-`Rounds` is told what happened (a site joined, published, vanished; chunks were reduced; time passed) and answers
-with actions for the process around it. The same calls with the same times give the same answers, so that any
+The inputs of `Rounds` are events: a site joined, published or vanished, chunks were reduced, time passed. Its outputs
+are actions for the process around it. The same calls with the same times give the same answers, so that any
 fault can be replayed exactly in a test.
 
 An update is pulled as soon as it is ready, ahead of those of sites that still train.
@@ -260,7 +260,7 @@ class Rounds:
         if member.delivery == delivery:
             return []
         if round_ == self.version and member.counted == delivery:
-            return []  # said again before the site heard of the commit
+            return []  # sent again before the commit reached the site
         if self.phase is Phase.INITIAL and round_ == 0 and member.state is SiteState.TRAINING:
             member.delivery = delivery
             return [self._collect([member])]
@@ -420,7 +420,7 @@ class Rounds:
         return self.roster.get(site)
 
     def _assign(self, member: Member, now: float) -> list[Action]:
-        """Give a site what it owes, if anything."""
+        """Give a site the task that it has not answered yet, if any."""
         if self.over or self.held:
             return []
         if self.version is None:

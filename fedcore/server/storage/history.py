@@ -1,4 +1,4 @@
-"""What a journal tells of a run: its versions, their scores, and what all of it took."""
+"""What a journal has of a run: its versions, their scores, and what all of it took."""
 
 from __future__ import annotations
 

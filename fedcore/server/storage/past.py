@@ -1,4 +1,4 @@
-"""What a run folder tells without a server: how its run stands, and the training metrics that its sites logged."""
+"""What a run folder shows without a server: how its run stands, and the training metrics that its sites logged."""
 
 from __future__ import annotations
 
