@@ -1,8 +1,8 @@
 """The round state machine: what the server does next, decided without sockets, files or a clock.
 
-The inputs of `Rounds` are events: a site joined, published or vanished, chunks were reduced, time passed. Its outputs
-are actions for the process around it. The same calls with the same times give the same answers, so that any
-fault can be replayed exactly in a test.
+The inputs of `Rounds` are events: a site joined, published or vanished, chunks were reduced, time passed. Its
+outputs are actions for the process around it. The same calls with the same times give the same answers, so that
+any fault can be replayed exactly in a test.
 
 An update is pulled as soon as it is ready, ahead of those of sites that still train.
 
