@@ -22,6 +22,7 @@ from fedcore._core import (
     SourceStalled,
     Spill,
 )
+from fedcore.adapters.forms import ranks_of
 from fedcore.config import RunConfig
 from fedcore.errors import ConfigError, RuleError, StorageError
 from fedcore.roles import pairs_of
@@ -97,6 +98,7 @@ class Collecting:
         self.no_room = ""
         self.judged: Verdict | None = None
         self._is_new = False
+        self._fits: tuple[int, ...] = ()  # ranks that all sites may have, as far as memory goes
         self._version = -1  # that `start` was called for last
 
     def scratch(self, version: int) -> Scratch:
@@ -156,21 +158,28 @@ class Collecting:
         """Say that memory does not hold the factors of this site's rank beside those of the others.
 
         Only where products of factors are looked at: a module's factors of all sites are needed at the same time.
-        Those of as many sites are looked at as a round has, and that have said their rank.
+        Those of as many sites are looked at as a round has: with the ranks that they have said, or with this one's
+        while no site has another.
 
         Raises:
             LayoutError: the tensors make no layout.
         """
         factors = self._versions.factors
-        if not factors.ranked:
+        if not factors.measured:
             return ""
         own, pairs = declared_layout(declare, self._store.chunk_bytes), pairs_of(declare)
-        model = factors.model_layout(own, pairs)
+        model, most = factors.model_layout(own, pairs), self._config.participants.trained
+        here = tuple(ranks_of(declare.tensors, pairs))
         others = [factors.ranks(other) for other in factors.known if other != site]
-        known = [factors.ranked_layout(model, pairs, ranks) for ranks in others]
-        known.sort(key=lambda layout: layout.total_bytes, reverse=True)
-        most = self._config.participants.trained
-        layouts = [own, *known][:most] if factors.ranked else [own] * most
+        mixed = any(ranks != here for ranks in others)
+        if mixed:
+            known = [factors.ranked_layout(model, pairs, ranks) for ranks in others]
+            known.sort(key=lambda layout: layout.total_bytes, reverse=True)
+            layouts = [own, *known][:most]
+        else:  # looked at once, however many sites there are
+            layouts = [own] * most
+            if self._fits == here:
+                return ""
         room = MappedFile.anonymous(model.total_bytes), 0  # nothing of it is touched
         rule = factors.rule(model, self._config.reducer_threads, pairs)
         try:
@@ -187,6 +196,8 @@ class Collecting:
                 f"server.memory is too little for the adapter of site {site!r}: {error}; raise server.memory, or "
                 "take a lower rank at the site"
             )
+        if not mixed:
+            self._fits = here
         return ""
 
     def start(

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,15 @@ import numpy as np
 import pytest
 
 from fedcore.adapters.report import Figure, Measured
+from fedcore.errors import LayoutError
 from fedcore.monitor.ask import read_summary
 from fedcore.monitor.view import PlainLines
+from fedcore.server.service import Server
 from fedcore.server.storage.past import read_past
 from fedcore.server.storage.store import Store
+from fedcore.site.session import Session
+from fedcore.site.settings import SiteSettings
+from fedcore.transport.local import LocalNetwork
 
 from ..support.factor_runs import (
     PAIRS,
@@ -152,3 +159,23 @@ def test_figures_beyond_all_floats_are_no_numbers_for_programs() -> None:
     assert measured.status.of_norm is None
     with pytest.raises(ValueError, match="no figure of adapters"):
         Measured.of_text("[]")
+
+
+def test_memory_that_does_not_hold_a_modules_factors_is_refused_at_the_declaration(
+    tmp_path: Path,
+) -> None:
+    rows = 1 << 21
+    specs = [(PAIRS[0][0], "F32", [4, 30]), (PAIRS[0][1], "F32", [rows, 4])]
+    run = config(tmp_path, "factors", server={"insecure": True, "memory": "32MiB"})
+    with closing(LocalNetwork()) as network, ThreadPoolExecutor(1) as pool:
+        server = Server(run, link=network.server())
+        serving = pool.submit(server.run)
+        session = Session(SiteSettings("local", "a", idle_timeout=200), network.dial)
+        try:
+            assert session.is_running()
+            with pytest.raises(LayoutError, match="memory is too little for the"):
+                session.begin(specs, {}, lambda _: b"", roles={}, pairs=PAIRS[:1])
+        finally:
+            session.close()
+            server.stop()
+            serving.result(200)
