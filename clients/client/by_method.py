@@ -7,24 +7,29 @@ from torch import nn
 from fedcore.protocol import LoraMethod
 
 from .parameters import Joined, ModelParameters
-from .personal import PersonalParameters
+from .personal import Kept, PersonalParameters
 from .ranked import RankedParameters
 
 __all__ = ["model_parameters"]
 
 
 def model_parameters(
-    model: nn.Module, joined: Joined | None, method: LoraMethod | None, max_rank: int | None
+    model: nn.Module,
+    joined: Joined | None,
+    run: tuple[LoraMethod | None, int | None],
+    kept: Kept,
 ) -> ModelParameters:
     """Return what travels of a model.
 
     Args:
         model, joined: see `ModelParameters`.
-        method: how the run combines factors; None: each tensor for itself.
-        max_rank: the highest rank of the global model, where products are combined.
+        run: how it combines factors, None for each tensor for itself; and the highest rank of its global model,
+            where products are combined.
+        kept: what stays at this site.
     """
+    method, max_rank = run
     if method == "exact" and max_rank is not None:
         return RankedParameters(model, joined, max_rank)
     if method == "share-a":
-        return PersonalParameters(model, joined)
+        return PersonalParameters(model, joined, kept)
     return ModelParameters(model, joined)

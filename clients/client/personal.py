@@ -7,7 +7,6 @@ kept in the run's work folder, by round, so that a process which is started agai
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -23,23 +22,28 @@ from fedcore.site.work import TRAINER
 
 from .parameters import Joined, ModelParameters
 
-__all__ = ["PersonalParameters"]
+__all__ = ["Kept", "PersonalParameters"]
 
 _NAME: Final = f"{TRAINER}own-"
 _KEPT: Final = 2
 """The rounds that are kept: a process that was killed may have to train the last one again."""
 
-_Values = Mapping[str, memoryview]
-_of_models: weakref.WeakKeyDictionary[nn.Module, dict[int, _Values]] = weakref.WeakKeyDictionary()
+Kept = dict[int, Mapping[str, memoryview]]
+"""Raw bytes of the factors B of a site, by name, for each round in which they were trained."""
 
 
 class PersonalParameters(ModelParameters):
-    """The travelling tensors of a PEFT model whose factors B stay where they are trained."""
+    """The travelling tensors of a PEFT model whose factors B stay where they are trained.
 
-    def __init__(self, model: nn.Module, joined: Joined | None = None) -> None:
+    Args:
+        model, joined: see `ModelParameters`.
+        kept: the site's, in this process; a script may make its model anew in each round.
+    """
+
+    def __init__(self, model: nn.Module, joined: Joined | None, kept: Kept) -> None:
         super().__init__(model, joined)
-        self._rounds = _of_models.setdefault(self._root, {})
-        self._own: _Values = {}
+        self._rounds = kept
+        self._own: Mapping[str, memoryview] = {}
 
     def begin(self, task: GlobalModel, folder: Path | None) -> None:
         """Take up the B that this site had when a global model was made; the global one's in the first round."""
@@ -78,10 +82,10 @@ class PersonalParameters(ModelParameters):
         create_model(partial, layout).fill(lambda name: values[name])
         partial.rename(_path(folder, round_))
 
-    def _read(self, folder: Path) -> dict[int, _Values]:
+    def _read(self, folder: Path) -> Kept:
         """Return what an earlier process kept, by round; nothing of another model."""
         wanted = {name: (dtype, list(shape)) for name, dtype, shape in self.specs}
-        found: dict[int, _Values] = {}
+        found: Kept = {}
         for path in folder.glob(f"{_NAME}*.safetensors"):
             try:
                 file = open_model(path)

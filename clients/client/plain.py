@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from .factors import Held
     from .parameters import ModelParameters
+    from .personal import Kept
     from .ranks import RankedSession
     from .still import Still
 
@@ -71,6 +72,7 @@ def _get_session() -> Session | RankedSession:
 
 
 _model: ModelParameters | None = None
+_own_factors: Kept = {}
 _still: Still | None = None
 _held: Held | None = None
 _own: dict[str, str] = {}
@@ -128,6 +130,7 @@ def init(
 
 
 def _forget_model() -> None:
+    _own_factors.clear()
     global _model, _own, _hooks, _arrays, _still, _held  # noqa: PLW0603
     for hooks in (_hooks, _held):
         if hooks is not None:
@@ -268,7 +271,7 @@ def _refreshed() -> ModelParameters:
     from .by_method import model_parameters
 
     session, joined = _get_session(), _model.joined()
-    _model = model_parameters(joined.given, joined, session.lora, session.max_rank)
+    _model = model_parameters(joined.given, joined, (session.lora, session.max_rank), _own_factors)
     if session.model is not None:
         _model.begin(session.model, _kept_folder())
     return _model

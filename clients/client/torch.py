@@ -25,6 +25,7 @@ from .extras import hidden_parameters, refuse_beside
 from .factors import Held
 from .guard import Aside, Guard, Probe, shown
 from .parameters import Joined, ModelParameters
+from .personal import Kept
 from .ranks import Gathered, RankedSession, forget_session, site_session
 from .still import Still
 from .tokenizer import tokenizer_fingerprint
@@ -69,6 +70,7 @@ class TorchSite:
         self._beside: Mapping[str, nn.Parameter] = {}
         self._still: Still | None = None
         self._held = Held()
+        self._own_factors: Kept = {}
         self.owner: object = None
         self.tokenizer: Any = None
 
@@ -128,7 +130,8 @@ class TorchSite:
     def _parameters(self, model: nn.Module) -> ModelParameters:
         """Return what travels of ``model``: what did when the site joined, also where it is frozen by now."""
         session = self._session
-        return model_parameters(model, self._joined, session.lora, session.max_rank)
+        run = session.lora, session.max_rank
+        return model_parameters(model, self._joined, run, self._own_factors)
 
     def _restore(self, parameters: ModelParameters) -> None:
         """Have what is frozen be as it was before the first round, and say what training has changed."""

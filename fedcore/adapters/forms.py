@@ -130,16 +130,17 @@ class Forms:
 
     def fixed(self, round_: int) -> frozenset[str]:
         """Return the names of the tensors that a site does not train in a round."""
-        return frozenset() if self._method == "share-a" else self._absent(round_)
+        return frozenset() if self._method == "share-a" else self.absent(round_)
 
-    def _absent(self, round_: int) -> frozenset[str]:
+    def absent(self, round_: int) -> frozenset[str]:
+        """Return the names of the tensors that an update does not hold."""
         if self._method is None:
             return frozenset()
         return fixed_tensors(self._method, round_, self._pairs)
 
     def layout(self, model: Layout, round_: int) -> Layout:
         """Return the layout of a round's update; the model's own, the same object, where it holds all of it."""
-        fixed = self._absent(round_)
+        fixed = self.absent(round_)
         if self._method is None or not fixed:
             return model
         if self._model is not model:

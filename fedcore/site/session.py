@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from fedcore import protocol
-from fedcore._core import Layout
+from fedcore._core import Layout, same_bytes
 from fedcore.errors import (
     ClosedError,
     ConfigError,
@@ -417,7 +417,8 @@ class Session:
             score=self._score,
             part=None if layout is whole else (whole, given.__getitem__),
         )
-        if checked.throughout:
+        own = self._factors.absent(model.round) - self._factors.fixed(model.round)
+        if checked.throughout and all(same_bytes(read(n), model.tensors[n]) for n in sorted(own)):
             text = (
                 f"the update of round {model.round} is all zeros: training changed no tensor; check the learning "
                 "rate, and that what is trained is what was given to fedcore"

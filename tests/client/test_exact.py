@@ -152,7 +152,7 @@ def test_an_adapter_whose_products_do_not_add_up_is_refused(
 
 def test_a_model_moves_to_its_global_values_in_half_precision() -> None:
     model = adapted(r=2).to(torch.bfloat16)
-    parameters = model_parameters(model, None, "exact", 8)
+    parameters = model_parameters(model, None, ("exact", 8), {})
     assert {dtype for name, dtype, _ in parameters.specs if "lora" in name} == {"F32"}
     assert (
         len(parameters.read(parameters.names[0]))

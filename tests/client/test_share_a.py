@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,13 +65,17 @@ class Site:
         self.trained: dict[int, Values] = {}
         self.scores: dict[int, float] = {}
 
-    def run(self, at: Callable[[str, int], None] = lambda *_: None) -> None:
-        """Take part with a new model, as a new process does; ``at`` is called at each moment of each round."""
+    def run(self, at: Callable[[str, int], None] = lambda *_: None, *, anew: bool = False) -> None:
+        """Take part with a new model, as a new process does, or with one that is made ``anew`` in each round.
+
+        ``at`` is called at each moment of each round.
+        """
         settings = SiteSettings("local", self.name, idle_timeout=200, work=self.work)
         session, model = Session(settings, self.network.dial), adapted()
         site = TorchSite(session)
         with closing(session):
             while site.is_running():
+                model = adapted() if anew else model
                 task = site.receive(model)
                 assert task is not None
                 self.scored[task.version] = values(model)
@@ -79,7 +84,7 @@ class Site:
                 if task.kind == "evaluate":
                     site.end()
                     continue
-                train(model, steps=2, rows=rows(self.name))
+                train(model, rows=rows(self.name))
                 self.trained[task.round] = values(model)
                 at("trained", task.round)
                 counted = ExampleCounter(EXAMPLES[self.name])
@@ -88,7 +93,9 @@ class Site:
                 at("submitted", task.round)
 
 
-def run_sites(folder: Path, at: Callable[[str, int], None] = lambda *_: None) -> list[Site]:
+def run_sites(
+    folder: Path, at: Callable[[str, int], None] = lambda *_: None, **options: bool
+) -> list[Site]:
     """Run to the end; a killed site is started again at once."""
     config = parse_run(
         {
@@ -107,7 +114,7 @@ def run_sites(folder: Path, at: Callable[[str, int], None] = lambda *_: None) ->
 
         def first() -> None:
             with contextlib.suppress(Killed):
-                sites[0].run(at)
+                sites[0].run(at, **options)
                 return
             sites[0].run()
 
@@ -148,6 +155,25 @@ def test_a_is_the_mean_of_the_sites_and_b_stays_where_it_was_trained(tmp_path: P
             assert same(a, split(versions[round_])[0])
             assert same(b, split(site.trained[round_])[1]), "scored and trained with its own B"
     assert not same(split(north.trained[3])[1], split(south.trained[3])[1])
+
+
+def test_a_model_that_is_made_anew_in_each_round_gets_the_sites_own_b(tmp_path: Path) -> None:
+    wanted, found = run_sites(tmp_path / "one"), run_sites(tmp_path / "two", anew=True)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.scores == other.scores
+        assert same(one.trained[3], other.trained[3])
+
+
+def test_a_round_that_moves_b_alone_is_no_update_of_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While B is 0, the first step has no gradient for A."""
+    monkeypatch.setitem(globals(), "train", functools.partial(train, steps=1))
+    run_sites(tmp_path)
+    assert "training changed no tensor" not in caplog.text
+    monkeypatch.setitem(globals(), "train", lambda *_, **__: None)
+    run_sites(tmp_path / "idle")
+    assert "training changed no tensor" in caplog.text
 
 
 @pytest.mark.parametrize("moment", ["trained", "submitted"])
