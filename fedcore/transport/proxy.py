@@ -66,14 +66,18 @@ class Proxy:
         try:
             parts = urlsplit(text.strip())
             scheme = "socks5" if parts.scheme == "socks5h" else parts.scheme
-            port = parts.port or _PORTS.get(scheme, 0)
+            port = _PORTS.get(scheme, 0) if parts.port is None else parts.port
             user, password = unquote(parts.username or ""), unquote(parts.password or "")
         except ValueError:
             raise ConfigError(f"{PROXY_ENV}: {_EXPECTED}") from None
         if scheme not in _PORTS:
-            raise ConfigError(f"{PROXY_ENV}: a proxy of kind {scheme!r} is not known; {_EXPECTED}")
+            # Without a scheme, what comes first is the user.
+            kind = f"a proxy of kind {scheme!r} is not known; " if "://" in text else ""
+            raise ConfigError(f"{PROXY_ENV}: {kind}{_EXPECTED}")
         host = parts.hostname or ""
-        if not host or not host.isprintable() or parts.path not in {"", "/"} or parts.query:
+        # What follows a / or a # of a password, which should stand there as %2F and %23, is no part of the host.
+        whole = parts.path in {"", "/"} and not parts.query and not parts.fragment
+        if not host or not host.isprintable() or not port or not whole:
             raise ConfigError(f"{PROXY_ENV}: {_EXPECTED}")
         if max(len(user.encode()), len(password.encode())) > _MAX_LOGIN or (password and not user):
             raise ConfigError(
@@ -129,16 +133,16 @@ class Proxy:
         return end
 
     def _ask_http(self, talk: _Talk, server: Server) -> None:
-        there = f"[{server.host}]" if ":" in server.host else server.host
+        host = server.host if server.numeric else _name(server).decode()
+        there = f"[{host}]" if ":" in host else host
         lines = [f"CONNECT {there}:{server.port} HTTP/1.1", f"Host: {there}:{server.port}"]
         if self.user:
-            login = base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-            lines.append(f"Proxy-Authorization: Basic {login}")
+            lines.append(f"Proxy-Authorization: Basic {self._basic}")
         talk.send("".join(f"{line}\r\n" for line in [*lines, ""]).encode())
         head = talk.head()
         found = re.match(rb"HTTP/1\.[01] ([0-9]{3})(?: ([^\r\n]*))?\r\n", head)
         if found is None:
-            raise ProxyError(f"{self} does not speak HTTP: it answered {_said(head)!r}")
+            raise ProxyError(f"{self} does not speak HTTP: it answered {self._said(head)!r}")
         code = int(found[1])
         if 200 <= code < 300:
             return
@@ -147,7 +151,7 @@ class Proxy:
             hint = "; it does not take this login" if self.user else "; it wants a login"
         elif code == 403:
             hint = f"; its rules must allow {there} and port {server.port}"
-        said = f"{code} {_said(found[2] or b'')}".strip()
+        said = f"{code} {self._said(found[2] or b'')}".strip()
         raise ProxyError(
             f"{self} answered {said} when it was to connect to {there}:{server.port}{hint}"
         )
@@ -167,30 +171,47 @@ class Proxy:
             if talk.take(2)[1] != 0:
                 raise ProxyError(f"{self} does not take this login")
         talk.send(b"\x05\x01\x00" + _socks_address(server) + server.port.to_bytes(2, "big"))
-        _, reply, _, kind = talk.take(4)
+        version, reply, _, kind = talk.take(4)
+        if version != 5:
+            raise ProxyError(f"{self} does not speak SOCKS5")
         if reply != 0:
             why = _SOCKS.get(reply, f"error {reply}")
             raise ProxyError(f"{self} did not connect to {server.host}:{server.port}: {why}")
+        if kind not in {1, 3, 4}:
+            raise ProxyError(f"{self} does not speak SOCKS5")
         length = {1: 4, 4: 16}.get(kind) or talk.take(1)[0]
         talk.take(length + 2)
+
+    @property
+    def _basic(self) -> str:
+        """The login as HTTP sends it."""
+        return base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+
+    def _said(self, data: bytes) -> str:
+        """Return the beginning of what the proxy said, fit for a log: without the login, if it was sent back."""
+        if self.user:
+            for secret in (self._basic, self.password):
+                data = data.replace(secret.encode(), b"***") if secret else data
+        return shown(data.decode("latin-1"), _MAX_SAID)
 
 
 def _socks_address(server: Server) -> bytes:
     if server.numeric:
         packed = ipaddress.ip_address(server.host).packed
         return (b"\x01" if len(packed) == 4 else b"\x04") + packed
+    name = _name(server)
+    return b"\x03" + bytes([len(name)]) + name
+
+
+def _name(server: Server) -> bytes:
+    """Return a server's name as a name server takes it."""
     try:
         name = server.host.encode("ascii" if server.host.isascii() else "idna")
     except UnicodeError:
         name = b""
     if not 1 <= len(name) <= 255:
         raise ProxyError(f"{server.host} is no name that a proxy could resolve")
-    return b"\x03" + bytes([len(name)]) + name
-
-
-def _said(data: bytes) -> str:
-    """Return the beginning of what a proxy said, fit for a log."""
-    return shown(data.decode("latin-1"), _MAX_SAID)
+    return name
 
 
 class _Talk:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,8 +25,9 @@ from fedcore.site.connection import Connection
 from fedcore.site.settings import SiteSettings
 from fedcore.transport import link as transport
 from fedcore.transport import tunnel
+from fedcore.transport.dialling import Server
 from fedcore.transport.link import Control, ServerLink, SiteLink
-from fedcore.transport.proxy import Proxy
+from fedcore.transport.proxy import Proxy, ProxyError
 
 from ..support.links import DEADLINE, Parties, pulled, wait
 from ..support.ports import free_port
@@ -97,6 +101,28 @@ class Behind:
         while self.link.connections == before:
             assert time.monotonic() < deadline
             self.link.recv(0.2)
+
+
+SERVER = Server.of("tcp://fed.invalid:443")
+
+
+@contextmanager
+def answering(answer: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """A proxy that gives one answer, whatever it is asked: its port, and what it was asked."""
+    asked: list[bytes] = []
+
+    def serve() -> None:
+        with listener.accept()[0] as end, contextlib.suppress(OSError):
+            asked.append(end.recv(1 << 16))
+            end.sendall(answer)
+            while end.recv(1 << 16):  # until the other side has read it
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], asked
+        thread.join()
 
 
 def small(kind: str, server: ServerLink, *, login: bool = False) -> SmallProxy:
@@ -273,7 +299,8 @@ def test_a_proxys_url_is_taken_apart(text: str, expected: Proxy) -> None:
     "text",
     [
         "proxy:8080", "https://proxy:443", "http://", "http://u:secret@proxy:99999", "ftp://u:secret@proxy",
-        "http://u:secret@proxy/path", "socks5://:secret@proxy", "http://a%3Ab:secret@proxy", "http://[fd00::x]:1",
+        "http://u:secret@proxy/path", "http://u:7#secret@proxy", "u:secret@proxy:8080",
+        "http://proxy:0", "socks5://:secret@proxy", "http://a%3Ab:secret@proxy", "http://[fd00::x]:1",
         f"socks5://{'u' * 256}:secret@proxy",
     ],
 )  # fmt: skip
@@ -281,6 +308,34 @@ def test_a_url_that_names_no_proxy_is_refused_without_its_login(text: str) -> No
     with pytest.raises(ConfigError, match="FEDCORE_PROXY") as error:
         Proxy.of(text)
     assert "secret" not in str(error.value)
+
+
+def test_a_login_that_a_proxy_sends_back_is_not_shown() -> None:
+    login = base64.b64encode(b"u:sec@ret").decode()
+    for answer in (f"GET / Basic {login}", f"HTTP/1.1 407 no {login} for u:sec@ret"):
+        with (
+            answering(answer.encode() + b"\r\n\r\n") as (port, _),
+            pytest.raises(ProxyError, match=r"\*\*\*") as error,
+        ):
+            Proxy("http", "127.0.0.1", port, "u", "sec@ret").connect(SERVER, DEADLINE)
+        assert login not in str(error.value)
+        assert "sec@ret" not in str(error.value)
+
+
+@pytest.mark.parametrize("reply", [b"\x04\x00\x00\x01", b"\x05\x00\x00\x09"])
+def test_a_reply_that_is_not_one_of_socks5_is_named(reply: bytes) -> None:
+    with (
+        answering(b"\x05\x00" + reply + bytes(6)) as (port, _),
+        pytest.raises(ProxyError, match="does not speak SOCKS5"),
+    ):
+        Proxy("socks5", "127.0.0.1", port).connect(SERVER, DEADLINE)
+
+
+def test_an_http_proxy_is_asked_for_an_international_name_as_dns_has_it() -> None:
+    server = Server.of("tcp://b\u00fccher.invalid:443")
+    with answering(b"HTTP/1.1 200 OK\r\n\r\n") as (port, asked):
+        Proxy("http", "127.0.0.1", port).connect(server, DEADLINE).close()
+        assert asked[0].startswith(b"CONNECT xn--bcher-kva.invalid:443 ")
 
 
 def test_a_server_on_this_machine_is_dialled_directly() -> None:
