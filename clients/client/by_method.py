@@ -8,7 +8,7 @@ from fedcore.protocol import LoraMethod
 
 from .parameters import Joined, ModelParameters
 from .personal import Kept, PersonalParameters
-from .ranked import RankedParameters
+from .ranked import RankedParameters, forget_ranks
 
 __all__ = ["model_parameters"]
 
@@ -30,6 +30,7 @@ def model_parameters(
     method, max_rank = run
     if method == "exact" and max_rank is not None:
         return RankedParameters(model, joined, max_rank)
+    forget_ranks(model)
     if method == "share-a":
         return PersonalParameters(model, joined, kept)
     return ModelParameters(model, joined)

@@ -24,7 +24,7 @@ from fedcore.roles import Pairs
 from .extras import active_adapter
 from .sharding import address
 
-__all__ = ["OwnRank"]
+__all__ = ["OwnRank", "drop_remainders"]
 
 
 class OwnRank:
@@ -103,6 +103,7 @@ class _Layer:
         rows, columns = len(self.b), self.a.shape[1]
         self.remainder = torch.zeros(rows, 0), torch.zeros(0, columns)
         self._moved: tuple[torch.Tensor, torch.Tensor] | None = None
+        _drop(module)
         # One hook for good: a compiled module does not see those that come after it was compiled.
         self.handle = module.register_forward_hook(self._add)
 
@@ -144,17 +145,28 @@ class _Layer:
 
     def _add(self, module: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         b, a = self.remainder
-        if not len(a) or module.disable_adapters:
+        if not len(a) or module.disable_adapters or self._adapter not in module.active_adapters:
             return output
-        x, like = inputs[0], self.a
-        if self._moved is None or (self._moved[0].device, self._moved[0].dtype) != (
-            x.device,
-            like.dtype,
-        ):
-            self._moved = b.to(x.device, like.dtype), a.to(x.device, like.dtype)
-        b, a = self._moved
+        x, like, moved = inputs[0], self.a, self._moved
+        if moved is None or (moved[0].device, moved[0].dtype) != (x.device, like.dtype):
+            moved = self._moved = b.to(x.device, like.dtype), a.to(x.device, like.dtype)
+        b, a = moved
         added = torch.nn.functional.linear(torch.nn.functional.linear(x.to(a.dtype), a), b)
         return output + added.to(output.dtype)
+
+
+def drop_remainders(model: torch.nn.Module) -> None:
+    """Take all remainders out of a model: those that came with a copy of it, or are of a run that is over."""
+    for module in model.modules():
+        _drop(module)
+
+
+def _drop(module: torch.nn.Module) -> None:
+    hooks = module._forward_hooks
+    for key in [
+        k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Layer)
+    ]:
+        del hooks[key]
 
 
 def _adapted(model: Any) -> Iterator[tuple[Any, str]]:

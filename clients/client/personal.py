@@ -7,10 +7,12 @@ kept in the run's work folder, by round, so that a process which is started agai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+import torch
 from torch import nn
 
 from fedcore._core import Layout
@@ -27,6 +29,8 @@ __all__ = ["Kept", "PersonalParameters"]
 _NAME: Final = f"{TRAINER}own-"
 _KEPT: Final = 2
 """The rounds that are kept: a process that was killed may have to train the last one again."""
+
+logger = logging.getLogger("fedcore.client")
 
 Kept = dict[int, Mapping[str, memoryview]]
 """Raw bytes of the factors B of a site, by name, for each round in which they were trained."""
@@ -64,11 +68,26 @@ class PersonalParameters(ModelParameters):
             self._fill(own, self._own)
 
     def keep(self, task: GlobalModel, folder: Path | None) -> None:
-        """Keep the B that was trained in a round, and forget that of the rounds before the last."""
+        """Keep the B that was trained in a round, and forget that of the rounds before the last.
+
+        One that is not finite is not kept: each later round would be trained from it.
+        """
         names = [b for _, b in self.pairs("share-a")]
+        if not all(bool(torch.isfinite(self._tensors[name]).all()) for name in names):
+            logger.warning(
+                "round %d: training has made a factor B that is not finite; this site goes on with the one before",
+                task.round,
+            )
+            return
         self._rounds[task.round] = {name: memoryview(bytes(self.read(name))) for name in names}
         if folder is not None:
-            self._write(folder, task.round)
+            try:
+                self._write(folder, task.round)
+            except (FedcoreError, OSError) as error:
+                logger.warning(
+                    "round %d: factor B is not kept on disk should this process be started again: %s: set "
+                    "FEDCORE_WORK to a folder with more room", task.round, error,
+                )  # fmt: skip
         for round_ in sorted(self._rounds)[:-_KEPT]:
             del self._rounds[round_]
             if folder is not None:
@@ -78,9 +97,12 @@ class PersonalParameters(ModelParameters):
         values = self._rounds[round_]
         layout = Layout([(n, d, list(s)) for n, d, s in self.specs if n in values])
         partial = folder / f".{_NAME}partial"
-        partial.unlink(missing_ok=True)
-        create_model(partial, layout).fill(lambda name: values[name])
-        partial.rename(_path(folder, round_))
+        try:
+            partial.unlink(missing_ok=True)
+            create_model(partial, layout).fill(lambda name: values[name])
+            partial.rename(_path(folder, round_))
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _read(self, folder: Path) -> Kept:
         """Return what an earlier process kept, by round; nothing of another model."""

@@ -205,6 +205,8 @@ def _begin() -> GlobalModel:
             "fl.is_running() waits for the next task"
         )
     if _model is not None and session.model is None:
+        if isinstance(session, Session):
+            session.join()
         return _begin_with(session, _refreshed())
     source = _model if _model is not None else _arrays
     if source is not None:

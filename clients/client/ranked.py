@@ -22,11 +22,11 @@ from fedcore.roles import Pairs
 from fedcore.site.received import Received
 from fedcore.site.session import GlobalModel
 
-from .own_rank import OwnRank
+from .own_rank import OwnRank, drop_remainders
 from .parameters import Joined, ModelParameters, from_view, raw_bytes
 from .sharding import put
 
-__all__ = ["RankedParameters"]
+__all__ = ["RankedParameters", "forget_ranks"]
 
 _FACTOR = "F32"
 _of_models: weakref.WeakKeyDictionary[nn.Module, tuple[OwnRank, Pairs]] = (
@@ -94,3 +94,10 @@ class RankedParameters(ModelParameters):
             self._own.load(own, self._seed)
         if isinstance(tensors, Received):
             tensors.release()
+
+
+def forget_ranks(model: nn.Module) -> None:
+    """Take out of a model what an earlier run, which combined products, has put beside its adapter."""
+    for module in model.modules():
+        _of_models.pop(module, None)
+    drop_remainders(model)

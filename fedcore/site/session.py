@@ -161,6 +161,16 @@ class Session:
         """How the run ended; None while it goes on."""
         return self._outcome
 
+    def join(self) -> None:
+        """Join the run, if this process has not yet: from then on it is known how the run combines factors.
+
+        Raises:
+            TransferTimeout, RefusedError: see `is_running`.
+        """
+        if self.connection.open():
+            atexit.register(self.close)  # after the link's own: what was registered last runs first
+        self.connection.join()
+
     def is_running(self) -> bool:
         """Wait for the next task; False when the run is over.
 
@@ -176,7 +186,7 @@ class Session:
         """
         if self.over:
             return False
-        self._join()
+        self.join()
         if self._model is not None:
             if self._model.trains:
                 raise ClosedError(
@@ -250,7 +260,7 @@ class Session:
             ProtocolError: the server's task needs a model, and names none.
             RunEndedError: the run is over; RunFailedError if it was given up.
         """
-        self._join()
+        self.join()
         try:
             layout = self._bind(specs, files, fingerprints or {}, frozen, (roles, pairs))
             return self._begin(layout, read)
@@ -297,7 +307,7 @@ class Session:
 
     def offered_specs(self) -> list[TensorSpec] | None:
         """Return the tensors of the run's model as the server describes them, or None if it has none yet."""
-        self._join()
+        self.join()
         if self._layout is not None:
             return list(table(self._layout))
         with self.connection.changed:
@@ -501,11 +511,6 @@ class Session:
         self._updates.close(keep=finish is None or not finish.ok)
 
     # --- the current task ----------------------------------------------------------------------------
-
-    def _join(self) -> None:
-        if self.connection.open():
-            atexit.register(self.close)  # after the link's own: what was registered last runs first
-        self.connection.join()
 
     def _expects_model(self) -> bool:
         return (

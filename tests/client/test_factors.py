@@ -174,3 +174,35 @@ def test_what_is_held_has_no_gradient_when_an_optimizer_steps() -> None:
     model(input_ids=ROWS, labels=ROWS).loss.backward()
     with_gradient = {n.split(".")[-3] for n, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {"lora_A", "lora_B"}
+
+
+def test_a_script_that_receives_at_once_takes_part_with_its_factors(tmp_path: Path) -> None:
+    with local_run(tmp_path, settings=settings("freeze-a")) as local:
+        plain.init(adapted())
+        plain.load(plain.receive())
+        plain.send(weight=4)
+        while plain.is_running():
+            plain.load(plain.receive())
+            plain.send(weight=4)
+        assert local.result().ok
+
+
+def test_a_model_that_took_part_in_an_exact_run_is_plain_in_the_next(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    whole = adapted(r=6, init_lora_weights=False)
+    whole.save_pretrained(tmp_path / "initial")
+    model, scores = adapted(), []
+    exact = settings("exact")
+    exact["aggregation"]["max_rank"] = 8
+    exact["model"] = {"initial": str(tmp_path / "initial")}
+    for number, setting in enumerate([exact, settings("freeze-a")]):
+        model.load_state_dict(adapted().state_dict())
+        with local_run(tmp_path / str(number), settings=setting) as local:
+            plain.init(model)
+            while plain.is_running():
+                plain.load(plain.receive())
+                scores.append(loss(model))
+                plain.send(weight=4, metrics={"loss": scores[-1]})
+            assert local.result().ok
+    assert scores[0] == pytest.approx(loss(whole), abs=1e-5)
+    assert scores[-1] == loss(llama()), "B is 0"

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from transformers import Trainer, TrainingArguments
 
-from fedcore.client.own_rank import OwnRank
+from fedcore.client.own_rank import OwnRank, drop_remainders
 from fedcore.client.parameters import ModelParameters
 
 from .tiny_models import ROWS, llama, train
@@ -203,3 +203,28 @@ def test_a_trainer_and_its_checkpoints_leave_the_remainder_where_it_is(tmp_path:
         name: tensor for a, b in pairs for name, tensor in zip((b, a), part.whole(a), strict=True)
     }
     torch.testing.assert_close(logits(model), logits(opened(factors, pairs)), atol=1e-5, rtol=1e-4)
+
+
+def test_another_adapter_of_the_model_has_no_part_of_the_version() -> None:
+    model, plain = adapted(r=2), adapted(r=2)
+    part, pairs = own(model)
+    part.load(version(pairs, model), 3)
+    for one in (model, plain):
+        torch.manual_seed(5)
+        one.add_adapter("reference", LoraConfig(r=2, init_lora_weights=False, **LORA))
+        one.set_adapter("reference")
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_a_copy_of_a_model_takes_part_with_its_own_remainder_alone() -> None:
+    model = adapted(r=2)
+    part, pairs = own(model)
+    of = version(pairs, model)
+    part.load(of, 3)
+    copied = copy.deepcopy(model)
+    again, _ = own(copied)
+    again.load(of, 3)
+    assert torch.equal(logits(copied), logits(model))
+    drop_remainders(copied)
+    again.load({name: torch.zeros_like(tensor) for name, tensor in of.items()}, 3)
+    assert torch.equal(logits(copied), logits(llama()))

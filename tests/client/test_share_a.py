@@ -18,10 +18,12 @@ from safetensors.torch import load_file
 
 from fedcore.client.counting import ExampleCounter
 from fedcore.client.parameters import ModelParameters
+from fedcore.client.personal import Kept, PersonalParameters
 from fedcore.client.torch import TorchSite
 from fedcore.config import parse_run
+from fedcore.errors import StorageError
 from fedcore.server.service import Server
-from fedcore.site.session import Session
+from fedcore.site.session import GlobalModel, Session
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.local import LocalNetwork
 
@@ -197,3 +199,37 @@ def test_a_site_that_is_killed_goes_on_with_its_own_b_to_the_same_bytes(
     assert not list((tmp_path / "killed/north").rglob("*.safetensors")), (
         "nothing is left of a run that is over"
     )
+
+
+@pytest.fixture
+def task() -> GlobalModel:
+    return GlobalModel("train", 1, 3, 0, 0, (), {})
+
+
+def personal(model: Any) -> tuple[PersonalParameters, Kept]:
+    kept: Kept = {}
+    return PersonalParameters(model, None, kept), kept
+
+
+def test_a_work_folder_without_room_costs_the_kept_b_and_not_the_round(
+    task: GlobalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise StorageError("no space left on device")
+
+    monkeypatch.setattr("fedcore.client.personal.create_model", full)
+    parameters, kept = personal(adapted())
+    parameters.keep(task, tmp_path)
+    assert list(kept) == [1]
+    assert not list(tmp_path.iterdir())
+    assert "factor B is not kept on disk" in caplog.text
+
+
+def test_a_b_that_is_not_finite_is_no_sites_own(task: GlobalModel, tmp_path: Path) -> None:
+    model = adapted()
+    parameters, kept = personal(model)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    parameters.keep(task, tmp_path)
+    assert not kept
+    assert not list(tmp_path.iterdir())
