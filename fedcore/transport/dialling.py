@@ -39,6 +39,8 @@ _LOOKUP_SECONDS: Final = 1.0
 """A name is resolved at most so often."""
 _SLOW_SECONDS: Final = 2.0
 """After so long without an answer of the name server, that is said."""
+_GIVEN_UP_SECONDS: Final = 0.5
+"""How long an address is left alone whose answer is no handshake: libzmq does not dial it again by itself."""
 _CYCLE_SECONDS: Final = (0.1, 2.0)
 """How long all addresses are left alone once each of them has failed: at first, and at most."""
 
@@ -208,6 +210,8 @@ class Dialler:
         self._secure = secure
         self._route = Route()
         self._endpoint = self._left = ""
+        self._broke_off = False
+        self._redial_at: float | None = None
         self._lookups: list[_Lookup] = []
         self._looked_up = -_LOOKUP_SECONDS
         self._lock = threading.Lock()
@@ -257,6 +261,9 @@ class Dialler:
         while not self._closed:
             if self._unknown():
                 self._look_up()
+            if self._redial_at is not None and time.monotonic() >= self._redial_at:
+                self._redial_at = None
+                self._dial(self._endpoint)
             ready = dict(poller.poll(self._patience_ms()))
             if self._wake_read in ready:
                 os.read(self._wake_read, 4096)
@@ -275,18 +282,25 @@ class Dialler:
             until = None if self.unresolved else self._lookups[0].since + _SLOW_SECONDS
         else:
             until = self._looked_up + _LOOKUP_SECONDS if self._unknown() else None
+        if self._redial_at is not None:
+            until = self._redial_at if until is None else min(until, self._redial_at)
         return None if until is None else max(0, round(1000 * (until - time.monotonic())) + 1)
 
     def _note(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._failure = self.unresolved = ""
+            self._redial_at = None
             self.up = True
             self._route.connected()
             self._connected()
             return
+        broke_off, self._broke_off = self._broke_off, event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
         if event in (zmq.EVENT_CONNECT_RETRIED, zmq.EVENT_DISCONNECTED):
             self._retried()
+            given_up = event == zmq.EVENT_DISCONNECTED and not (self.up or broke_off)
             self.up = False
+            if given_up and not self.refused:
+                self._give_up()
             if event == zmq.EVENT_CONNECT_RETRIED:
                 self._go_on()
                 self._name_addresses()
@@ -310,6 +324,14 @@ class Dialler:
             )
         if len(self._servers) > 1:  # another one may be the server
             self._go_on()
+        self._failure = why
+
+    def _give_up(self) -> None:
+        """Go on after an answer that is no handshake, as that of another program: libzmq does not."""
+        why = f"what listens at {self._dialled_address()} is no server of fedcore"
+        self._redial_at = time.monotonic() + _GIVEN_UP_SECONDS
+        self._go_on()
+        self._look_up()
         self._failure = why
 
     def _mismatch(self, address: str) -> str:
@@ -389,6 +411,7 @@ class Dialler:
         if endpoint is not None:
             self._left, self._endpoint = self._endpoint, endpoint
             self._failure = ""
+            self._redial_at = None
             self._dial(endpoint)
 
     def _wake(self) -> None:

@@ -45,6 +45,7 @@ from fedcore._core import (
 from fedcore.errors import BusyError, ClosedError, ConfigError
 from fedcore.protocol import FromServer, FromSite, control_frames
 from fedcore.security.connections import Notes
+from fedcore.security.keys import is_loopback
 
 from .dialling import HANDSHAKES, Dialler, Server
 from .open_files import require_free_files
@@ -472,8 +473,10 @@ class SiteLink(Link):
         self._order = threading.Lock()
         self._came_up = threading.Event()
         super().__init__(context, net, pump)
-        self._tunnels = [
-            Tunnel(
+        # In a list, an address of this machine is not the proxy's business: there, it would be another machine.
+        direct = [where for where in servers if is_loopback(where.address)]
+        tunnels = {
+            where: Tunnel(
                 proxy,
                 where,
                 seconds=SITE_HANDSHAKE_MS / 1000,
@@ -481,10 +484,11 @@ class SiteLink(Link):
                 changed=self.wake,
             )
             for where in servers
-            if proxy is not None
-        ]
+            if proxy is not None and (where not in direct or len(direct) == len(servers))
+        }
+        self._tunnels = list(tunnels.values())
         self._dialler = Dialler(
-            [tunnel.address for tunnel in self._tunnels] or servers,
+            [tunnels[where].address if where in tunnels else where for where in servers],
             events,
             dial=lambda endpoint: self.command([b"D", endpoint.encode()]),
             connected=self._on_connected,

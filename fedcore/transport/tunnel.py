@@ -10,6 +10,7 @@ The bytes go through one buffer for each direction, with the system's calls in b
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import sys
@@ -27,6 +28,7 @@ _BUFFER: Final = 256 << 10
 _PAUSE: Final = (0.1, 2.0)
 """Seconds before a proxy that failed is dialled again: at first, and at most."""
 _TABLE: Final = Path("/proc/self/net/tcp")
+_ESTABLISHED: Final = "01"
 
 
 class Tunnel:
@@ -58,6 +60,7 @@ class Tunnel:
         self._seconds, self._unacknowledged_ms = seconds, unacknowledged_ms
         self._changed = changed
         self._pause = 0.0
+        self._worked = 0
         self._ends: tuple[socket.socket, ...] = ()
         self._passing: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -82,6 +85,7 @@ class Tunnel:
     # --- the threads ---
 
     def _accept(self) -> None:
+        number = 0
         with self._listener:
             while not self._closing.is_set():
                 try:
@@ -94,12 +98,13 @@ class Tunnel:
                     continue
                 self._drop()  # a link that dials again has let go of what it had
                 self._keep(near)
+                number += 1
                 self._passing = threading.Thread(
-                    target=self._pass, args=(near,), name="fedcore-proxy-up", daemon=True
+                    target=self._pass, args=(near, number), name="fedcore-proxy-up", daemon=True
                 )
                 self._passing.start()
 
-    def _pass(self, near: socket.socket) -> None:
+    def _pass(self, near: socket.socket, number: int) -> None:
         """Connect, and pass on what the link sends until one side ends."""
         self._closing.wait(self._pause)
         self._pause = min(max(2 * self._pause, _PAUSE[0]), _PAUSE[1])
@@ -109,7 +114,7 @@ class Tunnel:
             try:
                 far = self._proxy.connect(self._server, self._seconds)
             except ProxyError as error:
-                self._fail(str(error), near)
+                self._fail(str(error), number)
                 return
             with far:
                 if not self._keep(near, far):
@@ -120,15 +125,19 @@ class Tunnel:
                     give_up = self._unacknowledged_ms
                     far.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, give_up)
                 back = threading.Thread(
-                    target=self._pass_back, args=(far, near), name="fedcore-proxy-down", daemon=True
+                    target=self._pass_back,
+                    args=(far, near, number),
+                    name="fedcore-proxy-down",
+                    daemon=True,
                 )
                 back.start()
                 _copy(near, far)
                 back.join()
 
-    def _pass_back(self, far: socket.socket, near: socket.socket) -> None:
-        if not _copy(far, near, self._works):
-            self._fail(f"{self._proxy} connected to {self._server.address}, and nothing came", near)
+    def _pass_back(self, far: socket.socket, near: socket.socket, number: int) -> None:
+        if not _copy(far, near, functools.partial(self._works, number)):
+            why = f"{self._proxy} connected to {self._server.address}, and nothing came"
+            self._fail(why, number)
 
     # --- what they share ---
 
@@ -146,15 +155,15 @@ class Tunnel:
         for end in ends:
             _end(end)
 
-    def _works(self) -> None:
+    def _works(self, number: int) -> None:
         self._pause = 0.0
+        self._worked = number
         self._note("")
 
-    def _fail(self, why: str, near: socket.socket) -> None:
-        """Note a failure, unless the link has let go meanwhile."""
-        with self._lock:
-            current = near in self._ends
-        if current and not self._closing.is_set():
+    def _fail(self, why: str, number: int) -> None:
+        """Note why a connection failed, unless a later one worked: the link may have let go of it long ago, as its
+        patience ends before that with a slow proxy."""
+        if number > self._worked and not self._closing.is_set():
             self._note(why)
 
     def _note(self, why: str) -> None:
@@ -193,5 +202,6 @@ def is_own(peer: tuple[str, int]) -> bool:
         for row in table:
             columns = row.split()
             if len(columns) > 7 and columns[1] == wanted:
-                return columns[7] == str(os.geteuid())
+                # One that has ended is nobody's: the table then says 0, which is root.
+                return columns[3] == _ESTABLISHED and columns[7] == str(os.geteuid())
     return False

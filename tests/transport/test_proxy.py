@@ -233,6 +233,28 @@ def test_each_address_of_a_server_is_tried_through_the_proxy(
         assert proxy.asked[-1][0] == NAME
 
 
+def test_an_address_of_this_machine_in_a_list_is_dialled_directly(
+    server: ServerLink, parties: Parties
+) -> None:
+    with small("http", server) as proxy:
+        own = f"127.0.0.1:{free_port()},{server.endpoint},tcp://{NAME}"
+        with Behind(server, parties, proxy.url, own) as site:
+            site.say()
+        assert "127.0.0.1" not in {host for host, _ in proxy.asked}
+
+
+def test_a_proxy_that_puts_a_page_in_the_servers_place_is_named_and_outlived(
+    server: ServerLink, parties: Parties
+) -> None:
+    with small("http", server) as proxy, Behind(server, parties, proxy.url) as site:
+        with site.coming_again():
+            proxy.refusal = "200 OK\r\n\r\nHTTP/1.1 503 Service Unavailable"
+            proxy.forget()
+            site.until_hint(f"what listens at tcp://{NAME}:")
+            proxy.refusal = None
+        site.say()
+
+
 def test_plain_text_does_not_go_through_a_proxy() -> None:
     with pytest.raises(ConfigError, match="could read and change what is sent in plain text"):
         SiteLink("tcp://fed.invalid:7733", bytes(16), None, Proxy.of("http://127.0.0.1:9"))
@@ -278,6 +300,38 @@ def test_another_users_process_is_not_let_through(monkeypatch: pytest.MonkeyPatc
         assert tunnel.is_own(near.getsockname())
         monkeypatch.setattr(tunnel.os, "geteuid", lambda: os.getuid() + 1)
         assert not tunnel.is_own(near.getsockname())
+
+
+def test_a_connection_that_another_user_has_ended_is_not_taken_for_roots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tunnel.os, "geteuid", lambda: 0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        peer = near.getsockname()
+        with listener.accept()[0]:
+            near.close()
+            assert not tunnel.is_own(peer)
+
+
+def test_a_failure_that_is_later_than_the_links_patience_is_named() -> None:
+    noted = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        way = Proxy("http", *listener.getsockname())
+        stuck = tunnel.Tunnel(
+            way, SERVER, seconds=DEADLINE, unacknowledged_ms=1000, changed=noted.set
+        )
+        here = (stuck.address.host, stuck.address.port)
+        with (
+            socket.create_connection(here),
+            listener.accept()[0] as first,
+            socket.create_connection(here),
+            listener.accept()[0],  # by now the link has let go of what it dialled first
+        ):
+            first.close()
+            assert noted.wait(DEADLINE)
+            assert "broke the connection" in stuck.failure
+        stuck.close(0)
 
 
 @pytest.mark.parametrize(
