@@ -73,6 +73,9 @@ def _get_session() -> Session | RankedSession:
 
 _model: ModelParameters | None = None
 _own_factors: Kept = {}
+_factors_of: Session | RankedSession | None = None
+_loaded: GlobalModel | None = None
+"""The global model that `load` has put into the module."""
 _still: Still | None = None
 _held: Held | None = None
 _own: dict[str, str] = {}
@@ -130,12 +133,11 @@ def init(
 
 
 def _forget_model() -> None:
-    _own_factors.clear()
-    global _model, _own, _hooks, _arrays, _still, _held  # noqa: PLW0603
+    global _model, _own, _hooks, _arrays, _still, _held, _loaded  # noqa: PLW0603
     for hooks in (_hooks, _held):
         if hooks is not None:
             hooks.remove()
-    _model = _hooks = _arrays = _still = _held = None
+    _model = _hooks = _arrays = _still = _held = _loaded = None
     _own = {}
 
 
@@ -191,8 +193,10 @@ def load(params: Mapping[str, Any]) -> None:
     """
     if _model is None:
         raise ClosedError("load() puts the global model into the module given to fl.init(module)")
+    global _loaded  # noqa: PLW0603
     given = Arrays({_own.get(name, name): value for name, value in params.items()})
     _refreshed().load(list(given.specs), {spec[0]: given.read(spec[0]) for spec in given.specs})
+    _loaded = _get_session().model
 
 
 def _begin() -> GlobalModel:
@@ -268,11 +272,14 @@ def _hold(model: ModelParameters, names: Iterable[str]) -> None:
 
 def _refreshed() -> ModelParameters:
     """Look the module's tensors up again: it may have been moved to another device, which makes new ones."""
-    global _model  # noqa: PLW0603
+    global _model, _factors_of  # noqa: PLW0603
     assert _model is not None
     from .by_method import model_parameters
 
     session, joined = _get_session(), _model.joined()
+    if _factors_of is not session:  # those of another run
+        _own_factors.clear()
+        _factors_of = session
     _model = model_parameters(joined.given, joined, (session.lora, session.max_rank), _own_factors)
     if session.model is not None:
         _model.begin(session.model, _kept_folder())
@@ -331,6 +338,8 @@ def send(
         raise ClosedError(
             "this task asks for outputs of the model, not for an update: fl.answer(...)"
         )
+    if task.trains or metrics:
+        _check_loaded(session, task)
     read = _reader(params, task) if task.trains else None
     stated = None if weight is LEFT_OUT else weight if read is None else _integer(weight)
     if metrics:
@@ -349,6 +358,15 @@ def send(
     if _held is not None:
         _held.remove()
     _sent = True
+
+
+def _check_loaded(session: Session, task: GlobalModel) -> None:
+    """Refuse what was scored or trained from another model: PEFT would put factors into an adapter as they are."""
+    if session.lora in ("exact", "share-a") and _model is not None and _loaded is not task:
+        raise ClosedError(
+            f"the run combines adapters by aggregation.lora = {session.lora!r}, and fl.load has not put this "
+            "task's global model into the module: call fl.load(fl.receive()) in each pass, before anything else"
+        )
 
 
 def _warn_of_one(argument: str, what: str, kind: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
@@ -18,10 +18,10 @@ from fedcore.client import hf, lightning
 from fedcore.client.factors import Held
 from fedcore.client.parameters import ModelParameters
 from fedcore.client.testing import LocalRun, local_run
-from fedcore.errors import ConfigError
+from fedcore.errors import ClosedError, ConfigError
 
 from ..support.trainers import make_trainer
-from .tiny_models import ROWS, llama, loss
+from .tiny_models import ROWS, llama, loss, train
 
 LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 METHODS = ["factors", "freeze-a", "alternate", "share-a", "exact"]
@@ -206,3 +206,40 @@ def test_a_model_that_took_part_in_an_exact_run_is_plain_in_the_next(tmp_path: P
             assert local.result().ok
     assert scores[0] == pytest.approx(loss(whole), abs=1e-5)
     assert scores[-1] == loss(llama()), "B is 0"
+
+
+@pytest.mark.parametrize("method", ["exact", "share-a"])
+def test_an_adapter_that_was_filled_by_other_means_is_refused(method: str, tmp_path: Path) -> None:
+    """PEFT would take the factors as they are: without the site's scale, or with the B of the first model."""
+    model, of = adapted(r=4, lora_alpha=2), settings(method)
+    if method == "exact":
+        of["aggregation"]["max_rank"] = 4
+    with local_run(tmp_path, settings=of):
+        plain.init(model)
+        assert plain.is_running()
+        set_peft_model_state_dict(model, plain.receive())
+        with pytest.raises(ClosedError, match="fl.load"):
+            plain.send(weight=4, metrics={"loss": loss(model)})
+        plain.load(plain.receive())
+        plain.send(weight=4, metrics={"loss": loss(model)})
+        plain.shutdown()
+
+
+def test_a_plain_loop_that_begins_with_a_new_model_keeps_its_own_b(tmp_path: Path) -> None:
+    scores: list[list[float]] = [[], []]
+    for number, found in enumerate(scores):
+        model = adapted()
+        with local_run(tmp_path / str(number), settings=settings("share-a")) as local:
+            plain.init(model)
+            while plain.is_running():
+                if number:
+                    model = adapted()
+                    plain.init(model)
+                plain.load(plain.receive())
+                found.append(loss(model))
+                if plain.is_train():
+                    train(model)
+                plain.send(weight=4, metrics={"loss": found[-1]})
+            assert local.result().ok
+    assert scores[0] == scores[1]
+    assert len(set(scores[0])) == len(scores[0])
