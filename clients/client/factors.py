@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -17,9 +18,11 @@ from .sharding import address
 
 __all__ = ["Held", "lora_pairs"]
 
+logger = logging.getLogger("fedcore.client")
+
 
 def lora_pairs(card: str, tensors: Sequence[TensorSpec], method: LoraMethod) -> Pairs:
-    """Return the names of A and B of each module that an adapter changes.
+    """Return the names of A and B of each module that an adapter changes; say what its method does not get right.
 
     Args:
         card: the text of its ``adapter_config.json``.
@@ -30,7 +33,9 @@ def lora_pairs(card: str, tensors: Sequence[TensorSpec], method: LoraMethod) -> 
         ConfigError: the method refuses what the adapter has; the message says why, and what works.
         LayoutError: it holds no adapted module, or half of one.
     """
-    check_adapter(parse_config(card, where="the adapter"), tensors, method, where="the adapter")
+    config = parse_config(card, where="the adapter")
+    for note in check_adapter(config, tensors, method, where="the adapter"):
+        logger.warning("%s", note)
     return tuple(sorted((group.a, group.b) for group in find_groups(tensors)[0]))
 
 

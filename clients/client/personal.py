@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fedcore._core import Layout
+from fedcore.adapters.groups import find_groups
 from fedcore.errors import FedcoreError
 from fedcore.layout import TensorSpec
 from fedcore.model_file import create_model, open_model
@@ -72,7 +73,7 @@ class PersonalParameters(ModelParameters):
 
         One that is not finite is not kept: each later round would be trained from it.
         """
-        names = [b for _, b in self.pairs("share-a")]
+        names = [group.b for group in find_groups(self.specs)[0]]
         if not all(bool(torch.isfinite(self._tensors[name]).all()) for name in names):
             logger.warning(
                 "round %d: training has made a factor B that is not finite; this site goes on with the one before",

@@ -149,7 +149,10 @@ class LogLines:
 def _off(event: FactorsMeasured, *, exact: bool) -> str:
     """Say how far the mean of the factors is off that of the products; where these were combined, what was cut."""
     off = f"{'would be' if exact else 'is'} {_percent(event.of_norm)} off"
-    parts = [f"round {event.round}: the mean of the factors {off} the mean of the products"]
+    mean = "the mean of the factors"
+    if exact:
+        mean += ", filled up with zeros where ranks differ,"
+    parts = [f"round {event.round}: {mean} {off} the mean of the products"]
     if event.of_change is not None:
         parts.append(f", {_percent(event.of_change)} of what the round changed")
     if event.of > 1:

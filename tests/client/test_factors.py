@@ -154,6 +154,15 @@ def test_an_adapter_that_is_not_linear_in_its_factors_is_refused_by_name() -> No
     assert "--allow" not in str(refused.value), "a run has no such option"
 
 
+def test_what_a_mean_of_factors_does_not_get_right_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    parameters = ModelParameters(adapted(use_dora=True))
+    assert len(parameters.pairs("factors")) == 4
+    assert caplog.text.count("use_dora = True") == 1
+    assert "the magnitudes of DoRA are not linear" in caplog.text
+
+
 def test_each_adapted_module_has_its_two_factors() -> None:
     parameters = ModelParameters(adapted(modules_to_save=["lm_head"]))
     assert parameters.pairs(None) == ()
