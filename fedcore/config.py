@@ -275,6 +275,8 @@ class AggregationSection(_Section):
         for name in ("max_share", "ema", "lora", "max_rank", "base"):
             if of[name] is None:
                 del of[name]
+        if of.get("base") == "difference":
+            del of["base"]
         return of
 
     @property

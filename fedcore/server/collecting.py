@@ -171,6 +171,8 @@ class Collecting:
         model, most = factors.model_layout(own, pairs), self._config.participants.trained
         here = tuple(ranks_of(declare.tensors, pairs))
         others = [factors.ranks(other) for other in factors.known if other != site]
+        # A site that has left may have said them of an adapter of other modules.
+        others = [ranks for ranks in others if len(ranks) == len(here)]
         mixed = any(ranks != here for ranks in others)
         if mixed:
             known = [factors.ranked_layout(model, pairs, ranks) for ranks in others]

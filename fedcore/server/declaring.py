@@ -8,7 +8,7 @@ from typing import Final
 
 from fedcore import protocol
 from fedcore.config import RunConfig
-from fedcore.errors import FedcoreError, LayoutError, StorageError
+from fedcore.errors import ConfigError, FedcoreError, LayoutError, StorageError
 from fedcore.files.opening import CARD
 from fedcore.layout import FLOATS, compare_layouts, layout_hash, table
 from fedcore.roles import buffers_of, pairs_of
@@ -147,7 +147,7 @@ class Declaring:
                 or self._wrong_roles(site, declare, found)
                 or self._wrong_factors(site, declare)
             )
-        except LayoutError as error:
+        except (ConfigError, LayoutError) as error:
             self._put_out(peer, site, "layout", str(error))
             return None
         if refusal is not None:

@@ -52,6 +52,7 @@ class Factors:
 
         Raises:
             LayoutError: the site names factors that are no factors of one product, or can't be combined.
+            ConfigError: the file that describes its adapter is damaged.
         """
         if self._method is None:
             return None
@@ -62,6 +63,8 @@ class Factors:
                 "combines: give it a PEFT model with a LoRA adapter, trained in one process"
             )
         self.model_form(declare)
+        if self.ranked and CONFIG in declare.files:
+            parse_config(declare.files[CONFIG], f"site {site!r}: {CONFIG}")
         differs = compare_pairs(pairs, theirs, f"site {site!r}", there) if theirs else None
         return differs and f"the adapters differ: {differs}; give all sites the same adapter"
 
@@ -182,7 +185,9 @@ class Factors:
         """Return the rank of each pair at a site; nothing if it has not said them."""
         if site not in self._ranks:
             self._ranks[site] = self._store.ranks(site)
-        return self._ranks[site]
+        ranks = self._ranks[site]
+        # Before the run had a model, the site may have said them of an adapter of other modules.
+        return ranks if len(ranks) == len(self.pairs) or not self.pairs else ()
 
     def own_layout(self, model: Layout, site: str) -> Layout:
         """Return the layout of a site's updates."""

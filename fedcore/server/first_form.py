@@ -73,9 +73,9 @@ def _scaled(data: memoryview, scale: float) -> memoryview:
 
 
 def _filled(values: Any, shape: Sequence[int]) -> memoryview:
-    """Return a factor in binary32, with zeros for ranks that it lacks."""
+    """Return a factor in binary32, with zeros for ranks that it lacks; what is too large becomes the largest."""
     import numpy as np
 
-    whole = np.zeros(tuple(shape), np.float32)
-    whole[: values.shape[0], : values.shape[1]] = values
+    whole, most = np.zeros(tuple(shape), np.float32), np.finfo(np.float32).max
+    whole[: values.shape[0], : values.shape[1]] = np.clip(values, -most, most)
     return memoryview(whole.tobytes())

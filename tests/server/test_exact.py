@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError, LayoutError, RefusedError, StorageError
 from fedcore.model_file import open_model
+from fedcore.server.factors import Factors
 from fedcore.server.service import Server
 from fedcore.server.storage.files import Files
 from fedcore.server.versions import Versions
@@ -373,7 +374,13 @@ def test_a_run_does_not_begin_with_what_is_no_adapter(tmp_path: Path) -> None:
 
 
 def declaring(
-    run: RunConfig, site: str, rank: int, tensors: Any = None, pairs: Any = PAIRS
+    run: RunConfig,
+    site: str,
+    rank: int,
+    tensors: Any = None,
+    pairs: Any = PAIRS,
+    *,
+    text: str | None = None,
 ) -> None:
     """Declare an adapter as a site of a run that no other site takes part in."""
     with joined() as (network, pool):
@@ -383,7 +390,7 @@ def declaring(
         try:
             with closing(session):
                 assert session.is_running()
-                files = {"adapter_config.json": card(rank)}
+                files = {"adapter_config.json": card(rank) if text is None else text}
                 session.begin(
                     tensors or specs(rank), files, reader(first(rank)), roles={}, pairs=pairs
                 )
@@ -409,6 +416,75 @@ def test_an_adapter_that_can_not_be_combined_is_refused_by_name(
 ) -> None:
     with pytest.raises((LayoutError, RefusedError), match=reason):
         declaring(config(tmp_path), "a", 2, tensors, pairs)
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", "[" * 9999])
+def test_a_damaged_adapter_config_puts_out_its_site_and_not_the_server(
+    text: str, tmp_path: Path
+) -> None:
+    with pytest.raises(LayoutError, match=r"site 'a': adapter_config\.json: not the"):
+        declaring(config(tmp_path), "a", 2, text=text)
+
+
+def test_ranks_of_an_adapter_that_has_not_become_the_runs_are_no_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site declares one module, and leaves; another one declares two, and then it does, too."""
+    run, fewer = config(tmp_path, 1), [s for s in specs(3) if "m1" not in s[0]]
+    said, keep = threading.Event(), Factors.keep_ranks
+
+    def kept(self: Factors, site: str, declare: Any) -> None:
+        keep(self, site, declare)
+        if site == "b":
+            said.set()
+
+    monkeypatch.setattr(Factors, "keep_ranks", kept)
+    with joined() as (network, pool):
+        server = Server(run, link=network.server())
+        with ExitStack() as stack:
+            stack.callback(server.stop)
+            result = pool.submit(server.run)
+            with closing(
+                Session(SiteSettings("local", "a", idle_timeout=200), network.dial)
+            ) as one:
+                assert one.is_running()
+                files = {"adapter_config.json": card(3)}
+                with pytest.raises(LayoutError, match="are no bytes"):
+                    one.begin(fewer, files, no_bytes, roles={}, pairs=PAIRS[:1])
+            other = pool.submit(take_part, network, "b")
+            assert said.wait(60), result.exception(1)
+            sites = [other, *(pool.submit(take_part, network, name) for name in "ac")]
+            assert result.result(200).ok
+            assert [done.result(200) for done in sites] == [[1]] * 3
+    assert as_bytes(models(run.run_folder)) == undisturbed()[:2]
+
+
+def no_bytes(name: str) -> bytes:
+    raise LayoutError(f"of {name} there are no bytes")
+
+
+def test_a_huge_first_adapter_leaves_finite_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    normal = first
+    huge = dict.fromkeys(PAIRS[0], 3e38)
+    monkeypatch.setitem(
+        globals(),
+        "first",
+        lambda rank: {n: np.full_like(v, huge.get(n, v)) for n, v in normal(rank).items()},
+    )
+    found = models(run_through(config(tmp_path, 1)))
+    assert all(np.isfinite(tensor).all() for one in found for tensor in one.values())
+    assert np.abs(found[0][PAIRS[0][1]]).max() == np.finfo(np.float32).max
+
+
+def test_a_run_goes_on_with_the_rank_and_base_that_it_began_with(tmp_path: Path) -> None:
+    run_through(config(tmp_path, 1))
+    with pytest.raises(ConfigError, match="is finished"):
+        Server(config(tmp_path, 1, aggregation={"base": "difference"})).run()
+    for changed in ({"max_rank": 17}, {"base": "zero"}):
+        with pytest.raises(ConfigError, match=rf"another aggregation\.{next(iter(changed))}"):
+            Server(config(tmp_path, 2, aggregation=changed)).run()
 
 
 def test_memory_that_does_not_hold_a_modules_factors_is_refused_at_the_declaration(

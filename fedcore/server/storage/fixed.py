@@ -15,7 +15,7 @@ __all__ = ["check_fixed"]
 _FIXED: Final = (
     "run.task", "model.initial", "participants.sites", "participants.count", "aggregation.rule",
     "aggregation.options", "aggregation.weights", "aggregation.max_share", "aggregation.optimizer",
-    "aggregation.ema", "aggregation.lora",
+    "aggregation.ema", "aggregation.lora", "aggregation.max_rank", "aggregation.base",
     "selection.metric", "selection.mode", "selection.average", "selection.max_share",
     "transfer.update", "transfer.top_k", "transfer.lossless",
 )  # fmt: skip
