@@ -102,6 +102,7 @@ class Session:
     def __init__(self, settings: SiteSettings, dial: Dial | None = None) -> None:
         self.site = settings.site
         self.server = settings.server
+        self._clip = settings.clip
         self.connection = Connection(settings, dial)
         self._machine = self.connection.machine
         self._waits = Waits(self.site, self.connection)
@@ -581,6 +582,12 @@ class Session:
         tensors, (roles, pairs) = table(layout), said
         self._factors = Factors(self.lora, pairs, self.max_rank)
         self._factors.model_layout(layout)  # its rank may be too high
+        if self._clip is not None and self.lora == "exact":
+            raise ConfigError(
+                "FEDCORE_CLIP bounds how far each factor of an adapter moves, and aggregation.lora = 'exact' "
+                "combines their products, whose change is another one: unset FEDCORE_CLIP, or take part in a run "
+                "with another method"
+            )
         declare = protocol.Declare(
             tensors=tensors,
             packed=protocol.pack_table(tensors) if protocol.packs(tensors) else None,

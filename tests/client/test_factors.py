@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -152,6 +153,15 @@ def test_an_adapter_that_is_not_linear_in_its_factors_is_refused_by_name() -> No
     with pytest.raises(ConfigError, match="'freeze-a' refuses use_dora = True: the") as refused:
         ModelParameters(adapted(use_dora=True)).pairs("freeze-a")
     assert "--allow" not in str(refused.value), "a run has no such option"
+
+
+def test_a_bound_of_factors_is_refused_where_products_are_combined(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(local_run(tmp_path, settings=settings("exact"), clip=0.5))
+        plain.init(adapted())
+        assert plain.is_running()
+        with pytest.raises(ConfigError, match="FEDCORE_CLIP bounds how far each factor"):
+            plain.receive()
 
 
 def test_what_a_mean_of_factors_does_not_get_right_is_said(
