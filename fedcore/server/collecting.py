@@ -14,7 +14,6 @@ from fedcore._core import (
     CollectorDone,
     CollectorOptions,
     Layout,
-    MappedFile,
     NoRoom,
     OutputBroken,
     RuleFailed,
@@ -182,7 +181,7 @@ class Collecting:
             layouts = [own] * most
             if self._fits == here:
                 return ""
-        room = MappedFile.anonymous(model.total_bytes), 0  # nothing of it is touched
+        room = self._store.untouched(model.total_bytes), 0
         rule = factors.rule(model, self._config.reducer_threads, pairs)
         try:
             Collector(

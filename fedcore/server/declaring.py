@@ -91,7 +91,7 @@ class Declaring:
             layout = declared_layout(declare, self._store.chunk_bytes)
         if model is not None:
             factors.say(declare)
-        elif layout is not None and not self._has_room(peer, site, layout.total_bytes):
+        elif layout is not None and not self._has_room(peer, site, self._first_bytes(declare)):
             return False
         factors.keep_ranks(site, declare)
         self._agreement.note(site, declare)
@@ -190,6 +190,13 @@ class Declaring:
             if other != site and other in here:
                 return factors.unlike(site, declare, f"site {other!r}", pairs_of(seen))
         return factors.unlike(site, declare, "", ())
+
+    def _first_bytes(self, declare: protocol.Declare) -> int:
+        """Return what a first model of a site takes on the disk, in the form of the global model, too."""
+        own, factors = declared_layout(declare), self._versions.factors
+        if not factors.ranked:
+            return own.total_bytes
+        return own.total_bytes + factors.model_layout(own, pairs_of(declare)).total_bytes
 
     def _has_room(self, peer: bytes, site: str, nbytes: int) -> bool:
         """Whether a first model fits on the disk. Until it does, its site declares it again and again."""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedcore.model_file import open_model
 from fedcore.server.factors import Factors
 from fedcore.server.service import Server
 from fedcore.server.storage.files import Files
+from fedcore.server.storage.store import Store
 from fedcore.server.versions import Versions
 from fedcore.site.session import GlobalModel, Session
 from fedcore.site.settings import SiteSettings
@@ -494,6 +496,28 @@ def test_memory_that_does_not_hold_a_modules_factors_is_refused_at_the_declarati
     run = config(tmp_path, server={"insecure": True, "memory": "64MiB"})
     with pytest.raises(LayoutError, match=r"memory is too little for the adapter of site 'a'"):
         declaring(run, "a", 16, large)
+
+
+def test_a_model_beyond_memory_is_looked_at_without_memory_or_disk(tmp_path: Path) -> None:
+    store = Store(tmp_path, {})
+    free = shutil.disk_usage(tmp_path).free
+    file = store.untouched(1 << 38)
+    assert file.size == 1 << 38
+    assert free - shutil.disk_usage(tmp_path).free < 1 << 30
+    assert not list(store.models.glob(".*untouched"))
+    store.close()
+
+
+def test_room_on_the_disk_is_looked_for_in_the_rank_of_the_global_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(Store, "check_space", lambda _, nbytes: asked.append(nbytes))
+    run_through(config(tmp_path, 1))
+    own = {sum(prod(s) * (8 if d == "I64" else 4) for _, d, s in specs(r)) for r in RANKS.values()}
+    whole = 4 * sum(MOST[m] * (rows + columns) for m, (rows, columns) in SIZES.items()) + 36
+    assert set(asked) <= {nbytes + whole for nbytes in own}
+    assert asked
 
 
 def test_a_site_keeps_the_rank_with_which_it_came(

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedcore import __version__
+from fedcore._core import MappedFile
 from fedcore.errors import ConfigError, IntegrityError, StorageError
 from fedcore.layout import DEFAULT_CHUNK_BYTES
 from fedcore.outlet import Outlet
@@ -179,6 +180,21 @@ class Store(SiteRows, Decisions, Verdicts):
             raise StorageError(
                 f"a model of {nbytes:,} bytes is far beyond the server's whole disk of {whole:,} bytes"
             )
+
+    def untouched(self, nbytes: int) -> MappedFile:
+        """Return a file of so many bytes that nobody reads or writes: it takes neither memory nor disk.
+
+        Raises:
+            StorageError: the disk can't hold a file of this size.
+        """
+        path = self.models / f".{self.run_id}.untouched"
+        with storing(path):
+            with path.open("wb") as file:
+                file.truncate(nbytes)
+            try:
+                return MappedFile.open(str(path), writable=True)
+            finally:
+                path.unlink()
 
     def check_space(self, nbytes: int) -> None:
         """Raise StorageError if the disk can't hold a model of ``nbytes`` bytes."""
