@@ -7,16 +7,16 @@ import json
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from fedcore.config import RunConfig, parse_run
 from fedcore.errors import ConfigError, LayoutError, RefusedError, StorageError
@@ -26,9 +26,11 @@ from fedcore.server.service import Server
 from fedcore.server.storage.files import Files
 from fedcore.server.storage.store import Store
 from fedcore.server.versions import Versions
-from fedcore.site.session import GlobalModel, Session
+from fedcore.site.session import Session
 from fedcore.site.settings import SiteSettings
 from fedcore.transport.local import LocalNetwork
+
+from ..support.factor_runs import joined, models, reader, values_of
 
 SIZES = {"m0": (40, 30), "m1": (12, 50)}  # rows and columns of each adapted module
 PREFIX = "base_model.model."
@@ -129,17 +131,6 @@ def config(folder: Path, rounds: int = 3, **sections: Any) -> RunConfig:
     return parse_run(values | sections, folder=folder)
 
 
-def values_of(model: GlobalModel) -> Values:
-    return {
-        name: np.frombuffer(model.tensors[name], NUMPY[dtype]).reshape(shape)
-        for name, dtype, shape in model.specs
-    }
-
-
-def reader(values: Values) -> Callable[[str], bytes]:
-    return lambda name: values[name].tobytes()
-
-
 def card(rank: int) -> str:
     return json.dumps({**CARD, "r": rank, "lora_alpha": 2 * rank})
 
@@ -175,12 +166,6 @@ def take_part(
     return rounds
 
 
-@contextmanager
-def joined() -> Iterator[tuple[LocalNetwork, ThreadPoolExecutor]]:
-    with closing(LocalNetwork()) as network, ThreadPoolExecutor(5) as pool:
-        yield network, pool
-
-
 def finish(server: Server, pool: ThreadPoolExecutor, network: LocalNetwork, **options: Any) -> None:
     with ExitStack() as stack:
         stack.callback(server.stop)
@@ -195,10 +180,6 @@ def run_through(run: RunConfig, **options: Any) -> Path:
     with joined() as (network, pool):
         finish(Server(run, link=network.server()), pool, network, **options)
     return run.run_folder
-
-
-def models(folder: Path) -> list[Values]:
-    return [load_file(path) for path in sorted((folder / "models").glob("round-*"))]
 
 
 @functools.cache

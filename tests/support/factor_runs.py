@@ -123,7 +123,7 @@ def take_part(
 
 @contextmanager
 def joined() -> Iterator[tuple[LocalNetwork, ThreadPoolExecutor]]:
-    with closing(LocalNetwork()) as network, ThreadPoolExecutor(4) as pool:
+    with closing(LocalNetwork()) as network, ThreadPoolExecutor(5) as pool:
         yield network, pool
 
 
